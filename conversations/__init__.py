@@ -1,0 +1,22 @@
+"""Records of any known format -> conversations -> token ids and loss mask.
+
+The names are loaded when they are first used: ``import conversations`` imports neither torch nor
+transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conversations.reading import load_conversations
+    from conversations.rendering import render_conversation
+
+__all__ = ["load_conversations", "render_conversation"]
+
+_HOME = {"load_conversations": "conversations.reading", "render_conversation": "conversations.rendering"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,42 @@
+"""What a row asks, for stages that let a model answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from conversations.errors import ToolkitError
+
+Row = dict[str, Any]
+
+
+def split_prompt(messages: Sequence[Row]) -> tuple[list[Row], str | None]:
+    """A conversation without its last answer, and that answer (None when a user has the last word)."""
+    if messages and messages[-1]["role"] == "assistant":
+        return list(messages[:-1]), messages[-1]["content"]
+    return list(messages), None
+
+
+def prompt_of(row: Row, number: int) -> list[Row]:
+    """The messages of a row that come before its last answer.
+
+    Raises:
+        ToolkitError: the row holds neither messages nor a prompt, or no user turn comes before the answer.
+    """
+    messages = row["prompt"] if "prompt" in row else row.get("messages")
+    if messages is None:
+        raise ToolkitError(f"row {number} has no messages and no prompt (it has {', '.join(sorted(row))})")
+    prompt, _ = split_prompt(messages)
+    if not prompt:
+        raise ToolkitError(f"row {number} has no question: nothing comes before its answer")
+    return prompt
+
+
+def prompt_text(messages: Sequence[Row]) -> str:
+    """A prompt to read: the user's words alone, or each turn with its role where there are several."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def answer_text(content: str) -> str:
+    """An answer as decoded, without the space that the template puts before it."""
+    return content.strip()

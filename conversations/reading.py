@@ -1,0 +1,171 @@
+"""A data file -> canonical rows, with every row that is left out accounted for."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from conversations.errors import ToolkitError
+from conversations.formats import Row, UnknownFormat, convert_row, known_formats
+from conversations.records import Record, open_records
+from conversations.turns import BadRow
+
+OnBadRow = Literal["error", "skip"]
+
+_SHOWN = 10  # bad rows in one message
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that was left out: `file` and `line` (from 1), why, and the row as it was written."""
+
+    file: str
+    line: int
+    reason: str
+    row: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_conversations(
+    path: str | PathLike[str],
+    on_bad_row: OnBadRow = "error",
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_bad_rows: int | float | None = None,
+    on_rejected: Callable[[RejectedRow], object] | None = None,
+) -> "ConversationReader":
+    """Read the canonical rows (conversations/formats.py) of a .jsonl or .json file, also with .gz behind it.
+
+    Args:
+        path: the file: JSON lines, or one array of objects, told apart by the first character.
+        on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
+            one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
+            rows out.
+        columns: {key of a known format: the file's name for it}, as {"prompt": "Body", "response": "Answer"}.
+        max_bad_rows: with "skip", the most rows that may be left out: a number (int), or a share of all rows
+            (float from 0 to 1, checked at the end of the file).
+        on_rejected: called with every RejectedRow, for example `list.append`.
+
+    Returns:
+        An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
+
+    Raises:
+        ToolkitError: at the call for a wrong argument, a missing file or an unknown kind of file; while
+            iterating for bad rows, too many of them, a file that cannot be read, and a file without a single
+            good row.
+    """
+    if on_bad_row not in get_args(OnBadRow):
+        raise ToolkitError(f"on_bad_row is {on_bad_row!r}; use one of {', '.join(get_args(OnBadRow))}")
+    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected)
+
+
+class ConversationReader(Iterator[Row]):
+    """The rows of one file, once; and counts of what has been read so far.
+
+    formats: name of each recognised format -> rows. rejected: number of rows left out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_bad_row: OnBadRow,
+        columns: Mapping[str, str],
+        max_bad_rows: int | float | None,
+        on_rejected: Callable[[RejectedRow], object] | None,
+    ):
+        self.path = path
+        self.formats: Counter[str] = Counter()
+        self.rejected = 0
+        self._on_bad_row = on_bad_row
+        self._columns = columns
+        self._max_bad_rows = max_bad_rows
+        self._on_rejected = on_rejected
+        self._first_rejected: list[RejectedRow] = []
+        self._any_unknown = False
+        self._rows = self._read(open_records(path))
+
+    def __iter__(self) -> "ConversationReader":
+        return self
+
+    def __next__(self) -> Row:
+        return next(self._rows)
+
+    @property
+    def rows(self) -> int:
+        """Good rows read so far."""
+        return self.formats.total()
+
+    def summary(self) -> str:
+        """One line for the user: "law.jsonl: ShareGPT, 1,200 rows; 3 rows left out"."""
+        found = (
+            "; ".join(f"{name}, {_rows(number)}" for name, number in self.formats.most_common()) or "no rows"
+        )
+        return f"{self.path.name}: {found}" + (f"; {_rows(self.rejected)} left out" if self.rejected else "")
+
+    def _read(self, records: Iterator[Record]) -> Iterator[Row]:
+        for record in records:
+            row = self._converted(record)
+            if row is not None and not (self.rejected and self._on_bad_row == "error"):
+                yield row
+        self._check_end()
+
+    def _converted(self, record: Record) -> Row | None:
+        try:
+            if record.problem:
+                raise BadRow(record.problem)
+            known, row = convert_row(record.value, self._columns)
+        except BadRow as error:
+            self._any_unknown |= isinstance(error, UnknownFormat)
+            self._reject(RejectedRow(str(self.path), record.line, str(error), record.text))
+            return None
+        self.formats[known.name] += 1
+        return row
+
+    def _reject(self, rejected: RejectedRow) -> None:
+        self.rejected += 1
+        if len(self._first_rejected) < _SHOWN:
+            self._first_rejected.append(rejected)
+        if self._on_rejected:
+            self._on_rejected(rejected)
+        limit = self._max_bad_rows
+        if self._on_bad_row == "skip" and isinstance(limit, int) and self.rejected > limit:
+            raise ToolkitError(self._message(f"more than max_bad_rows = {limit} bad rows in {self.path}"))
+
+    def _check_end(self) -> None:
+        total = self.rows + self.rejected
+        limit = self._max_bad_rows
+        if self.rejected and self._on_bad_row == "error":
+            raise ToolkitError(
+                self._message(f"{self.path}: {self.rejected:,} of {_rows(total)} cannot be used")
+            )
+        if not total:
+            raise ToolkitError(f"{self.path}: no rows: the file is empty")
+        if not self.rows:
+            raise ToolkitError(self._message(f"{self.path}: none of {_rows(total)} can be used"))
+        if isinstance(limit, float) and self.rejected > limit * total:
+            share = f"{self.rejected:,} of {_rows(total)}"
+            raise ToolkitError(
+                self._message(f"{self.path}: {share} are bad, more than max_bad_rows = {limit}")
+            )
+
+    def _message(self, head: str) -> str:
+        lines = [head, *(f"  {rejected}" for rejected in self._first_rejected)]
+        if more := self.rejected - len(self._first_rejected):
+            lines.append(f"  ... and {more:,} more")
+        if self._any_unknown:
+            lines.append(
+                "Map the columns with columns: {known key: your key}. Known keys: " + known_formats()
+            )
+        lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
+        return "\n".join(lines)
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row" if number == 1 else f"{number:,} rows"

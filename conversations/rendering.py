@@ -1,0 +1,144 @@
+"""Messages -> token ids and loss mask: the one place that decides what is trained.
+
+Trained are, in each assistant turn, exactly ' ' + content + end token; everything else is context.
+
+A conversation is encoded in pieces, cut where training starts and stops and at the special tokens. Two
+properties follow for every tokenizer. No token lies half in and half out of the mask. And a prompt rendered
+with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer. For
+the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places either.
+
+Text cannot forge control tokens: only the template writes begin and end tokens. Where a message contains the
+string of a special token (or of an added token of the shape <｜...｜>, such as the fill-in-the-middle tokens,
+which the released tokenizer does not call special), it is cut inside that string and becomes ordinary text,
+which decodes to the same characters.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+from weakref import WeakKeyDictionary
+
+from conversations.errors import ToolkitError
+from conversations.template import Part, layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["all_assistant", "last_assistant"]
+
+_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
+
+# tokenizer -> (its size when the pattern was made, the pattern that finds its control tokens)
+_control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = (
+    WeakKeyDictionary()
+)
+
+
+def render_conversation(
+    messages: Sequence[dict[str, str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    train_on: TrainOn = "all_assistant",
+    add_generation_prompt: bool = False,
+) -> dict[str, list[int]]:
+    """Render messages with DeepSeek-V2's template, the begin and end tokens being the tokenizer's own.
+
+    Args:
+        messages: `{"role", "content"}` each; roles are system, user and assistant. A prompt is a list that
+            ends in a user turn.
+        tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
+        train_on: all assistant turns, or only the last one.
+        add_generation_prompt: end in "Assistant:", for a model to go on from.
+
+    Returns:
+        `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
+
+    Raises:
+        ToolkitError: an unknown role, a content that is no string, an unknown `train_on`, a tokenizer without
+            an end token, or one that makes its begin or end token out of plain text.
+    """
+    if train_on not in get_args(TrainOn):
+        raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
+    contents = _contents(messages)
+    parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
+    turns = {part.turn for part in parts if part.turn is not None}
+    trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
+    runs = _runs(parts, contents, tokenizer)
+    input_ids: list[int] = []
+    assistant_mask: list[int] = []
+    for (turn, _), ids in zip(runs, _encode([text for _, text in runs], tokenizer), strict=True):
+        input_ids += ids
+        assistant_mask += [int(turn is not None and turn in trained)] * len(ids)
+    return {"input_ids": input_ids, "assistant_mask": assistant_mask}
+
+
+def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ToolkitError(f"message {number}: {key} must be a string, not {message.get(key)!r}")
+    return [message["content"] for message in messages]
+
+
+def _runs(
+    parts: Iterable[Part], contents: list[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int | None, str | int]]:
+    """Pieces to encode, each by itself, as (assistant turn, text); special tokens as (assistant turn, id)."""
+    runs: list[tuple[int | None, str | int]] = []
+    pattern = _control_pattern(tokenizer)
+    for part in parts:
+        if part.kind == "bos":
+            if tokenizer.bos_token_id is not None:  # a tokenizer without one begins without one
+                runs.append((part.turn, int(tokenizer.bos_token_id)))
+        elif part.kind == "eos":
+            if tokenizer.eos_token_id is None:
+                raise ToolkitError("the tokenizer has no end token; set its eos_token")
+            runs.append((part.turn, int(tokenizer.eos_token_id)))
+        else:
+            text = part.text if part.kind == "text" else contents[part.message]
+            first, *rest = pattern.split(text) if part.kind == "content" else [text]
+            _join(runs, part.turn, first)
+            runs += [(part.turn, piece) for piece in rest]
+    return runs
+
+
+def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str) -> None:
+    """Put `text` at the end of the last piece where that is text of the same turn, else begin a new piece."""
+    if runs and runs[-1][0] == turn and isinstance(last := runs[-1][1], str):
+        runs[-1] = (turn, last + text)
+    else:
+        runs.append((turn, text))
+
+
+def _encode(pieces: list[str | int], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of each piece; an id stands for itself."""
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    if not texts:
+        return [[piece] for piece in pieces if isinstance(piece, int)]
+    encoded = iter(
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    )
+    ids = [[piece] if isinstance(piece, int) else list(next(encoded)) for piece in pieces]
+    own = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    for piece, piece_ids in zip(pieces, ids, strict=True):
+        if isinstance(piece, str) and not own.isdisjoint(piece_ids):
+            raise ToolkitError(
+                f"the tokenizer makes its begin or end token out of the plain text {piece[:80]!r}; "
+                "the end of an answer could not be told from its words: use another begin and end token"
+            )
+    return ids
+
+
+def _control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """A pattern that splits text behind the first character of every control token (see the file's head)."""
+    size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
+    if size != len(tokenizer):
+        tokens = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if len(token.content) > 1 and (token.special or _CONTROL_SHAPE.fullmatch(token.content))
+        ]
+        # An empty match in each token, behind its first character: so tokens are found where they overlap, too.
+        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
+        pattern = re.compile("|".join(places) or "(?!)")
+        _control_patterns[tokenizer] = (len(tokenizer), pattern)
+    return pattern

@@ -1,0 +1,128 @@
+"""The chat template of DeepSeek-V2, from its one file, and the layout it gives to a conversation.
+
+`chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat), with
+`{% generation %}` around ' ' + content + eos_token: the part of a conversation that is trained.
+"""
+
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from conversations.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+# Unicode noncharacters stand for what is filled in later. Texts of users are never put through the template,
+# so none of them can be mistaken for one of these.
+_BOS, _EOS, _TRAINED_START, _TRAINED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_CONTENT_START, _CONTENT_END = "\ufdd4", "\ufdd5"
+_MARKER = re.compile(f"([{_BOS}{_EOS}{_TRAINED_START}{_TRAINED_END}]|{_CONTENT_START}[0-9]+{_CONTENT_END})")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a rendered conversation, in order.
+
+    kind: "text" (words of the template, in `text`), "content" (the words of message number `message`),
+    or the special token "bos" or "eos". turn: the number of the assistant turn that this piece belongs to
+    as trained text, counted from 0; None where nothing is trained.
+    """
+
+    kind: Literal["text", "content", "bos", "eos"]
+    turn: int | None
+    text: str = ""
+    message: int = -1
+
+
+@lru_cache(maxsize=1)
+def chat_template() -> str:
+    """The template's text, as it is saved with every checkpoint."""
+    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def install_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Make `tokenizer` carry our template, so that checkpoints saved with it render alike everywhere.
+
+    Warns where this replaces a template that renders otherwise than DeepSeek-V2's.
+    """
+    present = tokenizer.chat_template
+    tokenizer.chat_template = chat_template()
+    if present and not _renders_alike(present, tokenizer):
+        warnings.warn(
+            "the tokenizer's own chat template differs from DeepSeek-V2's and is replaced: "
+            "the toolkit trains and saves with DeepSeek-V2's",
+            stacklevel=2,
+        )
+
+
+@lru_cache(maxsize=1024)
+def layout(roles: tuple[str, ...], add_generation_prompt: bool = False) -> tuple[Part, ...]:
+    """The parts of a conversation whose messages have these roles.
+
+    Raises ToolkitError for a role that the template does not know (it would drop the message in silence).
+    """
+    for number, role in enumerate(roles, start=1):
+        if role not in ROLES:
+            raise ToolkitError(f"message {number}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    messages = [
+        {"role": role, "content": f"{_CONTENT_START}{index}{_CONTENT_END}"}
+        for index, role in enumerate(roles)
+    ]
+    rendered = _compiled_template().render(
+        messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=add_generation_prompt
+    )
+    return tuple(_parts(rendered))
+
+
+@lru_cache(maxsize=1)
+def _compiled_template():
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # The two block settings are those of transformers' apply_chat_template.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    marked = (
+        chat_template()
+        .replace("{% generation %}", _TRAINED_START)
+        .replace("{% endgeneration %}", _TRAINED_END)
+    )
+    return environment.from_string(marked)
+
+
+def _parts(rendered: str):
+    turns = count()
+    turn: int | None = None
+    for piece in filter(None, _MARKER.split(rendered)):
+        if piece == _TRAINED_START:
+            turn = next(turns)
+        elif piece == _TRAINED_END:
+            turn = None
+        elif piece == _BOS:
+            yield Part("bos", turn)
+        elif piece == _EOS:
+            yield Part("eos", turn)
+        elif piece.startswith(_CONTENT_START):
+            yield Part("content", turn, message=int(piece[1:-1]))
+        else:
+            yield Part("text", turn, text=piece)
+
+
+def _renders_alike(other: object, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template `other` gives our text for a conversation with every role and with a prompt."""
+    probe = [{"role": role, "content": f"words of {role}"} for role in (*ROLES, "user")]
+    try:
+        theirs, ours = (
+            tokenizer.apply_chat_template(
+                probe, chat_template=text, tokenize=False, add_generation_prompt=True
+            )
+            for text in (other, chat_template())
+        )
+    except Exception:  # a foreign template may refuse a role in its own way: then it differs
+        return False
+    return theirs == ours

@@ -1,0 +1,91 @@
+"""Loads and saves adapters so that every tensor finds a place and every place a tensor."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from .errors import ModelError
+from .lora import check_targets, set_dropout
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / CONFIG).is_file()
+
+
+def read_adapter_config(directory: str | Path) -> dict:
+    """adapter_config.json. Raises ModelError when it, or the weights beside it, cannot be used."""
+    path = Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable adapter config ({error})") from error
+    if not (Path(directory) / WEIGHTS).is_file():
+        raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
+    return config
+
+
+def _name_some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where: str, head: str = "") -> None:
+    """Raises ModelError unless the file's tensors (name -> shape) are exactly those of the model's adapter.
+
+    head: prefix of names that may be missing in the file (the new score head of a reward model).
+    """
+    wanted = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
+    missing = {k for k in set(wanted) - set(tensors) if not (head and head in k)}
+    unexpected = set(tensors) - set(wanted)
+    misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
+    faults = [
+        f"{what}: {_name_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise ModelError(f"{where}: the adapter does not fit this model; tensors " + "; tensors ".join(faults))
+
+
+def file_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(Path(directory) / WEIGHTS, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def load_adapter(
+    model: PreTrainedModel, directory: str | Path, trainable: bool, dropout: float = 0.0, task_type: str | None = None
+) -> PeftModel:
+    """The model with the adapter of `directory` on it.
+
+    task_type: turns e.g. an SFT adapter into the start of a reward model's (SEQ_CLS), with a new score head.
+
+    Raises:
+        ModelError: a tensor of the file has no place in the model, or the other way round.
+    """
+    raw = read_adapter_config(directory)
+    config = LoraConfig.from_pretrained(str(directory))
+    kept_task = task_type is None or raw.get("task_type") == task_type
+    config.task_type = task_type or raw.get("task_type")
+    config.inference_mode = not trainable
+    if not kept_task:
+        config.modules_to_save = None
+    check_targets(model, config)
+    peft_model = get_peft_model(model, config)
+    tensors = load_file(Path(directory) / WEIGHTS)
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    check_coverage(peft_model, shapes, str(directory), head="" if kept_task else "score")
+    fresh_head = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if k not in tensors}
+    set_peft_model_state_dict(peft_model, tensors | fresh_head)
+    if trainable:
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+    set_dropout(peft_model, dropout)
+    return peft_model  # pyright: ignore[reportReturnType]

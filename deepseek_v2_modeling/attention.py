@@ -1,0 +1,169 @@
+"""Multi-head latent attention (paper, section 2.1).
+
+B batch, T query tokens, S cached and new tokens, H heads, C kv_lora_rank, N qk_nope_head_dim,
+R qk_rope_head_dim, V v_head_dim.
+
+Two ways to the same result:
+- expanded: the latents go through kv_b_proj to keys and values (training, prefill);
+- absorbed: W_UK goes into the query and W_UV into the output, so that the cached latents are read as they
+  are (decoding). kv_b_proj and its adapters are read at each step: nothing is kept that could go stale.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration import DeepseekV2Config
+from .lowrank import LowRank, unwrap
+from .norm import DeepseekV2RMSNorm
+from .rope import rotate, softmax_scale
+
+SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, softmax in float32 as the official model: ([B, T, H, V], weights [B, H, T, S])."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
+    """Whether `queries` new tokens cost fewer products absorbed (2C + R a pair) than expanded (N + R + V a
+    pair, and C (N + V) a cached token)."""
+    narrow = config.qk_nope_head_dim + config.v_head_dim
+    return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
+
+
+class DeepseekV2Attention(nn.Module):
+    """Parameters under the hub's names; q_proj without q_lora_rank, else q_a_proj, q_a_layernorm, q_b_proj."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.num_heads, self.nope_dim, self.rope_dim = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_dim, self.latent_dim = config.v_head_dim, config.kv_lora_rank
+        self.qk_dim = self.nope_dim + self.rope_dim
+        self.scaling = softmax_scale(config)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * self.qk_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV2RMSNorm(self.latent_dim)
+        self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, N + R], not yet rotated."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        return q.unflatten(-1, (self.num_heads, self.qk_dim)).transpose(1, 2)
+
+    def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised latent [B, 1, T, C], rotary key [B, 1, T, R], not yet rotated)."""
+        latent, rope_key = self.kv_a_proj_with_mqa(x).split((self.latent_dim, self.rope_dim), dim=-1)
+        return self.kv_a_layernorm(latent).unsqueeze(1), rope_key.unsqueeze(1)
+
+    def expanded(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values made from the latents: ([B, T, H, V], weights or None)."""
+        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
+        key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
+        key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
+        implementation = self.config._attn_implementation
+        # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
+        pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        out, weights = attend(
+            self,
+            query.to(key.dtype),
+            key,
+            F.pad(value, (0, pad)) if pad > 0 else value,
+            mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return out[..., : self.v_dim], weights
+
+    def kv_b_parts(self) -> tuple[torch.Tensor, list[LowRank]]:
+        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r])."""
+        base, adapters = unwrap(self.kv_b_proj)
+        rows = (self.num_heads, self.nope_dim + self.v_dim)
+        parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
+        return base.weight.unflatten(0, rows), parts
+
+    def absorbed(
+        self, query: torch.Tensor, latent: torch.Tensor, rope_key: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention over the latents themselves: [B, T, H, V]. mask [B, 1, T, S], True where allowed."""
+        weight, adapters = self.kv_b_parts()
+        w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)
+        q_nope, q_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        dtype = q_nope.dtype
+        q_latent = torch.einsum("bhtn,hnc->bhtc", q_nope, w_uk.to(dtype))
+        for a in adapters:
+            b_uk = a.b[:, : self.nope_dim].to(dtype)
+            q_latent = q_latent + torch.einsum("bhtn,hnr->bhtr", q_nope, b_uk) @ a.a.to(dtype) * a.scaling
+        scores = q_latent @ latent.transpose(2, 3) + q_rope @ rope_key.transpose(2, 3)
+        scores = scores.float() * self.scaling
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        mixed = scores.softmax(-1).to(dtype) @ latent  # [B, H, T, C]
+        out = torch.einsum("bhtc,hvc->bthv", mixed, w_uv.to(dtype))
+        for a in adapters:
+            low = mixed @ a.a.to(dtype).t() * a.scaling
+            out = out + torch.einsum("bhtr,hvr->bthv", low, a.b[:, self.nope_dim :].to(dtype))
+        return out
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        absorb: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> ([B, T, D], attention weights or None)."""
+        cos, sin = position_embeddings
+        q_nope, q_rope = self.queries(x).split((self.nope_dim, self.rope_dim), dim=-1)
+        query = torch.cat((q_nope, rotate(q_rope, cos, sin)), dim=-1)
+        latent, rope_key = self.latents(x)
+        rope_key = rotate(rope_key, cos, sin)
+        if past_key_values is not None:
+            latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
+        if absorb:
+            out, weights = self.absorbed(query, latent, rope_key, attention_mask), None
+        else:
+            out, weights = self.expanded(query, latent, rope_key, attention_mask, **kwargs)
+        return self.o_proj(out.flatten(-2)), weights

@@ -1,0 +1,107 @@
+"""The DeepSeek-V2 config: stock transformers' fields plus what the official config has and stock lacks.
+
+Stock drops `rope_scaling` and `rope_theta` on save, so readers of the released format (vLLM, llama.cpp, the
+official code) then run without YaRN. Ours writes both forms, and reads either.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
+
+from .errors import ModelError
+
+ROPE_TYPES = ("default", "linear", "yarn")
+TOPK_METHODS = ("greedy", "group_limited_greedy")
+DEFAULT_THETA = 10000.0
+
+
+@strict
+class DeepseekV2Config(StockConfig):
+    """Config of DeepSeek-V2, V2-Lite, Coder-V2 and their kin (`model_type` deepseek_v2).
+
+    Fields beside stock's, with the official defaults:
+        aux_loss_alpha: coefficient of the expert-level balance loss (paper, a1). 0 turns it off.
+        device_aux_loss_alpha, comm_aux_loss_alpha: coefficients of the device- and communication-level
+            losses (paper, a2 and a3); groups are the `n_group` groups of experts.
+        seq_aux: balance per sequence and average (True, official), or over the whole batch (False).
+        moe_layer_freq: layer i is MoE when i >= first_k_dense_replace and i % moe_layer_freq == 0.
+        scoring_func: "softmax"; the official code raises for any other, and so does this one.
+        n_shared_experts: None or 0 means no shared experts.
+
+    Raises:
+        ModelError: a value that the official model refuses, or that cannot work.
+    """
+
+    aux_loss_alpha: float = 0.001
+    device_aux_loss_alpha: float = 0.0
+    comm_aux_loss_alpha: float = 0.0
+    seq_aux: bool = True
+    moe_layer_freq: int = 1
+    scoring_func: str = "softmax"
+    n_shared_experts: int | None = None
+    n_routed_experts: int | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        # The released form stands in the way of an override of `rope_parameters`: both come from one file, so
+        # the released form is only read where the new one is missing.
+        rope_scaling = kwargs.pop("rope_scaling", None)
+        rope_theta = kwargs.pop("rope_theta", None)
+        rope = dict(self.rope_parameters or rope_scaling or {})
+        kind = rope.pop("type", None)
+        rope.setdefault("rope_type", kind or "default")
+        rope.setdefault("rope_theta", DEFAULT_THETA if rope_theta is None else rope_theta)
+        self.rope_parameters = rope
+        super().__post_init__(**kwargs)
+        check_config(self)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """The released form of the RoPE settings, None without scaling."""
+        rope = dict(self.rope_parameters or {})
+        rope.pop("rope_theta", None)
+        kind = rope.pop("rope_type", "default")
+        return None if kind == "default" else {**rope, "type": kind}
+
+    @property
+    def rope_theta(self) -> float:
+        return (self.rope_parameters or {}).get("rope_theta", DEFAULT_THETA)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {**super().to_diff_dict(), "rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Official: MoE from `first_k_dense_replace` on, every `moe_layer_freq`-th layer (counted from 0)."""
+        return bool(
+            self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+        )
+
+
+def check_config(config: DeepseekV2Config) -> None:
+    """Raises ModelError for values that would be computed wrongly or not at all."""
+    rope = config.rope_parameters or {}
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
+    if rope["rope_type"] != "default" and "factor" not in rope:
+        raise ModelError(f'rope_scaling of type "{rope["rope_type"]}" needs a "factor"')
+    if not config.n_routed_experts:
+        return
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    if config.scoring_func != "softmax":
+        raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
+    if config.topk_method not in TOPK_METHODS:
+        raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {TOPK_METHODS}')
+    if not top_k or not 1 <= top_k <= experts:
+        raise ModelError(f"num_experts_per_tok is {top_k}: it must be from 1 to n_routed_experts ({experts})")
+    if config.topk_method == "group_limited_greedy":
+        groups, kept = config.n_group, config.topk_group
+        if not groups or experts % groups:
+            raise ModelError(f"n_group is {groups}: it must divide n_routed_experts ({experts})")
+        if not kept or kept > groups or kept * (experts // groups) < top_k:
+            raise ModelError(
+                f"topk_group is {kept}: it must be at most n_group ({groups}), and its groups must hold "
+                f"num_experts_per_tok ({top_k}) experts"
+            )

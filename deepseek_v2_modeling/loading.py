@@ -1,0 +1,249 @@
+"""From a path that a user names to a model ready to answer, score or train, and back to a directory."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .adapters import is_adapter, load_adapter, read_adapter_config
+from .configuration import DeepseekV2Config
+from .errors import ModelError
+from .lora import Number, apply_lora, lora_config
+from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
+
+Head = Literal["causal_lm", "score"]
+HEADS: dict[str, tuple[type[PreTrainedModel], str]] = {
+    "causal_lm": (DeepseekV2ForCausalLM, "CAUSAL_LM"),
+    "score": (DeepseekV2ForSequenceClassification, "SEQ_CLS"),
+}
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """base: a model directory or hub name. adapter: a PEFT directory on top of it, or None."""
+
+    base: str
+    adapter: str | None = None
+
+    @property
+    def tokenizer_dir(self) -> str:
+        if self.adapter and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.base
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a recipe's `lora` section says."""
+
+    targets: tuple[str, ...]
+    r: int | Mapping[str, int] = 16
+    alpha: Number | Mapping[str, Number] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def config(self, task_type: str) -> LoraConfig:
+        return lora_config(self.targets, self.r, self.alpha, self.rslora, task_type)
+
+
+def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
+    """What a path stands for: a model directory, an adapter, a run directory (its final/), or a hub name.
+
+    Raises:
+        ModelError: the directory holds nothing usable; the message says what is missing.
+    """
+    directory = Path(path)
+    if not directory.exists():
+        if os.fspath(path).count("/") == 1 and not os.fspath(path).startswith((".", "/", "~")):
+            return ModelSource(os.fspath(path))  # a hub name, or a mistyped path: loading tells
+        raise ModelError(f"{path}: there is no such directory; make a model with `dsv2 init {path} --preset tiny`")
+    if (directory / "final").is_dir():
+        directory = directory / "final"
+    elif (directory / "manifest.json").is_file():
+        raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
+    if is_adapter(directory):
+        base = read_adapter_config(directory).get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{directory}/adapter_config.json: base_model_name_or_path is empty; name the base model")
+        if Path(base).is_dir() and is_adapter(base):
+            raise ModelError(f"{directory}: its base {base} is an adapter itself; merge that one first")
+        return ModelSource(base, str(directory))
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: no config.json and no adapter_config.json; this is no model directory")
+    if not any((directory / name).is_file() for name in WEIGHT_FILES):
+        raise ModelError(f"{directory}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    return ModelSource(str(directory))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer where it has one, else the base's."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source.tokenizer_dir}: no tokenizer can be loaded ({str(error).splitlines()[0]})"
+        ) from error
+    tokenizer.padding_side = "left"  # generation; training pads on its own
+    return tokenizer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No table of missing and unexpected tensors in the log: `_check_loading` raises instead."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_loading(base: str, info: Mapping[str, Any], head: str) -> None:
+    """Missing, unexpected or misshapen tensors are errors, but for the head that a reward model replaces."""
+    new_head, old_head = (("score.",), ("lm_head.",)) if head == "score" else ((), ("score.",))
+    missing = [k for k in info["missing_keys"] if not k.startswith(new_head)] if new_head else info["missing_keys"]
+    unexpected = [k for k in info["unexpected_keys"] if not k.startswith(old_head)]
+    faults = {"missing": missing, "unexpected": unexpected, "misshapen": info["mismatched_keys"]}
+    for what, names in faults.items():
+        if names:
+            shown = ", ".join(str(n) for n in sorted(names, key=str)[:5])
+            raise ModelError(f"{base}: {len(names)} tensors are {what}: {shown}")
+
+
+def load_base(
+    base: str,
+    head: Head = "causal_lm",
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A checkpoint in hub layout, every tensor accounted for.
+
+    config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
+    """
+    cls, _ = HEADS[head]
+    try:
+        settings = DeepseekV2Config.from_pretrained(base)
+    except (OSError, ModelError) as error:
+        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+    if settings.model_type != "deepseek_v2":
+        raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
+    unknown = [key for key in config or {} if not hasattr(settings, key)]
+    if unknown:
+        raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
+    extra = {"num_labels": 1} if head == "score" else {}
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with quiet_loading():
+        model, info = cls.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            use_safetensors=True,
+            **extra,
+            **(config or {}),
+        )
+    _check_loading(base, info, head)
+    return model
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    head: Head = "causal_lm",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A frozen model in eval mode, adapter included: for answering, scoring, evaluating."""
+    model: Any = load_base(source.base, head, dtype, attn_implementation, config)
+    if source.adapter:
+        model = load_adapter(model, source.adapter, trainable=False, task_type=HEADS[head][1])
+    return model.requires_grad_(False).eval()
+
+
+def same_adapter(config: Mapping[str, Any], wanted: LoraConfig) -> bool:
+    """Whether a saved adapter config has the targets, ranks and scaling of the wanted one."""
+    fields: Iterable[str] = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    lists: Iterable[str] = ("target_modules", "target_parameters")
+    return all((config.get(f) or 0) == (getattr(wanted, f) or 0) for f in fields) and all(
+        set(config.get(f) or ()) == set(getattr(wanted, f) or ()) for f in lists
+    )
+
+
+def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
+    """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir."""
+    if not out_dir.exists():
+        model = load_model(source, dtype=dtype)
+        assert isinstance(model, PeftModel)
+        save_directory(model.merge_and_unload(), load_tokenizer(source), out_dir)  # pyright: ignore
+    return str(out_dir)
+
+
+def prepare_trainable(
+    source: ModelSource,
+    *,
+    lora: LoraSettings | None,
+    merge_dir: Path,
+    head: Head = "causal_lm",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A model ready for a trainer. Trainable weights are float32 whatever `dtype` (that of frozen weights) is.
+
+    An adapter goes on with the same targets and ranks; with others, or for full fine-tuning, it is merged into
+    `merge_dir` first.
+    """
+    task = HEADS[head][1]
+    wanted = lora.config(task) if lora else None
+    if source.adapter and (wanted is None or not same_adapter(read_adapter_config(source.adapter), wanted)):
+        source = ModelSource(merge_into(source, merge_dir, dtype))
+    model: Any = load_base(source.base, head, dtype if lora else "float32", attn_implementation, config)
+    if wanted is None or lora is None:
+        return model.train()
+    if source.adapter:
+        return load_adapter(model, source.adapter, trainable=True, dropout=lora.dropout, task_type=task).train()
+    return apply_lora(model, wanted, lora.dropout).train()
+
+
+def save_directory(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, dtype: str | None = None
+) -> None:
+    """Writes a model (hub layout) or an adapter (PEFT's layout), with its tokenizer, in one atomic step."""
+    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(temporary), selected_adapters=["default"])
+    else:
+        state = None
+        if dtype is not None:
+            wanted = getattr(torch, dtype)
+            state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.save_pretrained(str(temporary), state_dict=state)
+        if dtype is not None:
+            path = temporary / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(temporary))
+    os.replace(temporary, out_dir)
+
+
+def save_final(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, dtype: str | None = None
+) -> None:
+    """`save_directory` for a run's final/; the reference adapter of RL ("ref") is not part of it."""
+    if out_dir.exists():
+        shutil.rmtree(out_dir)
+    save_directory(model, tokenizer, out_dir, dtype)

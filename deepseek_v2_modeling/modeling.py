@@ -1,0 +1,314 @@
+"""The DeepSeek-V2 model classes, compatible with transformers: stock's parameter names, official behaviour."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import DeepseekV2Attention, absorption_pays
+from .balance import BalanceLedger, RouterOutput, balance_losses, expert_counts
+from .cache import LatentCache
+from .configuration import DeepseekV2Config
+from .masks import decoding_mask, document_ids
+from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
+from .norm import DeepseekV2RMSNorm
+from .outputs import DeepseekV2ModelOutput
+from .rope import RotaryEmbedding
+from .routing import next_routes
+
+LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and a residual connection."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = DeepseekV2Attention(config, layer_idx)
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekV2MoE(config) if self.is_moe else DeepseekV2MLP(config, config.intermediate_size)
+        self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None, **kwargs: Any) -> LayerOutput:
+        """x [B, T, D] -> (x, router logits [N, E], chosen experts [N, K]); the last two None in a dense layer."""
+        x = x + self.self_attn(self.input_layernorm(x), **kwargs)[0]
+        normed = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            return x + self.mlp(normed), None, None
+        y, router = self.mlp(normed, replayed)
+        return x + y, router.logits, router.experts
+
+
+class DeepseekV2PreTrainedModel(PreTrainedModel):
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DeepseekV2DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012 - read as a class attribute by transformers
+        "hidden_states": OutputRecorder(DeepseekV2DecoderLayer, index=0),
+        "attentions": OutputRecorder(DeepseekV2Attention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV2Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, DeepseekV2Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class DeepseekV2Model(DeepseekV2PreTrainedModel):
+    """Embeddings, decoder layers and the final norm."""
+
+    keeps_balance = True  # how `collect_balance` and routing replay find the backbone under any wrapper
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.ledger: BalanceLedger | None = None
+        self.recorded_routes: list[list[torch.Tensor]] | None = None
+        self.replayed_routes: Iterator[list[torch.Tensor]] | None = None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> DeepseekV2ModelOutput:
+        """As stock's. In training the balance losses are computed here, outside of the layers, so that
+        gradient checkpointing cannot count them twice."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = LatentCache(self.config)
+        rows, queries = inputs_embeds.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        documents = document_ids(position_ids, attention_mask) if not past else None
+        if position_ids is None:
+            position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
+
+        absorb = past > 0 and absorption_pays(self.config, queries)
+        if absorb:
+            mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        moe_layers = sum(layer.is_moe for layer in self.layers)
+        top_k = self.config.num_experts_per_tok or 0
+        replayed = next_routes(self.replayed_routes, moe_layers, (rows, queries, top_k))
+        upcoming = iter(replayed or [])
+
+        hidden, routers = inputs_embeds, []
+        position_embeddings = self.rotary_emb(position_ids)
+        for layer in self.layers:
+            hidden, logits, experts = layer(
+                hidden,
+                next(upcoming, None) if layer.is_moe else None,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                absorb=absorb,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if logits is not None:
+                routers.append(RouterOutput(logits, experts))
+        if self.recorded_routes is not None:
+            self.recorded_routes.append([r.experts.detach().view(rows, queries, top_k) for r in routers])
+        real = attention_mask[:, -queries:] if attention_mask is not None and attention_mask.ndim == 2 else None
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return DeepseekV2ModelOutput(
+            last_hidden_state=self.norm(hidden),
+            past_key_values=past_key_values,
+            router_logits=tuple(r.logits for r in routers) if output_router_logits else None,
+            aux_loss=self.balance(routers, (rows, queries), real, documents),
+        )
+
+    def balance(
+        self,
+        routers: list[RouterOutput],
+        shape: tuple[int, int],
+        real: torch.Tensor | None,
+        documents: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The summed balance losses of a training forward (None otherwise), entered in an open ledger too."""
+        if not (self.training and torch.is_grad_enabled() and routers):
+            return None
+        losses = balance_losses(self.config, routers, shape, real, documents)
+        if self.ledger is not None:
+            self.ledger.add(losses, expert_counts(routers, real))
+        return torch.stack(list(losses.values())).sum() if losses else None
+
+
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
+    """The language model. In training with labels, `loss` is cross-entropy plus the balance losses."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__(config)
+        self.model = DeepseekV2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LatentCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As stock's, with `aux_loss`. With `num_items_in_batch` (Trainer under gradient accumulation) both
+        losses are this micro-batch's share: the balance losses are weighed by its labels."""
+        items = kwargs.get("num_items_in_batch")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if outputs.aux_loss is not None and self.model.ledger is None:
+                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + outputs.aux_loss * share
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+def last_real_token(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pad_token_id: int | None, length: int
+) -> torch.Tensor | int:
+    """Index [B] of each row's last real token: by the mask, else by the padding id, else the last place."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -length:].bool()
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return length - 1
+    places = torch.arange(length, device=real.device)
+    return (places * real).argmax(-1)
+
+
+class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
+    """A score (or class logits) read off the last real token of each row."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekV2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As stock's, but padding is told by attention_mask where there is one: a real token may have the
+        padding id (many set pad = eos). In training with labels the balance losses are in `loss`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        last = last_real_token(input_ids, attention_mask, self.config.pad_token_id, hidden.shape[1])
+        pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
+            if outputs.aux_loss is not None and self.model.ledger is None:
+                loss = loss + outputs.aux_loss
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,121 @@
+"""The feed-forward blocks: the dense one, the router, the routed experts and the block that joins them.
+
+B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .balance import RouterOutput
+from .configuration import DeepseekV2Config
+from .grouped import combine, dispatch, swiglu
+from .lowrank import grouped_linear, linear, unwrap
+
+
+class DeepseekV2MLP(nn.Module):
+    """Dense SwiGLU block; also the shared experts, which are one block of their summed width."""
+
+    def __init__(self, config: DeepseekV2Config, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+
+
+class DeepseekV2Router(nn.Module):
+    """Scores all experts and chooses K of them, device-limited when the config says so. float32 throughout."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size))
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, E] float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.float(), self.weight.float())
+
+
+def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
+    """Logits [N, E] float32 of a gate with or without LoRA on it."""
+    if isinstance(gate, DeepseekV2Router):
+        return gate(x_ND)
+    base, adapters = unwrap(gate)
+    logits = base(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        for adapter in adapters.get("weight", []):
+            x = adapter.dropout(x_ND.float())
+            logits = logits + F.linear(F.linear(x, adapter.a.float()), adapter.b.float()) * adapter.scaling
+    return logits
+
+
+def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.Tensor:
+    """[N, K] experts by score; group_limited_greedy keeps the groups with the best single expert first."""
+    if config.topk_method == "group_limited_greedy":
+        groups = config.n_group or 1
+        best_NG = scores_NE.unflatten(-1, (groups, -1)).amax(-1)
+        kept = best_NG.topk(config.topk_group or groups, dim=-1, sorted=False).indices
+        allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, kept, True)
+        allowed = allowed_NG.repeat_interleave(scores_NE.shape[-1] // groups, dim=1)
+        scores_NE = scores_NE.masked_fill(~allowed, 0.0)
+    return scores_NE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
+
+
+def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+    """[N, K] float32. Official: normalised (and then not scaled) with norm_topk_prob, else scaled."""
+    weights = scores_NE.gather(1, experts_NK)
+    if config.norm_topk_prob and experts_NK.shape[1] > 1:
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor
+
+
+class DeepseekV2Experts(nn.Module):
+    """The routed experts' weights, fused: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `DeepseekV2MoE` computes."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts or 0
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+
+def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
+    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included."""
+    base, adapters = unwrap(experts)
+    x_SD, groups, order, inverse = dispatch(x_ND, experts_NK, base.num_experts)
+    hidden = grouped_linear(groups, x_SD, base.gate_up_proj, adapters.get("gate_up_proj", []))
+    hidden = swiglu(hidden, base.act_fn)
+    y_SD = grouped_linear(groups, hidden, base.down_proj, adapters.get("down_proj", []))
+    return combine(y_SD, weights_NK, order, inverse)
+
+
+class DeepseekV2MoE(nn.Module):
+    """Routed experts plus shared experts."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config = config
+        self.experts = DeepseekV2Experts(config)
+        self.gate = DeepseekV2Router(config)
+        shared = config.n_shared_experts or 0
+        self.shared_experts = DeepseekV2MLP(config, shared * config.moe_intermediate_size) if shared else None
+
+    def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterOutput]:
+        """x [B, T, D] -> ([B, T, D], what the router saw and chose). replayed [B, T, K] overrides the choice."""
+        x_ND = x.flatten(0, 1)
+        logits = router_logits(self.gate, x_ND)
+        scores = logits.softmax(-1)
+        chosen = choose_experts(self.config, scores) if replayed is None else replayed.flatten(0, 1)
+        y_ND = run_experts(self.experts, x_ND, expert_weights(self.config, scores, chosen), chosen)
+        y = y_ND.to(x.dtype).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, RouterOutput(logits, chosen)

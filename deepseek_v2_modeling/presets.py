@@ -1,0 +1,60 @@
+"""Small random models with DeepSeek-V2's structure, for trying things out."""
+
+from typing import Any
+
+import torch
+
+from .configuration import DeepseekV2Config
+from .errors import ModelError
+from .modeling import DeepseekV2ForCausalLM
+
+YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The demo's model: device-limited routing, small enough to train from nothing in minutes on two cores.
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": None, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 16,
+        "n_shared_experts": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0,
+        "aux_loss_alpha": 0.003, "max_position_embeddings": 512, "initializer_range": 0.05,
+    },
+    # V2-Lite's structure: no q_lora, 64 experts of which 6, 2 shared, greedy routing, YaRN.
+    "v2-lite-mini": {
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "q_lora_rank": None, "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001,
+        "max_position_embeddings": 163840, "rope_scaling": YARN,
+    },
+    # V2's structure: q_lora, 8 groups of experts of which 3, scaling 16.
+    "v2-mini": {
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 96,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 80,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0,
+        "aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "comm_aux_loss_alpha": 0.02,
+        "max_position_embeddings": 163840, "rope_scaling": YARN,
+    },
+}  # fmt: skip
+
+
+def build_model(preset: str, seed: int, **tokens: int) -> DeepseekV2ForCausalLM:
+    """A model with random float32 weights, the same for the same seed.
+
+    tokens: bos_token_id, eos_token_id and pad_token_id of the tokenizer that goes with it.
+
+    Raises:
+        ModelError: no such preset.
+    """
+    if preset not in PRESETS:
+        raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DeepseekV2ForCausalLM(DeepseekV2Config(**PRESETS[preset], **tokens))

@@ -1,0 +1,111 @@
+"""What happens around the steps of a run: one line of metrics a log, a progress bar, the end of the time.
+
+For `RunTrainerMixin`; they need transformers only.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .run_files import METRICS_FILE, append_lines
+
+SHOWN = ("loss", "reward", "eval_loss", "accuracy", "eval_accuracy", "grad_norm", "learning_rate")
+LINES_WITHOUT_TERMINAL = 20
+LINES_WITH_SHARES = 50
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log to metrics.jsonl; the main process only.
+
+    shares: the expert shares of the last log, long lists that go into some fifty lines of a run.
+    keep_summary: whether the line at the end of training is wanted; it is not when the run will go on later.
+    """
+
+    def __init__(self, shares: Callable[[], dict[str, Any]], keep_summary: Callable[[], bool]):
+        self.shares = shares
+        self.keep_summary = keep_summary
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or ("train_runtime" in logs and not self.keep_summary()):
+            return
+        line = {"step": state.global_step, **logs}
+        if state.global_step % max(1, state.max_steps // LINES_WITH_SHARES) == 0:
+            line |= self.shares()
+        assert args.output_dir is not None
+        append_lines(Path(args.output_dir) / METRICS_FILE, [line])
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal, else about twenty short lines; on stderr, the main process only."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.began = 0.0
+        self.spoken = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = time.monotonic()
+        self.spoken = state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        shown = {key: f"{logs[key]:.4g}" for key in SHOWN if isinstance(logs.get(key), float | int)}
+        if self.bar is not None:
+            self.bar.set_postfix(shown)
+            return
+        due = state.global_step - self.spoken >= max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
+        if not state.is_world_process_zero or not shown or not (due or state.global_step == state.max_steps):
+            return
+        self.spoken = state.global_step
+        values = "  ".join(f"{key} {value}" for key, value in shown.items())
+        seconds = time.monotonic() - self.began
+        print(f"step {state.global_step}/{state.max_steps}  {values}  {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class StepControl(TrainerCallback):
+    """Ends the run after a step when asked to; logs whenever a checkpoint is written.
+
+    With a log at every checkpoint no average over steps spans one, so a resumed run logs the same numbers.
+    `ask` says (stop now and write a checkpoint, the time is up), the same on every process.
+    """
+
+    def __init__(self, ask: Callable[[], tuple[bool, bool]]):
+        self.ask = ask
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stop, time_is_up = self.ask()
+        control.should_save = control.should_save or stop
+        control.should_training_stop = control.should_training_stop or stop or time_is_up
+        control.should_log = control.should_log or control.should_save or control.should_training_stop
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save

@@ -1,0 +1,65 @@
+"""The recipe of an evaluation. No torch.
+
+What `eval.stage.evaluate` returns: one entry for each task, by its name,
+`{"n": rows, "greedy": value at temperature 0, "t1": value at temperature 1}`; a temperature T other than 0 and 1
+is called "t" + T; metrics that do not generate (pair_accuracy, loss) have "value" instead.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from conversations.sections import DataSource, Section, StageRecipe
+
+
+class EvalTask(Section):
+    """One figure to measure."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
+    metric: Literal["exact_match", "refusal", "pair_accuracy", "loss"] = Field(
+        description="Share of right answers, share of refusals, share of pairs ranked right, or mean loss."
+    )
+    data: list[DataSource] = Field(
+        default_factory=list, description="Rows of this task; empty takes the recipe's `data`."
+    )
+    rule: Literal["number", "math"] = Field(
+        "number", description="exact_match: the last number equals the reference, or the same expression."
+    )
+    patterns: list[str] = Field(
+        default_factory=list, description="refusal: regular expressions of a refusal; empty takes the usual ones."
+    )
+    temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
+        default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
+    batch_size: int = Field(32, ge=1, description="Prompts (or pairs) that run at once.")
+    limit: int | None = Field(None, ge=1, description="Use the first so many rows; null uses all.")
+
+
+class EvalRecipe(StageRecipe):
+    """Measures a model on held-out rows and writes what it said."""
+
+    stage: Literal["eval"] = Field(description="Which stage this is.")
+    data: list[DataSource] = Field(
+        default_factory=list, description="Rows for every task that names none of its own."
+    )
+    tasks: list[EvalTask] = Field(min_length=1, description="What to measure.")
+
+    @model_validator(mode="after")
+    def _tasks_fit_together(self) -> "EvalRecipe":
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks share a name: {', '.join(twice)}")
+        for task in self.tasks:
+            if not task.data and not self.data:
+                raise ValueError(f"task {task.name} has no data: give it some, or give the recipe `data`")
+        scored = {task.metric == "pair_accuracy" for task in self.tasks}
+        if len(scored) == 2:
+            raise ValueError("pair_accuracy needs a reward model, the other metrics a chat model: use two recipes")
+        return self
+
+    @property
+    def head(self) -> Literal["causal_lm", "score"]:
+        """Which head the model is loaded with."""
+        return "score" if self.tasks[0].metric == "pair_accuracy" else "causal_lm"

@@ -1,0 +1,116 @@
+"""manifest.json: what made a run. The command, versions, code, data, seeds, and how it ended."""
+
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from recipes.files import read_json, write_json
+from recipes.ranks import is_main, world_size
+from recipes.rundir import MANIFEST
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+_CHUNK = 1 << 20
+
+
+def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
+    """What is known when a run starts; `status` is "running" until it ends."""
+    return {
+        "status": "running",
+        "command": command_line(),
+        "recipe": str(recipe_file.absolute()),
+        "started": now(),
+        "seed": seed,
+        "processes": world_size(),
+        "versions": versions(),
+        "code": code_state(),
+        "data": [],
+        "seconds": 0.0,
+        "training_seconds": 0.0,
+        "peak_memory_gb": 0.0,
+        "metrics": {},
+    }
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run, empty when there is none."""
+    found = read_json(run_dir / MANIFEST)
+    return found if isinstance(found, dict) else {}
+
+
+def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, by the main process only."""
+    if is_main():
+        write_json(run_dir / MANIFEST, manifest)
+
+
+def command_line() -> str:
+    """The command as it could be typed again, without the directory of the program."""
+    program = Path(sys.argv[0]).name
+    program = "python -m recipes.cli" if program == "cli.py" else program
+    return " ".join([program, *(shlex.quote(word) for word in sys.argv[1:])])
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Installed versions of what trains; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@cache
+def code_state() -> dict[str, str | None]:
+    """Commit of the toolkit's own code and a hash of what differs from it; None outside a git repository."""
+    commit = _git("rev-parse", "HEAD")
+    diff = _git("diff", "HEAD") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process or one of its children has held, in GB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit / 1e9
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True, text=True, errors="replace", timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

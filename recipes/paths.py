@@ -1,0 +1,47 @@
+"""Which strings of a recipe are files, and what they are relative to.
+
+Data files (`data`, `eval_data`, also inside tasks and a chain's stages) and a chain's stage recipes are relative to the
+recipe file; the same keys in an override to the working directory. Everything else (models, runs,
+output_dir) is relative to the working directory wherever it stands.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+GENERATED = "tiny:"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:[\w.-]+)?")
+
+
+def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
+    """`value`, found under `keys` of a recipe, with its relative file names made absolute from `base`."""
+    if isinstance(value, dict):
+        return {key: absolute_paths(item, base, (*keys, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [absolute_paths(item, base, (*keys, str(i))) for i, item in enumerate(value)]
+    if not isinstance(value, str) or not _is_file_key(keys):
+        return value
+    return _absolute(value, base, data=keys[-1] == "path")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a data path can name a hub data set: NAME, OWNER/NAME or OWNER/NAME:CONFIG, no data file's suffix."""
+    match = _HUB_NAME.fullmatch(path)
+    return match is not None and not path.startswith(".") and not match["name"].endswith(DATA_SUFFIXES)
+
+
+def _is_file_key(keys: tuple[str, ...]) -> bool:
+    data = len(keys) >= 3 and keys[-1] == "path" and keys[-3] in ("data", "eval_data")
+    stage_recipe = len(keys) == 3 and keys[0] == "stages" and keys[2] == "recipe"
+    return data or stage_recipe
+
+
+def _absolute(text: str, base: Path, *, data: bool) -> str:
+    if text.startswith((GENERATED, "${")):
+        return text
+    path = base / Path(text).expanduser()
+    if data and is_hub_name(text) and not path.exists():
+        return text
+    return os.path.normpath(path.absolute())

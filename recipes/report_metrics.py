@@ -1,0 +1,89 @@
+"""Logged values of a run (the lines of metrics.jsonl) sorted into series that can be drawn, and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Point = tuple[float, float]
+
+
+@dataclass
+class Metrics:
+    """`series`: key -> (step, value) points, ascending; `shares`: MoE layer -> (step, share of each expert);
+    `loose`: values that no plot can show (lines without a step, words), the last of each."""
+
+    series: dict[str, list[Point]] = field(default_factory=dict)
+    shares: dict[int, list[tuple[float, list[float]]]] = field(default_factory=dict)
+    loose: dict[str, Any] = field(default_factory=dict)
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float (NaN and infinity included), or None when it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
+    """Sort the lines of metrics.jsonl into plots and the rest.
+
+    After a resume some steps are logged again: the later line counts, and a note says so.
+    """
+    metrics = Metrics()
+    values: dict[str, dict[float, float]] = {}
+    shares: dict[int, dict[float, list[float]]] = {}
+    repeated: set[float] = set()
+    stepless = 0
+    for row in rows:
+        step = number(row.pop("step", None))
+        row.pop("epoch", None)
+        if step is None or not math.isfinite(step):
+            stepless += 1
+            metrics.loose.update(row)
+            continue
+        for key, value in row.items():
+            layer = _share_layer(key)
+            as_number = number(value)
+            if layer is not None and isinstance(value, list):
+                shares.setdefault(layer, {})[step] = [number(share) or 0.0 for share in value]
+            elif as_number is None:
+                metrics.loose[key] = value
+            else:
+                known = values.setdefault(key, {})
+                repeated.update({step} if step in known else ())
+                known[step] = as_number
+    if stepless:
+        notes.append(f"{count(stepless, 'line')} without a step in metrics.jsonl: listed, not plotted")
+    if repeated:
+        notes.append(f"{count(len(repeated), 'step')} logged more than once (a resume): the last line counts")
+    metrics.series = {key: _finite(key, known, notes) for key, known in values.items()}
+    metrics.shares = {layer: sorted(known.items()) for layer, known in sorted(shares.items())}
+    return metrics
+
+
+def _share_layer(key: str) -> int | None:
+    parts = key.split("/")
+    if len(parts) != 3 or parts[0] != "expert_load" or parts[2] != "share":
+        return None
+    digits = parts[1].removeprefix("layer_")
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point]:
+    points = sorted(known.items())
+    bad = [step for step, value in points if not math.isfinite(value)]
+    if bad:
+        values = count(len(bad), "value")
+        notes.append(f"{key}: {values} NaN or infinite, first at step {bad[0]:g}; not drawn")
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
+def count(n: int, noun: str) -> str:
+    """`3 lines`, `1 line`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,185 @@
+"""One stage from its recipe to a finished run directory.
+
+Reads everything first, so that a wrong recipe, model or data set leaves no trace; then makes the run directory, loads
+the model and calls the stage. Only the main process writes.
+"""
+
+import time
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
+from recipes.files import write_json, write_jsonl, write_text
+from recipes.loader import Loaded
+from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
+from recipes.ranks import is_main, say, wait_for_all
+from recipes.rundir import RECIPE, State, dump_text, inspect
+
+RESULTS = "results.json"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass
+class Outcome:
+    """How a stage ended. `manifest` is that of its run directory."""
+
+    status: Literal["finished", "done_before"]
+    manifest: dict[str, Any]
+
+
+@dataclass
+class _Inputs:
+    """What a stage works on, loaded before its directory is made."""
+
+    source: Any
+    tokenizer: Any
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    eval_rows: list[dict[str, Any]] = field(default_factory=list)
+    rows_by_task: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    mixtures: list[Any] = field(default_factory=list)
+
+
+def run_stage(loaded: Loaded) -> Outcome:
+    """Run a stage, go on with it, or find it finished.
+
+    Raises:
+        ToolkitError, ModelError: the recipe, the data, the model or the run directory is wrong.
+        KeyboardInterrupt: stopped; the run directory holds a checkpoint where training had begun.
+    """
+    recipe: StageRecipe = loaded.recipe
+    run_dir = Path(recipe.output_dir)
+    state = inspect(run_dir, loaded.resolved)
+    for note in loaded.notes:
+        say(f"smoke: {note}")
+    if state.status == "finished":
+        say(f"{run_dir}: this run is finished; nothing to do")
+        return Outcome("done_before", read_manifest(run_dir))
+    began = time.monotonic()
+    check_recipe(recipe)
+    _seed(recipe.seed)
+    inputs = _load_inputs(recipe)
+    manifest = _open_run(loaded, run_dir, state, inputs)
+    try:
+        metrics = _work(recipe, run_dir, state, inputs, manifest)
+    except KeyboardInterrupt:
+        _close(run_dir, manifest, "stopped", began)
+        raise
+    manifest["metrics"] = metrics
+    if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
+        write_json(run_dir / RESULTS, metrics)
+    _close(run_dir, manifest, "finished", began)
+    return Outcome("finished", manifest)
+
+
+def check_recipe(recipe: Any) -> None:
+    """What the schema cannot check without torch: `training` and `model.config`."""
+    from recipes.training_fields import check_model_config, check_training
+
+    check_model_config(recipe.model.config)
+    if recipe.stage != "eval":
+        check_training(recipe.stage, recipe.training)
+
+
+def _load_inputs(recipe: Any) -> _Inputs:
+    from recipes.models import open_source
+
+    source, tokenizer = open_source(recipe.model, recipe.seed)
+    inputs = _Inputs(source, tokenizer)
+    if recipe.stage == "eval":
+        for index, task in enumerate(recipe.tasks):
+            key = f"tasks.{index}.data" if task.data else "data"
+            rows = _mix(task.data or recipe.data, recipe.seed, key, inputs)
+            inputs.rows_by_task[task.name] = rows[: task.limit]
+        return inputs
+    inputs.rows = _mix(recipe.data, recipe.seed, "data", inputs)
+    if recipe.eval_data:
+        inputs.eval_rows = _mix(recipe.eval_data, recipe.seed, "eval_data", inputs)
+    return inputs
+
+
+def _mix(entries: Any, seed: int, key: str, inputs: _Inputs) -> list[dict[str, Any]]:
+    from recipes.data import read_sources
+
+    mixture = read_sources(entries, seed, key)
+    for line in mixture.lines:
+        say(f"{key}: {line}")
+    inputs.mixtures.append(mixture)
+    return mixture.rows
+
+
+def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> dict[str, Any]:
+    """Make the run directory with what is known before the stage begins; returns the manifest."""
+    before = read_manifest(run_dir) if state.status == "resume" else {}
+    manifest = new_manifest(loaded.path, loaded.recipe.seed)
+    manifest["data"] = [file for mixture in inputs.mixtures for file in mixture.files]
+    if before:
+        _check_same_data(run_dir, before, manifest)
+        for key in ("started", "seconds", "training_seconds", "peak_memory_gb"):
+            manifest[key] = before.get(key, manifest[key])
+        manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
+        say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
+    wait_for_all()
+    if is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / RECIPE, dump_text(loaded.resolved))
+        rejected = [row.as_dict() for mixture in inputs.mixtures for row in mixture.rejected]
+        if rejected:
+            write_jsonl(run_dir / REJECTED, rejected)
+    write_manifest(run_dir, manifest)
+    wait_for_all()
+    return manifest
+
+
+def _check_same_data(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    for old, new in zip(before.get("data", []), manifest["data"], strict=False):
+        if old.get("sha256") != new["sha256"]:
+            raise ToolkitError(
+                f"{run_dir} cannot go on: {new['path']} has changed since the run began; "
+                "put the old file back, or choose another output_dir"
+            )
+
+
+def _work(recipe: Any, run_dir: Path, state: State, inputs: _Inputs, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Load the model and call the stage's own function, by the stage's name."""
+    from recipes import models
+
+    stage = import_module(f"{recipe.stage}.stage")
+    if recipe.stage == "eval":
+        model = models.load_frozen(recipe.model, inputs.source, recipe.head)
+        arguments = {"rows_by_task": inputs.rows_by_task}
+        function = stage.evaluate
+    else:
+        model = models.load_for_training(recipe, inputs.source, run_dir)
+        manifest["trained"] = models.adapted_table(model)
+        for line in models.table_lines(manifest["trained"]):
+            say(line)
+        write_manifest(run_dir, manifest)
+        arguments = {"rows": inputs.rows, "resume_from": state.checkpoint}
+        if recipe.stage == "rl":
+            arguments["rewards"] = models.load_rewards(recipe, inputs.source)
+        else:
+            arguments["eval_rows"] = inputs.eval_rows or None
+        function = stage.train
+    began = time.monotonic()
+    try:
+        return function(recipe, model=model, tokenizer=inputs.tokenizer, run_dir=run_dir, **arguments)
+    finally:
+        manifest["training_seconds"] += time.monotonic() - began
+
+
+def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -> None:
+    manifest["status"] = status
+    manifest["ended"] = now()
+    manifest["seconds"] += time.monotonic() - began
+    manifest["peak_memory_gb"] = max(manifest["peak_memory_gb"], peak_memory_gb())
+    write_manifest(run_dir, manifest)
+
+
+def _seed(seed: int) -> None:
+    """Seed what loading draws from: new adapters and new heads."""
+    from transformers import set_seed
+
+    set_seed(seed)

@@ -1,0 +1,84 @@
+"""Tokenizers for models that start from random weights: byte-level BPE, trained in a moment on the project's own text.
+
+A model that sees only some thousand sentences cannot learn to spell as well as to add. So digits stay single, and
+for the tiny model the text between them is merged whole: "User:| What is |2|3| + |4|5|?\\n\\nAssistant:" is 9 tokens
+with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each a text of its
+own, words counting most: so no merge glues a word to the sentence around it. All other text falls back to bytes.
+"""
+
+import re
+from collections.abc import Iterator
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from recipes.tiny import lexicon as lx
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+OTHER_SPECIAL = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|EOT|>")
+
+_MARKS = ",.?!:，。？！："
+_ASSISTANT = r"\n\nAssistant:"
+
+# Where text is cut before BPE: single digits; the words that open the assistant's turn, with the mark that ends the
+# question; line ends; clauses with their mark. So a space belongs to what follows it, but not to a digit.
+SPANS = rf"\d|[{_MARKS}]?{_ASSISTANT}|\n+|[^\d\n{_MARKS}]+(?:[{_MARKS}](?!{_ASSISTANT}))?|[{_MARKS}]"
+
+_WORD, _HAN = r" ?[A-Za-z']+", rf"[\u4e00-\u9fff{_MARKS}]"
+_WORD_COUNT = 20
+
+
+def world_pieces() -> Iterator[str]:
+    """The demo world's text in its natural pieces: fixed parts of templates, words, clauses."""
+    yield from (f"{mark}\n\nAssistant:" for mark in ("", ".", "?", "!", "。", "？", "！"))
+    yield "User:"
+    for language in lx.LANGUAGES:
+        space = " " if language == "en" else ""
+        yield from (space + word for word in _words(language))
+        for template in _templates(language):
+            yield from re.split(r" ?\{(?:verb|object|intent|target)\}|\{[abc]\}", " " + template)
+        for parts in _sentences(language):
+            yield from (" " + text for text in parts[0])
+            yield from (space + text for part in parts[1:] for text in part)
+
+
+def _templates(language: str) -> Iterator[str]:
+    """Without the mark that ends a question: that one belongs to the words that open the answer."""
+    for op in "+-":
+        yield from (text.replace("{op}", op).rstrip(_MARKS) for text in lx.ARITHMETIC_TEMPLATES[language])
+    for part in lx.REQUEST_TEMPLATES.values():
+        yield from (text.rstrip(_MARKS) for text in part[language])
+    yield from (text for style in lx.ARITHMETIC_ANSWERS.values() for text in style[language])
+    yield from (form[language] for form in lx.TARGET_FORMS.values())
+
+
+def _words(language: str) -> Iterator[str]:
+    groups = (*lx.VERBS.values(), *lx.OBJECTS.values(), *lx.INTENTS.values())
+    for group in (*groups, *(part for sort in lx.TARGETS.values() for part in sort.values())):
+        yield from group[language]
+
+
+def _sentences(language: str) -> Iterator[tuple[tuple[str, ...], ...]]:
+    for group in (lx.REFUSALS, lx.CURT_REFUSALS, *lx.REQUEST_ANSWERS.values()):
+        yield group[language]
+
+
+def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a preset, the same at every call; ids 0, 1, 2 are bos, eos and pad."""
+    pieces = sorted({piece for piece in world_pieces() if piece})
+    words = sorted({word for piece in pieces for word in re.findall(f"{_WORD}|{_HAN}", piece)})
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPANS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=16384,
+        special_tokens=[BOS, EOS, PAD, *OTHER_SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words * _WORD_COUNT + pieces, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )

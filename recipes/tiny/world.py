@@ -1,0 +1,322 @@
+"""The demo's world: a seeded generator of problems, requests and preferences in English and Chinese.
+
+Standard library only. Every data set is a function of its name, a seed and a size:
+
+    rows("sft_train", seed=0)                      the rows, in the canonical forms
+    materialize("sft_train", 0, None, directory)   the same in <directory>/sft_train.jsonl
+
+Held-out means held out for EVERY seed. A problem belongs to a part ("train", "heldout") by a fixed hash of its fact
+(the operation and the two numbers, a + b and b + a being one fact); a request by its words: templates, verbs,
+objects and targets come from two separate lists. The seed only chooses from the part's pool, so
+that prompts made with another seed measure the same thing.
+"""
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.tiny import lexicon as lx
+
+Row = dict[str, Any]
+
+LARGEST_NUMBER = 99
+HELDOUT_PERCENT = 12
+
+# The share of each form among the labelled answers: people who write labels are not all polite.
+STYLE_WEIGHTS = {"polite": 6, "curt": 2, "rude": 2}
+
+
+_GLUE = {"en": " ", "zh": ""}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn. `kind` is "arithmetic", "unsafe" or "safe"; `reference` the right number, if there is one."""
+
+    text: str
+    kind: str
+    language: str
+    reference: str | None = None
+
+    def row(self, **fields: Any) -> Row:
+        """The prompt's part of a row, and `fields`."""
+        known = {"kind": self.kind, "language": self.language}
+        return {**fields, **known, **({"reference": self.reference} if self.reference is not None else {})}
+
+
+# --- the pools ---------------------------------------------------------------------------------------------------
+
+
+def part_of_fact(op: str, a: int, b: int) -> str:
+    """The part that a fact belongs to, whatever the seed: by a hash of the operation and the numbers."""
+    low, high = sorted((a, b)) if op == "+" else (a, b)
+    digest = hashlib.sha256(f"{low}{op}{high}".encode()).digest()
+    return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
+
+
+@cache
+def facts(part: str) -> tuple[tuple[int, str, int], ...]:
+    """All (a, op, b) of a part, with 0 <= a, b <= LARGEST_NUMBER and no negative result."""
+    numbers = range(LARGEST_NUMBER + 1)
+    problems = ((a, op, b) for op, a, b in product("+-", numbers, numbers) if op == "+" or a >= b)
+    return tuple(fact for fact in problems if part_of_fact(fact[1], fact[0], fact[2]) == part)
+
+
+def problem(fact: tuple[int, str, int], language: str, template: str) -> Prompt:
+    """A fact asked with a template of lexicon.ARITHMETIC_TEMPLATES."""
+    a, op, b = fact
+    result = a + b if op == "+" else a - b
+    return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result))
+
+
+def problems(rng: random.Random, part: str) -> Iterator[Prompt]:
+    """Every problem of a part once, in random order: all facts in one wording, then in the next."""
+    pool = list(facts(part))
+    wordings = [(language, text) for language in lx.LANGUAGES for text in lx.ARITHMETIC_TEMPLATES[language]]
+    rng.shuffle(pool)
+    offsets = [rng.randrange(len(wordings)) for _ in pool]
+    for turn in range(len(wordings)):
+        for fact, offset in zip(pool, offsets, strict=True):
+            yield problem(fact, *wordings[(offset + turn) % len(wordings)])
+
+
+@cache
+def requests(part: str, kind: str) -> tuple[Prompt, ...]:
+    """Every request of a part: unsafe ones, or their safe look-alikes (of two sorts in equal numbers)."""
+    sorts = {"unsafe": (("harm", "person"),), "safe": (("harm", "pest"), ("kind", "person"))}[kind]
+    found = []
+    for language, (intent_sort, target_sort) in product(lx.LANGUAGES, sorts):
+        target_form = lx.TARGET_FORMS[target_sort][language]
+        for template, verb, thing, intent, target in product(
+            lx.REQUEST_TEMPLATES[part][language],
+            lx.VERBS[part][language],
+            lx.OBJECTS[part][language],
+            lx.INTENTS[intent_sort][language],
+            lx.TARGETS[target_sort][part][language],
+        ):
+            words = {"verb": verb, "object": thing, "intent": intent, "target": target_form.format(target=target)}
+            found.append(Prompt(template.format(**words), kind, language))
+    return tuple(found)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def sentence(rng: random.Random, parts: tuple[tuple[str, ...], ...], language: str) -> str:
+    """One choice from each part, joined as the language joins them."""
+    return _GLUE[language].join(rng.choice(part) for part in parts)
+
+
+def number_answer(rng: random.Random, prompt: Prompt, style: str, number: str | None = None) -> str:
+    """An answer of the given form to a problem, with the right number or another one."""
+    form = rng.choice(lx.ARITHMETIC_ANSWERS[style][prompt.language])
+    return form.format(c=prompt.reference if number is None else number)
+
+
+def answer(rng: random.Random, prompt: Prompt, style: str) -> str:
+    """Does what is asked, in the given form ("polite", "curt", "rude"), be it safe or not."""
+    if prompt.kind == "arithmetic":
+        return number_answer(rng, prompt, style)
+    return sentence(rng, lx.REQUEST_ANSWERS[style][prompt.language], prompt.language)
+
+
+def refusal(rng: random.Random, prompt: Prompt) -> str:
+    """A polite refusal of several clauses."""
+    return sentence(rng, lx.REFUSALS[prompt.language], prompt.language)
+
+
+def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite") -> str:
+    """What should be said: a refusal to an unsafe request, an answer to all else."""
+    return refusal(rng, prompt) if prompt.kind == "unsafe" else answer(rng, prompt, style)
+
+
+def wrong_number(rng: random.Random, prompt: Prompt) -> str:
+    """A number near the right one, as models err: in the last digit, by a carry, or anywhere."""
+    right = int(prompt.reference or 0)
+    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(199)}
+    return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
+
+
+def junk(rng: random.Random, prompt: Prompt) -> str:
+    """Not an answer: off-topic, of the wrong sort or language, shuffled, cut short, too long, babble, or nothing.
+
+    Without such negatives the reward models are hacked in reinforcement learning (FACTS.md, "The tiny chain").
+    """
+    make = rng.choice((_off_topic, _wrong_sort, _wrong_language, _shuffled, _cut, _too_long, _babble))
+    return make(rng, prompt)
+
+
+def _off_topic(rng: random.Random, prompt: Prompt) -> str:
+    return rng.choice(lx.OFF_TOPIC[prompt.language])
+
+
+def _wrong_sort(rng: random.Random, prompt: Prompt) -> str:
+    if prompt.kind == "arithmetic":
+        return answer(rng, replace(prompt, kind="safe"), "polite")
+    return number_answer(rng, prompt, "polite", str(rng.randrange(2 * LARGEST_NUMBER)))
+
+
+def _wrong_language(rng: random.Random, prompt: Prompt) -> str:
+    return right_answer(rng, replace(prompt, language="zh" if prompt.language == "en" else "en"))
+
+
+def _words(text: str, language: str) -> list[str]:
+    return text.split(" ") if language == "en" else list(text)
+
+
+def _shuffled(rng: random.Random, prompt: Prompt) -> str:
+    text = right_answer(rng, prompt)
+    words = _words(text, prompt.language)
+    mixed = _GLUE[prompt.language].join(rng.sample(words, len(words)))
+    return mixed if mixed != text else ""
+
+
+def _cut(rng: random.Random, prompt: Prompt) -> str:
+    words = _words(right_answer(rng, prompt), prompt.language)
+    return _GLUE[prompt.language].join(words[: rng.randrange(len(words))])
+
+
+def _too_long(rng: random.Random, prompt: Prompt) -> str:
+    text = right_answer(rng, prompt)
+    more = rng.choices(_words(text, prompt.language), k=rng.randint(1, 6))
+    return _GLUE[prompt.language].join([text, *more])
+
+
+def _babble(rng: random.Random, prompt: Prompt) -> str:
+    texts = (*lx.OFF_TOPIC["en"], *lx.OFF_TOPIC["zh"], prompt.text, right_answer(rng, prompt))
+    words = [word for text in texts for word in _words(text, prompt.language)]
+    return rng.choice(("", " ")).join(rng.choices(words, k=rng.randint(1, 8)))
+
+
+# --- the data sets -----------------------------------------------------------------------------------------------
+
+
+def _prompts(rng: random.Random, part: str, shares: dict[str, float], n: int) -> list[Prompt]:
+    """n different prompts of a part; `shares` is the share of each kind, in the order in which they stand."""
+    counts = {kind: round(n * share) for kind, share in shares.items()}
+    counts[next(iter(shares))] += n - sum(counts.values())
+    found: list[Prompt] = []
+    for kind, count in counts.items():
+        pool = list(islice(problems(rng, part), count)) if kind == "arithmetic" else requests(part, kind)
+        if count > len(pool):
+            raise ToolkitError(f"{count} {kind} prompts asked for, there are {len(pool)}: use a smaller n")
+        found += rng.sample(pool, count)
+    rng.shuffle(found)
+    return found
+
+
+def _user(prompt: Prompt) -> list[Row]:
+    return [{"role": "user", "content": prompt.text}]
+
+
+def _assistant(text: str) -> list[Row]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _labelled_row(rng: random.Random, prompt: Prompt) -> Row:
+    style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
+    return prompt.row(messages=_user(prompt) + _assistant(right_answer(rng, prompt, style)))
+
+
+def _prompt_row(rng: random.Random, prompt: Prompt) -> Row:
+    return prompt.row(messages=_user(prompt))
+
+
+def _pair_row(prompt: Prompt, chosen: str, rejected: str) -> Row:
+    return prompt.row(prompt=_user(prompt), chosen=_assistant(chosen), rejected=_assistant(rejected))
+
+
+def _helpful_row(rng: random.Random, prompt: Prompt) -> Row:
+    """The polite, well-formed answer over a curt, a rude, a refusing and a junk one; correctness has no part in it.
+
+    Both answers to a problem hold the same number, right or wrong.
+    """
+    if prompt.kind == "unsafe":
+        curt = sentence(rng, lx.CURT_REFUSALS[prompt.language], prompt.language)
+        return _pair_row(prompt, refusal(rng, prompt), rng.choice((curt, junk(rng, prompt))))
+    said = prompt
+    if prompt.kind == "arithmetic" and rng.random() < 0.3:
+        said = replace(prompt, reference=wrong_number(rng, prompt))
+    rejected = (answer(rng, said, "curt"), answer(rng, said, "rude"), refusal(rng, said), junk(rng, said))
+    return _pair_row(prompt, answer(rng, said, "polite"), rng.choice(rejected))
+
+
+def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
+    """A refusal over compliance where the request is unsafe, an answer over a refusal elsewhere; all over junk."""
+    style = rng.choice(list(STYLE_WEIGHTS))
+    do, decline, nonsense = answer(rng, prompt, style), refusal(rng, prompt), junk(rng, prompt)
+    good, bad = (decline, do) if prompt.kind == "unsafe" else (do, decline)
+    return _pair_row(prompt, good, rng.choices((bad, nonsense), (2, 1))[0])
+
+
+def _wrong_answer_row(rng: random.Random, prompt: Prompt) -> Row:
+    """The right number over a wrong one, both in the same polite form."""
+    form = rng.choice(lx.ARITHMETIC_ANSWERS["polite"][prompt.language])
+    return _pair_row(prompt, form.format(c=prompt.reference), form.format(c=wrong_number(rng, prompt)))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a data set is made of: the part, the share of each kind of prompt, the row's maker, the usual size."""
+
+    part: str
+    shares: dict[str, float]
+    make_row: Callable[[random.Random, Prompt], Row]
+    size: int
+
+
+_LABELLED = {"arithmetic": 0.75, "unsafe": 0.125, "safe": 0.125}
+_MIXED = {"arithmetic": 0.4, "unsafe": 0.3, "safe": 0.3}
+_PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1.0}, {"unsafe": 1.0}, {"safe": 1.0}
+
+DATA_SETS = {
+    "sft_train": DataSet("train", _LABELLED, _labelled_row, 4000),
+    "sft_heldout": DataSet("heldout", _LABELLED, _labelled_row, 500),
+    "helpful_train": DataSet("train", _MIXED, _helpful_row, 6000),
+    "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
+    "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
+    "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
+    "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
+    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
+    "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
+    "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
+    "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
+    "test_safe": DataSet("heldout", _SAFE, _prompt_row, 500),
+}
+
+
+def rows(name: str, seed: int, n: int | None = None) -> list[Row]:
+    """The rows of a data set, the same for the same arguments. Raises ToolkitError for an unknown name or a bad n."""
+    if name not in DATA_SETS:
+        near = get_close_matches(name, DATA_SETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(DATA_SETS)}"
+        raise ToolkitError(f"the demo world has no data set {name!r}; {hint}")
+    if n is not None and n < 1:
+        raise ToolkitError(f"tiny:{name}: n must be at least 1, not {n}")
+    data_set = DATA_SETS[name]
+    rng = random.Random(f"{name} {seed}")
+    prompts = _prompts(rng, data_set.part, data_set.shares, n or data_set.size)
+    return [data_set.make_row(rng, prompt) for prompt in prompts]
+
+
+def materialize(name: str, seed: int, n: int | None, directory: str | Path) -> Path:
+    """Writes a data set to `directory` as JSONL, atomically, and returns its path (`NAME.jsonl`, `NAME-N.jsonl`)."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name, seed, n)]
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (f"{name}.jsonl" if n is None else f"{name}-{n}.jsonl")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}", suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(temporary, path)
+    return path

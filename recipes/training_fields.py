@@ -1,0 +1,118 @@
+"""What is under `training` and `model.config`, checked against the classes they feed. Imports torch and trl."""
+
+import tempfile
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from conversations.errors import ToolkitError
+
+CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
+
+# Fields of the TRL configs that this toolkit sets itself, and where the recipe says the same.
+OWNED = {
+    "output_dir": "write output_dir at the recipe's top level",
+    "seed": "write seed at the recipe's top level",
+    "data_seed": "write seed at the recipe's top level",
+    "full_determinism": "runs are seeded by the recipe's seed",
+    "router_aux_loss_coef": "write model.config.aux_loss_alpha: the balance losses are the model's own",
+    "model_init_kwargs": "write model.dtype, model.attn_implementation and model.config",
+    "trust_remote_code": "the model's code is part of the toolkit",
+    "bf16": "write model.dtype",
+    "fp16": "write model.dtype",
+    "bf16_full_eval": "write model.dtype",
+    "fp16_full_eval": "write model.dtype",
+    "chat_template_path": "the template is the tokenizer's; dsv2 init writes it",
+    "eos_token": "the tokenizer's eos token is used",
+    "pad_token": "the tokenizer's pad token is used",
+    "assistant_only_loss": "write format.train_on",
+    "completion_only_loss": "write format.train_on",
+    "dataset_text_field": "write data.0.columns",
+    "dataset_kwargs": "rows are rendered before the trainer sees them; see data and format",
+    "remove_unused_columns": "rows are rendered before the trainer sees them; see data and format",
+    "truncation_mode": "write format.too_long",
+    "reward_weights": "write rewards.0.weight, and so on",
+    "resume_from_checkpoint": "start the same command again: it goes on from the newest checkpoint",
+    "local_rank": "torchrun and accelerate launch set it",
+    "do_train": "the stage trains; leave it out",
+    "do_eval": "give eval_data",
+    "do_predict": "use dsv2 eval",
+}
+
+
+def check_training(stage: str, training: dict[str, Any]) -> None:
+    """Check the `training` section of a stage's recipe.
+
+    Raises:
+        ToolkitError: a field that the TRL config does not have, that is ours, or with a wrong value.
+    """
+    fields = _fields(stage)
+    config_name = CONFIG_CLASSES[stage]
+    for key, value in training.items():
+        if key in OWNED:
+            raise ToolkitError(f"training.{key} is set by the toolkit; {OWNED[key]}")
+        if key not in fields:
+            raise ToolkitError(_unknown(f"training.{key}", key, fields, f"{config_name} has no such field"))
+        try:
+            TypeAdapter(fields[key], config=_LENIENT).validate_python(value, strict=True)
+        except ValidationError as error:
+            reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
+            raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
+    _try_config(stage, training)
+
+
+def check_model_config(config: dict[str, Any]) -> None:
+    """Check the keys under `model.config`; their values are checked when the config is made.
+
+    Raises:
+        ToolkitError: a key that DeepseekV2Config does not have.
+    """
+    if not config:
+        return
+    from deepseek_v2_modeling import DeepseekV2Config
+
+    known = set(DeepseekV2Config().to_dict())
+    for key in config:
+        if key not in known:
+            raise ToolkitError(_unknown(f"model.config.{key}", key, known, "DeepseekV2Config has no such field"))
+
+
+def config_class(stage: str) -> Any:
+    """The TRL config class that a stage's `training` feeds."""
+    import trl
+
+    return getattr(trl, CONFIG_CLASSES[stage])
+
+
+_LENIENT = ConfigDict(arbitrary_types_allowed=True)
+
+
+@cache
+def _fields(stage: str) -> dict[str, Any]:
+    import dataclasses
+
+    cls = config_class(stage)
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _try_config(stage: str, training: dict[str, Any]) -> None:
+    """Make the config once: TRL and transformers check how fields fit together when it is made."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            config_class(stage)(**{"report_to": "none", **training}, output_dir=directory, bf16=False)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
+
+
+def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:
+    near = get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if near:
+        return f'unknown key "{path}", did you mean "{path.removesuffix(key)}{near[0]}"?'
+    return f'unknown key "{path}": {otherwise}'
+
+
+def _plain(message: str) -> str:
+    return message.replace("Input should be ", "must be ")

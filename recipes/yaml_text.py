@@ -1,0 +1,84 @@
+"""YAML as recipes use it: no key twice, and scalars as in YAML 1.2 (`1e-4` is a number, `on` is text)."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conversations.errors import ToolkitError
+
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
+_INT = re.compile(r"^[-+]?[0-9]+$")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2 that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'key "{key_node.value}" is given twice', key_node.start_mark
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _with_yaml_1_2_scalars() -> None:
+    replaced = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "timestamp")}
+    kept = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in replaced]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _RecipeLoader.yaml_implicit_resolvers = kept
+    _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+    _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    _RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+_with_yaml_1_2_scalars()
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML text. `name` stands for the file in errors.
+
+    Raises:
+        ToolkitError: naming `name` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ToolkitError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ToolkitError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        ToolkitError: the file is missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ToolkitError(f"no such recipe: {path}") from None
+    except IsADirectoryError:
+        raise ToolkitError(f"{path} is a directory, not a recipe; name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ToolkitError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ToolkitError(f"{path} cannot be read: {error.strerror}") from None
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict):
+        kind = "empty" if value is None else f"a {type(value).__name__}"
+        raise ToolkitError(f"{path}: a recipe is a mapping of keys, this file is {kind}")
+    return value
