@@ -173,9 +173,7 @@ def _whole_pair(row: Row) -> Row:
 def _whole(row: Row, key: str) -> list[Message]:
     turns = transcript_turns(read_text(row[key], key)) if isinstance(row[key], str) else _answer(row, key)
     if turns is None:
-        raise BadRow(
-            f'{key} is a string without a prompt, and no "\\n\\nHuman: ... \\n\\nAssistant: ..." transcript'
-        )
+        raise BadRow(f'{key} is a string without a prompt, and no "\\n\\nHuman: ... \\n\\nAssistant: ..." transcript')
     return _ending_in_answer(_with_system(row, turns), key, may_be_empty=True)
 
 

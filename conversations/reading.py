@@ -104,9 +104,7 @@ class ConversationReader(Iterator[Row]):
 
     def summary(self) -> str:
         """One line for the user: "law.jsonl: ShareGPT, 1,200 rows; 3 rows left out"."""
-        found = (
-            "; ".join(f"{name}, {_rows(number)}" for name, number in self.formats.most_common()) or "no rows"
-        )
+        found = "; ".join(f"{name}, {_rows(number)}" for name, number in self.formats.most_common()) or "no rows"
         return f"{self.path.name}: {found}" + (f"; {_rows(self.rejected)} left out" if self.rejected else "")
 
     def _read(self, records: Iterator[Record]) -> Iterator[Row]:
@@ -142,27 +140,21 @@ class ConversationReader(Iterator[Row]):
         total = self.rows + self.rejected
         limit = self._max_bad_rows
         if self.rejected and self._on_bad_row == "error":
-            raise ToolkitError(
-                self._message(f"{self.path}: {self.rejected:,} of {_rows(total)} cannot be used")
-            )
+            raise ToolkitError(self._message(f"{self.path}: {self.rejected:,} of {_rows(total)} cannot be used"))
         if not total:
             raise ToolkitError(f"{self.path}: no rows: the file is empty")
         if not self.rows:
             raise ToolkitError(self._message(f"{self.path}: none of {_rows(total)} can be used"))
         if isinstance(limit, float) and self.rejected > limit * total:
             share = f"{self.rejected:,} of {_rows(total)}"
-            raise ToolkitError(
-                self._message(f"{self.path}: {share} are bad, more than max_bad_rows = {limit}")
-            )
+            raise ToolkitError(self._message(f"{self.path}: {share} are bad, more than max_bad_rows = {limit}"))
 
     def _message(self, head: str) -> str:
         lines = [head, *(f"  {rejected}" for rejected in self._first_rejected)]
         if more := self.rejected - len(self._first_rejected):
             lines.append(f"  ... and {more:,} more")
         if self._any_unknown:
-            lines.append(
-                "Map the columns with columns: {known key: your key}. Known keys: " + known_formats()
-            )
+            lines.append("Map the columns with columns: {known key: your key}. Known keys: " + known_formats())
         lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
 

@@ -9,10 +9,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from conversations.errors import ToolkitError
 
@@ -50,15 +49,15 @@ def _data_suffixes(path: Path) -> list[str]:
     return suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]
 
 
-def _open_plain(path: Path) -> AbstractContextManager[IO[bytes]]:
+def _open_plain(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _open_gzip(path: Path) -> AbstractContextManager[IO[bytes]]:
-    return gzip.open(path, "rb")
+def _open_gzip(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb"))
 
 
-_OPENERS: dict[str, Callable[[Path], AbstractContextManager[IO[bytes]]]] = {
+_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
     ".jsonl": _open_plain,
     ".json": _open_plain,
     ".jsonl.gz": _open_gzip,
@@ -66,7 +65,7 @@ _OPENERS: dict[str, Callable[[Path], AbstractContextManager[IO[bytes]]]] = {
 }
 
 
-def _records(path: Path, opener: Callable[[Path], AbstractContextManager[IO[bytes]]]) -> Iterator[Record]:
+def _records(path: Path, opener: Callable[[Path], IO[bytes]]) -> Iterator[Record]:
     try:
         with opener(path) as file:
             is_array = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
@@ -126,18 +125,13 @@ def _array_records(file: IO[bytes]) -> Iterator[Record]:
         if problem:
             yield Record(line, written, {}, f"{problem}; nothing after it in this array can be read")
             return
-        yield (
-            _checked(line, written, value)
-            if _is_utf8(written)
-            else Record(line, written, {}, "not valid UTF-8")
-        )
+        yield (_checked(line, written, value) if _is_utf8(written) else Record(line, written, {}, "not valid UTF-8"))
         if (mark := text.peek()) == "]":
             text.skip("]")
             break
         if mark != ",":
-            yield Record(
-                text.line, mark, {}, "broken JSON: no comma after an element; the rest of the array is lost"
-            )
+            missing = "no comma after an element; nothing after it in this array can be read" if mark else "no end"
+            yield Record(text.line, mark, {}, f"broken JSON: the array has {missing}")
             return
         text.skip(",")
     if rest := text.peek():
@@ -157,7 +151,7 @@ class _Window:
         self.line = 1
         self._json = json.JSONDecoder()
 
-    def _read_more(self, size: int = _CHUNK) -> None:
+    def _read_more(self, size: int) -> None:
         data = self._file.read(size)
         self._is_whole = not data
         self._text = self._text[self._at :] + self._decoder.decode(data, final=not data)
@@ -178,7 +172,7 @@ class _Window:
                 return self._text[here]
             if self._is_whole:
                 return ""
-            self._read_more()
+            self._read_more(_CHUNK)
 
     def skip(self, mark: str) -> None:
         """Take the next character, which is known to be `mark`."""

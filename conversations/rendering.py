@@ -4,8 +4,8 @@ Trained are, in each assistant turn, exactly ' ' + content + end token; everythi
 
 A conversation is encoded in pieces, cut where training starts and stops and at the special tokens. Two
 properties follow for every tokenizer. No token lies half in and half out of the mask. And a prompt rendered
-with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer. For
-the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places either.
+with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer.
+For the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places.
 
 Text cannot forge control tokens: only the template writes begin and end tokens. Where a message contains the
 string of a special token (or of an added token of the shape <｜...｜>, such as the fill-in-the-middle tokens,
@@ -15,7 +15,7 @@ which decodes to the same characters.
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from conversations.errors import ToolkitError
@@ -29,9 +29,7 @@ TrainOn = Literal["all_assistant", "last_assistant"]
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
 # tokenizer -> (its size when the pattern was made, the pattern that finds its control tokens)
-_control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = (
-    WeakKeyDictionary()
-)
+_control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = WeakKeyDictionary()
 
 
 def render_conversation(
@@ -62,10 +60,11 @@ def render_conversation(
     parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
     turns = {part.turn for part in parts if part.turn is not None}
     trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
-    runs = _runs(parts, contents, tokenizer)
+    special_ids = _special_ids(tokenizer)
+    runs = _runs(parts, contents, special_ids, _control_pattern(tokenizer))
     input_ids: list[int] = []
     assistant_mask: list[int] = []
-    for (turn, _), ids in zip(runs, _encode([text for _, text in runs], tokenizer), strict=True):
+    for (turn, _), ids in zip(runs, _encode([piece for _, piece in runs], tokenizer), strict=True):
         input_ids += ids
         assistant_mask += [int(turn is not None and turn in trained)] * len(ids)
     return {"input_ids": input_ids, "assistant_mask": assistant_mask}
@@ -79,25 +78,28 @@ def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
     return [message["content"] for message in messages]
 
 
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """The ids of "bos" (none where the tokenizer has none: it begins without one) and "eos"."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise ToolkitError("the tokenizer has no end token; set its eos_token")
+    return {"bos": [bos] if isinstance(bos, int) else [], "eos": [eos]}
+
+
 def _runs(
-    parts: Iterable[Part], contents: list[str], tokenizer: "PreTrainedTokenizerBase"
+    parts: Iterable[Part], contents: list[str], special_ids: dict[str, list[int]], control: re.Pattern[str]
 ) -> list[tuple[int | None, str | int]]:
     """Pieces to encode, each by itself, as (assistant turn, text); special tokens as (assistant turn, id)."""
     runs: list[tuple[int | None, str | int]] = []
-    pattern = _control_pattern(tokenizer)
     for part in parts:
-        if part.kind == "bos":
-            if tokenizer.bos_token_id is not None:  # a tokenizer without one begins without one
-                runs.append((part.turn, int(tokenizer.bos_token_id)))
-        elif part.kind == "eos":
-            if tokenizer.eos_token_id is None:
-                raise ToolkitError("the tokenizer has no end token; set its eos_token")
-            runs.append((part.turn, int(tokenizer.eos_token_id)))
-        else:
-            text = part.text if part.kind == "text" else contents[part.message]
-            first, *rest = pattern.split(text) if part.kind == "content" else [text]
+        if part.kind == "text":
+            _join(runs, part.turn, part.text)
+        elif part.kind == "content":
+            first, *rest = control.split(contents[part.message])
             _join(runs, part.turn, first)
             runs += [(part.turn, piece) for piece in rest]
+        else:
+            runs += [(part.turn, token) for token in special_ids[part.kind]]
     return runs
 
 
@@ -112,33 +114,28 @@ def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str)
 def _encode(pieces: list[str | int], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Token ids of each piece; an id stands for itself."""
     texts = [piece for piece in pieces if isinstance(piece, str)]
-    if not texts:
-        return [[piece] for piece in pieces if isinstance(piece, int)]
-    encoded = iter(
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    )
-    ids = [[piece] if isinstance(piece, int) else list(next(encoded)) for piece in pieces]
-    own = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
-    for piece, piece_ids in zip(pieces, ids, strict=True):
-        if isinstance(piece, str) and not own.isdisjoint(piece_ids):
+    encoded: Any = {"input_ids": []}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    own = {token for ids in _special_ids(tokenizer).values() for token in ids}
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if not own.isdisjoint(ids):
             raise ToolkitError(
-                f"the tokenizer makes its begin or end token out of the plain text {piece[:80]!r}; "
+                f"the tokenizer makes its begin or end token out of the plain text {text[:80]!r}; "
                 "the end of an answer could not be told from its words: use another begin and end token"
             )
-    return ids
+    encoded_texts = iter(encoded["input_ids"])
+    return [[piece] if isinstance(piece, int) else list(next(encoded_texts)) for piece in pieces]
 
 
 def _control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     """A pattern that splits text behind the first character of every control token (see the file's head)."""
     size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
     if size != len(tokenizer):
-        tokens = [
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if len(token.content) > 1 and (token.special or _CONTROL_SHAPE.fullmatch(token.content))
-        ]
-        # An empty match in each token, behind its first character: so tokens are found where they overlap, too.
-        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
+        added = tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
+        # Empty matches, behind the first character of a token: so tokens are found where they overlap, too.
+        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens if len(token) > 1]
         pattern = re.compile("|".join(places) or "(?!)")
         _control_patterns[tokenizer] = (len(tokenizer), pattern)
     return pattern

@@ -23,13 +23,13 @@ class ModelSection(Section):
 
     path: str = Field(min_length=1, description="A model directory, a run, a run's final/, or a hub name.")
     preset: str | None = Field(
-        None, description="Preset of `dsv2 init` that makes a seeded random model when `path` does not exist."
+        default=None, description="Preset of `dsv2 init` that makes a seeded random model when `path` does not exist."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of frozen weights and of computation; trained weights are float32 anyway."
+        default="float32", description="Type of frozen weights and of computation; trained weights are float32 anyway."
     )
     attn_implementation: str | None = Field(
-        None, description="transformers' attention implementation (eager, sdpa, ...); null lets it choose."
+        default=None, description="transformers' attention implementation (eager, sdpa, ...); null lets it choose."
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="Overrides of the model's config, such as aux_loss_alpha."
@@ -40,14 +40,14 @@ class LoraSection(Section):
     """Low-rank adapters; a recipe with `lora: null` trains all weights."""
 
     targets: list[Target] = Field(min_length=1, description="Which groups of weights get adapters.")
-    r: Rank | dict[Target, Rank] = Field(16, description="Rank: a number, or one for each target.")
+    r: Rank | dict[Target, Rank] = Field(default=16, description="Rank: a number, or one for each target.")
     alpha: Alpha | dict[Target, Alpha] | None = Field(
-        None, description="The update is scaled by alpha / r: a number, or one for each target; null is 2 r."
+        default=None, description="The update is scaled by alpha / r: a number, or one for each target; null is 2 r."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input, at run time only.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, at run time only.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     experts_file: str | None = Field(
-        None, description="File that names the experts to train, layer by layer; not supported yet."
+        default=None, description="File that names the experts to train, layer by layer; not supported yet."
     )
 
     @field_validator("targets")
@@ -85,21 +85,21 @@ class DataSource(Section):
         description="jsonl or json file (also .gz), hub data set (OWNER/NAME or OWNER/NAME:CONFIG), or "
         "tiny:NAME?seed=7&n=1000; relative files are relative to the recipe.",
     )
-    split: str | None = Field(None, description="Split of a hub data set, such as train or test[:100].")
+    split: str | None = Field(default=None, description="Split of a hub data set, such as train or test[:100].")
     weight: float = Field(
-        1.0, gt=0, description="How often each row counts: 0.5 takes a seeded half, 2 takes every row twice."
+        default=1.0, gt=0, description="How often each row counts: 0.5 takes a seeded half, 2 takes every row twice."
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name: the file's name, for files in a form of their own."
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and go on."
+        default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and go on."
     )
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="With on_bad_row: skip, more bad rows than this (a number, or a share) stop the run."
+        default=None, description="With on_bad_row: skip, more bad rows than this (a number, or a share) stop the run."
     )
     fim: float | None = Field(
-        None, ge=0, le=1, description="Share of rows turned into fill-in-the-middle; not supported yet."
+        default=None, ge=0, le=1, description="Share of rows turned into fill-in-the-middle; not supported yet."
     )
 
     @field_validator("fim")
@@ -120,10 +120,10 @@ class FormatSection(Section):
     """How conversations become token ids and loss masks."""
 
     train_on: Literal["all_assistant", "last_assistant"] = Field(
-        "all_assistant", description="Train on every assistant turn, or on the last one only."
+        default="all_assistant", description="Train on every assistant turn, or on the last one only."
     )
     too_long: Literal["truncate", "drop", "split"] = Field(
-        "truncate", description="What happens to rows longer than training.max_length."
+        default="truncate", description="What happens to rows longer than training.max_length."
     )
 
 
@@ -132,23 +132,31 @@ class StageRecipe(Section):
 
     model: ModelSection = Field(description="The model the stage starts from.")
     output_dir: str = Field(min_length=1, description="The run directory, made when missing.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random in the stage.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random in the stage.")
     on_nan: Literal["stop", "skip"] = Field(
-        "stop", description="A loss or gradient that is not finite: stop the run, or leave out that update."
+        default="stop", description="A loss or gradient that is not finite: stop the run, or leave out that update."
     )
 
 
 class TrainingRecipe(StageRecipe):
     """What the recipes of sft, reward and rl share."""
 
-    lora: LoraSection | None = Field(None, description="Adapters to train; null trains all weights.")
+    lora: LoraSection | None = Field(default=None, description="Adapters to train; null trains all weights.")
     data: list[DataSource] = Field(min_length=1, description="What to train on.")
-    eval_data: list[DataSource] = Field(
-        default_factory=list, description="Held-out rows for evaluation in training; may be empty."
-    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config the stage feeds, but those we own."
     )
     max_seconds: float | None = Field(
-        None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
+        default=None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
+    )
+
+
+class SupervisedRecipe(TrainingRecipe):
+    """What the recipes of sft and reward share."""
+
+    eval_data: list[DataSource] = Field(
+        default_factory=list, description="Held-out rows for evaluation in training; may be empty."
+    )
+    format: FormatSection = Field(
+        default_factory=lambda: FormatSection(), description="What is trained and what happens to long rows."
     )

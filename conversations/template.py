@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
 
@@ -71,10 +71,7 @@ def layout(roles: tuple[str, ...], add_generation_prompt: bool = False) -> tuple
     for number, role in enumerate(roles, start=1):
         if role not in ROLES:
             raise ToolkitError(f"message {number}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    messages = [
-        {"role": role, "content": f"{_CONTENT_START}{index}{_CONTENT_END}"}
-        for index, role in enumerate(roles)
-    ]
+    messages = [{"role": role, "content": f"{_CONTENT_START}{index}{_CONTENT_END}"} for index, role in enumerate(roles)]
     rendered = _compiled_template().render(
         messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=add_generation_prompt
     )
@@ -87,11 +84,7 @@ def _compiled_template():
 
     # The two block settings are those of transformers' apply_chat_template.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    marked = (
-        chat_template()
-        .replace("{% generation %}", _TRAINED_START)
-        .replace("{% endgeneration %}", _TRAINED_END)
-    )
+    marked = chat_template().replace("{% generation %}", _TRAINED_START).replace("{% endgeneration %}", _TRAINED_END)
     return environment.from_string(marked)
 
 
@@ -113,14 +106,12 @@ def _parts(rendered: str):
             yield Part("text", turn, text=piece)
 
 
-def _renders_alike(other: object, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _renders_alike(other: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template `other` gives our text for a conversation with every role and with a prompt."""
     probe = [{"role": role, "content": f"words of {role}"} for role in (*ROLES, "user")]
     try:
         theirs, ours = (
-            tokenizer.apply_chat_template(
-                probe, chat_template=text, tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template(probe, chat_template=text, tokenize=False, add_generation_prompt=True)
             for text in (other, chat_template())
         )
     except Exception:  # a foreign template may refuse a role in its own way: then it differs

@@ -51,9 +51,7 @@ class _Transcript:
 
 _TRANSCRIPTS = (
     _Transcript("\n\nHuman:", {"Human": "user", "Assistant": "assistant"}),  # Anthropic's HH-RLHF
-    _Transcript(
-        "User:", {"User": "user", "Assistant": "assistant"}
-    ),  # DeepSeek-V2's own template, as in ESFT
+    _Transcript("User:", {"User": "user", "Assistant": "assistant"}),  # DeepSeek-V2's own template, as in ESFT
 )
 
 

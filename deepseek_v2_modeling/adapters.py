@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -70,7 +71,7 @@ def load_adapter(
         ModelError: a tensor of the file has no place in the model, or the other way round.
     """
     raw = read_adapter_config(directory)
-    config = LoraConfig.from_pretrained(str(directory))
+    config: Any = LoraConfig.from_pretrained(str(directory))
     kept_task = task_type is None or raw.get("task_type") == task_type
     config.task_type = task_type or raw.get("task_type")
     config.inference_mode = not trainable

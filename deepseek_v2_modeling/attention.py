@@ -10,6 +10,7 @@ Two ways to the same result:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import DeepseekV2Config
 from .lowrank import LowRank, unwrap
+from .masks import AttentionPlan
 from .norm import DeepseekV2RMSNorm
+from .packing import attend_documents
 from .rope import rotate, softmax_scale
 
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
@@ -43,13 +46,6 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
-
-
-def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
-    """Whether `queries` new tokens cost fewer products absorbed (2C + R a pair) than expanded (N + R + V a
-    pair, and C (N + V) a cached token)."""
-    narrow = config.qk_nope_head_dim + config.v_head_dim
-    return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
 
 
 class DeepseekV2Attention(nn.Module):
@@ -76,10 +72,8 @@ class DeepseekV2Attention(nn.Module):
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, T, N + R], not yet rotated."""
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        direct = self.config.q_lora_rank is None
+        q = self.q_proj(x) if direct else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         return q.unflatten(-1, (self.num_heads, self.qk_dim)).transpose(1, 2)
 
     def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,27 +86,25 @@ class DeepseekV2Attention(nn.Module):
         query: torch.Tensor,
         latent: torch.Tensor,
         rope_key: torch.Tensor,
-        mask: torch.Tensor | None,
+        plan: AttentionPlan,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values made from the latents: ([B, T, H, V], weights or None)."""
         kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
-        implementation = self.config._attn_implementation
+        implementation = self.config._attn_implementation or "eager"
         # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
         pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        out, weights = attend(
-            self,
-            query.to(key.dtype),
-            key,
-            F.pad(value, (0, pad)) if pad > 0 else value,
-            mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        value = F.pad(value, (0, pad)) if pad > 0 else value
+        kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = partial(kernel, self, scaling=self.scaling, dropout=dropout, **kwargs)
+        query = query.to(key.dtype)
+        if plan.layout is None:
+            out, weights = attend(query, key, value, plan.mask)
+        else:
+            out, weights = attend_documents(plan.layout, lambda *qkv: attend(*qkv, None)[0], query, key, value), None
         return out[..., : self.v_dim], weights
 
     def kv_b_parts(self) -> tuple[torch.Tensor, list[LowRank]]:
@@ -120,7 +112,8 @@ class DeepseekV2Attention(nn.Module):
         base, adapters = unwrap(self.kv_b_proj)
         rows = (self.num_heads, self.nope_dim + self.v_dim)
         parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
-        return base.weight.unflatten(0, rows), parts
+        weight: torch.Tensor = base.weight
+        return weight.unflatten(0, rows), parts
 
     def absorbed(
         self, query: torch.Tensor, latent: torch.Tensor, rope_key: torch.Tensor, mask: torch.Tensor | None
@@ -149,9 +142,8 @@ class DeepseekV2Attention(nn.Module):
         self,
         x: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        plan: AttentionPlan,
         past_key_values: Cache | None = None,
-        absorb: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> ([B, T, D], attention weights or None)."""
@@ -162,8 +154,8 @@ class DeepseekV2Attention(nn.Module):
         rope_key = rotate(rope_key, cos, sin)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
-        if absorb:
-            out, weights = self.absorbed(query, latent, rope_key, attention_mask), None
+        if plan.absorb:
+            out, weights = self.absorbed(query, latent, rope_key, plan.mask), None
         else:
-            out, weights = self.expanded(query, latent, rope_key, attention_mask, **kwargs)
+            out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
         return self.o_proj(out.flatten(-2)), weights

@@ -8,6 +8,7 @@ sequences that they are. For a batch without either the numbers are the same.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def collect_balance(model: nn.Module) -> Iterator[BalanceLedger]:
     Raises:
         ValueError: no DeepSeek-V2 model inside `model`, or a ledger is open on it already.
     """
-    backbones = [m for m in model.modules() if getattr(m, "keeps_balance", False)]
+    backbones: list[Any] = [m for m in model.modules() if getattr(m, "keeps_balance", False)]
     if not backbones:
         raise ValueError(f"{type(model).__name__} holds no DeepseekV2Model")
     if any(b.ledger is not None for b in backbones):

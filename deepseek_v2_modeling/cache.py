@@ -59,8 +59,8 @@ class LatentLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        held = [self.buffer] if self.buffer is not None else [self.keys, self.values]
-        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        held = [t.untyped_storage() for t in (self.buffer, self.keys, self.values) if t is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 class LatentCache(Cache):

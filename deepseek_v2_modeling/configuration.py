@@ -16,6 +16,13 @@ TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
 
 
+def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
+    """RoPE settings of either form in the new one; `theta` where they do not give it."""
+    rope = dict(rope or {})
+    kind = rope.pop("type", None)
+    return {"rope_type": kind or "default", "rope_theta": theta, **rope}
+
+
 @strict
 class DeepseekV2Config(StockConfig):
     """Config of DeepSeek-V2, V2-Lite, Coder-V2 and their kin (`model_type` deepseek_v2).
@@ -47,25 +54,36 @@ class DeepseekV2Config(StockConfig):
         # the released form is only read where the new one is missing.
         rope_scaling = kwargs.pop("rope_scaling", None)
         rope_theta = kwargs.pop("rope_theta", None)
-        rope = dict(self.rope_parameters or rope_scaling or {})
-        kind = rope.pop("type", None)
-        rope.setdefault("rope_type", kind or "default")
-        rope.setdefault("rope_theta", DEFAULT_THETA if rope_theta is None else rope_theta)
-        self.rope_parameters = rope
+        theta = DEFAULT_THETA if rope_theta is None else rope_theta
+        self.rope_parameters = rope_parameters(self.rope_parameters or rope_scaling, theta)
         super().__post_init__(**kwargs)
         check_config(self)
 
     @property
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters` as a plain dict: rope_type and rope_theta are always there."""
+        return dict(self.rope_parameters or {})
+
+    @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """The released form of the RoPE settings, None without scaling."""
-        rope = dict(self.rope_parameters or {})
+        rope = self.rope
         rope.pop("rope_theta", None)
         kind = rope.pop("rope_type", "default")
         return None if kind == "default" else {**rope, "type": kind}
 
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        """For `from_pretrained`, which sets keywords on the config that it has read."""
+        self.rope_parameters = rope_parameters(value, self.rope_theta)
+
     @property
     def rope_theta(self) -> float:
-        return (self.rope_parameters or {}).get("rope_theta", DEFAULT_THETA)
+        return self.rope.get("rope_theta", DEFAULT_THETA)
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = {**self.rope, "rope_theta": value}
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
@@ -82,7 +100,7 @@ class DeepseekV2Config(StockConfig):
 
 def check_config(config: DeepseekV2Config) -> None:
     """Raises ModelError for values that would be computed wrongly or not at all."""
-    rope = config.rope_parameters or {}
+    rope = config.rope
     if rope["rope_type"] not in ROPE_TYPES:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
     if rope["rope_type"] != "default" and "factor" not in rope:

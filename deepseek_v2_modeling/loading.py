@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .adapters import is_adapter, load_adapter, read_adapter_config
-from .configuration import DeepseekV2Config
+from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .lora import Number, apply_lora, lora_config
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
@@ -136,15 +137,23 @@ def load_base(
         settings = DeepseekV2Config.from_pretrained(base)
     except (OSError, ModelError) as error:
         raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+    except StrictDataclassError as error:
+        raise ModelError(f"{base}/config.json: {' '.join(str(error).split())}") from error
     if settings.model_type != "deepseek_v2":
         raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
     unknown = [key for key in config or {} if not hasattr(settings, key)]
     if unknown:
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
+    try:
+        for key, value in (config or {}).items():
+            setattr(settings, key, value)
+        check_config(settings)
+    except (ModelError, StrictDataclassError) as error:
+        raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
     extra = {"num_labels": 1} if head == "score" else {}
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with quiet_loading():
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -153,6 +162,7 @@ def load_base(
             **extra,
             **(config or {}),
         )
+    model, info = loaded
     _check_loading(base, info, head)
     return model
 

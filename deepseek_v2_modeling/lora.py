@@ -168,7 +168,7 @@ def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
     """Rows {projection, layers, rank, alpha, parameters} of what LoRA adapts in this model."""
     rows: dict[str, AdaptedRow] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in module.r:
+        if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
             continue
         path = name.replace(".base_layer", "")
         suffix = f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
@@ -176,9 +176,6 @@ def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
         kind = kind.removeprefix("base_model.model.").removeprefix("model.")
         row = rows.setdefault(kind, AdaptedRow(kind, 0, module.r[adapter], float(module.lora_alpha[adapter]), 0))
         row.layers += 1
-        factors = (module.lora_A, module.lora_B, module.lora_embedding_A, module.lora_embedding_B)
-        for factor in factors:
-            if adapter in factor:
-                held = factor[adapter]
-                row.parameters += held.numel() if not isinstance(held, nn.Module) else held.weight.numel()
+        own = [(n.split("."), p) for n, p in module.named_parameters()]
+        row.parameters += sum(p.numel() for n, p in own if n[0] != "base_layer" and adapter in n)
     return [asdict(row) for row in rows.values()]

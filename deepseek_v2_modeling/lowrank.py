@@ -6,6 +6,7 @@ active adapters, and add s (x A) B beside the base product.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -25,7 +26,7 @@ class LowRank:
     dropout: nn.Module
 
 
-def _factors(layer: LoraLayer, name: str) -> LowRank:
+def _factors(layer: Any, name: str) -> LowRank:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     experts = getattr(layer, "num_experts", 1)
     if experts > 1:
@@ -35,10 +36,12 @@ def _factors(layer: LoraLayer, name: str) -> LowRank:
     return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name])
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, dict[str, list[LowRank]]]:
+def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
     """The module under PEFT's wrappers, and by parameter name the adapters that are active on it now."""
     adapters: dict[str, list[LowRank]] = {}
     while isinstance(module, LoraLayer):
+        if module.disable_adapters and module.merged:
+            module.unmerge()  # as PEFT's own forward does
         if not (module.disable_adapters or module.merged):
             parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
             names = [name for name in module.active_adapters if name in module.lora_A]

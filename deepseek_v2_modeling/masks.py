@@ -1,6 +1,55 @@
-"""Attention masks, and which tokens belong to which packed document."""
+"""How a forward attends: its mask, its packed documents, and whether W_UK and W_UV are absorbed."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .configuration import DeepseekV2Config
+from .packing import PackedLayout, pack_layout
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """One for all layers of a forward.
+
+    mask: what the attention implementation takes; absorbed, [B, 1, T, S] with True where allowed.
+    layout: packed documents to attend one by one; None without, or where the mask keeps them apart.
+    """
+
+    mask: Any
+    layout: PackedLayout | None = None
+    absorb: bool = False
+
+
+def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
+    """Whether `queries` new tokens cost fewer products absorbed (2C + R a pair) than expanded (N + R + V a
+    pair, and C (N + V) a cached token)."""
+    narrow = config.qk_nope_head_dim + config.v_head_dim
+    return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
+
+
+def plan_attention(
+    config: DeepseekV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    documents: torch.Tensor | None,
+) -> AttentionPlan:
+    """The plan for inputs_embeds [B, T, D]; documents [B, T] are never to see one another."""
+    queries, past = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
+    if past and absorption_pays(config, queries):
+        mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
+        return AttentionPlan(mask, absorb=True)
+    implementation = config._attn_implementation or "eager"
+    if documents is not None and implementation == "sdpa":
+        return AttentionPlan(None, pack_layout(documents))
+    if documents is not None and implementation.startswith("flash"):
+        return AttentionPlan(None)  # the kernel takes the documents from position_ids or cu_seq_lens
+    return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
 
 
 def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int, device: torch.device):
@@ -20,13 +69,26 @@ def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int,
     return allowed if causal is None else allowed & causal
 
 
-def document_ids(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Packed documents of each row, [B, T] counted from 0; None when nothing can be packed.
+def _same_document(documents: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return documents[batch, query] == documents[batch, key]
 
-    A document starts where a position does not follow on the one before. A padding mask means that the row is
-    no pack: the positions of a left-padded batch (1, 1, 0, 1, 2) restart without being documents.
+
+def prefill_mask(
+    config: DeepseekV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    documents: torch.Tensor | None,
+) -> Any:
+    """What the attention implementation of the config takes as a mask; documents [B, T] are kept apart.
+
+    Positions are not handed on: stock takes them for packed documents on its own, with other results when a
+    mask or a cache comes along.
     """
-    if position_ids is None or attention_mask is not None or position_ids.ndim != 2:
-        return None
-    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-    return starts.to(torch.int64).cumsum(-1)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=None if documents is None else partial(_same_document, documents),
+    )

@@ -7,23 +7,22 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import DeepseekV2Attention, absorption_pays
+from .attention import DeepseekV2Attention
 from .balance import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .cache import LatentCache
-from .configuration import DeepseekV2Config
-from .masks import decoding_mask, document_ids
+from .configuration import DeepseekV2Config, check_config
+from .masks import plan_attention
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .norm import DeepseekV2RMSNorm
 from .outputs import DeepseekV2ModelOutput
+from .packing import find_documents
 from .rope import RotaryEmbedding
 from .routing import next_routes
 
@@ -56,13 +55,13 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DeepseekV2DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["DeepseekV2DecoderLayer"]  # noqa: RUF012 - these four are read by transformers
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012 - read as a class attribute by transformers
+    _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(DeepseekV2DecoderLayer, index=0),
         "attentions": OutputRecorder(DeepseekV2Attention, index=1),
     }
@@ -84,6 +83,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     keeps_balance = True  # how `collect_balance` and routing replay find the backbone under any wrapper
 
     def __init__(self, config: DeepseekV2Config):
+        check_config(config)  # from_pretrained sets its keywords on a config that was checked without them
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
@@ -103,7 +103,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -116,41 +116,36 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = document_ids(position_ids, attention_mask) if not past else None
+        documents = None
+        if not past:
+            starts = kwargs.get("cu_seq_lens_q")
+            documents = find_documents(position_ids, attention_mask, starts, (rows, queries))
         if position_ids is None:
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
+        positions: Any = position_ids
 
-        absorb = past > 0 and absorption_pays(self.config, queries)
-        if absorb:
-            mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
-        else:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        moe_layers = sum(layer.is_moe for layer in self.layers)
+        plan = plan_attention(self.config, inputs_embeds, attention_mask, past_key_values, documents)
+        layers: list[Any] = list(self.layers)
+        moe_layers = sum(layer.is_moe for layer in layers)
         top_k = self.config.num_experts_per_tok or 0
         replayed = next_routes(self.replayed_routes, moe_layers, (rows, queries, top_k))
         upcoming = iter(replayed or [])
 
         hidden, routers = inputs_embeds, []
-        position_embeddings = self.rotary_emb(position_ids)
-        for layer in self.layers:
+        position_embeddings = self.rotary_emb(positions)
+        for layer in layers:
             hidden, logits, experts = layer(
                 hidden,
                 next(upcoming, None) if layer.is_moe else None,
                 position_embeddings=position_embeddings,
-                attention_mask=mask,
+                plan=plan,
                 past_key_values=past_key_values,
-                absorb=absorb,
-                position_ids=position_ids,
+                position_ids=positions,
                 **kwargs,
             )
             if logits is not None:
@@ -188,7 +183,6 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)
@@ -204,7 +198,8 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         if wanted and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = LatentCache(self.config)
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        stock: Any = super()
+        return stock._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -271,7 +266,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -10,4 +10,4 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 class DeepseekV2ModelOutput(MoeModelOutputWithPast):
     """Stock's output and `aux_loss`: the sum of the balance losses, coefficients included, or None."""
 
-    aux_loss: torch.FloatTensor | None = None
+    aux_loss: torch.Tensor | None = None

@@ -57,4 +57,5 @@ def build_model(preset: str, seed: int, **tokens: int) -> DeepseekV2ForCausalLM:
         raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DeepseekV2ForCausalLM(DeepseekV2Config(**PRESETS[preset], **tokens))
+        settings: dict[str, Any] = {**PRESETS[preset], **tokens}
+        return DeepseekV2ForCausalLM(DeepseekV2Config(**settings))

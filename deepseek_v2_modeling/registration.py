@@ -19,4 +19,5 @@ def register() -> None:
     # Stock's mapping between the hub's per-expert files and fused experts is skipped for classes that it did
     # not ship: without this the experts would load as random numbers with no more than a table in the log.
     mapping = get_checkpoint_conversion_mapping("deepseek_v2")
+    assert mapping is not None
     register_checkpoint_conversion_mapping("deepseek_v2", mapping, overwrite=True)

@@ -23,7 +23,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(config: DeepseekV2Config) -> float:
     """Factor on q.k: 1/sqrt(qk_head_dim), times mscale(factor, mscale_all_dim)^2 when mscale_all_dim is set."""
-    rope = config.rope_parameters or {}
+    rope = config.rope
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     all_dim = rope.get("mscale_all_dim", 0)
     if rope.get("rope_type") != "default" and all_dim:
@@ -41,7 +41,7 @@ def rope_magnitude(rope: dict[str, Any]) -> float:
 
 def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
     """[R/2] float32. YaRN mixes interpolated and plain frequencies by a ramp over the dimensions."""
-    rope, width = config.rope_parameters or {}, config.qk_rope_head_dim
+    rope, width = config.rope, config.qk_rope_head_dim
     # On the CPU whatever the default device is: a model built on "meta" must still get real numbers.
     steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     plain = 1.0 / (rope["rope_theta"] ** steps)
@@ -78,7 +78,7 @@ class RotaryEmbedding(nn.Module):
         if self._inverse is None or self._inverse.device != position_ids.device:
             self._inverse = inverse_frequencies(self.config).to(position_ids.device)
         angles = position_ids[..., None].float() * self._inverse
-        magnitude = rope_magnitude(self.config.rope_parameters or {})
+        magnitude = rope_magnitude(self.config.rope)
         return angles.cos() * magnitude, angles.sin() * magnitude
 
 

@@ -7,6 +7,7 @@ chosen experts still come from the gate and still get gradients.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 Routes = list[list[torch.Tensor]]  # one list a forward: the experts of each MoE layer, [B, T, K]
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def _backbone(model: nn.Module) -> Any:
     for module in model.modules():
         if getattr(module, "keeps_balance", False):
             return module
@@ -24,7 +25,7 @@ def _backbone(model: nn.Module) -> nn.Module:
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Routes]:
     """Keeps the chosen experts of every forward made while it is open, in order (`generate` makes one a token)."""
-    backbone, routes = _backbone(model), []
+    backbone, routes = _backbone(model), list[list[torch.Tensor]]()
     backbone.recorded_routes = routes
     try:
         yield routes

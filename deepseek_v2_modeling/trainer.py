@@ -4,7 +4,7 @@ Balance losses in the loss, expert load in the log, float32 weights under bf16 c
 resume, a stop that keeps the work, a limit of time. Needs transformers only.
 """
 
-import json
+import dataclasses
 import os
 import shutil
 import signal
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from .balance import collect_balance
 from .balance_log import BalanceLog
 from .errors import ModelError
 from .loading import save_final
-from .run_files import METRICS_FILE, SAMPLES_FILE, drop_lines_after, write_json
+from .run_files import METRICS_FILE, SAMPLES_FILE, drop_lines_after, read_json, write_json
 from .trainer_callbacks import MetricsFile, Progress, StepControl
 
 RUN_STATE_FILE = "run_state.json"
@@ -61,8 +61,8 @@ def training_arguments(
     defaults = {
         "logging_steps": 1,
         "save_total_limit": 2,
-        "gradient_checkpointing": False,
         "dataloader_pin_memory": not on_cpu,
+        "per_device_eval_batch_size": training.get("per_device_train_batch_size", 8),
         "ddp_find_unused_parameters": False,
         "report_to": "none",
     }
@@ -73,11 +73,19 @@ def training_arguments(
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu else None,
+        "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         "disable_tqdm": True,
         "logging_nan_inf_filter": limits.on_nan == "skip",
     }
-    return {**defaults, **training, **ours}
+    return {**defaults, **_with_known_names(training), **ours}
+
+
+def _with_known_names(training: dict[str, Any]) -> dict[str, Any]:
+    """`gradient_checkpointing` under the name that this transformers has for it; off unless the recipe says on."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    named = {key.replace(old, new) if new in known else key: value for key, value in training.items()}
+    return {new if new in known else old: False, **named}
 
 
 class RunTrainerMixin(Trainer if TYPE_CHECKING else object):
@@ -246,7 +254,7 @@ class RunTrainerMixin(Trainer if TYPE_CHECKING else object):
         step = -1
         if resume is not None:
             step = TrainerState.load_from_json(str(resume / TRAINER_STATE_FILE)).global_step
-            saved = json.loads((resume / RUN_STATE_FILE).read_text(encoding="utf-8"))
+            saved = read_json(resume / RUN_STATE_FILE)
             self._seconds_before = saved["seconds"]
             self.skipped_updates = saved["skipped_updates"]
             if hasattr(self, "_total_train_tokens"):  # TRL counts from 0 after a resume
@@ -267,15 +275,27 @@ class RunTrainerMixin(Trainer if TYPE_CHECKING else object):
         self.state = state
         return TrainOutput(state.global_step, 0.0, {})
 
-    def finish(self, dtype: str) -> Path:
+    def finish(self, dtype: str, beside: dict[str, Any] | None = None) -> Path:
         """Writes final/ (a full model in `dtype`, an adapter as it is) with the tokenizer; the main process only.
 
-        Returns its path, once it is there for every process.
+        Args:
+            dtype: of the weights of a full model.
+            beside: further JSON files to put into final/, name -> content.
+
+        Returns:
+            Its path, once it is there for every process.
         """
         folder = Path(self._get_output_dir(None)) / "final"
         self.model.config.use_cache = True  # the Trainer turned it off, and it would be saved so
         if self.args.should_save:
-            save_final(self.model, self.processing_class, folder, dtype=dtype)
+            unfinished = folder.parent / UNFINISHED / folder.name
+            save_final(self.model, self.processing_class, unfinished, dtype=dtype)
+            for name, content in (beside or {}).items():
+                write_json(unfinished / name, content)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(unfinished, folder)
+            shutil.rmtree(unfinished.parent)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -23,7 +23,7 @@ class EvalTask(Section):
         default_factory=list, description="Rows of this task; empty takes the recipe's `data`."
     )
     rule: Literal["number", "math"] = Field(
-        "number", description="exact_match: the last number equals the reference, or the same expression."
+        default="number", description="exact_match: the last number equals the reference, or the same expression."
     )
     patterns: list[str] = Field(
         default_factory=list, description="refusal: regular expressions of a refusal; empty takes the usual ones."
@@ -31,18 +31,16 @@ class EvalTask(Section):
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
     )
-    max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
-    batch_size: int = Field(32, ge=1, description="Prompts (or pairs) that run at once.")
-    limit: int | None = Field(None, ge=1, description="Use the first so many rows; null uses all.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer, in tokens.")
+    batch_size: int = Field(default=32, ge=1, description="Prompts (or pairs) that run at once.")
+    limit: int | None = Field(default=None, ge=1, description="Use the first so many rows; null uses all.")
 
 
 class EvalRecipe(StageRecipe):
     """Measures a model on held-out rows and writes what it said."""
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
-    data: list[DataSource] = Field(
-        default_factory=list, description="Rows for every task that names none of its own."
-    )
+    data: list[DataSource] = Field(default_factory=list, description="Rows for every task that names none of its own.")
     tasks: list[EvalTask] = Field(min_length=1, description="What to measure.")
 
     @model_validator(mode="after")

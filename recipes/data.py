@@ -121,10 +121,12 @@ def _shares(mixture: Mixture) -> list[str]:
     total = len(mixture.rows)
     if len(mixture.files) == 1 and mixture.files[0]["rows"] == total:
         return []
-    return [
-        f"{Path(file['path']).name}: {file['used']:,} of {file['rows']:,} rows used, {100 * file['used'] / total:.1f} % of the mixture"
-        for file in mixture.files
-    ]
+    return [_share(file, total) for file in mixture.files]
+
+
+def _share(file: dict[str, Any], total: int) -> str:
+    share = 100 * file["used"] / total
+    return f"{Path(file['path']).name}: {file['used']:,} of {file['rows']:,} rows used, {share:.1f} % of the mixture"
 
 
 def _generated(path: str, seed: int, key: str) -> Path:

@@ -45,9 +45,7 @@ def override_tree(tree: dict[str, Any], overrides: Sequence[Override], cwd: Path
     return tree
 
 
-def load_recipe(
-    path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, stage: str | None = None
-) -> Loaded:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, stage: str | None = None) -> Loaded:
     """Read, shrink, override and check a recipe.
 
     Args:

@@ -8,6 +8,7 @@ from conversations.errors import ToolkitError
 from conversations.sections import LoraSection, ModelSection, TrainingRecipe
 from conversations.template import install_template
 from deepseek_v2_modeling.loading import (
+    Head,
     LoraSettings,
     ModelSource,
     load_model,
@@ -18,6 +19,9 @@ from deepseek_v2_modeling.loading import (
 from deepseek_v2_modeling.lora import adapted_modules
 from recipes.init import make_model
 from recipes.ranks import is_main, say, wait_for_all
+from reward.config import RewardRecipe
+from rl.config import RewardEntry, RlRecipe
+from rl.rewards import Reward, RewardModelReward, RewardStats, RuleReward
 
 
 def ensure_model(path: str, preset: str | None, seed: int) -> None:
@@ -43,7 +47,8 @@ def lora_settings(section: LoraSection | None) -> LoraSettings | None:
     """The model floor's form of a `lora` section."""
     if section is None:
         return None
-    return LoraSettings(tuple(section.targets), section.r, section.alpha, section.dropout, section.rslora)
+    values: dict[str, Any] = section.model_dump(include={"r", "alpha", "dropout", "rslora"})
+    return LoraSettings(tuple(section.targets), **values)
 
 
 def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path) -> Any:
@@ -55,7 +60,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             source,
             lora=lora_settings(recipe.lora),
             merge_dir=run_dir / "base",
-            head="score" if recipe.stage == "reward" else "causal_lm",  # pyright: ignore[reportAttributeAccessIssue]
+            head="score" if isinstance(recipe, RewardRecipe) else "causal_lm",
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             config=section.config,
@@ -64,10 +69,9 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
     return _main_first(load)
 
 
-def load_frozen(section: ModelSection, source: ModelSource, head: Any) -> Any:
+def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     """The model for evaluation or chat."""
-    if head == "score":
-        check_reward_model(section.path, source)
+    check_kind(section.path, source, head)
     return load_model(
         source,
         head=head,
@@ -77,20 +81,69 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Any) -> Any:
     )
 
 
-def check_reward_model(path: str, source: ModelSource) -> None:
-    """Refuse a model without a trained score head: it would be given a random one.
+def check_kind(path: str, source: ModelSource, head: Head) -> None:
+    """Refuse a chat model as a reward model, which would score at random, and the other way round.
 
     Raises:
-        ToolkitError: the path is no reward model.
+        ToolkitError: the path is a model of the other kind.
     """
-    if source.adapter:
-        kind = _read(Path(source.adapter) / "adapter_config.json").get("task_type")
-        trained = kind == "SEQ_CLS"
-    else:
-        kinds = _read(Path(source.base) / "config.json").get("architectures") or ["ForSequenceClassification"]
-        trained = any("SequenceClassification" in kind for kind in kinds)
-    if not trained:
+    if is_reward_model(source) and head == "causal_lm":
+        raise ToolkitError(f"{path} is a reward model: it scores answers and writes none; name a chat model")
+    if not is_reward_model(source) and head == "score":
         raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 reward RECIPE")
+
+
+def is_reward_model(source: ModelSource) -> bool:
+    """Whether the files hold a score head. A hub name that is not on this machine counts as a chat model."""
+    if source.adapter:
+        return _read(Path(source.adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS"
+    kinds = _read(Path(source.base) / "config.json").get("architectures") or []
+    return any("SequenceClassification" in kind for kind in kinds)
+
+
+def load_rewards(recipe: RlRecipe, policy: ModelSource) -> list[Reward]:
+    """The terms of a recipe's reward, its reward models loaded and frozen.
+
+    Raises:
+        ToolkitError, ModelError: a rule that is not known, a model that is missing, or no reward model.
+    """
+    rewards: list[Reward] = []
+    for index, entry in enumerate(recipe.rewards):
+        if entry.rule is not None:
+            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
+            continue
+        rewards.append(_reward_model(recipe, entry, policy, f"rewards.{index}"))
+    names = [reward.name for reward in rewards]
+    for index, reward in enumerate(rewards):
+        if names.count(reward.name) > 1:  # TRL logs by name
+            reward.__name__ = f"{reward.name}_{index}"
+    return rewards
+
+
+def _reward_model(recipe: RlRecipe, entry: RewardEntry, policy: ModelSource, key: str) -> Reward:
+    path = Path(entry.model or "")
+    name = path.parent.name if path.name == "final" else path.name
+    stands_in = entry.if_missing == "random" and not path.exists()
+    if stands_in:
+        say(f"{key}.model: {path} is not there; a random score head on {recipe.model.path} stands in for it")
+    source = policy if stands_in else resolve_source(entry.model or "")
+    if not stands_in:
+        check_kind(str(path), source, "score")
+    stats = None
+    if entry.normalize and not stands_in:
+        stats = RewardStats.read(Path(source.adapter or source.base))
+    model = load_model(
+        source, head="score", dtype=recipe.model.dtype, attn_implementation=recipe.model.attn_implementation
+    )
+    return RewardModelReward(
+        name,
+        model,
+        load_tokenizer(source),
+        stats=stats,
+        clip=entry.clip,
+        weight=entry.weight,
+        on_error=entry.on_error,
+    )
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:

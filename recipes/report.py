@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as count_up
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,7 +18,7 @@ from recipes.files import write_text
 from recipes.report_data import Run, open_runs
 from recipes.report_metrics import count
 from recipes.report_plots import charts, expert_maps
-from recipes.report_samples import Gallery, across_runs, clean, within_run
+from recipes.report_samples import Gallery, across_runs, within_run
 from recipes.report_svg import COLOURS, LOAD_CLASSES, Chart, caption, line_chart, short
 
 KINDS = {
@@ -28,6 +29,8 @@ KINDS = {
     "chain": "chain",
 }
 LONG_TEXT = 300
+# Characters that HTML or UTF-8 forbids, and those that reorder the text around them.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class ChainView:
 
 
 @dataclass(frozen=True)
-class StageView:
-    """One run as the page shows it. `facts` are short lines of the manifest, `texts` its long ones."""
+class RunView:
+    """One run as the page shows it. Of its manifest: the `brief`, and all of it as short `facts` and long `texts`."""
 
     run: Run
     title: str
@@ -61,6 +64,8 @@ class StageView:
     maps: list[tuple[str, Markup]]
     other: list[Figure]
     loose: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
+    brief: list[tuple[str, str]]
     facts: list[tuple[str, str]]
     texts: list[tuple[str, str]]
     samples: Gallery | None
@@ -82,7 +87,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     if target.is_dir():
         raise ToolkitError(f"{target} is a directory; name the HTML file to write")
     try:
-        write_text(target, clean(page))
+        write_text(target, UNPRINTABLE.sub("\ufffd", page))
     except OSError as error:
         raise ToolkitError(f"{target} cannot be written: {error.strerror or error}") from error
     return target
@@ -104,7 +109,7 @@ def render(groups: Sequence[Sequence[Run]]) -> str:
         heading=" and ".join(group[0].name for group in groups),
         chains=[_chain_view(run) for run in chains],
         across=tables.across(chains),
-        stages=[_stage_view(run, titles[run.name]) for run in runs if not _only_headline(run)],
+        runs=[_run_view(run, titles[run.name]) for run in runs],
         notes=[(run.name, titles[run.name], note) for run in runs for note in run.notes],
         gallery=across_runs(runs, titles),
         load_classes=LOAD_CLASSES,
@@ -120,7 +125,8 @@ def _unique_names(groups: Sequence[list[Run]]) -> Sequence[list[Run]]:
         head = group[0].name
         for run in group:
             base = run.name if len(groups) == 1 or run is group[0] else f"{head}/{run.name}"
-            run.name = next(n for k in range(1, 10**6) if (n := base if k == 1 else f"{base} ({k})") not in taken)
+            numbered = (base if k == 1 else f"{base} ({k})" for k in count_up(1))
+            run.name = next(name for name in numbered if name not in taken)
             taken.add(run.name)
     return groups
 
@@ -129,7 +135,7 @@ def _titles(group: Sequence[Run]) -> dict[str, str]:
     """Page names of a chain's runs: an evaluation whose figures go to `stages.sft` is titled after that stage."""
     stages = group[0].recipe.get("stages")
     listed = stages if isinstance(stages, list) else []
-    told = {str(s["name"]): str(s["results"]) for s in listed if isinstance(s, dict) and s.get("results") and "name" in s}
+    told = {str(s.get("name")): str(s["results"]) for s in listed if isinstance(s, dict) and s.get("results")}
     titles = {}
     for run in group:
         own = run.path.name if run is not group[0] else run.name
@@ -144,11 +150,6 @@ def _anchor(names: Sequence[str], name: str) -> str:
     return f"run-{names.index(name)}"
 
 
-def _only_headline(run: Run) -> bool:
-    """A chain's own directory has nothing to draw: its manifest and recipe stand below the headline."""
-    return False and run.is_chain
-
-
 def _chain_view(run: Run) -> ChainView:
     results = run.results
     stages, models = (tables.entries(results, section) for section in ("stages", "reward_models"))
@@ -161,10 +162,10 @@ def _chain_view(run: Run) -> ChainView:
     return ChainView(run, tables.facts(results), [t for t in found if t], tables.other_results(results))
 
 
-def _stage_view(run: Run, title: str) -> StageView:
+def _run_view(run: Run, title: str) -> RunView:
     main, other = charts(run.metrics)
     flat = tables.flatten(run.manifest)
-    return StageView(
+    return RunView(
         run=run,
         title=title,
         kind=KINDS.get(run.kind, run.kind),
@@ -172,6 +173,8 @@ def _stage_view(run: Run, title: str) -> StageView:
         maps=expert_maps(run.metrics),
         other=[_figure(chart) for chart in other],
         loose=tables.flatten(run.metrics.loose),
+        rejected=[(reason, count(n, "row")) for reason, n in run.rejected.most_common()],
+        brief=tables.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
         samples=within_run(run),

@@ -10,10 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conversations.errors import ToolkitError
 from recipes.report_metrics import Metrics, collect, count
+from recipes.yaml_text import parse_yaml
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
 # What a finished run of each stage holds; `final` is a directory.
@@ -90,6 +89,7 @@ def read_run(path: Path, name: str) -> Run:
     run.recipe = _parse_recipe(run)
     run.manifest = _read_json(path / "manifest.json", run.notes)
     run.results = _read_json(path / "results.json", run.notes)
+    _note_odd_results(run)
     run.metrics = collect(_read_lines(path / "metrics.jsonl", run.notes), run.notes)
     run.samples = _keep_ends(list(_read_lines(path / "samples.jsonl", run.notes)), run.notes)
     rejected = _read_lines(path / "rejected.jsonl", run.notes)
@@ -141,6 +141,16 @@ def _kind(run: Run) -> str:
     return next((kind for kind, keys in signs.items() if not logged.isdisjoint(keys)), "unknown")
 
 
+def _note_odd_results(run: Run) -> None:
+    """Entries of results.json that no table can hold."""
+    for section in ("stages", "reward_models"):
+        found = run.results.get(section, {})
+        if not isinstance(found, dict):
+            run.notes.append(f"results.json: {section} is no object")
+            continue
+        run.notes += [f"results.json: {section}.{k} is no object" for k, v in found.items() if not isinstance(v, dict)]
+
+
 def _note_missing(run: Run) -> None:
     for name in EXPECTED.get(run.kind, RUN_FILES[:3]):
         if (run.path / name).exists():
@@ -155,9 +165,9 @@ def _read_text(path: Path) -> str:
 
 def _parse_recipe(run: Run) -> dict[str, Any]:
     try:
-        parsed = yaml.safe_load(run.recipe_text)
-    except yaml.YAMLError as error:
-        run.notes.append(f"recipe.yaml cannot be read: {' '.join(str(error).split())}")
+        parsed = parse_yaml(run.recipe_text, "recipe.yaml")
+    except ToolkitError as error:
+        run.notes.append(str(error))
         return {}
     if parsed is not None and not isinstance(parsed, dict):
         run.notes.append(f"recipe.yaml holds a {type(parsed).__name__}, not a mapping")

@@ -39,7 +39,7 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
     values: dict[str, dict[float, float]] = {}
     shares: dict[int, dict[float, list[float]]] = {}
     repeated: set[float] = set()
-    stepless = 0
+    stepless = bad_shares = 0
     for row in rows:
         step = number(row.pop("step", None))
         row.pop("epoch", None)
@@ -49,9 +49,12 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             continue
         for key, value in row.items():
             layer = _share_layer(key)
-            as_number = number(value)
+            # A null stands for NaN or infinity, which JSON has not.
+            as_number = math.nan if value is None else number(value)
             if layer is not None and isinstance(value, list):
-                shares.setdefault(layer, {})[step] = [number(share) or 0.0 for share in value]
+                found = [share for item in value if (share := number(item)) is not None and math.isfinite(share)]
+                bad_shares += len(found) < len(value)
+                shares.setdefault(layer, {}).update({step: found} if len(found) == len(value) else {})
             elif as_number is None:
                 metrics.loose[key] = value
             else:
@@ -60,10 +63,12 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
                 known[step] = as_number
     if stepless:
         notes.append(f"{count(stepless, 'line')} without a step in metrics.jsonl: listed, not plotted")
+    if bad_shares:
+        notes.append(f"{count(bad_shares, 'list')} of expert shares left out: not all numbers")
     if repeated:
         notes.append(f"{count(len(repeated), 'step')} logged more than once (a resume): the last line counts")
     metrics.series = {key: _finite(key, known, notes) for key, known in values.items()}
-    metrics.shares = {layer: sorted(known.items()) for layer, known in sorted(shares.items())}
+    metrics.shares = {layer: sorted(known.items()) for layer, known in sorted(shares.items()) if known}
     return metrics
 
 

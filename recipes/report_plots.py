@@ -25,7 +25,11 @@ class Figure:
 
 
 FIGURES = (
-    Figure("Loss", "loss", ((r"loss", "train"), (r"eval_loss", "held-out"))),
+    Figure(
+        "Loss",
+        "loss",
+        ((r"loss", "train"), (r"task_loss", "train, without balance"), (r"eval_loss", "held-out")),
+    ),
     Figure("Reward", "reward", ((r"reward", "total, weighted"), (r"eval_reward", "total, held-out"))),
     Figure("Reward components", "mean reward", ((r"rewards/(.+)/mean", "{0}"),)),
     Figure(
@@ -68,7 +72,7 @@ FIGURES = (
     Figure(
         "Balance losses",
         "loss, coefficients included",
-        ((r"balance/(.+)", "{0}"), (r"aux_loss", "auxiliary")),
+        ((r"balance(?:_loss)?/(.+)", "{0}"), (r"balance_loss", "sum"), (r"aux_loss", "auxiliary")),
         log_ok=True,
     ),
     Figure(
@@ -79,6 +83,7 @@ FIGURES = (
     ),
     Figure("Dead experts", "experts without a token", ((r"expert_load/dead", "dead"),)),
 )
+LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
 LAYER_LOAD = re.compile(r"expert_load/layer_(\d+)/max_over_mean")
 # Constant along the run or told elsewhere: of no use as a curve.
 NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
@@ -89,11 +94,12 @@ def charts(metrics: Metrics) -> tuple[list[Chart], list[Chart]]:
     used: set[str] = set()
     main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
     main += _layer_lines(metrics)
-    left = [key for key in sorted(metrics.series) if key not in used and not LAYER_LOAD.fullmatch(key)]
+    for pattern in (LAYER_LOAD, LAYER_DEAD, NOT_DRAWN):
+        used.update(filter(pattern.fullmatch, metrics.series))
     other = [
         Chart(key, "as logged", (_line(key, key, metrics),), log_ok=True)
-        for key in left
-        if metrics.series[key] and not NOT_DRAWN.fullmatch(key)
+        for key, points in sorted(metrics.series.items())
+        if points and key not in used
     ]
     return main, other
 
@@ -124,7 +130,15 @@ def _chart(figure: Figure, metrics: Metrics, used: set[str]) -> Chart | None:
             if match and metrics.series[key]:
                 used.add(key)
                 lines.append(_line(legend.format(*match.groups()), key, metrics))
-    return Chart(figure.title, figure.unit, lines, figure.log_ok, figure.note) if lines else None
+    note = _dead_layers(metrics) if figure.title == "Dead experts" else figure.note
+    return Chart(figure.title, figure.unit, lines, figure.log_ok, note) if lines else None
+
+
+def _dead_layers(metrics: Metrics) -> str:
+    """Where the dead experts of the last logged step are."""
+    last = {int(m[1]): p[-1][1] for key, p in metrics.series.items() if p and (m := LAYER_DEAD.fullmatch(key))}
+    dead = [f"layer {layer}: {number:g}" for layer, number in sorted(last.items()) if number]
+    return f"At the last step {', '.join(dead) or 'none in any layer'}." if last else ""
 
 
 def _line(label: str, key: str, metrics: Metrics) -> Line:
@@ -147,9 +161,7 @@ def _layer_lines(metrics: Metrics) -> list[Chart]:
     return [Chart("Busiest expert by layer", "times an equal share", lines, note="1 is perfect balance.")]
 
 
-def _binned(
-    layers: dict[int, list[Point]], most: int = 40
-) -> tuple[list[tuple[str, list[float]]], list[str]]:
+def _binned(layers: dict[int, list[Point]], most: int = 40) -> tuple[list[tuple[str, list[float]]], list[str]]:
     """Layers x spans of steps, the mean of each span, and the first step of each span."""
     n = max(len(points) for points in layers.values())
     spans = [range(k * n // min(n, most), (k + 1) * n // min(n, most)) for k in range(min(n, most))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,8 +13,6 @@ from recipes.report_svg import short
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200
-# Characters that HTML forbids, lone surrogates, and those that reorder the text around them.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _SHOWN_APART = frozenset(("step", "prompt", "completion", "reference", "rewards", "task", "meta"))
 
 Key = tuple[str, str]  # task, prompt
@@ -69,7 +66,9 @@ def within_run(run: Run) -> Gallery | None:
     steps = [step for row in run.samples if (step := number(row.get("step"))) is not None]
     if not steps or min(steps) == max(steps):
         return None
-    first, last = (_by_prompt(row for row in run.samples if number(row.get("step")) == s) for s in (min(steps), max(steps)))
+    first, last = (
+        _by_prompt(row for row in run.samples if number(row.get("step")) == step) for step in (min(steps), max(steps))
+    )
     columns = [f"step {min(steps):g}", f"step {max(steps):g}"]
     both = [key for key in first if key in last]
     if both:
@@ -79,11 +78,6 @@ def within_run(run: Run) -> Gallery | None:
     rows = [_comparison(key, [first[key][:1], []]) for key in list(first)[:few]]
     rows += [_comparison(key, [[], last[key][:1]]) for key in list(last)[:few]]
     return Gallery(columns, rows, "No prompt was asked at both steps: the first prompts of each.")
-
-
-def clean(text: str) -> str:
-    """`text` with what a page cannot hold, or what would reorder it, made visible as U+FFFD."""
-    return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def text_of(value: Any) -> str:
@@ -120,14 +114,14 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
     samples = [found[0] if found else None for found in columns]
     references = [text_of(row["reference"]) for row in samples if row and row.get("reference") is not None]
     said = [_said(row) if row else None for row in samples]
-    return Comparison(clean(task), _cut(prompt), _cut(references[0]) if references else "", said)
+    return Comparison(task, _cut(prompt), _cut(references[0]) if references else "", said)
 
 
 def _said(row: dict[str, Any]) -> Said:
     rewards = row.get("rewards")
     marks = dict(rewards) if isinstance(rewards, dict) else {}
     marks |= {k: v for k, v in row.items() if k not in _SHOWN_APART and not isinstance(v, dict | list)}
-    words = [clean(f"{name} {_mark(value)}") for name, value in marks.items()]
+    words = [f"{name} {_mark(value)}" for name, value in marks.items()]
     return Said(_cut(text_of(row.get("completion"))), words, number(row.get("step")))
 
 
@@ -139,6 +133,5 @@ def _mark(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    text = clean(text)
     more = len(text) - MAX_CHARACTERS
     return f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)" if more > 0 else text

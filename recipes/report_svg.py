@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: no scripts, no fonts, colours by CSS class so that one page serves light and dark.
+"""Small charts as inline SVG: no scripts, no fonts; colours are CSS classes, for light and dark alike.
 
 Lengths are in units of the view box, which a screen of 400 px or more shows at about one pixel each.
 """
@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 400, 232
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 24, 36
 COLOURS = 8  # classes .c0 to .c7 of report.css; a ninth line starts again with dashes
 SMOOTH_FROM = 30  # logged values; shorter curves are drawn as they are
+NAMES = {"class_": "class", "aria_label": "aria-label", "stroke_width": "stroke-width"}
 MAX_DRAWN = 240  # points of one line; more are thinned, extremes kept
 
 
@@ -60,8 +61,8 @@ class Frame:
 
 
 def tag(name: str, content: str = "", **attributes: object) -> Markup:
-    """One element, attributes and text escaped (Markup content is taken as it is); `_` in a name reads `-`."""
-    listed = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(v)}"' for key, v in attributes.items())
+    """One element, attributes and text escaped (Markup is taken as it is)."""
+    listed = "".join(f' {NAMES.get(key, key)}="{escape(v)}"' for key, v in attributes.items())
     return Markup(f"<{name}{listed}>{escape(content)}</{name}>")
 
 
@@ -228,9 +229,7 @@ LOAD_CLASSES = (
 )
 
 
-def heat_map(
-    rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], x_label: str, label: str
-) -> Markup:
+def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], x_label: str, label: str) -> Markup:
     """A cell for each layer (row) and column; values are loads relative to an equal share (1 = fair)."""
     left, right, top = 34, 8, 14
     cell_w = (WIDTH - left - right) / len(columns)

@@ -36,16 +36,19 @@ GAINS = (
     ("RL stage 1 over the control", "rl_reasoning", "sft_control", 1),
     ("Alignment tax: RL stage 1 less RL stage 2", "rl_preference", "rl_reasoning", -1),
 )
+NOT_STATED = "not stated"
 OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table; `minor` in smaller type below, `tone` is good, bad or nothing."""
+    """What stands in a table; `minor` in smaller type below; `bar` is a share with its interval, drawn;
+    `tone` is good, bad or nothing."""
 
     text: str
     minor: str = ""
     tone: str = ""
+    bar: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def share_cell(entry: dict[str, Any], key: str) -> Cell:
         return Cell(short(share) if math.isfinite(share) else str(share), "not a share of 1", "bad")
     n = sample_size(entry, key)
     if n is None:
-        return Cell(f"{share:.1%}", "n not stated")
+        return Cell(f"{share:.1%}", "n not stated", bar=(share, share, share))
     low, high = wilson(share, n)
-    return Cell(f"{share:.1%}", f"{100 * low:.1f} to {100 * high:.1f}, n = {n:,.0f}")
+    return Cell(f"{share:.1%}", f"{100 * low:.1f} to {100 * high:.1f}, n = {n:,.0f}", bar=(low, share, high))
 
 
 def stage_name(name: str) -> str:
@@ -148,7 +151,7 @@ def targets(results: dict[str, Any]) -> Table | None:
         found = item if isinstance(item, dict) else {"name": str(item)}
         met = found.get("met")
         verdict = Cell("met", tone="good") if met is True else Cell("not met", tone="bad")
-        verdict = verdict if isinstance(met, bool) else Cell("not stated")
+        verdict = verdict if isinstance(met, bool) else Cell(NOT_STATED)
         cells = [plain_cell(found.get("target")), plain_cell(found.get("value")), verdict]
         rows.append([Cell(str(found.get("name", "–"))), *cells])
     return Table("Targets", ["", "Target", "Reached", ""], rows) if rows else None
@@ -182,9 +185,24 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         pairs += [(f"Time, {name}", duration(value)) for name, value in seconds.items()]
     else:
         pairs.append(("Time", duration(seconds)))
-    memory = number(results.get("peak_memory_gb"))
-    pairs.append(("Peak memory", "not stated" if memory is None else f"{memory:.2f} GB"))
-    return pairs
+    return [*pairs, ("Peak memory", _gigabytes(results.get("peak_memory_gb")))]
+
+
+def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts of a manifest that a reader wants first; one that is not stated is left out."""
+    code = manifest.get("code") if isinstance(manifest.get("code"), dict) else {}
+    versions = manifest.get("versions")
+    stated = {
+        "Status": manifest.get("status"),
+        "Started": manifest.get("started"),
+        "Time": _known(duration(manifest.get("seconds"))),
+        "of it training": _known(duration(manifest.get("training_seconds"))),
+        "Peak memory": _known(_gigabytes(manifest.get("peak_memory_gb"))),
+        "Seed": manifest.get("seed"),
+        "Commit": _commit(code or manifest),
+        "Versions": _versions(versions) if isinstance(versions, dict) else None,
+    }
+    return [(key, str(value)) for key, value in stated.items() if value not in (None, "")]
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -201,7 +219,7 @@ def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
 def plain(value: Any) -> str:
     """One JSON value in words."""
     if value is None:
-        return "not stated"
+        return NOT_STATED
     if isinstance(value, bool):
         return "yes" if value else "no"
     as_number = number(value)
@@ -219,12 +237,34 @@ def plain_cell(value: Any) -> Cell:
 def duration(value: Any) -> str:
     seconds = number(value)
     if seconds is None or not math.isfinite(seconds):
-        return "not stated"
+        return NOT_STATED
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _gigabytes(value: Any) -> str:
+    gigabytes = number(value)
+    return NOT_STATED if gigabytes is None else f"{gigabytes:.2f} GB"
+
+
+def _known(words: str) -> str | None:
+    return None if words == NOT_STATED else words
+
+
+def _commit(code: dict[str, Any]) -> str | None:
+    commit = code.get("commit")
+    if not isinstance(commit, str):
+        return None
+    changed = ", with local changes" if code.get("diff_sha256") or code.get("diff") else ""
+    return commit[:12] + changed
+
+
+def _versions(versions: dict[str, Any]) -> str:
+    shown = [name for name in ("python", "torch", "transformers", "trl", "peft") if versions.get(name)]
+    return ", ".join(f"{name} {versions[name]}" for name in shown)
 
 
 def _difference(later: dict[str, Any], earlier: dict[str, Any], key: str, sign: int) -> Cell:

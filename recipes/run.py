@@ -16,6 +16,7 @@ from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
 from recipes.ranks import is_main, say, wait_for_all
+from recipes.results import figures, table_text
 from recipes.rundir import RECIPE, State, dump_text, inspect
 
 RESULTS = "results.json"
@@ -69,8 +70,9 @@ def run_stage(loaded: Loaded) -> Outcome:
         raise
     manifest["metrics"] = metrics
     if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
-        write_json(run_dir / RESULTS, metrics)
+        write_json(run_dir / RESULTS, figures(metrics))
     _close(run_dir, manifest, "finished", began)
+    wait_for_all()
     return Outcome("finished", manifest)
 
 
@@ -95,7 +97,7 @@ def _load_inputs(recipe: Any) -> _Inputs:
             inputs.rows_by_task[task.name] = rows[: task.limit]
         return inputs
     inputs.rows = _mix(recipe.data, recipe.seed, "data", inputs)
-    if recipe.eval_data:
+    if recipe.stage != "rl" and recipe.eval_data:
         inputs.eval_rows = _mix(recipe.eval_data, recipe.seed, "eval_data", inputs)
     return inputs
 
@@ -117,7 +119,7 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
     manifest["data"] = [file for mixture in inputs.mixtures for file in mixture.files]
     if before:
         _check_same_data(run_dir, before, manifest)
-        for key in ("started", "seconds", "training_seconds", "peak_memory_gb"):
+        for key in ("started", "seconds", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
         say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
@@ -125,9 +127,8 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
     if is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / RECIPE, dump_text(loaded.resolved))
-        rejected = [row.as_dict() for mixture in inputs.mixtures for row in mixture.rejected]
-        if rejected:
-            write_jsonl(run_dir / REJECTED, rejected)
+        if state.status == "new":  # the stage adds what it leaves out itself
+            write_jsonl(run_dir / REJECTED, (row.as_dict() for mix in inputs.mixtures for row in mix.rejected))
     write_manifest(run_dir, manifest)
     wait_for_all()
     return manifest
@@ -164,10 +165,9 @@ def _work(recipe: Any, run_dir: Path, state: State, inputs: _Inputs, manifest: d
             arguments["eval_rows"] = inputs.eval_rows or None
         function = stage.train
     began = time.monotonic()
-    try:
-        return function(recipe, model=model, tokenizer=inputs.tokenizer, run_dir=run_dir, **arguments)
-    finally:
-        manifest["training_seconds"] += time.monotonic() - began
+    metrics = function(recipe, model=model, tokenizer=inputs.tokenizer, run_dir=run_dir, **arguments)
+    manifest["training_seconds"] = metrics.get("seconds", time.monotonic() - began)
+    return metrics
 
 
 def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -> None:
@@ -176,6 +176,15 @@ def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -
     manifest["seconds"] += time.monotonic() - began
     manifest["peak_memory_gb"] = max(manifest["peak_memory_gb"], peak_memory_gb())
     write_manifest(run_dir, manifest)
+
+
+def report_outcome(recipe: Any, outcome: Outcome) -> None:
+    """Say where the result is, and an evaluation's figures."""
+    if recipe.stage == "eval":
+        name = Path(recipe.model.path).name
+        say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
+    result = Path(recipe.output_dir) / (RESULTS if recipe.stage == "eval" else "final")
+    say(f"{result} ({outcome.manifest['seconds']:.0f} s)")
 
 
 def _seed(seed: int) -> None:

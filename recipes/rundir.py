@@ -17,7 +17,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory holds: nothing of worth, an unfinished run (with its newest checkpoint), or a finished one."""
+    """What a run directory holds: nothing of worth, a run to go on with from a checkpoint, or a finished one."""
 
     status: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None

@@ -16,11 +16,11 @@ NAME = r"^[a-z][a-z0-9_]*$"
 class ChainModel(Section):
     """The model a chain begins with: the default `model` of every stage. What is not given, a stage's recipe says."""
 
-    path: str | None = Field(None, min_length=1, description="A model directory, run, or hub name.")
-    preset: str | None = Field(None, description="Preset that makes the model when `path` does not exist.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="As in a stage's recipe.")
-    attn_implementation: str | None = Field(None, description="As in a stage's recipe.")
-    config: dict[str, Any] | None = Field(None, description="As in a stage's recipe.")
+    path: str | None = Field(default=None, min_length=1, description="A model directory, run, or hub name.")
+    preset: str | None = Field(default=None, description="Preset that makes the model when `path` does not exist.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="As in a stage's recipe.")
+    attn_implementation: str | None = Field(default=None, description="As in a stage's recipe.")
+    config: dict[str, Any] | None = Field(default=None, description="As in a stage's recipe.")
 
 
 class ChainStage(Section):
@@ -31,7 +31,7 @@ class ChainStage(Section):
     name: str = Field(pattern=NAME, description="Name of the stage and of its directory.")
     recipe: str = Field(min_length=1, description="The stage's recipe, relative to the chain's file.")
     results: str | None = Field(
-        None,
+        default=None,
         pattern=r"^(stages|reward_models)\.[a-z][a-z0-9_]*$",
         description="An evaluation: where in results.json its figures go, such as stages.sft.",
     )
@@ -56,12 +56,12 @@ class ChainRecipe(Section):
     `${NAME.seconds}` how long its training took."""
 
     stage: Literal["chain"] = Field(description="Which stage this is.")
-    model: ChainModel = Field(default_factory=ChainModel, description="The model the chain begins with.")
+    model: ChainModel = Field(default_factory=lambda: ChainModel(), description="The model the chain begins with.")
     stages: list[ChainStage] = Field(min_length=1, description="What to run, in order.")
     compare: list[Comparison] = Field(default_factory=list, description="Paired comparisons for the results.")
     output_dir: str = Field(min_length=1, description="Holds the stages' run directories and results.json.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every stage that does not set its own.")
-    on_nan: Literal["stop", "skip"] | None = Field(None, description="As in a stage's recipe, for every stage.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every stage that does not set its own.")
+    on_nan: Literal["stop", "skip"] | None = Field(default=None, description="As in a stage's recipe, for every stage.")
 
     @model_validator(mode="after")
     def _names(self) -> "ChainRecipe":
@@ -124,29 +124,27 @@ def _messages(error: ValidationError, tree: dict[str, Any], cls: type[BaseModel]
     found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         found.setdefault(_location(detail, tree), []).append(detail)
+    for keys in list(found):  # a fault inside a section says more than that the section is no number
+        if any(other[: len(keys)] == keys and other != keys for other in found):
+            del found[keys]
     return [_message(keys, details, cls, prefix) for keys, details in found.items()]
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
     """The error's keys as they stand in the file: pydantic adds the names of union members to the path."""
     keys: list[str | int] = []
-    node = tree
+    node: Any = tree
     for key in detail["loc"]:
-        if isinstance(node, dict) and key in node:
-            node = node[key]
-        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
-            node = node[key]
+        children = dict(enumerate(node)) if isinstance(node, list) else node
+        if isinstance(children, dict) and key in children:
+            node = children[key]
+            keys.append(key)
         elif detail["type"] == "missing" and key == detail["loc"][-1]:
-            return (*keys, key)
-        else:
-            continue
-        keys.append(key)
+            keys.append(key)
     return tuple(keys)
 
 
-def _message(
-    keys: tuple[str | int, ...], details: list[ErrorDetails], cls: type[BaseModel], prefix: str
-) -> str:
+def _message(keys: tuple[str | int, ...], details: list[ErrorDetails], cls: type[BaseModel], prefix: str) -> str:
     path = prefix + ".".join(str(key) for key in keys)
     kind = details[0]["type"]
     if kind == "extra_forbidden":
@@ -162,9 +160,18 @@ def _message(
     return f"{path or 'recipe'}: {' or '.join(reasons)}{shown}"
 
 
+_WORDS = {
+    "model_type": "must be a section with keys",
+    "dict_type": "must be a section with keys",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+
+
 def _reason(detail: ErrorDetails) -> str:
     text = detail["msg"].removeprefix("Value error, ")
-    return "must be " + text.removeprefix("Input should be ") if text.startswith("Input should be ") else text
+    return _WORDS.get(detail["type"], text.replace("Input should be ", "must be "))
 
 
 def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str) -> str:

@@ -4,16 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from conversations.sections import FormatSection, TrainingRecipe
+from conversations.sections import SupervisedRecipe
 
 
-class RewardRecipe(TrainingRecipe):
-    """A reward model from preferences; `training` feeds trl.RewardConfig."""
+class RewardRecipe(SupervisedRecipe):
+    """A reward model from preferences; `training` feeds trl.RewardConfig. `format.train_on` plays no part."""
 
     stage: Literal["reward"] = Field(description="Which stage this is.")
-    format: FormatSection = Field(
-        default_factory=FormatSection, description="What happens to long rows; train_on plays no part."
-    )
     loss: Literal["pairwise", "pointwise"] = Field(
-        "pairwise", description="Pairs of chosen and rejected, or single answers with a label or score."
+        default="pairwise", description="Pairs of chosen and rejected, or single answers with a label or score."
     )

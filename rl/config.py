@@ -10,20 +10,20 @@ from conversations.sections import Section, TrainingRecipe
 class RewardEntry(Section):
     """One term of the reward, r = sum of weight * value: a reward model or a named rule."""
 
-    model: str | None = Field(None, description="Run or directory of a reward model.")
+    model: str | None = Field(default=None, description="Run or directory of a reward model.")
     if_missing: Literal["error", "random"] = Field(
-        "error", description="Without such a model: stop, or (for trials) score at random in its place."
+        default="error", description="Without such a model: stop, or (for trials) score at random in its place."
     )
-    rule: str | None = Field(None, description="Name of a rule of rl/rewards.py, such as math or number.")
-    weight: float = Field(1.0, description="Coefficient of this term; may be negative, not zero.")
+    rule: str | None = Field(default=None, description="Name of a rule of rl/rewards.py, such as math or number.")
+    weight: float = Field(default=1.0, description="Coefficient of this term; may be negative, not zero.")
     normalize: bool = Field(
-        True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
+        default=True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
     )
     clip: float | None = Field(
-        None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
+        default=None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
     )
     on_error: Literal["error", "zero", "skip"] = Field(
-        "error", description="When the reward cannot be had: stop, count 0, or leave the completion out."
+        default="error", description="When the reward cannot be had: stop, count 0, or leave the completion out."
     )
 
     @model_validator(mode="after")

@@ -4,13 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from conversations.sections import FormatSection, TrainingRecipe
+from conversations.sections import SupervisedRecipe
 
 
-class SftRecipe(TrainingRecipe):
+class SftRecipe(SupervisedRecipe):
     """Supervised fine-tuning on conversations; `training` feeds trl.SFTConfig."""
 
     stage: Literal["sft"] = Field(description="Which stage this is.")
-    format: FormatSection = Field(
-        default_factory=FormatSection, description="What is trained and what happens to long rows."
-    )

@@ -1,0 +1,205 @@
+"""`dsv2 run`: the stages of a chain in order, each in its own directory, in one process.
+
+A stage is not run twice unless its recipe, the data or a model it starts from has changed: what it depends on is kept
+as a fingerprint in chain.json. A run that its recipe no longer fits is moved to .superseded/, never overwritten.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.chain_references import References
+from recipes.chain_state import ChainState, fingerprint
+from recipes.files import write_json, write_text
+from recipes.loader import Loaded, read_tree
+from recipes.manifest import new_manifest, now, read_manifest, write_manifest
+from recipes.overrides import merge
+from recipes.ranks import is_main, say, wait_for_all
+from recipes.results import chain_results, outcome_pairs, table_text
+from recipes.run import RESULTS, check_recipe, run_stage
+from recipes.rundir import RECIPE, dump_text
+from recipes.schema import ChainRecipe, ChainStage, validate
+from recipes.yaml_text import read_mapping
+
+SUPERSEDED = ".superseded"
+
+
+def run_chain(loaded: Loaded) -> dict[str, Any]:
+    """Run a chain, or go on with it; returns and writes results.json.
+
+    Raises:
+        ToolkitError, ModelError: a recipe, the data or the output_dir is wrong; before anything is run, if possible.
+        KeyboardInterrupt: stopped; the same command goes on.
+    """
+    chain: ChainRecipe = loaded.recipe
+    output = Path(chain.output_dir)
+    _refuse_other_chain(loaded, output)
+    for note in loaded.notes:
+        say(f"smoke: {note}")
+    for _, stage in plan_stages(loaded):
+        check_recipe(stage.recipe)
+    state = _open_chain(loaded, output)
+    references = References(chain)
+    for entry in chain.stages:
+        stage = resolve_stage(loaded, entry, references)
+        _run_entry(entry, stage, state, references)
+        references.add(entry.name, stage.recipe.output_dir, state.stages[entry.name]["training_seconds"])
+    results = _collect(chain, state)
+    _close_chain(output, state, results)
+    say(f"\n{table_text(results)}\n\n{output / RESULTS}")
+    return results
+
+
+def plan_stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+    """Every stage with its checked recipe, as far as it is known before anything has run.
+
+    Raises:
+        ToolkitError: a wrong recipe or override, or a `${name}` that names no earlier stage.
+    """
+    chain: ChainRecipe = loaded.recipe
+    references = References(chain)
+    for entry in chain.stages:
+        stage = resolve_stage(loaded, entry, references)
+        yield entry.name, stage
+        references.add(entry.name, stage.recipe.output_dir, seconds=1.0)
+
+
+def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> Loaded:
+    """A stage's recipe with the chain's model and seed, then the entry's overrides, then `${name}` filled in.
+
+    Raises:
+        ToolkitError: the recipe is missing, of stage chain, or wrong; keys are named as stages.NAME.KEY.
+    """
+    chain: ChainRecipe = loaded.recipe
+    path = Path(entry.recipe)
+    tree = read_tree(path)
+    prefix = f"stages.{entry.name}."
+    if "output_dir" in entry.overrides:
+        raise ToolkitError(f"{prefix}output_dir: a chain's stage writes to OUTPUT_DIR/NAME; leave it out")
+    defaults: dict[str, Any] = {"model": chain.model.model_dump(exclude_none=True), "seed": chain.seed}
+    if chain.on_nan is not None:
+        defaults["on_nan"] = chain.on_nan
+    tree = merge(merge(tree, defaults), entry.overrides)
+    tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
+    recipe = validate(references.fill(tree, prefix), prefix)
+    if recipe.stage == "chain":
+        raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
+    if (entry.results is None) != (recipe.stage != "eval"):
+        fault = "say where its figures go, such as stages.sft" if recipe.stage == "eval" else "for evaluations only"
+        raise ToolkitError(f"{prefix}results: {fault}")
+    return Loaded(recipe, path, loaded.smoke)
+
+
+def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: References) -> None:
+    """Run one stage unless it has been run as it is now."""
+    from recipes.models import ensure_model
+
+    run_dir = Path(stage.recipe.output_dir)
+    ensure_model(stage.recipe.model.path, stage.recipe.model.preset, stage.recipe.seed)
+    used = references.used(stage.recipe)
+    now_is = fingerprint(stage, {run_dir: state.stages[name]["fingerprint"] for name, run_dir in used.items()})
+    before = state.stages.get(entry.name)
+    if before and before["fingerprint"] == now_is and before["status"] == "finished":
+        say(f"-- {entry.name}: finished before, not run again")
+        return
+    if before and before["fingerprint"] != now_is:
+        _set_aside(run_dir, entry.name)
+    say(f"-- {entry.name}")
+    state.begin(entry.name, now_is)
+    try:
+        run_stage(stage)
+    finally:
+        state.count(entry.name, read_manifest(run_dir))
+        _free_memory()
+    state.finish(entry.name, read_manifest(run_dir))
+
+
+def _set_aside(run_dir: Path, name: str) -> None:
+    """Move a run away that its recipe or input no longer fits."""
+    if is_main() and run_dir.exists():
+        attic = run_dir.parent / SUPERSEDED
+        attic.mkdir(exist_ok=True)
+        number = next(n for n in range(1, 10**6) if not (attic / f"{name}-{n}").exists())
+        run_dir.rename(attic / f"{name}-{number}")
+        say(f"{name}: its recipe or input has changed; the old run is now {attic / f'{name}-{number}'}")
+    wait_for_all()
+
+
+def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
+    """A chain's directory may hold this chain's stages, or nothing that is a run of its own.
+
+    Raises:
+        ToolkitError: it holds the run of a stage or of another chain.
+    """
+    if output.exists() and not output.is_dir():
+        raise ToolkitError(f"output_dir {output} is a file; choose another output_dir")
+    if not (output / RECIPE).exists():
+        return
+    there = read_mapping(output / RECIPE)
+    remedy = "choose another output_dir, or move that run away"
+    if there.get("stage") != "chain":
+        raise ToolkitError(f"output_dir {output} holds a run of stage {there.get('stage')}, not a chain; {remedy}")
+    file = read_manifest(output).get("recipe")
+    names = [stage.get("name") for stage in there.get("stages", [])]
+    same_names = names == [stage.name for stage in loaded.recipe.stages]
+    moved = file is not None and Path(file).name == loaded.path.name and same_names
+    if file != str(loaded.path.absolute()) and not moved:
+        raise ToolkitError(f"output_dir {output} holds the run of another chain, {file}; {remedy}")
+
+
+def _open_chain(loaded: Loaded, output: Path) -> ChainState:
+    state = ChainState.read(output)
+    if state.stages:
+        say(f"{output}: going on with this chain")
+    wait_for_all()
+    if is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / RECIPE, dump_text(loaded.resolved))
+    write_manifest(output, new_manifest(loaded.path, loaded.recipe.seed))
+    wait_for_all()
+    return state
+
+
+def _collect(chain: ChainRecipe, state: ChainState) -> dict[str, Any]:
+    """The results of all evaluations."""
+    evaluations: dict[str, dict[str, Any]] = {}
+    for entry in chain.stages:
+        if entry.results:
+            evaluations.setdefault(entry.results, {}).update(state.stages[entry.name]["metrics"])
+    comparisons = {
+        comparison.name: {
+            "task": comparison.task,
+            "before": comparison.before,
+            "after": comparison.after,
+            "change": outcome_pairs(
+                Path(chain.output_dir) / comparison.before, Path(chain.output_dir) / comparison.after, comparison.task
+            ),
+        }
+        for comparison in chain.compare
+    }
+    names = [entry.name for entry in chain.stages]
+    return chain_results(chain.seed, evaluations, comparisons, state.seconds(names), state.peak_memory_gb(names))
+
+
+def _close_chain(output: Path, state: ChainState, results: dict[str, Any]) -> None:
+    if is_main():
+        write_json(output / RESULTS, results)
+    manifest = {**read_manifest(output), "status": "finished", "ended": now()}
+    manifest |= {"seconds": results["seconds"], "peak_memory_gb": results["peak_memory_gb"]}
+    write_manifest(output, manifest)
+
+
+def _free_memory() -> None:
+    """Give back what the last stage held: models in reference cycles, the allocator's free pages."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

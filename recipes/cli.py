@@ -1,0 +1,224 @@
+"""The command line: `dsv2 COMMAND ...`. Imports nothing heavy; each command imports what it needs.
+
+Exit codes: 0 done; 2 the recipe, the data or the command is wrong (one message); 1 a fault of the toolkit; 130
+interrupted, with a checkpoint where training had begun.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from conversations.errors import ToolkitError
+from recipes.ranks import is_main
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `dsv2`: its usage line, its help, what reads its arguments, and what runs it."""
+
+    usage: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are the user's error, in our one form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ToolkitError(f"{message}; see: {self.prog} --help")
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to replace, as YAML")
+    parser.add_argument("--smoke", action="store_true", help="the recipe at toy size: 2 steps, batch 1")
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the model; empty or not there")
+    parser.add_argument("--preset", required=True, help="tiny, v2-lite-mini or v2-mini")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
+    parser.add_argument("--prompt", help="answer this and end; else a conversation begins")
+    parser.add_argument("--system", help="the system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="float32")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of stages or chains")
+    parser.add_argument("--output", type=Path, help="the page; RUN/report.html of the first run")
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from recipes.init import describe_model, make_model
+
+    make_model(arguments.directory, arguments.preset, arguments.seed)
+    print(describe_model(arguments.directory))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from recipes.check import check
+    from recipes.loader import load_recipe
+
+    check(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke))
+    return 0
+
+
+def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        from recipes.loader import load_recipe
+
+        loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage=stage)
+        from recipes.run import report_outcome, run_stage
+
+        report_outcome(loaded.recipe, run_stage(loaded))
+        return 0
+
+    return run
+
+
+def _chain(arguments: argparse.Namespace) -> int:
+    from recipes.loader import load_recipe
+
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="chain")
+    from recipes.chain import run_chain
+
+    run_chain(loaded)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from recipes.chat import chat
+
+    return chat(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from recipes.report import write_report
+
+    print(write_report(arguments.runs, arguments.output))
+    return 0
+
+
+COMMANDS = {
+    "init": Command(
+        "DIR --preset NAME", "make a seeded random model with tokenizer, in hub layout", _init_arguments, _init
+    ),
+    "check": Command("RECIPE", "validate a recipe and its data, load no weights", _recipe_arguments, _check),
+    **{
+        name: Command("RECIPE [--smoke] [key.path=value ...]", text, _recipe_arguments, _stage(name))
+        for name, text in (
+            ("sft", "supervised fine-tuning"),
+            ("reward", "train a reward model"),
+            ("rl", "reinforcement learning (GRPO)"),
+            ("eval", "measure a model"),
+        )
+    },
+    "run": Command("RECIPE [--smoke] [key.path=value ...]", "a chain of stages, resumable", _recipe_arguments, _chain),
+    "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
+    "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
+}
+
+
+def help_text() -> str:
+    """The text of `dsv2 --help`."""
+    width = max(len(f"{name} {command.usage}") for name, command in COMMANDS.items())
+    lines = [f"  dsv2 {f'{name} {command.usage}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dsv2: a DeepSeek-V2 base checkpoint becomes chat variants.",
+            "",
+            *lines,
+            "",
+            "dsv2 COMMAND --help says more. Under torchrun and accelerate launch: -m recipes.cli COMMAND ...",
+            "Exit codes: 0 done, 2 wrong recipe, data or command, 1 a fault of the toolkit, 130 interrupted.",
+        ]
+    )
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run a command.
+
+    Raises:
+        ToolkitError: an unknown command or wrong arguments.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("deepseek-v2-toolkit"))
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(COMMANDS)}"
+        raise ToolkitError(f'unknown command "{name}"; {hint}')
+    command = COMMANDS[name]
+    parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)
+    command.arguments(parser)
+    return command.run(parser.parse_intermixed_args(list(argv[1:])))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    _prepare_process()
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as interrupt:
+        _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; the same command goes on from there")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ValueError as error:
+        if not _is_for_the_user(error):
+            raise
+        _complain(f"error: {error}")
+        return 2
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    """ToolkitError, or the model floor's ModelError, whose module is only there once torch is."""
+    models = sys.modules.get("deepseek_v2_modeling.errors")
+    return isinstance(error, ToolkitError) or (models is not None and isinstance(error, models.ModelError))
+
+
+def _complain(message: str) -> None:
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _prepare_process() -> None:
+    """SIGTERM ends like Ctrl-C; long messages of libraries stay out of the way."""
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Reward models: trained on pairs or judged answers, measured on held-out ones, with statistics for RL."""
+
+import random
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from trl import RewardConfig
+
+from deepseek_v2_modeling.inference import score_sequences
+from deepseek_v2_modeling.run_files import REJECTED_FILE, append_lines
+from deepseek_v2_modeling.trainer import RunLimits, RunTrainerMixin, training_arguments
+from reward.config import RewardRecipe
+from reward.data import Row, answer_ids, encode_judged, encode_pairs, is_pair
+from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STATS_FILE = "reward_stats.json"
+STATS_ROWS = 2000  # training rows whose scores make the statistics
+
+
+def train(
+    recipe: RewardRecipe,
+    *,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Row],
+    eval_rows: Iterable[Row] | None,
+    run_dir: Path,
+    resume_from: Path | None,
+) -> dict[str, Any]:
+    """Trains a DeepseekV2ForSequenceClassification with one label; writes metrics.jsonl, checkpoints and final/.
+
+    final/ has reward_stats.json besides: {mean, std, n} of the scores of training rows, with which RL normalises.
+
+    Args:
+        rows: pairs (loss: pairwise) or judged answers (loss: pointwise).
+        eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
+        resume_from: a checkpoint of the same run to go on from.
+
+    Returns:
+        steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,
+        and for each meta.kind.
+
+    Raises:
+        ToolkitError: rows that can not be trained on.
+        StopRequested: a signal ended training early, with a checkpoint.
+    """
+    datasets.disable_progress_bars()
+    rows, eval_rows = list(rows), list(eval_rows or ())
+    trainer, report = _trainer(recipe, model, tokenizer, rows, eval_rows, run_dir)
+    max_length = recipe.training.get("max_length", RewardConfig.max_length)
+    if trainer.is_world_process_zero():
+        print(f"reward: {report.summary(max_length)}", file=sys.stderr)
+        if resume_from is None:
+            append_lines(run_dir / REJECTED_FILE, report.rejected)
+    output = trainer.train(resume_from)
+    scorer = Scorer(trainer, tokenizer, max_length)
+    stats = score_stats(scorer, random.Random(recipe.seed).sample(rows, min(STATS_ROWS, len(rows))))
+    metrics = {
+        "steps": output.global_step,
+        "seconds": trainer.seconds,
+        **report.as_metrics(),
+        "reward_stats": stats,
+        **judge_rows(scorer, eval_rows),
+    }
+    trainer.finish(recipe.model.dtype, {STATS_FILE: stats})
+    return metrics
+
+
+def _trainer(
+    recipe: RewardRecipe,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    run_dir: Path,
+):
+    """The trainer for the recipe's loss, and what became of the rows."""
+    limits = RunLimits(recipe.on_nan, recipe.max_seconds)
+    arguments = RewardConfig(
+        **training_arguments(
+            recipe.training, run_dir=run_dir, seed=recipe.seed, dtype=recipe.model.dtype, limits=limits
+        )
+    )
+    fitting = {"max_length": arguments.max_length, "too_long": recipe.format.too_long}
+    arguments.max_length = None  # TRL would leave out longer rows without a word
+    common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": limits}
+    pairs = [row for row in eval_rows if is_pair(row)]
+    judged = [row for row in eval_rows if not is_pair(row)]
+    if recipe.loss == "pairwise":
+        data, report = encode_pairs(rows, tokenizer, **fitting)
+        held_out = encode_pairs(pairs, tokenizer, **fitting)[0] if pairs else None
+        return PairTrainer(**common, train_dataset=data, eval_dataset=held_out), report
+    data, verdict, report = encode_judged(rows, tokenizer, **fitting)
+    held_out = encode_judged(judged, tokenizer, **fitting)[0] if judged else None
+    collator: Any = JudgedCollator(_pad_token_id(tokenizer))
+    trainer = JudgedTrainer(
+        **common, train_dataset=data, eval_dataset=held_out, data_collator=collator, verdict=verdict
+    )
+    return trainer, report
+
+
+class Scorer:
+    """Scores conversations with the model of a trainer, as it trains them (autocast, lengths)."""
+
+    def __init__(self, trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None):
+        self.trainer = trainer
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def __call__(self, conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
+        """(prompt, answer) -> score."""
+        ids = [answer_ids(prompt, answer, self.tokenizer, self.max_length) for prompt, answer in conversations]
+        with self.trainer.accelerator.autocast():
+            return score_sequences(
+                self.trainer.model,
+                ids,
+                pad_token_id=_pad_token_id(self.tokenizer),
+                batch_size=2 * self.trainer.args.per_device_eval_batch_size,
+            )
+
+
+def score_stats(scorer: Scorer, rows: Sequence[Row]) -> dict[str, float]:
+    """{mean, std, n} over every answer in these rows, chosen and rejected alike."""
+    answers = [(row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected", "completion") if key in row]
+    scores = scorer(answers)
+    return {"mean": statistics.fmean(scores), "std": statistics.pstdev(scores), "n": len(scores)}
+
+
+def judge_rows(scorer: Scorer, rows: Sequence[Row]) -> dict[str, Any]:
+    """How well the scores agree with held-out rows: `pair_accuracy`, `accuracy`, `mse` (those that apply) with `n`,
+    and the same under `by_kind` for each meta.kind. A tie is not ranked right."""
+    if not rows:
+        return {}
+    verdicts = _verdicts(scorer, rows)
+    kinds: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for row, verdict in zip(rows, verdicts, strict=True):
+        kinds[str((row.get("meta") or {}).get("kind", "other"))].append(verdict)
+    return {**_means(verdicts), "by_kind": {kind: _means(found) for kind, found in sorted(kinds.items())}}
+
+
+def _verdicts(scorer: Scorer, rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """(what is measured, value) of each row."""
+    answers = []
+    for row in rows:
+        answers += [(row["prompt"], row[key]) for key in (("chosen", "rejected") if is_pair(row) else ("completion",))]
+    scores = iter(scorer(answers))
+    found = []
+    for row in rows:
+        score = next(scores)
+        if is_pair(row):
+            found.append(("pair_accuracy", float(score > next(scores))))
+        elif "label" in row:
+            found.append(("accuracy", float((score > 0) == bool(row["label"]))))
+        else:
+            found.append(("mse", (score - float(row["score"])) ** 2))
+    return found
+
+
+def _means(verdicts: Sequence[tuple[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for name, _ in verdicts)
+    means = {name: statistics.fmean(v for n, v in verdicts if n == name) for name in names}
+    return {**means, "n": len(verdicts)}
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

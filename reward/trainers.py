@@ -1,0 +1,69 @@
+"""The two losses of a reward model (paper, section 4.2): pair-wise and point-wise."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn import functional as F
+from trl import RewardTrainer
+
+from deepseek_v2_modeling.inference import pad_batch
+from deepseek_v2_modeling.trainer import RunTrainerMixin
+
+
+class PairTrainer(RunTrainerMixin, RewardTrainer):
+    """-log sigmoid(score of chosen - score of rejected)."""
+
+
+def pointwise_loss(scores: torch.Tensor, targets: torch.Tensor, verdict: str) -> torch.Tensor:
+    """scores [B], targets [B] -> scalar. "label": cross-entropy of sigmoid(score); "score": squared error."""
+    if verdict == "label":
+        return F.binary_cross_entropy_with_logits(scores, targets)
+    return F.mse_loss(scores, targets)
+
+
+class JudgedCollator:
+    """Pads input_ids on the right: {input_ids [B, T], attention_mask [B, T], target [B]}."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, mask = pad_batch([row["input_ids"] for row in rows], self.pad_token_id, left=False)
+        target = torch.tensor([row["target"] for row in rows], dtype=torch.float32)
+        return {"input_ids": ids, "attention_mask": mask, "target": target}
+
+
+class PointwiseLossTrainer(RewardTrainer):
+    """RewardTrainer on single answers; `verdict` says what their targets are."""
+
+    def __init__(self, *args: Any, verdict: str, **kwargs: Any):
+        self.verdict = verdict
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "target"]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        scores, targets = outputs.logits.squeeze(-1).float(), inputs["target"]
+        loss = pointwise_loss(scores, targets, self.verdict)
+        mode = "train" if self.model.training else "eval"
+        gathered = self.accelerator.gather_for_metrics(scores.detach())
+        self._metrics[mode]["mean_reward"].append(gathered.mean().item())
+        if self.verdict == "label":
+            right = ((scores > 0) == (targets > 0.5)).float()
+            self._metrics[mode]["accuracy"].append(self.accelerator.gather_for_metrics(right).mean().item())
+        return (loss, outputs) if return_outputs else loss
+
+
+class JudgedTrainer(RunTrainerMixin, PointwiseLossTrainer):
+    """The point-wise loss with the balance losses."""

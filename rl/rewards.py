@@ -1,0 +1,201 @@
+"""The terms of the reward, r = sum of weight * value (paper, section 4.2: r = c1 helpful + c2 safety + c3 rule).
+
+A reward is called as TRL calls its reward functions, with lists of one entry a completion, and returns a value for
+each, or None where it has nothing to say (a rule that needs a reference, and a row without one).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from conversations import render_conversation
+from conversations.errors import ToolkitError
+from conversations.prompts import Row, answer_text
+from conversations.verifiers import language_matches, math_matches, number_matches, well_formed
+from deepseek_v2_modeling.inference import score_sequences
+from deepseek_v2_modeling.run_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnError = Literal["error", "zero", "skip"]
+Values = list[float | None]
+STATS_FILE = "reward_stats.json"
+MIN_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion to judge. finished: whether the model ended it itself, before the limit of tokens."""
+
+    prompt: list[Row]
+    text: str
+    finished: bool = True
+    reference: str | None = None
+
+
+Rule = Callable[[Answer], bool]
+
+# name -> (what it checks, whether it needs a reference)
+RULES: dict[str, tuple[Rule, bool]] = {
+    "number": (lambda a: number_matches(a.text, a.reference or ""), True),
+    "math": (lambda a: math_matches(a.text, a.reference or ""), True),
+    "language": (lambda a: language_matches(a.prompt[-1]["content"], a.text), False),
+    "format": (lambda a: a.finished and well_formed(a.text), False),
+}
+
+
+class Reward:
+    """A named, weighted reward function; subclasses say how to `judge` answers.
+
+    on_error: what a value that cannot be had counts as: an error that ends the run, 0, or nothing (None).
+    """
+
+    needs_reference = False
+
+    def __init__(self, name: str, weight: float = 1.0, on_error: OnError = "error"):
+        self.__name__ = name  # what TRL calls it in its log
+        self.weight = weight
+        self.on_error = on_error
+
+    @property
+    def name(self) -> str:
+        return self.__name__
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        """A value for each answer; None where the reward does not apply."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: list[list[Row]], completions: list[list[Row]], **columns: Any) -> Values:
+        """TRL's call: prompts and completions are lists of messages, columns lists of the rows' other fields."""
+        nothing = [None] * len(prompts)
+        answers = [
+            Answer(prompt, answer_text(completion[-1]["content"]), finished is not False, reference)
+            for prompt, completion, finished, reference in zip(
+                prompts,
+                completions,
+                columns.get("finished") or nothing,
+                columns.get("reference") or nothing,
+                strict=True,
+            )
+        ]
+        return self._guarded(answers)
+
+    def _guarded(self, answers: Sequence[Answer]) -> Values:
+        try:
+            values = self.judge(answers)
+        except Exception as error:
+            if self.on_error == "error":
+                raise ToolkitError(f"the reward {self.name} failed: {error}") from error
+            values = [math.nan] * len(answers)
+        bad = next((a for a, v in zip(answers, values, strict=True) if v is not None and not math.isfinite(v)), None)
+        if bad is not None and self.on_error == "error":
+            raise ToolkitError(f"the reward {self.name} gave no finite value for the answer {bad.text!r}")
+        instead = 0.0 if self.on_error == "zero" else None
+        return [instead if v is not None and not math.isfinite(v) else v for v in values]
+
+
+class RuleReward(Reward):
+    """1 where the rule holds and 0 where it does not.
+
+    Raises:
+        ToolkitError: there is no such rule.
+    """
+
+    def __init__(self, rule: str, weight: float = 1.0, on_error: OnError = "error"):
+        super().__init__(rule, weight, on_error)
+        if rule not in RULES:
+            raise ToolkitError(f"there is no reward rule {rule!r}; there are: {', '.join(RULES)}")
+        self.holds, self.needs_reference = RULES[rule]
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        return [None if self.needs_reference and a.reference is None else self._value(a) for a in answers]
+
+    def _value(self, answer: Answer) -> float:
+        """The rule's verdict. A reference that cannot be read touches this answer only."""
+        try:
+            return float(self.holds(answer))
+        except ToolkitError:
+            if self.on_error == "error":
+                raise
+            return math.nan
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Mean and spread of a reward model's scores of its training pairs, and how many scores they are from."""
+
+    mean: float
+    std: float
+    n: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "RewardStats":
+        """From reward_stats.json in a reward model's final/.
+
+        Raises:
+            ToolkitError: it is missing.
+        """
+        path = folder / STATS_FILE
+        if not path.is_file():
+            raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
+        return cls(**read_json(path))
+
+
+class RewardModelReward(Reward):
+    """A reward model's score of the conversation that ends in the answer; normalised, then cut.
+
+    Args:
+        model: a DeepseekV2ForSequenceClassification with one label, in evaluation mode.
+        tokenizer: the reward model's own.
+        stats: subtract the mean and divide by the spread; None leaves scores as they are.
+        clip: cut to [-clip, clip]; None leaves them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        stats: RewardStats | None = None,
+        clip: float | None = None,
+        weight: float = 1.0,
+        on_error: OnError = "error",
+        batch_size: int = 128,
+    ):
+        super().__init__(name, weight, on_error)
+        self.model = model
+        self.tokenizer: Any = tokenizer
+        self.stats = stats
+        self.clip = clip
+        self.batch_size = batch_size
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in answers]
+        ids = [render_conversation(c, self.tokenizer)["input_ids"] for c in conversations]
+        scores = score_sequences(
+            self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size
+        )
+        return [normalised(score, self.stats, self.clip) for score in scores]
+
+
+def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:
+    """(score - mean) / std, cut to [-clip, clip]. NaN stays NaN."""
+    if stats is not None:
+        score = (score - stats.mean) / max(stats.std, MIN_STD)
+    return score if clip is None or math.isnan(score) else max(-clip, min(clip, score))
+
+
+def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
+    """Raises ToolkitError for a reward that needs a reference where no row has one: it would say nothing, ever."""
+    if any(row.get("reference") is not None for row in rows):
+        return
+    for reward in rewards:
+        if reward.needs_reference:
+            raise ToolkitError(
+                f"the reward {reward.name} needs a reference, and none of the {len(rows):,} rows has one; "
+                "map the column that holds the right answer: data.0.columns: {reference: NAME}"
+            )

@@ -1,0 +1,107 @@
+"""Reinforcement learning with GRPO: prompts in, sampled answers judged by rewards, a policy out."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import Dataset
+from trl import GRPOConfig
+
+from conversations.errors import ToolkitError
+from conversations.prompts import Row, prompt_of
+from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from rl.config import RlRecipe
+from rl.rewards import Reward, RewardModelReward, check_references
+from rl.trainer import PolicyTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
+
+
+def train(
+    recipe: RlRecipe,
+    *,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Row],
+    rewards: Sequence[Reward],
+    run_dir: Path,
+    resume_from: Path | None,
+) -> dict[str, Any]:
+    """Trains `model` by GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
+
+    Args:
+        rows: canonical rows; the prompt is what comes before the last answer, `reference` goes to the rewards.
+        rewards: the terms of the reward, with their weights.
+        resume_from: a checkpoint of the same run to go on from.
+
+    Returns:
+        steps, seconds, and the last logged reward, each of its terms, KL, entropy and length.
+
+    Raises:
+        ToolkitError: rows without a question, a reward that can not be had or says nothing.
+        StopRequested: a signal ended training early, with a checkpoint.
+    """
+    datasets.disable_progress_bars()
+    data = prompt_dataset(rows)
+    check_references(rewards, [{"reference": reference} for reference in data["reference"]])
+    limits = RunLimits(recipe.on_nan, recipe.max_seconds)
+    trainer = PolicyTrainer(
+        model,
+        grpo_config(recipe, run_dir, limits, rewards),
+        rewards,
+        train_dataset=data,
+        processing_class=tokenizer,
+        limits=limits,
+    )
+    for reward in rewards:
+        if isinstance(reward, RewardModelReward):
+            reward.model.to(trainer.accelerator.device)
+    if trainer.is_world_process_zero():
+        terms = " + ".join(f"{reward.weight:g} {reward.name}" for reward in rewards)
+        print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
+    output = trainer.train(resume_from)
+    trainer.finish(recipe.model.dtype)
+    return {"steps": output.global_step, "seconds": trainer.seconds, **last_logged(trainer.state.log_history)}
+
+
+def prompt_dataset(rows: Iterable[Row]) -> Dataset:
+    """Columns prompt (messages) and reference (text or null).
+
+    Raises:
+        ToolkitError: there are no rows, or one without a question.
+    """
+    entries = [
+        {
+            "prompt": [{"role": m["role"], "content": m["content"]} for m in prompt_of(row, number)],
+            "reference": row.get("reference"),
+        }
+        for number, row in enumerate(rows, 1)
+    ]
+    if not entries:
+        raise ToolkitError("data: there are no prompts to train on")
+    return Dataset.from_list(entries)
+
+
+def grpo_config(recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward]) -> GRPOConfig:
+    """TRL's config: the recipe's `training` with what the toolkit owns."""
+    arguments = training_arguments(
+        {"disable_dropout": True, **recipe.training},
+        run_dir=run_dir,
+        seed=recipe.seed,
+        dtype=recipe.model.dtype,
+        limits=limits,
+    )
+    return GRPOConfig(**arguments, reward_weights=[reward.weight for reward in rewards])
+
+
+def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The last value of each figure that says how the run ended."""
+    found: dict[str, float] = {}
+    for line in history:
+        found |= {key: line[key] for key in line if key in LOGGED_AT_END or key.endswith("/mean")}
+    return found

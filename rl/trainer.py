@@ -1,0 +1,143 @@
+"""GRPO (paper eq. 32-34) on TRL's trainer: our template, our reference model, rewards that must say something."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from conversations import render_conversation
+from conversations.errors import ToolkitError
+from conversations.prompts import Row, answer_text, prompt_text
+from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
+from deepseek_v2_modeling.trainer import RunTrainerMixin
+from rl.rewards import Reward
+
+SAMPLED_STEPS = 25  # of a run, about
+SAMPLES_A_STEP = 4
+PATIENCE = 8  # batches in which a reward may say nothing at all
+
+
+class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
+    """GRPOTrainer whose prompts are rendered by `render_conversation`.
+
+    The reference of the KL is the policy as it was at the start: for full fine-tuning a frozen copy made here (TRL
+    would load transformers' stock class from the path), for an adapter the copy named "ref" that TRL makes.
+    """
+
+    def __init__(self, model: Any, args: GRPOConfig, rewards: Sequence[Reward], **kwargs: Any):
+        beta, sync = args.beta, args.sync_ref_model
+        own_reference = beta != 0 and not hasattr(model, "peft_config")
+        reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
+        if own_reference:
+            args.beta, args.sync_ref_model = 0.0, False
+        super().__init__(model=model, args=args, reward_funcs=list(rewards), **kwargs)
+        args.beta, args.sync_ref_model = beta, sync
+        self.beta = beta
+        if reference is not None:
+            self.ref_model = self._prepare_reference(reference)
+            if sync:
+                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.silent_batches = [0] * len(rewards)
+
+    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
+        """What GRPOTrainer does to a reference model that it loads itself."""
+        reference.requires_grad_(False)
+        disable_dropout_in_model(reference)
+        add_fused_lm_head(
+            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    # --- rollouts -----------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list[list[Row]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Each prompt comes num_generations times: rendered once."""
+        rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        ids = []
+        for prompt in prompts:
+            key = tuple((message["role"], message["content"]) for message in prompt)
+            if key not in rendered:
+                found = render_conversation(prompt, self._tokenizer, add_generation_prompt=True)
+                rendered[key] = found["input_ids"]
+            ids.append(rendered[key])
+        return ids, None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # A PeftModel generates past its own forward, which is the one that accelerate put under autocast.
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    # --- rewards ------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(
+        self, inputs: list[Row], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        finished = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        inputs = [{**row, "finished": done} for row, done in zip(inputs, finished, strict=True)]
+        values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._require_words(values)
+        return values
+
+    def _require_words(self, values: torch.Tensor) -> None:
+        """values [completions of all processes, rewards], NaN where a reward said nothing.
+
+        TRL trains on such batches without a word, on nothing at all or on what is left of the reward.
+        """
+        silent = values.isnan().all(0).tolist()
+        if all(silent):
+            raise ToolkitError(
+                f"no reward said anything about any of {len(values)} completions (step {self.state.global_step + 1}); "
+                "look at the rewards' on_error and at the references of the data"
+            )
+        for i, is_silent in enumerate(silent):
+            spoke_before = self.silent_batches[i] < 0
+            self.silent_batches[i] = -1 if spoke_before or not is_silent else self.silent_batches[i] + 1
+            if self.silent_batches[i] >= PATIENCE:
+                raise ToolkitError(
+                    f"the reward {self.reward_func_names[i]} said nothing about any completion of the first "
+                    f"{PATIENCE} batches; leave it out, or give the data what it needs"
+                )
+
+    # --- log and checkpoints ------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        every = max(1, self.state.max_steps // SAMPLED_STEPS)
+        due = self.state.global_step % every == 0 or self.state.global_step in (1, self.state.max_steps)
+        if "loss" in logs and due and self.is_world_process_zero():
+            append_lines(Path(self._get_output_dir(None)) / SAMPLES_FILE, self._samples())
+
+    def _samples(self) -> list[Row]:
+        """Completions of the last batch, of different prompts, each with the value of every reward."""
+        prompts = list(self._logs["prompt"])
+        chosen = range(0, len(prompts), max(1, len(prompts) // SAMPLES_A_STEP))[:SAMPLES_A_STEP]
+        completions, advantages = list(self._logs["completion"]), list(self._logs["advantages"])
+        rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return [
+            {
+                "step": self.state.global_step,
+                "prompt": prompt_text(prompts[i]),
+                "completion": answer_text(completions[i][-1]["content"]),
+                "rewards": {name: values[i] for name, values in rewards.items()},
+                "advantage": advantages[i],
+            }
+            for i in chosen
+        ]
+
+    def _rollouts_file(self, folder: Path) -> Path:
+        return folder / f"rollouts_{self.accelerator.process_index}.pt"
+
+    def _save_extra(self, folder: Path) -> None:
+        """A checkpoint may lie between two updates on the same completions: those are kept with it."""
+        torch.save({"micro_step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = torch.load(self._rollouts_file(Path(resume_from_checkpoint)), weights_only=True)
+        self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]

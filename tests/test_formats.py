@@ -1,0 +1,206 @@
+"""Each known format to its canonical row, and each kind of bad row to its reason."""
+
+import pytest
+
+from conversations.formats import FORMATS, UnknownFormat, convert_row, prompt_of
+from conversations.turns import BadRow
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def said(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+QA = {"messages": [user("Q"), assistant("A")]}
+PAIR = {"prompt": [user("Q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
+JUDGED = {"prompt": [user("Q")], "completion": [assistant("A")]}
+TRANSCRIPT = "\n\nHuman: Q\n\nAssistant: A \n\nHuman: R\n\nAssistant:"
+
+# (source row, name of its format, canonical row)
+KNOWN = [
+    ({"messages": [user("Q"), assistant("A")]}, "messages", QA),
+    ({"messages": [user("Q")]}, "messages", {"messages": [user("Q")]}),
+    ({"messages": [system(" "), user("Q"), assistant("A")]}, "messages", QA),
+    (
+        {"messages": [user("Q"), assistant("A")], "system": "S"},
+        "messages",
+        {"messages": [system("S"), *QA["messages"]]},
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, assistant("A")]}, "messages", QA),
+    (
+        {"conversations": [said("system", "S"), said("human", "Q"), said("gpt", "A")]},
+        "ShareGPT",
+        {"messages": [system("S"), user("Q"), assistant("A")]},
+    ),
+    ({"instruction": "Q", "input": "", "output": "A"}, "instruction/output", QA),
+    ({"instruction": "Q", "output": "A", "response": None}, "instruction/output", QA),
+    (
+        {"instruction": "Q", "input": "more", "response": "A"},
+        "instruction/response",
+        {"messages": [user("Q\nmore"), assistant("A")]},
+    ),
+    ({"instruction": "Q", "instances": [{"input": "", "output": "A"}]}, "Self-Instruct tasks", QA),
+    ({"question": "Q", "answer": "A"}, "question/answer", QA),
+    (
+        {"question": "Q", "answer": "40+2\n#### 42 "},
+        "question/answer",
+        {"messages": [user("Q"), assistant("40+2\n#### 42 ")], "reference": "42"},
+    ),
+    ({"question": "Q", "answer": "A", "reference": 42}, "question/answer", QA | {"reference": "42"}),
+    ({"prompt": "Q", "completion": "A"}, "prompt/completion", QA),
+    ({"prompt": [user("Q")], "completion": [assistant("A")]}, "prompt/completion", QA),
+    ({"prompt": "Q", "response": "A"}, "prompt/response", QA),
+    (
+        {"prompt": "Q", "canonical_solution": "A", "test": "t"},
+        "prompt/canonical_solution",
+        QA | {"meta": {"test": "t"}},
+    ),
+    ({"prompt": "User: Q\n\nAssistant:", "answers": ["A"]}, "ESFT test prompts", QA | {"reference": "A"}),
+    ({"prompt": "Q"}, "prompts", {"messages": [user("Q")]}),
+    ({"prompt": TRANSCRIPT}, "prompts", {"messages": [user("Q"), assistant("A"), user("R")]}),
+    # Text that only looks a little like a transcript stays as it is.
+    ({"prompt": "User: Q"}, "prompts", {"messages": [user("User: Q")]}),
+    ({"prompt": "\n\nHuman: Q"}, "prompts", {"messages": [user("\n\nHuman: Q")]}),
+    ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, "preference pairs with prompt", PAIR),
+    (PAIR, "preference pairs with prompt", PAIR),
+    (
+        {"prompt": "Q", "chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")]},
+        "preference pairs with prompt",
+        PAIR,
+    ),
+    ({"chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")]}, "preference pairs", PAIR),
+    (
+        {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
+        "preference pairs",
+        PAIR,
+    ),
+    (
+        {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+        "preference pairs with prompt",
+        PAIR,
+    ),
+    (
+        {"conversations": [said("human", "Q")], "chosen": said("gpt", "good"), "rejected": said("gpt", "bad")},
+        "preference pairs with conversations",
+        PAIR,
+    ),
+    ({"messages": [user("Q"), assistant("A")], "label": False}, "messages with label", JUDGED | {"label": False}),
+    ({"prompt": "Q", "completion": "A", "label": 1}, "prompt/completion with label", JUDGED | {"label": True}),
+    ({"prompt": "Q", "completion": "A", "score": 3}, "prompt/completion with score", JUDGED | {"score": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "canonical"), KNOWN)
+def test_known_format(source, name, canonical):
+    known, row = convert_row(source)
+    assert (known.name, row) == (name, canonical)
+
+
+@pytest.mark.parametrize("canonical", [canonical for _, _, canonical in KNOWN])
+def test_canonical_rows_stay_as_they_are(canonical):
+    assert convert_row(canonical)[1] == canonical
+
+
+def test_every_format_comes_before_the_formats_that_its_keys_contain():
+    for index, earlier in enumerate(FORMATS):
+        for later in FORMATS[index + 1 :]:
+            assert not set(earlier.keys) <= set(later.keys), f"{later.name} is never recognised"
+
+
+def test_transcript_in_which_one_speaker_goes_on_is_one_turn():
+    start = "\n\nHuman: Q\n\nAssistant: A\n\nAssistant: B\n\nHuman: R\n\nAssistant: "
+    _, row = convert_row({"chosen": start + "good", "rejected": start + "bad"})
+    assert row["prompt"] == [user("Q"), assistant("A\n\nB"), user("R")]
+
+
+def test_one_side_of_a_pair_may_be_an_empty_answer():
+    start = "\n\nHuman: Q\n\nAssistant: "
+    _, row = convert_row({"chosen": start, "rejected": start + "bad"})
+    assert row == PAIR | {"chosen": [assistant("")]}
+
+
+def test_other_keys_go_to_meta_and_meta_is_kept():
+    source = {"prompt": "Q", "kind": "safe", "none": None, "meta": {"language": "en"}, "reference": "4"}
+    _, row = convert_row(source)
+    assert row == {"messages": [user("Q")], "reference": "4", "meta": {"language": "en", "kind": "safe"}}
+
+
+def test_columns_are_mapped_before_the_format_is_recognised():
+    known, row = convert_row({"Body": "Q", "Answer": "A", "Id": 7}, {"prompt": "Body", "response": "Answer"})
+    assert known.name == "prompt/response"
+    assert row == QA | {"meta": {"Id": 7}}
+
+
+@pytest.mark.parametrize(
+    ("canonical", "prompt"),
+    [(QA, [user("Q")]), ({"messages": [user("Q")]}, [user("Q")]), (PAIR, [user("Q")]), (JUDGED, [user("Q")])],
+)
+def test_prompt_of(canonical, prompt):
+    assert prompt_of(canonical) == prompt
+
+
+# (source row, what its reason says)
+BAD = [
+    ({"messages": []}, "the conversation has no turns"),
+    ({"messages": "Q"}, "messages must be a list of turns, not 'Q'"),
+    ({"messages": ["Q"]}, r"messages\[0\] must be an object with role and content, not 'Q'"),
+    ({"messages": [{"content": "Q"}]}, r"messages\[0\] has no role: its keys are content"),
+    ({"messages": [{"role": "tool", "content": "3"}]}, r"messages\[0\]: unknown role 'tool'"),
+    ({"messages": [user("Q"), {"role": "assistant", "content": None}]}, r"messages\[1\] \(assistant\) content must be"),
+    ({"messages": [user("Q"), assistant("A") | {"tool_calls": [{}]}]}, r"messages\[1\] has tool_calls"),
+    ({"messages": [user([{"type": "image_url"}])]}, r"messages\[0\] \(user\) has parts that are no text"),  # type: ignore
+    ({"messages": [system("S")]}, "no turn but the system's"),
+    ({"messages": [assistant("A")]}, "turn 1 is the assistant's where the user's should be"),
+    ({"messages": [user("Q"), user("R")]}, "turn 2 is the user's where the assistant's should be"),
+    ({"messages": [user("Q"), system("S")]}, "turn 2 is the system's where the assistant's should be"),
+    ({"messages": [user("Q"), assistant(" \n")]}, r"turn 2 \(assistant\) is empty"),
+    ({"messages": [user("Q\0")]}, "contains a NUL character"),
+    ({"messages": [user("Q\ud800")]}, "half of a surrogate pair"),
+    ({"instruction": "", "output": "A"}, r"turn 1 \(user\) is empty"),
+    ({"instruction": "Q", "instances": []}, "write one row for each instance"),
+    ({"question": "Q", "answer": 42}, "answer must be a list of turns, not 42"),
+    ({"prompt": "Q", "completion": "A", "label": "yes"}, "label must be true or false, not 'yes'"),
+    ({"prompt": "Q", "completion": "A", "score": float("nan")}, "score must be a finite number, not nan"),
+    ({"prompt": "Q", "answers": []}, "answers must be a list with at least one string"),
+    ({"prompt": [user("Q"), assistant("A")]}, "prompt ends in an answer"),
+    ({"messages": [user("Q")], "label": True}, "does not end in an answer"),
+    ({"prompt": "Q", "reference": ["A"]}, "reference must be a string"),
+    ({"chosen": "good", "rejected": "bad"}, "chosen is a string without a prompt"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "chosen and rejected are the same"),
+    ({"prompt": "Q", "chosen": "A", "rejected": [user("Q")]}, "rejected does not end in an answer"),
+    (
+        {"prompt": "Q", "chosen": [user("P"), assistant("A")], "rejected": "B"},
+        "chosen does not begin with the turns of prompt",
+    ),
+    (
+        {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: R\n\nAssistant: A"},
+        "do not answer the same prompt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "reason"), BAD)
+def test_bad_row_has_its_reason(source, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert_row(source)
+
+
+def test_unknown_keys_are_named():
+    with pytest.raises(UnknownFormat, match="no known format has the keys id, turns"):
+        convert_row({"id": 1, "turns": ["Q"]})
+
+
+def test_missing_mapped_column_is_named():
+    with pytest.raises(BadRow, match="has no column 'Body'; its columns are body"):
+        convert_row({"body": "Q"}, {"prompt": "Body"})

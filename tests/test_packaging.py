@@ -1,0 +1,60 @@
+"""pyproject.toml and constraints.txt say what the code needs."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
+
+
+def normal(name: str) -> str:
+    """A distribution's name as package indexes compare it; extras and versions cut off."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", name)[0]).lower()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Top-level names of all absolute imports of a file, wherever they stand in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_import_is_a_declared_dependency(package):
+    declared = {normal(name) for name in PROJECT["project"]["dependencies"]}
+    homes = packages_distributions()
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    imported = set().union(*map(imported_modules, files)) - set(sys.stdlib_module_names) - set(PACKAGES)
+    undeclared = {name for name in imported if not declared & {normal(home) for home in homes.get(name, [name])}}
+    assert not undeclared
+
+
+def test_constraints_pin_every_dependency_exactly():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins), (
+        "one name==version a line, no +cpu"
+    )
+    assert "torch==2.13.0" in pins
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    assert {normal(name) for name in wanted} <= {normal(pin) for pin in pins}
+
+
+def test_every_package_is_installed_and_checked():
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert found == set(PACKAGES)
+    assert set(PROJECT["tool"]["pyright"]["include"]) == found
+    installed = {pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert installed == found

@@ -1,0 +1,220 @@
+"""Files to rows: everything in the file is either a row or a rejected row with its place and reason."""
+
+import gzip
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conversations import load_conversations, records
+from conversations.errors import ToolkitError
+
+
+def row(text: str = "Q") -> dict:
+    return {"question": text, "answer": "A"}
+
+
+def written(path, *lines: str | dict | bytes):
+    """Write one line for each argument."""
+    pieces = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"".join(piece + b"\n" for piece in pieces))
+    return path
+
+
+def questions(rows) -> list[str]:
+    return [each["messages"][0]["content"] for each in rows]
+
+
+def failure(path, **settings_) -> str:
+    with pytest.raises(ToolkitError) as caught:
+        list(load_conversations(path, **settings_))
+    return str(caught.value)
+
+
+def test_says_what_it_found(tmp_path):
+    path = written(tmp_path / "a.jsonl", row("1"), "", row("2"), {"prompt": "3"}, "")
+    reader = load_conversations(path)
+    assert questions(reader) == ["1", "2", "3"]
+    assert reader.summary() == "a.jsonl: question/answer, 2 rows; prompts, 1 row"
+    assert reader.formats == {"question/answer": 2, "prompts": 1}
+
+
+ARRAY = ["[", json.dumps(row("1")) + ",", json.dumps(row("2"), indent=1), "]"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "A.JSON"])
+@pytest.mark.parametrize(
+    "lines", [ARRAY, [row("1"), row("2")], ["\ufeff[", *ARRAY[1:]], ["\ufeff" + json.dumps(row("1")), row("2")]]
+)
+def test_array_and_lines_are_told_apart_by_content(tmp_path, name, lines):
+    assert questions(load_conversations(written(tmp_path / name, *lines))) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_gzip(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(json.dumps(row("1")).encode()))
+    assert questions(load_conversations(tmp_path / name)) == ["1"]
+
+
+# Line separators of Unicode, the array's own marks, and characters of 1 to 4 bytes.
+WORDS = st.text(st.sampled_from('a"\\[]{},: \u2028\u0085é你🙂\n')).map("Q".__add__)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(WORDS, min_size=1, max_size=5),
+    indent=st.none() | st.integers(0, 2),
+    ascii_only=st.booleans(),
+    chunk=st.integers(1, 50),
+)
+def test_array_and_lines_give_the_same_rows_however_the_file_is_cut(
+    tmp_path, monkeypatch, words, indent, ascii_only, chunk
+):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [row(text) for text in words]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    lines = written(tmp_path / "lines.jsonl", *(json.dumps(each, ensure_ascii=ascii_only) for each in rows))
+    assert questions(load_conversations(array)) == questions(load_conversations(lines)) == words
+
+
+BAD_LINES = [
+    (b'{"question": "Q"', r"broken JSON: Expecting ',' delimiter \(column 17\)"),
+    (b'{"question": "Q\xff", "answer": "A"}', "not valid UTF-8"),
+    (b'\xef\xbb\xbf{"question": "Q", "answer": "A"}', "broken JSON: Unexpected UTF-8 BOM"),
+    (b'{"question": "Q\\ud800", "answer": "A"}', "question contains half of a surrogate pair"),
+    (b'{"question": "Q\\u0000", "answer": "A"}', "question contains a NUL"),
+    (b"42", "not an object: 42"),
+    (b'"text"', 'not an object: "text"'),
+    (b"null", "not an object: null"),
+    (b"[" * 100_000, "unreadable JSON"),
+    (b'{"question": ' + b"1" * 5000 + b"}", "unreadable JSON"),
+    (b'{"turns": []}', "no known format has the keys turns"),
+    (b"{}", r"no known format has the keys \(none\)"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_bad_line_is_named_in_error_mode_and_left_out_in_skip_mode(tmp_path, line, reason):
+    path = written(tmp_path / "a.jsonl", row("1"), "", line, row("2"))
+    with pytest.raises(ToolkitError, match=rf"a\.jsonl:3: {reason}"):
+        list(load_conversations(path))
+    rejected = []
+    reader = load_conversations(path, on_bad_row="skip", on_rejected=rejected.append)
+    assert questions(reader) == ["1", "2"]
+    assert [(each.line, each.file) for each in rejected] == [(3, str(path))]
+    assert rejected[0].as_dict() == {
+        "file": str(path),
+        "line": 3,
+        "reason": rejected[0].reason,
+        "row": line.decode(errors="surrogateescape"),
+    }
+    assert reader.summary() == "a.jsonl: question/answer, 2 rows; 1 row left out"
+
+
+def test_error_mode_lists_ten_and_counts_all(tmp_path):
+    path = written(tmp_path / "a.jsonl", row(), *["{"] * 12, row())
+    message = failure(path)
+    assert message.startswith(f"{path}: 12 of 14 rows cannot be used\n  {path}:2: broken JSON")
+    assert f"{path}:11: broken JSON" in message and f"{path}:12:" not in message
+    assert "... and 2 more" in message and "on_bad_row: skip" in message
+
+
+def test_error_mode_yields_nothing_behind_the_first_bad_row(tmp_path):
+    reader = load_conversations(written(tmp_path / "a.jsonl", row("1"), "{", row("2")))
+    assert questions([next(reader)]) == ["1"]
+    with pytest.raises(ToolkitError):
+        next(reader)
+
+
+def test_unknown_keys_bring_the_list_of_formats_and_the_mapping(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"})
+    assert "columns" in failure(path) and "question + answer" in failure(path)
+    assert questions(load_conversations(path, columns={"prompt": "Body", "response": "Answer"})) == ["Q"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason", "good"),
+    [
+        (
+            '[{"question": "1", "answer": "A"},\n 42,\n {"question": "2", "answer": "A"}]',
+            2,
+            "not an object: 42",
+            ["1", "2"],
+        ),
+        ('[{"question": "1", "answer": "A"},\n\n {"question": ]', 3, "broken JSON: .*nothing after it", ["1"]),
+        ('[{"question": "1", "answer": "A"}\n {"question": "2"}]', 2, "broken JSON: .* no comma", ["1"]),
+        ('[{"question": "1", "answer": "A"}\n', 2, "broken JSON: the array has no end", ["1"]),
+        (
+            '[{"question": "1", "answer": "A"}]\n{"question": "2"}',
+            2,
+            "broken JSON: there is more after the end of the array",
+            ["1"],
+        ),
+        ('[{"question": "1", "answer": "A"},\n{"question": "\udcff", "answer": "A"}]', 2, "not valid UTF-8", ["1"]),
+    ],
+)
+def test_bad_element_of_an_array(tmp_path, text, line, reason, good):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ToolkitError, match=rf"a\.json:{line}: {reason}"):
+        list(load_conversations(path))
+    assert questions(load_conversations(path, on_bad_row="skip")) == good
+
+
+@pytest.mark.parametrize(("limit", "fails"), [(1, True), (2, False), (0.4, True), (0.5, False), (None, False)])
+def test_max_bad_rows_is_a_number_or_a_share(tmp_path, limit, fails):
+    path = written(tmp_path / "a.jsonl", row(), "{", "{", row())
+    if fails:
+        assert f"max_bad_rows = {limit}" in failure(path, on_bad_row="skip", max_bad_rows=limit)
+    else:
+        assert len(list(load_conversations(path, on_bad_row="skip", max_bad_rows=limit))) == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]", " [ ]\n"])
+def test_empty_file(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert "no rows: the file is empty" in failure(tmp_path / "a.json")
+
+
+def test_file_without_a_good_row_fails_in_skip_mode_too(tmp_path):
+    message = failure(written(tmp_path / "a.jsonl", "{", "{"), on_bad_row="skip")
+    assert "none of 2 rows can be used" in message and "a.jsonl:1: broken JSON" in message
+
+
+def test_wrong_arguments_fail_at_the_call(tmp_path):
+    (tmp_path / "a.docx").touch()
+    for path, settings_, reason in (
+        (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
+        (tmp_path, {}, "is a directory"),
+        (tmp_path / "a.docx", {}, "unknown kind of file; known are .jsonl"),
+        (written(tmp_path / "a.jsonl", row()), {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
+    ):  # fmt: skip
+        with pytest.raises(ToolkitError, match=reason):
+            load_conversations(path, **settings_)
+
+
+def test_broken_gzip(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(json.dumps(row()).encode() * 100)
+    for content in (b"plain text", whole[:-20]):
+        path.write_bytes(content)
+        assert "a.jsonl.gz: cannot be read" in failure(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_memory_stays_flat(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(records, "_CHUNK", 1 << 14)
+    lines = [json.dumps(row(f"{i} " + "x" * 200)) for i in range(8000)]
+    text = "[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines)
+    (tmp_path / name).write_text(text)
+    tracemalloc.start()
+    assert sum(1 for _ in load_conversations(tmp_path / name)) == 8000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(text) / 4
