@@ -76,6 +76,10 @@ def math_matches(answer: str, reference: str) -> bool:
     return bool(given) and bool(verify(gold, given, timeout_seconds=seconds))
 
 
+# name -> (answer, reference) -> right or wrong
+VERIFIERS: dict[str, Callable[[str, str], bool]] = {"number": number_matches, "math": math_matches}
+
+
 def language_of(text: str) -> str | None:
     """ "zh" or "en", whichever has more (a Chinese character counts like a Latin word); None without letters."""
     han, latin = len(_HAN.findall(text)), len(_LATIN.findall(text))

@@ -1,66 +1,111 @@
 """The latent cache: a token and layer cost kv_lora_rank + qk_rope_head_dim values, never expanded keys and values."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration import DeepseekV2Config
+from .errors import ModelError
+from .quantization import WIDTHS, GroupCodec, RawCodec
 
-SPARE_TOKENS = 64  # room kept free at least, so that most decoding steps copy one token only
+Quantization = Literal["int8", "int6", "int4"]
+BLOCK = 64  # tokens; room grows by whole blocks
+SPARE_SHARE = 8  # unquantised, 1/8 of the tokens is kept free, so that growing copies little
 
 
-class LatentLayer(DynamicLayer):
-    """One layer's latents and rotary keys, side by side in one buffer [B, 1, capacity, C + R] with spare room.
+class LatentLayer(CacheLayerMixin):
+    """One layer's latents and rotary keys, encoded, in one buffer [B, capacity, width] of which `length` is filled."""
 
-    `keys` and `values` are views of the filled part (latent [B, 1, T, C], rotary key [B, 1, T, R]), so that
-    transformers' crop, reorder, repeat and select work on them unchanged; an `update` after one of those
-    starts a new buffer.
-    """
+    is_sliding = False
+    is_croppable = True
 
-    buffer: torch.Tensor | None = None
+    def __init__(self, codec: RawCodec | GroupCodec):
+        super().__init__()
+        self.codec, self.length = codec, 0
+        self.buffer: torch.Tensor | None = None
 
-    def _reserve(self, latent: torch.Tensor, rope_key: torch.Tensor, past: int) -> torch.Tensor:
-        needed = past + latent.shape[2]
-        buffer, width = self.buffer, latent.shape[3] + rope_key.shape[3]
-        mine = past == 0 or (buffer is not None and self.keys is not None and self.keys.data_ptr() == buffer.data_ptr())
-        if buffer is None or not mine or buffer.shape[2] < needed or buffer.shape[0] != latent.shape[0]:
-            room = needed + max(SPARE_TOKENS, needed // 8)
-            buffer = latent.new_empty(latent.shape[0], 1, room, width)
-            if past and self.keys is not None and self.values is not None:
-                torch.cat((self.keys, self.values), dim=-1, out=buffer[:, :, :past])
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.widths = (key_states.shape[-1], value_states.shape[-1])
+        self.is_initialized = True
+
+    def _room_for(self, new: torch.Tensor) -> torch.Tensor:
+        """The buffer with room for `new` [B, T, width] behind what is filled."""
+        needed = self.length + new.shape[1]
+        if self.buffer is not None and self.buffer.shape[1] >= needed:
+            return self.buffer
+        grows = self.length > 0 and isinstance(self.codec, RawCodec)
+        capacity = needed + (needed // SPARE_SHARE if grows else 0)
+        capacity = -(-capacity // BLOCK) * BLOCK
+        buffer = new.new_empty(new.shape[0], capacity, new.shape[2])
+        if self.buffer is not None:
+            buffer[:, : self.length] = self.buffer[:, : self.length]
         return buffer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        past, width = self.get_seq_length(), key_states.shape[3]
-        total = past + key_states.shape[2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Writing into a buffer would break the graph: keep plain concatenation under autograd.
-            return super().update(key_states, value_states) if past else self._keep(key_states, value_states)
-        self.buffer = self._reserve(key_states, value_states, past)
-        self.buffer[:, :, past:total, :width] = key_states
-        self.buffer[:, :, past:total, width:] = value_states
-        return self._keep(self.buffer[:, :, :total, :width], self.buffer[:, :, :total, width:])
+        """Stores latent [B, 1, T, C] and rotary key [B, 1, T, R]; both for all tokens so far come back.
 
-    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
+        The first tokens come back as they were given. Under autograd the tokens before are constants: no
+        gradient reaches an earlier forward.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        with torch.no_grad():
+            past, new = self.length, self.codec.encode(key_states, value_states)
+            self.buffer = self._room_for(new)
+            self.length = past + new.shape[1]
+            self.buffer[:, past : self.length] = new
+        if past == 0:
+            return key_states, value_states
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            before = self.codec.decode(self.buffer[:, :past].clone(), self.widths, key_states.dtype)
+            return torch.cat((before[0], key_states), 2), torch.cat((before[1], value_states), 2)
+        latent, rope_key = self.codec.decode(self.buffer[:, : self.length], self.widths, key_states.dtype)
+        return latent, rope_key
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _rows(self, pick: Any) -> None:
+        if self.buffer is not None:
+            self.buffer = pick(self.buffer)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens (transformers passes a number up to 0)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._rows(lambda buffer: buffer[indices])
+
+    def offload(self) -> None:
+        self._rows(lambda buffer: buffer.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._rows(lambda buffer: buffer.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
-        self.buffer = None
-        super().reset()
+        self.buffer, self.length, self.is_initialized = None, 0, False
 
     @property
     def nbytes(self) -> int:
-        held = [t.untyped_storage() for t in (self.buffer, self.keys, self.values) if t is not None]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+        return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
 
 
 class LatentCache(Cache):
@@ -68,12 +113,24 @@ class LatentCache(Cache):
 
     `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and
     returns both for all tokens so far.
+
+    quantization: None keeps the model's dtype; "int8", "int6" and "int4" store packed groups. "int6" costs six
+        bits a value with everything counted, the average of the paper.
+
+    Raises:
+        ModelError: another quantization.
     """
 
-    def __init__(self, config: DeepseekV2Config):
-        super().__init__(layers=[LatentLayer() for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
+        if quantization is not None and quantization not in WIDTHS:
+            raise ModelError(f'quantization "{quantization}" is not known: use None, {", ".join(WIDTHS)}')
+        if quantization is None:
+            codec = RawCodec()
+        else:
+            codec = GroupCodec(quantization, config.kv_lora_rank, config.qk_rope_head_dim)
+        super().__init__(layers=[LatentLayer(codec) for _ in range(config.num_hidden_layers)])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage that the cache holds, spare room included."""
+        """Bytes of all storage that the cache holds, scales and spare room included."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, LatentLayer))

@@ -40,14 +40,15 @@ class DeepseekV2Config(StockConfig):
         ModelError: a value that the official model refuses, or that cannot work.
     """
 
-    aux_loss_alpha: float = 0.001
-    device_aux_loss_alpha: float = 0.0
-    comm_aux_loss_alpha: float = 0.0
+    aux_loss_alpha: float | int = 0.001  # files and recipes say 0 where they mean 0.0
+    device_aux_loss_alpha: float | int = 0.0
+    comm_aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
     moe_layer_freq: int = 1
     scoring_func: str = "softmax"
     n_shared_experts: int | None = None
     n_routed_experts: int | None = None
+    routed_scaling_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any):
         # The released form stands in the way of an override of `rope_parameters`: both come from one file, so

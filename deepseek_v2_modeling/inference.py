@@ -4,10 +4,12 @@ B batch, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from torch.nn import functional as F
+from transformers import GenerationConfig
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -29,6 +31,17 @@ def pad_batch(
         ids[row, place] = torch.tensor(sequence, dtype=torch.long)
         mask[row, place] = 1
     return ids, mask
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, what it was before outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -59,20 +72,15 @@ def generate_answers(
         use_cache=True,
     )
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            for batch in by_length(prompts, batch_size):
-                ids, mask = pad_batch([prompts[i] for i in batch], pad_token_id, left=True)
-                ids, mask = ids.to(device), mask.to(device)
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore
-                for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                    answers[i] = up_to_end(row, eos_token_id)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for batch in by_length(prompts, batch_size):
+            ids, mask = pad_batch([prompts[i] for i in batch], pad_token_id, left=True)
+            ids, mask = ids.to(device), mask.to(device)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore
+            for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = up_to_end(row, eos_token_id)
     return answers
 
 
@@ -83,7 +91,7 @@ def up_to_end(ids: list[int], eos_token_id: int) -> list[int]:
 
 @torch.no_grad()
 def score_sequences(
-    model: PreTrainedModel | nn.Module,
+    model: nn.Module,
     sequences: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
@@ -92,14 +100,35 @@ def score_sequences(
     """The reward model's score of each sequence of token ids, in their order (right-padded, evaluation mode)."""
     scores = [0.0] * len(sequences)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in by_length(sequences, batch_size):
             ids, mask = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             for i, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 scores[i] = score
-    finally:
-        model.train(was_training)
     return scores
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+) -> list[tuple[float, int]]:
+    """(summed cross-entropy in nats, tokens) of each sequence, over the tokens whose mask is 1 but for the first."""
+    losses = [(0.0, 0)] * len(sequences)
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for batch in by_length(sequences, batch_size):
+            ids, real = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
+            trained, _ = pad_batch([masks[i] for i in batch], 0, left=False)
+            ids, real, trained = ids.to(device), real.to(device), trained.to(device)[:, 1:]
+            logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+            nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            sums = zip((nats * trained).sum(1).tolist(), trained.sum(1).tolist(), strict=True)
+            for i, found in zip(batch, sums, strict=True):
+                losses[i] = found
+    return losses

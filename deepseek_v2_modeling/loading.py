@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .adapters import is_adapter, load_adapter, read_adapter_config
+from .checkpoints import file_shapes, find_faults, hub_shapes, raise_faults
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .lora import Number, apply_lora, lora_config
@@ -100,7 +101,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No table of missing and unexpected tensors in the log: `_check_loading` raises instead."""
+    """No table of missing and unexpected tensors in the log: `raise_faults` raises instead."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -109,16 +110,13 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_loading(base: str, info: Mapping[str, Any], head: str) -> None:
-    """Missing, unexpected or misshapen tensors are errors, but for the head that a reward model replaces."""
-    new_head, old_head = (("score.",), ("lm_head.",)) if head == "score" else ((), ("score.",))
-    missing = [k for k in info["missing_keys"] if not k.startswith(new_head)] if new_head else info["missing_keys"]
-    unexpected = [k for k in info["unexpected_keys"] if not k.startswith(old_head)]
-    faults = {"missing": missing, "unexpected": unexpected, "misshapen": info["mismatched_keys"]}
-    for what, names in faults.items():
-        if names:
-            shown = ", ".join(str(n) for n in sorted(names, key=str)[:5])
-            raise ModelError(f"{base}: {len(names)} tensors are {what}: {shown}")
+def _faults(info: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What transformers has to say about the tensors that it loaded."""
+    return {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "misshapen": sorted(f"{k} {list(found)}, not {list(wanted)}" for k, found, wanted in info["mismatched_keys"]),
+    }
 
 
 def load_base(
@@ -152,18 +150,25 @@ def load_base(
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
     extra = {"num_labels": 1} if head == "score" else {}
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with quiet_loading():
-        loaded: Any = cls.from_pretrained(
-            base,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            use_safetensors=True,
-            **extra,
-            **(config or {}),
-        )
+    try:
+        with quiet_loading():
+            loaded: Any = cls.from_pretrained(
+                base,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # raised below, with names
+                use_safetensors=True,
+                **extra,
+                **(config or {}),
+            )
+    except RuntimeError:
+        # Experts of a layer that are not all there, or not of one shape: transformers says no names.
+        if Path(base).is_dir():
+            raise_faults(base, find_faults(file_shapes(base), hub_shapes(cls, settings)), head)
+        raise
     model, info = loaded
-    _check_loading(base, info, head)
+    raise_faults(base, _faults(info), head)
     return model
 
 

@@ -117,7 +117,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
+        trains = self.training and torch.is_grad_enabled()
+        if use_cache and past_key_values is None and not trains:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

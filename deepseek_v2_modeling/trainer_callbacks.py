@@ -58,9 +58,7 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -97,9 +95,7 @@ class StepControl(TrainerCallback):
     def __init__(self, ask: Callable[[], tuple[bool, bool]]):
         self.ask = ask
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stop, time_is_up = self.ask()
         control.should_save = control.should_save or stop
         control.should_training_stop = control.should_training_stop or stop or time_is_up

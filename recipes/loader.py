@@ -10,7 +10,7 @@ from conversations.errors import ToolkitError
 from recipes.overrides import Override, apply_override, parse_override
 from recipes.paths import absolute_paths
 from recipes.schema import dump, validate
-from recipes.smoke import shrink
+from recipes.smoke import shrink, shrink_chain
 from recipes.yaml_text import read_mapping
 
 COMMANDS = {"sft": "sft", "reward": "reward", "rl": "rl", "eval": "eval", "chain": "run"}
@@ -61,7 +61,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = Fals
     tree = read_tree(path)
     notes: list[str] = []
     if smoke:
-        tree, notes = shrink(tree)
+        tree, notes = shrink_chain(tree, read_tree) if tree.get("stage") == "chain" else shrink(tree)
     tree = override_tree(tree, parsed, Path.cwd())
     recipe = validate(tree)
     if stage is not None and recipe.stage != stage:

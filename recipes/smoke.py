@@ -1,6 +1,7 @@
 """`--smoke`: a recipe at toy size. The one way to shrink a recipe whose settings are real."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,18 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return tree, lines
 
 
-def shrink_chain(tree: dict[str, Any], read_tree: Any) -> tuple[dict[str, Any], list[str]]:
+def shrink_chain(tree: dict[str, Any], read_tree: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """A chain whose stages' entries override their recipes to toy size."""
     tree = copy.deepcopy(tree)
-    lines: list[str] = []
+    changed_in: dict[str, list[str]] = {}
     for entry in tree.get("stages") or []:
         if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str):
             continue
         stage, changed = shrink(merge(read_tree(Path(entry["recipe"])), _overrides(entry)))
         entry.update({key: stage[key] for key in ("training", "tasks", "eval_data", "max_seconds") if key in stage})
-        lines += [f"stages.{entry.get('name')}.{line}" for line in changed]
-    return tree, lines
+        for line in changed:
+            changed_in.setdefault(line, []).append(str(entry.get("name")))
+    return tree, [f"{line} ({', '.join(names)})" for line, names in changed_in.items()]
 
 
 def _overrides(entry: dict[str, Any]) -> dict[str, Any]:

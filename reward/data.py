@@ -1,24 +1,20 @@
 """Canonical rows -> token ids for a reward model: pairs, or single answers with a verdict."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
+from conversations.judging import PAIR, Row, is_pair
 from conversations.lengths import LengthReport, TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-PAIR, JUDGED = ("prompt", "chosen", "rejected"), ("prompt", "completion")
+JUDGED = ("prompt", "completion")
 VERDICTS = ("label", "score")
-
-
-def is_pair(row: Row) -> bool:
-    return all(key in row for key in PAIR)
 
 
 def answer_ids(

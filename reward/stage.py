@@ -3,7 +3,6 @@
 import random
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from trl import RewardConfig
 
+from conversations.judging import Scorer, is_pair, judge, means, means_by_kind
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.run_files import REJECTED_FILE, append_lines
 from deepseek_v2_modeling.trainer import RunLimits, RunTrainerMixin, training_arguments
 from reward.config import RewardRecipe
-from reward.data import Row, answer_ids, encode_judged, encode_pairs, is_pair
+from reward.data import Row, answer_ids, encode_judged, encode_pairs
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train(
         if resume_from is None:
             append_lines(run_dir / REJECTED_FILE, report.rejected)
     output = trainer.train(resume_from)
-    scorer = Scorer(trainer, tokenizer, max_length)
+    scorer = trained_scorer(trainer, tokenizer, max_length)
     stats = score_stats(scorer, random.Random(recipe.seed).sample(rows, min(STATS_ROWS, len(rows))))
     metrics = {
         "steps": output.global_step,
@@ -107,24 +107,20 @@ def _trainer(
     return trainer, report
 
 
-class Scorer:
-    """Scores conversations with the model of a trainer, as it trains them (autocast, lengths)."""
+def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Scorer:
+    """Scores conversations with a trainer's model as it trains them (autocast, lengths)."""
 
-    def __init__(self, trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None):
-        self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
-    def __call__(self, conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
-        """(prompt, answer) -> score."""
-        ids = [answer_ids(prompt, answer, self.tokenizer, self.max_length) for prompt, answer in conversations]
-        with self.trainer.accelerator.autocast():
+    def scores(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
+        ids = [answer_ids(prompt, answer, tokenizer, max_length) for prompt, answer in conversations]
+        with trainer.accelerator.autocast():
             return score_sequences(
-                self.trainer.model,
+                trainer.model,
                 ids,
-                pad_token_id=_pad_token_id(self.tokenizer),
-                batch_size=2 * self.trainer.args.per_device_eval_batch_size,
+                pad_token_id=_pad_token_id(tokenizer),
+                batch_size=2 * trainer.args.per_device_eval_batch_size,
             )
+
+    return scores
 
 
 def score_stats(scorer: Scorer, rows: Sequence[Row]) -> dict[str, float]:
@@ -135,39 +131,11 @@ def score_stats(scorer: Scorer, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def judge_rows(scorer: Scorer, rows: Sequence[Row]) -> dict[str, Any]:
-    """How well the scores agree with held-out rows: `pair_accuracy`, `accuracy`, `mse` (those that apply) with `n`,
-    and the same under `by_kind` for each meta.kind. A tie is not ranked right."""
+    """`pair_accuracy`, `accuracy` or `mse` (those that apply) with `n`, and the same `by_kind`; empty without rows."""
     if not rows:
         return {}
-    verdicts = _verdicts(scorer, rows)
-    kinds: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for row, verdict in zip(rows, verdicts, strict=True):
-        kinds[str((row.get("meta") or {}).get("kind", "other"))].append(verdict)
-    return {**_means(verdicts), "by_kind": {kind: _means(found) for kind, found in sorted(kinds.items())}}
-
-
-def _verdicts(scorer: Scorer, rows: Sequence[Row]) -> list[tuple[str, float]]:
-    """(what is measured, value) of each row."""
-    answers = []
-    for row in rows:
-        answers += [(row["prompt"], row[key]) for key in (("chosen", "rejected") if is_pair(row) else ("completion",))]
-    scores = iter(scorer(answers))
-    found = []
-    for row in rows:
-        score = next(scores)
-        if is_pair(row):
-            found.append(("pair_accuracy", float(score > next(scores))))
-        elif "label" in row:
-            found.append(("accuracy", float((score > 0) == bool(row["label"]))))
-        else:
-            found.append(("mse", (score - float(row["score"])) ** 2))
-    return found
-
-
-def _means(verdicts: Sequence[tuple[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for name, _ in verdicts)
-    means = {name: statistics.fmean(v for n, v in verdicts if n == name) for name in names}
-    return {**means, "n": len(verdicts)}
+    verdicts = judge(scorer, rows)
+    return {**means(verdicts), "by_kind": means_by_kind(rows, verdicts)}
 
 
 def _pad_token_id(tokenizer: Any) -> int:

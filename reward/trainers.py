@@ -51,9 +51,7 @@ class PointwiseLossTrainer(RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        )
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores, targets = outputs.logits.squeeze(-1).float(), inputs["target"]
         loss = pointwise_loss(scores, targets, self.verdict)
         mode = "train" if self.model.training else "eval"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from conversations import render_conversation
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, answer_text
-from conversations.verifiers import language_matches, math_matches, number_matches, well_formed
+from conversations.verifiers import VERIFIERS, language_matches, well_formed
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.run_files import read_json
 
@@ -38,10 +38,14 @@ class Answer:
 
 Rule = Callable[[Answer], bool]
 
+
+def _verified_by(matches: Callable[[str, str], bool]) -> Rule:
+    return lambda answer: matches(answer.text, answer.reference or "")
+
+
 # name -> (what it checks, whether it needs a reference)
 RULES: dict[str, tuple[Rule, bool]] = {
-    "number": (lambda a: number_matches(a.text, a.reference or ""), True),
-    "math": (lambda a: math_matches(a.text, a.reference or ""), True),
+    **{name: (_verified_by(matches), True) for name, matches in VERIFIERS.items()},
     "language": (lambda a: language_matches(a.prompt[-1]["content"], a.text), False),
     "format": (lambda a: a.finished and well_formed(a.text), False),
 }
@@ -176,9 +180,7 @@ class RewardModelReward(Reward):
     def judge(self, answers: Sequence[Answer]) -> Values:
         conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in answers]
         ids = [render_conversation(c, self.tokenizer)["input_ids"] for c in conversations]
-        scores = score_sequences(
-            self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size
-        )
+        scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         return [normalised(score, self.stats, self.clip) for score in scores]
 
 

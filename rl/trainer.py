@@ -49,9 +49,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         """What GRPOTrainer does to a reference model that it loads itself."""
         reference.requires_grad_(False)
         disable_dropout_in_model(reference)
-        add_fused_lm_head(
-            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
-        )
+        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # --- rollouts -----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
     "routed_scaling_factor": 2.0,
     "aux_loss_alpha": 0.02,
     "initializer_range": 0.15,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 163840,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "rope_scaling": YARN,

@@ -155,7 +155,9 @@ def test_padded_batch(either: Golden, mode: str):
 
     config, counted, direct = either.model.config, [], []
     routers = list(routers_of(either, "pad", input_ids=ids, attention_mask=mask))
-    rows = [list(routers_of(either, "row", input_ids=row[keep][None])) for row, keep in zip(ids, mask.bool(), strict=True)]
+    rows = [
+        list(routers_of(either, "row", input_ids=row[keep][None])) for row, keep in zip(ids, mask.bool(), strict=True)
+    ]
     for i, (_, router) in enumerate(routers):
         counted.append(layer_losses(config, router, *sequence_ids(ids.shape, None, None, ids.device))["expert"])
         alone = [row[i][1] for row in rows]

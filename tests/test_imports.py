@@ -1,10 +1,12 @@
-"""What must stay quick to import, and what must not need the trainers."""
+"""What must stay quick to import."""
 
 import json
 import subprocess
 import sys
 
 import pytest
+
+import conversations
 
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 LIGHT_MODULES = [
@@ -24,38 +26,30 @@ LIGHT_MODULES = [
     "rl.config",
     "sft",
     "sft.config",
+    "deepseek_v2_modeling",
 ]
 
 
-def loaded_after(code: str) -> set[str]:
-    """The top-level modules that a fresh interpreter has loaded after `code`."""
-    report = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True)
+def loaded_after(*steps: str) -> dict[str, set[str]]:
+    """The heavy modules that a fresh interpreter has loaded after each step of code, one step after the other."""
+    lines = [f"{step}\nloaded[{step!r}] = sorted(heavy & set(sys.modules))" for step in steps]
+    code = "\n".join([f"import json, sys\nheavy, loaded = {HEAVY}, {{}}", *lines, "print(json.dumps(loaded))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return {step: set(names) for step, names in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_light_module_imports_nothing_heavy(module):
-    assert not loaded_after(f"import {module}") & HEAVY
+def test_light_modules_import_nothing_heavy():
+    names = "from conversations import load_conversations, render_conversation"
+    loaded = loaded_after(names, *(f"import {module}" for module in LIGHT_MODULES))
+    assert {step: heavy for step, heavy in loaded.items() if heavy} == {}
 
 
 def test_help_of_the_command_line_imports_nothing_heavy():
     help_ = "from recipes.cli import main\ntry: main(['--help'])\nexcept SystemExit as done: assert not done.code"
-    assert not loaded_after(help_) & HEAVY
-
-
-def test_reading_and_exports_of_conversations_import_nothing_heavy():
-    names = "from conversations import load_conversations, render_conversation"
-    assert not loaded_after(names) & HEAVY
+    assert loaded_after(help_) == {help_: set()}
 
 
 def test_unknown_export_of_conversations_is_an_attribute_error():
-    import conversations
-
     with pytest.raises(AttributeError, match="no attribute 'render'"):
         _ = conversations.render  # pyright: ignore
-
-
-def test_model_needs_neither_trl_nor_datasets():
-    assert not loaded_after("import deepseek_v2_modeling") & {"trl", "datasets", "pydantic"}

@@ -189,12 +189,13 @@ def test_file_without_a_good_row_fails_in_skip_mode_too(tmp_path):
 
 def test_wrong_arguments_fail_at_the_call(tmp_path):
     (tmp_path / "a.docx").touch()
+    good = written(tmp_path / "a.jsonl", row())
     for path, settings_, reason in (
         (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
         (tmp_path, {}, "is a directory"),
         (tmp_path / "a.docx", {}, "unknown kind of file; known are .jsonl"),
-        (written(tmp_path / "a.jsonl", row()), {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
-    ):  # fmt: skip
+        (good, {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
+    ):
         with pytest.raises(ToolkitError, match=reason):
             load_conversations(path, **settings_)
 

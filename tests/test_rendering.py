@@ -121,7 +121,7 @@ def test_template_is_the_released_one_with_markers_only():
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(messages=CONVERSATIONS, prompted=st.booleans())
 def test_decoded_ids_are_the_released_rendering(kind, messages, prompted):
     tokenizer = KINDS[kind]
@@ -131,7 +131,7 @@ def test_decoded_ids_are_the_released_rendering(kind, messages, prompted):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(messages=CONVERSATIONS)
 def test_trained_tokens_decode_to_exactly_the_assistants_turns(kind, messages):
     tokenizer = KINDS[kind]
@@ -143,7 +143,7 @@ def test_trained_tokens_decode_to_exactly_the_assistants_turns(kind, messages):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(messages=CONVERSATIONS)
 def test_text_never_becomes_a_control_token(kind, messages):
     tokenizer = KINDS[kind]
@@ -154,7 +154,7 @@ def test_text_never_becomes_a_control_token(kind, messages):
     assert tokenizer.convert_tokens_to_ids(FIM) not in ids
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(messages=CONVERSATIONS.filter(lambda messages: messages[-1]["role"] == "assistant"))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_prompt_is_the_beginning_of_the_answered_conversation(kind, messages):
