@@ -27,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # The model's floor on the oldest torch and transformers that pyproject.toml allows: the tests that import no other
-# floor. The project itself is not installed here, since TRL may ask for newer versions; it is found from its root.
+# floor. The project itself is not installed here, since this floor must do without TRL; it is found from its root.
 OTHER_FLOORS := (from|import) (conversations|recipes|sft|reward|rl|eval|trl|datasets)\b
 MODEL_TESTS = $(shell grep -l deepseek_v2_modeling $$(grep -LE '$(OTHER_FLOORS)' tests/test_*.py))
 

@@ -11,7 +11,7 @@ from conversations.errors import ToolkitError
 
 # gsm8k and its kin end a worked solution with "#### 72".
 FINAL_ANSWER_MARK = "####"
-_NUMBER = re.compile(r"(?<![\w.)\]])-?\d+(?:,\d{3})*(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![0-9A-Za-z_.)\]])-?\d+(?:,\d{3})*(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .errors import ModelError
-from .lora import check_targets, set_dropout
+from .lora import set_dropout, wrap
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -77,8 +77,7 @@ def load_adapter(
     config.inference_mode = not trainable
     if not kept_task:
         config.modules_to_save = None
-    check_targets(model, config)
-    peft_model = get_peft_model(model, config)
+    peft_model = wrap(model, config)
     tensors = load_file(Path(directory) / WEIGHTS)
     shapes = {k: tuple(v.shape) for k, v in tensors.items()}
     check_coverage(peft_model, shapes, str(directory), head="" if kept_task else "score")

@@ -1,8 +1,4 @@
-"""Which tensors of a checkpoint's files do not fit the model, by the names that they have in the files.
-
-transformers tells missing and misshapen tensors by the names of the loaded model, and of experts that do not
-stack no more than that there are some.
-"""
+"""Which tensors of a checkpoint do not fit the model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,3 +50,13 @@ def raise_faults(base: str, faults: Mapping[str, list[str]], head: str) -> None:
         names = [name for name in names if not name.startswith(excused[what])]
         if names:
             raise ModelError(f"{base}: {len(names)} tensors are {what}: {'; '.join(names[:SHOWN])}")
+
+
+def raise_faults_of_files(base: str, cls: type[PreTrainedModel], config: DeepseekV2Config, head: str) -> None:
+    """`raise_faults` by the names that tensors have in the files of a local directory.
+
+    transformers speaks of the fused experts when one of them is missing or has another shape, or raises
+    RuntimeError without any name when they do not stack.
+    """
+    if found := file_shapes(base):
+        raise_faults(base, find_faults(found, hub_shapes(cls, config)), head)

@@ -46,6 +46,7 @@ class DeepseekV2Config(StockConfig):
     seq_aux: bool = True
     moe_layer_freq: int = 1
     scoring_func: str = "softmax"
+    output_router_logits: bool = False  # stock has it from 5.18 on
     n_shared_experts: int | None = None
     n_routed_experts: int | None = None
     routed_scaling_factor: float | int = 1.0

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .adapters import is_adapter, load_adapter, read_adapter_config
-from .checkpoints import file_shapes, find_faults, hub_shapes, raise_faults
+from .checkpoints import raise_faults, raise_faults_of_files
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .lora import Number, apply_lora, lora_config
@@ -142,32 +142,31 @@ def load_base(
     unknown = [key for key in config or {} if not hasattr(settings, key)]
     if unknown:
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
+    changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
     try:
-        for key, value in (config or {}).items():
+        for key, value in changes.items():
             setattr(settings, key, value)
         check_config(settings)
     except (ModelError, StrictDataclassError) as error:
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
-    extra = {"num_labels": 1} if head == "score" else {}
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         with quiet_loading():
             loaded: Any = cls.from_pretrained(
                 base,
+                config=settings,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # raised below, with names
                 use_safetensors=True,
-                **extra,
-                **(config or {}),
             )
     except RuntimeError:
-        # Experts of a layer that are not all there, or not of one shape: transformers says no names.
-        if Path(base).is_dir():
-            raise_faults(base, find_faults(file_shapes(base), hub_shapes(cls, settings)), head)
+        raise_faults_of_files(base, cls, settings, head)
         raise
     model, info = loaded
+    if info["mismatched_keys"]:
+        raise_faults_of_files(base, cls, settings, head)
     raise_faults(base, _faults(info), head)
     return model
 

@@ -5,6 +5,7 @@ Attention projections are `target_modules`. Routed experts, shared experts, dens
 shared ones and the dense layers without a word. Stock PEFT reloads the adapters as they are saved.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -134,15 +135,24 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
 def apply_lora(model: PreTrainedModel, config: LoraConfig, dropout: float = 0.0) -> PeftModel:
     """A stock `PeftModel` around the model, whose expert adapters run on the routed tokens only.
 
-    dropout acts on the input of every adapter at run time; it is not written to disk.
+    dropout acts on the input of every adapter (of embeddings there is none) at run time; it is not written to disk.
 
     Raises:
         ModelError: a target matches nothing in the model.
     """
-    check_targets(model, config)
-    peft_model = get_peft_model(model, config)
+    peft_model = wrap(model, config)
     set_dropout(peft_model, dropout)
-    return peft_model  # pyright: ignore[reportReturnType]
+    return peft_model
+
+
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`get_peft_model` after `check_targets`."""
+    check_targets(model, config)
+    with warnings.catch_warnings():
+        # PEFT looks for the keys of rank_pattern among modules only and says that those of parameters, which it
+        # uses all the same, are ignored.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:

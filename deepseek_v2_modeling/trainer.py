@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.utils.logging import disable_progress_bar
 
 from .balance import collect_balance
 from .balance_log import BalanceLog
@@ -48,13 +50,22 @@ class RunLimits:
 
 
 def training_arguments(
-    training: dict[str, Any], *, run_dir: Path, seed: int, dtype: str, limits: RunLimits
+    training: dict[str, Any],
+    *,
+    run_dir: Path,
+    seed: int,
+    dtype: str,
+    limits: RunLimits,
+    has_eval: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments for a TRL (or transformers) training config: the recipe's, our defaults, and what we own.
 
     Raises:
-        ModelError: a type of computation that this machine can not train in.
+        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
     """
+    strategy = training.get("eval_strategy", "no")
+    if strategy != "no" and not has_eval:
+        raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
     on_cpu = bool(training.get("use_cpu", not torch.cuda.is_available()))
     if on_cpu and dtype == "float16":
         raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
@@ -106,6 +117,7 @@ class RunTrainerMixin(Trainer if TYPE_CHECKING else object):
         self._began = time.monotonic()
         model = kwargs["model"] if "model" in kwargs else args[0]
         trained_in_float32(model)
+        quiet_libraries()
         super().__init__(*args, **kwargs)
         self.balance_log = BalanceLog(self.accelerator)
         self.remove_callback(PrinterCallback)
@@ -353,6 +365,12 @@ class RunTrainerMixin(Trainer if TYPE_CHECKING else object):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def quiet_libraries() -> None:
+    """No bars for single files, and no notes on names that the libraries use among themselves."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
 
 def trained_in_float32(model: nn.Module) -> None:

@@ -77,6 +77,8 @@ def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> 
     path = Path(entry.recipe)
     tree = read_tree(path)
     prefix = f"stages.{entry.name}."
+    if tree.get("stage") == "chain":
+        raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
     if "output_dir" in entry.overrides:
         raise ToolkitError(f"{prefix}output_dir: a chain's stage writes to OUTPUT_DIR/NAME; leave it out")
     defaults: dict[str, Any] = {"model": chain.model.model_dump(exclude_none=True), "seed": chain.seed}
@@ -85,8 +87,6 @@ def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> 
     tree = merge(merge(tree, defaults), entry.overrides)
     tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
     recipe = validate(references.fill(tree, prefix), prefix)
-    if recipe.stage == "chain":
-        raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
     if (entry.results is None) != (recipe.stage != "eval"):
         fault = "say where its figures go, such as stages.sft" if recipe.stage == "eval" else "for evaluations only"
         raise ToolkitError(f"{prefix}results: {fault}")

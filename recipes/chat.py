@@ -52,7 +52,9 @@ class _Partner:
         from conversations.sections import ModelSection
         from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
         from recipes.models import load_frozen
+        from recipes.quiet import quiet_libraries
 
+        quiet_libraries()
         source = resolve_source(arguments.model)
         self.tokenizer: Any = load_tokenizer(source)
         section = ModelSection(path=arguments.model, dtype=arguments.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 from conversations.errors import ToolkitError
 from recipes.data import Mixture, read_sources
 from recipes.loader import Loaded
+from recipes.quiet import quiet_libraries
 
 SAMPLED = 2000
 Row = dict[str, Any]
@@ -19,6 +20,7 @@ def check(loaded: Loaded) -> None:
     Raises:
         ToolkitError, ModelError: whatever would stop the run before its first step.
     """
+    quiet_libraries()
     if loaded.recipe.stage == "chain":
         from recipes.chain import plan_stages
 

@@ -17,14 +17,17 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     from conversations.template import install_template
     from deepseek_v2_modeling.loading import save_directory
     from deepseek_v2_modeling.presets import PRESETS, build_model
+    from recipes.quiet import quiet_libraries
     from recipes.tiny.tokenizer import build_tokenizer
 
+    quiet_libraries()
     if preset not in PRESETS:
         build_model(preset, seed)  # raises with the names of the presets
     tokenizer = build_tokenizer(preset)
     install_template(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = build_model(preset, seed, **ids)
+    assert len(tokenizer) <= model.config.vocab_size, (preset, len(tokenizer))
     if directory.is_dir():
         directory.rmdir()
     directory.parent.mkdir(parents=True, exist_ok=True)

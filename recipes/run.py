@@ -15,6 +15,7 @@ from conversations.sections import StageRecipe
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
+from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
 from recipes.rundir import RECIPE, State, dump_text, inspect
@@ -59,6 +60,7 @@ def run_stage(loaded: Loaded) -> Outcome:
         say(f"{run_dir}: this run is finished; nothing to do")
         return Outcome("done_before", read_manifest(run_dir))
     began = time.monotonic()
+    quiet_libraries()
     check_recipe(recipe)
     _seed(recipe.seed)
     inputs = _load_inputs(recipe)

@@ -135,7 +135,7 @@ def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
     keys: list[str | int] = []
     node: Any = tree
     for key in detail["loc"]:
-        children = dict(enumerate(node)) if isinstance(node, list) else node
+        children: Any = dict(enumerate(node)) if isinstance(node, list) else node
         if isinstance(children, dict) and key in children:
             node = children[key]
             keys.append(key)
@@ -171,7 +171,7 @@ _WORDS = {
 
 def _reason(detail: ErrorDetails) -> str:
     text = detail["msg"].removeprefix("Value error, ")
-    return _WORDS.get(detail["type"], text.replace("Input should be ", "must be "))
+    return _WORDS.get(detail["type"], text.replace("Input should ", "must ").replace("String should ", "must "))
 
 
 def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str) -> str:

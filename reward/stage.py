@@ -86,7 +86,12 @@ def _trainer(
     limits = RunLimits(recipe.on_nan, recipe.max_seconds)
     arguments = RewardConfig(
         **training_arguments(
-            recipe.training, run_dir=run_dir, seed=recipe.seed, dtype=recipe.model.dtype, limits=limits
+            recipe.training,
+            run_dir=run_dir,
+            seed=recipe.seed,
+            dtype=recipe.model.dtype,
+            limits=limits,
+            has_eval=bool(eval_rows),
         )
     )
     fitting = {"max_length": arguments.max_length, "too_long": recipe.format.too_long}

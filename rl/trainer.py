@@ -44,10 +44,11 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.silent_batches = [0] * len(rewards)
+        self.unwritten = False  # are there completions that no line of samples.jsonl could hold yet
 
     def _prepare_reference(self, reference: nn.Module) -> nn.Module:
         """What GRPOTrainer does to a reference model that it loads itself."""
-        reference.requires_grad_(False)
+        reference.requires_grad_(False).eval()
         disable_dropout_in_model(reference)
         add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
@@ -80,6 +81,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         inputs = [{**row, "finished": done} for row, done in zip(inputs, finished, strict=True)]
         values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._require_words(values)
+        self.unwritten = True
         return values
 
     def _require_words(self, values: torch.Tensor) -> None:
@@ -108,8 +110,9 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         super().log(logs, *args, **kwargs)
         every = max(1, self.state.max_steps // SAMPLED_STEPS)
         due = self.state.global_step % every == 0 or self.state.global_step in (1, self.state.max_steps)
-        if "loss" in logs and due and self.is_world_process_zero():
+        if "loss" in logs and due and self.unwritten and self.is_world_process_zero():
             append_lines(Path(self._get_output_dir(None)) / SAMPLES_FILE, self._samples())
+            self.unwritten = False
 
     def _samples(self) -> list[Row]:
         """Completions of the last batch, of different prompts, each with the value of every reward."""

@@ -88,7 +88,7 @@ def train(
     datasets.disable_progress_bars()
     first, rows = _peek(rows)
     first_held_out, eval_rows = _peek(eval_rows or ())
-    arguments = sft_config(recipe, run_dir)
+    arguments = sft_config(recipe, run_dir, has_eval=bool(first_held_out))
     data, report = _encode(recipe, arguments, rows, tokenizer)
     held_out = _encode(recipe, arguments, eval_rows, tokenizer)[0] if first_held_out else None
     trainer = ChatTrainer(
@@ -113,11 +113,16 @@ def train(
     return metrics
 
 
-def sft_config(recipe: SftRecipe, run_dir: Path) -> SFTConfig:
+def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTConfig:
     """TRL's config: the recipe's `training` with what the toolkit owns. TRL only packs; it never sees text."""
     limits = RunLimits(recipe.on_nan, recipe.max_seconds)
     arguments = training_arguments(
-        recipe.training, run_dir=run_dir, seed=recipe.seed, dtype=recipe.model.dtype, limits=limits
+        recipe.training,
+        run_dir=run_dir,
+        seed=recipe.seed,
+        dtype=recipe.model.dtype,
+        limits=limits,
+        has_eval=has_eval,
     )
     packs = bool(arguments.get("packing") or arguments.get("eval_packing"))
     return SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": not packs})

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
-from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, apply_lora
 
 REFERENCE = Path(__file__).parent / "reference"
 YARN = {
@@ -89,3 +90,26 @@ def stock_twin(directory: Path, cls: type[PreTrainedModel] = stock.DeepseekV2For
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Relative L2 difference."""
     return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def random_adapter(model: Any, config: Any, dropout: float = 0.0, seed: int = 3) -> Any:
+    """The model under `apply_lora` in eval mode, with B far from zero."""
+    torch.manual_seed(seed)
+    peft_model = apply_lora(model, config, dropout).eval()
+    shake(peft_model, seed)
+    return peft_model
+
+
+def shake(peft_model: Any, seed: int, adapter: str = "default") -> None:
+    """Random numbers for all factors of an adapter, by name: the same in every model that has it."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(peft_model.named_parameters()):
+        if "lora_" in name and (f".{adapter}." in name or name.endswith(f".{adapter}")):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token; as many as the small models have."""
+    words = {"<bos>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, SMALL["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")

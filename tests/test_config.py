@@ -137,6 +137,14 @@ def test_yarn_is_the_official(case: str):
     assert softmax_scale(config) == pytest.approx(official_softmax_scale(rope, 8 + 16), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["aux_loss_alpha", "device_aux_loss_alpha", "routed_scaling_factor"])
+def test_whole_numbers_are_numbers(tmp_path: Path, name: str):
+    """JSON and YAML write 0 and 16 where they mean 0.0 and 16.0."""
+    config = DeepseekV2Config.from_pretrained(written(tmp_path, **{name: 0}))
+    setattr(config, name, 16)
+    assert getattr(DeepseekV2Config.from_pretrained(tmp_path, **{name: 16}), name) == getattr(config, name) == 16
+
+
 # What is refused
 
 

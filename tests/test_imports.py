@@ -26,7 +26,6 @@ LIGHT_MODULES = [
     "rl.config",
     "sft",
     "sft.config",
-    "deepseek_v2_modeling",
 ]
 
 

@@ -219,3 +219,11 @@ def test_memory_stays_flat(tmp_path, monkeypatch, name):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < len(text) / 4
+
+
+def test_number_that_is_cut_between_two_reads_stays_one_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_CHUNK", 3)
+    (tmp_path / "a.json").write_text(f"[{10**20}, {json.dumps(row())}]")
+    rejected = []
+    assert questions(load_conversations(tmp_path / "a.json", on_bad_row="skip", on_rejected=rejected.append)) == ["Q"]
+    assert [each.reason for each in rejected] == [f"not an object: {10**20}"]

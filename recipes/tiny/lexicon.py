@@ -13,7 +13,7 @@ LANGUAGES = ("en", "zh")
 
 ARITHMETIC_TEMPLATES = {
     "en": ("What is {a} {op} {b}?", "Please compute {a} {op} {b}.", "How much is {a} {op} {b}?"),
-    "zh": ("请问{a} {op} {b}等于几？", "请计算{a} {op} {b}。", "算一算{a} {op} {b}得几？"),
+    "zh": ("请计算{a} {op} {b}。", "请算出{a} {op} {b}。", "帮忙算算{a} {op} {b}。"),
 }
 
 # Every answer is one piece before the digits and one after: the form differs, the place of the number does not.

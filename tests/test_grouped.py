@@ -1,0 +1,165 @@
+"""Grouped products, dispatch and combine against plain loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_v2_modeling.grouped import Groups, combine, dispatch
+from deepseek_v2_modeling.lowrank import grouped_linear
+from deepseek_v2_modeling.moe import choose_experts, expert_weights, run_experts
+
+from .model_helpers import small_model
+
+EXPERTS = 4
+ROWS = {
+    "some for all": [0, 0, 1, 2, 2, 2, 3],
+    "empty ones": [1, 1, 3],
+    "the first and the last empty": [1, 2, 2],
+    "all for one": [2, 2, 2, 2],
+    "one token": [3],
+    "none": [],
+}
+
+
+def looped(x: torch.Tensor, w: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return torch.stack([w[e] @ x[i] for i, e in enumerate(rows)]) if rows else x @ w[0].t()
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_grouped_product(case: str):
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x, w = torch.randn(len(rows), 5).requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
+    groups = Groups(torch.tensor(rows, dtype=torch.int64), EXPERTS)
+    found, wanted = groups.linear(x, w), looped(x, w, rows)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = torch.autograd.grad(found, (x, w), upstream), torch.autograd.grad(wanted, (x, w), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_gradcheck(case: str):
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(EXPERTS, 2, 3, dtype=torch.float64, requires_grad=True)
+    groups = Groups(torch.tensor(rows, dtype=torch.int64), EXPERTS)
+    assert torch.autograd.gradcheck(groups.linear, (x, w))
+
+
+@pytest.mark.parametrize(("x_trains", "w_trains"), [(True, False), (False, True)])
+def test_only_what_trains_gets_a_gradient(x_trains: bool, w_trains: bool):
+    x, w = torch.randn(3, 5, requires_grad=x_trains), torch.randn(EXPERTS, 6, 5, requires_grad=w_trains)
+    Groups(torch.tensor([0, 2, 2]), EXPERTS).linear(x, w).sum().backward()
+    assert (x.grad is not None) == x_trains and (w.grad is not None) == w_trains
+    if w.grad is not None:
+        assert torch.equal(w.grad[1], torch.zeros(6, 5))
+
+
+def test_a_transposed_gradient_and_input():
+    """Views come in from both sides."""
+    x, w = torch.randn(5, 3).t().requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
+    rows = [0, 1, 1]
+    upstream = torch.randn(6, 3).t()
+    found = torch.autograd.grad(Groups(torch.tensor(rows), EXPERTS).linear(x, w), (x, w), upstream)
+    wanted = torch.autograd.grad(looped(x, w, rows), (x, w), upstream)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    x, w = torch.randn(3, 8), torch.randn(EXPERTS, 6, 8).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = Groups(torch.tensor([0, 1, 1]), EXPERTS).linear(x, w)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+    torch.testing.assert_close(y.detach().float(), looped(x, w.detach(), [0, 1, 1]), rtol=0.02, atol=0.05)
+
+
+chosen_experts = st.integers(1, 3).flatmap(
+    lambda k: st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:k]), min_size=1, max_size=6)
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(chosen_experts)
+def test_dispatch_and_combine(chosen: list[list[int]]):
+    """Rows go to their experts in order, come back weighted, and so do the gradients."""
+    torch.manual_seed(0)
+    experts = torch.tensor(chosen)
+    tokens, k = experts.shape
+    x = torch.randn(tokens, 5, requires_grad=True)
+    weights = torch.rand(tokens, k, requires_grad=True)
+    scale = torch.randn(EXPERTS, requires_grad=True)  # what an expert does to its rows
+
+    rows, groups, order, inverse = dispatch(x, experts, EXPERTS)
+    expert_of_slot = experts.flatten()[order]
+    assert expert_of_slot.tolist() == sorted(experts.flatten().tolist())
+    assert groups.counts == tuple(torch.bincount(experts.flatten(), minlength=EXPERTS).tolist())
+    assert torch.equal(rows, x[order // k]) and torch.equal(order[inverse], torch.arange(tokens * k))
+    found = combine(rows * scale[expert_of_slot].unsqueeze(-1), weights, order, inverse)
+
+    wanted = torch.stack(
+        [sum(weights[n, j] * scale[e] * x[n] for j, e in enumerate(row)) for n, row in enumerate(chosen)]
+    )
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn(tokens, 5)
+    ours = torch.autograd.grad(found, (x, weights, scale), upstream)
+    theirs = torch.autograd.grad(wanted, (x, weights, scale), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_combine_sums_in_float32():
+    """bf16 outputs that would vanish beside a large one are kept (official behaviour)."""
+    y = torch.tensor([[256.0], [0.5], [0.5]], dtype=torch.bfloat16)
+    order = torch.arange(3)
+    out = combine(y, torch.ones(1, 3), order, order)
+    assert out.dtype == torch.float32 and out.item() == 257.0
+
+
+def test_gradients_are_the_same_at_every_run():
+    torch.manual_seed(0)
+    x, experts = torch.randn(64, 32, requires_grad=True), torch.randint(0, EXPERTS, (64, 3))
+    grads = []
+    for _ in range(3):
+        rows, _, _, inverse = dispatch(x, experts, EXPERTS)
+        grads.append(torch.autograd.grad((rows.cumsum(0) * inverse.unsqueeze(-1)).sum(), x)[0])
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_routed_experts(tokens: int):
+    """The whole block against one product an expert and token."""
+    model = small_model()
+    moe, config = model.model.layers[1].mlp, model.config
+    torch.manual_seed(1)
+    x = torch.randn(tokens, config.hidden_size)
+    scores = torch.randn(tokens, config.n_routed_experts).softmax(-1)
+    chosen = choose_experts(config, scores)
+    weights = expert_weights(config, scores, chosen)
+    wanted = torch.zeros(tokens, config.hidden_size)
+    for n in range(tokens):
+        for weight, expert in zip(weights[n], chosen[n], strict=True):
+            gate, up = (moe.experts.gate_up_proj[expert] @ x[n]).chunk(2)
+            wanted[n] += weight * (moe.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(run_experts(moe.experts, x, weights, chosen), wanted)
+
+
+def test_group_limited_choice():
+    """The groups with the best single expert are kept, and the best experts of those (paper, section 2.2.2)."""
+    config = small_model(num_hidden_layers=1).config  # 4 groups of 2, 2 kept, 3 experts
+    scores = torch.tensor([[0.05, 0.20, 0.19, 0.18, 0.30, 0.01, 0.04, 0.03]])
+    assert choose_experts(config, scores)[0].sort().values.tolist() == [0, 1, 4]
+    config.topk_method = "greedy"
+    assert choose_experts(config, scores)[0].sort().values.tolist() == [1, 2, 4]
+
+
+def test_without_adapters_grouped_linear_is_the_product():
+    x, w = torch.randn(3, 5), torch.randn(EXPERTS, 6, 5)
+    groups = Groups(torch.tensor([0, 2, 2]), EXPERTS)
+    assert torch.equal(grouped_linear(groups, x, w, []), groups.linear(x, w))

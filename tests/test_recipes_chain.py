@@ -1,0 +1,206 @@
+"""Chains: references, what is run again and what is not, results. The stages' own work is replaced."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conversations.errors import ToolkitError
+from recipes import chain as chain_module
+from recipes.chain import plan_stages, run_chain
+from recipes.chain_references import References
+from recipes.files import write_json, write_text
+from recipes.loader import Loaded, load_recipe
+from recipes.rundir import dump_text
+
+SFT = "stage: sft\nmodel: {path: base}\ndata: [{path: rows.jsonl}]\ntraining: {max_steps: 5}\noutput_dir: alone\n"
+EVAL = """\
+stage: eval
+model: {path: base}
+data: [{path: rows.jsonl}]
+tasks: [{name: exact_match, metric: exact_match, temperatures: [0, 1]}]
+output_dir: alone
+"""
+CHAIN = """\
+stage: chain
+model: {path: base}
+output_dir: out
+seed: 3
+stages:
+  - {name: sft, recipe: sft.yaml}
+  - {name: eval_sft, recipe: eval.yaml, results: stages.sft, model: {path: "${sft}"}}
+  - {name: more, recipe: sft.yaml, model: {path: "${sft}/final"}, max_seconds: "${sft.seconds}"}
+  - {name: eval_more, recipe: eval.yaml, results: stages.more, model: {path: "${more}"}}
+compare:
+  - {name: gain, task: exact_match, before: eval_sft, after: eval_more}
+"""
+
+
+class FakeStages:
+    """Stands for run_stage: writes the run directory's files and remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.recipes: dict[str, Any] = {}
+        self.stop_at: str | None = None
+
+    def __call__(self, loaded: Loaded) -> None:
+        run_dir = Path(loaded.recipe.output_dir)
+        name = run_dir.name
+        self.ran.append(name)
+        self.recipes[name] = loaded.recipe
+        write_text(run_dir / "recipe.yaml", dump_text(loaded.resolved))
+        values = {"status": "finished", "seconds": 2.0, "training_seconds": 1.5, "peak_memory_gb": 0.25, "metrics": {}}
+        if name == self.stop_at:
+            write_json(run_dir / "manifest.json", {**values, "status": "stopped"})
+            raise KeyboardInterrupt
+        if loaded.recipe.stage == "eval":
+            right = 1.0 if name == "eval_more" else 0.0
+            values["metrics"] = {"exact_match": {"n": 4, "greedy": 0.5 + right / 2, "t1": 0.25}}
+            samples = [
+                {"task": "exact_match", "decoding": "greedy", "row": row, "value": max(right, row % 2)}
+                for row in range(4)
+            ]
+            write_text(run_dir / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+        write_json(run_dir / "manifest.json", values)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
+    fake = FakeStages()
+    monkeypatch.setattr(chain_module, "run_stage", fake)
+    monkeypatch.setattr(chain_module, "check_recipe", lambda recipe: None)
+    monkeypatch.setattr(chain_module, "_free_memory", lambda: None)  # a second a stage, with torch loaded
+    return fake
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    for name, text in (("sft", SFT), ("eval", EVAL), ("chain", CHAIN)):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    return lambda *overrides: run_chain(load_recipe(Path("chain.yaml"), overrides, stage="chain"))
+
+
+ALL = ["sft", "eval_sft", "more", "eval_more"]
+
+
+def test_stages_run_in_order_with_what_earlier_ones_left(stages: FakeStages, start: Any) -> None:
+    results = start()
+    assert stages.ran == ALL
+    assert {recipe.seed for recipe in stages.recipes.values()} == {3}
+    assert stages.recipes["sft"].model.path == "base"
+    assert stages.recipes["more"].model.path == "out/sft/final"
+    assert stages.recipes["more"].max_seconds == 1.5 and stages.recipes["more"].output_dir == "out/more"
+    assert results["stages"] == {
+        "sft": {"exact_match": 0.5, "exact_match_t1": 0.25, "n": 4},
+        "more": {"exact_match": 1.0, "exact_match_t1": 0.25, "n": 4},
+    }
+    assert results["gain"]["change"] == {"greedy": {"difference": 0.5, "standard_error": 0.28868, "n": 4}}
+    assert (results["seed"], results["seconds"], results["peak_memory_gb"]) == (3, 8.0, 0.25)
+    assert json.loads(Path("out/results.json").read_text()) == results
+
+
+def test_a_finished_chain_runs_nothing_again(stages: FakeStages, start: Any) -> None:
+    first = start()
+    stages.ran.clear()
+    assert start() == first and stages.ran == []
+
+
+def test_a_stopped_chain_goes_on_where_it_stopped(stages: FakeStages, start: Any) -> None:
+    stages.stop_at = "more"
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert stages.ran == ["sft", "eval_sft", "more"] and not Path("out/results.json").exists()
+    stages.ran.clear()
+    stages.stop_at = None
+    start()
+    assert stages.ran == ["more", "eval_more"]
+    assert not Path("out/.superseded").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (("stages.sft.training.max_steps=6",), ALL),
+        (("stages.more.training.max_steps=6",), ["more", "eval_more"]),
+        (("stages.eval_more.tasks=[{name: exact_match, metric: loss}]",), ["eval_more"]),
+        (("seed=4",), ALL),
+    ],
+)
+def test_only_what_a_changed_recipe_touches_runs_again(
+    stages: FakeStages, start: Any, change: tuple[str, ...], again: list[str]
+) -> None:
+    start()
+    stages.ran.clear()
+    start(*change)
+    assert stages.ran == again
+    assert sorted(path.name for path in Path("out/.superseded").iterdir()) == sorted(f"{name}-1" for name in again)
+
+
+@pytest.mark.parametrize("file", ["rows.jsonl", "base/config.json"])
+def test_changed_input_runs_again(stages: FakeStages, start: Any, file: str) -> None:
+    start()
+    stages.ran.clear()
+    Path(file).write_text('{"messages": [1]}\n')
+    start()
+    assert stages.ran == ALL
+
+
+def test_a_changed_stage_recipe_counts_like_an_override(stages: FakeStages, start: Any) -> None:
+    start()
+    stages.ran.clear()
+    Path("eval.yaml").write_text(EVAL.replace("[0, 1]", "[0]"))
+    start()
+    assert stages.ran == ["eval_sft", "eval_more"]
+
+
+def test_a_directory_of_another_run_is_refused(stages: FakeStages, start: Any, tmp_path: Path) -> None:
+    start()
+    before = Path("out/recipe.yaml").read_text()
+    Path("other.yaml").write_text(CHAIN)
+    with pytest.raises(ToolkitError, match=r"out holds the run of another chain, .*chain\.yaml"):
+        run_chain(load_recipe(Path("other.yaml"), stage="chain"))
+    with pytest.raises(ToolkitError, match="holds a run of stage sft, not a chain"):
+        start("output_dir=out/sft")
+    assert Path("out/recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.model.path=${more}", "${more} names a stage that has not been run before this one"),
+        ("stages.sft.model.path=${mre}", "stages.sft.model.path: ${mre} is not known here; known are ${output_dir}"),
+        ("stages.sft.modle.path=x", 'unknown key "stages.sft.modle", did you mean "stages.sft.model"?'),
+        ("stages.sft.output_dir=x", "stages.sft.output_dir: a chain's stage writes to OUTPUT_DIR/NAME"),
+        ("stages.sft.results=stages.x", "stages.sft.results: for evaluations only"),
+        ("stages.eval_sft.results=null", "stages.eval_sft.results: say where its figures go"),
+        ("stages.eval_sft.results=elsewhere", "results: must match pattern"),
+        ("stages.sft.recipe=missing.yaml", "no such recipe"),
+        ("stages.sft.recipe=chain.yaml", "is a chain itself"),
+    ],
+)
+def test_a_wrong_chain_is_refused_before_anything_runs(
+    stages: FakeStages, start: Any, override: str, message: str
+) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        start(override)
+    assert message in str(caught.value)
+    assert stages.ran == [] and not Path("out").exists()
+
+
+def test_references_keep_their_type_and_know_their_stages(start: Any) -> None:
+    loaded = load_recipe(Path("chain.yaml"), ["model.path=${output_dir}/base"])
+    references = References(loaded.recipe)
+    references.add("sft", "out/sft", seconds=12.34)
+    filled = references.fill({"a": "${sft.seconds}", "b": ["x/${sft}/y", "${model}", "${seed}"]}, "")
+    assert filled == {"a": 12.3, "b": ["x/out/sft/y", "out/base", 3]}
+    planned = dict(plan_stages(load_recipe(Path("chain.yaml"))))
+    assert list(planned) == ALL
+    assert references.used(planned["more"].recipe) == {"sft": "out/sft"}
+    assert references.used(planned["sft"].recipe) == {}

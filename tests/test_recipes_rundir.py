@@ -1,0 +1,95 @@
+"""Run directories: what is gone on with, what is left alone, what is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conversations.errors import ToolkitError
+from recipes.files import atomic_path, read_json, write_json, write_text
+from recipes.rundir import RECIPE, differences, dump_text, inspect, newest_checkpoint
+
+RECIPE_TREE: dict[str, Any] = {
+    "stage": "sft",
+    "model": {"path": "m", "dtype": "float32"},
+    "data": [{"path": "a.jsonl", "weight": 1.0}],
+    "training": {"learning_rate": 1e-6, "max_steps": 5},
+    "seed": 0,
+}
+
+
+def a_run(tmp_path: Path, *, checkpoints: tuple[int, ...] = (), status: str = "running") -> Path:
+    run_dir = tmp_path / "run"
+    for step in checkpoints:
+        (run_dir / f"checkpoint-{step}").mkdir(parents=True)
+    write_text(run_dir / RECIPE, dump_text(RECIPE_TREE))
+    write_json(run_dir / "manifest.json", {"status": status})
+    return run_dir
+
+
+def test_a_missing_or_empty_directory_is_new(tmp_path: Path) -> None:
+    assert inspect(tmp_path / "missing", RECIPE_TREE).status == "new"
+    assert inspect(tmp_path, RECIPE_TREE).status == "new"
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, checkpoints=(2, 10, 9))
+    (run_dir / "checkpoint-99.tmp").mkdir()
+    (run_dir / "checkpoint-100").write_text("no directory")
+    state = inspect(run_dir, RECIPE_TREE)
+    assert state.status == "resume" and state.checkpoint == run_dir / "checkpoint-10"
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+    assert inspect(a_run(tmp_path, status="finished"), RECIPE_TREE).status == "finished"
+
+
+def test_a_run_that_came_to_nothing_may_be_anybodys(tmp_path: Path) -> None:
+    other = {**RECIPE_TREE, "seed": 1}
+    assert inspect(a_run(tmp_path), other).status == "new"
+
+
+@pytest.mark.parametrize("status", ["finished", "running"])
+def test_another_recipes_run_is_refused_and_the_keys_are_named(tmp_path: Path, status: str) -> None:
+    run_dir = a_run(tmp_path, checkpoints=(1,), status=status)
+    other = copy.deepcopy(RECIPE_TREE)
+    other["training"]["learning_rate"] = 2e-6
+    other["data"][0]["weight"] = 2.0
+    before = sorted(str(path) for path in run_dir.rglob("*"))
+    with pytest.raises(ToolkitError) as caught:
+        inspect(run_dir, other)
+    message = str(caught.value)
+    assert "data.0.weight is 1.0 there and 2.0 here" in message
+    assert "training.learning_rate is 1e-06 there and 2e-06 here" in message
+    assert "choose another output_dir" in message and "max_steps" not in message
+    assert sorted(str(path) for path in run_dir.rglob("*")) == before
+
+
+def test_files_of_somebody_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ToolkitError, match=r"holds other files \(thesis\.tex\) and no run"):
+        inspect(tmp_path, RECIPE_TREE)
+    with pytest.raises(ToolkitError, match="is a file"):
+        inspect(tmp_path / "thesis.tex", RECIPE_TREE)
+
+
+def test_differences_are_found_at_every_depth() -> None:
+    there, here = {"a": {"b": [1, {"c": 2}]}, "d": 1}, {"a": {"b": [1, {"c": 3}]}, "e": None}
+    assert differences(there, here) == {"a.b.1.c": (2, 3), "d": (1, None)}
+    assert differences({"a": [1]}, {"a": [1, 2]}) == {"a": ([1], [1, 2])}
+    assert differences(RECIPE_TREE, copy.deepcopy(RECIPE_TREE)) == {}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "file.json"
+    write_json(target, {"a": float("nan"), "b": [1.5]})
+    assert json.loads(target.read_text()) == {"a": None, "b": [1.5]}
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(target) == {"a": None, "b": [1.5]}
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    assert read_json(tmp_path / "missing.json") is None
