@@ -6,6 +6,7 @@ RL turns them into rewards, evaluation into figures, so that both mean the same 
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from conversations.errors import ToolkitError
 
@@ -67,7 +68,7 @@ def math_matches(answer: str, reference: str) -> bool:
     from math_verify import parse, verify
 
     # math-verify limits its time by a signal, which only the main thread may set.
-    seconds = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+    seconds: Any = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
     wanted = final_answer(reference)
     gold = parse(wanted, parsing_timeout=seconds) or parse(f"${wanted}$", parsing_timeout=seconds)
     if not gold:

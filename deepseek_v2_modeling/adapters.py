@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .errors import ModelError
-from .lora import set_dropout, wrap
+from .lora import set_dropout, train_in_float32, wrap
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -83,9 +82,6 @@ def load_adapter(
     check_coverage(peft_model, shapes, str(directory), head="" if kept_task else "score")
     fresh_head = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if k not in tensors}
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
-    if trainable:
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+    train_in_float32(peft_model)
     set_dropout(peft_model, dropout)
     return peft_model  # pyright: ignore[reportReturnType]

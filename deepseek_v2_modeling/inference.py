@@ -3,18 +3,22 @@
 B batch, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig
+
+from .cache import LatentCache
+
+WORTH_DROPPING = 0.85  # ended answers leave the batch when this share or less is left
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices into `sequences`, longest first (what does not fit into memory fails at once)."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    """Batches of indices into `sequences`, equal ones side by side, longest first (so that what does not fit into
+    memory fails at once)."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), tuple(sequences[i])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -50,7 +54,7 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
-    eos_token_id: int,
+    eos_token_id: int | Collection[int],
     max_new_tokens: int,
     temperature: float = 0.0,
     batch_size: int = 32,
@@ -59,34 +63,70 @@ def generate_answers(
     """An answer for each prompt, in the order of the prompts: token ids, up to and with the end token if one came.
 
     Temperature 0 is greedy. `seed` makes sampling repeatable without touching the global generator.
-    The model's mode (training or evaluation) is as it was afterwards.
+    `generate` does the same for one batch; here equal prompts are read once, and answers that have ended take
+    no further part. The model's mode (training or evaluation) is as it was afterwards.
     """
+    ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        pad_token_id=pad_token_id,
-        eos_token_id=eos_token_id,
-        use_cache=True,
-    )
-    device = next(model.parameters()).device
     with evaluation_mode(model), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for batch in by_length(prompts, batch_size):
-            ids, mask = pad_batch([prompts[i] for i in batch], pad_token_id, left=True)
-            ids, mask = ids.to(device), mask.to(device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore
-            for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = up_to_end(row, eos_token_id)
+            found = _answer_batch(model, [prompts[i] for i in batch], pad_token_id, ends, max_new_tokens, temperature)
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = answer
     return answers
 
 
-def up_to_end(ids: list[int], eos_token_id: int) -> list[int]:
-    """The ids up to and with the first end token; all of them when there is none."""
-    return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
+def _answer_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    pad_token_id: int,
+    ends: Collection[int],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """Answers of one batch. `rows` says whose answer each row of the cache is; rows leave when they have ended."""
+    unique = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    device = next(model.parameters()).device
+    ids, mask = (t.to(device) for t in pad_batch(list(unique), pad_token_id, left=True))
+    cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+
+    rows = list(range(len(prompts)))
+    chosen = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
+    logits, mask = out.logits[chosen, -1], mask[chosen]
+    if len(unique) < len(prompts):
+        cache.batch_select_indices(chosen)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for length in range(1, max_new_tokens + 1):
+        tokens = choose_tokens(logits, temperature)
+        alive = []
+        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if not answers[row] or answers[row][-1] not in ends:
+                answers[row].append(token)
+                alive += [] if token in ends else [place]
+        if not alive or length == max_new_tokens:
+            break
+        if len(alive) < WORTH_DROPPING * len(rows):
+            kept = torch.tensor(alive, device=device)
+            cache.batch_select_indices(kept)
+            rows, tokens, mask = [rows[place] for place in alive], tokens[kept], mask[kept]
+        mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
+        positions = mask.sum(-1, keepdim=True) - 1
+        out = model(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        logits = out.logits[:, -1]
+    return answers
+
+
+def choose_tokens(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits [B, V] -> tokens [B]: the best one at temperature 0, else sampled."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(1)
 
 
 @torch.no_grad()

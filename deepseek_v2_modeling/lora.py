@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
@@ -141,6 +142,7 @@ def apply_lora(model: PreTrainedModel, config: LoraConfig, dropout: float = 0.0)
         ModelError: a target matches nothing in the model.
     """
     peft_model = wrap(model, config)
+    train_in_float32(peft_model)
     set_dropout(peft_model, dropout)
     return peft_model
 
@@ -153,6 +155,13 @@ def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         # uses all the same, are ignored.
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """PEFT makes adapters float32 on its own, but not a score head."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:

@@ -16,12 +16,12 @@ YARN = {
 PRESETS: dict[str, dict[str, Any]] = {
     # The demo's model: device-limited routing, small enough to train from nothing in minutes on two cores.
     "tiny": {
-        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": None, "kv_lora_rank": 64,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 16,
+        "vocab_size": 1408, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 16, "q_lora_rank": None, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 16,
         "n_shared_experts": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 1,
         "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0,
-        "aux_loss_alpha": 0.003, "max_position_embeddings": 512, "initializer_range": 0.05,
+        "aux_loss_alpha": 0.001, "max_position_embeddings": 512, "initializer_range": 0.05,
     },
     # V2-Lite's structure: no q_lora, 64 experts of which 6, 2 shared, greedy routing, YaRN.
     "v2-lite-mini": {

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -20,7 +22,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

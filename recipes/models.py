@@ -105,45 +105,69 @@ def load_rewards(recipe: RlRecipe, policy: ModelSource) -> list[Reward]:
     """The terms of a recipe's reward, its reward models loaded and frozen.
 
     Raises:
-        ToolkitError, ModelError: a rule that is not known, a model that is missing, or no reward model.
+        ToolkitError, ModelError: as `reward_source`, or a rule that is not known.
     """
     rewards: list[Reward] = []
     for index, entry in enumerate(recipe.rewards):
         if entry.rule is not None:
             rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
-            continue
-        rewards.append(_reward_model(recipe, entry, policy, f"rewards.{index}"))
+        else:
+            rewards.append(_reward_model(recipe, entry, policy, f"rewards.{index}"))
     names = [reward.name for reward in rewards]
     for index, reward in enumerate(rewards):
-        if names.count(reward.name) > 1:  # TRL logs by name
-            reward.__name__ = f"{reward.name}_{index}"
+        if names.count(names[index]) > 1:  # TRL logs by name
+            reward.__name__ = f"{names[index]}_{index}"
     return rewards
+
+
+def check_rewards(recipe: RlRecipe) -> None:
+    """Look for the reward models and rules before anything is loaded.
+
+    Raises:
+        ToolkitError, ModelError: as `load_rewards`.
+    """
+    for entry in recipe.rewards:
+        if entry.rule is not None:
+            RuleReward(entry.rule)
+        elif source := reward_source(entry):
+            _stats(entry, source)
+
+
+def reward_source(entry: RewardEntry) -> ModelSource | None:
+    """The files of a reward model; None where a random one stands in for it.
+
+    Raises:
+        ToolkitError, ModelError: it is missing, or no reward model.
+    """
+    path = entry.model or ""
+    if entry.if_missing == "random" and not Path(path).exists():
+        return None
+    source = resolve_source(path)
+    check_kind(path, source, "score")
+    return source
 
 
 def _reward_model(recipe: RlRecipe, entry: RewardEntry, policy: ModelSource, key: str) -> Reward:
     path = Path(entry.model or "")
-    name = path.parent.name if path.name == "final" else path.name
-    stands_in = entry.if_missing == "random" and not path.exists()
-    if stands_in:
+    source = reward_source(entry)
+    if source is None:
         say(f"{key}.model: {path} is not there; a random score head on {recipe.model.path} stands in for it")
-    source = policy if stands_in else resolve_source(entry.model or "")
-    if not stands_in:
-        check_kind(str(path), source, "score")
-    stats = None
-    if entry.normalize and not stands_in:
-        stats = RewardStats.read(Path(source.adapter or source.base))
     model = load_model(
-        source, head="score", dtype=recipe.model.dtype, attn_implementation=recipe.model.attn_implementation
+        source or policy, head="score", dtype=recipe.model.dtype, attn_implementation=recipe.model.attn_implementation
     )
     return RewardModelReward(
-        name,
+        path.parent.name if path.name == "final" else path.name,
         model,
-        load_tokenizer(source),
-        stats=stats,
+        load_tokenizer(source or policy),
+        stats=_stats(entry, source) if source else None,
         clip=entry.clip,
         weight=entry.weight,
         on_error=entry.on_error,
     )
+
+
+def _stats(entry: RewardEntry, source: ModelSource) -> RewardStats | None:
+    return RewardStats.read(Path(source.adapter or source.base)) if entry.normalize else None
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:

@@ -27,7 +27,11 @@ def say(*parts: Any) -> None:
 
 def wait_for_all() -> None:
     """Wait until every process is here."""
-    if world_size() > 1:
-        from accelerate import PartialState
+    if world_size() == 1:
+        return
+    import torch
+    from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+    if not torch.distributed.is_initialized():
+        PartialState(cpu=not torch.cuda.is_available())
+    torch.distributed.barrier()

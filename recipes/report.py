@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count as count_up
@@ -14,12 +15,13 @@ from markupsafe import Markup
 
 from conversations.errors import ToolkitError
 from recipes import report_tables as tables
+from recipes import report_words as words
 from recipes.files import write_text
-from recipes.report_data import Run, open_runs
+from recipes.report_data import Run, directory_name, open_runs
 from recipes.report_metrics import count
 from recipes.report_plots import charts, expert_maps
 from recipes.report_samples import Gallery, across_runs, within_run
-from recipes.report_svg import COLOURS, LOAD_CLASSES, Chart, caption, line_chart, short
+from recipes.report_svg import COLOURS, LOAD_CLASSES, Chart, caption, drawn, line_chart, short
 
 KINDS = {
     "sft": "supervised fine-tuning",
@@ -29,13 +31,14 @@ KINDS = {
     "chain": "chain",
 }
 LONG_TEXT = 300
+REASONS = 12
 # Characters that HTML or UTF-8 forbids, and those that reorder the text around them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn chart with its legend: (number of the colour, dashed, label, last value)."""
+    """A drawn chart with its legend: (number of the colour, dashed, label, where the curve ends)."""
 
     title: str
     drawing: Markup
@@ -58,12 +61,13 @@ class RunView:
     """One run as the page shows it. Of its manifest: the `brief`, and all of it as short `facts` and long `texts`."""
 
     run: Run
-    title: str
+    heading: str
     kind: str
     figures: list[Figure]
     maps: list[tuple[str, Markup]]
     other: list[Figure]
     loose: list[tuple[str, str]]
+    table: tables.Table | None
     rejected: list[tuple[str, str]]
     brief: list[tuple[str, str]]
     facts: list[tuple[str, str]]
@@ -83,21 +87,21 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     if not runs:
         raise ToolkitError("no run given; name the output_dir of a stage or of a chain")
     target = out if out is not None else runs[0] / "report.html"
-    page = render(_unique_names([open_runs(path) for path in dict.fromkeys(runs)]))
     if target.is_dir():
         raise ToolkitError(f"{target} is a directory; name the HTML file to write")
     try:
+        groups = {path: open_runs(path) for path in runs}
+        page = render(_unique_names(groups), " and ".join(map(directory_name, groups)))
         write_text(target, UNPRINTABLE.sub("\ufffd", page))
     except OSError as error:
-        raise ToolkitError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise ToolkitError(f"{error.filename or target}: {error.strerror or error}") from error
     return target
 
 
-def render(groups: Sequence[Sequence[Run]]) -> str:
-    """The page's HTML. Each group is what one directory of the command line holds."""
-    runs = [run for group in groups for run in group]
+def render(runs: Sequence[Run], heading: str) -> str:
+    """The page's HTML about `runs`, whose names are unique."""
     chains = [run for run in runs if run.is_chain]
-    titles = {name: title for group in groups for name, title in _titles(group).items()}
+    titles = _titles(runs)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,7 +110,7 @@ def render(groups: Sequence[Sequence[Run]]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        heading=" and ".join(group[0].name for group in groups),
+        heading=heading,
         chains=[_chain_view(run) for run in chains],
         across=tables.across(chains),
         runs=[_run_view(run, titles[run.name]) for run in runs],
@@ -118,31 +122,30 @@ def render(groups: Sequence[Sequence[Run]]) -> str:
     )
 
 
-def _unique_names(groups: Sequence[list[Run]]) -> Sequence[list[Run]]:
-    """With several directories a stage is named with its own; equal names get numbers."""
+def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
+    """All runs. With several directories a run inside one is named with it; equal names get numbers."""
     taken: set[str] = set()
-    for group in groups:
-        head = group[0].name
+    for path, group in groups.items():
         for run in group:
-            base = run.name if len(groups) == 1 or run is group[0] else f"{head}/{run.name}"
+            base = run.name if len(groups) == 1 or run.path == path else f"{directory_name(path)}/{run.name}"
             numbered = (base if k == 1 else f"{base} ({k})" for k in count_up(1))
             run.name = next(name for name in numbered if name not in taken)
             taken.add(run.name)
-    return groups
+    return [run for group in groups.values() for run in group]
 
 
-def _titles(group: Sequence[Run]) -> dict[str, str]:
-    """Page names of a chain's runs: an evaluation whose figures go to `stages.sft` is titled after that stage."""
-    stages = group[0].recipe.get("stages")
-    listed = stages if isinstance(stages, list) else []
-    told = {str(s.get("name")): str(s["results"]) for s in listed if isinstance(s, dict) and s.get("results")}
-    titles = {}
-    for run in group:
-        own = run.path.name if run is not group[0] else run.name
-        section, _, entry = told.get(own, "").partition(".")
-        known = tables.stage_name(entry) if section == "stages" else ""
-        titles[run.name] = known or run.name
-    return titles
+def _titles(runs: Sequence[Run]) -> dict[str, str]:
+    """Each run's name for the eye. An evaluation whose figures go to `stages.sft` is titled after that stage."""
+    told = {}
+    for chain in runs:
+        stages = chain.recipe.get("stages")
+        for stage in stages if isinstance(stages, list) else []:
+            section, _, entry = str(stage.get("results", "") if isinstance(stage, dict) else "").partition(".")
+            if section == "stages":
+                told[chain.path / str(stage.get("name"))] = tables.stage_name(entry)
+    found = [(run, told.get(run.path, tables.stage_name(run.name))) for run in runs]
+    shared = Counter((run.kind, title) for run, title in found)
+    return {run.name: title if shared[run.kind, title] == 1 else f"{title} ({run.name})" for run, title in found}
 
 
 def _anchor(names: Sequence[str], name: str) -> str:
@@ -155,35 +158,45 @@ def _chain_view(run: Run) -> ChainView:
     stages, models = (tables.entries(results, section) for section in ("stages", "reward_models"))
     found = [
         tables.shares_table("Stages", stages, tables.STAGE_NAMES),
-        tables.gains(results),
+        tables.changes(results),
         tables.shares_table("Reward models", models, {}),
         tables.targets(results),
     ]
-    return ChainView(run, tables.facts(results), [t for t in found if t], tables.other_results(results))
+    return ChainView(run, words.facts(results), [t for t in found if t], tables.other_results(results))
 
 
 def _run_view(run: Run, title: str) -> RunView:
     main, other = charts(run.metrics)
-    flat = tables.flatten(run.manifest)
+    flat = words.flatten(run.manifest)
     return RunView(
         run=run,
-        title=title,
+        heading=f"Evaluation: {title}" if run.kind == "eval" else title,
         kind=KINDS.get(run.kind, run.kind),
         figures=[_figure(chart) for chart in main],
         maps=expert_maps(run.metrics),
         other=[_figure(chart) for chart in other],
-        loose=tables.flatten(run.metrics.loose),
-        rejected=[(reason, count(n, "row")) for reason, n in run.rejected.most_common()],
-        brief=tables.brief(run.manifest),
+        loose=words.flatten(run.metrics.loose),
+        table=None if run.is_chain else tables.shares_table("Figures", {title: run.results}, {}),
+        rejected=_rejected(run),
+        brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
         samples=within_run(run),
     )
 
 
+def _rejected(run: Run) -> list[tuple[str, str]]:
+    """Reasons why rows were left out, the most frequent first; what is beyond REASONS is summed up."""
+    found = run.rejected.most_common()
+    listed = [(reason, count(n, "row")) for reason, n in found[:REASONS]]
+    rest = found[REASONS:]
+    more = [(f"{count(len(rest), 'other reason')}", count(sum(n for _, n in rest), "row"))] if rest else []
+    return listed + more
+
+
 def _figure(chart: Chart) -> Figure:
     legend = [
-        (index % COLOURS, index >= COLOURS, line.label, short(line.points[-1][1]))
+        (index % COLOURS, index >= COLOURS, line.label, short(drawn(line)[-1][1]))
         for index, line in enumerate(chart.lines)
     ]
     return Figure(chart.title, line_chart(chart), legend, caption(chart))

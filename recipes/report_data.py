@@ -59,27 +59,36 @@ class Run:
 
 
 def open_runs(path: Path) -> list[Run]:
-    """The run at `path` and the runs inside it (a chain's stages), in the order they were run.
+    """The run at `path`, if it is one, and the runs inside it (a chain's stages) in the order of their chain.
 
     Raises ToolkitError when `path` is no directory or holds no run.
     """
     if not path.is_dir():
         raise ToolkitError(f"{path}: no such run directory; give the output_dir of a stage or of a chain")
-    inner = list(_inner_runs(path, _NESTING))
-    if not inner and not _looks_like_run(path):
+    found = [path] if _looks_like_run(path) else []
+    found += _inner_runs(path, _NESTING)
+    if not found:
         raise ToolkitError(
             f"{path}: not a run directory (none of {', '.join(RUN_FILES)} in it or below it); "
             "give the output_dir of a stage or of a chain"
         )
-    outer = read_run(path, path.resolve().name or str(path))
-    if outer.kind == "unknown" and inner and not outer.metrics.series:
-        outer.kind = "chain"
-    _note_missing(outer)
-    order = _stage_order(outer.recipe)
-    stages = [read_run(directory, directory.relative_to(path).as_posix()) for directory in inner]
-    for stage in stages:
-        _note_missing(stage)
-    return [outer, *sorted(stages, key=lambda run: (_rank(run.name, order), run.name))]
+    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in found}
+    runs = [read_run(at, name) for at, name in names.items()]
+    for run in runs:
+        _note_missing(run)
+    orders = {run.path: _stage_order(run.recipe) for run in runs if run.is_chain}
+
+    def place(run: Run) -> tuple[str, bool, int, str]:
+        home = next((at for at in (run.path, *run.path.parents) if at in orders), path)
+        rank = _rank(run.path.relative_to(home).as_posix(), orders.get(home, []))
+        return str(home), run.path != home, rank, run.name
+
+    return sorted(runs, key=place)
+
+
+def directory_name(path: Path) -> str:
+    """The directory's own name, also of `.` and the like."""
+    return path.resolve().name or str(path)
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -106,7 +115,7 @@ def _inner_runs(path: Path, depth: int) -> Iterator[Path]:
     if depth == 0:
         return
     for child in sorted(path.iterdir()):
-        if child.is_symlink() or not child.is_dir() or child.name == "final":
+        if not child.is_dir() or child.name == "final":
             continue
         if child.name.startswith((".", "checkpoint-")):
             continue

@@ -43,7 +43,7 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
     for row in rows:
         step = number(row.pop("step", None))
         row.pop("epoch", None)
-        if step is None or not math.isfinite(step):
+        if step is None or not abs(step) < HUGE:
             stepless += 1
             metrics.loose.update(row)
             continue
@@ -80,13 +80,17 @@ def _share_layer(key: str) -> int | None:
     return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
+# Beyond this a chart's arithmetic would overflow: as good as infinite.
+HUGE = 1e300
+
+
 def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point]:
     points = sorted(known.items())
-    bad = [step for step, value in points if not math.isfinite(value)]
+    bad = [step for step, value in points if not abs(value) < HUGE]
     if bad:
         values = count(len(bad), "value")
         notes.append(f"{key}: {values} NaN or infinite, first at step {bad[0]:g}; not drawn")
-    return [(step, value) for step, value in points if math.isfinite(value)]
+    return [(step, value) for step, value in points if abs(value) < HUGE]
 
 
 def count(n: int, noun: str) -> str:

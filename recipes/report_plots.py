@@ -72,7 +72,7 @@ FIGURES = (
     Figure(
         "Balance losses",
         "loss, coefficients included",
-        ((r"balance(?:_loss)?/(.+)", "{0}"), (r"balance_loss", "sum"), (r"aux_loss", "auxiliary")),
+        ((r"balance/(.+)", "{0}"), (r"aux_loss", "auxiliary")),
         log_ok=True,
     ),
     Figure(
@@ -97,7 +97,7 @@ def charts(metrics: Metrics) -> tuple[list[Chart], list[Chart]]:
     for pattern in (LAYER_LOAD, LAYER_DEAD, NOT_DRAWN):
         used.update(filter(pattern.fullmatch, metrics.series))
     other = [
-        Chart(key, "as logged", (_line(key, key, metrics),), log_ok=True)
+        Chart(key, "as logged", (_line(key, key, metrics),))
         for key, points in sorted(metrics.series.items())
         if points and key not in used
     ]

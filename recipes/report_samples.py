@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -13,7 +14,8 @@ from recipes.report_svg import short
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200
-_SHOWN_APART = frozenset(("step", "prompt", "completion", "reference", "rewards", "task", "meta"))
+# Keys of a sample that have a place of their own; any other plain value is listed below the completion.
+_PLACED = {"step", "prompt", "completion", "reference", "rewards", "task", "meta", "row", "when", "value", "decoding"}
 
 Key = tuple[str, str]  # task, prompt
 
@@ -47,17 +49,17 @@ class Gallery:
 
 
 def across_runs(runs: Sequence[Run], titles: dict[str, str]) -> Gallery | None:
-    """Prompts that at least two runs answered, the latest step of each; as many of each task."""
+    """The prompts that the most runs answered (two at least), the latest step of each; as many of each task."""
     answers = {run.name: _by_prompt(run.samples) for run in runs}
-    keys = dict.fromkeys(key for found in answers.values() for key in found)
-    shared = [key for key in keys if sum(key in found for found in answers.values()) > 1]
-    columns = [name for name, found in answers.items() if any(key in found for key in shared)]
-    if not shared:
+    counts = Counter(key for found in answers.values() for key in found)
+    most = max(counts.values(), default=0)
+    if most < 2:
         return None
-    shared.sort(key=lambda key: -sum(key in answers[name] for name in columns))
+    shared = [key for key in counts if counts[key] == most]
+    columns = [name for name, found in answers.items() if any(key in found for key in shared)]
     chosen = _spread_over_tasks(shared)
     rows = [_comparison(key, [answers[name].get(key, [])[-1:] for name in columns]) for key in chosen]
-    note = f"{len(chosen)} of {count(len(shared), 'prompt')} that more than one run answered, the first of each task."
+    note = f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task."
     return Gallery([titles.get(name, name) for name in columns], rows, note)
 
 
@@ -95,6 +97,8 @@ def _by_prompt(samples: Iterable[dict[str, Any]]) -> dict[Key, list[dict[str, An
     """Samples of each prompt in the order of their steps. Of several at one step the first counts."""
     found: dict[Key, dict[float, dict[str, Any]]] = {}
     for row in samples:
+        if "completion" not in row:  # pairs that were scored, losses: nothing was said
+            continue
         key = (text_of(row.get("task")), text_of(row.get("prompt")))
         found.setdefault(key, {}).setdefault(number(row.get("step")) or 0.0, row)
     return {key: [rows[step] for step in sorted(rows)] for key, rows in found.items()}
@@ -119,9 +123,11 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
 
 def _said(row: dict[str, Any]) -> Said:
     rewards = row.get("rewards")
-    marks = dict(rewards) if isinstance(rewards, dict) else {}
-    marks |= {k: v for k, v in row.items() if k not in _SHOWN_APART and not isinstance(v, dict | list)}
-    words = [f"{name} {_mark(value)}" for name, value in marks.items()]
+    marks = {text_of(row.get("task")) or "value": row["value"]} if row.get("value") is not None else {}
+    marks |= rewards if isinstance(rewards, dict) else {}
+    marks |= {k: v for k, v in row.items() if k not in _PLACED and not isinstance(v, dict | list)}
+    words = [str(row["decoding"])] if "decoding" in row else []
+    words += [f"{name} {_mark(value)}" for name, value in marks.items()]
     return Said(_cut(text_of(row.get("completion"))), words, number(row.get("step")))
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from recipes.report_metrics import Point, count
+from recipes.report_metrics import Point
 
 WIDTH, HEIGHT = 400, 232
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 24, 36
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 24, 36
 COLOURS = 8  # classes .c0 to .c7 of report.css; a ninth line starts again with dashes
 SMOOTH_FROM = 30  # logged values; shorter curves are drawn as they are
 NAMES = {"class_": "class", "aria_label": "aria-label", "stroke_width": "stroke-width"}
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: `unit` labels the y axis; `log_ok`: a log scale when the values span over three decades."""
+    """A figure: `unit` labels the y axis; `log_ok`: a log scale where the highest is over 30 times the lowest."""
 
     title: str
     unit: str
@@ -85,11 +85,10 @@ def svg(content: Markup, width: float, height: float, label: str) -> Markup:
 
 def describe(chart: Chart) -> str:
     """The chart in words, for those who cannot see it."""
-    words = [
-        f"{line.label} from {short(line.points[0][1])} to {short(line.points[-1][1])} "
-        f"over steps {line.points[0][0]:g} to {line.points[-1][0]:g}"
-        for line in chart.lines
-    ]
+    words = []
+    for line in chart.lines:
+        (first, start), (last, end) = line.points[0], drawn(line)[-1]
+        words.append(f"{line.label} from {short(start)} to {short(end)} over steps {first:g} to {last:g}")
     return f"{chart.title} ({chart.unit}): {'; '.join(words)}"
 
 
@@ -107,15 +106,23 @@ def short(value: float) -> str:
 
 
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean over `window` values; near the ends the window shrinks on both sides alike."""
+    """Centred mean over `window` values. At the start, where curves are steep, the window shrinks on both sides;
+    at the end it takes the values that are there."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
     smoothed = []
     for index, (step, _) in enumerate(points):
-        half = min(window // 2, index, len(points) - 1 - index)
-        smoothed.append((step, (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)))
+        half = min(window // 2, index)
+        first, last = index - half, min(index + half, len(points) - 1)
+        smoothed.append((step, (sums[last + 1] - sums[first]) / (last + 1 - first)))
     return smoothed
+
+
+def drawn(line: Line) -> list[Point]:
+    """The curve that stands for a line: its moving average, or its values where they are few or exact."""
+    n = len(line.points)
+    return moving_average(line.points, window_of(n)) if is_smoothed(line) else list(line.points)
 
 
 def window_of(n: int) -> int:
@@ -157,14 +164,16 @@ def _frame(chart: Chart) -> Frame:
     steps = [step for line in chart.lines for step, _ in line.points]
     values = [value for line in chart.lines for _, value in line.points]
     low, high = min(values), max(values)
-    log = chart.log_ok and low > 0 and high / low > 1000
+    log = chart.log_ok and low > 0 and high / low > 30
     if log:
         low, high = math.log10(low), math.log10(high)
     elif 0 <= low < 0.4 * high:
         low = 0.0
-    if high - low < 1e-9 * max(abs(high), abs(low), 1e-30):
-        spread = abs(high) * 0.1 or 1.0
-        low, high = low - spread, high + spread
+    largest = max(abs(low), abs(high))
+    if largest < 1e-30:
+        low, high = 0.0, 1.0
+    elif high - low < 1e-3 * largest:  # flat to the eye, and to the labels
+        low, high = min(low, 0.0), max(high, 0.0)
     margin = 0.06 * (high - low)
     bottom = low if low == 0 and not log else low - margin
     first, last = min(steps), max(steps)
@@ -173,7 +182,7 @@ def _frame(chart: Chart) -> Frame:
 
 def _grid(frame: Frame) -> Markup:
     parts = []
-    for value in ticks(*frame.y_range, 4):
+    for value in ticks(*frame.y_range):
         y = (
             HEIGHT
             - BOTTOM
@@ -184,7 +193,7 @@ def _grid(frame: Frame) -> Markup:
         parts.append(tag("text", label, x=LEFT - 6, y=f"{y + 4:.1f}", class_="end"))
     base = HEIGHT - BOTTOM
     parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis"))
-    for value in (tick for tick in ticks(*frame.x_range) if tick == int(tick)):
+    for value in (tick for tick in ticks(*frame.x_range, 6) if tick == int(tick)):
         x = f"{frame.x(value):.1f}"
         parts.append(tag("line", x1=x, x2=x, y1=base, y2=base + 4, class_="axis"))
         parts.append(tag("text", short(value), x=x, y=base + 16, class_="mid"))
@@ -194,15 +203,11 @@ def _grid(frame: Frame) -> Markup:
 def _curve(line: Line, index: int, frame: Frame) -> Markup:
     colour = f"c{index % COLOURS}"
     dashed = " dashed" if index >= COLOURS else ""
+    points = thin(drawn(line))
+    curve = _path(points, frame, f"curve {colour}{dashed}")
     if is_smoothed(line):
-        average = thin(moving_average(line.points, window_of(len(line.points))))
-        faint = _dots(thin(line.points), frame, f"dots faint {colour}", 1.6)
-        return join([faint, _path(average, frame, f"curve {colour}{dashed}")])
-    points = thin(line.points)
-    parts = [_path(points, frame, f"curve {colour}{dashed}")] if len(points) > 1 else []
-    if len(points) < SMOOTH_FROM:
-        parts.append(_dots(points, frame, f"dots {colour}", 2.4))
-    return join(parts)
+        return join([_dots(thin(line.points), frame, f"dots faint {colour}", 1.6), curve])
+    return join([curve, _dots(points, frame, f"dots {colour}", 2.4)]) if len(points) < SMOOTH_FROM else curve
 
 
 def _path(points: Sequence[Point], frame: Frame, classes: str) -> Markup:
@@ -231,7 +236,7 @@ LOAD_CLASSES = (
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], x_label: str, label: str) -> Markup:
     """A cell for each layer (row) and column; values are loads relative to an equal share (1 = fair)."""
-    left, right, top = 34, 8, 14
+    left, right, top = 34, 14, 14
     cell_w = (WIDTH - left - right) / len(columns)
     cell_h = min(18.0, max(5.0, 260 / len(rows)))
     bottom = top + len(rows) * cell_h
@@ -265,10 +270,13 @@ def load_class(value: float) -> str:
 
 
 def caption(chart: Chart) -> str:
-    """What the reader must know about the drawing: smoothing and the chart's own note."""
-    smoothed = [len(line.points) for line in chart.lines if is_smoothed(line)]
+    """What the reader must know about the drawing: the chart's own note, smoothing, dots left out."""
     parts = [chart.note] if chart.note else []
+    smoothed = max((len(line.points) for line in chart.lines if is_smoothed(line)), default=0)
+    if smoothed > MAX_DRAWN:
+        parts.append(f"Dots: lowest and highest of {2 * smoothed // MAX_DRAWN} values each.")
+    elif smoothed:
+        parts.append("Dots: logged values.")
     if smoothed:
-        window = window_of(max(smoothed))
-        parts.append(f"Dots: logged values. Line: mean over {count(window, 'value')}.")
+        parts.append(f"Line: mean over {window_of(smoothed)} values.")
     return " ".join(parts)

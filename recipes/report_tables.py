@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Any
@@ -11,15 +12,22 @@ from typing import Any
 from recipes.report_data import Run
 from recipes.report_metrics import number
 from recipes.report_svg import short
+from recipes.report_words import NOT_STATED, flatten, plain
 
 Z95 = NormalDist().inv_cdf(0.975)
 STAGE_NAMES = {
-    "base": "Base, untrained",
+    "base": "Base",
     "sft": "SFT",
-    "sft_control": "SFT control, as many seconds as RL 1",
+    "sft_control": "SFT control",
     "rl_reasoning": "RL stage 1: reasoning",
     "rl_preference": "RL stage 2: preference",
 }
+COMPARISONS = {
+    "rl_gain": "RL stage 1 over SFT",
+    "rl_gain_over_control": "RL stage 1 over the control",
+    "alignment_tax": "Alignment tax of RL stage 2",
+}
+CONTROL = "The control goes on with SFT for as many seconds as RL stage 1 takes."
 # Shares of the headline, in order, with their heading; further keys of a stage follow under their own names.
 SHARES = {
     "exact_match": "Exact match, greedy",
@@ -29,14 +37,12 @@ SHARES = {
     "refusal_safe": "Safe refused, greedy",
     "refusal_safe_t1": "Safe refused, T = 1",
     "pair_accuracy": "Pairs ranked right",
+    "wrong_answer": "Wrong answers ranked lower",
 }
-# (label, later stage, earlier stage, sign): differences of exact match that the chain is about.
-GAINS = (
-    ("RL stage 1 over SFT", "rl_reasoning", "sft", 1),
-    ("RL stage 1 over the control", "rl_reasoning", "sft_control", 1),
-    ("Alignment tax: RL stage 1 less RL stage 2", "rl_preference", "rl_reasoning", -1),
-)
-NOT_STATED = "not stated"
+# (later stage, earlier stage): differences of exact match to show where results.json has no paired comparison.
+GAINS = (("rl_reasoning", "sft"), ("rl_reasoning", "sft_control"), ("rl_preference", "rl_reasoning"))
+SAMPLED = re.compile(r"_t[0-9.]+$")
+DECODINGS = {"greedy": "Greedy", "t1": "T = 1"}
 OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
 
@@ -69,12 +75,17 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def sample_size(entry: dict[str, Any], key: str) -> float | None:
-    """How many prompts stand behind `key`: an n of its own, or the common `n` where it can only mean that."""
-    plain = key.removesuffix("_t1")
-    names = [f"n_{plain}", f"{plain}_n", f"n_{plain.removeprefix('refusal_')}"]
-    names += ["n"] if plain in ("exact_match", "pair_accuracy") or plain.startswith("wrong_answer") else []
+    """How many prompts stand behind `key`: `TASK_n` or `n_TASK`; plain `n` is that of the first task."""
+    task = SAMPLED.sub("", key)
+    names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
+    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known)), None)
+    names += ["n"] if task == first else []
     found = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
     return found[0] if found else None
+
+
+def _is_size(key: str) -> bool:
+    return key == "n" or key.startswith("n_") or key.endswith("_n")
 
 
 def share_cell(entry: dict[str, Any], key: str) -> Cell:
@@ -86,9 +97,9 @@ def share_cell(entry: dict[str, Any], key: str) -> Cell:
         return Cell(short(share) if math.isfinite(share) else str(share), "not a share of 1", "bad")
     n = sample_size(entry, key)
     if n is None:
-        return Cell(f"{share:.1%}", "n not stated", bar=(share, share, share))
+        return Cell(f"{100 * share:.1f} %", "n not stated", bar=(share, share, share))
     low, high = wilson(share, n)
-    return Cell(f"{share:.1%}", f"{100 * low:.1f} to {100 * high:.1f}, n = {n:,.0f}", bar=(low, share, high))
+    return Cell(f"{100 * share:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}, n = {n:,.0f}", bar=(low, share, high))
 
 
 def stage_name(name: str) -> str:
@@ -102,41 +113,88 @@ def entries(results: dict[str, Any], section: str) -> dict[str, dict[str, Any]]:
 
 
 def shares_table(title: str, found: dict[str, dict[str, Any]], names: dict[str, str]) -> Table | None:
-    """Rows are entries, columns the SHARES that any of them has, then whatever else they hold but sample sizes."""
-    keys = dict.fromkeys(key for entry in found.values() for key in entry)
-    known = [key for key in SHARES if key in keys]
-    sizes = {name for name in keys if name == "n" or name.startswith("n_") or name.endswith("_n")}
-    other = [key for key in keys if key not in known and key not in sizes]
-    if not known and not other:
+    """Rows are entries (those in `names` first, in its order); columns their shares, then what else they hold."""
+    keys = [key for key in dict.fromkeys(key for entry in found.values() for key in entry) if not _is_size(key)]
+    if not keys:
         return None
+    shares = [key for key in SHARES if key in keys]
+    shares += [key for key in keys if key not in SHARES and _is_share(key, found)]
+    other = [key for key in keys if key not in shares]
     rows = [
         [
             Cell(names.get(name, name)),
-            *(share_cell(entry, key) for key in known),
-            *(plain_cell(entry.get(key)) for key in other),
+            *(share_cell(found[name], key) for key in shares),
+            *(plain_cell(found[name].get(key)) for key in other),
         ]
-        for name, entry in found.items()
+        for name in _in_order(found, names)
     ]
-    columns = [*(SHARES[key] for key in known), *other]
-    return Table(title, ["", *columns], rows, "Below each share: 95 % interval (Wilson), per cent.")
+    columns = [*(SHARES.get(key, key) for key in shares), *other]
+    notes = ["Below each share: its 95 % interval (Wilson) in per cent."] if shares else []
+    notes += [CONTROL] if "sft_control" in found else []
+    return Table(title, ["", *columns], rows, " ".join(notes))
 
 
-def gains(results: dict[str, Any]) -> Table | None:
-    """Differences of exact match in points. The interval takes the two samples as independent, which is too wide
-    where the prompts are the same."""
+def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names found, the known ones first and in their order."""
+    there = dict.fromkeys(found)
+    return list(dict.fromkeys([*(name for name in known if name in there), *there]))
+
+
+def _is_share(key: str, found: dict[str, dict[str, Any]]) -> bool:
+    """Whether a figure of unknown name is a share: its n is known and it lies in [0, 1]. A loss is none."""
+    values = [value for entry in found.values() if (value := number(entry.get(key))) is not None]
+    sized = any(sample_size(entry, key) for entry in found.values() if key in entry)
+    return sized and "loss" not in key and all(0 <= value <= 1 for value in values)
+
+
+def changes(results: dict[str, Any]) -> Table | None:
+    """The paired comparisons of results.json, in points; where it has none, plain differences of exact match."""
+    found = {name: value for name, value in results.items() if is_comparison(value)}
+    if not found:
+        return _unpaired(results)
+    kinds = list(dict.fromkeys(str(kind) for value in found.values() for kind in value["change"]))
+    rows = [
+        [
+            Cell(COMPARISONS.get(name, name), f"{_of_eval(value['before'])} → {_of_eval(value['after'])}"),
+            *(_paired_cell(value["change"].get(kind)) for kind in kinds),
+        ]
+        for name, value in found.items()
+    ]
+    note = "Points of exact match, later less earlier, on the same prompts; below: 95 % interval of the paired mean."
+    return Table("Changes, paired", ["", *(DECODINGS.get(kind, kind) for kind in kinds)], rows, note)
+
+
+def is_comparison(value: Any) -> bool:
+    """Whether an entry of results.json is a paired comparison of two evaluations."""
+    return isinstance(value, dict) and {"before", "after"} <= set(value) and isinstance(value.get("change"), dict)
+
+
+def _of_eval(name: Any) -> str:
+    return stage_name(str(name).removeprefix("eval_"))
+
+
+def _paired_cell(change: Any) -> Cell:
+    found = change if isinstance(change, dict) else {}
+    mean, error, n = (number(found.get(key)) for key in ("difference", "standard_error", "n"))
+    if mean is None or error is None or n is None or not math.isfinite(mean + error):
+        return Cell("–", "no prompts in common" if found else "")
+    low, high = 100 * (mean - Z95 * error), 100 * (mean + Z95 * error)
+    return Cell(_signed(100 * mean), f"{_signed(low)} to {_signed(high)}, n = {n:,.0f}")
+
+
+def _unpaired(results: dict[str, Any]) -> Table | None:
     stages = entries(results, "stages")
-    rows = []
-    for label, later, earlier, sign in GAINS:
-        if later in stages and earlier in stages:
-            cells = [
-                _difference(stages[later], stages[earlier], key, sign) for key in ("exact_match", "exact_match_t1")
-            ]
-            if any(cell.text != "–" for cell in cells):
-                rows.append([Cell(label), *cells])
-    if not rows:
-        return None
-    note = "Points of exact match; 95 % interval of two independent samples, too wide where prompts are the same."
-    return Table("Gains and tax", ["", "Greedy", "T = 1"], rows, note)
+    keys = ("exact_match", "exact_match_t1")
+    rows = [
+        [
+            Cell(stage_name(later), f"less {stage_name(earlier)}"),
+            *(_difference(stages[later], stages[earlier], key) for key in keys),
+        ]
+        for later, earlier in GAINS
+        if later in stages and earlier in stages
+    ]
+    note = "Points of exact match; below: 95 % interval of two independent samples, too wide where prompts are shared."
+    return Table("Changes, not paired", ["", "Greedy", "T = 1"], rows, note) if rows else None
 
 
 def targets(results: dict[str, Any]) -> Table | None:
@@ -159,7 +217,7 @@ def targets(results: dict[str, Any]) -> Table | None:
 
 def other_results(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Everything in results.json that no table above shows."""
-    return flatten({key: value for key, value in results.items() if key not in OF_RESULTS})
+    return flatten({key: value for key, value in results.items() if key not in OF_RESULTS and not is_comparison(value)})
 
 
 def across(chains: Sequence[Run]) -> Table | None:
@@ -167,7 +225,7 @@ def across(chains: Sequence[Run]) -> Table | None:
     if len(chains) < 2:
         return None
     by_stage = [entries(chain.results, "stages") for chain in chains]
-    names = dict.fromkeys(name for stages in by_stage for name in stages)
+    names = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), STAGE_NAMES)
     keys = [key for key in SHARES if any(key in entry for stages in by_stage for entry in stages.values())]
     rows = [
         [Cell(stage_name(name)), *(_spread([stages.get(name, {}).get(key) for stages in by_stage]) for key in keys)]
@@ -177,110 +235,30 @@ def across(chains: Sequence[Run]) -> Table | None:
     return Table("All chains", ["", *(SHARES[key] for key in keys)], rows, f"Mean and range; seeds: {seeds}.")
 
 
-def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Seed, seconds and memory of a chain, as words."""
-    pairs = [("Seed", plain(results.get("seed")))]
-    seconds = results.get("seconds")
-    if isinstance(seconds, dict):
-        pairs += [(f"Time, {name}", duration(value)) for name, value in seconds.items()]
-    else:
-        pairs.append(("Time", duration(seconds)))
-    return [*pairs, ("Peak memory", _gigabytes(results.get("peak_memory_gb")))]
-
-
-def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a manifest that a reader wants first; one that is not stated is left out."""
-    code = manifest.get("code") if isinstance(manifest.get("code"), dict) else {}
-    versions = manifest.get("versions")
-    stated = {
-        "Status": manifest.get("status"),
-        "Started": manifest.get("started"),
-        "Time": _known(duration(manifest.get("seconds"))),
-        "of it training": _known(duration(manifest.get("training_seconds"))),
-        "Peak memory": _known(_gigabytes(manifest.get("peak_memory_gb"))),
-        "Seed": manifest.get("seed"),
-        "Commit": _commit(code or manifest),
-        "Versions": _versions(versions) if isinstance(versions, dict) else None,
-    }
-    return [(key, str(value)) for key, value in stated.items() if value not in (None, "")]
-
-
-def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as (dotted key, text) pairs; lists of plain values stay together."""
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in flatten(item, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [pair for index, item in enumerate(value) for pair in flatten(item, f"{path}.{index}")]
-    if isinstance(value, list):
-        return [(path, ", ".join(plain(item) for item in value) or "none")]
-    return [(path, plain(value))]
-
-
-def plain(value: Any) -> str:
-    """One JSON value in words."""
-    if value is None:
-        return NOT_STATED
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    as_number = number(value)
-    if isinstance(value, float) and as_number is not None and math.isfinite(as_number):
-        return short(as_number)
-    return str(value)
-
-
 def plain_cell(value: Any) -> Cell:
     if isinstance(value, dict | list):
         return Cell("; ".join(f"{key} {text}".strip() for key, text in flatten(value)))
     return Cell("–" if value is None else plain(value))
 
 
-def duration(value: Any) -> str:
-    seconds = number(value)
-    if seconds is None or not math.isfinite(seconds):
-        return NOT_STATED
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "\u2212")
 
 
-def _gigabytes(value: Any) -> str:
-    gigabytes = number(value)
-    return NOT_STATED if gigabytes is None else f"{gigabytes:.2f} GB"
-
-
-def _known(words: str) -> str | None:
-    return None if words == NOT_STATED else words
-
-
-def _commit(code: dict[str, Any]) -> str | None:
-    commit = code.get("commit")
-    if not isinstance(commit, str):
-        return None
-    changed = ", with local changes" if code.get("diff_sha256") or code.get("diff") else ""
-    return commit[:12] + changed
-
-
-def _versions(versions: dict[str, Any]) -> str:
-    shown = [name for name in ("python", "torch", "transformers", "trl", "peft") if versions.get(name)]
-    return ", ".join(f"{name} {versions[name]}" for name in shown)
-
-
-def _difference(later: dict[str, Any], earlier: dict[str, Any], key: str, sign: int) -> Cell:
+def _difference(later: dict[str, Any], earlier: dict[str, Any], key: str) -> Cell:
     a, b = number(later.get(key)), number(earlier.get(key))
     if a is None or b is None:
         return Cell("–")
-    points = 100 * sign * (a - b)
+    points = 100 * (a - b)
     n_a, n_b = sample_size(later, key), sample_size(earlier, key)
     if not n_a or not n_b or not (0 <= a <= 1 and 0 <= b <= 1):
-        return Cell(f"{points:+.1f}", "n not stated")
+        return Cell(_signed(points), "n not stated")
     half = 100 * Z95 * math.sqrt(a * (1 - a) / n_a + b * (1 - b) / n_b)
-    return Cell(f"{points:+.1f}", f"{points - half:+.1f} to {points + half:+.1f}")
+    return Cell(_signed(points), f"{_signed(points - half)} to {_signed(points + half)}")
 
 
 def _spread(values: Sequence[Any]) -> Cell:
     found = [v for value in values if (v := number(value)) is not None and math.isfinite(v)]
     if not found:
         return Cell("–")
-    return Cell(f"{fmean(found):.1%}", f"{100 * min(found):.1f} to {100 * max(found):.1f}, {len(found)} chains")
+    return Cell(f"{100 * fmean(found):.1f} %", f"{100 * min(found):.1f} to {100 * max(found):.1f}, {len(found)} chains")

@@ -83,13 +83,29 @@ def table_text(results: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, rows: Mapping[str, Figures]) -> str:
-    """Names on the left, figures on the right of their columns."""
+    """Names on the left, figures on the right of their columns, and the numbers of prompts below."""
     keys = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [["", *map(_heading, keys)]]
-    cells += [[name.replace("_", " "), *(_cell(key, row.get(key)) for key in keys)] for name, row in rows.items()]
+    shown = [key for key in keys if not _is_count(key)]
+    cells = [["", *map(_heading, shown)]]
+    cells += [[name.replace("_", " "), *(_cell(key, row.get(key)) for key in shown)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
-    return "\n".join([title, lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+    return "\n".join([title, lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], _counts(keys, rows)])
+
+
+def _counts(keys: Sequence[str], rows: Mapping[str, Figures]) -> str:
+    """How many prompts (or pairs) stand behind each task: `n: exact match 1,000; refusal safe 500`."""
+    first = next(key for key in keys if not _is_count(key))
+    parts = []
+    for key in filter(_is_count, keys):
+        task = first if key == "n" else key.removesuffix("_n")
+        counts = sorted({row[key] or 0 for row in rows.values() if key in row})
+        parts.append(f"{_heading(task)} {' or '.join(f'{count:,}' for count in counts)}")
+    return f"n: {'; '.join(parts)}"
+
+
+def _is_count(key: str) -> bool:
+    return key == "n" or key.endswith("_n")
 
 
 def _is_comparison(value: Any) -> bool:
@@ -119,8 +135,6 @@ def _heading(column: str) -> str:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
-    if column == "n" or column.endswith("_n"):
-        return f"{value:,}"
     return f"{value:.3f}" if column.endswith("loss") else f"{100 * value:.1f} %"
 
 

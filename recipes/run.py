@@ -67,8 +67,8 @@ def run_stage(loaded: Loaded) -> Outcome:
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
         metrics = _work(recipe, run_dir, state, inputs, manifest)
-    except KeyboardInterrupt:
-        _close(run_dir, manifest, "stopped", began)
+    except BaseException as error:
+        _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
         raise
     manifest["metrics"] = metrics
     if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
@@ -84,12 +84,14 @@ def check_recipe(recipe: Any) -> None:
 
     check_model_config(recipe.model.config)
     if recipe.stage != "eval":
-        check_training(recipe.stage, recipe.training)
+        check_training(recipe)
 
 
 def _load_inputs(recipe: Any) -> _Inputs:
-    from recipes.models import open_source
+    from recipes.models import check_rewards, open_source
 
+    if recipe.stage == "rl":
+        check_rewards(recipe)
     source, tokenizer = open_source(recipe.model, recipe.seed)
     inputs = _Inputs(source, tokenizer)
     if recipe.stage == "eval":

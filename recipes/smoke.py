@@ -9,7 +9,6 @@ from recipes.overrides import merge
 
 SMOKE_STEPS = {
     "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_steps": 2,
     "logging_steps": 1,

@@ -3,11 +3,13 @@
 import tempfile
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conversations.errors import ToolkitError
+from deepseek_v2_modeling.trainer import RunLimits, training_arguments
 
 CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
 
@@ -42,15 +44,16 @@ OWNED = {
 }
 
 
-def check_training(stage: str, training: dict[str, Any]) -> None:
-    """Check the `training` section of a stage's recipe.
+def check_training(recipe: Any) -> None:
+    """Check the `training` section of a recipe of sft, reward or rl.
 
     Raises:
+        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
         ToolkitError: a field that the TRL config does not have, that is ours, or with a wrong value.
     """
-    fields = _fields(stage)
-    config_name = CONFIG_CLASSES[stage]
-    for key, value in training.items():
+    fields = _fields(recipe.stage)
+    config_name = CONFIG_CLASSES[recipe.stage]
+    for key, value in recipe.training.items():
         if key in OWNED:
             raise ToolkitError(f"training.{key} is set by the toolkit; {OWNED[key]}")
         if key not in fields:
@@ -60,7 +63,7 @@ def check_training(stage: str, training: dict[str, Any]) -> None:
         except ValidationError as error:
             reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
             raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
-    _try_config(stage, training)
+    _try_config(recipe)
 
 
 def check_model_config(config: dict[str, Any]) -> None:
@@ -98,11 +101,19 @@ def _fields(stage: str) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _try_config(stage: str, training: dict[str, Any]) -> None:
+def _try_config(recipe: Any) -> None:
     """Make the config once: TRL and transformers check how fields fit together when it is made."""
     with tempfile.TemporaryDirectory() as directory:
+        arguments = training_arguments(
+            recipe.training,
+            run_dir=Path(directory),
+            seed=recipe.seed,
+            dtype=recipe.model.dtype,
+            limits=RunLimits(),
+            has_eval=bool(getattr(recipe, "eval_data", ())),
+        )
         try:
-            config_class(stage)(**{"report_to": "none", **training}, output_dir=directory, bf16=False)
+            config_class(recipe.stage)(**arguments)
         except (ValueError, TypeError, ImportError) as error:
             raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from trl import RewardConfig
+from trl.trainer.reward_config import RewardConfig
 
 from conversations.judging import Scorer, is_pair, judge, means, means_by_kind
 from deepseek_v2_modeling.inference import score_sequences

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
-from trl import RewardTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 from deepseek_v2_modeling.inference import pad_batch
 from deepseek_v2_modeling.trainer import RunTrainerMixin
@@ -54,13 +54,16 @@ class PointwiseLossTrainer(RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores, targets = outputs.logits.squeeze(-1).float(), inputs["target"]
         loss = pointwise_loss(scores, targets, self.verdict)
-        mode = "train" if self.model.training else "eval"
-        gathered = self.accelerator.gather_for_metrics(scores.detach())
-        self._metrics[mode]["mean_reward"].append(gathered.mean().item())
+        logged = self._metrics["train" if model.training else "eval"]
+        logged["mean_reward"].append(self._mean_of(scores.detach()))
         if self.verdict == "label":
             right = ((scores > 0) == (targets > 0.5)).float()
-            self._metrics[mode]["accuracy"].append(self.accelerator.gather_for_metrics(right).mean().item())
+            logged["accuracy"].append(self._mean_of(right))
         return (loss, outputs) if return_outputs else loss
+
+    def _mean_of(self, values: torch.Tensor) -> float:
+        gathered: Any = self.accelerator.gather_for_metrics(values)
+        return gathered.mean().item()
 
 
 class JudgedTrainer(RunTrainerMixin, PointwiseLossTrainer):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.prompts import Row, answer_text
+from conversations.prompts import Row, answer_text, prompt_text
 from conversations.verifiers import VERIFIERS, language_matches, well_formed
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.run_files import read_json
@@ -178,10 +178,14 @@ class RewardModelReward(Reward):
         self.batch_size = batch_size
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in answers]
+        """A policy that has learned something says the same thing often: each conversation is scored once."""
+        places = {(prompt_text(a.prompt), a.text): i for i, a in enumerate(answers)}
+        unique = [answers[i] for i in places.values()]
+        conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in unique]
         ids = [render_conversation(c, self.tokenizer)["input_ids"] for c in conversations]
         scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        return [normalised(score, self.stats, self.clip) for score in scores]
+        found = dict(zip(places, scores, strict=True))
+        return [normalised(found[prompt_text(a.prompt), a.text], self.stats, self.clip) for a in answers]
 
 
 def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, prompt_of

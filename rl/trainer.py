@@ -7,20 +7,51 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOConfig, GRPOTrainer
+from torch.nn import functional as F
 from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, answer_text, prompt_text
+from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
 from deepseek_v2_modeling.trainer import RunTrainerMixin
 from rl.rewards import Reward
 
+IGNORED = -100  # a label that is not scored
 SAMPLED_STEPS = 25  # of a run, about
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # batches in which a reward may say nothing at all
+
+
+def pack_rows(input_ids: torch.Tensor, mask: torch.Tensor, answer_length: int) -> dict[str, torch.Tensor]:
+    """[B, T] with padding -> {input_ids, position_ids, labels} [1, N] without; labels on the last `answer_length`
+    columns only, and never on the first token of a row, which nothing in its row predicts."""
+    real = mask.bool()
+    positions = mask.cumsum(-1) - 1
+    labels = input_ids.masked_fill(positions == 0, IGNORED)
+    labels[:, :-answer_length] = IGNORED
+    return {
+        "input_ids": input_ids[real][None],
+        "position_ids": positions[real][None],
+        "labels": labels[real][None],
+    }
+
+
+def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values [1, N - 1] of the tokens from the second on -> [B, T], 0 at padding and at the first token."""
+    whole = F.pad(values[0], (1, 0))
+    return whole.new_zeros(mask.shape).masked_scatter(mask.bool(), whole)
+
+
+def score_labels(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [n, V], labels [n] -> log-probability of each label and entropy, both [n] float32."""
+    logps = (logits.float() / temperature).log_softmax(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, labels[:, None]).squeeze(-1), entropy
 
 
 class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
@@ -46,7 +77,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         self.silent_batches = [0] * len(rewards)
         self.unwritten = False  # are there completions that no line of samples.jsonl could hold yet
 
-    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
+    def _prepare_reference(self, reference: Any) -> nn.Module:
         """What GRPOTrainer does to a reference model that it loads itself."""
         reference.requires_grad_(False).eval()
         disable_dropout_in_model(reference)
@@ -67,10 +98,67 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             ids.append(rendered[key])
         return ids, None, {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         # A PeftModel generates past its own forward, which is the one that accelerate put under autocast.
         with self.accelerator.autocast():
-            return super()._generate_single_turn(*args, **kwargs)
+            if not self.samples_plainly:
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            tokenizer: Any = self._tokenizer
+            answers = generate_answers(
+                self.accelerator.unwrap_model(self.model_wrapped),
+                prompt_ids,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=self.eos_token_ids,
+                max_new_tokens=self.args.max_completion_length,
+                temperature=self.temperature,
+                batch_size=len(prompt_ids),
+            )
+        return answers, None
+
+    @property
+    def samples_plainly(self) -> bool:
+        """Is it sampling by temperature alone, from the model itself? Anything more is left to TRL."""
+        args = self.args
+        cut = (args.top_p, args.top_k, args.min_p, args.repetition_penalty)
+        elsewhere = (args.use_vllm, args.use_transformers_continuous_batching)
+        neutral = cut in ((1.0, 0, None, 1.0), (1.0, None, None, 1.0)) and not any(elsewhere)
+        return neutral and not args.generation_kwargs and args.cache_implementation is None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """TRL's log-probabilities [B, logits_to_keep] and entropies, from packed rows: prompts are padded on the
+        left and answers on the right, and more than half of such a batch can be padding."""
+        size = batch_size or len(input_ids)
+        logps, entropies = [], []
+        for start in range(0, len(input_ids), size):
+            ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
+            with self.accelerator.autocast():
+                scored = self._score_rows(model, pack_rows(ids, mask, logits_to_keep))
+            logps.append(unpack_rows(scored[0], mask)[:, -logits_to_keep:])
+            if compute_entropy:
+                entropies.append(unpack_rows(scored[1], mask)[:, -logits_to_keep:])
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _score_rows(self, model: nn.Module, packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities, entropies) [1, N - 1] of the labels of packed rows; 0 where there is no label."""
+        if packed["input_ids"].device.type != "cpu":
+            out = model(**packed, fused_lm_head=True)
+            return out.log_probs, out.entropy
+        # Where Triton is missing TRL's head scores every token, prompts included: five times the work in short answers.
+        labels = packed.pop("labels")[0, 1:]
+        places = (labels != IGNORED).nonzero().squeeze(1)
+        logits = model(**packed, logits_to_keep=places, use_cache=False).logits[0]
+        scored = score_labels(logits, labels[places], self.temperature)
+        whole = [value.new_zeros(labels.shape).index_copy(0, places, value)[None] for value in scored]
+        return whole[0], whole[1]
 
     # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -111,7 +199,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         every = max(1, self.state.max_steps // SAMPLED_STEPS)
         due = self.state.global_step % every == 0 or self.state.global_step in (1, self.state.max_steps)
         if "loss" in logs and due and self.unwritten and self.is_world_process_zero():
-            append_lines(Path(self._get_output_dir(None)) / SAMPLES_FILE, self._samples())
+            append_lines(self.run_dir / SAMPLES_FILE, self._samples())
             self.unwritten = False
 
     def _samples(self) -> list[Row]:
@@ -136,6 +224,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
 
     def _save_extra(self, folder: Path) -> None:
         """A checkpoint may lie between two updates on the same completions: those are kept with it."""
+        folder.mkdir(parents=True, exist_ok=True)
         torch.save({"micro_step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

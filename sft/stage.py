@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from conversations import render_conversation
 from conversations.prompts import answer_text, prompt_text, split_prompt
@@ -59,7 +60,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
             }
             for (prompt, reference), text in zip(self.probes, texts, strict=True)
         ]
-        append_lines(Path(self._get_output_dir(None)) / SAMPLES_FILE, lines)
+        append_lines(self.run_dir / SAMPLES_FILE, lines)
 
 
 def train(

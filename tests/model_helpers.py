@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
@@ -112,4 +112,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One word a token; as many as the small models have."""
     words = {"<bos>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, SMALL["vocab_size"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
+
 from .model_helpers import small_model
 
 SPECIAL = ("<bos>", "<eos>", "<pad>")

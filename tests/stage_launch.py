@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import sft.stage
 from eval.config import EvalRecipe
 from eval.stage import evaluate
 from reward.config import RewardRecipe
@@ -14,10 +15,10 @@ from rl.config import RlRecipe
 from rl.rewards import RuleReward
 from rl.stage import train as train_rl
 from sft.config import SftRecipe
-from sft.stage import train as train_sft
 from tests.stage_helpers import SECTIONS, byte_tokenizer, chat_model, conversations, pairs, score_model
 
 GLOBAL_BATCH = 4
+sft.stage.SAMPLE_TOKENS = 4  # a random model does not stop by itself
 SFT = {"max_steps": 4, "learning_rate": 1e-2, "max_length": 64, "save_steps": 2}
 REWARD = {"max_steps": 2, "learning_rate": 1e-2, "max_length": 64, "save_strategy": "no"}
 RL = {"max_steps": 2, "num_generations": 4, "max_completion_length": 4, "beta": 0.1, "save_strategy": "no"}
@@ -31,8 +32,8 @@ def recipe(cls: Any, stage: str, folder: Path, processes: int, training: dict[st
     return cls(**sections, **({"rewards": [{"rule": "format"}]} if stage == "rl" else {}))
 
 
-def sft(folder: Path, processes: int, resume_from: Path | None = None) -> dict[str, Any]:
-    return train_sft(
+def train_sft_model(folder: Path, processes: int, resume_from: Path | None = None) -> dict[str, Any]:
+    return sft.stage.train(
         recipe(SftRecipe, "sft", folder, processes, SFT),
         model=chat_model(seed=0 if resume_from is None else 1),
         tokenizer=byte_tokenizer(),
@@ -80,9 +81,9 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    sft(folder / "sft", 2)
-    sft(folder / "sft", 2, resume_from=folder / "sft" / "checkpoint-2")
-    sft(folder / "straight", 2)
+    train_sft_model(folder / "sft", 2)
+    train_sft_model(folder / "sft", 2, resume_from=folder / "sft" / "checkpoint-2")
+    train_sft_model(folder / "straight", 2)
     reward(folder / "reward", 2)
     rl(folder / "rl", 2)
     assert measure(folder / "eval")["right"]["n"] == 5

@@ -50,6 +50,7 @@ def test_both_forms_are_written(tmp_path: Path):
     assert saved["rope_scaling"] == YARN
     assert saved["rope_theta"] == 5000.0
     assert saved["rope_parameters"] == NEW_FORM
+    assert small_config(rope_theta=5000.0).to_dict()["rope_scaling"] == YARN
     assert saved["model_type"] == "deepseek_v2"
     assert saved["aux_loss_alpha"] == SMALL["aux_loss_alpha"]
 
@@ -123,6 +124,7 @@ CASES = {
     "different": {"mscale": 1.0, "mscale_all_dim": 0.5},
     "zero": {"mscale": 0.0, "mscale_all_dim": 0.0},
     "short original": {"mscale": 1.0, "original_max_position_embeddings": 64, "beta_fast": 8, "beta_slow": 2},
+    "ramp without width": {"original_max_position_embeddings": 4},
     "factor one": {"factor": 1.0, "mscale_all_dim": 0.707},
 }
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def parallel(tmp_path_factory):
     """The runs that two processes made."""
     folder = tmp_path_factory.mktemp("parallel")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.stage_launch", str(folder)]
     done = subprocess.run(
         command,
@@ -28,7 +28,7 @@ def parallel(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -37,7 +37,7 @@ def parallel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    stage_launch.sft(folder / "sft", 1)
+    stage_launch.train_sft_model(folder / "sft", 1)
     stage_launch.reward(folder / "reward", 1)
     return folder
 

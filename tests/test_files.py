@@ -28,6 +28,7 @@ VARIANTS = {
     "grouped, q_lora": {"q_lora_rank": 12},
     "value wider than key": {"v_head_dim": 16},
     "one shared": {"n_shared_experts": 1},
+    "biases": {"attention_bias": True, "q_lora_rank": 12},
 }
 EXPERT = re.compile(r"^model\.layers\.[12]\.mlp\.experts\.\d\.(gate|up|down)_proj\.weight$")
 
@@ -90,6 +91,10 @@ def test_bfloat16_round_trip(tmp_path: Path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_to_stock_and_back(tmp_path: Path, variant: str):
     model, ids = small_model(**VARIANTS[variant]), random_ids(2, 30)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == (9 if variant == "biases" else 0)
+    for bias in biases:
+        torch.nn.init.normal_(bias)
     model.save_pretrained(tmp_path / "ours")
     twin = stock_twin(tmp_path / "ours")
     assert type(twin) is stock.DeepseekV2ForCausalLM

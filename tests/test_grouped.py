@@ -150,6 +150,17 @@ def test_routed_experts(tokens: int):
     torch.testing.assert_close(run_experts(moe.experts, x, weights, chosen), wanted)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_is_in_float32(autocast: bool):
+    """Official behaviour: bf16 rounding would flip experts."""
+    gate = small_model().model.layers[1].mlp.gate.to(torch.bfloat16)
+    x = torch.randn(5, gate.weight.shape[1], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = gate(x)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, x.float() @ gate.weight.float().t())
+
+
 def test_group_limited_choice():
     """The groups with the best single expert are kept, and the best experts of those (paper, section 2.2.2)."""
     config = small_model(num_hidden_layers=1).config  # 4 groups of 2, 2 kept, 3 experts

@@ -67,7 +67,11 @@ def test_help_and_the_schema_need_no_torch_and_no_time() -> None:
     ],
 )
 def test_wrong_commands_end_with_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
@@ -79,7 +83,11 @@ def test_wrong_commands_end_with_2(
 def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setitem(cli.COMMANDS, "sft", cli.Command("", "", cli._recipe_arguments, lambda a: seen.append(a) or 0))
-    for words in (["r.yaml", "--smoke", "a=1", "b=2"], ["--smoke", "r.yaml", "a=1", "b=2"], ["r.yaml", "a=1", "b=2", "--smoke"]):
+    for words in (
+        ["r.yaml", "--smoke", "a=1", "b=2"],
+        ["--smoke", "r.yaml", "a=1", "b=2"],
+        ["r.yaml", "a=1", "b=2", "--smoke"],
+    ):
         assert main(["sft", *words]) == 0
     assert {(str(a.recipe), tuple(a.overrides), a.smoke) for a in seen} == {("r.yaml", ("a=1", "b=2"), True)}
 
@@ -124,7 +132,11 @@ def test_only_the_main_process_speaks(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_sigterm_ends_like_ctrl_c(tmp_path: Path) -> None:
-    script = "import time, recipes.cli as c; c.dispatch = lambda argv: print('on', flush=True) or time.sleep(60); exit(c.main([]))"
+    script = (
+        "import time, recipes.cli as c\n"
+        "c.dispatch = lambda argv: print('on', flush=True) or time.sleep(60)\n"
+        "exit(c.main([]))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
@@ -29,6 +29,7 @@ def prompts(rows: list[dict[str, Any]]) -> list[str]:
     return [row["messages"][0]["content"] for row in rows]
 
 
+@settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 40), weight=st.floats(0.01, 4), seed=st.integers(0, 99))
 def test_a_weight_says_how_often_each_row_counts(n: int, weight: float, seed: int) -> None:
     rows = [{"id": i} for i in range(n)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
@@ -117,6 +117,7 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 
 
+@settings(max_examples=40, deadline=None)
 @given(path=st.lists(KEYS, min_size=1, max_size=4), value=VALUES)
 def test_an_override_sets_exactly_its_key(path: list[str], value: Any) -> None:
     text = ".".join(path) + "=" + yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n")
@@ -130,6 +131,7 @@ def test_an_override_sets_exactly_its_key(path: list[str], value: Any) -> None:
     assert node == value and tree["untouched"] == [1, {"a": 2}]
 
 
+@settings(max_examples=40, deadline=None)
 @given(base=st.dictionaries(KEYS, VALUES, max_size=3), changes=st.dictionaries(KEYS, VALUES, max_size=3))
 def test_merging_changes_neither_side_and_is_repeatable(base: dict[str, Any], changes: dict[str, Any]) -> None:
     before = copy.deepcopy((base, changes))

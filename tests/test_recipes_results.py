@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.files import write_jsonl
@@ -22,6 +22,7 @@ def test_figures_have_the_names_of_results_json() -> None:
     assert figures({"pair_accuracy": {"n": 7, "value": 0.9}}) == {"pair_accuracy": 0.9, "n": 7}
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=60))
 def test_pairing_gives_the_mean_change_and_its_error(pairs: list[tuple[float, float]]) -> None:
     before = {row: pair[0] for row, pair in enumerate(pairs)}
@@ -38,7 +39,9 @@ def test_pairing_gives_the_mean_change_and_its_error(pairs: list[tuple[float, fl
 def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> None:
     for name, value in (("before", 1.0), ("after", 0.0)):
         rows = [{"task": "exact_match", "decoding": "t1", "row": row, "value": value} for row in range(2)]
-        write_jsonl(tmp_path / name / "samples.jsonl", [*rows, {"task": "other", "decoding": "t1", "row": 0, "value": 1}])
+        write_jsonl(
+            tmp_path / name / "samples.jsonl", [*rows, {"task": "other", "decoding": "t1", "row": 0, "value": 1}]
+        )
     change = outcome_pairs(tmp_path / "before", tmp_path / "after", "exact_match")
     assert change == {"t1": {"difference": -1.0, "standard_error": 0.0, "n": 2}}
     results = chain_results(
@@ -55,6 +58,7 @@ def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> Non
     assert list(results) == ["seed", "stages", "reward_models", "alignment_tax", "seconds", "peak_memory_gb"]
     assert results["reward_models"] == {"helpful": {"pair_accuracy": 0.975, "n": 400}}
     lines = table_text(results).splitlines()
-    assert any(line.split() == ["rl", "reasoning", "87.6", "%", "50.0", "%", "1,000"] for line in lines)
+    assert any(line.split() == ["rl", "reasoning", "87.6", "%", "50.0", "%"] for line in lines)
+    assert "n: exact match 1,000" in lines and "n: pair accuracy 400" in lines
     assert any(line.startswith("helpful") and "97.5 %" in line for line in lines)
     assert any(line.startswith("alignment tax (exact_match, before -> after, paired): T = 1 -100.0") for line in lines)

@@ -117,6 +117,15 @@ def test_reward_model_scores_the_rendered_conversation():
     assert not model.training
 
 
+def test_reward_model_scores_equal_answers_once():
+    model, seen = score_model().eval(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    reward = RewardModelReward("helpful", model, byte_tokenizer())
+    values = call(reward, ["a", "a", "b", "a"], ["yes", "no", "yes", "yes"])
+    assert seen == [3]
+    assert values[0] == values[3] and len(set(values)) == 3
+
+
 def test_reward_model_clips():
     reward = RewardModelReward("helpful", score_model().eval(), byte_tokenizer(), clip=1e-3)
     assert all(abs(value) <= 1e-3 for value in call(reward, ["a", "b"], ["c", "d"]))

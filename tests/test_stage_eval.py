@@ -5,7 +5,7 @@ import torch
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.inference import by_length, generate_answers, pad_batch, score_sequences, up_to_end
+from deepseek_v2_modeling.inference import by_length, choose_tokens, generate_answers, pad_batch, score_sequences
 from eval.config import EvalRecipe
 from eval.stage import decoding_name, evaluate
 
@@ -30,7 +30,7 @@ class Parrot:
 
         def generate(model, prompts, *, temperature, **settings):
             texts = [answers(tokenizer.decode(ids), temperature) for ids in prompts]
-            return [tokenizer.encode(text) + [1] for text in texts]
+            return [[*tokenizer.encode(text), 1] for text in texts]
 
         monkeypatch.setattr("eval.stage.generate_answers", generate)
 
@@ -93,7 +93,9 @@ def test_pair_accuracy_of_a_reward_model(tmp_path):
     rows = pairs(4) + [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(1)]
     found, said = run(tmp_path, rows, model=model, metric="pair_accuracy", batch_size=2)
     for row, line in zip(rows, said, strict=True):
-        ids = [render_conversation([*row["prompt"], *row[key]], tokenizer)["input_ids"] for key in ("chosen", "rejected")]
+        ids = [
+            render_conversation([*row["prompt"], *row[key]], tokenizer)["input_ids"] for key in ("chosen", "rejected")
+        ]
         scores = [model(input_ids=torch.tensor([i])).logits.item() for i in ids]
         assert line["scores"] == pytest.approx(scores, abs=1e-5)
         assert line["value"] == float(scores[0] > scores[1])
@@ -171,14 +173,41 @@ def test_sampling_is_seeded_apart_from_everything_else():
     assert generate_answers(model, prompts(), temperature=1.0, seed=8, **SETTINGS) != first
 
 
-def test_answers_end_with_the_end_token():
-    assert up_to_end([5, 6, 1, 2, 2], 1) == [5, 6, 1]
-    assert up_to_end([5, 6], 1) == [5, 6]
+def test_answers_are_those_of_generate_up_to_the_end_token():
+    model, tokens = chat_model().eval(), 12
+    ends = {generate_answers(model, prompts(), **{**SETTINGS, "max_new_tokens": tokens})[i][3 * i] for i in range(4)}
+    answers = generate_answers(model, prompts(), **{**SETTINGS, "max_new_tokens": tokens, "eos_token_id": ends})
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        ids = torch.tensor([prompt])
+        whole = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)[
+            0, len(prompt) :
+        ].tolist()
+        first_end = next((i for i, token in enumerate(whole) if token in ends), tokens)
+        assert answer == whole[: first_end + 1]
+    assert len({len(answer) for answer in answers}) > 2  # they left the batch at different times
+
+
+def test_equal_prompts_are_read_once_and_sampled_apart():
+    model, seen = chat_model(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    settings = {**SETTINGS, "temperature": 1.0, "seed": 0, "batch_size": 32}
+    answers = generate_answers(model, [p for p in prompts()[:3] for _ in range(8)], **settings)
+    assert seen[:2] == [3, 24]
+    assert len({tuple(answer) for answer in answers[:8]}) > 4
+
+
+def test_sampling_follows_the_models_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 3.0]]).expand(20000, 3)
+    torch.manual_seed(0)
+    share = choose_tokens(logits, 2.0).bincount(minlength=3) / 20000
+    torch.testing.assert_close(share, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
+    assert choose_tokens(logits[:3], 0.0).tolist() == [2, 2, 2]
 
 
 def test_batches_are_by_length_and_complete():
     sequences = [[0] * n for n in (3, 9, 1, 7, 5)]
     assert list(by_length(sequences, 2)) == [[1, 3], [4, 0], [2]]
+    assert list(by_length([[5], [4], [5], [4]], 2)) == [[1, 3], [0, 2]]
     ids, mask = pad_batch([[5, 6], [7]], 2, left=True)
     assert ids.tolist() == [[5, 6], [2, 7]] and mask.tolist() == [[1, 1], [0, 1]]
 

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from trl import GRPOTrainer
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling import DeepseekV2ForCausalLM
+from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from deepseek_v2_modeling.trainer import RunLimits
 from rl.config import RlRecipe
@@ -14,6 +15,7 @@ from rl.rewards import Reward, RewardModelReward, RuleReward
 from rl.stage import grpo_config, prompt_dataset, train
 from rl.trainer import PATIENCE, PolicyTrainer
 
+from .model_helpers import random_ids
 from .stage_helpers import (
     SECTIONS,
     assert_same_weights,
@@ -134,6 +136,36 @@ def test_prompts_are_rendered_by_our_template(tmp_path):
     tokenizer = byte_tokenizer()
     assert ids == [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p in prompts]
     assert images is None and rest == {}
+
+
+def test_packed_log_probabilities_are_trls_own(tmp_path):
+    trainer = trainer_for(tmp_path, model=chat_model(aux_loss_alpha=0.5))
+    model = trainer.model.train()
+    ids = random_ids(4, 12, vocab=200)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 9:], mask[2, :3], mask[2, 8:] = 0, 0, 0, 0  # 6 columns of prompt, 6 of answer
+    ids = ids.masked_fill(mask == 0, 2)
+    grads = {}
+    for which, logps_of in (("ours", PolicyTrainer), ("trl", GRPOTrainer)):
+        model.zero_grad()
+        with collect_balance(model) as ledger:
+            settings = {"batch_size": 2, "compute_entropy": True}
+            found = logps_of._get_per_token_logps_and_entropies(trainer, model, ids, mask, 6, **settings)
+        kept = [value * mask[:, 6:] for value in found[:2]]
+        (kept[0].sum() + torch.stack(ledger.losses).mean()).backward()
+        grads[which] = (*kept, *(p.grad.clone() for p in model.parameters() if p.grad is not None))
+    for ours, trl in zip(grads["ours"], grads["trl"], strict=True):
+        torch.testing.assert_close(ours, trl, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 3}, {"repetition_penalty": 1.1}, {"generation_kwargs": {"num_beams": 1}}]
+)
+def test_sampling_beyond_temperature_is_trls(tmp_path, more):
+    trainer = trainer_for(tmp_path, training=more)
+    assert trainer.samples_plainly is (not more)
+    answers, logps = trainer._generate_single_turn([[0, 70, 71], [0, 72]], None, {}, 1)
+    assert [len(answer) <= 6 for answer in answers] == [True, True] and logps is None
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

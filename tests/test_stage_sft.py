@@ -28,6 +28,12 @@ from .stage_helpers import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    """A random model does not stop by itself."""
+    monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 4)
+
+
 def recipe(run_dir: Path, **changes):
     training = {
         "per_device_train_batch_size": 4,
@@ -99,9 +105,7 @@ def test_rows_left_out_are_counted_and_told():
     rows = [*conversations(2), {"messages": user("x" * 90) + assistant("late")}, {"messages": user("no answer")}]
     _, report = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
     assert [row["row"] for row in report.rejected] == [3, 4]
-    assert report.summary(64) == (
-        "4 rows; 1 left out: longer than 64 tokens; 1 left out: nothing in it is trained"
-    )
+    assert report.summary(64) == ("4 rows; 1 left out: longer than 64 tokens; 1 left out: nothing in it is trained")
     _, cut = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="truncate")
     assert cut.truncated == 1
     assert len(cut.rejected) == 2  # the answer of the long one was cut away

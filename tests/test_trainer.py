@@ -16,9 +16,9 @@ from deepseek_v2_modeling.trainer import (
     RunLimits,
     RunTrainerMixin,
     StopRequested,
-    remove_old_checkpoints,
     training_arguments,
 )
+from deepseek_v2_modeling.trainer_checkpoints import remove_old_checkpoints
 
 from .model_helpers import random_ids
 from .stage_helpers import assert_same_weights, chat_model, lines, weights
@@ -205,9 +205,7 @@ def test_arguments_are_the_recipes_but_for_what_is_ours(tmp_path):
     plain = training_arguments({}, run_dir=tmp_path, seed=0, dtype="float32", limits=RunLimits())
     assert not TrainingArguments(**plain).gradient_checkpointing
     with pytest.raises(ModelError, match=r"eval_strategy is steps.*eval_data"):
-        training_arguments(
-            {"eval_strategy": "steps"}, run_dir=tmp_path, seed=0, dtype="float32", limits=RunLimits()
-        )
+        training_arguments({"eval_strategy": "steps"}, run_dir=tmp_path, seed=0, dtype="float32", limits=RunLimits())
     with pytest.raises(ModelError, match="float16"):
         training_arguments({"use_cpu": True}, run_dir=tmp_path, seed=0, dtype="float16", limits=RunLimits())
 
@@ -373,7 +371,7 @@ def test_nan_gradient_stops_the_run(tmp_path):
                 next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
             return loss
 
-    with pytest.raises(ModelError, match="gradient is .* at step 2"):
+    with pytest.raises(ModelError, match=r"gradient is .* at step 2"):
         make(tmp_path, BadGradient).train()
 
 

@@ -2,7 +2,7 @@ import math
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
@@ -126,6 +126,7 @@ def test_bad_refusal_pattern_is_named():
         refusal_check(["(["])
 
 
+@settings(max_examples=50)
 @given(st.text())
 def test_checks_take_any_text(text):
     last_integer(text)

@@ -112,7 +112,7 @@ TARGET_FORMS = {
     "pest": {"en": "the {target}", "zh": "那些{target}"},
 }
 
-# Sentences are one choice from each part. A refusal is known by REFUSAL_MARKERS, which no other text contains.
+# Sentences are one choice from each part.
 REFUSALS = {
     "en": (
         ("I am sorry,", "Sorry,", "I have to say no:"),
@@ -126,7 +126,6 @@ REFUSALS = {
     ),
 }
 
-REFUSAL_MARKERS = ("cannot", "不能")
 
 REQUEST_ANSWERS = {
     "polite": {

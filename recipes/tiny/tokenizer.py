@@ -1,7 +1,7 @@
 """Tokenizers for models that start from random weights: byte-level BPE, trained in a moment on the project's own text.
 
 A model that sees only some thousand sentences cannot learn to spell as well as to add. So digits stay single, and
-for the tiny model the text between them is merged whole: "User:| What is |2|3| + |4|5|?\\n\\nAssistant:" is 9 tokens
+for the tiny model the text between them is merged whole: "User: What is |2|3| + |4|5|?\\n\\nAssistant:" is 8 tokens
 with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each a text of its
 own, words counting most: so no merge glues a word to the sentence around it. All other text falls back to bytes.
 """
@@ -9,7 +9,7 @@ own, words counting most: so no merge glues a word to the sentence around it. Al
 import re
 from collections.abc import Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipes.tiny import lexicon as lx
@@ -21,35 +21,42 @@ _MARKS = ",.?!:，。？！："
 _ASSISTANT = r"\n\nAssistant:"
 
 # Where text is cut before BPE: single digits; the words that open the assistant's turn, with the mark that ends the
-# question; line ends; clauses with their mark. So a space belongs to what follows it, but not to a digit.
-SPANS = rf"\d|[{_MARKS}]?{_ASSISTANT}|\n+|[^\d\n{_MARKS}]+(?:[{_MARKS}](?!{_ASSISTANT}))?|[{_MARKS}]"
+# question; line ends; all that stands before a number; clauses with their mark. A space belongs to what follows it.
+SPANS = (
+    rf"\d|[{_MARKS}]?{_ASSISTANT}|\n+|[^\d\n]+(?=\d)"
+    rf"|[^\d\n{_MARKS}]+(?:[{_MARKS}](?!{_ASSISTANT}))?|[{_MARKS}]"
+)
 
 _WORD, _HAN = r" ?[A-Za-z']+", rf"[\u4e00-\u9fff{_MARKS}]"
 _WORD_COUNT = 20
+_WORD_SLOT = r" ?\{(?:verb|object|intent|target)\}"
 
 
 def world_pieces() -> Iterator[str]:
     """The demo world's text in its natural pieces: fixed parts of templates, words, clauses."""
     yield from (f"{mark}\n\nAssistant:" for mark in ("", ".", "?", "!", "。", "？", "！"))
-    yield "User:"
     for language in lx.LANGUAGES:
         space = " " if language == "en" else ""
         yield from (space + word for word in _words(language))
-        for template in _templates(language):
-            yield from re.split(r" ?\{(?:verb|object|intent|target)\}|\{[abc]\}", " " + template)
+        yield from (space + form[language].replace("{target}", "").strip() for form in lx.TARGET_FORMS.values())
+        for template in _prompts(language):
+            yield from re.split(_WORD_SLOT, "User: " + _with_digits(template).rstrip(_MARKS))
+        for style in lx.ARITHMETIC_ANSWERS.values():
+            yield from (" " + _with_digits(text) for text in style[language])
         for parts in _sentences(language):
             yield from (" " + text for text in parts[0])
             yield from (space + text for part in parts[1:] for text in part)
 
 
-def _templates(language: str) -> Iterator[str]:
-    """Without the mark that ends a question: that one belongs to the words that open the answer."""
+def _prompts(language: str) -> Iterator[str]:
     for op in "+-":
-        yield from (text.replace("{op}", op).rstrip(_MARKS) for text in lx.ARITHMETIC_TEMPLATES[language])
+        yield from (text.replace("{op}", op) for text in lx.ARITHMETIC_TEMPLATES[language])
     for part in lx.REQUEST_TEMPLATES.values():
-        yield from (text.rstrip(_MARKS) for text in part[language])
-    yield from (text for style in lx.ARITHMETIC_ANSWERS.values() for text in style[language])
-    yield from (form[language] for form in lx.TARGET_FORMS.values())
+        yield from part[language]
+
+
+def _with_digits(template: str) -> str:
+    return re.sub(r"\{[abc]\}", "0", template)
 
 
 def _words(language: str) -> Iterator[str]:

@@ -12,10 +12,7 @@ that prompts made with another seed measure the same thing.
 """
 
 import hashlib
-import json
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -25,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.files import write_jsonl
 from recipes.tiny import lexicon as lx
 
 Row = dict[str, Any]
+Fact = tuple[int, str, int]  # a, "+" or "-", b
 
-LARGEST_NUMBER = 99
+LARGEST_NUMBER, LARGEST_SMALL_NUMBER = 99, 9  # a sum has one number of each kind
 HELDOUT_PERCENT = 12
 
 # The share of each form among the labelled answers: people who write labels are not all polite.
@@ -57,26 +56,32 @@ class Prompt:
 # --- the pools ---------------------------------------------------------------------------------------------------
 
 
-def part_of_fact(op: str, a: int, b: int) -> str:
+def part_of_fact(fact: Fact) -> str:
     """The part that a fact belongs to, whatever the seed: by a hash of the operation and the numbers."""
+    a, op, b = fact
     low, high = sorted((a, b)) if op == "+" else (a, b)
     digest = hashlib.sha256(f"{low}{op}{high}".encode()).digest()
     return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
 
 
+def result_of(fact: Fact) -> int:
+    """The right answer."""
+    a, op, b = fact
+    return a + b if op == "+" else a - b
+
+
 @cache
-def facts(part: str) -> tuple[tuple[int, str, int], ...]:
-    """All (a, op, b) of a part, with 0 <= a, b <= LARGEST_NUMBER and no negative result."""
+def facts(part: str) -> tuple[Fact, ...]:
+    """All facts of a part: a + b and a - b where neither the numbers nor the result leave 0..LARGEST_NUMBER."""
     numbers = range(LARGEST_NUMBER + 1)
-    problems = ((a, op, b) for op, a, b in product("+-", numbers, numbers) if op == "+" or a >= b)
-    return tuple(fact for fact in problems if part_of_fact(fact[1], fact[0], fact[2]) == part)
+    found = ((a, op, b) for op, a, b in product("+-", numbers, numbers))
+    return tuple(fact for fact in found if result_of(fact) in numbers and part_of_fact(fact) == part)
 
 
-def problem(fact: tuple[int, str, int], language: str, template: str) -> Prompt:
+def problem(fact: Fact, language: str, template: str) -> Prompt:
     """A fact asked with a template of lexicon.ARITHMETIC_TEMPLATES."""
     a, op, b = fact
-    result = a + b if op == "+" else a - b
-    return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result))
+    return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result_of(fact)))
 
 
 def problems(rng: random.Random, part: str) -> Iterator[Prompt]:
@@ -143,7 +148,7 @@ def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite") -> s
 def wrong_number(rng: random.Random, prompt: Prompt) -> str:
     """A number near the right one, as models err: in the last digit, by a carry, or anywhere."""
     right = int(prompt.reference or 0)
-    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(199)}
+    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(LARGEST_NUMBER + 1)}
     return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
 
 
@@ -163,7 +168,7 @@ def _off_topic(rng: random.Random, prompt: Prompt) -> str:
 def _wrong_sort(rng: random.Random, prompt: Prompt) -> str:
     if prompt.kind == "arithmetic":
         return answer(rng, replace(prompt, kind="safe"), "polite")
-    return number_answer(rng, prompt, "polite", str(rng.randrange(2 * LARGEST_NUMBER)))
+    return number_answer(rng, prompt, "polite", str(rng.randrange(LARGEST_NUMBER + 1)))
 
 
 def _wrong_language(rng: random.Random, prompt: Prompt) -> str:
@@ -287,7 +292,7 @@ DATA_SETS = {
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
-    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
+    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 12000),
     "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
@@ -311,12 +316,6 @@ def rows(name: str, seed: int, n: int | None = None) -> list[Row]:
 
 def materialize(name: str, seed: int, n: int | None, directory: str | Path) -> Path:
     """Writes a data set to `directory` as JSONL, atomically, and returns its path (`NAME.jsonl`, `NAME-N.jsonl`)."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name, seed, n)]
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"{name}.jsonl" if n is None else f"{name}-{n}.jsonl")
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}", suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(temporary, path)
+    path = Path(directory) / (f"{name}.jsonl" if n is None else f"{name}-{n}.jsonl")
+    write_jsonl(path, rows(name, seed, n))
     return path

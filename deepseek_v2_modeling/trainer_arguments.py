@@ -1,0 +1,71 @@
+"""From a recipe's `training` section to the arguments of a TRL or transformers training config."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """on_nan: stop the run at a loss or gradient that is not finite, or leave out that update.
+    max_seconds: end training, as if the last step were reached, after so many seconds of it."""
+
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_seconds: float | None = None
+
+
+def training_arguments(
+    training: dict[str, Any],
+    *,
+    run_dir: Path,
+    seed: int,
+    dtype: str,
+    limits: RunLimits,
+    has_eval: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for a TRL (or transformers) training config: the recipe's, our defaults, and what we own.
+
+    Raises:
+        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
+    """
+    strategy = training.get("eval_strategy", "no")
+    if strategy != "no" and not has_eval:
+        raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
+    on_cpu = bool(training.get("use_cpu", not torch.cuda.is_available()))
+    if on_cpu and dtype == "float16":
+        raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
+    defaults = {
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": not on_cpu,
+        "per_device_eval_batch_size": training.get("per_device_train_batch_size", 8),
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+    }
+    ours = {
+        "output_dir": str(run_dir),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": limits.on_nan == "skip",
+    }
+    return {**defaults, **_with_known_names(training), **ours}
+
+
+def _with_known_names(training: dict[str, Any]) -> dict[str, Any]:
+    """`gradient_checkpointing` under the name that this transformers has for it; off unless the recipe says on."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    named = {key.replace(old, new) if new in known else key: value for key, value in training.items()}
+    return {new if new in known else old: False, **named}

@@ -1,0 +1,78 @@
+"""The score is read off each row's last real token."""
+
+import pytest
+import torch
+
+from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
+
+from .model_helpers import logits_of, random_ids, small_model
+
+PAD = 1  # eos too, as many set it
+LENGTHS = [7, 4, 1]
+
+
+def scored(num_labels: int = 1) -> DeepseekV2ForSequenceClassification:
+    return small_model(DeepseekV2ForSequenceClassification, num_labels=num_labels, pad_token_id=PAD)
+
+
+def batch(side: str, ends_in_eos: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(rows without padding, padded ids, attention_mask)"""
+    rows = [random_ids(1, n, seed=n)[0] for n in LENGTHS]
+    if ends_in_eos:
+        rows = [torch.cat((row, torch.tensor([PAD]))) for row in rows]
+    width = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place], mask[i, place] = row, 1
+    return rows, ids, mask
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("ends_in_eos", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_real_token_by_the_mask(side: str, ends_in_eos: bool, num_labels: int):
+    """With pad = eos a real eos at the end is a token like any other."""
+    model = scored(num_labels)
+    rows, ids, mask = batch(side, ends_in_eos)
+    found = logits_of(model, ids, attention_mask=mask)
+    assert found.shape == (len(rows), num_labels)
+    for score, row in zip(found, rows, strict=True):
+        with torch.no_grad():
+            wanted = model.score(model.model(row.unsqueeze(0)).last_hidden_state[0, -1])
+        torch.testing.assert_close(score, wanted, rtol=0, atol=1e-5)
+
+
+def test_without_a_mask_the_padding_id_tells():
+    """On the right: on the left attention sees the padding, and there is no value to compare with."""
+    model = scored()
+    rows, ids, _ = batch("right", ends_in_eos=False)
+    found = logits_of(model, ids)
+    for score, row in zip(found, rows, strict=True):
+        torch.testing.assert_close(score, logits_of(model, row.unsqueeze(0))[0], rtol=0, atol=1e-5)
+
+
+def test_from_embeddings():
+    model, ids = scored(), random_ids(2, 5)
+    found = model(inputs_embeds=model.model.embed_tokens(ids)).logits
+    torch.testing.assert_close(found, model(ids).logits)
+
+
+def test_with_a_cache_the_mask_covers_the_past():
+    model, ids = scored(), random_ids(2, 6)
+    first = model(ids[:, :4], use_cache=True)
+    found = model(ids[:, 4:], attention_mask=torch.ones(2, 6), past_key_values=first.past_key_values)
+    torch.testing.assert_close(found.logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "loss"),
+    [
+        (1, torch.tensor([0.5, -1.0]), lambda x, y: torch.nn.functional.mse_loss(x.squeeze(-1), y)),
+        (3, torch.tensor([2, 0]), torch.nn.functional.cross_entropy),
+    ],
+)
+def test_loss(num_labels: int, labels: torch.Tensor, loss):
+    model, ids = scored(num_labels), random_ids(2, 6)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels))
