@@ -19,8 +19,8 @@ from recipes.manifest import new_manifest, now, read_manifest, write_manifest
 from recipes.overrides import merge
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import chain_results, outcome_pairs, table_text
-from recipes.run import RESULTS, check_recipe, run_stage
-from recipes.rundir import RECIPE, dump_text
+from recipes.run import check_recipe, run_stage
+from recipes.rundir import RECIPE, RESULTS, dump_text, is_finished
 from recipes.schema import ChainRecipe, ChainStage, validate
 from recipes.yaml_text import read_mapping
 
@@ -102,7 +102,7 @@ def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: 
     used = references.used(stage.recipe)
     now_is = fingerprint(stage, {run_dir: state.stages[name]["fingerprint"] for name, run_dir in used.items()})
     before = state.stages.get(entry.name)
-    if before and before["fingerprint"] == now_is and before["status"] == "finished":
+    if before and before["fingerprint"] == now_is and before["status"] == "finished" and is_finished(run_dir):
         say(f"-- {entry.name}: finished before, not run again")
         return
     if before and before["fingerprint"] != now_is:

@@ -18,9 +18,8 @@ from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, w
 from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
-from recipes.rundir import RECIPE, State, dump_text, inspect
+from recipes.rundir import RECIPE, RESULTS, State, dump_text, inspect
 
-RESULTS = "results.json"
 REJECTED = "rejected.jsonl"
 
 

@@ -11,6 +11,7 @@ from recipes.yaml_text import parse_yaml, read_mapping
 
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
+RESULTS = "results.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SHOWN = 6
 
@@ -43,7 +44,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             f"output_dir {run_dir} holds other files ({', '.join(visible[:3])}) and no run; choose another output_dir"
         )
     checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None and not (run_dir / "final").exists() and not _finished(run_dir):
+    if checkpoint is None and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():
         return State("new")
     different = differences(read_mapping(run_dir / RECIPE), parse_yaml(dump_text(resolved), RECIPE))
     if different:
@@ -51,7 +52,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
             "choose another output_dir, or move that run away"
         )
-    return State("finished") if _finished(run_dir) else State("resume" if checkpoint else "new", checkpoint)
+    return State("finished") if is_finished(run_dir) else State("resume" if checkpoint else "new", checkpoint)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -89,9 +90,11 @@ def dump_text(resolved: dict[str, Any]) -> str:
     return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _finished(run_dir: Path) -> bool:
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has ended well and its result is there: final/, or an evaluation's results.json."""
     manifest = read_json(run_dir / MANIFEST)
-    return isinstance(manifest, dict) and manifest.get("status") == "finished"
+    ended = isinstance(manifest, dict) and manifest.get("status") == "finished"
+    return ended and ((run_dir / "final").is_dir() or (run_dir / RESULTS).is_file())
 
 
 def _visible(run_dir: Path) -> list[str]:

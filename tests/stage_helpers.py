@@ -1,5 +1,7 @@
 """A small model with a byte tokenizer, and rows, for tests of the stages."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,14 @@ def assert_same_weights(first: Any, second: Any) -> None:
     assert not different, different
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    import json
+def stopped_after(checkpoint: Path, folder: Path) -> Path:
+    """A copy of the checkpoint's run as it was when that checkpoint had just been written; the copy's checkpoint."""
+    shutil.copytree(checkpoint.parent, folder, ignore=lambda _, names: {n for n in names if n == "final"})
+    for other in folder.glob("checkpoint-*"):
+        if other.name != checkpoint.name:
+            shutil.rmtree(other)
+    return folder / checkpoint.name
 
+
+def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

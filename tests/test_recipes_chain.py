@@ -1,6 +1,7 @@
 """Chains: references, what is run again and what is not, results. The stages' own work is replaced."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class FakeStages:
                 for row in range(4)
             ]
             write_text(run_dir / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+            write_json(run_dir / "results.json", {})
+        else:
+            (run_dir / "final").mkdir(exist_ok=True)
         write_json(run_dir / "manifest.json", values)
 
 
@@ -122,6 +126,14 @@ def test_a_stopped_chain_goes_on_where_it_stopped(stages: FakeStages, start: Any
     start()
     assert stages.ran == ["more", "eval_more"]
     assert not Path("out/.superseded").exists()
+
+
+def test_a_stage_whose_result_is_gone_runs_again(stages: FakeStages, start: Any) -> None:
+    start()
+    stages.ran.clear()
+    shutil.rmtree("out/more")
+    start()
+    assert stages.ran == ["more"]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,10 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
-    assert inspect(a_run(tmp_path, status="finished"), RECIPE_TREE).status == "finished"
+    run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
+    assert inspect(run_dir, RECIPE_TREE).status == "resume"  # its result is gone
+    (run_dir / "final").mkdir()
+    assert inspect(run_dir, RECIPE_TREE).status == "finished"
 
 
 def test_a_run_that_came_to_nothing_may_be_anybodys(tmp_path: Path) -> None:

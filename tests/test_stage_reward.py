@@ -23,6 +23,7 @@ from .stage_helpers import (
     lines,
     pairs,
     score_model,
+    stopped_after,
     user,
 )
 
@@ -112,8 +113,8 @@ def test_starts_from_an_sft_adapter(tmp_path):
 
 def test_resume_gives_the_same_weights(tmp_path):
     run(tmp_path / "a")
-    run(tmp_path / "b")
-    run(tmp_path / "b", model=score_model(seed=1), resume_from=tmp_path / "b" / "checkpoint-4")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-4", tmp_path / "b")
+    run(tmp_path / "b", model=score_model(seed=1), resume_from=checkpoint)
     assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
     assert lines(tmp_path / "a" / "metrics.jsonl")[:8] == lines(tmp_path / "b" / "metrics.jsonl")[:8]
 

@@ -25,6 +25,7 @@ from .stage_helpers import (
     lines,
     pairs,
     score_model,
+    stopped_after,
     user,
     weights,
 )
@@ -229,8 +230,8 @@ def test_reference_of_an_adapter_is_its_start_and_is_not_saved(tmp_path):
 def test_resume_gives_the_same_weights(tmp_path, settings):
     """Also from a checkpoint between two updates on the same completions."""
     run(tmp_path / "a", training=settings)
-    run(tmp_path / "b", training=settings)
-    run(tmp_path / "b", training=settings, resume_from=tmp_path / "b" / "checkpoint-2")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", training=settings, resume_from=checkpoint)
     assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
     one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
     for before, after in zip(one, other, strict=True):
@@ -250,8 +251,8 @@ def test_resume_of_an_adapter_keeps_its_reference(tmp_path):
         return prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged")
 
     run(tmp_path / "a", model=fresh())
-    run(tmp_path / "b", model=fresh())
-    run(tmp_path / "b", model=fresh(), resume_from=tmp_path / "b" / "checkpoint-2")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", model=fresh(), resume_from=checkpoint)
     assert_same_weights(*(load_model(resolve_source(tmp_path / name)) for name in "ab"))
     one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
     assert [line["kl"] for line in one] == [line["kl"] for line in other]

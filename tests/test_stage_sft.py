@@ -24,6 +24,7 @@ from .stage_helpers import (
     conversations,
     lines,
     pairs,
+    stopped_after,
     user,
 )
 
@@ -181,8 +182,8 @@ def test_micro_batches_train_as_one_batch(tmp_path):
 
 def test_resume_gives_the_same_weights(tmp_path):
     run(tmp_path / "a")
-    run(tmp_path / "b")
-    run(tmp_path / "b", model=chat_model(seed=1), resume_from=tmp_path / "b" / "checkpoint-2")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", model=chat_model(seed=1), resume_from=checkpoint)
     assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
     one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
     assert one == other  # TRL's count of tokens included
@@ -200,8 +201,8 @@ def test_resume_of_an_adapter_gives_the_same_weights(tmp_path):
         return prepare_trainable(source, lora=lora, merge_dir=tmp_path / "merged")
 
     run(tmp_path / "a", model=fresh(0))
-    run(tmp_path / "b", model=fresh(0))
-    run(tmp_path / "b", model=fresh(1), resume_from=tmp_path / "b" / "checkpoint-2")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", model=fresh(1), resume_from=checkpoint)
     found = [load_model(resolve_source(tmp_path / name)) for name in "ab"]
     assert_same_weights(*found)
     trained = {name for name, value in found[0].named_parameters() if "lora_B" in name and value.abs().sum() > 0}

@@ -21,7 +21,7 @@ from deepseek_v2_modeling.trainer import (
 from deepseek_v2_modeling.trainer_checkpoints import remove_old_checkpoints
 
 from .model_helpers import random_ids
-from .stage_helpers import assert_same_weights, chat_model, lines, weights
+from .stage_helpers import assert_same_weights, chat_model, lines, stopped_after, weights
 
 
 class PlainTrainer(RunTrainerMixin, Trainer):
@@ -217,10 +217,10 @@ def test_resume_gives_the_same_weights_and_lines(tmp_path):
     """Experts included: their keys on disk are the hub's, which the Trainer itself cannot load."""
     straight = make(tmp_path / "a")
     straight.train()
-    make(tmp_path / "b").train()
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
     append_lines(tmp_path / "b" / "metrics.jsonl", [{"step": 4, "loss": 99.0}])
     resumed = make(tmp_path / "b", model=chat_model(seed=1))
-    resumed.train(tmp_path / "b" / "checkpoint-2")
+    resumed.train(checkpoint)
     assert_same_weights(straight.model, resumed.model)
     assert steps(tmp_path / "b") == [1, 2, 3, 4]
     timing = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
@@ -230,9 +230,9 @@ def test_resume_gives_the_same_weights_and_lines(tmp_path):
 
 def test_resume_between_logs_gives_the_same_lines(tmp_path):
     make(tmp_path / "a", logging_steps=3, max_steps=6).train()
-    make(tmp_path / "b", logging_steps=3, max_steps=6).train()
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-4", tmp_path / "b")
     resumed = make(tmp_path / "b", logging_steps=3, max_steps=6)
-    resumed.train(tmp_path / "b" / "checkpoint-4")
+    resumed.train(checkpoint)
     assert steps(tmp_path / "a") == steps(tmp_path / "b") == [2, 3, 4, 6]
     for one, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert one.get("loss") == other.get("loss")

@@ -28,7 +28,7 @@ from recipes.tiny import lexicon as lx
 Row = dict[str, Any]
 Fact = tuple[int, str, int]  # a, "+" or "-", b
 
-LARGEST_NUMBER, LARGEST_SMALL_NUMBER = 99, 9  # a sum has one number of each kind
+LARGEST_NUMBER = 99
 HELDOUT_PERCENT = 12
 
 # The share of each form among the labelled answers: people who write labels are not all polite.
@@ -84,9 +84,9 @@ def problem(fact: Fact, language: str, template: str) -> Prompt:
     return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result_of(fact)))
 
 
-def problems(rng: random.Random, part: str) -> Iterator[Prompt]:
+def problems(rng: random.Random, part: str, ops: str) -> Iterator[Prompt]:
     """Every problem of a part once, in random order: all facts in one wording, then in the next."""
-    pool = list(facts(part))
+    pool = [fact for fact in facts(part) if fact[1] in ops]
     wordings = [(language, text) for language in lx.LANGUAGES for text in lx.ARITHMETIC_TEMPLATES[language]]
     rng.shuffle(pool)
     offsets = [rng.randrange(len(wordings)) for _ in pool]
@@ -203,18 +203,20 @@ def _babble(rng: random.Random, prompt: Prompt) -> str:
     return rng.choice(("", " ")).join(rng.choices(words, k=rng.randint(1, 8)))
 
 
+# The sorts of problems, by operation; the other sorts of prompts are the kinds "unsafe" and "safe".
+OPS = {"arithmetic": "+-", "addition": "+", "subtraction": "-"}
+
 # --- the data sets -----------------------------------------------------------------------------------------------
 
 
-def _prompts(rng: random.Random, part: str, shares: dict[str, float], n: int) -> list[Prompt]:
-    """n different prompts of a part; `shares` is the share of each kind, in the order in which they stand."""
-    counts = {kind: round(n * share) for kind, share in shares.items()}
-    counts[next(iter(shares))] += n - sum(counts.values())
-    found: list[Prompt] = []
-    for kind, count in counts.items():
-        pool = list(islice(problems(rng, part), count)) if kind == "arithmetic" else requests(part, kind)
+def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> list[Prompt]:
+    """n different prompts of a part; `shares` says how many of each sort there are among its total."""
+    total, found = sum(shares.values()), []
+    for index, sort in enumerate(shares):
+        count = n * sum(list(shares.values())[: index + 1]) // total - len(found)
+        pool = list(islice(problems(rng, part, OPS[sort]), count)) if sort in OPS else requests(part, sort)
         if count > len(pool):
-            raise ToolkitError(f"{count} {kind} prompts asked for, there are {len(pool)}: use a smaller n")
+            raise ToolkitError(f"{count} {sort} prompts asked for, there are {len(pool)}: use a smaller n")
         found += rng.sample(pool, count)
     rng.shuffle(found)
     return found
@@ -272,27 +274,28 @@ def _wrong_answer_row(rng: random.Random, prompt: Prompt) -> Row:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a data set is made of: the part, the share of each kind of prompt, the row's maker, the usual size."""
+    """What a data set is made of: the part, the share of each sort of prompt, the row's maker, the usual size."""
 
     part: str
-    shares: dict[str, float]
+    shares: dict[str, int]
     make_row: Callable[[random.Random, Prompt], Row]
     size: int
 
 
-_LABELLED = {"arithmetic": 0.75, "unsafe": 0.125, "safe": 0.125}
-_MIXED = {"arithmetic": 0.4, "unsafe": 0.3, "safe": 0.3}
-_PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1.0}, {"unsafe": 1.0}, {"safe": 1.0}
+# Labels are scarce, and for subtraction scarcer than for addition: what SFT cannot learn from them is left to RL.
+_LABELLED = {"addition": 2500, "subtraction": 500, "unsafe": 400, "safe": 400}
+_MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
+_PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}
 
 DATA_SETS = {
-    "sft_train": DataSet("train", _LABELLED, _labelled_row, 4000),
+    "sft_train": DataSet("train", _LABELLED, _labelled_row, 3800),
     "sft_heldout": DataSet("heldout", _LABELLED, _labelled_row, 500),
     "helpful_train": DataSet("train", _MIXED, _helpful_row, 6000),
     "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
-    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 12000),
+    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
     "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
