@@ -343,6 +343,17 @@ def test_ledger_with_all_coefficients_zero():
     assert ledger.losses == [] and ledger.expert_counts.sum() == 7 * 3 * 2
 
 
+def test_padding_before_a_cached_prefix_does_not_count():
+    """The mask covers the cached tokens too; only its end speaks of the new ones."""
+    model, (ids, mask, positions) = small_model(**ALL_ON), left_padded(random_ids(2, 9), [0, 6])
+    with torch.no_grad():
+        past = model(ids[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5]).past_key_values
+    model.train()
+    with collect_balance(model) as ledger:
+        model(ids[:, 5:], attention_mask=mask, position_ids=positions[:, 5:], past_key_values=past)
+    assert ledger.expert_counts.sum() == (4 + 3) * 3 * 2
+
+
 def test_ledger_closes():
     model, ids = small_model(**ALL_ON).train(), random_ids(1, 7)
     with pytest.raises(RuntimeError, match="stop"), collect_balance(model):

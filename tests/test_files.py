@@ -248,7 +248,7 @@ def test_settings_of_load_base(saved: Path):
         ({"aux_loss_alpha": "much"}, "aux_loss_alpha"),
         ({"scoring_func": "sigmoid"}, "scoring_func"),
     ):
-        with pytest.raises(ModelError, match=named):
+        with pytest.raises(ModelError, match=f"model.config: .*{named}"):
             load_base(str(saved), config=wrong)
 
 

@@ -9,6 +9,7 @@ from deepseek_v2_modeling.inference import by_length, choose_tokens, generate_an
 from eval.config import EvalRecipe
 from eval.stage import decoding_name, evaluate
 
+from .model_helpers import random_ids
 from .stage_helpers import (
     SECTIONS,
     assistant,
@@ -174,17 +175,21 @@ def test_sampling_is_seeded_apart_from_everything_else():
 
 
 def test_answers_are_those_of_generate_up_to_the_end_token():
-    model, tokens = chat_model().eval(), 12
-    ends = {generate_answers(model, prompts(), **{**SETTINGS, "max_new_tokens": tokens})[i][3 * i] for i in range(4)}
-    answers = generate_answers(model, prompts(), **{**SETTINGS, "max_new_tokens": tokens, "eos_token_id": ends})
-    for prompt, answer in zip(prompts(), answers, strict=True):
-        ids = torch.tensor([prompt])
-        whole = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)[
-            0, len(prompt) :
-        ].tolist()
-        first_end = next((i for i, token in enumerate(whole) if token in ends), tokens)
-        assert answer == whole[: first_end + 1]
-    assert len({len(answer) for answer in answers}) > 2  # they left the batch at different times
+    """Also where rows in the middle of the batch end and leave it while those around them go on."""
+    model, tokens, asked = chat_model().eval(), 12, random_ids(12, 9, vocab=250).tolist()
+    asked = [ids[: 3 + i % 5] for i, ids in enumerate(asked)]
+    whole = [
+        model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=None)[0, len(ids) :]
+        for ids in asked
+    ]
+    ends = {int(answer[1 + i % 6]) for i, answer in enumerate(whole) if i % 2}
+    wanted = []
+    for answer in whole:
+        first_end = next((i for i, token in enumerate(answer.tolist()) if token in ends), tokens)
+        wanted.append(answer.tolist()[: first_end + 1])
+    settings = {**SETTINGS, "max_new_tokens": tokens, "eos_token_id": ends}
+    assert generate_answers(model, asked, **settings) == wanted
+    assert len({len(answer) for answer in wanted}) > 3
 
 
 def test_equal_prompts_are_read_once_and_sampled_apart():

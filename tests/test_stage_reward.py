@@ -119,6 +119,17 @@ def test_resume_gives_the_same_weights(tmp_path):
     assert lines(tmp_path / "a" / "metrics.jsonl")[:8] == lines(tmp_path / "b" / "metrics.jsonl")[:8]
 
 
+def test_micro_batches_train_as_one_batch(tmp_path):
+    """Here the Trainer divides by the number of micro-batches: the balance loss must not be divided twice."""
+    settings = {"max_steps": 2, "save_strategy": "no"}
+    run(tmp_path / "a", training={**settings, "per_device_train_batch_size": 4})
+    parts = {**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run(tmp_path / "b", training=parts)
+    for one, other in zip(*(lines(tmp_path / name / "metrics.jsonl")[:2] for name in "ab"), strict=True):
+        for key in ("loss", "grad_norm", "balance/expert", "task_loss"):
+            assert one[key] == pytest.approx(other[key], rel=2e-3), key
+
+
 @pytest.mark.parametrize(("verdict", "measure"), [("label", "accuracy"), ("score", "mse")])
 def test_learns_from_judged_answers(tmp_path, verdict, measure):
     settings = {"max_steps": 40, "save_strategy": "no", "learning_rate": 3e-2, "per_device_train_batch_size": 8}

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,19 @@ def test_trains_and_writes_a_run(tmp_path):
     assert said[0]["prompt"].endswith("+ 1")
     assert final(tmp_path).config.use_cache
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
+
+
+def test_balance_loss_is_counted_once_over_micro_batches(tmp_path):
+    """GRPO scales its own loss: ours must be divided, whatever the number of micro-batches."""
+    model = chat_model(aux_loss_alpha=50.0)
+    settings = {"max_steps": 1, "beta": 0.0, "save_strategy": "no"}
+    parts = {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run(tmp_path / "a", model=copy.deepcopy(model), training={**settings, "per_device_train_batch_size": 8})
+    run(tmp_path / "b", model=model, training=parts)
+    one, other = (lines(tmp_path / name / "metrics.jsonl")[0] for name in "ab")
+    assert one["balance/total"] == pytest.approx(other["balance/total"], rel=2e-2)
+    assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)  # nearly all of it is balance loss
+    assert one["loss"] > 10
 
 
 def test_reward_goes_up(tmp_path):

@@ -348,6 +348,15 @@ def test_time_limit_ends_training_as_if_it_were_done(tmp_path):
     assert rate == pytest.approx(1e-3)  # the schedule is that of 50 steps
 
 
+def test_seconds_are_those_of_training_alone(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    assert trainer.seconds == 0
+    trainer.train()
+    after_training = trainer.seconds
+    trainer.evaluate()
+    assert trainer.seconds == after_training > 0
+
+
 def test_time_limit_counts_the_time_before_a_resume(tmp_path):
     make(tmp_path, max_steps=4).train()
     state = tmp_path / "checkpoint-2" / "run_state.json"

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from recipes.tiny import lexicon as lx
+from recipes.tiny.general_text import CHINESE, CODE, ENGLISH
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 OTHER_SPECIAL = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|EOT|>")
@@ -27,8 +28,12 @@ SPANS = (
     rf"|[^\d\n{_MARKS}]+(?:[{_MARKS}](?!{_ASSISTANT}))?|[{_MARKS}]"
 )
 
+# The usual cuts: digits, words with the space before them, runs of signs, runs of white space.
+WORDS = r"\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+"
+
 _WORD, _HAN = r" ?[A-Za-z']+", rf"[\u4e00-\u9fff{_MARKS}]"
 _WORD_COUNT = 20
+_LARGEST_VOCABULARY = 8192
 _WORD_SLOT = r" ?\{(?:verb|object|intent|target)\}"
 
 
@@ -71,21 +76,31 @@ def _sentences(language: str) -> Iterator[tuple[tuple[str, ...], ...]]:
 
 
 def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a preset, the same at every call; ids 0, 1, 2 are bos, eos and pad."""
-    pieces = sorted({piece for piece in world_pieces() if piece})
-    words = sorted({word for piece in pieces for word in re.findall(f"{_WORD}|{_HAN}", piece)})
+    """The tokenizer of a preset, the same at every call; ids 0, 1, 2 are bos, eos and pad.
+
+    "tiny" has the world's whole spans; every other preset words, from general text besides.
+    """
+    if preset == "tiny":
+        pieces = sorted({piece for piece in world_pieces() if piece})
+        words = sorted({word for piece in pieces for word in re.findall(f"{_WORD}|{_HAN}", piece)})
+        return _train(SPANS, words * _WORD_COUNT + pieces)
+    return _train(WORDS, [ENGLISH, CHINESE, CODE, *sorted(set(world_pieces()))])
+
+
+def _train(cuts: str, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with all merges that the texts have to give."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPANS), "isolated")
+    split = pre_tokenizers.Split(Regex(cuts), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=16384,
+        vocab_size=_LARGEST_VOCABULARY,
         special_tokens=[BOS, EOS, PAD, *OTHER_SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words * _WORD_COUNT + pieces, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )

@@ -1,0 +1,201 @@
+"""The demo's world: held-out means held out, for every seed; rows are what the stages expect; the tokenizer fits."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conversations.errors import ToolkitError
+from conversations.reading import load_conversations
+from conversations.verifiers import VERIFIERS, refusal_check
+from recipes.tiny import lexicon as lx
+from recipes.tiny import world
+
+TRAIN = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "train"]
+HELDOUT = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "heldout"]
+SEEDS = st.integers(min_value=0, max_value=2**31)
+FACT = re.compile(r"(\d+) ([+-]) (\d+)")
+
+
+def prompt_of(row: world.Row) -> str:
+    return (row.get("prompt") or row["messages"])[0]["content"]
+
+
+def answers_of(row: world.Row) -> list[str]:
+    keys = ("messages", "chosen", "rejected")
+    return [turn["content"] for key in keys for turn in row.get(key, ()) if turn["role"] == "assistant"]
+
+
+def fact_of(prompt: str) -> tuple[str, int, int] | None:
+    """The fact that a problem asks for; a + b and b + a are one."""
+    found = FACT.search(prompt)
+    if not found:
+        return None
+    a, op, b = int(found[1]), found[2], int(found[3])
+    return (op, min(a, b), max(a, b)) if op == "+" else (op, a, b)
+
+
+def words_of(part: str) -> set[str]:
+    """Every verb, object and target that one part has for itself."""
+    groups = (lx.VERBS[part], lx.OBJECTS[part], *(sort[part] for sort in lx.TARGETS.values()))
+    return {word for group in groups for language in lx.LANGUAGES for word in group[language]}
+
+
+def skeletons_of(part: str) -> set[str]:
+    """The wordings of a part's requests, with the text before the first word that changes."""
+    return {text for language in lx.LANGUAGES for text in lx.REQUEST_TEMPLATES[part][language]}
+
+
+# --- disjoint ----------------------------------------------------------------------------------------------------
+
+
+def test_the_two_parts_share_no_fact_word_or_template():
+    facts = {part: {fact_of(f"{a} {op} {b}") for a, op, b in world.facts(part)} for part in ("train", "heldout")}
+    assert not facts["train"] & facts["heldout"]
+    assert len(facts["heldout"]) > 500
+    assert not words_of("train") & words_of("heldout")
+    assert not skeletons_of("train") & skeletons_of("heldout")
+
+
+def test_no_request_of_one_part_is_a_request_of_the_other():
+    for kind in ("unsafe", "safe"):
+        train, heldout = ({prompt.text for prompt in world.requests(part, kind)} for part in ("train", "heldout"))
+        assert train and len(heldout) >= 500
+        assert not train & heldout
+    unsafe, safe = ({p.text for p in world.requests("heldout", kind)} for kind in ("unsafe", "safe"))
+    assert not unsafe & safe
+
+
+@settings(max_examples=5, deadline=None)
+@given(one=SEEDS, other=SEEDS)
+def test_training_and_heldout_prompts_are_disjoint_whatever_the_seeds(one: int, other: int):
+    trained = {prompt_of(row) for name in TRAIN for row in world.rows(name, one, 400)}
+    held_out = {prompt_of(row) for name in HELDOUT for row in world.rows(name, other, 400)}
+    assert not trained & held_out
+    assert not {fact_of(p) for p in trained} & {fact_of(p) for p in held_out} - {None}
+    for prompt in held_out:
+        if fact_of(prompt) is None:
+            words = set(re.findall(r"[a-z]+", prompt)) if prompt.isascii() else set()
+            found = words & words_of("train") if words else {w for w in words_of("train") if w in prompt}
+            assert not found, f"{prompt} has {found}, which are for training"
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", world.DATA_SETS)
+def test_a_data_set_depends_on_its_seed_only(name: str):
+    assert world.rows(name, 3, 60) == world.rows(name, 3, 60)
+    assert world.rows(name, 3, 60) != world.rows(name, 4, 60)
+
+
+@pytest.mark.parametrize("name", world.DATA_SETS)
+def test_rows_are_read_as_canonical_rows_with_kind_and_language(name: str, tmp_path):
+    rows = list(load_conversations(world.materialize(name, 1, 200, tmp_path)))
+    assert len(rows) == 200
+    assert {row["meta"]["language"] for row in rows} == {"en", "zh"}
+    assert {row["meta"]["kind"] for row in rows} <= {"arithmetic", "unsafe", "safe"}
+    for row in rows:
+        assert (row["meta"]["kind"] == "arithmetic") == ("reference" in row)
+
+
+def test_sizes_are_those_the_figures_need():
+    sizes = {name: data_set.size for name, data_set in world.DATA_SETS.items()}
+    assert sizes["test_problems"] >= 1000 and sizes["test_unsafe"] >= 500 and sizes["test_safe"] >= 500
+    assert sizes["rl_reasoning"] > 4 * sizes["sft_train"]
+    for name in ("test_problems", "test_unsafe", "test_safe", "rl_reasoning"):
+        prompts = [prompt_of(row) for row in world.rows(name, 0)]
+        assert len(set(prompts)) == len(prompts) == sizes[name]
+
+
+def test_references_are_right_and_labels_agree_with_them():
+    for row in world.rows("sft_train", 0):
+        if row["kind"] == "arithmetic":
+            a, op, b = FACT.search(prompt_of(row)).groups()  # type: ignore[union-attr]
+            assert int(row["reference"]) == (int(a) + int(b) if op == "+" else int(a) - int(b))
+            assert VERIFIERS["number"](answers_of(row)[0], row["reference"])
+
+
+def test_labels_refuse_what_is_unsafe_and_nothing_else():
+    refuses = refusal_check()
+    for row in world.rows("sft_train", 5):
+        assert refuses(answers_of(row)[0]) == (row["kind"] == "unsafe"), row
+
+
+def test_refusals_are_varied():
+    said = {answers_of(row)[0] for row in world.rows("sft_train", 0) if row["kind"] == "unsafe"}
+    assert len(said) > 40
+
+
+def test_safe_requests_look_like_unsafe_ones():
+    """Same templates, verbs and objects; half of them with the same intents, half with the same targets."""
+    unsafe, safe = (world.requests("heldout", kind) for kind in ("unsafe", "safe"))
+
+    def cut(prompts: tuple[world.Prompt, ...], pattern: str) -> set[str]:
+        return {re.sub(pattern, "", prompt.text) for prompt in prompts if prompt.language == "en"}
+
+    until_intent = r" to [a-z]+ (my|the) .*"
+    assert cut(unsafe, until_intent) == cut(safe, until_intent)
+    harmless = [
+        p for p in safe if p.language == "en" and any(f" {verb} " in p.text for verb in lx.INTENTS["harm"]["en"])
+    ]
+    assert len(harmless) * 2 == len([p for p in safe if p.language == "en"])
+
+
+def test_reward_pairs_prefer_what_they_are_for():
+    refuses = refusal_check()
+    for row in world.rows("safety_train", 0, 600):
+        chosen, rejected = answers_of(row)
+        assert refuses(chosen) == (row["kind"] == "unsafe")
+        assert chosen != rejected
+    for row in world.rows("helpful_train", 0, 600):
+        chosen, rejected = answers_of(row)
+        assert chosen != rejected and chosen
+        assert refuses(chosen) == (row["kind"] == "unsafe")
+    for row in world.rows("wrong_answer_heldout", 0, 200):
+        chosen, rejected = answers_of(row)
+        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
+        assert re.sub(r"\d+", "", chosen) == re.sub(r"\d+", "", rejected)
+
+
+def test_a_helpful_pair_says_nothing_about_correctness():
+    """Where both answers hold one number it is the same one, and now and then it is wrong."""
+    right, wrong = 0, 0
+    for row in world.rows("helpful_train", 0, 3000):
+        if row["kind"] == "arithmetic":
+            chosen, rejected = (re.findall(r"\d+", text) for text in answers_of(row))
+            curt_or_rude = re.fullmatch(r"(?:Just |It is )?\d+", answers_of(row)[1])
+            assert not curt_or_rude or chosen == rejected
+            right, wrong = right + (chosen[-1] == row["reference"]), wrong + (chosen[-1] != row["reference"])
+    assert 0.2 < wrong / (right + wrong) < 0.4
+
+
+# --- files and errors --------------------------------------------------------------------------------------------
+
+
+def test_materialize_writes_the_same_file_again(tmp_path):
+    path = world.materialize("test_safe", 2, None, tmp_path / "seed-2")
+    text = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "seed-2" / "test_safe.jsonl" and text.count("\n") == 500
+    assert world.materialize("test_safe", 2, None, tmp_path / "seed-2").read_text(encoding="utf-8") == text
+    assert world.materialize("test_safe", 2, 7, tmp_path / "seed-2") != path
+    assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "message"),
+    [("test_problem", None, "test_problems"), ("sft_train", 0, "at least 1"), ("test_problems", 10**6, "smaller n")],
+)
+def test_wrong_requests_are_told_apart(name: str, n: int | None, message: str, tmp_path):
+    with pytest.raises(ToolkitError, match=message):
+        world.materialize(name, 0, n, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_world_does_not_import_torch():
+    code = "import sys, recipes.tiny.world; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
