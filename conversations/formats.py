@@ -31,7 +31,7 @@ from conversations.conversions import (
     self_instruct,
     whole_pair,
 )
-from conversations.turns import BadRow, Message
+from conversations.turns import BadRow
 
 # Keys that every format may have beside its own.
 _COMMON_KEYS = ("system", "reference", "meta")
@@ -137,14 +137,6 @@ def convert_row(row: Row, columns: Mapping[str, str] | None = None) -> tuple[For
 def known_formats() -> str:
     """The keys of all formats on one line, for messages."""
     return "; ".join(" + ".join(known.keys) for known in FORMATS if known not in _JUDGED)
-
-
-def prompt_of(row: Row) -> list[Message]:
-    """The prompt of any canonical row: what stands before the (last) answer."""
-    if "prompt" in row:
-        return row["prompt"]
-    messages = row["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:

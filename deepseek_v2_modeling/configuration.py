@@ -116,10 +116,12 @@ def check_config(config: DeepseekV2Config) -> None:
         raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {TOPK_METHODS}')
     if not top_k or not 1 <= top_k <= experts:
         raise ModelError(f"num_experts_per_tok is {top_k}: it must be from 1 to n_routed_experts ({experts})")
+    if config.n_group and experts % config.n_group:
+        raise ModelError(f"n_group is {config.n_group}: it must divide n_routed_experts ({experts})")
     if config.topk_method == "group_limited_greedy":
         groups, kept = config.n_group, config.topk_group
-        if not groups or experts % groups:
-            raise ModelError(f"n_group is {groups}: it must divide n_routed_experts ({experts})")
+        if not groups:
+            raise ModelError("n_group is not set: group_limited_greedy needs it")
         if not kept or kept > groups or kept * (experts // groups) < top_k:
             raise ModelError(
                 f"topk_group is {kept}: it must be at most n_group ({groups}), and its groups must hold "

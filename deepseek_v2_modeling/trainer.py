@@ -87,8 +87,9 @@ class RunTrainerMixin(CheckpointMixin):
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Does `compute_loss` return its share of the update's loss? The rule of Trainer.training_step."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
+        said = getattr(self, "loss_is_scaled_for_ga", None)  # transformers has it from 5.18 on
+        if said is not None:
+            return said
         by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or self.compute_loss_func is not None
 

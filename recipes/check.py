@@ -118,18 +118,19 @@ def _lengths(stage: str, rows: Sequence[Row], tokenizer: Any) -> list[int]:
     from conversations.rendering import render_conversation
 
     step = max(1, len(rows) // SAMPLED)
-    chosen = [_conversation(stage, row) for row in rows[::step]]
+    chosen = [_conversation(stage, rows[index], index + 1) for index in range(0, len(rows), step)]
     return [len(render_conversation(messages, tokenizer)["input_ids"]) for messages in chosen]
 
 
-def _conversation(stage: str, row: Row) -> list[dict[str, str]]:
-    from conversations.formats import prompt_of
+def _conversation(stage: str, row: Row, number: int) -> list[Row]:
+    from conversations.prompts import prompt_of
 
     if stage in ("sft", "reward") and "messages" in row:
         return row["messages"]
     answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
     longest = max(answers, key=lambda turns: len(str(turns)), default=[])
-    return [*prompt_of(row), *longest] if stage != "rl" else prompt_of(row)
+    prompt = prompt_of(row, number)
+    return prompt if stage == "rl" else [*prompt, *longest]
 
 
 def _max_length(recipe: Any) -> int | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLES = 6
-SAMPLE_TOKENS = 128
+SAMPLE_TOKENS = 64
 
 
 class ChatTrainer(RunTrainerMixin, SFTTrainer):

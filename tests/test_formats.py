@@ -2,7 +2,8 @@
 
 import pytest
 
-from conversations.formats import FORMATS, UnknownFormat, convert_row, prompt_of
+from conversations.formats import FORMATS, UnknownFormat, convert_row
+from conversations.prompts import prompt_of
 from conversations.turns import BadRow
 
 
@@ -147,7 +148,7 @@ def test_columns_are_mapped_before_the_format_is_recognised():
     [(QA, [user("Q")]), ({"messages": [user("Q")]}, [user("Q")]), (PAIR, [user("Q")]), (JUDGED, [user("Q")])],
 )
 def test_prompt_of(canonical, prompt):
-    assert prompt_of(canonical) == prompt
+    assert prompt_of(canonical, 1) == prompt
 
 
 # (source row, what its reason says)
