@@ -283,19 +283,19 @@ class DataSet:
 
 
 # Labels are scarce, and for subtraction scarcer than for addition: what SFT cannot learn from them is left to RL.
-_LABELLED = {"addition": 2500, "subtraction": 500, "unsafe": 400, "safe": 400}
+_LABELLED = {"addition": 2500, "subtraction": 600, "unsafe": 400, "safe": 400}
 _MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
 _PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}
 
 DATA_SETS = {
-    "sft_train": DataSet("train", _LABELLED, _labelled_row, 3800),
+    "sft_train": DataSet("train", _LABELLED, _labelled_row, 3900),
     "sft_heldout": DataSet("heldout", _LABELLED, _labelled_row, 500),
     "helpful_train": DataSet("train", _MIXED, _helpful_row, 6000),
     "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
-    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
+    "rl_reasoning": DataSet("train", {"addition": 1, "subtraction": 2}, _prompt_row, 12000),
     "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
