@@ -295,7 +295,7 @@ DATA_SETS = {
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
-    "rl_reasoning": DataSet("train", {"addition": 1, "subtraction": 2}, _prompt_row, 12000),
+    "rl_reasoning": DataSet("train", {"addition": 1, "subtraction": 2}, _prompt_row, 20000),
     "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
