@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATS_FILE = "reward_stats.json"
-STATS_ROWS = 2000  # training rows whose scores make the statistics
+STATS_ROWS = 500  # training rows whose scores make the statistics
 
 
 def train(
