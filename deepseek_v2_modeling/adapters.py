@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -52,11 +51,6 @@ def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where:
     ]
     if faults:
         raise ModelError(f"{where}: the adapter does not fit this model; tensors " + "; tensors ".join(faults))
-
-
-def file_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(Path(directory) / WEIGHTS, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def load_adapter(

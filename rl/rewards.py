@@ -5,6 +5,7 @@ each, or None where it has nothing to say (a rule that needs a reference, and a 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
 }
 
 
-class Reward:
+class Reward(ABC):
     """A named, weighted reward function; subclasses say how to `judge` answers.
 
     on_error: what a value that cannot be had counts as: an error that ends the run, 0, or nothing (None).
@@ -68,9 +69,9 @@ class Reward:
     def name(self) -> str:
         return self.__name__
 
+    @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> Values:
         """A value for each answer; None where the reward does not apply."""
-        raise NotImplementedError
 
     def __call__(self, prompts: list[list[Row]], completions: list[list[Row]], **columns: Any) -> Values:
         """TRL's call: prompts and completions are lists of messages, columns lists of the rows' other fields."""
