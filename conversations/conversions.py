@@ -8,12 +8,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from conversations.turns import BadRow, Message, check_turns, read_text, read_turn, read_turns, transcript_turns
+from conversations.badrow import BadRow, named, read_text
+from conversations.tools import tools_text
+from conversations.turns import Message, check_turns, read_turn, read_turns, transcript_turns
 
 Row = dict[str, Any]
 
 # GSM8K writes the result behind the reasoning, on a last line of its own.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
+
+
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 # --- Parts of a row
@@ -36,8 +41,13 @@ def _transcript_prompt(text: str) -> list[Message] | None:
 
 
 def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """The turns behind the row's own system text and tools."""
     system = read_text(row.get("system") or "", "system")
-    return [{"role": "system", "content": system}, *turns] if system.strip() else turns
+    tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
+    if tools and not system.strip() and turns and turns[0]["role"] == "system":
+        system, turns = turns[0]["content"], turns[1:]
+    words = "\n\n".join(part for part in (system, tools) if part.strip())
+    return [{"role": "system", "content": words}, *turns] if words else turns
 
 
 def _answer(row: Row, key: str) -> list[Message]:
@@ -98,12 +108,22 @@ def gsm8k_question(row: Row, prompt_key: str, answer_key: str) -> Row:
 
 
 def alpaca(row: Row, answer_key: str) -> Row:
-    instruction, more = (
-        read_text(row["instruction"], "instruction"),
-        read_text(row.get("input") or "", "input"),
-    )
-    prompt = f"{instruction}\n{more}" if more.strip() else instruction
-    return question(row | {"instruction": prompt}, "instruction", answer_key)
+    return question(_instruction(row), "instruction", answer_key)
+
+
+def _instruction(row: Row) -> Row:
+    """`instruction` with its `input` on a line of its own, as turns behind those of `history`."""
+    parts = read_text(row["instruction"], "instruction"), read_text(row.get("input") or "", "input")
+    prompt = "\n".join(parts) if parts[1].strip() else parts[0]
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow(f"history must be a list of [question, answer], not {named(history)}")
+    turns = [turn for asked, said in history for turn in (_said("user", asked), _said("assistant", said))]
+    return row | {"instruction": [*turns, _said("user", prompt)] if turns else prompt}
+
+
+def _said(role: str, words: Any) -> Message:
+    return {"role": role, "content": read_text(words, f"history ({role})")}
 
 
 def self_instruct(row: Row) -> Row:
@@ -120,6 +140,23 @@ def esft_test(row: Row) -> Row:
         raise BadRow("answers must be a list with at least one string")
     reference = read_text(answers[0], "answers[0]")
     return question(row | {"answers": reference}, "prompt", "answers") | {"reference": reference}
+
+
+def plain_text(row: Row) -> Row:
+    text = read_text(row["text"], "text")
+    if not text.strip():
+        raise BadRow("text is empty")
+    return {"text": text}
+
+
+def mt_bench(row: Row) -> Row:
+    """The first of MT-Bench's turns and its reference answer; all turns stay in meta."""
+    turns, references = row["turns"], row.get("reference") or []
+    if not isinstance(turns, list) or not turns or not isinstance(references, list):
+        raise BadRow("turns must be a list of questions, and reference a list of answers")
+    first = {"reference": read_text(references[0], "reference[0]")} if references else {}
+    meta = {"question_id": row["question_id"], "turns": turns} | ({"references": references} if references else {})
+    return prompt_only({"prompt": turns[0]}, "prompt") | first | {"meta": meta}
 
 
 def pair(row: Row, prompt_key: str) -> Row:
@@ -147,21 +184,36 @@ def _paired(chosen: list[Message], rejected: list[Message]) -> Row:
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
+def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, base: int) -> Row:
+    """A pair whose better side is told by a number: `base` for the first output, base + 1 for the second."""
+    value = str(row[verdict])
+    if value not in (str(base), str(base + 1)):
+        raise BadRow(f"{verdict} must be {base} or {base + 1}, the number of the better answer, not {row[verdict]!r}")
+    chosen, rejected = outputs if value == str(base) else outputs[::-1]
+    row = _instruction(row) if prompt_key == "instruction" else row
+    return pair(row | {"chosen": row[chosen], "rejected": row[rejected]}, prompt_key)
+
+
 def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
     messages = _ending_in_answer(convert(row)["messages"], "the conversation")
     return {"prompt": messages[:-1], "completion": messages[-1:], verdict: VERDICTS[verdict](row[verdict])}
 
 
 def _label(value: Any) -> bool:
-    if not isinstance(value, int) or value not in (0, 1):
+    label = _LABELS.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
+    if label is None:
         raise BadRow(f"label must be true or false, not {value!r}")
-    return bool(value)
+    return label
 
 
 def _score(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
         raise BadRow(f"score must be a finite number, not {value!r}")
-    return float(value)
+    return score
 
 
 def reference_text(value: Any) -> str:

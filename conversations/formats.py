@@ -6,16 +6,19 @@ Canonical rows (`Row`) have one of these sets of keys:
     prompt, chosen, rejected     a preference pair; all three are lists of messages
     prompt, completion, label    a judged answer (true or false), both lists of messages
     prompt, completion, score    a scored answer (a number)
+    text                         plain text, for language modelling
 
 and, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of
 all the source's other keys).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+from conversations.badrow import BadRow
 from conversations.conversions import (
     VERDICTS,
     Row,
@@ -24,17 +27,25 @@ from conversations.conversions import (
     esft_test,
     gsm8k_question,
     judged,
+    mt_bench,
     pair,
+    plain_text,
     prompt_only,
     question,
+    ranked,
     reference_text,
     self_instruct,
     whole_pair,
 )
-from conversations.turns import BadRow
 
 # Keys that every format may have beside its own.
-_COMMON_KEYS = ("system", "reference", "meta")
+_COMMON_KEYS = ("system", "tools", "reference", "meta")
+
+# Our key -> words that columns for it often end in.
+_LIKELY = {
+    "prompt": {"prompt", "question", "query", "instruction", "request", "problem", "body", "input", "user"},
+    "response": {"response", "answer", "reply", "completion", "output", "solution", "assistant", "target"},
+}
 
 
 class UnknownFormat(BadRow):
@@ -57,6 +68,26 @@ class Format:
 
 # --- The table
 
+_ALPACA = ("input", "history")
+
+# (the two outputs, who says which is better, the number of the first): LLMBar and AlpacaFarm; PKU-SafeRLHF.
+_RANKINGS = (
+    (("output_1", "output_2"), ("label", "preference"), 1),
+    (("response_0", "response_1"), ("better_response_id", "safer_response_id"), 0),
+)
+
+_RANKED = tuple(
+    Format(
+        f"ranked pairs ({verdict})",
+        (prompt_key, *outputs, verdict),
+        partial(ranked, prompt_key=prompt_key, outputs=outputs, verdict=verdict, base=base),
+        _ALPACA if prompt_key == "instruction" else (),
+    )
+    for outputs, verdicts, base in _RANKINGS
+    for verdict in verdicts
+    for prompt_key in ("instruction", "prompt", "input", "question")
+)
+
 _PAIRS = (
     *(
         Format(f"preference pairs with {key}", (key, "chosen", "rejected"), partial(pair, prompt_key=key))
@@ -69,7 +100,7 @@ _ANSWERED = (
     Format("messages", ("messages",), partial(conversation, key="messages")),
     Format("ShareGPT", ("conversations",), partial(conversation, key="conversations")),
     *(
-        Format(f"instruction/{key}", ("instruction", key), partial(alpaca, answer_key=key), ("input",))
+        Format(f"instruction/{key}", ("instruction", key), partial(alpaca, answer_key=key), _ALPACA)
         for key in ("output", "response")
     ),
     Format(
@@ -97,11 +128,14 @@ _JUDGED = tuple(
 # Longer sets of keys stand before the shorter ones that they contain.
 FORMATS: tuple[Format, ...] = (
     *_PAIRS,
+    *_RANKED,
     *_JUDGED,
     Format("Self-Instruct tasks", ("instruction", "instances"), self_instruct),
     *_ANSWERED,
     Format("ESFT test prompts", ("prompt", "answers"), esft_test),
     Format("prompts", ("prompt",), partial(prompt_only, key="prompt")),
+    Format("MT-Bench questions (the first turn)", ("question_id", "turns"), mt_bench, ("reference",)),
+    Format("plain text", ("text",), plain_text),
 )
 
 
@@ -110,7 +144,11 @@ FORMATS: tuple[Format, ...] = (
 
 def recognise(row: Mapping[str, Any]) -> Format | None:
     """The format of a source row, by its keys; a key whose value is null counts as absent."""
-    present = {key for key, value in row.items() if value is not None}
+    return _with_keys(frozenset(key for key, value in row.items() if value is not None))
+
+
+@lru_cache(maxsize=1024)
+def _with_keys(present: frozenset[str]) -> Format | None:
     return next((known for known in FORMATS if present.issuperset(known.keys)), None)
 
 
@@ -125,18 +163,37 @@ def convert_row(row: Row, columns: Mapping[str, str] | None = None) -> tuple[For
     if known is None:
         raise UnknownFormat(f"no known format has the keys {', '.join(map(str, row)) or '(none)'}")
     converted = known.convert(row)
-    if row.get("reference") is not None:
+    if row.get("reference") not in (None, "") and "reference" not in known.optional:
         converted["reference"] = reference_text(row["reference"])
     used = {*known.keys, *known.optional, *_COMMON_KEYS}
-    meta = {key: value for key, value in row.items() if key not in used and value is not None}
+    meta = converted.pop("meta", {})
+    meta |= {key: value for key, value in row.items() if key not in used and value is not None}
     given = row.get("meta")
     meta = given | meta if isinstance(given, dict) else meta | ({} if given is None else {"meta": given})
     return known, converted | ({"meta": meta} if meta else {})
 
 
 def known_formats() -> str:
-    """The keys of all formats on one line, for messages."""
-    return "; ".join(" + ".join(known.keys) for known in FORMATS if known not in _JUDGED)
+    """The keys of the formats on one line, for messages."""
+    told = [known for known in FORMATS if known not in (*_JUDGED, *_RANKED[1:])]
+    return "; ".join(" + ".join(known.keys) for known in told)
+
+
+def likely_columns(row: Row) -> dict[str, str]:
+    """A guess at `columns` for a row of no known format, from the names of its strings; may be empty."""
+    found: dict[str, str] = {}
+    for key, words in _LIKELY.items():
+        names = [name for name, value in row.items() if isinstance(value, str) and name not in found.values()]
+        names = [name for name in names if "system" not in _words(name)]
+        near = [name for name in names if _words(name)[-1] in words]
+        near += [name for name in names if key == "prompt" and not words.isdisjoint(_words(name))]
+        found |= {key: near[0]} if near else {}
+    return found if "prompt" in found else {}
+
+
+def _words(name: str) -> list[str]:
+    """user_question, userQuestion, "User question" -> user, question."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) or [""]
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:

@@ -1,5 +1,6 @@
 """A data file -> canonical rows, with every row that is left out accounted for."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -7,10 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from conversations.badrow import BadRow
 from conversations.errors import ToolkitError
-from conversations.formats import Row, UnknownFormat, convert_row, known_formats
-from conversations.records import Record, open_records
-from conversations.turns import BadRow
+from conversations.formats import Row, UnknownFormat, convert_row, known_formats, likely_columns
+from conversations.record import Record
+from conversations.records import open_records
 
 OnBadRow = Literal["error", "skip"]
 
@@ -19,7 +21,8 @@ _SHOWN = 10  # bad rows in one message
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that was left out: `file` and `line` (from 1), why, and the row as it was written."""
+    """A row that was left out: `file` and `line` (from 1; the row's number in a parquet file), why, and the row as it
+    was written."""
 
     file: str
     line: int
@@ -40,11 +43,13 @@ def load_conversations(
     columns: Mapping[str, str] | None = None,
     max_bad_rows: int | float | None = None,
     on_rejected: Callable[[RejectedRow], object] | None = None,
+    refuse: Callable[[Row], str | None] | None = None,
 ) -> "ConversationReader":
-    """Read the canonical rows (conversations/formats.py) of a .jsonl or .json file, also with .gz behind it.
+    """Read the canonical rows (conversations/formats.py) of a data file.
 
     Args:
-        path: the file: JSON lines, or one array of objects, told apart by the first character.
+        path: a file of JSON lines or one JSON array (told apart by the first character), CSV, TSV or parquet, by its
+            name; also with .gz or .zst behind.
         on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
             one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
             rows out.
@@ -52,6 +57,7 @@ def load_conversations(
         max_bad_rows: with "skip", the most rows that may be left out: a number (int), or a share of all rows
             (float from 0 to 1, checked at the end of the file).
         on_rejected: called with every RejectedRow, for example `list.append`.
+        refuse: says why a canonical row is of no use to the caller (None where it is); such a row is a bad row too.
 
     Returns:
         An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
@@ -63,13 +69,13 @@ def load_conversations(
     """
     if on_bad_row not in get_args(OnBadRow):
         raise ToolkitError(f"on_bad_row is {on_bad_row!r}; use one of {', '.join(get_args(OnBadRow))}")
-    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected)
+    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse)
 
 
 class ConversationReader(Iterator[Row]):
     """The rows of one file, once; and counts of what has been read so far.
 
-    formats: name of each recognised format -> rows. rejected: number of rows left out.
+    formats: name of each recognised format -> rows. rejected: number of rows left out. line: where the last row stands.
     """
 
     def __init__(
@@ -79,16 +85,19 @@ class ConversationReader(Iterator[Row]):
         columns: Mapping[str, str],
         max_bad_rows: int | float | None,
         on_rejected: Callable[[RejectedRow], object] | None,
+        refuse: Callable[[Row], str | None] | None,
     ):
         self.path = path
         self.formats: Counter[str] = Counter()
         self.rejected = 0
+        self.line = 0
         self._on_bad_row = on_bad_row
         self._columns = columns
         self._max_bad_rows = max_bad_rows
         self._on_rejected = on_rejected
+        self._refuse = refuse
         self._first_rejected: list[RejectedRow] = []
-        self._any_unknown = False
+        self._unknown: Row | None = None
         self._rows = self._read(open_records(path))
 
     def __iter__(self) -> "ConversationReader":
@@ -119,10 +128,14 @@ class ConversationReader(Iterator[Row]):
             if record.problem:
                 raise BadRow(record.problem)
             known, row = convert_row(record.value, self._columns)
+            if self._refuse and (reason := self._refuse(row)):
+                raise BadRow(reason)
         except BadRow as error:
-            self._any_unknown |= isinstance(error, UnknownFormat)
-            self._reject(RejectedRow(str(self.path), record.line, str(error), record.text))
+            if isinstance(error, UnknownFormat) and self._unknown is None:
+                self._unknown = record.value
+            self._reject(RejectedRow(str(self.path), record.line, str(error), _written(record)))
             return None
+        self.line = record.line
         self.formats[known.name] += 1
         return row
 
@@ -153,10 +166,20 @@ class ConversationReader(Iterator[Row]):
         lines = [head, *(f"  {rejected}" for rejected in self._first_rejected)]
         if more := self.rejected - len(self._first_rejected):
             lines.append(f"  ... and {more:,} more")
-        if self._any_unknown:
-            lines.append("Map the columns with columns: {known key: your key}. Known keys: " + known_formats())
+        if self._unknown is not None:
+            lines.append(_mapping_hint(self._unknown))
         lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
+
+
+def _mapping_hint(row: Row) -> str:
+    likely = ", ".join(f"{key}: {name}" for key, name in likely_columns(row).items())
+    how = f"perhaps columns: {{{likely}}}" if likely else "columns: {known key: your key}; none looks like a question"
+    return f"Map the columns in the recipe: {how}. Known keys: {known_formats()}"
+
+
+def _written(record: Record) -> str:
+    return json.dumps(record.value, ensure_ascii=False, default=str) if record.text is None else record.text
 
 
 def _rows(number: int) -> str:

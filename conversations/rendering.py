@@ -7,17 +7,14 @@ properties follow for every tokenizer. No token lies half in and half out of the
 with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer.
 For the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places.
 
-Text cannot forge control tokens: only the template writes begin and end tokens. Where a message contains the
-string of a special token (or of an added token of the shape <｜...｜>, such as the fill-in-the-middle tokens,
-which the released tokenizer does not call special), it is cut inside that string and becomes ordinary text,
-which decodes to the same characters.
+Text cannot forge control tokens (conversations/encoding.py): only the template writes begin and end tokens.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Literal, get_args
 
+from conversations.encoding import control_pattern, encode_pieces, special_ids_of
 from conversations.errors import ToolkitError
 from conversations.template import Part, layout
 
@@ -25,11 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["all_assistant", "last_assistant"]
-
-_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
-
-# tokenizer -> (its size when the pattern was made, the pattern that finds its control tokens)
-_control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = WeakKeyDictionary()
 
 
 def render_conversation(
@@ -60,11 +52,11 @@ def render_conversation(
     parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
     turns = {part.turn for part in parts if part.turn is not None}
     trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
-    special_ids = _special_ids(tokenizer)
-    runs = _runs(parts, contents, special_ids, _control_pattern(tokenizer))
+    special_ids = special_ids_of(tokenizer)
+    runs = _runs(parts, contents, special_ids, control_pattern(tokenizer))
     input_ids: list[int] = []
     assistant_mask: list[int] = []
-    for (turn, _), ids in zip(runs, _encode([piece for _, piece in runs], tokenizer), strict=True):
+    for (turn, _), ids in zip(runs, encode_pieces([piece for _, piece in runs], tokenizer), strict=True):
         input_ids += ids
         assistant_mask += [int(turn is not None and turn in trained)] * len(ids)
     return {"input_ids": input_ids, "assistant_mask": assistant_mask}
@@ -76,14 +68,6 @@ def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
             if not isinstance(message.get(key), str):
                 raise ToolkitError(f"message {number}: {key} must be a string, not {message.get(key)!r}")
     return [message["content"] for message in messages]
-
-
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
-    """The ids of "bos" (none where the tokenizer has none: it begins without one) and "eos"."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise ToolkitError("the tokenizer has no end token; set its eos_token")
-    return {"bos": [bos] if isinstance(bos, int) else [], "eos": [eos]}
 
 
 def _runs(
@@ -109,33 +93,3 @@ def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str)
         runs[-1] = (turn, last + text)
     else:
         runs.append((turn, text))
-
-
-def _encode(pieces: list[str | int], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of each piece; an id stands for itself."""
-    texts = [piece for piece in pieces if isinstance(piece, str)]
-    encoded: Any = {"input_ids": []}
-    if texts:
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    own = {token for ids in _special_ids(tokenizer).values() for token in ids}
-    for text, ids in zip(texts, encoded["input_ids"], strict=True):
-        if not own.isdisjoint(ids):
-            raise ToolkitError(
-                f"the tokenizer makes its begin or end token out of the plain text {text[:80]!r}; "
-                "the end of an answer could not be told from its words: use another begin and end token"
-            )
-    encoded_texts = iter(encoded["input_ids"])
-    return [[piece] if isinstance(piece, int) else list(next(encoded_texts)) for piece in pieces]
-
-
-def _control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """A pattern that splits text behind the first character of every control token (see the file's head)."""
-    size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
-    if size != len(tokenizer):
-        added = tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
-        # Empty matches, behind the first character of a token: so tokens are found where they overlap, too.
-        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens if len(token) > 1]
-        pattern = re.compile("|".join(places) or "(?!)")
-        _control_patterns[tokenizer] = (len(tokenizer), pattern)
-    return pattern

@@ -47,7 +47,7 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, at run time only.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     experts_file: str | None = Field(
-        default=None, description="File that names the experts to train, layer by layer; not supported yet."
+        default=None, description="Train the adapters of these routed experts only: a file of `dsv2 experts`."
     )
 
     @field_validator("targets")
@@ -57,13 +57,6 @@ class LoraSection(Section):
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return targets
-
-    @field_validator("experts_file")
-    @classmethod
-    def _experts_file_is_not_there_yet(cls, experts_file: str | None) -> str | None:
-        if experts_file is not None:
-            raise ValueError("training chosen experts only is not supported yet; leave experts_file out")
-        return experts_file
 
     @model_validator(mode="after")
     def _one_value_for_each_target(self) -> "LoraSection":
@@ -76,18 +69,39 @@ class LoraSection(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _experts_file_needs_experts(self) -> "LoraSection":
+        if self.experts_file is not None and not any(target.split(".")[0] == "experts" for target in self.targets):
+            raise ValueError(f"experts_file needs experts among the targets, which are {sorted(self.targets)}")
+        return self
+
+
+class FimSection(Section):
+    """Fill-in-the-middle on plain text, with DeepSeek-Coder's tokens."""
+
+    rate: float = Field(default=0.5, gt=0, le=1, description="Share of the rows that are turned into it.")
+    mode: Literal["psm", "spm"] = Field(
+        default="psm", description="Prefix, suffix, middle (as DeepSeek-Coder was trained), or suffix, prefix, middle."
+    )
+
 
 class DataSource(Section):
     """One source of rows. `path` is a file, a hub data set, or `tiny:NAME` from the demo's generator."""
 
     path: str = Field(
         min_length=1,
-        description="jsonl or json file (also .gz), hub data set (OWNER/NAME or OWNER/NAME:CONFIG), or "
-        "tiny:NAME?seed=7&n=1000; relative files are relative to the recipe.",
+        description="jsonl, json, csv, tsv or parquet file (also with .gz or .zst), hub data set (OWNER/NAME or "
+        "OWNER/NAME:CONFIG), or tiny:NAME?seed=7&n=1000; relative files are relative to the recipe.",
     )
-    split: str | None = Field(default=None, description="Split of a hub data set, such as train or test[:100].")
-    weight: float = Field(
-        default=1.0, gt=0, description="How often each row counts: 0.5 takes a seeded half, 2 takes every row twice."
+    split: str | None = Field(
+        default=None,
+        description="train[:90%] and train[90%:] part rows by their first question; test[:100] takes rows by number.",
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Share in the mixture, relative to the others (1 where only they say one). The source with the "
+        "largest weight is used once, the others are sampled or repeated. Without any, all are used once.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name: the file's name, for files in a form of their own."
@@ -98,16 +112,7 @@ class DataSource(Section):
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="With on_bad_row: skip, more bad rows than this (a number, or a share) stop the run."
     )
-    fim: float | None = Field(
-        default=None, ge=0, le=1, description="Share of rows turned into fill-in-the-middle; not supported yet."
-    )
-
-    @field_validator("fim")
-    @classmethod
-    def _fim_is_not_there_yet(cls, fim: float | None) -> float | None:
-        if fim is not None:
-            raise ValueError("fill-in-the-middle is not supported yet; leave fim out")
-        return fim
+    fim: FimSection | None = Field(default=None, description="Fill-in-the-middle, for rows of plain text.")
 
     @model_validator(mode="after")
     def _limit_needs_skip(self) -> "DataSource":
@@ -142,6 +147,9 @@ class TrainingRecipe(StageRecipe):
     """What the recipes of sft, reward and rl share."""
 
     lora: LoraSection | None = Field(default=None, description="Adapters to train; null trains all weights.")
+    experts_file: str | None = Field(
+        default=None, description="Without lora: train all weights of these routed experts and nothing else (ESFT)."
+    )
     data: list[DataSource] = Field(min_length=1, description="What to train on.")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config the stage feeds, but those we own."
@@ -149,6 +157,12 @@ class TrainingRecipe(StageRecipe):
     max_seconds: float | None = Field(
         default=None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
     )
+
+    @model_validator(mode="after")
+    def _one_experts_file(self) -> "TrainingRecipe":
+        if self.experts_file is not None and self.lora is not None:
+            raise ValueError("experts_file is for full fine-tuning (lora: null); with adapters write lora.experts_file")
+        return self
 
 
 class SupervisedRecipe(TrainingRecipe):

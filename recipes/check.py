@@ -1,21 +1,29 @@
-"""`dsv2 check`: a recipe and its data, without loading weights or making a model."""
+"""`dsv2 check`: a recipe and its data, without loading weights or making a model.
+
+What it prints also goes to a page, OUTPUT_DIR.check.html: beside the run directory, which stays empty.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversations.errors import ToolkitError
+from recipes.check_page import DataView, StageView, write_page
 from recipes.data import Mixture, read_sources
+from recipes.histogram import bins, text_lines
 from recipes.loader import Loaded
+from recipes.measure import Example, Figures, Plan, encoder, measure, plan
+from recipes.needs import refusal_of
 from recipes.quiet import quiet_libraries
+from recipes.report import UNPRINTABLE
 
-SAMPLED = 2000
-Row = dict[str, Any]
+_SHOWN = 600  # characters of an example on the terminal
+# Around trained text on the terminal.
+_TRAINED = ("\u27e6", "\u27e7")
 
 
 def check(loaded: Loaded) -> None:
-    """Print what the recipe would do.
+    """Print what the recipe would do, and write it as a page.
 
     Raises:
         ToolkitError, ModelError: whatever would stop the run before its first step.
@@ -24,61 +32,65 @@ def check(loaded: Loaded) -> None:
     if loaded.recipe.stage == "chain":
         from recipes.chain import plan_stages
 
+        views = []
         for name, stage in plan_stages(loaded):
             print(f"-- {name} ({stage.path.name})")
-            _check_stage(stage)
+            views.append(_check_stage(name, stage))
     else:
-        _check_stage(loaded)
-    print(f"{loaded.path}: ok")
+        views = [_check_stage(loaded.path.stem, loaded)]
+    page = write_page(Path(loaded.recipe.output_dir), str(loaded.path), views)
+    print(f"{loaded.path}: ok; {page}")
 
 
-def _check_stage(loaded: Loaded) -> None:
+def _check_stage(name: str, loaded: Loaded) -> StageView:
     from recipes.run import check_recipe
 
     for note in loaded.notes:
         print(f"smoke: {note}")
     recipe = loaded.recipe
     check_recipe(recipe)
-    tokenizer = _tokenizer(recipe)
-    for key, entries, limit in _sources(recipe):
-        mixture = read_sources(entries, recipe.seed, key)
-        for line in mixture.lines:
-            print(f"{key}: {line}")
-        if key == "data":
-            check_rows(recipe, mixture.rows)
-        rows = mixture.rows[:limit]
-        lengths = _lengths(recipe.stage, rows, tokenizer) if tokenizer else []
-        if lengths:
-            print(f"{key}: {length_summary(lengths, len(rows), _max_length(recipe))}")
+    max_length = _max_length(recipe)
+    view = StageView(name, recipe.stage, loaded.path.name, max_length, getattr(recipe, "format", None))
+    tokenizer, view.missing = _tokenizer(recipe)
+    if view.missing:
+        print(f"model: {view.missing}")
+    for key, entries, limit, metric in _sources(recipe):
+        mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric))
+        figures = None
+        if tokenizer:
+            figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, limit)
+        lines = [f"{key}: {line}" for line in (*mixture.lines, *_told(recipe, mixture, figures, max_length))]
+        print("\n".join(lines))
+        view.data.append(DataView(key, mixture, figures))
         if key == "data" and recipe.stage != "eval":
-            print(_steps(recipe, mixture, lengths))
+            view.plan = plan(recipe, len(mixture.rows), figures)
+            print(plan_line(recipe, view.plan, figures))
+            print("\n".join(_examples(figures.examples if figures else ())), end="")
+    return view
 
 
-def check_rows(recipe: Any, rows: Sequence[Row]) -> None:
-    """Refuse rows that the stage has no use for.
-
-    Raises:
-        ToolkitError: the first row that lacks a key the stage needs.
-    """
-    needed = {
-        "sft": ("messages",),
-        "reward": ("completion",) if getattr(recipe, "loss", "") == "pointwise" else ("chosen", "rejected"),
-    }.get(recipe.stage, ())
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in needed if key not in row]
-        if missing:
-            raise ToolkitError(
-                f"data: row {number} has no {' and no '.join(missing)} (it has {', '.join(row)}), which stage "
-                f"{recipe.stage} needs"
-            )
+def _told(recipe: Any, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
+    """The token figures in words, line by line."""
+    if figures is None:
+        return
+    if figures.step > 1:
+        yield f"many rows: tokens are those of every {figures.step}th row, times {figures.step}"
+    for source, file in enumerate(mixture.files):
+        tokens, trained = figures.tokens_of(source)
+        of_these = f", {trained:,} of them trained" if recipe.stage == "sft" else ""
+        yield f"{Path(file['path']).name}: {figures.about}{tokens:,} tokens in {file['used']:,} rows{of_these}"
+    spread = bins(figures.report.lengths, figures.scale)
+    yield length_summary(figures.report.lengths, max_length)
+    yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
+    if recipe.stage in ("sft", "reward"):
+        yield f"format.too_long: {recipe.format.too_long}: {figures.report.summary(max_length)}"
 
 
-def length_summary(lengths: Sequence[int], rows: int, max_length: int | None) -> str:
-    """Token lengths in one line; `rows` of which `lengths` may be a sample."""
+def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
+    """Token lengths of rows in one line."""
     ordered = sorted(lengths)
-    of = f"{len(ordered):,} of {rows:,} rows" if len(ordered) < rows else f"{rows:,} rows"
     text = (
-        f"tokens of {of}: shortest {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, "
+        f"tokens of {len(ordered):,} rows: shortest {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, "
         f"95 % up to {ordered[math.ceil(0.95 * len(ordered)) - 1]:,}, longest {ordered[-1]:,}"
     )
     if max_length is None:
@@ -87,82 +99,60 @@ def length_summary(lengths: Sequence[int], rows: int, max_length: int | None) ->
     return f"{text}; {over:,} longer than max_length {max_length:,}"
 
 
-def _sources(recipe: Any) -> Iterator[tuple[str, Any, int | None]]:
-    """(key, entries, row limit) of every list of data in a recipe."""
-    if recipe.data:
-        yield "data", recipe.data, None
+def plan_line(recipe: Any, plan: Plan, figures: Figures | None) -> str:
+    """How long the run is: "training: 500 steps of batch 64 (40 an epoch of 120,000 tokens, 12.5 epochs)"."""
+    guessed = figures is None or figures.step > 1
+    tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and recipe.stage != "rl" else ""
+    packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
+    limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
+    return (
+        f"training: {'about ' if guessed else ''}{plan.steps:,} steps of batch {plan.batch} "
+        f"({plan.steps_per_epoch:,} an epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"
+    )
+
+
+def _examples(examples: Sequence[Example]) -> Iterator[str]:
+    """The examples as text, trained parts between marks."""
+    for number, example in enumerate(examples, start=1):
+        text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
+        text = UNPRINTABLE.sub("\ufffd", text)
+        more = " ..." if len(text) > _SHOWN or example.more else ""
+        yield f"example {number} ({example.origin}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"
+
+
+def _sources(recipe: Any) -> Iterator[tuple[str, Any, int | None, str | None]]:
+    """(key, entries, row limit, metric) of every list of data in a recipe."""
+    if recipe.stage == "eval":
+        for index, task in enumerate(recipe.tasks):
+            yield (f"tasks.{index}.data" if task.data else "data"), task.data or recipe.data, task.limit, task.metric
+        return
+    yield "data", recipe.data, None, None
     if getattr(recipe, "eval_data", None):
-        yield "eval_data", recipe.eval_data, None
-    for index, task in enumerate(getattr(recipe, "tasks", ())):
-        if task.data:
-            yield f"tasks.{index}.data", task.data, task.limit
+        yield "eval_data", recipe.eval_data, None, None
 
 
-def _tokenizer(recipe: Any) -> Any:
-    """The model's tokenizer where the model is on this machine."""
+def _tokenizer(recipe: Any) -> tuple[Any, str]:
+    """The model's tokenizer, or that of the preset that would make it; or None, and why there is none."""
+    from conversations.infill import fim_ids
     from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
 
-    path = Path(recipe.model.path)
+    path, preset = Path(recipe.model.path), recipe.model.preset
     if path.exists():
         source = resolve_source(path)
-        if Path(source.tokenizer_dir).exists():
-            return load_tokenizer(source)
-    how = f"preset {recipe.model.preset} would make it" if recipe.model.preset else "it would be fetched from the hub"
-    if not recipe.model.preset:
-        resolve_source(path)
-    print(f"model: {path} is not here ({how}); token lengths are not counted")
-    return None
+        tokenizer = load_tokenizer(source) if Path(source.tokenizer_dir).exists() else None
+    elif preset:
+        from recipes.tiny.tokenizer import build_tokenizer
 
-
-def _lengths(stage: str, rows: Sequence[Row], tokenizer: Any) -> list[int]:
-    from conversations.rendering import render_conversation
-
-    step = max(1, len(rows) // SAMPLED)
-    chosen = [_conversation(stage, rows[index], index + 1) for index in range(0, len(rows), step)]
-    return [len(render_conversation(messages, tokenizer)["input_ids"]) for messages in chosen]
-
-
-def _conversation(stage: str, row: Row, number: int) -> list[Row]:
-    from conversations.prompts import prompt_of
-
-    if stage in ("sft", "reward") and "messages" in row:
-        return row["messages"]
-    answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
-    longest = max(answers, key=lambda turns: len(str(turns)), default=[])
-    prompt = prompt_of(row, number)
-    return prompt if stage == "rl" else [*prompt, *longest]
+        tokenizer = build_tokenizer(preset)
+    else:
+        resolve_source(path)  # refuses what is no name of the hub
+        tokenizer = None
+    if tokenizer and any(entry.fim for entry in (*recipe.data, *getattr(recipe, "eval_data", ()))):
+        fim_ids(tokenizer)
+    return tokenizer, "" if tokenizer else f"{path} is not on this machine; its tokens are not counted"
 
 
 def _max_length(recipe: Any) -> int | None:
-    if recipe.stage not in ("sft", "reward"):
-        return None
-    from recipes.training_fields import config_class
+    from recipes.training_fields import setting
 
-    return recipe.training.get("max_length", config_class(recipe.stage).max_length)
-
-
-def _steps(recipe: Any, mixture: Mixture, lengths: Sequence[int]) -> str:
-    """How many updates the run has, as far as it can be told without packing the rows."""
-    from recipes.ranks import world_size
-    from recipes.training_fields import config_class
-
-    config = config_class(recipe.stage)
-
-    def setting(name: str) -> Any:
-        return recipe.training.get(name, getattr(config, name, None))
-
-    batch = setting("per_device_train_batch_size") * setting("gradient_accumulation_steps") * world_size()
-    samples = float(len(mixture.rows))
-    about = ""
-    if recipe.stage == "rl":
-        samples *= setting("num_generations") * setting("num_iterations")
-    elif recipe.stage == "sft" and setting("packing") and lengths and setting("max_length"):
-        mean = sum(min(length, setting("max_length")) for length in lengths) / len(lengths)
-        samples, about = samples * mean / setting("max_length"), "about "
-    epochs = setting("num_train_epochs")
-    steps = setting("max_steps")
-    if steps is None or steps <= 0:
-        steps = math.ceil(math.ceil(samples / batch) * epochs)
-    passes = steps * batch / samples if samples else 0
-    limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
-    return f"training: {about}{steps:,} steps of batch {batch} ({passes:.2f} times through the data){limit}"
+    return setting(recipe, "max_length") if recipe.stage in ("sft", "reward") else None

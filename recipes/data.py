@@ -1,37 +1,43 @@
 """Data entries of a recipe -> rows: files, generated data and hub data sets, mixed by weight."""
 
-import json
 import random
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from conversations.errors import ToolkitError
+from conversations.infill import with_hole
 from conversations.reading import RejectedRow, load_conversations
 from conversations.sections import DataSource
-from recipes.files import atomic_path
+from recipes.hub import hub_file
 from recipes.manifest import file_sha256
+from recipes.mixing import chosen, rows_used
 from recipes.paths import GENERATED, is_hub_name
 from recipes.ranks import is_main, wait_for_all
+from recipes.rowstore import MixedRows, RowStore
+from recipes.splits import Split, parse_split
 
 CACHE = Path("runs")
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
 Row = dict[str, Any]
+Refuse = Callable[[Row], str | None]
 
 
 @dataclass
 class Mixture:
     """The rows of a list of sources, and how they came to be.
 
-    rows: shuffled when there is more than one source, else in the file's order. rejected: rows left out.
-    files: for each source {path, sha256, rows, used}. lines: what to tell the user.
+    rows: canonical rows with their `origin` (file:line); shuffled when there is more than one source, else in the
+    file's order. rejected: rows left out. files: for each source {path, sha256, formats, rows, left_out, used}.
+    lines: what to tell the user.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: MixedRows
     rejected: list[RejectedRow] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -39,40 +45,40 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source with the local file that holds its rows."""
+    """A source with the local file that holds its rows, and which of the file's rows it takes. key: data.0"""
 
     entry: DataSource
     file: Path
+    split: Split
+    key: str
 
 
-def read_sources(entries: Sequence[DataSource], seed: int, key: str = "data") -> Mixture:
+def read_sources(entries: Sequence[DataSource], seed: int, key: str = "data", refuse: Refuse | None = None) -> Mixture:
     """Read all sources and mix them.
 
     Args:
         entries: the recipe's data entries.
-        seed: of generated data without a seed of its own, of samples by weight, and of the order.
+        seed: of generated data without a seed of its own, of samples by weight, of fill-in-the-middle, and of the
+            order.
         key: where in the recipe the entries stand, for errors and for the order of each list.
+        refuse: says why a row is of no use to the stage, which makes it a bad row.
 
     Raises:
         ToolkitError: a missing file, an unreadable row, an empty source.
     """
-    sources = [_Source(entry, local_file(entry, seed, f"{key}.{i}")) for i, entry in enumerate(entries)]
-    mixture = Mixture()
-    for index, source in enumerate(sources):
-        rows = _read(source, mixture)
-        rng = random.Random(f"{seed}/{key}/{index}")
-        used = weighted(rows, source.entry.weight, rng)
-        mixture.files.append(
-            {
-                "path": source.entry.path,
-                "sha256": file_sha256(source.file),
-                "rows": len(rows),
-                "used": len(used),
-            }
-        )
-        mixture.rows += used
-    if len(sources) > 1:
-        random.Random(f"{seed}/{key}").shuffle(mixture.rows)
+    sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
+    store, starts = RowStore(), []
+    mixture = Mixture(MixedRows(store, array("Q"), ()))
+    for source in sources:
+        starts.append(len(store))
+        rng = random.Random(f"{seed}/{source.key}/fim")
+        for row in _read(source, mixture, refuse):
+            store.append(with_hole(row, source.entry.fim.rate, source.entry.fim.mode, rng) if source.entry.fim else row)
+        mixture.files[-1]["rows"] = len(store) - starts[-1]
+        if len(store) == starts[-1]:
+            raise ToolkitError(f"{source.key}.split: no row of {source.entry.path} falls into {source.entry.split!r}")
+    order = _mixed(mixture, [entry.weight for entry in entries], starts, f"{seed}/{key}")
+    mixture.rows = MixedRows(store, order, starts)
     mixture.lines += _shares(mixture)
     return mixture
 
@@ -81,52 +87,81 @@ def local_file(entry: DataSource, seed: int, key: str) -> Path:
     """The file that holds a source's rows; generated data and hub data sets are written to one first.
 
     Raises:
-        ToolkitError: no such file, generator or data set.
+        ToolkitError: no such file, generator or data set, or a split that it does not have.
     """
-    if entry.path.startswith(GENERATED):
-        return _generated(entry.path, seed, key)
+    return _find(entry, seed, key).file
+
+
+def _mixed(mixture: Mixture, weights: Sequence[float | None], starts: Sequence[int], seed: str) -> array:
+    """The order of the mixture, as numbers of rows in the store."""
+    order = array("Q")
+    counts = rows_used([file["rows"] for file in mixture.files], weights)
+    for index, (file, start, count) in enumerate(zip(mixture.files, starts, counts, strict=True)):
+        file["used"] = count
+        order.extend(start + row for row in chosen(file["rows"], count, random.Random(f"{seed}/{index}")))
+    if len(starts) > 1:
+        random.Random(seed).shuffle(order)
+    return order
+
+
+def _find(entry: DataSource, seed: int, key: str) -> _Source:
+    split = parse_split(entry.split, f"{key}.split")
     path = Path(entry.path)
-    if not path.exists() and is_hub_name(entry.path):
-        return _from_hub(entry, key)
-    if entry.split is not None:
-        raise ToolkitError(f"{key}.split: {entry.split!r} is for hub data sets; {entry.path} is a file")
-    if not path.exists():
-        raise ToolkitError(f"{key}.path: no such file: {entry.path}")
-    return path
+    if not entry.path.startswith(GENERATED) and not path.exists():
+        if not is_hub_name(entry.path):
+            raise ToolkitError(f"{key}.path: no such file: {entry.path}")
+        file = _on_main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
+        return _Source(entry, file, Split(shares=split.shares), key)
+    if split.name not in ("", "train"):
+        raise ToolkitError(
+            f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets. "
+            "Write train[:90%] and train[90%:]"
+        )
+    return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
 
 
-def weighted(rows: Sequence[Row], weight: float, rng: random.Random) -> list[Row]:
-    """Every row floor(weight) times, and a random share of them once more: 0.5 is half of the rows, at least one."""
-    whole, part = divmod(weight, 1)
-    extra = round(part * len(rows)) if whole else max(1, round(part * len(rows)))
-    chosen = sorted(rng.sample(range(len(rows)), extra))
-    return list(rows) * int(whole) + [rows[i] for i in chosen]
-
-
-def _read(source: _Source, mixture: Mixture) -> list[Row]:
+def _read(source: _Source, mixture: Mixture, refuse: Refuse | None) -> Iterator[Row]:
+    """The source's rows with their origin; what was read goes to `mixture` at the end."""
+    entry = source.entry
     reader = load_conversations(
         source.file,
-        source.entry.on_bad_row,
-        columns=source.entry.columns,
-        max_bad_rows=source.entry.max_bad_rows,
-        on_rejected=mixture.rejected.append,
+        entry.on_bad_row,
+        columns=entry.columns,
+        max_bad_rows=entry.max_bad_rows,
+        on_rejected=mixture.rejected.append if entry.on_bad_row == "skip" else None,
+        refuse=_without_text(refuse) if entry.fim else refuse,
     )
-    rows = list(reader)
+    yield from source.split.select(row | {"origin": f"{source.file.name}:{reader.line}"} for row in reader)
     mixture.lines.append(reader.summary())
-    return rows
+    mixture.files.append(
+        {
+            "path": entry.path,
+            "sha256": file_sha256(source.file),
+            "formats": dict(reader.formats),
+            "left_out": reader.rejected,
+        }
+    )
+
+
+def _without_text(refuse: Refuse | None) -> Refuse:
+    def refused(row: Row) -> str | None:
+        if "text" not in row:
+            return "fim is for rows of plain text, which have a key text"
+        return refuse(row) if refuse else None
+
+    return refused
 
 
 def _shares(mixture: Mixture) -> list[str]:
     """One line for each source of a mixture of several, or of one that is not used as it is."""
     total = len(mixture.rows)
-    if len(mixture.files) == 1 and mixture.files[0]["rows"] == total:
-        return []
-    return [_share(file, total) for file in mixture.files]
+    return [_share(file, total) for file in mixture.files] if len(mixture.files) > 1 else []
 
 
 def _share(file: dict[str, Any], total: int) -> str:
-    share = 100 * file["used"] / total
-    return f"{Path(file['path']).name}: {file['used']:,} of {file['rows']:,} rows used, {share:.1f} % of the mixture"
+    rows, used = file["rows"], file["used"]
+    often = f"{used:,} of {rows:,} rows used" if used <= rows else f"{rows:,} rows used {used / rows:.3g} times each"
+    return f"{Path(file['path']).name}: {often}, {100 * used / total:.1f} % of the mixture"
 
 
 def _generated(path: str, seed: int, key: str) -> Path:
@@ -142,31 +177,6 @@ def _generated(path: str, seed: int, key: str) -> Path:
     count = numbers.get("n")
     folder = CACHE / "tiny" / "data" / f"seed-{chosen}"
     return _on_main_first(lambda: materialize(match["name"], chosen, count, folder))
-
-
-def _from_hub(entry: DataSource, key: str) -> Path:
-    """Load a hub data set and write its rows as JSON lines."""
-    name, _, config = entry.path.partition(":")
-    split = entry.split or "train"
-    label = re.sub(r"[^\w.-]+", "_", f"{name}-{config}-{split}" if config else f"{name}-{split}")
-    return _on_main_first(lambda: _download(name, config or None, split, CACHE / "hub" / f"{label}.jsonl", key))
-
-
-def _download(name: str, config: str | None, split: str, file: Path, key: str) -> Path:
-    if file.exists():
-        return file
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:  # whatever the hub, the network or a missing name raises, the user has to mend it
-        reason = " ".join(str(error).split())
-        raise ToolkitError(
-            f"{key}.path: no file {name}, and no hub data set of this name can be loaded: {reason}"
-        ) from error
-    with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    return file
 
 
 def _on_main_first(make: Any) -> Path:

@@ -89,6 +89,11 @@ def config_class(stage: str) -> Any:
     return getattr(trl, CONFIG_CLASSES[stage])
 
 
+def setting(recipe: Any, name: str) -> Any:
+    """The recipe's value of a field of its TRL config, or that config's default; None where it has no such field."""
+    return recipe.training.get(name, getattr(config_class(recipe.stage), name, None))
+
+
 _LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 

@@ -42,7 +42,7 @@ def encode_pairs(
                 "or loss: pointwise for judged answers"
             )
         pair = [answer_ids(row["prompt"], row[key], tokenizer, None) for key in PAIR[1:]]
-        kept = _fitted(pair, max_length, too_long, report)
+        kept = fitted(pair, max_length, too_long, report)
         if kept:
             found.append({"chosen_ids": kept[0], "rejected_ids": kept[1]})
     return _dataset(found, report, max_length), report
@@ -67,7 +67,7 @@ def encode_judged(
             )
         verdicts.add(verdict)
         ids = answer_ids(row["prompt"], row["completion"], tokenizer, None)
-        kept = _fitted([ids], max_length, too_long, report)
+        kept = fitted([ids], max_length, too_long, report)
         if kept:
             found.append({"input_ids": kept[0], "target": float(row[verdict])})
     if len(verdicts) > 1:
@@ -75,7 +75,7 @@ def encode_judged(
     return _dataset(found, report, max_length), next(iter(verdicts), ""), report
 
 
-def _fitted(
+def fitted(
     sequences: list[list[int]], max_length: int | None, too_long: TooLong, report: LengthReport
 ) -> list[list[int]]:
     """The sequences of a row, cut at the beginning; none when the row is left out."""

@@ -1,14 +1,18 @@
 """Canonical rows -> the dataset of token ids and labels that SFTTrainer takes as it is."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 
-from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.lengths import LengthReport, TooLong, fit
+from conversations.fitting import Fitter
+from conversations.lengths import LengthReport, TooLong
 from conversations.rendering import TrainOn
 
 if TYPE_CHECKING:
@@ -16,18 +20,17 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 IGNORED = -100  # torch's cross-entropy leaves out labels of this value
-_CHUNK = 10_000
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
-def messages_of(row: Row, number: int) -> list[Row]:
-    """The conversation of a row. Raises ToolkitError for a row of another form."""
-    if "messages" not in row:
+def check_row(row: Row, number: int) -> Row:
+    """The row, which holds a conversation or plain text. Raises ToolkitError for a row of another form."""
+    if "messages" not in row and "text" not in row:
         raise ToolkitError(
             f"row {number} is no conversation (it has {', '.join(sorted(row))}); supervised fine-tuning needs "
-            "messages: use `dsv2 reward` for preferences"
+            "messages or text: use `dsv2 reward` for preferences"
         )
-    return row["messages"]
+    return row
 
 
 def encode_rows(
@@ -40,20 +43,31 @@ def encode_rows(
 ) -> tuple[Dataset, LengthReport]:
     """Columns input_ids and labels (-100 where nothing is trained), and what became of the rows.
 
+    The dataset lies in a temporary file, which goes when the process ends: memory does not grow with it.
+
     Raises:
-        ToolkitError: a row without messages, or no row with anything to train.
+        ToolkitError: a row without messages or text, or no row with anything to train.
     """
     report = LengthReport()
+    fitter = Fitter(tokenizer, max_length, too_long, train_on)
 
-    def pieces() -> Iterator[Row]:
+    def encoded() -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
-            rendered = render_conversation(messages_of(row, number), tokenizer, train_on=train_on)
-            ids_and_mask = rendered["input_ids"], rendered["assistant_mask"]
-            for ids, mask in fit(*ids_and_mask, max_length, too_long, report):
+            for ids, mask in fitter.pieces(check_row(row, number), report):
                 yield {"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]}
 
-    source = pieces()
-    chunks = [Dataset.from_list(c, features=_FEATURES) for c in iter(lambda: list(islice(source, _CHUNK)), [])]
-    if not chunks:
+    data = _on_disk(encoded())
+    if not len(data):
         raise ToolkitError(f"no row is left to train on: {report.summary(max_length)}")
-    return concatenate_datasets(chunks), report
+    return data, report
+
+
+def _on_disk(rows: Iterable[Row]) -> Dataset:
+    directory = Path(tempfile.mkdtemp(prefix="dsv2-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    file = str(directory / "rows.arrow")
+    with ArrowWriter(path=file, features=_FEATURES) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    return Dataset.from_file(file)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from conversations.formats import FORMATS, UnknownFormat, convert_row
+from conversations.badrow import BadRow
+from conversations.formats import FORMATS, UnknownFormat, convert_row, likely_columns
 from conversations.prompts import prompt_of
-from conversations.turns import BadRow
 
 
 def user(text: str) -> dict[str, str]:
@@ -99,6 +99,38 @@ KNOWN = [
     ({"messages": [user("Q"), assistant("A")], "label": False}, "messages with label", JUDGED | {"label": False}),
     ({"prompt": "Q", "completion": "A", "label": 1}, "prompt/completion with label", JUDGED | {"label": True}),
     ({"prompt": "Q", "completion": "A", "score": 3}, "prompt/completion with score", JUDGED | {"score": 3.0}),
+    # As in a CSV file, where all values are strings.
+    ({"prompt": "Q", "completion": "A", "score": "-3.5"}, "prompt/completion with score", JUDGED | {"score": -3.5}),
+    ({"prompt": "Q", "completion": "A", "label": "False"}, "prompt/completion with label", JUDGED | {"label": False}),
+    ({"question": "Q", "answer": "A", "system": "", "tools": "", "reference": ""}, "question/answer", QA),
+    ({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'}, "messages", QA),
+    # LLMBar, AlpacaFarm, PKU-SafeRLHF.
+    ({"input": "Q", "output_1": "good", "output_2": "bad", "label": 1}, "ranked pairs (label)", PAIR),
+    (
+        {"instruction": "Q", "input": "", "output_1": "bad", "output_2": "good", "preference": 2},
+        "ranked pairs (preference)",
+        PAIR,
+    ),
+    (
+        {"prompt": "Q", "response_0": "bad", "response_1": "good", "better_response_id": 1},
+        "ranked pairs (better_response_id)",
+        PAIR,
+    ),
+    (
+        {"instruction": "Q", "input": "more", "output": "A", "history": [["P", "B"]]},
+        "instruction/output",
+        {"messages": [user("P"), assistant("B"), user("Q\nmore"), assistant("A")]},
+    ),
+    ({"text": "def f(): pass\n"}, "plain text", {"text": "def f(): pass\n"}),
+    (
+        {"question_id": 81, "turns": ["Q", "R"], "reference": ["42", "43"]},
+        "MT-Bench questions (the first turn)",
+        {
+            "messages": [user("Q")],
+            "reference": "42",
+            "meta": {"turns": ["Q", "R"], "references": ["42", "43"], "question_id": 81},
+        },
+    ),
 ]
 
 
@@ -157,9 +189,16 @@ BAD = [
     ({"messages": "Q"}, "messages must be a list of turns, not 'Q'"),
     ({"messages": ["Q"]}, r"messages\[0\] must be an object with role and content, not 'Q'"),
     ({"messages": [{"content": "Q"}]}, r"messages\[0\] has no role: its keys are content"),
-    ({"messages": [{"role": "tool", "content": "3"}]}, r"messages\[0\]: unknown role 'tool'"),
+    ({"messages": [{"role": "bot", "content": "3"}]}, r"messages\[0\]: unknown role 'bot'"),
     ({"messages": [user("Q"), {"role": "assistant", "content": None}]}, r"messages\[1\] \(assistant\) content must be"),
-    ({"messages": [user("Q"), assistant("A") | {"tool_calls": [{}]}]}, r"messages\[1\] has tool_calls"),
+    ({"messages": [user("Q"), assistant("A") | {"refusal": "no"}]}, r"messages\[1\] has refusal, which is not"),
+    ({"messages": [user("Q"), assistant("A") | {"weight": 0}]}, r"messages\[1\] has weight 0"),
+    ({"instruction": "Q", "output": "A", "history": ["P"]}, "history must be a list of"),
+    ({"instruction": "Q", "output_1": "a", "output_2": "b", "label": 0}, "label must be 1 or 2, the number of the"),
+    ({"prompt": "Q", "response_0": "a", "response_1": "b", "safer_response_id": 2}, "safer_response_id must be 0 or 1"),
+    ({"prompt": "Q", "completion": "A", "score": "high"}, "score must be a finite number, not 'high'"),
+    ({"text": " "}, "text is empty"),
+    ({"question_id": 1, "turns": []}, "turns must be a list of questions"),
     ({"messages": [user([{"type": "image_url"}])]}, r"messages\[0\] \(user\) has parts that are no text"),  # type: ignore
     ({"messages": [system("S")]}, "no turn but the system's"),
     ({"messages": [assistant("A")]}, "turn 1 is the assistant's where the user's should be"),
@@ -195,6 +234,19 @@ BAD = [
 def test_bad_row_has_its_reason(source, reason):
     with pytest.raises(BadRow, match=reason):
         convert_row(source)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"Body": "Q", "Answer": "A", "Id": 7}, {"prompt": "Body", "response": "Answer"}),
+        ({"userQuestion": "Q", "model_reply": "A"}, {"prompt": "userQuestion", "response": "model_reply"}),
+        ({"system_prompt": "S", "prompt_template": "Q", "output_format": "x"}, {"prompt": "prompt_template"}),
+        ({"choices": [1], "model_id": "m"}, {}),
+    ],
+)
+def test_unknown_columns_bring_a_guess(row, columns):
+    assert likely_columns(row) == columns
 
 
 def test_unknown_keys_are_named():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conversations import load_conversations, records
+from conversations import json_records, load_conversations
 from conversations.errors import ToolkitError
 
 
@@ -75,7 +75,7 @@ WORDS = st.text(st.sampled_from('a"\\[]{},: \u2028\u0085é你🙂\n')).map("Q"._
 def test_array_and_lines_give_the_same_rows_however_the_file_is_cut(
     tmp_path, monkeypatch, words, indent, ascii_only, chunk
 ):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
     rows = [row(text) for text in words]
     array = tmp_path / "array.json"
     array.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
@@ -210,7 +210,7 @@ def test_broken_gzip(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_memory_stays_flat(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(records, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(json_records, "_CHUNK", 1 << 14)
     lines = [json.dumps(row(f"{i} " + "x" * 200)) for i in range(8000)]
     text = "[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines)
     (tmp_path / name).write_text(text)
@@ -222,7 +222,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch, name):
 
 
 def test_number_that_is_cut_between_two_reads_stays_one_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_CHUNK", 3)
+    monkeypatch.setattr(json_records, "_CHUNK", 3)
     (tmp_path / "a.json").write_text(f"[{10**20}, {json.dumps(row())}]")
     rejected = []
     assert questions(load_conversations(tmp_path / "a.json", on_bad_row="skip", on_rejected=rejected.append)) == ["Q"]

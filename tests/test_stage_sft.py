@@ -3,12 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.lengths import LengthReport, fit
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from sft.config import SftRecipe
@@ -75,31 +72,6 @@ def test_labels_are_the_assistants_words():
         trained = [i for i in row["labels"] if i != IGNORED]
         assert tokenizer.decode(trained) == f" {conversation['messages'][1]['content']}<eos>"
     assert report.as_metrics() == {"rows": 3, "truncated": 0, "split": 0, "dropped": 0}
-
-
-@given(
-    mask=st.lists(st.integers(0, 1), max_size=40),
-    limit=st.integers(1, 12) | st.none(),
-    too_long=st.sampled_from(["truncate", "drop", "split"]),
-)
-def test_fitting_loses_nothing_uncounted(mask, limit, too_long):
-    report = LengthReport()
-    ids = list(range(len(mask)))
-    pieces = list(fit(ids, mask, limit, too_long, report))
-    assert report.rows == 1
-    assert all(piece_ids == ids[piece_ids[0] : piece_ids[0] + len(piece_ids)] for piece_ids, _ in pieces)
-    assert all(any(piece_mask) and (limit is None or len(piece_mask) <= limit) for _, piece_mask in pieces)
-    assert len(report.rejected) == (not pieces)
-    trained = {i for i, m in zip(ids, mask, strict=True) if m}
-    kept = {i for piece_ids, _ in pieces for i in piece_ids}
-    longer = limit is not None and len(mask) > limit
-    assert report.truncated == (longer and too_long == "truncate")
-    if too_long == "split" or not longer:
-        assert trained <= kept
-    elif too_long == "truncate":
-        assert kept & trained == {i for i in trained if i < limit}
-    else:
-        assert not kept
 
 
 def test_rows_left_out_are_counted_and_told():
@@ -207,6 +179,15 @@ def test_resume_of_an_adapter_gives_the_same_weights(tmp_path):
     assert_same_weights(*found)
     trained = {name for name, value in found[0].named_parameters() if "lora_B" in name and value.abs().sum() > 0}
     assert any("experts" in name for name in trained) and any("self_attn" in name for name in trained)
+
+
+def test_plain_text_trains_beside_conversations_and_is_not_asked(tmp_path):
+    rows = [{"text": f"line {i}", "origin": f"a.jsonl:{i}"} for i in range(4)] + conversations(4)
+    metrics = run(tmp_path, rows=rows, training={"max_steps": 1})
+    assert metrics["rows"] == 8 and metrics["dropped"] == 0
+    assert {line["prompt"] for line in lines(tmp_path / "samples.jsonl")} == {"0 + 1", "1 + 1"}
+    data, _ = encode_rows(rows[:1], byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
+    assert data[0]["labels"] == [IGNORED, *data[0]["input_ids"][1:]]
 
 
 def test_dropped_rows_go_to_rejected(tmp_path):

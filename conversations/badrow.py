@@ -1,0 +1,27 @@
+"""The error of a row that cannot be used, and the reading of its values."""
+
+from typing import Any
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, for the person who owns the file."""
+
+
+def named(value: Any) -> str:
+    """A bad value, short enough for a message."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def read_text(value: Any, what: str) -> str:
+    """A string that can be written as UTF-8 and holds no NUL."""
+    if not isinstance(value, str):
+        raise BadRow(f"{what} must be a string, not {named(value)}")
+    if "\0" in value:
+        raise BadRow(f"{what} contains a NUL character")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRow(f"{what} contains half of a surrogate pair") from None
+    return value

@@ -1,0 +1,59 @@
+"""Pieces of text -> token ids, so that text cannot forge control tokens.
+
+Where a text contains the string of a special token (or of an added token of the shape <｜...｜>, such as the
+fill-in-the-middle tokens, which the released tokenizer does not call special), it is cut inside that string and
+becomes ordinary text, which decodes to the same characters.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from conversations.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
+
+# tokenizer -> (its size when the pattern was made, the pattern that finds its control tokens)
+_control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = WeakKeyDictionary()
+
+
+def special_ids_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """The ids of "bos" (none where the tokenizer has none: it begins without one) and "eos"."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise ToolkitError("the tokenizer has no end token; set its eos_token")
+    return {"bos": [bos] if isinstance(bos, int) else [], "eos": [eos]}
+
+
+def encode_pieces(pieces: Sequence[str | int], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of each piece; an id stands for itself."""
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    encoded: Any = {"input_ids": []}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    own = {token for ids in special_ids_of(tokenizer).values() for token in ids}
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if not own.isdisjoint(ids):
+            raise ToolkitError(
+                f"the tokenizer makes its begin or end token out of the plain text {text[:80]!r}; "
+                "the end of an answer could not be told from its words: use another begin and end token"
+            )
+    encoded_texts = iter(encoded["input_ids"])
+    return [[piece] if isinstance(piece, int) else list(next(encoded_texts)) for piece in pieces]
+
+
+def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """A pattern that splits text behind the first character of every control token (see the file's head)."""
+    size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
+    if size != len(tokenizer):
+        added = tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
+        # Empty matches, behind the first character of a token: so tokens are found where they overlap, too.
+        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens if len(token) > 1]
+        pattern = re.compile("|".join(places) or "(?!)")
+        _control_patterns[tokenizer] = (len(tokenizer), pattern)
+    return pattern

@@ -1,0 +1,140 @@
+"""JSON lines and JSON arrays -> records, told apart by the first character.
+
+A file is read piece by piece, so that memory does not grow with it. What cannot be read is a record with a
+`problem`.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from conversations.opening import open_bytes
+from conversations.record import Record, is_utf8
+
+_CHUNK = 1 << 20
+_LARGEST_ELEMENT = 64 << 20  # characters of one element of an array, beyond which it is taken for broken
+
+
+def json_records(path: Path) -> Iterator[Record]:
+    """The records of a .jsonl or .json file; either may hold lines or one array."""
+    with open_bytes(path) as file:
+        is_array = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    with open_bytes(path) as file:  # again from the start: not every compressed stream can go back
+        yield from _array_records(file) if is_array else _line_records(file)
+
+
+def _line_records(file: IO[bytes]) -> Iterator[Record]:
+    """One object a line; empty lines are passed over."""
+    for line, written in enumerate(file, start=1):
+        if line == 1:
+            written = written.removeprefix(codecs.BOM_UTF8)
+        if written := written.strip():
+            yield _parsed(line, written.decode("utf-8", errors="surrogateescape"))
+
+
+def _parsed(line: int, text: str) -> Record:
+    """The record of one line's text, in which bytes that are not UTF-8 are lone surrogates."""
+    if not is_utf8(text):
+        return Record(line, text, {}, "not valid UTF-8")
+    try:
+        return _checked(line, text, json.loads(text))
+    except json.JSONDecodeError as error:
+        return Record(line, text, {}, f"broken JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        return Record(line, text, {}, f"unreadable JSON: {error}")
+
+
+def _checked(line: int, text: str, value: Any) -> Record:
+    if not isinstance(value, dict):
+        return Record(line, text, {}, f"not an object: {text[:40]}")
+    return Record(line, text, value)
+
+
+def _array_records(file: IO[bytes]) -> Iterator[Record]:
+    """The elements of one array. Behind a broken one nothing can be found again: it is the last record."""
+    text = _Window(file)
+    text.skip("[")
+    if text.peek() == "]":
+        return
+    while True:
+        text.peek()  # passes over the space before the element
+        line = text.line
+        value, written, problem = text.element()
+        if problem:
+            yield Record(line, written, {}, f"{problem}; nothing after it in this array can be read")
+            return
+        yield (_checked(line, written, value) if is_utf8(written) else Record(line, written, {}, "not valid UTF-8"))
+        if (mark := text.peek()) == "]":
+            text.skip("]")
+            break
+        if mark != ",":
+            missing = "no comma after an element; nothing after it in this array can be read" if mark else "no end"
+            yield Record(text.line, mark, {}, f"broken JSON: the array has {missing}")
+            return
+        text.skip(",")
+    if rest := text.peek():
+        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
+
+
+class _Window:
+    """The part of a text file that is being looked at; it moves on and counts lines."""
+
+    def __init__(self, file: IO[bytes]):
+        # A BOM at the start is passed over; bytes that are not UTF-8 become lone surrogates.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self._file = file
+        self._text = ""
+        self._at = 0
+        self._is_whole = False
+        self.line = 1
+        self._json = json.JSONDecoder()
+
+    def _read_more(self, size: int) -> None:
+        data = self._file.read(size)
+        self._is_whole = not data
+        self._text = self._text[self._at :] + self._decoder.decode(data, final=not data)
+        self._at = 0
+
+    def _move(self, to: int) -> None:
+        self.line += self._text.count("\n", self._at, to)
+        self._at = to
+
+    def peek(self) -> str:
+        """The next character that is no space, without taking it; "" at the end."""
+        while True:
+            here = self._at
+            while here < len(self._text) and self._text[here] in " \t\r\n":
+                here += 1
+            self._move(here)
+            if here < len(self._text):
+                return self._text[here]
+            if self._is_whole:
+                return ""
+            self._read_more(_CHUNK)
+
+    def skip(self, mark: str) -> None:
+        """Take the next character, which is known to be `mark`."""
+        assert self.peek() == mark
+        self._move(self._at + 1)
+
+    def element(self) -> tuple[Any, str, str | None]:
+        """The next JSON value, its text, and None; or None, the beginning of the text, and what is wrong."""
+        size = _CHUNK
+        while True:
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._is_whole:  # else a number may go on
+                    written = self._text[self._at : end]
+                    self._move(end)
+                    return value, written, None
+                problem = ""
+            except json.JSONDecodeError as error:
+                problem = f"broken JSON: {error.msg}"
+            except (ValueError, RecursionError) as error:
+                return None, self._text[self._at : self._at + 80], f"unreadable JSON: {error}"
+            if self._is_whole or len(self._text) - self._at > _LARGEST_ELEMENT:
+                return None, self._text[self._at : self._at + 80], problem
+            self._read_more(size)
+            size *= 2  # so that a long element costs no more than twice its length

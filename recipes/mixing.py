@@ -1,0 +1,26 @@
+"""How many rows of each source a mixture has, and which."""
+
+import random
+from array import array
+from collections.abc import Sequence
+
+
+def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """How many rows each source gives, from how many it has.
+
+    Without weights each gives all it has. Else they stand to one another as the weights (1 where there is none), and
+    the source with the largest weight (of several, the one with the most rows) gives every row once.
+    """
+    if all(weight is None for weight in weights):
+        return list(rows)
+    shares = [1.0 if weight is None else weight for weight in weights]
+    main = max(range(len(rows)), key=lambda source: (shares[source], rows[source]))
+    return [max(1, round(rows[main] * share / shares[main])) for share in shares]
+
+
+def chosen(rows: int, count: int, rng: random.Random) -> array:
+    """`count` of the row numbers 0 to `rows` - 1, each as often as any other, give or take one."""
+    whole, part = divmod(count, rows)
+    found = array("Q", range(rows)) * whole
+    found.extend(sorted(rng.sample(range(rows), part)))
+    return found

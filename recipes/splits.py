@@ -1,0 +1,75 @@
+"""The `split` of a data entry: which rows of a source are used."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from conversations.errors import ToolkitError
+
+Row = dict[str, Any]
+_END = r"\d+(?:\.\d+)?%|\d+|"
+_SPLIT = re.compile(rf"(?P<name>[\w.-]*)(?:\[(?P<start>{_END}):(?P<end>{_END})\])?")
+
+
+@dataclass(frozen=True)
+class Split:
+    """name: of the hub's split, or "". rows: (first, end) by number, or shares: (from, to) in [0, 1] by question."""
+
+    name: str = ""
+    rows: tuple[int, int | None] | None = None
+    shares: tuple[float, float] | None = None
+
+    def select(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows of this split, read as they are asked for."""
+        if self.rows is not None:
+            return islice(rows, *self.rows)
+        if self.shares is None:
+            return rows
+        low, high = self.shares
+        return (row for row in rows if low <= place(row) < high)
+
+
+def parse_split(text: str | None, key: str) -> Split:
+    """`NAME`, `NAME[10:20]` or `NAME[10%:20%]`; the name may be left out.
+
+    Raises:
+        ToolkitError: it is none of these, or takes nothing.
+    """
+    match = _SPLIT.fullmatch(text or "")
+    if match is None:
+        raise ToolkitError(f"{key}: {text!r} is not NAME, NAME[:100] or NAME[:90%]")
+    start, end = match["start"], match["end"]
+    if start is None:
+        return Split(match["name"])
+    percent = [value for value in (start, end) if value.endswith("%")]
+    if percent and any(value not in ("", *percent) for value in (start, end)):
+        raise ToolkitError(f"{key}: {text!r} mixes rows and percent; write NAME[:100] or NAME[:90%]")
+    if percent:
+        shares = float(start.rstrip("%") or 0) / 100, float(end.rstrip("%") or 100) / 100
+        if not 0 <= shares[0] < shares[1] <= 1:
+            raise ToolkitError(f"{key}: {text!r} takes nothing; the first share must be below the second, to 100 %")
+        return Split(match["name"], shares=shares)
+    rows = int(start or 0), int(end) if end else None
+    if rows[1] is not None and rows[0] >= rows[1]:
+        raise ToolkitError(f"{key}: {text!r} takes nothing; the first number must be below the second")
+    return Split(match["name"], rows=rows)
+
+
+def place(row: Row) -> float:
+    """A number in [0, 1) that depends on nothing but how a conversation begins.
+
+    So rows with one first question (turns of one conversation, answers to one prompt, copies) are never parted, and
+    the parts are the same in every recipe, whatever its seed and the file's order.
+    """
+    digest = hashlib.sha256(_opening(row).encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _opening(row: Row) -> str:
+    if "text" in row:
+        return row["text"]
+    messages = row.get("messages") or row["prompt"]
+    return next((message["content"] for message in messages if message["role"] == "user"), "")

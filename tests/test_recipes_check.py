@@ -1,0 +1,185 @@
+"""`dsv2 check`: figures that are those of the run, and a page in which nothing from data is markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl.data_utils import pack_dataset
+
+from recipes import measure
+from recipes.check import check
+from recipes.cli import main
+from recipes.data import read_sources
+from recipes.histogram import bins, text_lines
+from recipes.loader import load_recipe
+from recipes.measure import packs
+from recipes.tiny.tokenizer import build_tokenizer
+from sft.data import IGNORED, encode_rows
+
+
+def conversations(n: int, size: int = 3) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {i} + 1? " + "1" * (i % size), "completion": f"{i + 1}"} for i in range(n)]
+
+
+def recipe(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tree = {
+        "stage": "sft",
+        "model": {"path": "nowhere/base", "preset": "tiny"},
+        "data": [{"path": "rows.jsonl"}],
+        "output_dir": "out/run",
+        "training": {"max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        **changes,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.marked: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "mark" in self._open:
+            self.marked.append(data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packs_are_those_of_trl(lengths: list[int]) -> None:
+    data = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    assert packs(lengths, 20) == len(pack_dataset(data, 20, "bfd"))
+
+
+def test_rows_are_packed_a_thousand_at_a_time() -> None:
+    assert packs([7] * 1000 + [3] * 1000, 10) == 1000 + 334
+
+
+def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, conversations(30, 40), format={"too_long": "drop"}, training={"max_length": 30})
+    check(load_recipe(path))
+    said = capsys.readouterr().out
+    loaded = load_recipe(path).recipe
+    data, report = encode_rows(
+        read_sources(loaded.data, 0).rows,
+        build_tokenizer("tiny"),
+        train_on="all_assistant",
+        max_length=30,
+        too_long="drop",
+    )
+    tokens = sum(len(row["input_ids"]) for row in data)
+    trained = sum(label != IGNORED for row in data for label in row["labels"])
+    assert 0 < len(report.rejected) < 30
+    assert f"rows.jsonl: {tokens:,} tokens in 30 rows, {trained:,} of them trained" in said
+    assert f"drop: 30 rows; {len(report.rejected)} left out: longer than 30 tokens" in said
+    assert f"{-(-len(data) // 8)} an epoch of {tokens:,} tokens; 3.00 epochs" in said
+    assert "rows.jsonl: prompt/completion, 30 rows" in said and "histogram" in said
+    assert re.search(r"example 1 \(rows\.jsonl:1; .*⟦ 1<｜end▁of▁sentence｜>⟧", said, re.DOTALL)
+    assert not (tmp_path / "out" / "run").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_packing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(load_recipe(recipe(tmp_path, conversations(40), training={"max_length": 64, "packing": True})))
+    match = re.search(r"an epoch of (\d+) tokens, (\d+) packs ([\d.]+) % full", capsys.readouterr().out)
+    assert match is not None
+    assert float(match[3]) == pytest.approx(100 * int(match[1]) / (64 * int(match[2])), abs=0.06)
+
+
+def test_of_many_rows_a_sample_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, conversations(90))
+    check(load_recipe(path))
+    exact = re.search(r"rows.jsonl: (\d[\d,]*) tokens", capsys.readouterr().out)
+    monkeypatch.setattr(measure, "_BUDGET", 3000)
+    check(load_recipe(path))
+    said = capsys.readouterr().out
+    about = re.search(r"rows.jsonl: about (\d[\d,]*) tokens in 90 rows", said)
+    assert exact and about and "every" in said and "about" in said
+    assert int(about[1].replace(",", "")) == pytest.approx(int(exact[1].replace(",", "")), rel=0.1)
+
+
+def test_the_page_shows_what_is_trained_and_escapes_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = '<script>alert(1)</script> & "quotes" </style> \u202e'
+    rows = [{"prompt": evil + "?", "completion": f"said {evil}", "kind": evil}]
+    path = recipe(tmp_path, rows, eval_data=[{"path": "rows.jsonl"}], training={"max_length": 512})
+    check(load_recipe(path))
+    text = (tmp_path / "out" / "run.check.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert "script" not in page.tags and page.tags.count("svg") == 2 and "\u202e" not in text
+    shown = evil.replace("\u202e", "\ufffd")
+    assert f" said {shown}<｜end▁of▁sentence｜>" in page.marked and f"User: {shown}?" in page.text
+    assert not re.search(r"(?:src|href)=", text)
+    assert "\u202e" not in capsys.readouterr().out  # nor does it turn the terminal's text round
+
+
+def test_bad_rows_and_missing_fill_in_tokens_end_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, [{"prompt": "only a question"}])
+    assert main(["check", str(path)]) == 2
+    assert "rows.jsonl:1: has no answer to train on" in capsys.readouterr().err
+    path = recipe(tmp_path, [{"text": "def f(): pass"}], data=[{"path": "rows.jsonl", "fim": {}}])
+    assert main(["check", str(path)]) == 0
+    monkeypatch.setattr("conversations.infill.TOKENS", {"hole": "<no such token>"})
+    assert main(["check", str(path)]) == 2
+    assert "the tokenizer has no <no such token>" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "reason"),
+    [
+        ({"stage": "reward"}, {"prompt": "Q", "completion": "A"}, "is a conversation, where a pair of chosen and"),
+        ({"stage": "reward", "loss": "pointwise"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}, "is a pair, where"),
+        ({"stage": "rl", "rewards": [{"rule": "format"}]}, {"text": "T"}, "is plain text, which asks nothing"),
+        ({"stage": "eval", "tasks": [{"name": "a", "metric": "exact_match"}]}, {"prompt": "Q"}, "has no reference to"),
+        ({"stage": "sft"}, {"prompt": "Q", "completion": "A", "label": True}, "is a judged answer, where a"),
+    ],
+)
+def test_rows_of_no_use_to_the_stage_are_bad_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: Any, row: Any, reason: str
+) -> None:
+    path = recipe(tmp_path, [row], **changes, training={})
+    if changes["stage"] == "eval":
+        tree = json.loads(path.read_text())
+        del tree["training"]
+        path.write_text(json.dumps(tree))
+    assert main(["check", str(path)]) == 2
+    assert f"rows.jsonl:1: {reason}" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+def test_every_row_is_in_the_histogram(lengths: list[int]) -> None:
+    found = bins(lengths)
+    assert sum(each.count for each in found) == len(lengths) and len(found) <= 13
+    assert all(each.count == sum(each.low <= length <= each.high for length in lengths) for each in found)
+    assert len({line.rindex(" ") for line in text_lines(found)}) == 1

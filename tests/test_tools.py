@@ -1,0 +1,117 @@
+"""Tools in conversations: their words, who says them, and what is refused."""
+
+import json
+
+import pytest
+
+from conversations import render_conversation
+from conversations.badrow import BadRow
+from conversations.formats import convert_row
+
+from .stage_helpers import byte_tokenizer
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+RESULT = "<tool_response>\n21 °C\n</tool_response>"
+
+
+def openai_call(city: str, call_id: str | None = None) -> dict:
+    call = {"type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
+    return call | ({"id": call_id} if call_id else {})
+
+
+OPENAI = {
+    "tools": [{"type": "function", "function": WEATHER}],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How warm is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [openai_call("北京", "c1")]},
+        {"role": "tool", "tool_call_id": "c1", "content": "21 °C"},
+        {"role": "assistant", "content": "It is warm."},
+    ],
+}
+SHAREGPT = {
+    "system": "Be brief.",
+    "tools": json.dumps([WEATHER]),
+    "conversations": [
+        {"from": "human", "value": "How warm is it?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "北京"}}'},
+        {"from": "observation", "value": "21 °C"},
+        {"from": "gpt", "value": "It is warm."},
+    ],
+}
+LEGACY = {
+    **OPENAI,
+    "messages": [
+        *OPENAI["messages"][:2],
+        {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": '{"city": "北京"}'}},
+        {"role": "function", "name": "weather", "content": "21 °C"},
+        OPENAI["messages"][4],
+    ],
+}
+
+
+@pytest.mark.parametrize("row", [OPENAI, SHAREGPT, LEGACY])
+def test_tools_become_words_of_the_three_roles(row):
+    messages = convert_row(row)[1]["messages"]
+    assert [turn["role"] for turn in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[0]["content"].startswith("Be brief.\n\nYou can call these tools:\n<tools>\n")
+    defined = messages[0]["content"].split("<tools>\n")[1].split("\n</tools>")[0]
+    assert json.loads(defined) == {"type": "function", "function": WEATHER}
+    assert [turn["content"] for turn in messages[2:]] == [CALL, RESULT, "It is warm."]
+
+
+def test_calls_are_trained_and_results_are_not():
+    tokenizer = byte_tokenizer()
+    rendered = render_conversation(convert_row(OPENAI)[1]["messages"], tokenizer)
+    trained = [i for i, on in zip(rendered["input_ids"], rendered["assistant_mask"], strict=True) if on]
+    assert tokenizer.decode(trained) == f" {CALL}<eos> It is warm.<eos>"
+
+
+def test_results_stand_in_the_order_of_the_calls():
+    calls = [openai_call("Rome", "a"), openai_call("Oslo", "b")]
+    messages = [
+        {"role": "user", "content": "Compare."},
+        {"role": "assistant", "content": "I look. ", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "b", "content": "cold"},
+        {"role": "tool", "tool_call_id": "a", "content": "warm"},
+    ]
+    said = [turn["content"] for turn in convert_row({"messages": messages})[1]["messages"]]
+    assert said[1].startswith("I look.\n<tool_call>") and said[1].index("Rome") < said[1].index("Oslo")
+    assert said[2].index("warm") < said[2].index("cold")
+
+
+def test_preferences_may_be_calls():
+    chosen = {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "北京"}}'}
+    rejected = {"from": "gpt", "value": "I do not know."}
+    source = SHAREGPT | {"conversations": SHAREGPT["conversations"][:1], "chosen": chosen, "rejected": rejected}
+    _, row = convert_row(source)
+    assert row["chosen"] == [{"role": "assistant", "content": CALL}] and row["prompt"][0]["role"] == "system"
+
+
+USER = {"role": "user", "content": "Q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [USER, {"role": "tool", "content": "3"}]}, r"messages\[1\] is a tool's result, but no call"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, r"messages\[1\] has a call without a name"),
+        (
+            {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
+            r"messages\[1\]: arguments of f must be JSON, not '{'",
+        ),
+        ({"messages": [USER | {"tool_calls": [openai_call("x")]}]}, "the user makes tool calls"),
+        (
+            {**OPENAI, "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "c2", "content": ""}]},
+            "no call",
+        ),
+        ({**OPENAI, "messages": [*OPENAI["messages"][:4], OPENAI["messages"][3]]}, r"messages\[4\] is a tool's result"),
+        ({**OPENAI, "tools": "weather"}, "tools must be JSON, not 'weather'"),
+        ({**OPENAI, "tools": [{"type": "function"}]}, r"tools\[0\] must be a definition with a name"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "call it"}]}, "JSON"),
+    ],
+)
+def test_what_is_wrong_with_tools_is_named(row, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert_row(row)
