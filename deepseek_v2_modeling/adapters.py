@@ -1,14 +1,19 @@
 """Loads and saves adapters so that every tensor finds a place and every place a tensor."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .adapter_layouts import is_transposed, low_rank_pairs, refuse_per_expert, untranspose
+from .chosen_lora import train_chosen_adapters
 from .errors import ModelError
+from .expert_choice import ExpertChoice
 from .lora import set_dropout, train_in_float32, wrap
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -30,6 +35,10 @@ def read_adapter_config(directory: str | Path) -> dict:
     return config
 
 
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _name_some(names: set[str]) -> str:
     shown = sorted(names)[:3]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -40,7 +49,7 @@ def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where:
 
     head: prefix of names that may be missing in the file (the new score head of a reward model).
     """
-    wanted = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
+    wanted = _shapes(get_peft_model_state_dict(model))
     missing = {k for k in set(wanted) - set(tensors) if not (head and head in k)}
     unexpected = set(tensors) - set(wanted)
     misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
@@ -54,16 +63,25 @@ def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where:
 
 
 def load_adapter(
-    model: PreTrainedModel, directory: str | Path, trainable: bool, dropout: float = 0.0, task_type: str | None = None
+    model: PreTrainedModel,
+    directory: str | Path,
+    trainable: bool,
+    dropout: float = 0.0,
+    task_type: str | None = None,
+    experts: ExpertChoice | None = None,
 ) -> PeftModel:
-    """The model with the adapter of `directory` on it.
+    """The model with the adapter of `directory` on it; what PEFT before 0.19.1 wrote is converted.
 
     task_type: turns e.g. an SFT adapter into the start of a reward model's (SEQ_CLS), with a new score head.
+    experts: those that the adapter was trained on, and is trained on again.
 
     Raises:
-        ModelError: a tensor of the file has no place in the model, or the other way round.
+        ModelError: a tensor of the file has no place in the model, or the other way round, or the adapter has a pair
+            for each expert (`dsv2 import` converts it).
     """
     raw = read_adapter_config(directory)
+    tensors = load_file(Path(directory) / WEIGHTS)
+    refuse_per_expert(tensors, raw, directory)
     config: Any = LoraConfig.from_pretrained(str(directory))
     kept_task = task_type is None or raw.get("task_type") == task_type
     config.task_type = task_type or raw.get("task_type")
@@ -71,10 +89,14 @@ def load_adapter(
     if not kept_task:
         config.modules_to_save = None
     peft_model = wrap(model, config)
-    tensors = load_file(Path(directory) / WEIGHTS)
-    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
-    check_coverage(peft_model, shapes, str(directory), head="" if kept_task else "score")
-    fresh_head = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if k not in tensors}
+    if experts is not None:
+        train_chosen_adapters(peft_model, experts)
+    places = get_peft_model_state_dict(peft_model)
+    pairs = low_rank_pairs(peft_model)
+    if is_transposed(pairs, _shapes(tensors), _shapes(places), raw, directory):
+        tensors = untranspose(pairs, tensors)
+    check_coverage(peft_model, _shapes(tensors), str(directory), head="" if kept_task else "score")
+    fresh_head = {k: v for k, v in places.items() if k not in tensors}
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
     train_in_float32(peft_model)
     set_dropout(peft_model, dropout)

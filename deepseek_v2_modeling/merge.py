@@ -1,0 +1,175 @@
+"""Merges an adapter into its base on disk: a plain checkpoint in the hub's layout, file by file.
+
+First everything is planned and checked from the files' headers, then each shard of the base is streamed to its merged
+twin in pieces of a few megabytes. No model is made; memory does not grow with the checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .adapter_files import AdapterFiles, FactorReader, base_directory, open_adapter, open_factors
+from .checkpoints import WEIGHT_FILES
+from .errors import ModelError
+from .loading import HEADS
+from .merge_plan import FLOATS, Merged, Shard, plan_shards
+from .tensor_files import (
+    CODES,
+    DTYPES,
+    Progress,
+    check_output,
+    check_space,
+    counter,
+    file_size,
+    row_blocks,
+    whole_directory,
+    write_tensors,
+)
+
+# Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "reward_stats.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote. adapted: tensors changed by factors; left_out: what the base has and the result does not."""
+
+    shards: int
+    tensors: int
+    adapted: int
+    replaced: int
+    nbytes: int
+    left_out: tuple[str, ...]
+
+
+def merge_lora(
+    adapter_dir: str | Path, out_dir: str | Path, dtype: str | None = None, progress: Progress | None = None
+) -> MergeReport:
+    """Writes the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
+
+    adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base.
+    dtype: "float32", "bfloat16" or "float16" for all weights; None keeps that of each tensor of the base. Sums are
+        made in float32.
+    progress: called with the bytes of each piece written, and of all.
+
+    out_dir appears when it is whole; until then the files are in a directory of another name beside it. With them go
+    tokenizer, template and generation config, and a config.json with both forms of the RoPE settings.
+
+    Raises:
+        ModelError: no adapter or base, tensors that do not fit, quantised weights, numbers that are not finite, a
+            directory that is not empty, or too little room on the disk.
+    """
+    out_dir = Path(out_dir)
+    check_output(out_dir)
+    adapter = open_adapter(adapter_dir)
+    if dtype is not None and CODES.get(getattr(torch, dtype, None), "") not in FLOATS:  # pyright: ignore
+        raise ModelError(f'dtype "{dtype}" is not one of float32, bfloat16, float16')
+    base = base_directory(adapter.base)
+    shards, left_out = plan_shards(adapter, base, CODES[getattr(torch, dtype)] if dtype else None)
+    total = sum(file_size(shard.infos) for shard in shards)
+    check_space(out_dir, total + (64 << 20))
+    with whole_directory(out_dir) as directory, open_factors(adapter) as reader:
+        _write_shards(directory, shards, reader, counter(progress, total))
+        write_config(adapter, directory, dtype)
+        copy_side_files(adapter.directory, base, directory)
+    merged = [tensor for shard in shards for tensor in shard.tensors.values()]
+    return MergeReport(
+        shards=len(shards),
+        tensors=len(merged),
+        adapted=sum(tensor.pair is not None for tensor in merged),
+        replaced=sum(tensor.from_adapter for tensor in merged),
+        nbytes=total,
+        left_out=left_out,
+    )
+
+
+# --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, count: Callable[[int], None]) -> None:
+    for shard in shards:
+        with safe_open(shard.source, "pt") as file:
+            write_tensors(
+                directory / shard.name,
+                shard.infos,
+                lambda name, shard=shard, file=file: merged_blocks(name, shard.tensors[name], file, reader),
+                count,
+            )
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        size = sum(info.nbytes for shard in shards for info in shard.infos.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / WEIGHT_FILES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) -> Iterator[torch.Tensor]:
+    """A tensor of the result in pieces of rows: W + scaling * up @ down, summed in float32.
+
+    Raises:
+        ModelError: the sum, or a number in the narrower type, is not finite.
+    """
+    source = reader.tensor(merged.source) if merged.from_adapter else file.get_tensor(merged.source)
+    weight = source[merged.place]
+    dtype = DTYPES[merged.info.dtype]
+    if merged.pair is None and weight.dtype == dtype:
+        yield from (block for _, block in row_blocks(weight))
+        return
+    factors = None
+    if merged.pair is not None:
+        down, up = reader.factors(merged.pair)
+        place = reader.adapter.layout[name].place
+        if place is not None:
+            down, up = down[place[0]], up[place]
+        factors = merged.pair.scaling * down.float(), up
+    for rows, block in row_blocks(weight):
+        if factors is not None:
+            block = torch.addmm(block.float(), factors[1][rows].float(), factors[0])
+        block = block.to(dtype)
+        if not torch.isfinite(block).all():
+            raise ModelError(f"{name}: the merged weights are not all finite in {str(dtype).removeprefix('torch.')}")
+        yield block
+
+
+def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:
+    """config.json with both forms of the RoPE settings; without pointers to code that is not copied."""
+    config: Any = adapter.model_config
+    config.architectures = [HEADS[adapter.head][0].__name__]
+    if dtype is not None:
+        config.dtype = getattr(torch, dtype)
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    if adapter.head == "score" and config.pad_token_id is None:
+        config.pad_token_id = _pad_token_id(adapter)
+    config.save_pretrained(directory)
+
+
+def _pad_token_id(adapter: AdapterFiles) -> int | None:
+    """Stock's classifier needs it for more than one row; the trainer set it on a model that is not saved."""
+    from transformers import AutoTokenizer
+
+    for directory in (adapter.directory, Path(adapter.base)):
+        if (directory / "tokenizer_config.json").is_file():
+            tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+            return tokenizer.pad_token_id
+    return None
+
+
+def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
+    """Tokenizer and template of the adapter where it has its own, else the base's; the rest from where it is."""
+    places = [own] if base is None else [own, base]
+    with_tokenizer = [place for place in places if (place / "tokenizer_config.json").is_file()][:1]
+    for name in SIDE_FILES:
+        of_tokenizer = name not in ("generation_config.json", "reward_stats.json")
+        found = [place for place in (with_tokenizer if of_tokenizer else places) if (place / name).is_file()]
+        if found:
+            shutil.copyfile(found[0] / name, directory / name)
