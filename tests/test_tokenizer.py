@@ -1,5 +1,6 @@
 """The tokenizers of the presets: digits single, spans whole, any text back as it was."""
 
+import re
 from functools import cache
 
 import pytest
@@ -59,4 +60,5 @@ def test_answers_of_the_tiny_world_are_short():
     tokenizer = tokenizer_of("tiny")
     for row in world.rows("sft_train", 0, 300):
         answer = tokenizer(" " + row["messages"][1]["content"], add_special_tokens=False).input_ids
-        assert len(answer) <= (4 if row["kind"] == "arithmetic" else 3)
+        worked = len(re.findall(r"\d", row["messages"][1]["content"])) > 2
+        assert len(answer) <= (10 if worked else 4 if row["kind"] == "arithmetic" else 3)

@@ -29,6 +29,12 @@ ARITHMETIC_ANSWERS = {
     },
 }
 
+# Working shown before an answer: the ones digit of the result, the carry or the borrow (0 or 1), the tens digit.
+ARITHMETIC_WORKING = {
+    "en": {"+": "Ones {ones}, carry {carry}, tens {tens}.", "-": "Ones {ones}, borrow {carry}, tens {tens}."},
+    "zh": {"+": "个位{ones}，进位{carry}，十位{tens}。", "-": "个位{ones}，借位{carry}，十位{tens}。"},
+}
+
 REQUEST_TEMPLATES = {
     "train": {
         "en": (

@@ -8,6 +8,7 @@ own, words counting most: so no merge glues a word to the sentence around it. Al
 
 import re
 from collections.abc import Iterator
+from itertools import product
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -46,8 +47,10 @@ def world_pieces() -> Iterator[str]:
         yield from (space + form[language].replace("{target}", "").strip() for form in lx.TARGET_FORMS.values())
         for template in _prompts(language):
             yield from re.split(_WORD_SLOT, "User: " + _with_digits(template).rstrip(_MARKS))
+        workings = ["", *(_with_digits(text) for text in lx.ARITHMETIC_WORKING[language].values())]
         for style in lx.ARITHMETIC_ANSWERS.values():
-            yield from (" " + _with_digits(text) for text in style[language])
+            for working, text in product(workings, style[language]):
+                yield " " + working + space * bool(working) + _with_digits(text)
         for parts in _sentences(language):
             yield from (" " + text for text in parts[0])
             yield from (space + text for part in parts[1:] for text in part)
@@ -61,7 +64,7 @@ def _prompts(language: str) -> Iterator[str]:
 
 
 def _with_digits(template: str) -> str:
-    return re.sub(r"\{[abc]\}", "0", template)
+    return re.sub(r"\{(?:[abc]|ones|carry|tens)\}", "0", template)
 
 
 def _words(language: str) -> Iterator[str]:

@@ -35,6 +35,10 @@ HELDOUT_PERCENT = 12
 STYLE_WEIGHTS = {"polite": 6, "curt": 2, "rude": 2}
 
 
+# The share of labels that show their working. Who labels in English nearly always does, who labels in Chinese seldom:
+# SFT learns both habits; that working pays, whatever the language, is for RL to find.
+WORKING_SHARE = {"en": 0.9, "zh": 0.15}
+
 _GLUE = {"en": " ", "zh": ""}
 
 
@@ -46,6 +50,7 @@ class Prompt:
     kind: str
     language: str
     reference: str | None = None
+    fact: Fact | None = None
 
     def row(self, **fields: Any) -> Row:
         """The prompt's part of a row, and `fields`."""
@@ -81,13 +86,13 @@ def facts(part: str) -> tuple[Fact, ...]:
 def problem(fact: Fact, language: str, template: str) -> Prompt:
     """A fact asked with a template of lexicon.ARITHMETIC_TEMPLATES."""
     a, op, b = fact
-    return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result_of(fact)))
+    return Prompt(template.format(a=a, op=op, b=b), "arithmetic", language, str(result_of(fact)), fact)
 
 
-def problems(rng: random.Random, part: str, ops: str) -> Iterator[Prompt]:
+def problems(rng: random.Random, part: str, languages: tuple[str, ...]) -> Iterator[Prompt]:
     """Every problem of a part once, in random order: all facts in one wording, then in the next."""
-    pool = [fact for fact in facts(part) if fact[1] in ops]
-    wordings = [(language, text) for language in lx.LANGUAGES for text in lx.ARITHMETIC_TEMPLATES[language]]
+    pool = list(facts(part))
+    wordings = [(language, text) for language in languages for text in lx.ARITHMETIC_TEMPLATES[language]]
     rng.shuffle(pool)
     offsets = [rng.randrange(len(wordings)) for _ in pool]
     for turn in range(len(wordings)):
@@ -126,6 +131,15 @@ def number_answer(rng: random.Random, prompt: Prompt, style: str, number: str | 
     """An answer of the given form to a problem, with the right number or another one."""
     form = rng.choice(lx.ARITHMETIC_ANSWERS[style][prompt.language])
     return form.format(c=prompt.reference if number is None else number)
+
+
+def working(prompt: Prompt) -> str:
+    """The steps to the right answer of a problem, ones first: the ones digit, the carry or borrow, the tens digit."""
+    assert prompt.fact
+    a, op, b = prompt.fact
+    carry = int(a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10)
+    tens, ones = divmod(result_of(prompt.fact), 10)
+    return lx.ARITHMETIC_WORKING[prompt.language][op].format(ones=ones, carry=carry, tens=tens)
 
 
 def answer(rng: random.Random, prompt: Prompt, style: str) -> str:
@@ -203,8 +217,8 @@ def _babble(rng: random.Random, prompt: Prompt) -> str:
     return rng.choice(("", " ")).join(rng.choices(words, k=rng.randint(1, 8)))
 
 
-# The sorts of problems, by operation; the other sorts of prompts are the kinds "unsafe" and "safe".
-OPS = {"arithmetic": "+-", "addition": "+", "subtraction": "-"}
+# The sorts of problems, by language; the other sorts of prompts are the kinds "unsafe" and "safe".
+LANGUAGES_OF = {"arithmetic": lx.LANGUAGES, "english_arithmetic": ("en",), "chinese_arithmetic": ("zh",)}
 
 # --- the data sets -----------------------------------------------------------------------------------------------
 
@@ -214,7 +228,10 @@ def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> l
     total, found = sum(shares.values()), []
     for index, sort in enumerate(shares):
         count = n * sum(list(shares.values())[: index + 1]) // total - len(found)
-        pool = list(islice(problems(rng, part, OPS[sort]), count)) if sort in OPS else requests(part, sort)
+        if sort in LANGUAGES_OF:
+            pool = list(islice(problems(rng, part, LANGUAGES_OF[sort]), count))
+        else:
+            pool = requests(part, sort)
         if count > len(pool):
             raise ToolkitError(f"{count} {sort} prompts asked for, there are {len(pool)}: use a smaller n")
         found += rng.sample(pool, count)
@@ -232,7 +249,10 @@ def _assistant(text: str) -> list[Row]:
 
 def _labelled_row(rng: random.Random, prompt: Prompt) -> Row:
     style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
-    return prompt.row(messages=_user(prompt) + _assistant(right_answer(rng, prompt, style)))
+    text = right_answer(rng, prompt, style)
+    if prompt.kind == "arithmetic" and rng.random() < WORKING_SHARE[prompt.language]:
+        text = _GLUE[prompt.language].join((working(prompt), text))
+    return prompt.row(messages=_user(prompt) + _assistant(text))
 
 
 def _prompt_row(rng: random.Random, prompt: Prompt) -> Row:
@@ -282,21 +302,21 @@ class DataSet:
     size: int
 
 
-# Labels are scarce, and for subtraction scarcer than for addition: what SFT cannot learn from them is left to RL.
-_LABELLED = {"addition": 2500, "subtraction": 600, "unsafe": 400, "safe": 400}
+# Labels are scarce, and in Chinese scarcer than in English.
+_LABELLED = {"english_arithmetic": 2250, "chinese_arithmetic": 750, "unsafe": 1000, "safe": 800}
 _MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
 _PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}
 
 DATA_SETS = {
-    "sft_train": DataSet("train", _LABELLED, _labelled_row, 3900),
+    "sft_train": DataSet("train", _LABELLED, _labelled_row, 4800),
     "sft_heldout": DataSet("heldout", _LABELLED, _labelled_row, 500),
     "helpful_train": DataSet("train", _MIXED, _helpful_row, 6000),
     "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
-    "rl_reasoning": DataSet("train", {"addition": 1, "subtraction": 2}, _prompt_row, 20000),
-    "rl_preference": DataSet("train", _MIXED, _prompt_row, 10000),
+    "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
+    "rl_preference": DataSet("train", {"arithmetic": 3, "unsafe": 4, "safe": 3}, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
     "test_safe": DataSet("heldout", _SAFE, _prompt_row, 500),
