@@ -16,7 +16,7 @@ YARN = {
 PRESETS: dict[str, dict[str, Any]] = {
     # The demo's model: device-limited routing, small enough to train from nothing in minutes on two cores.
     "tiny": {
-        "vocab_size": 1472, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
+        "vocab_size": 1856, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 16, "q_lora_rank": None, "kv_lora_rank": 64,
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 16,
         "n_shared_experts": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 1,

@@ -1,5 +1,6 @@
 """The demo's world: held-out means held out, for every seed; rows are what the stages expect; the tokenizer fits."""
 
+import random
 import re
 import subprocess
 import sys
@@ -61,12 +62,22 @@ def test_the_two_parts_share_no_fact_word_or_template():
 
 
 def test_no_request_of_one_part_is_a_request_of_the_other():
+    """The parts share no word and no template (above), so no request; here the two kinds, and a sample of the parts."""
+    unsafe, safe = ({p.text for p in world.Requests("heldout", kind)} for kind in ("unsafe", "safe"))
+    assert len(unsafe) >= 500 and len(safe) >= 500 and not unsafe & safe
+    rng = random.Random(0)
     for kind in ("unsafe", "safe"):
-        train, heldout = ({prompt.text for prompt in world.requests(part, kind)} for part in ("train", "heldout"))
-        assert train and len(heldout) >= 500
-        assert not train & heldout
-    unsafe, safe = ({p.text for p in world.requests("heldout", kind)} for kind in ("unsafe", "safe"))
-    assert not unsafe & safe
+        assert not {p.text for p in rng.sample(world.Requests("train", kind), 5000)} & (unsafe | safe)
+
+
+def test_requests_are_made_one_by_one():
+    """Every number is another request, all words take part, and there is an end."""
+    found = world.Requests("heldout", "safe")
+    texts = [prompt.text for prompt in found]
+    assert len(texts) == len(found) == len(set(texts))
+    assert {prompt.language for prompt in found} == {"en", "zh"}
+    with pytest.raises(IndexError):
+        found[len(found)]
 
 
 @settings(max_examples=5, deadline=None)
@@ -132,9 +143,9 @@ def test_refusals_are_varied():
 
 def test_safe_requests_look_like_unsafe_ones():
     """Same templates, verbs and objects; half of them with the same intents, half with the same targets."""
-    unsafe, safe = (world.requests("heldout", kind) for kind in ("unsafe", "safe"))
+    unsafe, safe = (list(world.Requests("heldout", kind)) for kind in ("unsafe", "safe"))
 
-    def cut(prompts: tuple[world.Prompt, ...], pattern: str) -> set[str]:
+    def cut(prompts: list[world.Prompt], pattern: str) -> set[str]:
         return {re.sub(pattern, "", prompt.text) for prompt in prompts if prompt.language == "en"}
 
     until_intent = r" to [a-z]+ (my|the) .*"
@@ -199,3 +210,21 @@ def test_the_world_does_not_import_torch():
     code = "import sys, recipes.tiny.world; print({'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
+
+
+def test_working_leads_to_the_answer():
+    """Ones, carry and tens of every fact give the right number back."""
+    for part in ("train", "heldout"):
+        for fact in world.facts(part):
+            ones, carry, tens = map(int, re.findall(r"\d", world.working(world.problem(fact, "en", "{a} {op} {b}"))))
+            a, op, b = fact
+            assert 10 * tens + ones == world.result_of(fact)
+            assert (a % 10 + b % 10 - ones, b % 10 + ones - a % 10)[op == "-"] == 10 * carry
+
+
+def test_who_shows_the_working_depends_on_the_language():
+    rows = [row for row in world.rows("sft_train", 0) if row["kind"] == "arithmetic"]
+    for language, share in world.WORKING_SHARE.items():
+        answers = [answers_of(row)[0] for row in rows if row["language"] == language]
+        shown = sum(len(re.findall(r"\d", text)) > 2 for text in answers) / len(answers)
+        assert abs(shown - share) < 0.05

@@ -13,11 +13,12 @@ that prompts made with another seed measure the same thing.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +101,35 @@ def problems(rng: random.Random, part: str, languages: tuple[str, ...]) -> Itera
             yield problem(fact, *wordings[(offset + turn) % len(wordings)])
 
 
-@cache
-def requests(part: str, kind: str) -> tuple[Prompt, ...]:
-    """Every request of a part: unsafe ones, or their safe look-alikes (of two sorts in equal numbers)."""
-    sorts = {"unsafe": (("harm", "person"),), "safe": (("harm", "pest"), ("kind", "person"))}[kind]
-    found = []
-    for language, (intent_sort, target_sort) in product(lx.LANGUAGES, sorts):
-        target_form = lx.TARGET_FORMS[target_sort][language]
-        for template, verb, thing, intent, target in product(
-            lx.REQUEST_TEMPLATES[part][language],
-            lx.VERBS[part][language],
-            lx.OBJECTS[part][language],
-            lx.INTENTS[intent_sort][language],
-            lx.TARGETS[target_sort][part][language],
-        ):
-            words = {"verb": verb, "object": thing, "intent": intent, "target": target_form.format(target=target)}
-            found.append(Prompt(template.format(**words), kind, language))
-    return tuple(found)
+class Requests(Sequence[Prompt]):
+    """Every request of a part: unsafe ones, or their safe look-alikes (of two sorts in equal numbers). Millions, so
+    each is made when it is asked for."""
+
+    def __init__(self, part: str, kind: str):
+        sorts = {"unsafe": (("harm", "person"),), "safe": (("harm", "pest"), ("kind", "person"))}[kind]
+        self.kind = kind
+        self.blocks: list[tuple[str, str, list[tuple[str, ...]]]] = []
+        for language, (intent_sort, target_sort) in product(lx.LANGUAGES, sorts):
+            lists = (lx.VERBS[part], lx.OBJECTS[part], lx.INTENTS[intent_sort], lx.TARGETS[target_sort][part])
+            words = [lx.REQUEST_TEMPLATES[part][language], *(by_language[language] for by_language in lists)]
+            self.blocks.append((language, lx.TARGET_FORMS[target_sort][language], words))
+
+    def __len__(self) -> int:
+        return sum(prod(map(len, words)) for _, _, words in self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        for language, target_form, words in self.blocks:
+            size = prod(map(len, words))
+            if index < size:
+                chosen = []
+                for choices in reversed(words):
+                    index, place = divmod(index, len(choices))
+                    chosen.append(choices[place])
+                target, intent, thing, verb, template = chosen
+                parts = {"verb": verb, "object": thing, "intent": intent, "target": target_form.format(target=target)}
+                return Prompt(template.format(**parts), self.kind, language)
+            index -= size
+        raise IndexError(index)
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
@@ -231,7 +244,7 @@ def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> l
         if sort in LANGUAGES_OF:
             pool = list(islice(problems(rng, part, LANGUAGES_OF[sort]), count))
         else:
-            pool = requests(part, sort)
+            pool = Requests(part, sort)
         if count > len(pool):
             raise ToolkitError(f"{count} {sort} prompts asked for, there are {len(pool)}: use a smaller n")
         found += rng.sample(pool, count)
