@@ -19,13 +19,15 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache import joined
 from .configuration import DeepseekV2Config
-from .lowrank import LowRank, unwrap
+from .grouped import LowRank
+from .lowrank import linear, unwrap
 from .masks import AttentionPlan
 from .norm import DeepseekV2RMSNorm
-from .packing import attend_documents
 from .rope import rotate, softmax_scale
 
+WORTH_A_PRODUCT = 2**16  # values
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
 
 
@@ -46,6 +48,15 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [B, M, K] @ b [B, K, N], b a part of a cache. The CPU's bmm first copies what has room between its rows of
+    the batch: where that is much, one product a row of the batch."""
+    spaced = a.shape[0] > 1 and b.stride(0) != b.shape[1] * b.shape[2]
+    if a.device.type == "cpu" and spaced and b[0].numel() > WORTH_A_PRODUCT:
+        return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+    return a @ b
 
 
 class DeepseekV2Attention(nn.Module):
@@ -73,12 +84,12 @@ class DeepseekV2Attention(nn.Module):
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, T, N + R], not yet rotated."""
         direct = self.config.q_lora_rank is None
-        q = self.q_proj(x) if direct else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = linear(self.q_proj, x) if direct else linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, x)))
         return q.unflatten(-1, (self.num_heads, self.qk_dim)).transpose(1, 2)
 
     def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(normalised latent [B, 1, T, C], rotary key [B, 1, T, R], not yet rotated)."""
-        latent, rope_key = self.kv_a_proj_with_mqa(x).split((self.latent_dim, self.rope_dim), dim=-1)
+        latent, rope_key = linear(self.kv_a_proj_with_mqa, x).split((self.latent_dim, self.rope_dim), dim=-1)
         return self.kv_a_layernorm(latent).unsqueeze(1), rope_key.unsqueeze(1)
 
     def expanded(
@@ -90,7 +101,7 @@ class DeepseekV2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values made from the latents: ([B, T, H, V], weights or None)."""
-        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
+        kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
         implementation = self.config._attn_implementation or "eager"
@@ -104,7 +115,7 @@ class DeepseekV2Attention(nn.Module):
         if plan.layout is None:
             out, weights = attend(query, key, value, plan.mask)
         else:
-            out, weights = attend_documents(plan.layout, lambda *qkv: attend(*qkv, None)[0], query, key, value), None
+            out, weights = plan.layout.attend(partial(attend, attention_mask=None), query, key, value), None
         return out[..., : self.v_dim], weights
 
     def kv_b_parts(self) -> tuple[torch.Tensor, list[LowRank]]:
@@ -115,28 +126,35 @@ class DeepseekV2Attention(nn.Module):
         weight: torch.Tensor = base.weight
         return weight.unflatten(0, rows), parts
 
-    def absorbed(
-        self, query: torch.Tensor, latent: torch.Tensor, rope_key: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attention over the latents themselves: [B, T, H, V]. mask [B, 1, T, S], True where allowed."""
+    def absorbed(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention over the latents themselves: [B, T, H, V].
+
+        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. All heads
+        read the same keys, so a row's heads and queries are the rows of one product.
+        """
+        batch, heads, length, _ = query.shape
         weight, adapters = self.kv_b_parts()
-        w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)
+        w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
         q_nope, q_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
         dtype = q_nope.dtype
-        q_latent = torch.einsum("bhtn,hnc->bhtc", q_nope, w_uk.to(dtype))
+        q_HMN = q_nope.transpose(0, 1).flatten(1, 2)  # M = B*T
+        q_HMC = q_HMN @ w_uk.to(dtype)
         for a in adapters:
-            b_uk = a.b[:, : self.nope_dim].to(dtype)
-            q_latent = q_latent + torch.einsum("bhtn,hnr->bhtr", q_nope, b_uk) @ a.a.to(dtype) * a.scaling
-        scores = q_latent @ latent.transpose(2, 3) + q_rope @ rope_key.transpose(2, 3)
+            q_HMC = q_HMC + q_HMN @ a.b[:, : self.nope_dim].to(dtype) @ a.a.to(dtype) * a.scaling
+        q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
+        q_BMW = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
+        scores = by_row(q_BMW, keys.transpose(1, 2))  # [B, H*T, S]
         scores = scores.float() * self.scaling
         if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        mixed = scores.softmax(-1).to(dtype) @ latent  # [B, H, T, C]
-        out = torch.einsum("bhtc,hvc->bthv", mixed, w_uv.to(dtype))
+            by_query = scores.unflatten(1, (heads, length))
+            scores = by_query.masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(1, 2)
+        # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
+        mixed = by_row(scores.softmax(-1).to(dtype), keys)[..., : self.latent_dim]
+        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)
+        out = m_HMC @ w_uv.to(dtype).transpose(1, 2)
         for a in adapters:
-            low = mixed @ a.a.to(dtype).t() * a.scaling
-            out = out + torch.einsum("bhtr,hvr->bthv", low, a.b[:, self.nope_dim :].to(dtype))
-        return out
+            out = out + m_HMC @ a.a.to(dtype).t() @ a.b[:, self.nope_dim :].to(dtype).transpose(1, 2) * a.scaling
+        return out.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
 
     def forward(
         self,
@@ -155,7 +173,7 @@ class DeepseekV2Attention(nn.Module):
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
         if plan.absorb:
-            out, weights = self.absorbed(query, latent, rope_key, plan.mask), None
+            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask), None
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
-        return self.o_proj(out.flatten(-2)), weights
+        return linear(self.o_proj, out.flatten(-2)), weights

@@ -108,6 +108,21 @@ class LatentLayer(CacheLayerMixin):
         return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
 
 
+def joined(latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
+    """[B, 1, S, C] and [B, 1, S, R] -> [B, S, C + R]: no copy where they lie side by side, as in a LatentCache."""
+    latent, rope_key = latent.squeeze(1), rope_key.squeeze(1)
+    width, offset = latent.shape[-1] + rope_key.shape[-1], latent.storage_offset()
+    beside = (
+        latent.untyped_storage().data_ptr() == rope_key.untyped_storage().data_ptr()
+        and rope_key.storage_offset() == offset + latent.shape[-1]
+        and latent.stride() == rope_key.stride()
+        and not (latent.requires_grad or rope_key.requires_grad)
+    )
+    if beside:
+        return latent.as_strided((*latent.shape[:2], width), latent.stride(), offset)
+    return torch.cat((latent, rope_key), dim=-1)
+
+
 class LatentCache(Cache):
     """Cache of a DeepSeek-V2 model; `generate` makes one when it is given none.
 

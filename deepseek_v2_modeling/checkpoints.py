@@ -1,62 +1,277 @@
-"""Which tensors of a checkpoint do not fit the model."""
+"""Checkpoints in the hub's layout: every tensor accounted for, experts read straight into their fused parameters.
 
-from collections.abc import Mapping
+Stock transformers reports missing, unexpected and misshapen tensors in a log table and goes on with random
+numbers; here they are errors that name them as they are named on disk. Stock also holds the single experts beside
+the fused parameter that it makes of them, in the wanted dtype: 1.7 times the weights when bf16 files are loaded in
+float32. Here each expert is copied from the mapped file to its place.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .offloading import keep_readable
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+# Fused parameter: the projections of each expert that it holds, one below the other.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# A buffer that some old checkpoints hold; it is computed from the config.
+COMPUTED = r"rotary_emb\.inv_freq$"
 SHOWN = 5
-Shapes = dict[str, tuple[int, ...]]
+Shape = tuple[int, ...]
 
 
-def file_shapes(directory: str | Path) -> Shapes:
-    """{name: shape} of all tensors in a directory's safetensors files; reads their headers only."""
-    shapes: Shapes = {}
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor on disk is to the model: a whole parameter, or an expert's rows of a fused one."""
+
+    parameter: str
+    shape: Shape
+    place: tuple[int, slice] | None = None
 
 
-def hub_shapes(cls: type[PreTrainedModel], config: DeepseekV2Config) -> Shapes:
-    """{name: shape} of the tensors that a checkpoint of this model has in the hub's layout."""
-    with torch.device("meta"):
-        model: Any = cls(config)
-    return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()}
+@dataclass
+class FusedExperts:
+    """Stands for a fused parameter in the state dict that transformers loads; it asks for [...] and then `to`."""
+
+    shape: Shape
+    pieces: list[tuple[tuple[int, slice], Any]] = field(default_factory=list)
+
+    def __getitem__(self, _: Any) -> "FusedExperts":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        fused = torch.empty(self.shape, device=device, dtype=dtype)
+        for place, source in self.pieces:
+            fused[place] = source[...]
+        return fused
 
 
-def find_faults(found: Shapes, wanted: Shapes) -> dict[str, list[str]]:
-    """{"missing" | "unexpected" | "misshapen": names}."""
-    shared = found.keys() & wanted.keys()
+def pieces_of(parameter: str, shape: Shape) -> dict[str, Piece]:
+    """{name on disk: what it is} of one parameter."""
+    module, _, last = parameter.rpartition(".")
+    if not module.endswith(".experts") or last not in FUSED:
+        return {parameter: Piece(parameter, shape)}
+    experts, all_rows, columns = shape
+    rows = all_rows // len(FUSED[last])
     return {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "misshapen": sorted(f"{k} {list(found[k])}, not {list(wanted[k])}" for k in shared if found[k] != wanted[k]),
+        f"{module}.{e}.{part}.weight": Piece(parameter, (rows, columns), (e, slice(i * rows, (i + 1) * rows)))
+        for e in range(experts)
+        for i, part in enumerate(FUSED[last])
     }
 
 
-def raise_faults(base: str, faults: Mapping[str, list[str]], head: str) -> None:
-    """Raises ModelError for the first kind of fault, but not for the head that a reward model replaces."""
-    new_head, old_head = ("score.", "lm_head.") if head == "score" else ((), "score.")
-    excused = {"missing": new_head, "unexpected": old_head, "misshapen": ()}
-    for what, names in faults.items():
-        names = [name for name in names if not name.startswith(excused[what])]
-        if names:
-            raise ModelError(f"{base}: {len(names)} tensors are {what}: {'; '.join(names[:SHOWN])}")
+def hub_layout(parameters: Mapping[str, Shape], found: Container[str] = ()) -> dict[str, Piece]:
+    """{name on disk: what it is} of all tensors; experts that `found` has in the fused form stay fused."""
+    layout: dict[str, Piece] = {}
+    for name, shape in parameters.items():
+        layout |= {name: Piece(name, shape)} if name in found else pieces_of(name, shape)
+    return layout
 
 
-def raise_faults_of_files(base: str, cls: type[PreTrainedModel], config: DeepseekV2Config, head: str) -> None:
-    """`raise_faults` by the names that tensors have in the files of a local directory.
+def shape_of(source: Any) -> Shape:
+    """Of a tensor, or of one in a safetensors file that is not read yet."""
+    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
 
-    transformers speaks of the fused experts when one of them is missing or has another shape, or raises
-    RuntimeError without any name when they do not stack.
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A PreTrainedModel whose `from_pretrained` refuses what does not fit.
+
+    new_heads: starts of the names of tensors that may be missing: they are made anew.
+    other_heads: starts of the names of tensors that may be left in the checkpoint: another model's head.
+    Both are named in one printed line. Everything else is an error.
     """
-    if found := file_shapes(base):
-        raise_faults(base, find_faults(found, hub_shapes(cls, config)), head)
+
+    new_heads: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    _keys_to_ignore_on_load_unexpected = {COMPUTED}  # noqa: RUF012 - read by transformers
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        use_safetensors: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', but strict: only safetensors is read, and every tensor must find its place.
+
+        `ignore_mismatched_sizes=True` makes whole tensors of another shape anew and names them; an expert of
+        another shape is always an error.
+
+        Raises:
+            ModelError: there are no safetensors files, a file cannot be read, or tensors are missing,
+                unexpected or misshapen; the message names them.
+        """
+        path = pretrained_model_name_or_path
+        if use_safetensors is False or kwargs.get("gguf_file"):
+            raise ModelError(f"{path}: only safetensors is read")
+        check_directory(path, kwargs.get("subfolder") or "")
+        try:
+            loaded: Any = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: {str(error).splitlines()[0]}") from error
+        keep_readable(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Checks names and shapes before the first tensor is read, and gives transformers fused experts to load.
+
+        Parameters that are sharded or quantised while they are loaded are transformers' affair, and checked when
+        it is done; so are native adapters, which come with `expected_keys`.
+        """
+        if expected_keys is None and not changes_parameters(load_config):
+            with ExitStack() as files:
+                sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
+                matched = match_sources(model, sources, load_config)
+                if not needs_files(load_config):
+                    result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
+                    # Else a model whose experts transformers did not fuse itself would be saved with fused ones.
+                    model.__dict__.pop("_weight_conversions", None)
+                    return result
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Raises what transformers only reports, and prints the line about heads."""
+        with without_report(loading_info):
+            PreTrainedModel._finalize_model_loading(
+                model, replace(load_config, ignore_mismatched_sizes=True), loading_info
+            )
+        shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in loading_info.mismatched_keys}
+        made, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
+        notes = [f"made anew: {', '.join(made)}"] * bool(made) + [f"left out: {', '.join(left)}"] * bool(left)
+        if notes and os.environ.get("RANK", "0") == "0":
+            print(f"{name_of(load_config)}: {'; '.join(notes)}")
+        return loading_info
+
+
+def name_of(load_config: Any) -> str:
+    return str(load_config.pretrained_model_name_or_path or "state_dict")
+
+
+def judge(
+    model: Any,
+    load_config: Any,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    misshapen: Mapping[str, tuple[Shape, Shape]],
+) -> tuple[list[str], list[str]]:
+    """(tensors to be made anew, tensors left out) among those that do not fit; misshapen: {name: (found, wanted)}.
+
+    Raises:
+        ModelError: one of them may not be; the message has the first names of each kind.
+    """
+    lenient = load_config.ignore_mismatched_sizes
+    reshaped = {name for name in misshapen if lenient and ".experts." not in name}
+    made = {name for name in missing if name.startswith(model.new_heads)} | reshaped
+    left = {name for name in unexpected if name.startswith(model.other_heads)}
+    faults = {
+        "missing": set(missing) - made,
+        "unexpected": set(unexpected) - left,
+        "misshapen": {f"{k} {list(v[0])}, not {list(v[1])}" for k, v in misshapen.items() if k not in reshaped},
+    }
+    parts = []
+    for kind, names in faults.items():
+        shown = ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        parts += [f"{kind} tensors: {shown}"] * bool(names)
+    if parts:
+        raise ModelError(f"{name_of(load_config)}: {'; '.join(parts)}")
+    return sorted(made), sorted(left)
+
+
+def check_directory(path: Any, subfolder: str) -> None:
+    """Raises ModelError for a local directory without safetensors files (transformers would read others too)."""
+    if path is not None and Path(path).is_dir() and not any((Path(path) / subfolder).glob("*.safetensors*")):
+        raise ModelError(f"{path}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+
+
+def changes_parameters(load_config: Any) -> bool:
+    """Whether parameters are quantised or sharded while they are loaded: names and shapes are others then."""
+    quantised, sharded = load_config.hf_quantizer is not None, load_config.device_mesh is not None
+    return quantised or sharded or is_deepspeed_zero3_enabled()
+
+
+def needs_files(load_config: Any) -> bool:
+    """Whether the files must not be mapped, or stay where offloaded weights are read from later."""
+    return bool(load_config.disable_mmap) or "disk" in (load_config.device_map or {}).values()
+
+
+def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
+    """{name: a tensor not read yet} of all files, which `files` keeps open."""
+    sources: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(path, "pt"))
+        except SafetensorError as error:
+            raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
+        sources |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return sources
+
+
+def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
+    """The state dict for transformers to load: experts under the names of their fused parameters.
+
+    Raises:
+        ModelError: names or shapes do not fit.
+    """
+    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
+    parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    known = dict.fromkeys([*parameters, *hub_layout(parameters)], True)
+    names = {  # with or without the backbone's prefix, as this class has it
+        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sources
+    }
+    if doubled := sorted(sources.keys() - set(names.values())):
+        raise ModelError(
+            f"{name_of(load_config)}: tensors that are there under two names: {', '.join(doubled[:SHOWN])}"
+        )
+    layout = hub_layout(parameters, names)
+    check_sources(model, load_config, {name: shape_of(sources[key]) for name, key in names.items()}, layout)
+    state: dict[str, Any] = {}
+    for name, key in names.items():
+        piece = layout.get(name)
+        if piece is None or piece.place is None:
+            state[key] = sources[key]
+        else:
+            fused = state.setdefault(piece.parameter, FusedExperts(parameters[piece.parameter]))
+            fused.pieces.append((piece.place, sources[key]))
+    return state
+
+
+def check_sources(model: Any, load_config: Any, found: Mapping[str, Shape], layout: Mapping[str, Piece]) -> None:
+    """Raises ModelError unless the tensors of a checkpoint are those of the layout, but for heads and tied weights."""
+    tied = {name: other for pair in model.all_tied_weights_keys.items() for name, other in (pair, pair[::-1])}
+    missing = [name for name in layout.keys() - found.keys() if tied.get(name) not in found]
+    unexpected = [name for name in found.keys() - layout.keys() if not re.search(COMPUTED, name)]
+    shapes = {name: (found[name], layout[name].shape) for name in layout.keys() & found.keys()}
+    judge(model, load_config, missing, unexpected, {name: pair for name, pair in shapes.items() if pair[0] != pair[1]})
+
+
+@contextmanager
+def without_report(loading_info: Any) -> Iterator[None]:
+    """No table in the log of what is raised or printed in a line; failed conversions have no other place."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return bool(loading_info.conversion_errors) or "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

@@ -14,13 +14,16 @@ from .errors import ModelError
 ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
+YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
 
 
 def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
     """RoPE settings of either form in the new one; `theta` where they do not give it."""
     rope = dict(rope or {})
-    kind = rope.pop("type", None)
-    return {"rope_type": kind or "default", "rope_theta": theta, **rope}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope.pop("type", None)
+    length = {"original_max_position_embeddings": YARN_LENGTH} if kind == "yarn" else {}
+    return {"rope_theta": theta, **length, **rope, "rope_type": kind}
 
 
 @strict
@@ -64,7 +67,7 @@ class DeepseekV2Config(StockConfig):
     @property
     def rope(self) -> dict[str, Any]:
         """`rope_parameters` as a plain dict: rope_type and rope_theta are always there."""
-        return dict(self.rope_parameters or {})
+        return rope_parameters(self.rope_parameters, DEFAULT_THETA)  # keywords of from_pretrained come as they are
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
@@ -110,6 +113,8 @@ def check_config(config: DeepseekV2Config) -> None:
     if not config.n_routed_experts:
         return
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    if config.moe_layer_freq < 1:
+        raise ModelError(f"moe_layer_freq is {config.moe_layer_freq}: it must be at least 1")
     if config.scoring_func != "softmax":
         raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
     if config.topk_method not in TOPK_METHODS:

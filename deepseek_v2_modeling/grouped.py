@@ -5,134 +5,263 @@ expert that has rows, into a shared output. Neither builds anything of the size 
 those weights train.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+FILL = 32  # rows
+
+
+@dataclass
+class LowRank:
+    """One active adapter of one weight: scaling * (dropout(x) a^T) b^T. a [r, I] and b [O, r], or a [E, r, I] and
+    b [E, O, r] for experts.
+
+    experts: those that a and b hold, where it is not all; the others have no adapter.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: nn.Module
+    experts: tuple[int, ...] | None = None
+
+    def places(self, count: int) -> Sequence[int]:
+        """Where in a and b each of `count` experts is; -1 for one without."""
+        if self.experts is None:
+            return range(count)
+        places = dict(zip(self.experts, range(count), strict=False))
+        return [places.get(expert, -1) for expert in range(count)]
+
+    def spread(self, factor: torch.Tensor, count: int) -> torch.Tensor:
+        """a or b for all of `count` experts, zeros for those without."""
+        if self.experts is None:
+            return factor
+        chosen = torch.tensor(self.experts, dtype=torch.long, device=factor.device)
+        return factor.new_zeros(count, *factor.shape[1:]).index_copy(0, chosen, factor)
+
+
+def blocks(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+            start += count
+
 
 class _LoopedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ w[e]^T, a product an expert with rows (CPU)."""
+    """y[rows of e] = x[rows of e] @ w[e]^T + s (z[rows of e] @ a[e]^T) @ b[e]^T for each adapter (CPU).
+
+    `adapters` is (z, a, b) for each of `scalings`; z is None where it is x. `places`, for each of them, is where in a
+    and b an expert is, -1 for one without.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_SI: torch.Tensor, w_EOI: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
-        ctx.save_for_backward(x_SI, w_EOI)
-        ctx.counts = counts
+    def forward(
+        ctx: Any,
+        counts: tuple[int, ...],
+        scalings: tuple[float, ...],
+        places: tuple[Sequence[int], ...],
+        x_SI: torch.Tensor,
+        w_EOI: torch.Tensor,
+        *adapters: torch.Tensor | None,
+    ) -> torch.Tensor:
         y_SO = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1])
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = slice(start, start + count)
-                torch.mm(x_SI[rows], w_EOI[expert].t(), out=y_SO[rows])
-                start += count
+        parts = _triples(adapters, x_SI)
+        lows = [z.new_empty(z.shape[0], a.shape[1]) for z, a, _ in parts]
+        for expert, rows in blocks(counts):
+            y = y_SO[rows]
+            torch.mm(x_SI[rows], w_EOI[expert].t(), out=y)
+            for (z, a, b), scaling, places_E, low in zip(parts, scalings, places, lows, strict=True):
+                if (place := places_E[expert]) >= 0:
+                    torch.mm(z[rows], a[place].t(), out=low[rows])
+                    torch.addmm(y, low[rows], b[place].t(), alpha=scaling, out=y)
+        ctx.save_for_backward(x_SI, w_EOI, *adapters, *lows)
+        ctx.counts, ctx.scalings, ctx.places = counts, scalings, places
         return y_SO
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        (g_SO,) = grads
-        x_SI, w_EOI = ctx.saved_tensors
-        g_SO = g_SO.contiguous()
-        need_x, need_w = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x_SI) if need_x else None
-        dw = torch.zeros_like(w_EOI) if need_w else None
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            if count:
-                rows = slice(start, start + count)
-                if dx is not None:
-                    torch.mm(g_SO[rows], w_EOI[expert], out=dx[rows])
-                if dw is not None:
-                    torch.mm(g_SO[rows].t(), x_SI[rows], out=dw[expert])
-                start += count
-        return dx, dw, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g_SO = grads[0].contiguous()
+        x_SI, w_EOI, *rest = ctx.saved_tensors
+        adapters, lows = rest[: 3 * len(ctx.scalings)], rest[3 * len(ctx.scalings) :]
+        parts = _triples(adapters, x_SI)
+        needs = ctx.needs_input_grad[3:]
+        dx = torch.empty_like(x_SI) if needs[0] else None
+        dw = torch.zeros_like(w_EOI) if needs[1] else None
+        dz = [torch.empty_like(z) if z is not None else None for z in adapters[::3]]
+        da, db = ([torch.zeros_like(part[i]) for part in parts] for i in (1, 2))
+        for expert, rows in blocks(ctx.counts):
+            g = g_SO[rows]
+            if dx is not None:
+                torch.mm(g, w_EOI[expert], out=dx[rows])
+            if dw is not None:
+                torch.mm(g.t(), x_SI[rows], out=dw[expert])
+            for i, (z, a, b) in enumerate(parts):
+                own, place = dz[i], ctx.places[i][expert]
+                if place < 0:
+                    if own is not None:
+                        own[rows] = 0
+                    continue
+                g_low = torch.mm(g, b[place]).mul_(ctx.scalings[i])
+                torch.mm(g_low.t(), z[rows], out=da[i][place])
+                torch.addmm(db[i][place], g.t(), lows[i][rows], beta=0, alpha=ctx.scalings[i], out=db[i][place])
+                if own is not None:
+                    torch.mm(g_low, a[place], out=own[rows])
+                elif dx is not None:
+                    torch.addmm(dx[rows], g_low, a[place], out=dx[rows])
+        return None, None, None, dx, dw, *(grad for triple in zip(dz, da, db, strict=True) for grad in triple)
+
+
+def _triples(adapters: Sequence[torch.Tensor | None], x_SI: torch.Tensor) -> list[Any]:
+    """(z, a, b) of each adapter, with x for a z that is None."""
+    given = list(adapters)
+    return [(x_SI if z is None else z, a, b) for z, a, b in zip(given[::3], given[1::3], given[2::3], strict=True)]
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products on x: autocast's, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Groups:
-    """How S rows, sorted by expert, fall to E experts.
+    """How S rows, sorted by expert, fall to E experts; sizes_E [E].
 
     On the CPU the sizes are Python numbers; on a GPU they stay there, so that the host never waits.
     """
 
-    def __init__(self, experts_S: torch.Tensor, num_experts: int):
-        sizes = torch.bincount(experts_S, minlength=num_experts) if experts_S.device.type == "cpu" else None
-        if sizes is None:
-            sizes = torch.zeros(num_experts, dtype=torch.int64, device=experts_S.device)
-            sizes.index_add_(0, experts_S, torch.ones_like(experts_S))
-            self.ends = sizes.cumsum(0).to(torch.int32)
-            self.counts: tuple[int, ...] = ()
-        else:
-            self.counts = tuple(sizes.tolist())
+    def __init__(self, sizes_E: torch.Tensor):
+        on_cpu = sizes_E.device.type == "cpu"
+        self.counts: tuple[int, ...] = tuple(sizes_E.tolist()) if on_cpu else ()
+        if not on_cpu:
+            self.ends = sizes_E.cumsum(0).to(torch.int32)
 
-    def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor) -> torch.Tensor:
-        """[S, O]: each row times its expert's matrix, in the dtype of autocast or of x."""
-        kind = x_SI.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_SI.dtype
+    def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[LowRank] = ()) -> torch.Tensor:
+        """[S, O]: each row times its expert's matrix, and beside it the adapters' share, in the dtype of autocast or
+        of x."""
+        dtype = compute_dtype(x_SI)
         x_SI, w_EOI = x_SI.to(dtype), w_EOI.to(dtype)
         if self.counts:
-            return _LoopedLinear.apply(x_SI, w_EOI, self.counts)
-        return F.grouped_mm(x_SI, w_EOI.transpose(-2, -1), offs=self.ends)
+            parts: list[torch.Tensor | None] = []
+            for adapter in adapters:
+                z = None if isinstance(adapter.dropout, nn.Identity) else adapter.dropout(x_SI)
+                parts += [z, adapter.a.to(dtype), adapter.b.to(dtype).contiguous()]
+            scalings = tuple(adapter.scaling for adapter in adapters)
+            places = tuple(adapter.places(len(w_EOI)) for adapter in adapters)
+            return _LoopedLinear.apply(self.counts, scalings, places, x_SI, w_EOI, *parts)
+        y_SO = F.grouped_mm(x_SI, w_EOI.transpose(-2, -1), offs=self.ends)
+        for adapter in adapters:
+            a, b = (adapter.spread(f.to(dtype), len(w_EOI)).transpose(-2, -1) for f in (adapter.a, adapter.b))
+            low = F.grouped_mm(adapter.dropout(x_SI), a, offs=self.ends)
+            y_SO = torch.add(y_SO, F.grouped_mm(low, b, offs=self.ends), alpha=adapter.scaling)
+        return y_SO
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where N*K token-expert slots lie among P rows that are sorted by expert. Rows that fill a group up belong to no
+    slot: they compute from some token and go nowhere.
+
+    slot_P: the slot of each row, -1 where it fills up. place_S: the row of each slot.
+    """
+
+    slot_P: torch.Tensor
+    place_S: torch.Tensor
+    top_k: int
+
+    @property
+    def token_P(self) -> torch.Tensor:
+        return self.slot_P.clamp(min=0) // self.top_k
+
+
+def filled_up(size: int) -> int:
+    """A group's size rounded up to a power of 2, above FILL to its multiples: oneDNN makes a primitive for each new
+    shape of a low-precision product (about 1 ms), so a few shapes have to do."""
+    if size > FILL:
+        return -(-size // FILL) * FILL
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def place_slots(experts_NK: torch.Tensor, num_experts: int, fill_up: bool) -> tuple[Slots, Groups]:
+    """Sorts the slots by expert. fill_up: see `filled_up`; not on a GPU, whose kernels take ragged groups."""
+    flat = experts_NK.reshape(-1)
+    order_S = flat.argsort(stable=True)
+    rows_S = torch.arange(order_S.shape[0], device=flat.device)
+    sizes_E = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+    sizes_E.index_add_(0, flat, torch.ones_like(flat))
+    slot_P = order_S
+    if fill_up:
+        full_E = torch.tensor([filled_up(size) for size in sizes_E.tolist()])
+        gaps_E = (full_E - sizes_E).cumsum(0) - (full_E - sizes_E)
+        rows_S = rows_S + gaps_E[flat[order_S]]
+        slot_P = order_S.new_full((int(full_E.sum()),), -1)
+        slot_P[rows_S] = order_S
+        sizes_E = full_E
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = rows_S
+    return Slots(slot_P, place_S, experts_NK.shape[1]), Groups(sizes_E)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of x [N, D] copied to their slots [S, D]; the gradient gathers, so it is the same at every run."""
+    """Rows of x [N, D] copied to their slots' rows [P, D]; the gradient gathers, so it is the same at every run."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, order_S: torch.Tensor, inverse_S: torch.Tensor, top_k: int):
-        ctx.save_for_backward(inverse_S)
-        ctx.top_k = top_k
-        return x_ND.index_select(0, order_S // top_k)
+    def forward(ctx: Any, x_ND: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return x_ND.index_select(0, slots.token_P)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        (inverse_S,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_S).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        slots: Slots = ctx.slots
+        return grads[0].index_select(0, slots.place_S).unflatten(0, (-1, slots.top_k)).sum(1), None
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted sum over each token's slots, accumulated in float32 without a [N, K, D] float32 tensor."""
+    """Weighted sum over each token's slots, accumulated in float32; on a GPU without a float32 tensor of all slots."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y_SD: torch.Tensor, weights_NK: torch.Tensor, order_S: torch.Tensor, inverse_S: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(y_SD, weights_NK, order_S)
-        slots_NK = inverse_S.view(weights_NK.shape)
-        out = torch.zeros(weights_NK.shape[0], y_SD.shape[1], dtype=torch.float32, device=y_SD.device)
+    def forward(ctx: Any, y_PD: torch.Tensor, weights_NK: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.save_for_backward(y_PD, weights_NK)
+        ctx.slots = slots
+        places_NK = slots.place_S.view(weights_NK.shape)
+        if y_PD.device.type == "cpu":
+            return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+        out = torch.zeros(weights_NK.shape[0], y_PD.shape[1], dtype=torch.float32, device=y_PD.device)
         for k in range(weights_NK.shape[1]):
-            out.addcmul_(y_SD.index_select(0, slots_NK[:, k]).float(), weights_NK[:, k : k + 1])
+            out.addcmul_(y_PD.index_select(0, places_NK[:, k]).float(), weights_NK[:, k : k + 1])
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        y_SD, weights_NK, order_S = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        y_PD, weights_NK = ctx.saved_tensors
+        slots: Slots = ctx.slots
         need_y, need_w = ctx.needs_input_grad[:2]
-        g_SD = grads[0].index_select(0, order_S // weights_NK.shape[1])
+        g_PD = grads[0].index_select(0, slots.token_P)
         dw = None
         if need_w:
-            dw_S = torch.einsum("sd,sd->s", g_SD, y_SD.float())
-            dw = torch.empty_like(dw_S).index_copy_(0, order_S, dw_S).view(weights_NK.shape)
-        dy = g_SD.mul_(weights_NK.reshape(-1, 1).index_select(0, order_S)).to(y_SD.dtype) if need_y else None
-        return dy, dw, None, None
+            dw_P = torch.einsum("pd,pd->p", g_PD, y_PD.float())
+            dw = dw_P.index_select(0, slots.place_S).view(weights_NK.shape)
+        weights_P = weights_NK.reshape(-1).index_select(0, slots.slot_P.clamp(min=0)) * (slots.slot_P >= 0)
+        dy = g_PD.mul_(weights_P.unsqueeze(1)).to(y_PD.dtype) if need_y else None
+        return dy, dw, None
 
 
-def dispatch(
-    x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, Groups, torch.Tensor, torch.Tensor]:
-    """Sorts token-expert slots by expert: (x [S, D], groups, order [S], inverse [S])."""
-    flat = experts_NK.reshape(-1)
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
-    x_SD = _Dispatch.apply(x_ND, order, inverse, experts_NK.shape[1])
-    return x_SD, Groups(flat, num_experts), order, inverse
+def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups, Slots]:
+    """Each slot's token, sorted by expert: (x [P, D], the groups of its rows, where the slots are)."""
+    fill_up = x_ND.device.type == "cpu" and compute_dtype(x_ND).itemsize < 4
+    slots, groups = place_slots(experts_NK, num_experts, fill_up)
+    return _Dispatch.apply(x_ND, slots), groups, slots
 
 
-def combine(
-    y_SD: torch.Tensor, weights_NK: torch.Tensor, order_S: torch.Tensor, inverse_S: torch.Tensor
-) -> torch.Tensor:
+def combine(y_PD: torch.Tensor, weights_NK: torch.Tensor, slots: Slots) -> torch.Tensor:
     """Sum over each token's experts, weighted, in float32 as the official model does: [N, D] float32."""
-    return _Combine.apply(y_SD, weights_NK, order_S, inverse_S)
+    return _Combine.apply(y_PD, weights_NK, slots)
 
 
 def swiglu(gate_up: torch.Tensor, activation: nn.Module) -> torch.Tensor:

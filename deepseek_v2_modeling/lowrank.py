@@ -5,7 +5,6 @@ the owners of the weights (saving, switching, disabling and merging stay PEFT's)
 active adapters, and add s (x A) B beside the base product.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,27 +12,19 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.nn import functional as F
 
-from .grouped import Groups
-
-
-@dataclass
-class LowRank:
-    """One active adapter of one weight. a [r, I] and b [O, r], or a [E, r, I] and b [E, O, r] for experts."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    dropout: nn.Module
+from .grouped import LowRank
 
 
 def _factors(layer: Any, name: str) -> LowRank:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    chosen: tuple[int, ...] | None = getattr(layer, "chosen", None)  # of chosen_lora.ChosenWrapper
     experts = getattr(layer, "num_experts", 1)
     if experts > 1:
+        held, rank = experts if chosen is None else len(chosen), layer.r[name]
         # PEFT's layout: the expert is the slowest index of A's rows and the fastest of B's columns.
-        a = a.unflatten(0, (experts, -1))
-        b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name])
+        a = a.unflatten(0, (held, rank))
+        b = b.unflatten(1, (rank, held)).permute(2, 0, 1)
+    return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name], chosen)
 
 
 def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
@@ -50,33 +41,31 @@ def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
     return module, adapters
 
 
-def _product(x: torch.Tensor, adapter: LowRank) -> torch.Tensor:
-    x = adapter.dropout(x)
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(adapter.a.dtype)
-    return F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scaling
+def _plain_lora(module: nn.Module) -> bool:
+    """Whether these are PEFT's wrappers and all that they do is s B A x: no DoRA and the like, no bias of B, no hooks
+    (adapter names by row, offloading, gathering of sharded weights), which only the wrappers' own forward minds."""
+    layer: Any = module
+    while isinstance(layer, LoraLayer):
+        other: Any = layer
+        if (
+            other._forward_pre_hooks
+            or hasattr(other, "_hf_hook")
+            or any(layer.lora_bias.values())
+            or layer.lora_variant
+        ):
+            return False
+        layer = other.base_layer
+    return layer is not module
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed."""
-    if type(module) is nn.Linear:
+    """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed, and low-rank products are
+    in the dtype of the base product."""
+    if not _plain_lora(module):
         return module(x)
     base, adapters = unwrap(module)
     y = base(x)
     for adapter in adapters.get("weight", []):
-        y = y + _product(x, adapter).to(y.dtype)
+        low = F.linear(adapter.dropout(x).to(y.dtype), adapter.a.to(y.dtype)).flatten(0, -2)
+        y = torch.addmm(y.flatten(0, -2), low, adapter.b.to(y.dtype).t(), alpha=adapter.scaling).view_as(y)
     return y
-
-
-def grouped_linear(
-    groups: Groups, x_SI: torch.Tensor, weight_EOI: torch.Tensor, adapters: list[LowRank]
-) -> torch.Tensor:
-    """[S, O]: the experts' product and, beside it, their adapters' on the same rows."""
-    y_SO = groups.linear(x_SI, weight_EOI)
-    for adapter in adapters:
-        x = adapter.dropout(x_SI)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(adapter.a.dtype)
-        share = groups.linear(groups.linear(x, adapter.a), adapter.b) * adapter.scaling
-        y_SO = y_SO + share.to(y_SO.dtype)
-    return y_SO

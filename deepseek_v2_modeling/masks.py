@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .configuration import DeepseekV2Config
-from .packing import PackedLayout, pack_layout
+from .packing import FlatLayout, PackedLayout, flat_layout, pack_layout
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,13 @@ class AttentionPlan:
     """
 
     mask: Any
-    layout: PackedLayout | None = None
+    layout: PackedLayout | FlatLayout | None = None
     absorb: bool = False
+
+    def to(self, device: Any) -> "AttentionPlan":
+        """For layers on another device (accelerate's dispatch asks for it)."""
+        mask, layout = (part if part is None else part.to(device) for part in (self.mask, self.layout))
+        return AttentionPlan(mask, layout, self.absorb)
 
 
 def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
@@ -45,10 +50,10 @@ def plan_attention(
         mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
         return AttentionPlan(mask, absorb=True)
     implementation = config._attn_implementation or "eager"
-    if documents is not None and implementation == "sdpa":
-        return AttentionPlan(None, pack_layout(documents))
     if documents is not None and implementation.startswith("flash"):
-        return AttentionPlan(None)  # the kernel takes the documents from position_ids or cu_seq_lens
+        return AttentionPlan(None, flat_layout(documents))
+    if documents is not None and implementation == "sdpa" and not torch.compiler.is_compiling():
+        return AttentionPlan(None, pack_layout(documents))  # compiled code cannot wait for the lengths
     return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
 
 

@@ -1,6 +1,7 @@
 """The DeepSeek-V2 model classes, compatible with transformers: stock's parameter names, official behaviour."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekV2Attention
 from .balance import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .cache import LatentCache
+from .checkpoints import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config
+from .loss import IGNORED, blockwise_loss
 from .masks import plan_attention
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .norm import DeepseekV2RMSNorm
-from .outputs import DeepseekV2ModelOutput
+from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing import find_documents
+from .pooling import last_tokens
 from .rope import RotaryEmbedding
 from .routing import next_routes
 
@@ -50,7 +53,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         return x + y, router.logits, router.experts
 
 
-class DeepseekV2PreTrainedModel(PreTrainedModel):
+class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     config_class = DeepseekV2Config
     config: DeepseekV2Config
     base_model_prefix = "model"
@@ -78,8 +81,9 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
-    """Embeddings, decoder layers and the final norm."""
+    """Embeddings, decoder layers and the final norm. Loaded from a checkpoint with a head, it leaves the head."""
 
+    other_heads = ("lm_head.", "score.")
     keeps_balance = True  # how `collect_balance` and routing replay find the backbone under any wrapper
 
     def __init__(self, config: DeepseekV2Config):
@@ -216,7 +220,8 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As stock's, with `aux_loss`. With `num_items_in_batch` (Trainer under gradient accumulation) both
-        losses are this micro-batch's share: the balance losses are weighed by its labels."""
+        losses are this micro-batch's share: the balance losses are weighed by its labels. In training with labels
+        the full logits are made only when the output is asked for them."""
         items = kwargs.get("num_items_in_batch")
         outputs = self.model(
             input_ids=input_ids,
@@ -227,15 +232,22 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-            if outputs.aux_loss is not None and self.model.ledger is None:
-                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
-                loss = loss + outputs.aux_loss * share
-        return MoeCausalLMOutputWithPast(
+        hidden, loss, logits, make_logits = outputs.last_hidden_state, None, None, None
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if labels is not None and trains and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            shifted = kwargs.get("shift_labels")
+            loss = blockwise_loss(self.lm_head, hidden, labels, self.vocab_size, items, shifted)
+            make_logits = partial(self.lm_head, hidden)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep, :])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        if labels is not None and outputs.aux_loss is not None and self.model.ledger is None:
+            share = 1.0 if items is None else (labels[:, 1:] != IGNORED).sum() / items
+            loss = loss + outputs.aux_loss * share
+        return causal_lm_output(
+            make_logits,
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
@@ -246,22 +258,16 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         )
 
 
-def last_real_token(
-    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pad_token_id: int | None, length: int
-) -> torch.Tensor | int:
-    """Index [B] of each row's last real token: by the mask, else by the padding id, else the last place."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        real = attention_mask[:, -length:].bool()
-    elif input_ids is not None and pad_token_id is not None:
-        real = input_ids != pad_token_id
-    else:
-        return length - 1
-    places = torch.arange(length, device=real.device)
-    return (places * real).argmax(-1)
-
-
 class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
-    """A score (or class logits) read off the last real token of each row."""
+    """A score (or class logits) read off the last real token of each row, or of each packed document.
+
+    `logits` is [B, num_labels]. In a packed batch (position_ids that restart, or cu_seq_lens) it is
+    [documents, num_labels], row by row, and `labels` has one entry a document. Padding beside documents has no
+    score when the attention_mask tells it.
+    """
+
+    new_heads = ("score.",)
+    other_heads = ("lm_head.",)
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)
@@ -284,6 +290,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """As stock's, but padding is told by attention_mask where there is one: a real token may have the
         padding id (many set pad = eos). In training with labels the balance losses are in `loss`."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -294,8 +301,10 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        last = last_real_token(input_ids, attention_mask, self.config.pad_token_id, hidden.shape[1])
-        pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        shape = (hidden.shape[0], hidden.shape[1])
+        starts = kwargs.get("cu_seq_lens_q")
+        documents = None if past else find_documents(position_ids, attention_mask, starts, shape)
+        pooled = self.score(hidden[last_tokens(input_ids, attention_mask, documents, self.config.pad_token_id, shape)])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)

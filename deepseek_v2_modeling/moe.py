@@ -3,6 +3,8 @@
 B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from .balance import RouterOutput
 from .configuration import DeepseekV2Config
-from .grouped import combine, dispatch, swiglu
-from .lowrank import grouped_linear, linear, unwrap
+from .grouped import Groups, LowRank, combine, dispatch, swiglu
+from .lowrank import linear, unwrap
 
 
 class DeepseekV2MLP(nn.Module):
@@ -86,15 +88,19 @@ class DeepseekV2Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
+        """[S, O]: rows sorted by expert times the experts' weights of that name, adapters included."""
+        return groups.linear(x_SI, getattr(self, name), adapters)
+
 
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
     """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included."""
     base, adapters = unwrap(experts)
-    x_SD, groups, order, inverse = dispatch(x_ND, experts_NK, base.num_experts)
-    hidden = grouped_linear(groups, x_SD, base.gate_up_proj, adapters.get("gate_up_proj", []))
+    x_PD, groups, slots = dispatch(x_ND, experts_NK, base.num_experts)
+    hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
     hidden = swiglu(hidden, base.act_fn)
-    y_SD = grouped_linear(groups, hidden, base.down_proj, adapters.get("down_proj", []))
-    return combine(y_SD, weights_NK, order, inverse)
+    y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
+    return combine(y_PD, weights_NK, slots)
 
 
 class DeepseekV2MoE(nn.Module):

@@ -1,14 +1,17 @@
 """Packed batches: which tokens belong to which document, and attention that never looks across.
 
 A document starts where a position does not follow on the one before (or where cu_seq_lens says). Attention
-runs on the documents themselves, put side by side in buckets of like length: time and memory grow with the sum
-of squares of the documents, and no T x T mask is built.
+runs on the documents themselves, either put side by side in buckets of like length or, for kernels that take
+documents of any length, as one row with its boundaries: time and memory grow with the sum of squares of the
+documents, and no T x T mask is built.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 BUCKET_FILL = 0.75  # a bucket takes documents down to this share of its longest one
 
@@ -21,9 +24,9 @@ def find_documents(
 ) -> torch.Tensor | None:
     """Document of each token, [B, T] counted from 0 in each row; None when no row holds more than one.
 
-    Padding starts no document, so that the positions of a left-padded batch (1, 1, 0, 1, 2) are one. On a GPU
-    a batch with a padding mask is taken as not packed without looking, unless cu_seq_lens says otherwise: to
-    look would make the host wait.
+    Padding alone starts no document: the positions of a left-padded batch (1, 1, 0, 1, 2) are one. Beside
+    documents it is one itself, so that they do not see it. To look at the positions makes the host wait for a
+    GPU, once a forward; compiled code cannot look, and gets numbers in any case.
     """
     if cu_seq_lens is not None:
         starts = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int64, device=cu_seq_lens.device)
@@ -31,17 +34,25 @@ def find_documents(
         return ids - ids[:, :1]
     if position_ids is None or position_ids.ndim != 2 or shape[1] == 1 or position_ids.shape[1] != shape[1]:
         return None
-    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.device.type != "cpu"):
+    if attention_mask is not None and attention_mask.ndim != 2:
         return None
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    edges = None
     if attention_mask is not None:
         real = attention_mask[:, -shape[1] :].bool()
         starts = starts & real[:, 1:] & real[:, :-1]
-    if starts.device.type == "cpu" and not bool(starts.any()):
+        edges = real[:, 1:] != real[:, :-1]
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
-    ids = torch.zeros(position_ids.shape, dtype=torch.int64, device=position_ids.device)
-    ids[:, 1:] = starts.cumsum(-1)
-    return ids.expand(shape)
+    ids = (starts if edges is None else starts | edges).cumsum(-1)
+    return F.pad(ids, (1, 0)).expand(shape)
+
+
+def document_lengths(documents: torch.Tensor) -> torch.Tensor:
+    """Tokens of each document of documents [B, T], in the order of the flat batch."""
+    rows, length = documents.shape
+    flat = documents + torch.arange(rows, device=documents.device).unsqueeze(1) * length
+    return flat.reshape(-1).unique_consecutive(return_counts=True)[1]
 
 
 @dataclass
@@ -58,12 +69,31 @@ class PackedLayout:
     keep: list[torch.Tensor]
     inverse: torch.Tensor
 
+    def to(self, device: Any) -> "PackedLayout":
+        """For layers on another device (accelerate's dispatch asks for it)."""
+        buckets, keep = ([t.to(device) for t in tensors] for tensors in (self.buckets, self.keep))
+        return PackedLayout(buckets, keep, self.inverse.to(device))
+
+    def attend(
+        self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Causal attention inside each document. query, key, value [B, H, T, d] -> [B, T, H, d_v].
+
+        kernel: takes [n, H, L, d] and gives ([n, L, H, d_v], weights), causal, without a mask.
+        """
+        batch, _, length, _ = query.shape
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]
+        outs = []
+        for index, keep in zip(self.buckets, self.keep, strict=True):
+            rows = index.reshape(-1)
+            parts = (t.index_select(0, rows).unflatten(0, index.shape).transpose(1, 2) for t in (q, k, v))
+            outs.append(kernel(*parts)[0].flatten(0, 1).index_select(0, keep))
+        return torch.cat(outs).index_select(0, self.inverse).unflatten(0, (batch, length))
+
 
 def pack_layout(documents: torch.Tensor) -> PackedLayout:
     """The layout of documents [B, T]. Waits for the lengths when they are on a GPU: once a forward."""
-    rows, length = documents.shape
-    flat = (documents + torch.arange(rows, device=documents.device).unsqueeze(1) * length).reshape(-1)
-    _, counts = flat.unique_consecutive(return_counts=True)
+    counts = document_lengths(documents)
     lengths = counts.tolist()
     begins = (counts.cumsum(0) - counts).tolist()
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -73,9 +103,9 @@ def pack_layout(documents: torch.Tensor) -> PackedLayout:
         longest = lengths[order[0]]
         taken = [i for i in order if lengths[i] >= BUCKET_FILL * longest]
         order = order[len(taken) :]
-        size = torch.tensor([lengths[i] for i in taken], device=flat.device).unsqueeze(1)
-        begin = torch.tensor([begins[i] for i in taken], device=flat.device).unsqueeze(1)
-        steps = torch.arange(longest, device=flat.device)
+        size = torch.tensor([lengths[i] for i in taken], device=counts.device).unsqueeze(1)
+        begin = torch.tensor([begins[i] for i in taken], device=counts.device).unsqueeze(1)
+        steps = torch.arange(longest, device=counts.device)
         buckets.append(begin + torch.minimum(steps, size - 1))
         keep.append((steps < size).reshape(-1).nonzero().squeeze(1))
     kept = torch.cat([b.reshape(-1)[k] for b, k in zip(buckets, keep, strict=True)])
@@ -84,22 +114,31 @@ def pack_layout(documents: torch.Tensor) -> PackedLayout:
     return PackedLayout(buckets, keep, inverse)
 
 
-def attend_documents(
-    layout: PackedLayout,
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Causal attention inside each document. query, key, value [B, H, T, d] -> [B, T, H, d_v].
+@dataclass
+class FlatLayout:
+    """All documents as one row, for flash kernels: starts [documents + 1] int32 and the longest one's length.
 
-    attend: takes [n, H, L, d] and gives [n, L, H, d_v], causal, without a mask.
+    The kernels find documents in positions on their own only when the batch has one row.
     """
-    batch, _, length, _ = query.shape
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]
-    outs = []
-    for index, keep in zip(layout.buckets, layout.keep, strict=True):
-        rows = index.reshape(-1)
-        parts = (t.index_select(0, rows).unflatten(0, index.shape).transpose(1, 2) for t in (q, k, v))
-        outs.append(attend(*parts).flatten(0, 1).index_select(0, keep))
-    return torch.cat(outs).index_select(0, layout.inverse).unflatten(0, (batch, length))
+
+    starts: torch.Tensor
+    longest: int
+
+    def to(self, device: Any) -> "FlatLayout":
+        return FlatLayout(self.starts.to(device), self.longest)
+
+    def attend(
+        self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """As PackedLayout's; the kernel takes [1, H, B*T, d] and the boundaries."""
+        batch, _, length, _ = query.shape
+        row = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
+        limits = {f"cu_seq_lens_{side}": self.starts for side in "qk"}
+        out = kernel(*row, **limits, max_length_q=self.longest, max_length_k=self.longest)[0]
+        return out.squeeze(0).unflatten(0, (batch, length))
+
+
+def flat_layout(documents: torch.Tensor) -> FlatLayout:
+    """The layout of documents [B, T]. Waits for the longest length on a GPU: once a forward."""
+    lengths = document_lengths(documents)
+    return FlatLayout(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max()))

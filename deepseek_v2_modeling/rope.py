@@ -40,14 +40,18 @@ def rope_magnitude(rope: dict[str, Any]) -> float:
 
 
 def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
-    """[R/2] float32. YaRN mixes interpolated and plain frequencies by a ramp over the dimensions."""
+    """[R/2] float32. YaRN mixes interpolated and plain frequencies by a ramp over the dimensions.
+
+    The products are in the official order: at position 131,071 another rounding would show in the fourth digit.
+    """
     rope, width = config.rope, config.qk_rope_head_dim
     # On the CPU whatever the default device is: a model built on "meta" must still get real numbers.
     steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
-    plain = 1.0 / (rope["rope_theta"] ** steps)
+    powers = rope["rope_theta"] ** steps
+    plain = 1.0 / powers
     if rope["rope_type"] == "default":
         return plain
-    interpolated = plain / rope["factor"]
+    interpolated = 1.0 / (rope["factor"] * powers)
     if rope["rope_type"] == "linear":
         return interpolated
     original = rope.get("original_max_position_embeddings", 4096)
@@ -59,7 +63,8 @@ def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
     high = min(math.ceil(dimension_of(rope.get("beta_slow", 1))), width - 1)
     spread = (high - low) or 0.001
     ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / spread).clamp(0, 1)
-    return interpolated * ramp + plain * (1 - ramp)
+    kept = 1.0 - ramp
+    return interpolated * (1 - kept) + plain * kept
 
 
 class RotaryEmbedding(nn.Module):

@@ -8,9 +8,11 @@ import torch
 from transformers import set_seed
 
 from deepseek_v2_modeling import LatentCache, apply_lora, lora_config
+from deepseek_v2_modeling.attention import by_row
+from deepseek_v2_modeling.cache import joined
 from deepseek_v2_modeling.masks import absorption_pays
 
-from .model_helpers import SMALL, left_padded, logits_of, random_ids, small_model, stock_twin
+from .model_helpers import SMALL, left_padded, logits_of, random_ids, small_config, small_model, stock_twin
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 CHUNKS = {
@@ -260,6 +262,19 @@ def test_greedy(way: str, attention: str):
     assert (cached[:, 8:] != cached[:, 8:9]).any(), "a constant answer would prove little"
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_left_padding_changes_no_answer(sampled: bool):
+    """Each row answers as it does alone; sampled with one seed, from the most likely token only."""
+    model, plain = small_model(eos_token_id=None), random_ids(3, 8)
+    pads = [0, 3, 6]
+    ids, mask, _ = left_padded(plain, pads)
+    settings = {**GREEDY, "do_sample": sampled} | ({"top_k": 1} if sampled else {})
+    found = model.generate(ids, attention_mask=mask, **settings)
+    for row, count in enumerate(pads):
+        alone = model.generate(plain[row : row + 1, count:], **settings)
+        assert torch.equal(found[row, 8:], alone[0, 8 - count :])
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = small_model(eos_token_id=None), random_ids(1, 6)
     first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
@@ -298,3 +313,30 @@ def test_assisted_generation_is_greedy(kind: str):
     extra: dict[str, Any] = {"assistant_model": helper} if kind == "assistant" else {"prompt_lookup_num_tokens": 3}
     found = model.generate(ids, **{**GREEDY, "max_new_tokens": 20}, **extra)
     assert torch.equal(found, model.generate(ids, **{**GREEDY, "max_new_tokens": 20}))
+
+
+def test_joined_reads_the_cache_where_it_lies():
+    """Decoding copies no latents: the joined keys are the cache's own memory, and equal to latents beside keys."""
+    cache = LatentCache(small_config())
+    for length in (5, 1):
+        latent, rope_key = torch.randn(2, 1, length, 16), torch.randn(2, 1, length, 4)
+        latents, rope_keys = cache.update(latent, rope_key, 0)
+    keys = joined(latents, rope_keys)
+    assert torch.equal(keys, torch.cat((latents, rope_keys), -1).squeeze(1)) and keys.shape == (2, 6, 20)
+    assert keys.untyped_storage().data_ptr() == latents.untyped_storage().data_ptr()
+    apart = joined(latents.clone(), rope_keys.clone())
+    assert torch.equal(apart, keys)
+
+
+def test_joined_keeps_gradients():
+    both = torch.randn(1, 1, 3, 6, requires_grad=True)
+    joined(*both.split((4, 2), -1)).sum().backward()
+    assert both.grad is not None and torch.equal(both.grad, torch.ones_like(both))
+
+
+@pytest.mark.parametrize("length", [3, 2**15])
+def test_product_by_row(length: int):
+    """Short and long, with room between the rows of the batch."""
+    keys = torch.randn(2, length + 1, 4)[:, :length]
+    weights = torch.rand(2, 5, length)
+    torch.testing.assert_close(by_row(weights, keys), torch.bmm(weights, keys.contiguous()), rtol=1e-4, atol=1e-3)

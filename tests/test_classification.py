@@ -65,6 +65,70 @@ def test_with_a_cache_the_mask_covers_the_past():
     torch.testing.assert_close(found.logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
+# Packed
+
+
+def pack(*rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(documents of these lengths, each ending in the padding id, ids, position_ids)"""
+    ids = random_ids(len(rows), sum(rows[0]))
+    documents = [part for row, lengths in zip(ids, rows, strict=True) for part in row.split(lengths)]
+    for document in documents:
+        document[-1] = PAD
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+    return documents, ids, positions
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("ones", [False, True])
+def test_one_score_a_document(num_labels: int, ones: bool):
+    """Row by row; a document's end is a token like any other, also when it has the padding id."""
+    model = scored(num_labels)
+    documents, ids, positions = pack([4, 1, 6], [2, 5, 4])
+    mask = torch.ones_like(ids) if ones else None
+    found = logits_of(model, ids, position_ids=positions, attention_mask=mask)
+    assert found.shape == (6, num_labels)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents]), rtol=0, atol=1e-5)
+
+
+def read_off(model: DeepseekV2ForSequenceClassification, document: torch.Tensor) -> torch.Tensor:
+    """[1, num_labels], with a mask: without one a last token with the padding id would not count."""
+    mask = torch.ones(1, len(document), dtype=torch.int64)
+    return logits_of(model, document.unsqueeze(0), attention_mask=mask)
+
+
+def test_documents_by_cu_seq_lens():
+    model = scored()
+    documents, ids, positions = pack([4, 1, 6])
+    limits = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    found = logits_of(model, ids, position_ids=positions, cu_seq_lens_q=limits, cu_seq_lens_k=limits)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents]), rtol=0, atol=1e-5)
+
+
+def test_padding_beside_documents_has_no_score():
+    model = scored()
+    documents, ids, positions = pack([4, 3, 4])
+    ids[0, 7:], positions[0, 7:] = PAD, 0
+    mask = torch.tensor([[1] * 7 + [0] * 4])
+    found = logits_of(model, ids, position_ids=positions, attention_mask=mask)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents[:2]]), rtol=0, atol=1e-5)
+
+
+def test_positions_of_a_left_padded_batch_are_no_documents():
+    model = scored()
+    rows, ids, mask = batch("left", ends_in_eos=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = logits_of(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found, torch.cat([read_off(model, row) for row in rows]), rtol=0, atol=1e-5)
+
+
+def test_labels_of_documents():
+    model = scored()
+    _, ids, positions = pack([4, 1, 6])
+    labels = torch.tensor([1.0, -1.0, 0.5])
+    out = model(ids, position_ids=positions, labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.mse_loss(out.logits.squeeze(-1), labels))
+
+
 @pytest.mark.parametrize(
     ("num_labels", "labels", "loss"),
     [

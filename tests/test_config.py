@@ -35,6 +35,26 @@ def test_both_forms_are_read(tmp_path: Path):
     assert released.rope_parameters == new.rope_parameters == both.rope_parameters == NEW_FORM
 
 
+def test_either_key_names_the_type():
+    """Files of both ages, and those that have both keys."""
+    for keys in ({"type": "yarn"}, {"rope_type": "yarn"}, {"type": "yarn", "rope_type": "yarn"}):
+        scaling = {**YARN, **keys}
+        del scaling["type"]
+        config = small_config(rope_scaling={**scaling, **keys})
+        assert config.rope["rope_type"] == "yarn" and config.rope_scaling == YARN
+    assert small_config(rope_scaling={"type": "default"}).rope_scaling is None
+
+
+def test_yarn_without_its_length(tmp_path: Path):
+    """Official: 4096, not the length after scaling; and written, so that no reader has to guess."""
+    config = small_config(rope_scaling={"type": "yarn", "factor": 40})
+    config.save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["rope_scaling"]["original_max_position_embeddings"] == 4096
+    )
+    torch.testing.assert_close(inverse_frequencies(config), inverse_frequencies(small_config()))
+
+
 @pytest.mark.parametrize("absent", [{}, {"rope_scaling": None, "rope_theta": 10000}])
 def test_without_scaling(tmp_path: Path, absent: dict[str, Any]):
     config = DeepseekV2Config.from_pretrained(written(tmp_path, **absent))
@@ -75,6 +95,9 @@ def test_rope_settings_as_keywords(tmp_path: Path):
     model = DeepseekV2ForCausalLM.from_pretrained(tmp_path, rope_scaling=linear, rope_theta=700.0).eval()
     assert model.config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}
     ids = random_ids(1, 12)
+    for form in (linear, {"rope_type": "linear", "factor": 2.0}):  # the new form, with theta left to its default
+        found = logits_of(DeepseekV2ForCausalLM.from_pretrained(tmp_path, rope_parameters=form).eval(), ids)
+        torch.testing.assert_close(found, logits_of(small_model(rope_scaling=linear), ids))
     wanted = logits_of(small_model(rope_scaling=linear, rope_theta=700.0), ids)
     torch.testing.assert_close(logits_of(model, ids), wanted)
     assert not torch.allclose(wanted, logits_of(small_model(), ids), atol=1e-3)
@@ -157,6 +180,9 @@ def test_whole_numbers_are_numbers(tmp_path: Path, name: str):
         ({"topk_method": "noaux_tc"}, ["topk_method", "noaux_tc", "group_limited_greedy"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling", "dynamic", "yarn"]),
         ({"rope_scaling": {"type": "yarn"}}, ["yarn", "factor"]),
+        ({"moe_layer_freq": 0}, ["moe_layer_freq", "0"]),
+        ({"n_group": None}, ["n_group", "group_limited_greedy"]),
+        ({"topk_group": None}, ["topk_group", "None"]),
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok", "9", "8"]),
         ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "0"]),
         ({"n_group": 3}, ["n_group", "3", "8"]),

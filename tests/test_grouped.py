@@ -1,12 +1,13 @@
 """Grouped products, dispatch and combine against plain loops."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v2_modeling.grouped import Groups, combine, dispatch
-from deepseek_v2_modeling.lowrank import grouped_linear
+from deepseek_v2_modeling.grouped import Groups, LowRank, Slots, _Dispatch, combine, dispatch, filled_up, place_slots
 from deepseek_v2_modeling.moe import choose_experts, expert_weights, run_experts
 
 from .model_helpers import small_model
@@ -22,6 +23,11 @@ ROWS = {
 }
 
 
+def grouped(rows: list[int]) -> Groups:
+    """The groups of rows that fall to these experts."""
+    return Groups(torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=EXPERTS))
+
+
 def looped(x: torch.Tensor, w: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return torch.stack([w[e] @ x[i] for i, e in enumerate(rows)]) if rows else x @ w[0].t()
 
@@ -31,7 +37,7 @@ def test_grouped_product(case: str):
     rows = ROWS[case]
     torch.manual_seed(0)
     x, w = torch.randn(len(rows), 5).requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
-    groups = Groups(torch.tensor(rows, dtype=torch.int64), EXPERTS)
+    groups = grouped(rows)
     found, wanted = groups.linear(x, w), looped(x, w, rows)
     torch.testing.assert_close(found, wanted)
     upstream = torch.randn_like(wanted)
@@ -46,14 +52,14 @@ def test_gradcheck(case: str):
     torch.manual_seed(0)
     x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(EXPERTS, 2, 3, dtype=torch.float64, requires_grad=True)
-    groups = Groups(torch.tensor(rows, dtype=torch.int64), EXPERTS)
+    groups = grouped(rows)
     assert torch.autograd.gradcheck(groups.linear, (x, w))
 
 
 @pytest.mark.parametrize(("x_trains", "w_trains"), [(True, False), (False, True)])
 def test_only_what_trains_gets_a_gradient(x_trains: bool, w_trains: bool):
     x, w = torch.randn(3, 5, requires_grad=x_trains), torch.randn(EXPERTS, 6, 5, requires_grad=w_trains)
-    Groups(torch.tensor([0, 2, 2]), EXPERTS).linear(x, w).sum().backward()
+    grouped([0, 2, 2]).linear(x, w).sum().backward()
     assert (x.grad is not None) == x_trains and (w.grad is not None) == w_trains
     if w.grad is not None:
         assert torch.equal(w.grad[1], torch.zeros(6, 5))
@@ -64,7 +70,7 @@ def test_a_transposed_gradient_and_input():
     x, w = torch.randn(5, 3).t().requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
     rows = [0, 1, 1]
     upstream = torch.randn(6, 3).t()
-    found = torch.autograd.grad(Groups(torch.tensor(rows), EXPERTS).linear(x, w), (x, w), upstream)
+    found = torch.autograd.grad(grouped(rows).linear(x, w), (x, w), upstream)
     wanted = torch.autograd.grad(looped(x, w, rows), (x, w), upstream)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
@@ -73,7 +79,7 @@ def test_a_transposed_gradient_and_input():
 def test_autocast():
     x, w = torch.randn(3, 8), torch.randn(EXPERTS, 6, 8).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = Groups(torch.tensor([0, 1, 1]), EXPERTS).linear(x, w)
+        y = grouped([0, 1, 1]).linear(x, w)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert w.grad is not None and w.grad.dtype == torch.float32
@@ -86,39 +92,54 @@ chosen_experts = st.integers(1, 3).flatmap(
 
 
 @settings(max_examples=30, deadline=None)
-@given(chosen_experts)
-def test_dispatch_and_combine(chosen: list[list[int]]):
-    """Rows go to their experts in order, come back weighted, and so do the gradients."""
+@given(chosen_experts, st.booleans())
+def test_dispatch_and_combine(chosen: list[list[int]], fill_up: bool):
+    """Rows go to their experts in order and come back weighted, and so do gradients. Filling up changes nothing."""
     torch.manual_seed(0)
     experts = torch.tensor(chosen)
     tokens, k = experts.shape
     x = torch.randn(tokens, 5, requires_grad=True)
     weights = torch.rand(tokens, k, requires_grad=True)
-    scale = torch.randn(EXPERTS, requires_grad=True)  # what an expert does to its rows
+    maps = torch.randn(EXPERTS, 5, 5, requires_grad=True)  # what an expert does to its rows
 
-    rows, groups, order, inverse = dispatch(x, experts, EXPERTS)
-    expert_of_slot = experts.flatten()[order]
-    assert expert_of_slot.tolist() == sorted(experts.flatten().tolist())
-    assert groups.counts == tuple(torch.bincount(experts.flatten(), minlength=EXPERTS).tolist())
-    assert torch.equal(rows, x[order // k]) and torch.equal(order[inverse], torch.arange(tokens * k))
-    found = combine(rows * scale[expert_of_slot].unsqueeze(-1), weights, order, inverse)
+    slots, groups = place_slots(experts, EXPERTS, fill_up)
+    sizes = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
+    assert groups.counts == tuple(filled_up(size) if fill_up else size for size in sizes)
+    expert_of_row = torch.arange(EXPERTS).repeat_interleave(torch.tensor(groups.counts))
+    real = slots.slot_P >= 0
+    assert torch.equal(expert_of_row[real], experts.flatten()[slots.slot_P[real]])
+    assert torch.equal(slots.slot_P[slots.place_S], torch.arange(tokens * k))
+    found = combine(groups.linear(_Dispatch.apply(x, slots), maps), weights, slots)
 
     wanted = torch.stack(
-        [sum(weights[n, j] * scale[e] * x[n] for j, e in enumerate(row)) for n, row in enumerate(chosen)]
+        [sum(weights[n, j] * (maps[e] @ x[n]) for j, e in enumerate(row)) for n, row in enumerate(chosen)]
     )
     torch.testing.assert_close(found, wanted)
     upstream = torch.randn(tokens, 5)
-    ours = torch.autograd.grad(found, (x, weights, scale), upstream)
-    theirs = torch.autograd.grad(wanted, (x, weights, scale), upstream)
+    ours = torch.autograd.grad(found, (x, weights, maps), upstream)
+    theirs = torch.autograd.grad(wanted, (x, weights, maps), upstream)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_filled_up_is_the_next_of_a_few_sizes(size: int):
+    full = filled_up(size)
+    assert size <= full < max(2 * size, 1) and (full % 32 == 0 or full in (0, 1, 2, 4, 8, 16))
+    assert full - size < 32 and filled_up(full) == full
+
+
+def test_low_precision_on_the_cpu_fills_up():
+    experts = torch.tensor([[0, 1], [0, 1], [0, 2]])
+    x = torch.randn(3, 5)
+    assert dispatch(x, experts, EXPERTS)[1].counts == (3, 2, 1, 0)
+    assert dispatch(x.bfloat16(), experts, EXPERTS)[1].counts == (4, 2, 1, 0)
 
 
 def test_combine_sums_in_float32():
     """bf16 outputs that would vanish beside a large one are kept (official behaviour)."""
     y = torch.tensor([[256.0], [0.5], [0.5]], dtype=torch.bfloat16)
-    order = torch.arange(3)
-    out = combine(y, torch.ones(1, 3), order, order)
+    out = combine(y, torch.ones(1, 3), Slots(torch.arange(3), torch.arange(3), 3))
     assert out.dtype == torch.float32 and out.item() == 257.0
 
 
@@ -127,8 +148,8 @@ def test_gradients_are_the_same_at_every_run():
     x, experts = torch.randn(64, 32, requires_grad=True), torch.randint(0, EXPERTS, (64, 3))
     grads = []
     for _ in range(3):
-        rows, _, _, inverse = dispatch(x, experts, EXPERTS)
-        grads.append(torch.autograd.grad((rows.cumsum(0) * inverse.unsqueeze(-1)).sum(), x)[0])
+        rows, _, slots = dispatch(x, experts, EXPERTS)
+        grads.append(torch.autograd.grad((rows.cumsum(0) * slots.place_S.unsqueeze(-1)).sum(), x)[0])
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
@@ -170,7 +191,35 @@ def test_group_limited_choice():
     assert choose_experts(config, scores)[0].sort().values.tolist() == [1, 2, 4]
 
 
-def test_without_adapters_grouped_linear_is_the_product():
-    x, w = torch.randn(3, 5), torch.randn(EXPERTS, 6, 5)
-    groups = Groups(torch.tensor([0, 2, 2]), EXPERTS)
-    assert torch.equal(grouped_linear(groups, x, w, []), groups.linear(x, w))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("case", ROWS)
+def test_adapters_beside_the_product(case: str, dropout: float):
+    """Two adapters of different ranks: the values are W + s B A's, the gradients pass gradcheck."""
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(EXPERTS, 4, 3, dtype=torch.float64, requires_grad=True)
+    keep = (torch.rand(x.shape) > dropout).double()
+    drop = Fixed(keep) if dropout else torch.nn.Identity()
+    factors = [
+        torch.randn(EXPERTS, *s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (4, 2), (1, 3), (4, 1))
+    ]
+
+    def product(x: torch.Tensor, w: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any) -> torch.Tensor:
+        return grouped(rows).linear(x, w, [LowRank(a1, b1, 2.0, torch.nn.Identity()), LowRank(a2, b2, 0.5, drop)])
+
+    a1, b1, a2, b2 = factors
+    wanted = looped(x, w + 2.0 * b1 @ a1, rows) + looped(x * keep, 0.5 * b2 @ a2, rows)
+    torch.testing.assert_close(product(x, w, *factors), wanted)
+    assert torch.autograd.gradcheck(product, (x, w, *factors))
+
+
+class Fixed(torch.nn.Module):
+    """Dropout with a fixed mask."""
+
+    def __init__(self, keep: torch.Tensor):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.keep

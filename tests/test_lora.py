@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, ModelError, apply_lora, lora_config
@@ -358,3 +358,26 @@ def test_adapter_tensors_are_in_pefts_layout(base: Path):
     after = model.merge_and_unload().model.layers[1].mlp.experts.down_proj
     for e in range(experts):
         torch.testing.assert_close(after[e] - before[e], b[:, e::experts] @ a[2 * e : 2 * e + 2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_only_peft_computes_is_left_to_it(extra: dict[str, Any], base: Path):
+    """DoRA and the like on attention: our low-rank path must not take them for plain LoRA."""
+    config = LoraConfig(r=2, target_modules=["o_proj", "q_b_proj"], init_lora_weights=False, **extra)
+    model = get_peft_model(load_base(str(base), attn_implementation="eager"), config).eval()
+    twin = get_peft_model(stock_twin(base), config).eval()
+    for peft_model in (model, twin):
+        shake(peft_model, seed=3)
+    ids = random_ids(2, 7)
+    torch.testing.assert_close(logits_of(model, ids), logits_of(twin, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_names_by_row_are_left_to_peft(base: Path):
+    """PEFT hands the names on by hooks on the wrappers."""
+    model = random_adapter(load_base(str(base), attn_implementation="eager"), lora_config(["attention"], r=2))
+    ids = random_ids(2, 7)
+    mixed = logits_of(model, ids, adapter_names=["default", "__base__"])
+    with model.disable_adapter():
+        plain = logits_of(model, ids)
+    torch.testing.assert_close(mixed[0], logits_of(model, ids)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v2_modeling.packing import attend_documents, find_documents, pack_layout
+from deepseek_v2_modeling.masks import AttentionPlan
+from deepseek_v2_modeling.packing import find_documents, flat_layout, pack_layout
 
 from .model_helpers import left_padded, logits_of, random_ids, small_model
 
@@ -88,6 +89,32 @@ def test_nothing_to_find():
     assert find_documents(torch.arange(7, 12).unsqueeze(0), None, None, (1, 5)) is None
 
 
+def test_padding_beside_documents_is_one_itself():
+    """Else a document would see it where no mask goes along."""
+    positions = torch.tensor([[0, 0, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0], [1] * 8])
+    found = find_documents(positions, mask, None, (2, 8))
+    assert found is not None
+    assert found.tolist() == [[0, 0, 1, 1, 2, 2, 2, 3], [0] * 8]
+
+
+def test_flat_layout():
+    layout = flat_layout(torch.tensor([[0, 0, 1], [0, 1, 1]]))
+    assert layout.starts.tolist() == [0, 2, 3, 4, 6] and layout.starts.dtype == torch.int32 and layout.longest == 2
+
+
+def test_plan_moves_with_a_layer():
+    """accelerate sends the arguments of a layer to its device, and asks them for `to`."""
+    documents = torch.tensor([[0, 0, 1]])
+    for layout in (None, pack_layout(documents), flat_layout(documents)):
+        moved = AttentionPlan(torch.ones(2), layout).to("meta")
+        assert moved.mask.device.type == "meta"
+        for value in vars(moved.layout).values() if moved.layout else ():
+            tensors = value if isinstance(value, list) else [value]
+            assert all(t.device.type == "meta" for t in tensors if isinstance(t, torch.Tensor))
+        assert AttentionPlan(None, layout).to("cpu").mask is None
+
+
 packs = st.integers(1, 12).flatmap(
     lambda length: st.lists(
         st.lists(st.booleans(), min_size=length - 1, max_size=length - 1).map(
@@ -113,10 +140,12 @@ def test_layout(rows: list[list[int]]):
 
     query, key, value = torch.randn(3, len(rows), 2, positions.shape[1], 4).unbind(0)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
 
-    found = attend_documents(pack_layout(documents), attend, query, key, value)
+    found = pack_layout(documents).attend(attend, query, key, value)
     for b, row in enumerate(rows):
         parts = [t[b : b + 1].split(row, dim=2) for t in (query, key, value)]
-        torch.testing.assert_close(found[b : b + 1], torch.cat([attend(*p) for p in zip(*parts, strict=True)], dim=1))
+        torch.testing.assert_close(
+            found[b : b + 1], torch.cat([attend(*p)[0] for p in zip(*parts, strict=True)], dim=1)
+        )

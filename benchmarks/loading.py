@@ -1,0 +1,106 @@
+"""Loading a hub-layout checkpoint: seconds, and the highest anonymous memory on the way, ours and stock.
+
+Sampled in a thread while `from_pretrained` runs, each run in a process of its own, in turn. Anonymous memory is what
+the process cannot give back; mapped files do not count. bench.py's `load` reads it after the end only.
+
+    python benchmarks/loading.py            makes a bf16 checkpoint of 2.4 GB in a temporary directory
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write
+from torch import nn
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 1408, "moe_intermediate_size": 512,
+    "num_hidden_layers": 12, "num_attention_heads": 16, "q_lora_rank": None, "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+}  # fmt: skip
+SIDES = ("stock", "ours")
+DTYPES = ("bfloat16", "float32")
+
+
+def model_class(side: str) -> Any:
+    if side == "ours":
+        from deepseek_v2_modeling import DeepseekV2ForCausalLM
+    else:
+        from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM
+    return DeepseekV2ForCausalLM
+
+
+def make(directory: str) -> None:
+    """The numbers do not matter; sharded, as large checkpoints are."""
+    cls = model_class("ours")
+    with torch.device("meta"):
+        model = cls(cls.config_class(**SHAPE))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.01)
+    model.save_pretrained(directory, max_shard_size="700MB")
+
+
+def anonymous_gb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
+
+
+def load(side: str, directory: str, dtype: str) -> dict[str, float]:
+    cls, before, done = model_class(side), anonymous_gb(), threading.Event()
+    peaks = [before]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peaks.append(anonymous_gb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    model = cls.from_pretrained(directory, dtype=getattr(torch, dtype))
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    peak = max(peaks) - before
+    return {"seconds": seconds, "weights_gb": weights, "peak_gb": peak, "peak_over_weights": peak / weights}
+
+
+def best(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The fastest run: what else the machine did shows in the others."""
+    return {key: round(value, 3) for key, value in min(runs, key=lambda run: run["seconds"]).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", nargs=3, metavar=("SIDE", "DIRECTORY", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(load(*args.one)))
+        return
+    runs: dict[str, list[dict[str, float]]] = {f"{side} {dtype}": [] for dtype in DTYPES for side in SIDES}
+    with tempfile.TemporaryDirectory() as directory:
+        make(directory)
+        for _ in range(args.rounds):
+            for name, results in runs.items():
+                side, dtype = name.split()
+                command = [sys.executable, __file__, "--one", side, directory, dtype]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+    figures = {name: best(results) for name, results in runs.items()}
+    for name, figure in figures.items():
+        print(f"{name:<15} {figure['seconds']:>6.2f} s   peak {figure['peak_over_weights']:.2f} x the weights")
+    write("loading", {"files": "bfloat16", "loaded": figures})
+
+
+if __name__ == "__main__":
+    main()
