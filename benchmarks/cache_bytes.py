@@ -2,7 +2,7 @@
 
 The paper (section 3.2.2) keeps six bits a value on average and finds 93.3 % less than DeepSeek 67B in 16 bits.
 
-    python benchmarks/cache_bytes.py
+    python -m benchmarks.cache_bytes
 """
 
 import torch

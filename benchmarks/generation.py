@@ -1,6 +1,6 @@
 """Prefill and decoding over the context: this project against stock transformers, same weights, one process.
 
-    python benchmarks/generation.py            2 to 10 minutes on 2 cores; results/generation.json and two plots
+    python -m benchmarks.generation            2 to 10 minutes on 2 cores; results/generation.json and two plots
 
 A decoding step has to read the active weights and the cache once: the share of the machine's measured memory
 bandwidth that it reaches is reported.

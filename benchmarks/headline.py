@@ -1,6 +1,6 @@
 """Most tokens a second at a fixed cache budget: DeepSeek-V2's shape against DeepSeek 67B's, both an eighth as wide.
 
-    python benchmarks/headline.py              a few minutes on 2 cores; results/headline.json and a plot
+    python -m benchmarks.headline              a few minutes on 2 cores; results/headline.json and a plot
 
 The paper's headline: V2 generates at up to 5.76 times the rate of DeepSeek 67B. Here the dense model is
 stock's Llama class (grouped-query attention), V2 this project's class with its latent cache, unquantised and with

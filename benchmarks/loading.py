@@ -3,7 +3,7 @@
 Sampled in a thread while `from_pretrained` runs, each run in a process of its own, in turn. Anonymous memory is what
 the process cannot give back; mapped files do not count. bench.py's `load` reads it after the end only.
 
-    python benchmarks/loading.py            makes a bf16 checkpoint of 2.4 GB in a temporary directory
+    python -m benchmarks.loading            makes a bf16 checkpoint of 2.4 GB in a temporary directory
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
 from torch import nn
+
+from benchmarks.common import write
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 1408, "moe_intermediate_size": 512,
@@ -93,7 +94,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, results in runs.items():
                 side, dtype = name.split()
-                command = [sys.executable, __file__, "--one", side, directory, dtype]
+                command = [sys.executable, "-m", "benchmarks.loading", "--one", side, directory, dtype]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
     figures = {name: best(results) for name, results in runs.items()}

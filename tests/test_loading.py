@@ -212,3 +212,17 @@ def test_save_final_in_another_dtype(tmp_path: Path):
     rounded = logits_of(small_model().to(torch.bfloat16).float(), ids)
     torch.testing.assert_close(logits_of(load_base(str(tmp_path / "final")).eval(), ids), rounded)
     assert stock_twin(tmp_path / "final").dtype == torch.bfloat16
+
+
+def test_a_chains_directory_names_its_stages(tmp_path: Path):
+    for stage in ("sft", "rl"):
+        (tmp_path / stage / "final").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"a chain's directory: name one of its stages, such as .*rl$"):
+        resolve_source(tmp_path)
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ModelError, match="no final/ yet"):
+        resolve_source(tmp_path)
