@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +12,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from .adapters import is_adapter, load_adapter, read_adapter_config
-from .checkpoints import raise_faults, raise_faults_of_files
+from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config
+from .checkpoints import WEIGHT_FILES
+from .chosen_full import train_chosen_experts
+from .chosen_lora import chosen_in_file
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
+from .expert_choice import ExpertChoice
 from .lora import Number, apply_lora, lora_config
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
 
@@ -27,7 +28,6 @@ HEADS: dict[str, tuple[type[PreTrainedModel], str]] = {
     "causal_lm": (DeepseekV2ForCausalLM, "CAUSAL_LM"),
     "score": (DeepseekV2ForSequenceClassification, "SEQ_CLS"),
 }
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         raise ModelError(f"{path}: there is no such directory; make a model with `dsv2 init {path} --preset tiny`")
     if (directory / "final").is_dir():
         directory = directory / "final"
+    elif stages := sorted(final.parent.name for final in directory.glob("*/final")):
+        raise ModelError(f"{path} is a chain's directory: name one of its stages, such as {directory / stages[0]}")
     elif (directory / "manifest.json").is_file():
         raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
     if is_adapter(directory):
@@ -99,24 +101,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No table of missing and unexpected tensors in the log: `raise_faults` raises instead."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+def read_settings(base: str) -> DeepseekV2Config:
+    """The config of a model directory or hub name. Raises ModelError when there is none, or of another model."""
     try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _faults(info: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What transformers has to say about the tensors that it loaded."""
-    return {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "misshapen": sorted(f"{k} {list(found)}, not {list(wanted)}" for k, found, wanted in info["mismatched_keys"]),
-    }
+        settings = DeepseekV2Config.from_pretrained(base)
+    except (OSError, ModelError) as error:
+        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+    except StrictDataclassError as error:
+        raise ModelError(f"{base}/config.json: {' '.join(str(error).split())}") from error
+    if settings.model_type != "deepseek_v2":
+        raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
+    return settings
 
 
 def load_base(
@@ -131,14 +126,7 @@ def load_base(
     config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
     """
     cls, _ = HEADS[head]
-    try:
-        settings = DeepseekV2Config.from_pretrained(base)
-    except (OSError, ModelError) as error:
-        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:
-        raise ModelError(f"{base}/config.json: {' '.join(str(error).split())}") from error
-    if settings.model_type != "deepseek_v2":
-        raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
+    settings = read_settings(base)
     unknown = [key for key in config or {} if not hasattr(settings, key)]
     if unknown:
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
@@ -150,25 +138,7 @@ def load_base(
     except (ModelError, StrictDataclassError) as error:
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        with quiet_loading():
-            loaded: Any = cls.from_pretrained(
-                base,
-                config=settings,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # raised below, with names
-                use_safetensors=True,
-            )
-    except RuntimeError:
-        raise_faults_of_files(base, cls, settings, head)
-        raise
-    model, info = loaded
-    if info["mismatched_keys"]:
-        raise_faults_of_files(base, cls, settings, head)
-    raise_faults(base, _faults(info), head)
-    return model
+    return cls.from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def load_model(
@@ -195,6 +165,13 @@ def same_adapter(config: Mapping[str, Any], wanted: LoraConfig) -> bool:
     )
 
 
+def same_experts(adapter: str, base: str, wanted: ExpertChoice | None) -> bool:
+    """Whether an adapter was trained on just the wanted routed experts; None wants all of them."""
+    count = read_settings(base).n_routed_experts or 0
+    trained = chosen_in_file(Path(adapter) / WEIGHTS, count)
+    return trained == (dict(wanted.layers) if wanted else dict.fromkeys(trained, tuple(range(count))))
+
+
 def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
     """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir."""
     if not out_dir.exists():
@@ -209,6 +186,7 @@ def prepare_trainable(
     *,
     lora: LoraSettings | None,
     merge_dir: Path,
+    experts: ExpertChoice | None = None,
     head: Head = "causal_lm",
     dtype: str = "float32",
     attn_implementation: str | None = None,
@@ -216,19 +194,27 @@ def prepare_trainable(
 ) -> PreTrainedModel | PeftModel:
     """A model ready for a trainer. Trainable weights are float32 whatever `dtype` (that of frozen weights) is.
 
-    An adapter goes on with the same targets and ranks; with others, or for full fine-tuning, it is merged into
-    `merge_dir` first.
+    An adapter goes on with the same targets, ranks and experts; with others, or for full fine-tuning, it is merged
+    into `merge_dir` first. experts: those that train (of the routed ones); without LoRA everything else is frozen.
     """
     task = HEADS[head][1]
     wanted = lora.config(task) if lora else None
-    if source.adapter and (wanted is None or not same_adapter(read_adapter_config(source.adapter), wanted)):
+    if source.adapter and not (
+        wanted is not None
+        and same_adapter(read_adapter_config(source.adapter), wanted)
+        and same_experts(source.adapter, source.base, experts)
+    ):
         source = ModelSource(merge_into(source, merge_dir, dtype))
-    model: Any = load_base(source.base, head, dtype if lora else "float32", attn_implementation, config)
+    model: Any = load_base(source.base, head, dtype if lora or experts else "float32", attn_implementation, config)
     if wanted is None or lora is None:
+        if experts is not None:
+            train_chosen_experts(model, experts)
         return model.train()
     if source.adapter:
-        return load_adapter(model, source.adapter, trainable=True, dropout=lora.dropout, task_type=task).train()
-    return apply_lora(model, wanted, lora.dropout).train()
+        adapted = load_adapter(model, source.adapter, True, lora.dropout, task, experts)
+    else:
+        adapted = apply_lora(model, wanted, lora.dropout, experts)
+    return adapted.train()
 
 
 def save_directory(

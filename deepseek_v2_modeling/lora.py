@@ -15,7 +15,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .chosen_lora import ChosenWrapper, train_chosen_adapters
 from .errors import ModelError
+from .expert_choice import ExpertChoice
 
 Number = int | float
 
@@ -133,15 +135,20 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             raise ModelError(f'the LoRA target "{name}" matches nothing in this model: leave it out')
 
 
-def apply_lora(model: PreTrainedModel, config: LoraConfig, dropout: float = 0.0) -> PeftModel:
+def apply_lora(
+    model: PreTrainedModel, config: LoraConfig, dropout: float = 0.0, experts: ExpertChoice | None = None
+) -> PeftModel:
     """A stock `PeftModel` around the model, whose expert adapters run on the routed tokens only.
 
     dropout acts on the input of every adapter (of embeddings there is none) at run time; it is not written to disk.
+    experts: the routed experts that get adapters; all without.
 
     Raises:
-        ModelError: a target matches nothing in the model.
+        ModelError: a target matches nothing in the model, or the experts are not there.
     """
     peft_model = wrap(model, config)
+    if experts is not None:
+        train_chosen_adapters(peft_model, experts)
     train_in_float32(peft_model)
     set_dropout(peft_model, dropout)
     return peft_model
@@ -174,17 +181,20 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
 
 @dataclass
 class AdaptedRow:
-    """One line of the table of what is adapted."""
+    """One line of the table of what is adapted. experts: those that train, of all in these layers; None for all."""
 
     projection: str
     layers: int
     rank: int
     alpha: float
     parameters: int
+    experts: int | None = None
+    of_experts: int | None = None
 
 
 def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
-    """Rows {projection, layers, rank, alpha, parameters} of what LoRA adapts in this model."""
+    """Rows {projection, layers, rank, alpha, parameters} of what LoRA adapts in this model; {experts, of_experts} too
+    where chosen ones train."""
     rows: dict[str, AdaptedRow] = {}
     for name, module in model.named_modules():
         if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
@@ -197,4 +207,7 @@ def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
         row.layers += 1
         own = [(n.split("."), p) for n, p in module.named_parameters()]
         row.parameters += sum(p.numel() for n, p in own if n[0] != "base_layer" and adapter in n)
-    return [asdict(row) for row in rows.values()]
+        if isinstance(module, ChosenWrapper):
+            row.experts = (row.experts or 0) + len(module.chosen)
+            row.of_experts = (row.of_experts or 0) + module.num_experts
+    return [{key: value for key, value in asdict(row).items() if value is not None} for row in rows.values()]

@@ -60,6 +60,34 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
 
 
+def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER_OR_RUN", help="an adapter directory, or a run with one in final/")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where to write; empty or not there")
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    _adapter_arguments(parser)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; as in the base")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _adapter_arguments(parser)
+    parser.add_argument("--layout", choices=("per_expert",), default="per_expert", help="per_expert: vLLM and SGLang")
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    _adapter_arguments(parser)
+    parser.add_argument("--base", metavar="MODEL", help="the model that it is for; the adapter's own config names one")
+
+
+def _experts_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--score", choices=("gate", "token"), default="gate", help="gate weights, or tokens (gate)")
+    parser.add_argument("--threshold", type=float, metavar="P", help="share of the scores to choose (0.1; token: 0.2)")
+    parser.add_argument("--tokens", type=int, default=131072, metavar="N", help="rows for about N tokens (131072)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the recipe's experts_file, or by output_dir")
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of stages or chains")
     parser.add_argument("--output", type=Path, help="the page; RUN/report.html of the first run")
@@ -113,6 +141,23 @@ def _chat(arguments: argparse.Namespace) -> int:
     return chat(arguments)
 
 
+def _adapter(command: str) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        from recipes.adapters import COMMANDS
+
+        print(COMMANDS[command](arguments))
+        return 0
+
+    return run
+
+
+def _experts(arguments: argparse.Namespace) -> int:
+    from recipes.experts import find_experts
+
+    print(find_experts(arguments))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from recipes.report import write_report
 
@@ -136,6 +181,24 @@ COMMANDS = {
     },
     "run": Command("RECIPE [--smoke] [key.path=value ...]", "a chain of stages, resumable", _recipe_arguments, _chain),
     "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
+    "merge": Command(
+        "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _adapter("merge")
+    ),
+    "export": Command(
+        "ADAPTER_OR_RUN OUT_DIR --layout per_expert",
+        "an adapter for vLLM and SGLang",
+        _export_arguments,
+        _adapter("export"),
+    ),
+    "import": Command(
+        "ADAPTER OUT_DIR", "a per-expert or old adapter to PEFT's layout", _import_arguments, _adapter("import")
+    ),
+    "experts": Command(
+        "RECIPE [key.path=value ...]",
+        "which experts a data set uses, to train just those",
+        _experts_arguments,
+        _experts,
+    ),
     "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
 }
 

@@ -7,6 +7,8 @@ from typing import Any
 from conversations.errors import ToolkitError
 from conversations.sections import LoraSection, ModelSection, TrainingRecipe
 from conversations.template import install_template
+from deepseek_v2_modeling.chosen_full import trained_rows
+from deepseek_v2_modeling.expert_choice import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,
@@ -14,6 +16,7 @@ from deepseek_v2_modeling.loading import (
     load_model,
     load_tokenizer,
     prepare_trainable,
+    read_settings,
     resolve_source,
 )
 from deepseek_v2_modeling.lora import adapted_modules
@@ -51,6 +54,23 @@ def lora_settings(section: LoraSection | None) -> LoraSettings | None:
     return LoraSettings(tuple(section.targets), **values)
 
 
+def expert_choice(recipe: TrainingRecipe) -> ExpertChoice | None:
+    """The routed experts that the recipe wants to train; None for all. Raises ModelError for a file of no use."""
+    file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
+    return read_choice(file) if file else None
+
+
+def check_experts(recipe: TrainingRecipe) -> None:
+    """Look at the experts file before anything is loaded; against the model, where that is on this machine.
+
+    Raises:
+        ModelError: the file is missing, no experts file, or for another model.
+    """
+    choice = expert_choice(recipe)
+    if choice is not None and Path(recipe.model.path).exists():
+        choice.check(read_settings(resolve_source(recipe.model.path).base))
+
+
 def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path) -> Any:
     """The model as the stage trains it. A merge that it needs is written to <run_dir>/base, once."""
     section = recipe.model
@@ -59,6 +79,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
         return prepare_trainable(
             source,
             lora=lora_settings(recipe.lora),
+            experts=expert_choice(recipe),
             merge_dir=run_dir / "base",
             head="score" if isinstance(recipe, RewardRecipe) else "causal_lm",
             dtype=section.dtype,
@@ -174,6 +195,8 @@ def adapted_table(model: Any) -> list[dict[str, Any]]:
     """What LoRA adapts, for the manifest; for a model without adapters, how much of it is trained."""
     if hasattr(model, "peft_config"):
         return adapted_modules(model)
+    if rows := trained_rows(model):
+        return rows
     parameters = list(model.parameters())
     return [
         {
@@ -188,7 +211,8 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         rank = f"{row['layers']} x rank {row['rank']}, alpha {row['alpha']:g}, " if "rank" in row else ""
-        lines.append(f"  {row['projection']}: {rank}{row['parameters']:,} weights")
+        experts = f"{row['experts']:,} of {row['of_experts']:,} experts, " if "experts" in row else ""
+        lines.append(f"  {row['projection']}: {rank}{experts}{row['parameters']:,} weights")
     return [f"trains {sum(row['parameters'] for row in rows):,} weights", *lines]
 
 

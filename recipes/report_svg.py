@@ -234,8 +234,17 @@ LOAD_CLASSES = (
 )
 
 
-def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], x_label: str, label: str) -> Markup:
-    """A cell for each layer (row) and column; values are loads relative to an equal share (1 = fair)."""
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[float]]],
+    columns: Sequence[str],
+    x_label: str,
+    label: str,
+    marked: Sequence[tuple[int, int]] = (),
+) -> Markup:
+    """A cell for each layer (row) and column; values are loads relative to an equal share (1 = fair).
+
+    marked: (row, column) of cells that get a dot.
+    """
     left, right, top = 34, 14, 14
     cell_w = (WIDTH - left - right) / len(columns)
     cell_h = min(18.0, max(5.0, 260 / len(rows)))
@@ -249,7 +258,13 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str]
         texts.append(tag("text", columns[column], x=f"{x:.1f}", y=f"{bottom + 13:.1f}", class_="mid"))
     texts.append(tag("text", x_label, x=WIDTH - right, y=f"{bottom + 27:.1f}", class_="unit end"))
     shapes = _cells([values for _, values in rows], left, top, cell_w, cell_h)
-    return svg(join([shapes, *texts]), WIDTH, bottom + 32, label)
+    radius = f"{min(cell_w, cell_h) / 4:.2f}"
+    dots = [
+        tag("circle", cx=f"{left + (x + 0.5) * cell_w:.1f}", cy=f"{top + (y + 0.5) * cell_h:.1f}", r=radius)
+        for y, x in marked
+    ]
+    marks = [tag("g", join(dots), class_="mark")] * bool(dots)
+    return svg(join([shapes, *marks, *texts]), WIDTH, bottom + 32, label)
 
 
 def _cells(rows: Sequence[Sequence[float]], left: float, top: float, width: float, height: float) -> Markup:
