@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 FILL = 32  # rows
+ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
 
 
 @dataclass
@@ -157,7 +158,9 @@ class Groups:
             return _LoopedLinear.apply(self.counts, scalings, places, x_SI, w_EOI, *parts)
         y_SO = F.grouped_mm(x_SI, w_EOI.transpose(-2, -1), offs=self.ends)
         for adapter in adapters:
-            a, b = (adapter.spread(f.to(dtype), len(w_EOI)).transpose(-2, -1) for f in (adapter.a, adapter.b))
+            a, b = (adapter.spread(f.to(dtype), len(w_EOI)) for f in (adapter.a, adapter.b))
+            more = -a.shape[1] % (ROW_BYTES // dtype.itemsize)  # zeros, up to a rank that the kernel takes
+            a, b = F.pad(a, (0, 0, 0, more)).transpose(-2, -1), F.pad(b, (0, more)).contiguous().transpose(-2, -1)
             low = F.grouped_mm(adapter.dropout(x_SI), a, offs=self.ends)
             y_SO = torch.add(y_SO, F.grouped_mm(low, b, offs=self.ends), alpha=adapter.scaling)
         return y_SO

@@ -223,3 +223,21 @@ class Fixed(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.keep
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_the_ragged_kernel_gives_the_same(rank: int):
+    """What a GPU runs (`grouped_mm` has a CPU build): any rank, and adapters for some experts only."""
+    torch.manual_seed(0)
+    rows = [0, 0, 1, 3, 3, 3]
+    x, w = torch.randn(len(rows), 16, requires_grad=True), torch.randn(EXPERTS, 8, 16)
+    a, b = torch.randn(2, rank, 16, requires_grad=True), torch.randn(2, 8, rank, requires_grad=True)
+    adapters = [LowRank(a, b, 2.0, torch.nn.Identity(), experts=(0, 3))]
+    on_cpu, ragged = grouped(rows), grouped(rows)
+    ragged.ends, ragged.counts = torch.tensor(on_cpu.counts).cumsum(0).to(torch.int32), ()
+    found, wanted = (groups.linear(x, w, adapters) for groups in (ragged, on_cpu))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(y, (x, a, b), upstream) for y in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
