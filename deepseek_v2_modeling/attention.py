@@ -53,8 +53,8 @@ def eager_attention(
 def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N], b a part of a cache. The CPU's bmm first copies what has room between its rows of
     the batch: where that is much, one product a row of the batch."""
-    spaced = a.shape[0] > 1 and b.stride(0) != b.shape[1] * b.shape[2]
-    if a.device.type == "cpu" and spaced and b[0].numel() > WORTH_A_PRODUCT:
+    spaced = b.stride(0) != b.shape[1] * b.shape[2]
+    if a.device.type == "cpu" and spaced and (a.shape[0] == 1 or b[0].numel() > WORTH_A_PRODUCT):
         return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
     return a @ b
 
