@@ -195,8 +195,10 @@ def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, ba
 
 
 def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
-    messages = _ending_in_answer(convert(row)["messages"], "the conversation")
-    return {"prompt": messages[:-1], "completion": messages[-1:], verdict: VERDICTS[verdict](row[verdict])}
+    converted = convert(row)
+    messages = _ending_in_answer(converted.pop("messages"), "the conversation")
+    judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: VERDICTS[verdict](row[verdict])}
+    return converted | judgement  # a reference, if there is one
 
 
 def _label(value: Any) -> bool:

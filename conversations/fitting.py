@@ -49,7 +49,8 @@ class Fitter:
         elif self.too_long == "drop":
             report.reject(f"longer than {self.max_length} tokens", row)
         else:
-            found = [piece for piece in self._cut(row, whole, report) if any(piece[1])]
+            # The first token is never predicted: a window of that one alone would train nothing.
+            found = [piece for piece in self._cut(row, whole, report) if any(piece[1][1:])]
             if not found:
                 report.reject(CUT_AWAY, row)
             yield from found

@@ -121,7 +121,7 @@ class ConversationReader(Iterator[Row]):
             row = self._converted(record)
             if row is not None and not (self.rejected and self._on_bad_row == "error"):
                 yield row
-        self._check_end()
+        self.check()
 
     def _converted(self, record: Record) -> Row | None:
         try:
@@ -149,7 +149,9 @@ class ConversationReader(Iterator[Row]):
         if self._on_bad_row == "skip" and isinstance(limit, int) and self.rejected > limit:
             raise ToolkitError(self._message(f"more than max_bad_rows = {limit} bad rows in {self.path}"))
 
-    def _check_end(self) -> None:
+    def check(self) -> None:
+        """Of the rows read so far, at the end of the file by itself: raises ToolkitError when none is good, or more
+        are bad than may be. Who stops before the end asks for it."""
         total = self.rows + self.rejected
         limit = self._max_bad_rows
         if self.rejected and self._on_bad_row == "error":

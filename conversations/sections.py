@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Target = Literal["attention", "experts", "shared_experts", "dense", "router"]
+# The groups and single projections of deepseek_v2_modeling.lora, which imports torch (a test holds them together).
+Target = Literal[
+    "attention", "attention.q", "attention.kv_a", "attention.kv_b", "attention.o",
+    "experts", "experts.gate_up", "experts.down",
+    "shared_experts", "dense", "router", "embeddings", "lm_head",
+]  # fmt: skip
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
 
@@ -170,6 +175,12 @@ class SupervisedRecipe(TrainingRecipe):
 
     eval_data: list[DataSource] = Field(
         default_factory=list, description="Held-out rows for evaluation in training; may be empty."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations in a row that are no better than the best one so far, by "
+        "training.metric_for_best_model (the held-out loss, where it names none).",
     )
     format: FormatSection = Field(
         default_factory=lambda: FormatSection(), description="What is trained and what happens to long rows."

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -21,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import joined
 from .configuration import DeepseekV2Config
+from .errors import ModelError
 from .grouped import LowRank
-from .lowrank import linear, unwrap
+from .lowrank import beyond_lora, linear, unwrap
 from .masks import AttentionPlan
 from .norm import DeepseekV2RMSNorm
 from .rope import rotate, softmax_scale
@@ -119,7 +121,19 @@ class DeepseekV2Attention(nn.Module):
         return out[..., : self.v_dim], weights
 
     def kv_b_parts(self) -> tuple[torch.Tensor, list[LowRank]]:
-        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r])."""
+        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]).
+
+        Raises:
+            ModelError: an adapter that is no plain LoRA, or names by row: they cannot be absorbed.
+        """
+        layer: Any = self.kv_b_proj
+        while isinstance(layer, LoraLayer):
+            if beyond_lora(layer):
+                raise ModelError(
+                    "kv_b_proj has an adapter that is more than plain LoRA (DoRA, a bias, or names by row); decoding "
+                    "with a cache cannot absorb it: use_cache=False, or merge it first"
+                )
+            layer = layer.base_layer
         base, adapters = unwrap(self.kv_b_proj)
         rows = (self.num_heads, self.nope_dim + self.v_dim)
         parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]

@@ -20,7 +20,7 @@ from .chosen_lora import chosen_in_file
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .expert_choice import ExpertChoice
-from .lora import Number, apply_lora, lora_config
+from .lora import Number, apply_lora, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
 
 Head = Literal["causal_lm", "score"]
@@ -98,6 +98,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"{source.tokenizer_dir}: no tokenizer can be loaded ({str(error).splitlines()[0]})"
         ) from error
     tokenizer.padding_side = "left"  # generation; training pads on its own
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks; it needs some id
     return tokenizer
 
 
@@ -174,10 +176,11 @@ def same_experts(adapter: str, base: str, wanted: ExpertChoice | None) -> bool:
 
 def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
     """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir."""
+    from .merge import merge_lora  # which loads through this file
+
     if not out_dir.exists():
-        model = load_model(source, dtype=dtype)
-        assert isinstance(model, PeftModel)
-        save_directory(model.merge_and_unload(), load_tokenizer(source), out_dir)  # pyright: ignore
+        assert source.adapter is not None
+        merge_lora(source.adapter, out_dir, dtype)
     return str(out_dir)
 
 
@@ -209,6 +212,7 @@ def prepare_trainable(
     if wanted is None or lora is None:
         if experts is not None:
             train_chosen_experts(model, experts)
+            train_in_float32(model)
         return model.train()
     if source.adapter:
         adapted = load_adapter(model, source.adapter, True, lora.dropout, task, experts)

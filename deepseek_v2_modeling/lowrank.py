@@ -19,7 +19,7 @@ def _factors(layer: Any, name: str) -> LowRank:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     chosen: tuple[int, ...] | None = getattr(layer, "chosen", None)  # of chosen_lora.ChosenWrapper
     experts = getattr(layer, "num_experts", 1)
-    if experts > 1:
+    if isinstance(layer, ParamWrapper) and layer.get_param().ndim == 3:
         held, rank = experts if chosen is None else len(chosen), layer.r[name]
         # PEFT's layout: the expert is the slowest index of A's rows and the fastest of B's columns.
         a = a.unflatten(0, (held, rank))
@@ -41,20 +41,18 @@ def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
     return module, adapters
 
 
+def beyond_lora(layer: Any) -> bool:
+    """Whether one of PEFT's wrappers does more than s B A x: DoRA and the like, a bias of B, adapter names by row."""
+    return bool(layer._forward_pre_hooks or layer.lora_variant or any(layer.lora_bias.values()))
+
+
 def _plain_lora(module: nn.Module) -> bool:
-    """Whether these are PEFT's wrappers and all that they do is s B A x: no DoRA and the like, no bias of B, no hooks
-    (adapter names by row, offloading, gathering of sharded weights), which only the wrappers' own forward minds."""
+    """Whether these are PEFT's wrappers and all that they do is s B A x; offloading too is for their own forward."""
     layer: Any = module
     while isinstance(layer, LoraLayer):
-        other: Any = layer
-        if (
-            other._forward_pre_hooks
-            or hasattr(other, "_hf_hook")
-            or any(layer.lora_bias.values())
-            or layer.lora_variant
-        ):
+        if beyond_lora(layer) or hasattr(layer, "_hf_hook"):
             return False
-        layer = other.base_layer
+        layer = layer.base_layer
     return layer is not module
 
 

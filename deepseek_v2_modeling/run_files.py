@@ -1,4 +1,4 @@
-"""The files of a run directory that grow line by line: metrics.jsonl and samples.jsonl."""
+"""The files of a run directory that grow line by line: metrics.jsonl, samples.jsonl and rejected.jsonl."""
 
 import json
 import math
@@ -35,22 +35,18 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Leaves out lines of later steps, and lines that a crash cut short; atomic. A missing file stays missing."""
+def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of the files that are there."""
+    return {name: path.stat().st_size for name in names if (path := folder / name).is_file()}
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Leaves the first `size` bytes, and of those no line that a crash cut short. A missing file stays missing."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return math.inf
-    return row.get("step", 0) if isinstance(row, dict) else math.inf
+    with path.open("r+b") as file:
+        kept = file.read(size)
+        file.truncate(kept.rfind(b"\n") + 1)
 
 
 def write_json(path: Path, value: Any) -> None:

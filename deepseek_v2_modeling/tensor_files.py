@@ -155,8 +155,9 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
     the next try removes it.
 
     Raises:
-        ModelError: out_dir is there already and not empty, or its disk is full.
+        ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
     """
+    out_dir = out_dir.absolute()
     check_output(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -171,9 +172,9 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
         temporary.replace(out_dir)
         _sync(out_dir.parent)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ModelError(f"{out_dir}: the disk is full; nothing was left there") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else f"cannot be written ({error.strerror or error})"
+        raise ModelError(f"{out_dir}: {reason}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
 from .balance import collect_balance
 from .balance_log import BalanceLog
-from .errors import ModelError
 from .trainer_arguments import RunLimits, training_arguments
 from .trainer_callbacks import MetricsFile, Progress, StepControl
 from .trainer_checkpoints import CheckpointMixin
+from .trainer_finite import FiniteMixin
 
 __all__ = ["RunLimits", "RunTrainerMixin", "StopRequested", "training_arguments"]
 
@@ -34,7 +34,7 @@ class StopRequested(KeyboardInterrupt):
     """Training ended early because it was asked to; a checkpoint was written."""
 
 
-class RunTrainerMixin(CheckpointMixin):
+class RunTrainerMixin(FiniteMixin, CheckpointMixin):
     """Put it first: `class OurTrainer(RunTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -45,7 +45,6 @@ class RunTrainerMixin(CheckpointMixin):
     def __init__(self, *args: Any, limits: RunLimits | None = None, **kwargs: Any):
         self.limits = limits or RunLimits()
         self.stop_asked = False
-        self.stopped_early = False
         self._began: float | None = None
         model = kwargs["model"] if "model" in kwargs else args[0]
         trained_in_float32(model)
@@ -53,10 +52,12 @@ class RunTrainerMixin(CheckpointMixin):
         super().__init__(*args, **kwargs)
         self.balance_log = BalanceLog(self.accelerator)
         self.remove_callback(PrinterCallback)
+        patience = self.limits.early_stopping_patience
         for callback in (
             StepControl(self._ask),
             MetricsFile(self.balance_log.take_shares, lambda: not self.stopped_early),
             Progress(),
+            *([EarlyStoppingCallback(patience)] if patience is not None else []),
         ):
             self.add_callback(callback)
 
@@ -70,6 +71,7 @@ class RunTrainerMixin(CheckpointMixin):
         The Trainer sums the losses of the micro-batches of one update. Where nobody divides that sum by their
         number (because the main loss is divided by a count over all of them), we divide the balance losses.
         """
+        self.remember(inputs, num_items_in_batch)
         with collect_balance(self.model) as ledger:
             result: Any = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -93,35 +95,27 @@ class RunTrainerMixin(CheckpointMixin):
         by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or self.compute_loss_func is not None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.limits.on_nan == "stop" and not torch.isfinite(loss):
-            raise ModelError(self._not_finite("loss", loss.item()))
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not torch.isfinite(torch.as_tensor(norm)):
-            if self.limits.on_nan == "stop":
-                raise ModelError(self._not_finite("gradient", float(norm)))
-            model.zero_grad(set_to_none=True)  # without gradients the optimizer leaves the weights alone
-            self.skipped_updates += 1
-        return norm
-
-    def _not_finite(self, what: str, value: float) -> str:
-        return (
-            f"the {what} is {value} at step {self.state.global_step + 1}: lower training.learning_rate, look at the "
-            "data of that step, or set on_nan: skip; checkpoints before it are whole"
-        )
-
     # --- the log ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.count_loss(logs["loss"])
+        if "train_runtime" in logs:  # of the whole run, as if it had never been broken off
+            logs.update(self._summary())
         if "loss" in logs and self.model.training:
             logs.update(self.balance_log.take(logs["loss"], self.model.config))
             if self.skipped_updates:
                 logs["skipped_updates"] = self.skipped_updates
         super().log(logs, *args, **kwargs)
+
+    def _summary(self) -> dict[str, float]:
+        steps, seconds = self.state.global_step, max(self.seconds, 1e-9)
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": steps * self.get_total_train_batch_size(self.args) / seconds,
+            "train_steps_per_second": steps / seconds,
+            "train_loss": self.train_loss,
+        }
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes a README.md into the run directory at every checkpoint: the manifest is ours."""
@@ -137,16 +131,18 @@ class RunTrainerMixin(CheckpointMixin):
         Raises:
             StopRequested: after `request_stop` or the first SIGINT or SIGTERM; the step was finished and a
                 checkpoint was written.
+            ModelError: a loss or gradient that is not finite, where `limits.on_nan` is "stop"; a full disk.
         """
         resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.prepare_files(resume)
-        if resume is not None and (done := self.already_trained(resume)):
-            return done
-        if resume is None:
-            self.on_fresh_start()
-        self._began = time.monotonic()
-        with self._stop_on_signals():
-            output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+        with self.full_disk_explained():
+            self.prepare_files(resume)
+            if resume is not None and (done := self.already_trained(resume)):
+                return done
+            if resume is None:
+                self.on_fresh_start()
+            self._began = time.monotonic()
+            with self._stop_on_signals():
+                output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
         self.seconds_before, self._began = self.seconds, None
         if self.stopped_early:
             raise StopRequested(f"stopped at step {self.state.global_step}; checkpoint written")

@@ -15,10 +15,12 @@ from .errors import ModelError
 @dataclass(frozen=True)
 class RunLimits:
     """on_nan: stop the run at a loss or gradient that is not finite, or leave out that update.
-    max_seconds: end training, as if the last step were reached, after so many seconds of it."""
+    max_seconds: end training, as if the last step were reached, after so many seconds of it.
+    early_stopping_patience: end it, too, after so many evaluations in a row that are no better than the best one."""
 
     on_nan: Literal["stop", "skip"] = "stop"
     max_seconds: float | None = None
+    early_stopping_patience: int | None = None
 
 
 def training_arguments(
@@ -38,6 +40,8 @@ def training_arguments(
     strategy = training.get("eval_strategy", "no")
     if strategy != "no" and not has_eval:
         raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
+    if strategy == "no" and limits.early_stopping_patience is not None:
+        raise ModelError("early_stopping_patience counts evaluations: give eval_data and training.eval_strategy")
     on_cpu = bool(training.get("use_cpu", not torch.cuda.is_available()))
     if on_cpu and dtype == "float16":
         raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
@@ -48,6 +52,7 @@ def training_arguments(
         "per_device_eval_batch_size": training.get("per_device_train_batch_size", 8),
         "ddp_find_unused_parameters": False,
         "report_to": "none",
+        "metric_for_best_model": "loss" if limits.early_stopping_patience is not None else None,
     }
     ours = {
         "output_dir": str(run_dir),
@@ -59,6 +64,7 @@ def training_arguments(
         "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         "disable_tqdm": True,
         "logging_nan_inf_filter": limits.on_nan == "skip",
+        "restore_callback_states_from_checkpoint": True,  # how many evaluations in a row were no better
     }
     return {**defaults, **_with_known_names(training), **ours}
 

@@ -86,22 +86,33 @@ class Progress(TrainerCallback):
 
 
 class StepControl(TrainerCallback):
-    """Ends the run after a step when asked to; logs whenever a checkpoint is written.
+    """Ends the run after a step when asked to, and sees to it that a checkpoint is a point to go on from exactly.
 
-    With a log at every checkpoint no average over steps spans one, so a resumed run logs the same numbers.
+    There is a log before every checkpoint, so no average over steps spans one. After the last step of an epoch, or of
+    the run, the Trainer may still evaluate: the checkpoint is written after that.
+
     `ask` says (stop now and write a checkpoint, the time is up), the same on every process.
     """
 
     def __init__(self, ask: Callable[[], tuple[bool, bool]]):
         self.ask = ask
+        self.save_is_due = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stop, time_is_up = self.ask()
         control.should_save = control.should_save or stop
         control.should_training_stop = control.should_training_stop or stop or time_is_up
-        control.should_log = control.should_log or control.should_save or control.should_training_stop
+        control.should_log = (
+            control.should_log or control.should_save or control.should_training_stop or control.should_evaluate
+        )
+        if control.should_training_stop or state.epoch == round(state.epoch or 0.0):
+            self.save_is_due, control.should_save = control.should_save, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.save_is_due = False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        control.should_log = control.should_log or control.should_save
+        control.should_save = control.should_save or self.save_is_due
+        control.should_log = control.should_log or control.should_save or control.should_training_stop

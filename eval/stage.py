@@ -17,7 +17,7 @@ from conversations.judging import Row, is_pair, judge
 from conversations.prompts import answer_text, prompt_of, prompt_text
 from conversations.verifiers import REFUSAL_PATTERNS, VERIFIERS, refusal_check
 from deepseek_v2_modeling.inference import generate_answers, score_sequences, token_losses
-from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines, drop_lines_after
+from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
 
 Sample = dict[str, Any]
@@ -67,7 +67,7 @@ def evaluate(
     model.to(state.device)
     subject = Subject(model, tokenizer, recipe.seed + state.process_index)
     if state.is_main_process:
-        drop_lines_after(run_dir / SAMPLES_FILE, -1)
+        cut_file(run_dir / SAMPLES_FILE, 0)
     results = {}
     for task in recipe.tasks:
         began = time.monotonic()

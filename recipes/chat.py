@@ -88,7 +88,7 @@ class _Partner:
             do_sample=sampled,
             temperature=self.settings.temperature if sampled else None,
             top_k=0 if sampled else None,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             streamer=_streamer(self.tokenizer),
         )

@@ -132,6 +132,7 @@ def _read(source: _Source, mixture: Mixture, refuse: Refuse | None) -> Iterator[
         refuse=_without_text(refuse) if entry.fim else refuse,
     )
     yield from source.split.select(row | {"origin": f"{source.file.name}:{reader.line}"} for row in reader)
+    reader.check()  # a split by number stops before the end
     mixture.lines.append(reader.summary())
     mixture.files.append(
         {

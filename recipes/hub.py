@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def hub_file(path: str, split: Split, folder: Path, key: str) -> Path:
     named = split.name or "train"
     numbers = "" if split.rows is None else "-".join(str(end) for end in ("", *split.rows) if end is not None)
     label = "-".join(part for part in (name, config, named) if part) + numbers
-    file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)}.jsonl"
+    exact = sha256(json.dumps([name, config, named, split.rows]).encode()).hexdigest()[:8]
+    file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)}-{exact}.jsonl"
     if not file.exists():
         _write(file, _rows(name, config or None, named, split, key), name, key)
     return file

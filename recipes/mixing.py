@@ -1,8 +1,10 @@
 """How many rows of each source a mixture has, and which."""
 
 import random
+import re
 from array import array
 from collections.abc import Sequence
+from pathlib import PurePath
 
 
 def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]:
@@ -24,3 +26,14 @@ def chosen(rows: int, count: int, rng: random.Random) -> array:
     found = array("Q", range(rows)) * whole
     found.extend(sorted(rng.sample(range(rows), part)))
     return found
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A short name of each source, for metrics: that of its file, data set or generator; `_2` behind a second one."""
+    names: list[str] = []
+    for path in paths:
+        stem = PurePath(path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]
+        name = re.sub(r"\W+", "_", stem).strip("_") or "source"
+        before = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", other) is not None for other in names)
+        names.append(f"{name}_{before + 1}" if before else name)
+    return names

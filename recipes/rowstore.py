@@ -66,6 +66,11 @@ class MixedRows(Sequence[Row]):
         """The number of the source that the row at `index` comes from."""
         return bisect_right(self._starts, self._order[index]) - 1
 
+    def of_source(self, source: int) -> "MixedRows":
+        """The rows of one source, in the same order."""
+        order = array("Q", (number for i, number in enumerate(self._order) if self.source_of(i) == source))
+        return MixedRows(self._store, order, self._starts)
+
     @property
     def mean_bytes(self) -> float:
         """Bytes of JSON a row, about."""

@@ -5,19 +5,25 @@ the model and calls the stage. Only the main process writes.
 """
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from conversations.errors import ToolkitError
+from conversations.infill import fim_ids
 from conversations.sections import StageRecipe
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
+from recipes.mixing import source_names
+from recipes.needs import refusal_of
 from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
+from recipes.rowstore import MixedRows
 from recipes.rundir import RECIPE, RESULTS, State, dump_text, inspect
 
 REJECTED = "rejected.jsonl"
@@ -37,9 +43,9 @@ class _Inputs:
 
     source: Any
     tokenizer: Any
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    eval_rows: list[dict[str, Any]] = field(default_factory=list)
-    rows_by_task: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: Sequence[dict[str, Any]] = ()
+    eval_rows: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]] = ()
+    rows_by_task: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
     mixtures: list[Any] = field(default_factory=list)
 
 
@@ -67,7 +73,8 @@ def run_stage(loaded: Loaded) -> Outcome:
     try:
         metrics = _work(recipe, run_dir, state, inputs, manifest)
     except BaseException as error:
-        _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
+        with suppress(OSError):  # of a full disk the error itself says more
+            _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
         raise
     manifest["metrics"] = metrics
     if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,11 +86,13 @@ def run_stage(loaded: Loaded) -> Outcome:
 
 def check_recipe(recipe: Any) -> None:
     """What the schema cannot check without torch: `training` and `model.config`."""
+    from recipes.models import check_experts
     from recipes.training_fields import check_model_config, check_training
 
     check_model_config(recipe.model.config)
     if recipe.stage != "eval":
         check_training(recipe)
+        check_experts(recipe)
 
 
 def _load_inputs(recipe: Any) -> _Inputs:
@@ -96,19 +105,24 @@ def _load_inputs(recipe: Any) -> _Inputs:
     if recipe.stage == "eval":
         for index, task in enumerate(recipe.tasks):
             key = f"tasks.{index}.data" if task.data else "data"
-            rows = _mix(task.data or recipe.data, recipe.seed, key, inputs)
+            rows = _mix(recipe, task.data or recipe.data, key, inputs, task.metric)
             inputs.rows_by_task[task.name] = rows[: task.limit]
         return inputs
-    inputs.rows = _mix(recipe.data, recipe.seed, "data", inputs)
+    if any(entry.fim for entry in (*recipe.data, *getattr(recipe, "eval_data", ()))):
+        fim_ids(tokenizer)
+    inputs.rows = _mix(recipe, recipe.data, "data", inputs)
     if recipe.stage != "rl" and recipe.eval_data:
-        inputs.eval_rows = _mix(recipe.eval_data, recipe.seed, "eval_data", inputs)
+        inputs.eval_rows = held_out = _mix(recipe, recipe.eval_data, "eval_data", inputs)
+        if recipe.stage == "sft" and len(recipe.eval_data) > 1:
+            names = source_names([entry.path for entry in recipe.eval_data])
+            inputs.eval_rows = {name: held_out.of_source(i) for i, name in enumerate(names)}
     return inputs
 
 
-def _mix(entries: Any, seed: int, key: str, inputs: _Inputs) -> list[dict[str, Any]]:
+def _mix(recipe: Any, entries: Any, key: str, inputs: _Inputs, metric: str | None = None) -> MixedRows:
     from recipes.data import read_sources
 
-    mixture = read_sources(entries, seed, key)
+    mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric))
     for line in mixture.lines:
         say(f"{key}: {line}")
     inputs.mixtures.append(mixture)

@@ -40,10 +40,13 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         training = tree.get("training")
         tree["training"] = training if isinstance(training, dict) else {}
         _replace(tree["training"], SMOKE_TRAINING[stage], "training.", lines)
+        if tree["training"].get("load_best_model_at_end"):
+            _replace(tree["training"], {"load_best_model_at_end": False}, "training.", lines)
         if tree.get("eval_data"):
             _replace(tree, {"eval_data": []}, "", lines)
-        if tree.get("max_seconds"):
-            _replace(tree, {"max_seconds": None}, "", lines)
+        for limit in ("max_seconds", "early_stopping_patience"):
+            if tree.get(limit):
+                _replace(tree, {limit: None}, "", lines)
         for index, reward in enumerate(tree.get("rewards") or []) if stage == "rl" else ():
             if isinstance(reward, dict) and "model" in reward:
                 _replace(reward, {"if_missing": "random"}, f"rewards.{index}.", lines)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from recipes.mixing import source_names
 
 CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
 
@@ -38,6 +39,10 @@ OWNED = {
     "reward_weights": "write rewards.0.weight, and so on",
     "resume_from_checkpoint": "start the same command again: it goes on from the newest checkpoint",
     "local_rank": "torchrun and accelerate launch set it",
+    "use_liger_kernel": "Liger's DeepSeek-V2 kernels are for transformers' own class: in this one they would put dense "
+    "blocks in the place of the experts; leave it out",
+    "liger_kernel_config": "Liger's kernels do not fit this model's classes; leave it out",
+    "restore_callback_states_from_checkpoint": "a resumed run goes on exactly; leave it out",
     "do_train": "the stage trains; leave it out",
     "do_eval": "give eval_data",
     "do_predict": "use dsv2 eval",
@@ -56,6 +61,8 @@ def check_training(recipe: Any) -> None:
     for key, value in recipe.training.items():
         if key in OWNED:
             raise ToolkitError(f"training.{key} is set by the toolkit; {OWNED[key]}")
+        if key not in fields and key in type(recipe).model_fields:
+            raise ToolkitError(f'unknown key "training.{key}"; write {key} at the recipe\'s top level')
         if key not in fields:
             raise ToolkitError(_unknown(f"training.{key}", key, fields, f"{config_name} has no such field"))
         try:
@@ -63,7 +70,9 @@ def check_training(recipe: Any) -> None:
         except ValidationError as error:
             reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
             raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
+    _check_trackers(recipe.training.get("report_to"))
     _try_config(recipe)
+    _check_metric(recipe)
 
 
 def check_model_config(config: dict[str, Any]) -> None:
@@ -114,13 +123,41 @@ def _try_config(recipe: Any) -> None:
             run_dir=Path(directory),
             seed=recipe.seed,
             dtype=recipe.model.dtype,
-            limits=RunLimits(),
+            limits=RunLimits(early_stopping_patience=getattr(recipe, "early_stopping_patience", None)),
             has_eval=bool(getattr(recipe, "eval_data", ())),
         )
         try:
             config_class(recipe.stage)(**arguments)
         except (ValueError, TypeError, ImportError) as error:
             raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
+
+
+def _check_trackers(report_to: Any) -> None:
+    """TRL would find out when the model is loaded already."""
+    from transformers.integrations import integration_utils as trackers
+
+    named = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    names = sorted(named - {"none", "all"})
+    if not names:
+        return
+    known, installed = sorted(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise ToolkitError(f"training.report_to: {name!r} is none of none, all, {', '.join(known)}")
+        if name not in (*installed, "flyte", "azure_ml"):  # of these two transformers does not say it
+            raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
+
+
+def _check_metric(recipe: Any) -> None:
+    """Does every evaluation give the metric that chooses the best checkpoint?"""
+    metric = recipe.training.get("metric_for_best_model")
+    if recipe.stage != "sft" or metric is None:
+        return
+    paths = [entry.path for entry in recipe.eval_data]
+    losses = [f"{name}_loss" for name in source_names(paths)] if len(paths) > 1 else []
+    known = ["loss", *losses, "mean_token_accuracy", "entropy"]
+    if metric.removeprefix("eval_") not in known:
+        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is none of {', '.join(known)}")
 
 
 def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:

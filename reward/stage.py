@@ -83,7 +83,7 @@ def _trainer(
     run_dir: Path,
 ):
     """The trainer for the recipe's loss, and what became of the rows."""
-    limits = RunLimits(recipe.on_nan, recipe.max_seconds)
+    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.early_stopping_patience)
     arguments = RewardConfig(
         **training_arguments(
             recipe.training,

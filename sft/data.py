@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 IGNORED = -100  # torch's cross-entropy leaves out labels of this value
-_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "origin": Value("string")})
 
 
 def check_row(row: Row, number: int) -> Row:
@@ -41,7 +42,7 @@ def encode_rows(
     max_length: int | None,
     too_long: TooLong,
 ) -> tuple[Dataset, LengthReport]:
-    """Columns input_ids and labels (-100 where nothing is trained), and what became of the rows.
+    """Columns input_ids, labels (-100 where nothing is trained) and origin, and what became of the rows.
 
     The dataset lies in a temporary file, which goes when the process ends: memory does not grow with it.
 
@@ -53,13 +54,27 @@ def encode_rows(
 
     def encoded() -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
+            origin = row.get("origin", f"row {number}")
             for ids, mask in fitter.pieces(check_row(row, number), report):
-                yield {"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]}
+                labels = [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
+                yield {"input_ids": ids, "labels": labels, "origin": origin}
 
     data = _on_disk(encoded())
     if not len(data):
         raise ToolkitError(f"no row is left to train on: {report.summary(max_length)}")
     return data, report
+
+
+def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
+    """Where the rows with these token ids stand, in the documents' order; of rows that are alike, each place once."""
+    found: dict[tuple[int, ...], dict[str, None]] = {tuple(ids): {} for ids in documents}
+    chunks = data.data.column("input_ids").chunks
+    lengths = numpy.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
+    likely = numpy.isin(lengths, [len(ids) for ids in found]).nonzero()[0]
+    rows: Any = data.select(likely)
+    for row in rows:
+        found.get(tuple(row["input_ids"]), {})[row["origin"]] = None
+    return [origin for origins in found.values() for origin in origins]
 
 
 def _on_disk(rows: Iterable[Row]) -> Dataset:

@@ -124,3 +124,9 @@ def test_a_text_too_long_for_fill_in_the_middle_stays_a_text():
         assert ids == wanted
     assert (report.unfilled, report.truncated) == (2, 1)
     assert "2 too long for fill-in-the-middle, kept as plain text" in report.summary(9)
+
+
+def test_a_last_window_of_one_token_is_not_trained():
+    """Nothing predicts it: a batch of it alone has no loss."""
+    pieces, _ = fitted({"text": "x" * 40}, max_length=41, too_long="split")
+    assert [len(ids) for ids, _ in pieces] == [41]  # of 42 with begin and end

@@ -381,3 +381,22 @@ def test_adapter_names_by_row_are_left_to_peft(base: Path):
         plain = logits_of(model, ids)
     torch.testing.assert_close(mixed[0], logits_of(model, ids)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_refuses_what_it_cannot_absorb(base: Path):
+    """DoRA on kv_b_proj would be left out of every decoded token without a word."""
+    config = LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False, use_dora=True)
+    model: Any = get_peft_model(load_base(str(base), attn_implementation="eager"), config).eval()
+    ids = random_ids(1, 5)
+    with pytest.raises(ModelError, match="cannot absorb"):
+        model.generate(input_ids=ids, max_new_tokens=3)
+    assert model.generate(input_ids=ids, max_new_tokens=3, use_cache=False).shape[1] <= 8
+
+
+def test_one_routed_expert():
+    """PEFT's layout of one expert is still that of experts."""
+    changes = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    model = random_adapter(small_model(**changes), lora_config(["experts"], r=2))
+    ids = random_ids(1, 5)
+    found = logits_of(model, ids)
+    torch.testing.assert_close(found, logits_of(model.merge_and_unload(), ids), rtol=1e-4, atol=1e-5)

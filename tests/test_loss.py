@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -77,8 +78,26 @@ def test_logits_are_there_when_asked_for():
     model = small_model().train()
     ids = random_ids(2, 5)
     wanted = model(input_ids=ids).logits
-    for ask in (lambda o: o.logits, lambda o: o["logits"], lambda o: o.to_tuple()[2]):
+    asked = (lambda o: o.logits, lambda o: o["logits"], lambda o: o.get("logits"), lambda o: o.to_tuple()[2])
+    assert "logits" in model(input_ids=ids, labels=ids)
+    for ask in asked:
         logits = ask(model(input_ids=ids, labels=ids))
         torch.testing.assert_close(logits, wanted)
         assert logits.requires_grad
     torch.testing.assert_close(model(input_ids=ids, labels=ids, return_dict=False)[2], wanted)
+
+
+def test_logits_outlive_accelerates_copy():
+    """Mixed precision: accelerate rebuilds the output from its entries."""
+    model = small_model().train()
+    ids = random_ids(2, 5)
+    copied = convert_to_fp32(model(input_ids=ids, labels=ids))
+    torch.testing.assert_close(copied.logits, model(input_ids=ids).logits)
+
+
+def test_the_order_of_a_tuple_is_stocks():
+    model = small_model().train()
+    ids = random_ids(2, 5)
+    found = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    assert found.logits is not None
+    assert list(found.keys()) == ["loss", "aux_loss", "logits", "hidden_states"]

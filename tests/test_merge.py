@@ -300,3 +300,17 @@ def test_memory_is_at_most_twice_the_largest_shard(base: Path, adapter: Path, tm
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.splitlines()[-1])
     assert grown < 2 * max(sizes), (grown / 1e6, max(sizes) / 1e6)
+
+
+def test_a_place_that_cannot_be_written(adapter: Path, tmp_path: Path):
+    """One message, and no trace."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"out: cannot be written \(Not a directory\); nothing was left there"):
+        merge_lora(adapter, tmp_path / "file" / "out")
+
+
+def test_into_the_working_directory(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge_lora(adapter, ".")
+    assert (tmp_path / "here" / "config.json").is_file()

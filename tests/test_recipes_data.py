@@ -217,3 +217,11 @@ def test_fill_in_the_middle_is_seeded_and_as_frequent_as_it_says(tmp_path: Path)
     filled = [row["fim"] for row in rows[0] if "fim" in row]
     assert len(filled) == pytest.approx(200, abs=40)
     assert all(0 <= fim["start"] <= fim["end"] <= 17 and fim["mode"] == "psm" for fim in filled)
+
+
+def test_a_share_of_bad_rows_counts_in_a_split_by_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good, bad = '{"prompt": "a", "completion": "b"}\n', '{"prompt": 3, "completion": "b"}\n'
+    path.write_text((good + bad) * 20, encoding="utf-8")
+    with pytest.raises(ToolkitError, match=r"max_bad_rows = 0\.01"):
+        read_sources([source(path=str(path), split="[:10]", on_bad_row="skip", max_bad_rows=0.01)], seed=0)

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
+from conversations.sections import Target
+from deepseek_v2_modeling.lora import GROUPS, PROJECTIONS
 from recipes.loader import load_recipe
 from recipes.overrides import Override, apply_override, merge, parse_override
 from recipes.paths import absolute_paths, is_hub_name
@@ -262,7 +264,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (SFT, "data.0.fim=0.5", "data.0.fim: must be a section with keys, not 0.5"),
         (SFT, "data.0.fim={mode: pms}", "data.0.fim.mode: must be 'psm' or 'spm', not 'pms'"),
         (SFT, "lora.targets=[attention, router]", "r names ['attention', 'experts'] but targets are"),
-        (SFT, "lora.targets=[attention, mlp]", "lora.targets.1: must be 'attention', 'experts'"),
+        (SFT, "lora.targets=[attention, mlp]", "lora.targets.1: must be 'attention', 'attention.q'"),
         (SFT, "lora.targets=[experts, experts]", "lora.targets: named twice: experts"),
         (SFT, "lora.r=0", "lora.r: must be greater than or equal to 1"),
         (SFT, "lora.dropout=1", "lora.dropout: must be less than 1"),
@@ -336,3 +338,7 @@ def test_the_resolved_recipe_is_a_recipe_with_the_same_meaning(recipe: Path, tmp
     loaded = load_recipe(recipe)
     again = load_recipe(write(tmp_path, yaml.safe_dump(loaded.resolved)))
     assert again.recipe == loaded.recipe
+
+
+def test_recipes_name_every_lora_target():
+    assert set(get_args(Target)) == {*GROUPS, *PROJECTIONS}

@@ -22,7 +22,13 @@ def check(stage: str, training: dict[str, Any], **more: Any) -> None:
         ("sft", {}),
         (
             "sft",
-            {"learning_rate": 1e-4, "num_train_epochs": 2, "packing": True, "max_length": None, "optim": "adamw_torch"},
+            {
+                "learning_rate": 1e-4,
+                "num_train_epochs": 2,
+                "packing": False,
+                "max_length": None,
+                "optim": "adamw_torch",
+            },
         ),
         ("reward", {"max_length": 128, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "eval_strategy": "no"}),
         ("rl", {"num_generations": 4, "per_device_train_batch_size": 8, "beta": 0.04, "temperature": 1}),

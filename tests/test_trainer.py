@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from deepseek_v2_modeling import ModelError, collect_balance
 from deepseek_v2_modeling.balance_log import BalanceLog, expert_shares, load_metrics
-from deepseek_v2_modeling.run_files import append_lines, drop_lines_after
+from deepseek_v2_modeling.run_files import append_lines, cut_file
 from deepseek_v2_modeling.trainer import (
     RunLimits,
     RunTrainerMixin,
@@ -299,9 +299,15 @@ def test_a_fresh_start_clears_what_an_earlier_try_wrote(tmp_path):
 def test_lines_that_a_crash_cut_short_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append_lines(path, [{"step": 1, "loss": float("nan")}, {"step": 2}])
-    path.write_text(path.read_text() + '{"step": 2, "lo')
-    drop_lines_after(path, 2)
+    whole = path.stat().st_size
+    append_lines(path, [{"step": 2, "of": "what came after the checkpoint"}])
+    cut_file(path, whole)
     assert lines(path) == [{"step": 1, "loss": None}, {"step": 2}]
+    path.write_text(path.read_text()[:-3])
+    cut_file(path, whole)
+    assert lines(path) == [{"step": 1, "loss": None}]
+    cut_file(tmp_path / "missing.jsonl", 9)
+    assert not (tmp_path / "missing.jsonl").exists()
 
 
 # --- the end of a run -------------------------------------------------------------------------------------------------
@@ -380,7 +386,7 @@ def test_nan_gradient_stops_the_run(tmp_path):
                 next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
             return loss
 
-    with pytest.raises(ModelError, match=r"gradient is .* at step 2"):
+    with pytest.raises(ModelError, match=r"gradient's norm is inf at step 2.*checkpoint yet"):
         make(tmp_path, BadGradient).train()
 
 

@@ -1,0 +1,142 @@
+"""TRL's SFTTrainer on rows that are rendered already: held-out loss by source, samples, and rows that have names."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import EvalLoopOutput, speed_metrics
+from trl.trainer.sft_trainer import SFTTrainer
+
+from conversations import render_conversation
+from conversations.prompts import answer_text, prompt_text, split_prompt
+from deepseek_v2_modeling.inference import generate_answers
+from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
+from deepseek_v2_modeling.trainer import RunTrainerMixin
+from sft.data import IGNORED, Row, origins_of
+
+
+class ChatTrainer(RunTrainerMixin, SFTTrainer):
+    """SFTTrainer for data of `sft.data.encode_rows`.
+
+    probes: the conversations among these rows are asked before and after, for answers of `sample_tokens` at most.
+    """
+
+    def __init__(
+        self, *args: Any, train_dataset: Dataset, probes: Sequence[Row], sample_tokens: int = 64, **kwargs: Any
+    ):
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self.encoded = train_dataset
+        self.probes = [split_prompt(row["messages"]) for row in probes if "messages" in row]
+        self.sample_tokens = sample_tokens
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)  # its sum over tokens, and their number
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """The loss on held-out rows, over all trained tokens: `eval_loss`, and `eval_NAME_loss` of each source.
+
+        All sources go into one line of metrics (transformers would write, and judge, one for each).
+        """
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        began, total, rows = time.time(), torch.zeros(2, dtype=torch.float64), 0
+        metrics: dict[str, float] = {}
+        for name in self.eval_dataset:
+            loader = self.get_eval_dataloader(name)
+            prefix = f"{metric_key_prefix}_{name}"
+            output = self.evaluation_loop(loader, "Evaluation", True, ignore_keys, prefix)
+            metrics[f"{prefix}_loss"] = (output.metrics or {})[f"{prefix}_loss"]
+            total += self._eval_loss
+            rows += output.num_samples or 0
+        metrics = {f"{metric_key_prefix}_loss": _mean(total), **metrics}
+        metrics |= speed_metrics(metric_key_prefix, began, num_samples=rows)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's, whose loss is the mean over batches; here that over tokens, however they are batched."""
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        summed: Any = self.accelerator.reduce(self._eval_loss.to(self.accelerator.device))
+        self._eval_loss = summed.cpu()
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = _mean(self._eval_loss)
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
+        self._eval_loss += torch.tensor([result[0].item() * tokens, tokens], dtype=torch.float64)
+        return result
+
+    def held_out_losses(self) -> dict[str, float]:
+        """Those of the model as it is after training: what was logged for its step, or a last evaluation."""
+        state = self.state
+        best = self.args.load_best_model_at_end and state.best_global_step
+        step = state.best_global_step if best else state.global_step
+        logged = (entry for entry in reversed(state.log_history) if entry["step"] == step and "eval_loss" in entry)
+        found = next(logged, None) or self.evaluate()
+        return {key: value for key, value in found.items() if re.fullmatch(r"eval_(.+_)?loss", key)}
+
+    # --- names of rows ------------------------------------------------------------------------------------------
+
+    def rows_of(self, inputs: Any) -> list[str]:
+        return origins_of(self.encoded, documents_of(inputs))
+
+    # --- samples ------------------------------------------------------------------------------------------------
+
+    def on_fresh_start(self) -> None:
+        self.write_samples("before")
+
+    def write_samples(self, when: str) -> None:
+        """Greedy answers to the probes, into samples.jsonl; the main process only."""
+        tokenizer: Any = self.processing_class
+        if not self.is_world_process_zero() or not self.probes:
+            return
+        ids = [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p, _ in self.probes]
+        with self.accelerator.autocast():
+            answers = generate_answers(
+                self.model,
+                ids,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                max_new_tokens=self.sample_tokens,
+            )
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        lines = [
+            {
+                "step": self.state.global_step,
+                "when": when,
+                "prompt": prompt_text(prompt),
+                "completion": answer_text(text),
+                "reference": reference,
+            }
+            for (prompt, reference), text in zip(self.probes, texts, strict=True)
+        ]
+        append_lines(self.run_dir / SAMPLES_FILE, lines)
+
+
+def documents_of(inputs: Any) -> Iterator[list[int]]:
+    """The token ids of each document of a batch: its rows without padding, or what is packed in its one row."""
+    ids = inputs["input_ids"]
+    if "cu_seq_lens_q" in inputs:
+        sizes = inputs["cu_seq_lens_q"].diff().tolist()
+        yield from (part.tolist() for part in ids[0].split(sizes))
+    else:
+        yield from (row[mask.bool()].tolist() for row, mask in zip(ids, inputs["attention_mask"], strict=True))
+
+
+def _mean(loss: torch.Tensor) -> float:
+    """loss: its sum, and the number of tokens."""
+    return (loss[0] / loss[1].clamp(min=1)).item()
