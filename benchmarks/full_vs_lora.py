@@ -16,7 +16,7 @@ from benchmarks.common import write
 from recipes.cli import main as dsv2
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "tiny"
-LORA = "lora={targets: [attention, experts, shared_experts, dense, router], r: 32, alpha: 64}"
+LORA = "lora={targets: [attention, experts, shared_experts, dense, router], r: 64, alpha: 128}"
 
 
 def command(*words: str) -> None:
