@@ -18,7 +18,7 @@ def test_killed_runs_end_with_the_same_weights_and_lines(tmp_path: Path) -> None
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.splitlines() == [f"{moment}: the same" for moment in MOMENTS]
