@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
@@ -32,7 +31,7 @@ from .adapters import WEIGHTS, check_coverage, read_adapter_config
 from .checkpoints import Piece, Shape, hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
-from .loading import HEADS, ModelSource, resolve_source
+from .loading import HEADS, ModelSource, read_settings, resolve_source
 from .lora import wrap
 from .tensor_files import TensorInfo, read_header
 
@@ -114,16 +113,10 @@ def open_factors(adapter: AdapterFiles) -> Iterator[FactorReader]:
 
 
 def read_model_config(base: str) -> DeepseekV2Config:
-    """The config of a model directory or hub name. Raises ModelError when there is none, or of another model."""
+    """`read_settings` of an adapter's base. Raises ModelError when it is not there, or of another model."""
     if not Path(base).is_dir() and not is_hub_name(base):
         raise ModelError(f"{base}: this base model is not there; put it back, or correct base_model_name_or_path")
-    try:
-        config = DeepseekV2Config.from_pretrained(base)
-    except (OSError, ModelError, StrictDataclassError) as error:
-        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
-    if config.model_type != "deepseek_v2":
-        raise ModelError(f'{base}: model_type is "{config.model_type}", not "deepseek_v2"')
-    return config
+    return read_settings(base)
 
 
 def is_hub_name(base: str) -> bool:

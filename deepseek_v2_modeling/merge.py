@@ -165,11 +165,12 @@ def _pad_token_id(adapter: AdapterFiles) -> int | None:
 
 
 def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
-    """Tokenizer and template of the adapter where it has its own, else the base's; the rest from where it is."""
+    """Tokenizer and template of the adapter where it has its own, else the base's; reward statistics of the adapter
+    only, whose head they belong to; the rest from where it is."""
     places = [own] if base is None else [own, base]
     with_tokenizer = [place for place in places if (place / "tokenizer_config.json").is_file()][:1]
+    own_places = {"generation_config.json": places, "reward_stats.json": [own]}
     for name in SIDE_FILES:
-        of_tokenizer = name not in ("generation_config.json", "reward_stats.json")
-        found = [place for place in (with_tokenizer if of_tokenizer else places) if (place / name).is_file()]
+        found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
         if found:
             shutil.copyfile(found[0] / name, directory / name)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
@@ -12,6 +11,7 @@ from recipes.data import Mixture
 from recipes.files import write_text
 from recipes.histogram import bins, drawing
 from recipes.measure import Figures, Plan
+from recipes.page import render_page
 from recipes.report import UNPRINTABLE
 
 NUMBERS = ("Rows", "Left out", "Used", "Share", "Tokens", "Trained")
@@ -64,15 +64,7 @@ def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
     Raises:
         ToolkitError: it cannot be written there.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("check.html.jinja")
-    page = template.render(recipe=recipe, stages=stages, numbers=NUMBERS)
+    page = render_page("check.html.jinja", recipe=recipe, stages=stages, numbers=NUMBERS)
     place = output_dir if output_dir.name.strip(".") else output_dir.absolute()
     target = place.parent / f"{place.name}.check.html"
     try:

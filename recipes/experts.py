@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from conversations.errors import ToolkitError
 from conversations.fitting import Fitter
@@ -20,6 +19,7 @@ from recipes.files import write_json, write_text
 from recipes.loader import load_recipe
 from recipes.models import load_frozen, open_source
 from recipes.needs import refusal_of
+from recipes.page import render_page
 from recipes.quiet import quiet_libraries
 from recipes.ranks import say
 from recipes.report import UNPRINTABLE
@@ -141,19 +141,13 @@ def summary(content: dict[str, Any]) -> str:
 
 def write_page(page: Path, content: dict[str, Any]) -> None:
     """The heat map and the chosen experts as one HTML file: no scripts, no network."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     experts: dict[str, list[int]] = content["experts"]
     scores: dict[str, list[float]] = content["scores"]
     columns = [str(expert) for expert in range(len(next(iter(scores.values()))))]
     loads = [(layer, [value * len(columns) for value in values]) for layer, values in scores.items()]
     marked = [(row, expert) for row, chosen in enumerate(experts.values()) for expert in chosen]
-    text = environment.get_template("experts.html.jinja").render(
+    text = render_page(
+        "experts.html.jinja",
         content=content,
         summary=summary(content),
         drawing=heat_map(loads, columns, "expert", f"Scores of experts by layer: {summary(content)}", marked),

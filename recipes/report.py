@@ -10,13 +10,13 @@ from functools import partial
 from itertools import count as count_up
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
 from recipes import report_tables as tables
 from recipes import report_words as words
 from recipes.files import write_text
+from recipes.page import render_page
 from recipes.report_data import Run, directory_name, open_runs
 from recipes.report_metrics import count
 from recipes.report_plots import charts, expert_maps
@@ -102,14 +102,8 @@ def render(runs: Sequence[Run], heading: str) -> str:
     """The page's HTML about `runs`, whose names are unique."""
     chains = [run for run in runs if run.is_chain]
     titles = _titles(runs)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         heading=heading,
         chains=[_chain_view(run) for run in chains],
         across=tables.across(chains),

@@ -17,6 +17,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
 from deepseek_v2_modeling import ModelError, export_adapter, lora_config, merge_lora, tensor_files
 from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_base, load_model, prepare_trainable, save_final
+from deepseek_v2_modeling.merge import copy_side_files
 
 from .adapter_helpers import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter
 from .model_helpers import logits_of, random_adapter, shake, stock_twin, tokenizer
@@ -314,3 +315,16 @@ def test_into_the_working_directory(adapter: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "here")
     merge_lora(adapter, ".")
     assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_reward_statistics_of_the_base_stay_there(tmp_path: Path):
+    """They belong to its score head, which an SFT adapter's merged model has not."""
+    own, base, out = (tmp_path / name for name in ("own", "base", "out"))
+    for directory in (own, base, out):
+        directory.mkdir()
+    (base / "reward_stats.json").write_text("{}")
+    copy_side_files(own, base, out)
+    assert not list(out.iterdir())
+    (own / "reward_stats.json").write_text("{}")
+    copy_side_files(own, base, out)
+    assert [path.name for path in out.iterdir()] == ["reward_stats.json"]
