@@ -20,14 +20,16 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import joined
+from .cache import joined, with_room
 from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .grouped import LowRank
 from .lowrank import beyond_lora, linear, unwrap
 from .masks import AttentionPlan
 from .norm import DeepseekV2RMSNorm
+from .products import Linear, fastest_dtype, widens
 from .rope import rotate, softmax_scale
+from .wide_attention import wide_attention
 
 WORTH_A_PRODUCT = 2**16  # values
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
@@ -73,15 +75,15 @@ class DeepseekV2Attention(nn.Module):
         self.qk_dim = self.nope_dim + self.rope_dim
         self.scaling = softmax_scale(config)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * self.qk_dim, bias=False)
+            self.q_proj = Linear(hidden, heads * self.qk_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
         self.kv_a_layernorm = DeepseekV2RMSNorm(self.latent_dim)
-        self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias)
+        self.kv_b_proj = Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = Linear(heads * self.v_dim, hidden, bias=bias)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, T, N + R], not yet rotated."""
@@ -110,10 +112,12 @@ class DeepseekV2Attention(nn.Module):
         # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
         pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
         value = F.pad(value, (0, pad)) if pad > 0 else value
+        query = query.to(key.dtype)
         kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        if implementation == "sdpa" and widens(key, key.shape[-2]):
+            kernel = wide_attention
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = partial(kernel, self, scaling=self.scaling, dropout=dropout, **kwargs)
-        query = query.to(key.dtype)
         if plan.layout is None:
             out, weights = attend(query, key, value, plan.mask)
         else:
@@ -147,28 +151,31 @@ class DeepseekV2Attention(nn.Module):
         read the same keys, so a row's heads and queries are the rows of one product.
         """
         batch, heads, length, _ = query.shape
+        tokens = keys.shape[1]
         weight, adapters = self.kv_b_parts()
         w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
         q_nope, q_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
-        dtype = q_nope.dtype
-        q_HMN = q_nope.transpose(0, 1).flatten(1, 2)  # M = B*T
-        q_HMC = q_HMN @ w_uk.to(dtype)
+        dtype, wide = q_nope.dtype, fastest_dtype(q_nope)
+        q_HMN = q_nope.transpose(0, 1).flatten(1, 2).to(wide)  # M = B*T
+        q_HMC = q_HMN @ w_uk.to(wide)
         for a in adapters:
-            q_HMC = q_HMC + q_HMN @ a.b[:, : self.nope_dim].to(dtype) @ a.a.to(dtype) * a.scaling
-        q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
+            q_HMC = q_HMC + q_HMN @ a.b[:, : self.nope_dim].to(wide) @ a.a.to(wide) * a.scaling
+        q_latent = q_HMC.to(dtype).unflatten(1, (batch, length)).transpose(0, 1)
         q_BMW = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
-        scores = by_row(q_BMW, keys.transpose(1, 2))  # [B, H*T, S]
-        scores = scores.float() * self.scaling
+        if dtype.itemsize < 4 and keys.device.type == "cpu":
+            keys = with_room(keys)  # the same shape for many steps: oneDNN makes a primitive for each new one
+        scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, H*T, S]
         if mask is not None:
-            by_query = scores.unflatten(1, (heads, length))
-            scores = by_query.masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(1, 2)
+            by_query = scores[..., :tokens].unflatten(1, (heads, length))
+            by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores[..., tokens:] = -torch.inf
         # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
         mixed = by_row(scores.softmax(-1).to(dtype), keys)[..., : self.latent_dim]
-        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)
-        out = m_HMC @ w_uv.to(dtype).transpose(1, 2)
+        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide)
+        out = m_HMC @ w_uv.to(wide).transpose(1, 2)
         for a in adapters:
-            out = out + m_HMC @ a.a.to(dtype).t() @ a.b[:, self.nope_dim :].to(dtype).transpose(1, 2) * a.scaling
-        return out.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+            out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
+        return out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
 
     def forward(
         self,

@@ -38,7 +38,7 @@ class LatentLayer(CacheLayerMixin):
         grows = self.length > 0 and isinstance(self.codec, RawCodec)
         capacity = needed + (needed // SPARE_SHARE if grows else 0)
         capacity = -(-capacity // BLOCK) * BLOCK
-        buffer = new.new_empty(new.shape[0], capacity, new.shape[2])
+        buffer = new.new_zeros(new.shape[0], capacity, new.shape[2])  # `with_room` reads behind what is filled
         if self.buffer is not None:
             buffer[:, : self.length] = self.buffer[:, : self.length]
         return buffer
@@ -121,6 +121,20 @@ def joined(latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
     if beside:
         return latent.as_strided((*latent.shape[:2], width), latent.stride(), offset)
     return torch.cat((latent, rope_key), dim=-1)
+
+
+def with_room(keys: torch.Tensor) -> torch.Tensor:
+    """keys [B, S, W] of a LatentCache with the tokens behind them, up to a whole BLOCK: zeros, or forgotten ones.
+
+    Other keys come back as they are.
+    """
+    tokens, width = keys.shape[1:]
+    missing = -tokens % BLOCK
+    room = keys.stride(0) // width - tokens if keys.stride(1) == width else 0
+    end = keys.storage_offset() + (keys.shape[0] - 1) * keys.stride(0) + (tokens + missing) * width
+    if room < missing or end * keys.itemsize > keys.untyped_storage().nbytes():
+        return keys
+    return keys.as_strided((keys.shape[0], tokens + missing, width), keys.stride())
 
 
 class LatentCache(Cache):

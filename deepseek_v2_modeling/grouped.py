@@ -5,6 +5,7 @@ expert that has rows, into a shared output. Neither builds anything of the size 
 those weights train.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .products import ROWS, compute_dtype, float32_is_faster, widens
 
 FILL = 32  # rows
 ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
@@ -59,7 +62,7 @@ class _LoopedLinear(torch.autograd.Function):
     """y[rows of e] = x[rows of e] @ w[e]^T + s (z[rows of e] @ a[e]^T) @ b[e]^T for each adapter (CPU).
 
     `adapters` is (z, a, b) for each of `scalings`; z is None where it is x. `places`, for each of them, is where in a
-    and b an expert is, -1 for one without.
+    and b an expert is, -1 for one without. An expert's products are in float32 where that is faster (products.py).
     """
 
     @staticmethod
@@ -73,15 +76,18 @@ class _LoopedLinear(torch.autograd.Function):
         *adapters: torch.Tensor | None,
     ) -> torch.Tensor:
         y_SO = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1])
-        parts = _triples(adapters, x_SI)
-        lows = [z.new_empty(z.shape[0], a.shape[1]) for z, a, _ in parts]
+        lows = [x_SI.new_empty(x_SI.shape[0], a.shape[1]) for a in adapters[1::3] if a is not None]
         for expert, rows in blocks(counts):
-            y = y_SO[rows]
-            torch.mm(x_SI[rows], w_EOI[expert].t(), out=y)
-            for (z, a, b), scaling, places_E, low in zip(parts, scalings, places, lows, strict=True):
-                if (place := places_E[expert]) >= 0:
-                    torch.mm(z[rows], a[place].t(), out=low[rows])
-                    torch.addmm(y, low[rows], b[place].t(), alpha=scaling, out=y)
+            dtype, target = _product_dtype(x_SI, rows), y_SO[rows]
+            x = x_SI[rows].to(dtype)
+            y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
+            for i, (z, a, b) in enumerate(_triples(adapters)):
+                if (place := places[i][expert]) >= 0:
+                    low = torch.mm(x if z is None else z[rows].to(dtype), a[place].to(dtype).t())
+                    y.addmm_(low, b[place].to(dtype).t(), alpha=scalings[i])
+                    lows[i][rows] = low
+            if y is not target:
+                target.copy_(y)
         ctx.save_for_backward(x_SI, w_EOI, *adapters, *lows)
         ctx.counts, ctx.scalings, ctx.places = counts, scalings, places
         return y_SO
@@ -91,44 +97,39 @@ class _LoopedLinear(torch.autograd.Function):
         g_SO = grads[0].contiguous()
         x_SI, w_EOI, *rest = ctx.saved_tensors
         adapters, lows = rest[: 3 * len(ctx.scalings)], rest[3 * len(ctx.scalings) :]
-        parts = _triples(adapters, x_SI)
         needs = ctx.needs_input_grad[3:]
         dx = torch.empty_like(x_SI) if needs[0] else None
         dw = torch.zeros_like(w_EOI) if needs[1] else None
-        dz = [torch.empty_like(z) if z is not None else None for z in adapters[::3]]
-        da, db = ([torch.zeros_like(part[i]) for part in parts] for i in (1, 2))
+        dz: list[Any] = [torch.zeros_like(z) if z is not None else None for z in adapters[::3]]
+        da, db = ([torch.zeros_like(part[i]) for part in _triples(adapters)] for i in (1, 2))
         for expert, rows in blocks(ctx.counts):
-            g = g_SO[rows]
-            if dx is not None:
-                torch.mm(g, w_EOI[expert], out=dx[rows])
+            dtype = _product_dtype(x_SI, rows)
+            g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
+            own_dx: Any = None if dx is None else torch.mm(g, w_EOI[expert].to(dtype))
             if dw is not None:
-                torch.mm(g.t(), x_SI[rows], out=dw[expert])
-            for i, (z, a, b) in enumerate(parts):
-                own, place = dz[i], ctx.places[i][expert]
-                if place < 0:
-                    if own is not None:
-                        own[rows] = 0
+                dw[expert] = torch.mm(g.t(), x)
+            for i, (z, a, b) in enumerate(_triples(adapters)):
+                if (place := ctx.places[i][expert]) < 0:
                     continue
-                g_low = torch.mm(g, b[place]).mul_(ctx.scalings[i])
-                torch.mm(g_low.t(), z[rows], out=da[i][place])
-                torch.addmm(db[i][place], g.t(), lows[i][rows], beta=0, alpha=ctx.scalings[i], out=db[i][place])
-                if own is not None:
-                    torch.mm(g_low, a[place], out=own[rows])
-                elif dx is not None:
-                    torch.addmm(dx[rows], g_low, a[place], out=dx[rows])
+                g_low = torch.mm(g, b[place].to(dtype)).mul_(ctx.scalings[i])
+                da[i][place] = torch.mm(g_low.t(), x if z is None else z[rows].to(dtype))
+                db[i][place] = torch.mm(g.t(), lows[i][rows].to(dtype)).mul_(ctx.scalings[i])
+                if z is not None:
+                    dz[i][rows] = torch.mm(g_low, a[place].to(dtype))
+                elif own_dx is not None:
+                    own_dx.addmm_(g_low, a[place].to(dtype))
+            if dx is not None:
+                dx[rows] = own_dx
         return None, None, None, dx, dw, *(grad for triple in zip(dz, da, db, strict=True) for grad in triple)
 
 
-def _triples(adapters: Sequence[torch.Tensor | None], x_SI: torch.Tensor) -> list[Any]:
-    """(z, a, b) of each adapter, with x for a z that is None."""
-    given = list(adapters)
-    return [(x_SI if z is None else z, a, b) for z, a, b in zip(given[::3], given[1::3], given[2::3], strict=True)]
+def _triples(adapters: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, Any, Any]]:
+    """(z, a, b) of each adapter."""
+    return zip(adapters[::3], adapters[1::3], adapters[2::3], strict=True)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products on x: autocast's, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def _product_dtype(x_SI: torch.Tensor, rows: slice) -> torch.dtype:
+    return torch.float32 if x_SI.dtype.itemsize < 4 and widens(x_SI, rows.stop - rows.start) else x_SI.dtype
 
 
 class Groups:
@@ -147,16 +148,16 @@ class Groups:
         """[S, O]: each row times its expert's matrix, and beside it the adapters' share, in the dtype of autocast or
         of x."""
         dtype = compute_dtype(x_SI)
-        x_SI, w_EOI = x_SI.to(dtype), w_EOI.to(dtype)
+        x_SI = x_SI.to(dtype)
         if self.counts:
             parts: list[torch.Tensor | None] = []
             for adapter in adapters:
                 z = None if isinstance(adapter.dropout, nn.Identity) else adapter.dropout(x_SI)
-                parts += [z, adapter.a.to(dtype), adapter.b.to(dtype).contiguous()]
+                parts += [z, adapter.a, adapter.b.contiguous()]
             scalings = tuple(adapter.scaling for adapter in adapters)
             places = tuple(adapter.places(len(w_EOI)) for adapter in adapters)
             return _LoopedLinear.apply(self.counts, scalings, places, x_SI, w_EOI, *parts)
-        y_SO = F.grouped_mm(x_SI, w_EOI.transpose(-2, -1), offs=self.ends)
+        y_SO = F.grouped_mm(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
         for adapter in adapters:
             a, b = (adapter.spread(f.to(dtype), len(w_EOI)) for f in (adapter.a, adapter.b))
             more = -a.shape[1] % (ROW_BYTES // dtype.itemsize)  # zeros, up to a rank that the kernel takes
@@ -200,7 +201,8 @@ def place_slots(experts_NK: torch.Tensor, num_experts: int, fill_up: bool) -> tu
     sizes_E.index_add_(0, flat, torch.ones_like(flat))
     slot_P = order_S
     if fill_up:
-        full_E = torch.tensor([filled_up(size) for size in sizes_E.tolist()])
+        low = ROWS if float32_is_faster() else math.inf  # from there on products are in float32, which need no filling
+        full_E = torch.tensor([filled_up(size) if size < low else size for size in sizes_E.tolist()])
         gaps_E = (full_E - sizes_E).cumsum(0) - (full_E - sizes_E)
         rows_S = rows_S + gaps_E[flat[order_S]]
         slot_P = order_S.new_full((int(full_E.sum()),), -1)
@@ -265,9 +267,3 @@ def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> 
 def combine(y_PD: torch.Tensor, weights_NK: torch.Tensor, slots: Slots) -> torch.Tensor:
     """Sum over each token's experts, weighted, in float32 as the official model does: [N, D] float32."""
     return _Combine.apply(y_PD, weights_NK, slots)
-
-
-def swiglu(gate_up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-    """activation(gate) * up, of the two halves of the last dimension."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate) * up

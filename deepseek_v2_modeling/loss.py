@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .products import ROWS
+
 IGNORED = -100  # transformers' label of tokens without a loss
 BLOCK_LOGITS = 2**25  # logits of one block: 128 MiB in float32
+CACHED_LOGITS = 2**22  # on a CPU: 16 MiB, which its cache holds
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -64,7 +67,7 @@ def blockwise_loss(
     sum over `num_items_in_batch`. `head` may carry adapters."""
     targets = (shifted_labels(labels) if shift_labels is None else shift_labels).reshape(-1).to(hidden.device)
     weights = [p for p in head.parameters() if p.requires_grad]
-    block = max(1, BLOCK_LOGITS // vocab_size)
+    block = max(ROWS, (CACHED_LOGITS if hidden.device.type == "cpu" else BLOCK_LOGITS) // vocab_size)
     total = _BlockwiseLoss.apply(head, block, hidden.flatten(0, 1), targets, *weights)
     items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(hidden.device) if isinstance(items, torch.Tensor) else items)

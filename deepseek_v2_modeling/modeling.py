@@ -26,6 +26,7 @@ from .norm import DeepseekV2RMSNorm
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing import find_documents
 from .pooling import last_tokens
+from .products import Linear
 from .rope import RotaryEmbedding
 from .routing import next_routes
 
@@ -193,7 +194,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _prepare_cache_for_generation(
@@ -273,7 +274,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
+        self.score = Linear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
 
     @can_return_tuple

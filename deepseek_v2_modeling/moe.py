@@ -12,8 +12,12 @@ from transformers.activations import ACT2FN
 
 from .balance import RouterOutput
 from .configuration import DeepseekV2Config
-from .grouped import Groups, LowRank, combine, dispatch, swiglu
+from .gated import gated
+from .grouped import Groups, LowRank, combine, dispatch
 from .lowrank import linear, unwrap
+from .products import Linear
+
+TOKENS = 4096  # run through the experts at a time
 
 
 class DeepseekV2MLP(nn.Module):
@@ -21,13 +25,13 @@ class DeepseekV2MLP(nn.Module):
 
     def __init__(self, config: DeepseekV2Config, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, width, bias=False)
+        self.up_proj = Linear(config.hidden_size, width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+        return linear(self.down_proj, gated(self.act_fn, linear(self.gate_proj, x), linear(self.up_proj, x)))
 
 
 class DeepseekV2Router(nn.Module):
@@ -94,13 +98,21 @@ class DeepseekV2Experts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
-    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included."""
+    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included.
+
+    Without gradients on a CPU some tokens at a time: what lies between stays small, and in the CPU's cache.
+    """
+    whole = torch.is_grad_enabled() or x_ND.device.type != "cpu" or len(x_ND) <= TOKENS
+    sizes = len(x_ND) if whole else TOKENS
     base, adapters = unwrap(experts)
-    x_PD, groups, slots = dispatch(x_ND, experts_NK, base.num_experts)
-    hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
-    hidden = swiglu(hidden, base.act_fn)
-    y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
-    return combine(y_PD, weights_NK, slots)
+    outs = []
+    for x, weights, chosen in zip(*(t.split(sizes) for t in (x_ND, weights_NK, experts_NK)), strict=True):
+        x_PD, groups, slots = dispatch(x, chosen, base.num_experts)
+        hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
+        hidden = gated(base.act_fn, *hidden.chunk(2, dim=-1))
+        y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
+        outs.append(combine(y_PD, weights, slots))
+    return outs[0] if whole else torch.cat(outs)
 
 
 class DeepseekV2MoE(nn.Module):

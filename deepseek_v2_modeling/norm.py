@@ -1,7 +1,26 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import torch
 from torch import nn
+
+
+class _Normed(torch.autograd.Function):
+    """x / rms(x) in the dtype of x, keeping x itself for the gradients instead of its float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale)
+        return (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x, scale = ctx.saved_tensors
+        g, normed = grads[0].float(), x.float() * scale
+        return ((g - normed * (g * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), None
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -13,6 +32,4 @@ class DeepseekV2RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * _Normed.apply(x, self.eps)

@@ -18,7 +18,8 @@ TOKENS, WIDTH, VOCABULARY = 14, 6, 11
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens a block: several blocks and a rest."""
-    monkeypatch.setattr(loss, "BLOCK_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(loss, "CACHED_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(loss, "ROWS", 1)
 
 
 def problem() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,30 @@
+"""The gated activation of SwiGLU blocks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Gated(torch.autograd.Function):
+    """activation(gate) * up, keeping gate and up alone: what lies between is made again for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        (d_gate,) = torch.autograd.grad(activated, leaf, grads[0] * up)
+        return None, d_gate, grads[0] * activated.detach()
+
+
+def gated(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up."""
+    return _Gated.apply(activation, gate, up)

@@ -1,0 +1,96 @@
+"""Matrix products of low-precision numbers on CPUs that are slow at them.
+
+An x86 CPU without AMX multiplies bf16 at half the rate of float32, or worse (docs/speed.md). There, from ROWS rows on,
+products run in float32 on pieces of the weights that stay in the CPU's cache, and their results are rounded to the low
+precision: what a low-precision kernel that accumulates in float32 gives, faster.
+"""
+
+import platform
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+ROWS = 64  # from here on a faster product pays for converting the weights
+PIECE = 2**20  # weights converted at a time: 4 MiB in float32
+TOKENS = 2048  # rows converted at a time
+
+
+@cache
+def float32_is_faster() -> bool:
+    """Whether this CPU multiplies float32 faster than bf16 and float16."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products on x: autocast's, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fastest_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which small products with x are fastest on its device: float32 or its own."""
+    low = x.device.type == "cpu" and x.dtype.itemsize < 4
+    return torch.float32 if low and float32_is_faster() else x.dtype
+
+
+def widens(x: torch.Tensor, rows: int) -> bool:
+    """Whether a product of `rows` rows of x runs in float32 although its result has fewer bits."""
+    if x.device.type != "cpu" or rows < ROWS or torch.compiler.is_compiling():
+        return False
+    return compute_dtype(x).itemsize < 4 and float32_is_faster()
+
+
+def _pieces(w_OI: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows of w, those rows in float32), PIECE weights at a time."""
+    step = max(1, PIECE // w_OI.shape[1])
+    for start in range(0, w_OI.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, w_OI[rows].float()
+
+
+class _WideLinear(torch.autograd.Function):
+    """x @ w^T + bias in float32, rounded to `dtype`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, x_NI: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_NI if ctx.needs_input_grad[2] else None, w_OI)
+        ctx.x_dtype, ctx.bias_dtype = x_NI.dtype, None if bias_O is None else bias_O.dtype
+        y_NO = x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=dtype)
+        with torch.autocast("cpu", enabled=False):
+            for x, y in zip(x_NI.split(TOKENS), y_NO.split(TOKENS), strict=True):
+                wide = x.float()
+                for rows, w in _pieces(w_OI):
+                    part = torch.mm(wide, w.t())
+                    y[:, rows] = part if bias_O is None else part.add_(bias_O[rows])
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NI, w_OI = ctx.saved_tensors
+        g_NO = grads[0].float()
+        dx = dw = db = None
+        if ctx.needs_input_grad[1]:
+            dx = g_NO.new_zeros(g_NO.shape[0], w_OI.shape[1])
+            for rows, w in _pieces(w_OI):
+                dx.addmm_(g_NO[:, rows], w)
+            dx = dx.to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            dw = torch.mm(g_NO.t(), x_NI.float()).to(w_OI.dtype)
+        if ctx.needs_input_grad[3]:
+            db = g_NO.sum(0).to(ctx.bias_dtype)
+        return None, dx, dw, db
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with the products of this file."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not widens(input, input.shape[:-1].numel()):
+            return super().forward(input)
+        y_NO = _WideLinear.apply(compute_dtype(input), input.flatten(0, -2), self.weight, self.bias)
+        return y_NO.unflatten(0, input.shape[:-1])
