@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import compiled
 from .products import ROWS, compute_dtype, float32_is_faster, widens
 
 FILL = 32  # rows
@@ -105,7 +106,7 @@ class _LoopedLinear(torch.autograd.Function):
         for expert, rows in blocks(ctx.counts):
             dtype = _product_dtype(x_SI, rows)
             g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
-            own_dx: Any = None if dx is None else torch.mm(g, w_EOI[expert].to(dtype))
+            own_dx = None if dx is None else torch.mm(g, w_EOI[expert].to(dtype))
             if dw is not None:
                 dw[expert] = torch.mm(g.t(), x)
             for i, (z, a, b) in enumerate(_triples(adapters)):
@@ -118,7 +119,7 @@ class _LoopedLinear(torch.autograd.Function):
                     dz[i][rows] = torch.mm(g_low, a[place].to(dtype))
                 elif own_dx is not None:
                     own_dx.addmm_(g_low, a[place].to(dtype))
-            if dx is not None:
+            if dx is not None and own_dx is not None:
                 dx[rows] = own_dx
         return None, None, None, dx, dw, *(grad for triple in zip(dz, da, db, strict=True) for grad in triple)
 
@@ -135,13 +136,14 @@ def _product_dtype(x_SI: torch.Tensor, rows: slice) -> torch.dtype:
 class Groups:
     """How S rows, sorted by expert, fall to E experts; sizes_E [E].
 
-    On the CPU the sizes are Python numbers; on a GPU they stay there, so that the host never waits.
+    On the CPU the sizes are Python numbers; on a GPU they stay there, so that the host never waits, and in compiled
+    code, so that it is one graph.
     """
 
     def __init__(self, sizes_E: torch.Tensor):
-        on_cpu = sizes_E.device.type == "cpu"
-        self.counts: tuple[int, ...] = tuple(sizes_E.tolist()) if on_cpu else ()
-        if not on_cpu:
+        looped = sizes_E.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.counts: tuple[int, ...] = tuple(sizes_E.tolist()) if looped else ()
+        if not looped:
             self.ends = sizes_E.cumsum(0).to(torch.int32)
 
     def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[LowRank] = ()) -> torch.Tensor:
@@ -157,13 +159,14 @@ class Groups:
             scalings = tuple(adapter.scaling for adapter in adapters)
             places = tuple(adapter.places(len(w_EOI)) for adapter in adapters)
             return _LoopedLinear.apply(self.counts, scalings, places, x_SI, w_EOI, *parts)
-        y_SO = F.grouped_mm(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
+        product = compiled.grouped_mm if x_SI.device.type == "cpu" and torch.compiler.is_compiling() else F.grouped_mm
+        y_SO = product(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
         for adapter in adapters:
             a, b = (adapter.spread(f.to(dtype), len(w_EOI)) for f in (adapter.a, adapter.b))
             more = -a.shape[1] % (ROW_BYTES // dtype.itemsize)  # zeros, up to a rank that the kernel takes
             a, b = F.pad(a, (0, 0, 0, more)).transpose(-2, -1), F.pad(b, (0, more)).contiguous().transpose(-2, -1)
-            low = F.grouped_mm(adapter.dropout(x_SI), a, offs=self.ends)
-            y_SO = torch.add(y_SO, F.grouped_mm(low, b, offs=self.ends), alpha=adapter.scaling)
+            low = product(adapter.dropout(x_SI), a, offs=self.ends)
+            y_SO = torch.add(y_SO, product(low, b, offs=self.ends), alpha=adapter.scaling)
         return y_SO
 
 
@@ -259,7 +262,8 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups, Slots]:
     """Each slot's token, sorted by expert: (x [P, D], the groups of its rows, where the slots are)."""
-    fill_up = x_ND.device.type == "cpu" and compute_dtype(x_ND).itemsize < 4
+    looped = x_ND.device.type == "cpu" and not torch.compiler.is_compiling()
+    fill_up = looped and compute_dtype(x_ND).itemsize < 4
     slots, groups = place_slots(experts_NK, num_experts, fill_up)
     return _Dispatch.apply(x_ND, slots), groups, slots
 

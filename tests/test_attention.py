@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, masks
+from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, lora_config, masks
 
-from .model_helpers import left_padded, logits_of, random_ids, small_config, small_model
+from .model_helpers import left_padded, logits_of, random_adapter, random_ids, small_config, small_model
 from .test_packing import positions_of
 
 LENGTH = 12
@@ -179,22 +179,27 @@ ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_exper
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_forward():
-    """Padded and packed: compiled code cannot look at the positions, and is given a mask in any case."""
+    """One graph, padded and packed: compiled code cannot look at the positions, and is given a mask in any case."""
     model, batch = small_model(**ONE_LAYER), {**BATCHES["packed beside left padding"], "use_cache": False}
     ids, real = batch.pop("input_ids"), batch["attention_mask"].bool()
-    found = logits_of(torch.compile(model), ids, **batch)
+    found = logits_of(torch.compile(model, fullgraph=True), ids, **batch)
     torch.testing.assert_close(found[real], logits_of(model, ids, **batch)[real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_training():
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compiled_training(adapted: bool):
+    """One graph, with all weights or adapters alone."""
     ids, results = random_ids(2, LENGTH), []
     for compiles in (False, True):
-        model = small_model(**ONE_LAYER).train()
-        run: Any = torch.compile(model, backend="aot_eager") if compiles else model
-        loss = run(ids, labels=ids).loss
+        model = small_model(**ONE_LAYER)
+        if adapted:
+            model = random_adapter(model, lora_config(targets=("attention", "experts"), r=4, alpha=8))
+        model.train()
+        run: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        results.append((loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-4, atol=1e-6)
