@@ -84,7 +84,8 @@ def _ending_in_answer(turns: list[Message], key: str, *, may_be_empty: bool = Fa
 
 
 def conversation(row: Row, key: str) -> Row:
-    turns = _with_system(row, read_turns(row[key], key))
+    transcript = transcript_turns(row[key]) if isinstance(row[key], str) else None
+    turns = _with_system(row, transcript or read_turns(row[key], key))
     check_turns(turns)
     return {"messages": turns}
 

@@ -52,8 +52,11 @@ def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     if size != len(tokenizer):
         added = tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
+        rests: dict[str, list[str]] = {}  # by first character, for speed: few places in a text are looked at further
+        for token in sorted(token for token in tokens if len(token) > 1):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
         # Empty matches, behind the first character of a token: so tokens are found where they overlap, too.
-        places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens if len(token) > 1]
+        places = [f"(?<={re.escape(first)})(?={'|'.join(found)})" for first, found in rests.items()]
         pattern = re.compile("|".join(places) or "(?!)")
         _control_patterns[tokenizer] = (len(tokenizer), pattern)
     return pattern

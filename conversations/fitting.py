@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from conversations.infill import render_text
-from conversations.lengths import LengthReport, TooLong
+from conversations.lengths import CUT_AWAY, LengthReport, TooLong
 from conversations.rendering import TrainOn, render_conversation
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ Row = dict[str, Any]
 Piece = tuple[list[int], list[int]]  # token ids, loss mask
 
 NOTHING_TRAINED = "nothing in it is trained"
-CUT_AWAY = "all that would be trained lies behind the cut"
 
 
 @dataclass(frozen=True)
@@ -49,40 +48,37 @@ class Fitter:
         elif self.too_long == "drop":
             report.reject(f"longer than {self.max_length} tokens", row)
         else:
-            # The first token is never predicted: a window of that one alone would train nothing.
-            found = [piece for piece in self._cut(row, whole, report) if any(piece[1][1:])]
-            if not found:
-                report.reject(CUT_AWAY, row)
-            yield from found
+            yield from self._fitted(row, whole, report)
 
-    def _cut(self, row: Row, whole: Piece, report: LengthReport) -> Iterator[Piece]:
+    def _fitted(self, row: Row, whole: Piece, report: LengthReport) -> list[Piece]:
+        """What is left of a row that is too long; counted by what becomes of the row."""
         if row.get("fim"):  # without its end the middle would be missing
             report.unfilled += 1
-            whole = self._rendered({"text": row["text"]})
+            row = {key: value for key, value in row.items() if key != "fim"}
+            whole = self._rendered(row)
             if self._fits(whole):
-                yield whole
-                return
+                return [whole]
+        parts = list(self._parts(row, whole))
+        # The first token is never predicted: a piece in which that one alone counts would train nothing.
+        kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
+        if not kept:
+            report.reject(CUT_AWAY, row)
+            return []
+        report.truncated += not all(map(self._fits, parts))
+        report.split += parts != [whole]
+        report.cut_exchanges += (len(parts) - len(kept)) * ("messages" in row)
+        return kept
+
+    def _parts(self, row: Row, whole: Piece) -> Iterator[Piece]:
+        """The parts of a row that would be trained, before those that are still too long lose their end."""
         if self.too_long == "truncate":
-            report.truncated += 1
-            yield self._start_of(whole)
+            yield whole
         elif "text" in row:
-            report.split += 1
             yield from self._windows(whole)
         else:
-            yield from self._parts(row["messages"], report)
-
-    def _parts(self, messages: Sequence[Row], report: LengthReport) -> Iterator[Piece]:
-        parts = list(self._whole_exchanges(messages))
-        report.split += len(parts) > 1
-        last = max(index for index, part in enumerate(parts) if _answered(part))
-        too_long = False
-        for index, part in enumerate(parts):
-            if self.train_on == "last_assistant" and index != last:
-                continue
-            piece = self._rendered({"messages": part})
-            too_long |= not self._fits(piece)
-            yield self._start_of(piece)
-        report.truncated += too_long
+            answered = [part for part in self._whole_exchanges(row["messages"]) if _answered(part)]
+            for part in answered[-1:] if self.train_on == "last_assistant" else answered:
+                yield self._rendered({"messages": part})
 
     def _whole_exchanges(self, messages: Sequence[Row]) -> Iterator[list[Row]]:
         """Parts of as many exchanges as fit; one that does not fit by itself is a part, too."""

@@ -14,7 +14,7 @@ all the source's other keys).
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -57,13 +57,15 @@ class Format:
     """A format is recognised by its keys: a row has the first entry of FORMATS whose keys it has.
 
     name: as it is told to the user. keys: all are there, and not null. convert: source row -> canonical row.
-    optional: further keys that `convert` reads; what else a row has goes to `meta`.
+    optional: further keys that `convert` reads; what else a row has goes to `meta`. plain: `columns` that make such a
+    row, which holds a verdict, a conversation without one.
     """
 
     name: str
     keys: tuple[str, ...]
     convert: Callable[[Row], Row]
     optional: tuple[str, ...] = ()
+    plain: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- The table
@@ -90,10 +92,15 @@ _RANKED = tuple(
 
 _PAIRS = (
     *(
-        Format(f"preference pairs with {key}", (key, "chosen", "rejected"), partial(pair, prompt_key=key))
+        Format(
+            f"preference pairs with {key}",
+            (key, "chosen", "rejected"),
+            partial(pair, prompt_key=key),
+            plain={"prompt": key, "completion": "chosen"},
+        )
         for key in ("prompt", "conversations", "messages", "question")
     ),
-    Format("preference pairs", ("chosen", "rejected"), whole_pair),
+    Format("preference pairs", ("chosen", "rejected"), whole_pair, plain={"messages": "chosen"}),
 )
 
 _ANSWERED = (
@@ -120,6 +127,7 @@ _JUDGED = tuple(
         (*source.keys, verdict),
         partial(judged, convert=source.convert, verdict=verdict),
         source.optional,
+        {"verdict": verdict},
     )
     for source in _ANSWERED
     for verdict in VERDICTS
@@ -171,6 +179,18 @@ def convert_row(row: Row, columns: Mapping[str, str] | None = None) -> tuple[For
     given = row.get("meta")
     meta = given | meta if isinstance(given, dict) else meta | ({} if given is None else {"meta": given})
     return known, converted | ({"meta": meta} if meta else {})
+
+
+def plain_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """The `columns` under which a row with a verdict is a conversation without one; empty for any other row.
+
+    columns: those under which it has the verdict.
+    """
+    known = recognise(_renamed(row, columns))
+    if known is None or not known.plain:
+        return {}
+    kept = {key: name for key, name in columns.items() if key not in known.plain.values()}
+    return kept | {key: columns.get(name, name) for key, name in known.plain.items() if columns.get(name, name) != key}
 
 
 def known_formats() -> str:

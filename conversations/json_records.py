@@ -7,6 +7,7 @@ A file is read piece by piece, so that memory does not grow with it. What cannot
 import codecs
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,7 @@ from conversations.opening import open_bytes
 from conversations.record import Record, is_utf8
 
 _CHUNK = 1 << 20
+_DEEPEST = 80  # spaces before an element of an array
 _LARGEST_ELEMENT = 64 << 20  # characters of one element of an array, beyond which it is taken for broken
 
 
@@ -46,34 +48,45 @@ def _parsed(line: int, text: str) -> Record:
         return Record(line, text, {}, f"unreadable JSON: {error}")
 
 
-def _checked(line: int, text: str, value: Any) -> Record:
+def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
+    if not is_utf8(text):
+        return Record(line, text, {}, "not valid UTF-8", place)
     if not isinstance(value, dict):
-        return Record(line, text, {}, f"not an object: {text[:40]}")
-    return Record(line, text, value)
+        return Record(line, text, {}, f"not an object: {text[:40]}", place)
+    return Record(line, text, value, place=place)
 
 
 def _array_records(file: IO[bytes]) -> Iterator[Record]:
-    """The elements of one array. Behind a broken one nothing can be found again: it is the last record."""
+    """The elements of one array. Behind a broken one it goes on where another begins a line as this one did; where
+    there is none, the broken one is the last record."""
     text = _Window(file)
     text.skip("[")
     if text.peek() == "]":
         return
-    while True:
+    ended = 0  # the line on which the last element ended
+    for number in count(1):
         text.peek()  # passes over the space before the element
-        line = text.line
+        line, before, mark = text.line, text.before, ""
+        place = f"element {number}: " if line == ended else ""
         value, written, problem = text.element()
-        if problem:
-            yield Record(line, written, {}, f"{problem}; nothing after it in this array can be read")
+        ended = text.line
+        if not problem:
+            yield _checked(line, written, value, place)
+            mark = text.peek()
+            if mark == "]":
+                text.skip("]")
+                break
+            if mark == ",":
+                text.skip(",")
+                continue
+            line, written = text.line, mark
+            problem = f"broken JSON: the array has {'no comma after an element' if mark else 'no end'}"
+        is_there = mark == "{" and text.before == before
+        goes_on = before is not None and (is_there or text.go_to(before))
+        lost = "" if goes_on or not written else "; nothing after it in this array can be read"
+        yield Record(line, written, {}, problem + lost, place)
+        if not goes_on:
             return
-        yield (_checked(line, written, value) if is_utf8(written) else Record(line, written, {}, "not valid UTF-8"))
-        if (mark := text.peek()) == "]":
-            text.skip("]")
-            break
-        if mark != ",":
-            missing = "no comma after an element; nothing after it in this array can be read" if mark else "no end"
-            yield Record(text.line, mark, {}, f"broken JSON: the array has {missing}")
-            return
-        text.skip(",")
     if rest := text.peek():
         yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
 
@@ -89,6 +102,7 @@ class _Window:
         self._at = 0
         self._is_whole = False
         self.line = 1
+        self._start = ""  # of the line that is being looked at; of a long one not all
         self._json = json.JSONDecoder()
 
     def _read_more(self, size: int) -> None:
@@ -98,8 +112,26 @@ class _Window:
         self._at = 0
 
     def _move(self, to: int) -> None:
-        self.line += self._text.count("\n", self._at, to)
+        passed, newline, start = self._text[self._at : to].rpartition("\n")
+        self.line += passed.count("\n") + len(newline)
+        self._start = start if newline else (self._start + start)[:_DEEPEST]
         self._at = to
+
+    @property
+    def before(self) -> str | None:
+        """The space between the start of the line and this place; None where there is more than space."""
+        return None if self._start.strip() or len(self._start) == _DEEPEST else self._start
+
+    def go_to(self, before: str) -> bool:
+        """Go to the next line that begins with an object behind just this space; False where there is none."""
+        mark = f"\n{before}{{"
+        while (found := self._text.find(mark, self._at)) < 0:
+            if self._is_whole:
+                return False
+            self._move(max(self._at, len(self._text) - len(mark)))
+            self._read_more(_CHUNK)
+        self._move(found + 1)
+        return True
 
     def peek(self) -> str:
         """The next character that is no space, without taking it; "" at the end."""

@@ -8,18 +8,22 @@ from typing import Any, Literal
 
 TooLong = Literal["truncate", "drop", "split"]
 
+CUT_AWAY = "answer cut away whole"  # of what is longer than a run allows nothing that is trained is left
+
 
 @dataclass
 class LengthReport:
     """How many rows were cut, split, or left out (`rejected`: row, counted from 1, where it stood, and reason).
 
-    truncated: rows that lost their end (of a split row: an exchange that is too long by itself). split: rows that
-    became several. unfilled: texts too long for fill-in-the-middle. lengths: tokens of each row, before all this.
+    truncated: rows that lost their end (of a split row: an exchange that is too long by itself) and are trained.
+    split: rows that became several. cut_exchanges: of split rows, exchanges without a word of their answer left.
+    unfilled: texts too long for fill-in-the-middle. lengths: tokens of each row, before all this.
     """
 
     rows: int = 0
     truncated: int = 0
     split: int = 0
+    cut_exchanges: int = 0
     unfilled: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
     lengths: array = field(default_factory=lambda: array("L"))
@@ -35,9 +39,31 @@ class LengthReport:
             f"{self.truncated:,} truncated to {max_length} tokens": self.truncated,
             f"{self.split:,} split at turns into parts of up to {max_length} tokens": self.split,
             f"{self.unfilled:,} too long for fill-in-the-middle, kept as plain text": self.unfilled,
-            **{f"{n:,} left out: {why}": n for why, n in Counter(row["reason"] for row in self.rejected).items()},
+            f"{CUT_AWAY}: {counted(self.cut_exchanges, 'exchange')} of split rows, dropped": self.cut_exchanges,
+            **{f"{why}: {counted(n)}, dropped": n for why, n in self._reasons().items()},
         }
-        return "; ".join([f"{self.rows:,} rows", *(text for text, n in said.items() if n)])
+        return "; ".join([counted(self.rows), *(text for text, n in said.items() if n)])
+
+    def nothing_left(self, max_length: int | None) -> str:
+        """The error of data without a row to train on."""
+        shortest = min(self.lengths, default=0)
+        too_short = max_length is not None and shortest > max_length
+        remedy = f"; the shortest row has {shortest:,} tokens: raise training.max_length" if too_short else ""
+        return f"no row is left to train on: {self.summary(max_length)}{remedy}"
 
     def as_metrics(self) -> dict[str, int]:
-        return {"rows": self.rows, "truncated": self.truncated, "split": self.split, "dropped": len(self.rejected)}
+        return {
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "split": self.split,
+            "dropped": len(self.rejected),
+            "answer_cut_away": self._reasons()[CUT_AWAY],
+        }
+
+    def _reasons(self) -> Counter[str]:
+        return Counter(row["reason"] for row in self.rejected)
+
+
+def counted(number: int, what: str = "row") -> str:
+    """ "1 row", "1,200 rows"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from conversations.badrow import BadRow
 from conversations.errors import ToolkitError
-from conversations.formats import Row, UnknownFormat, convert_row, known_formats, likely_columns
+from conversations.formats import Row, UnknownFormat, convert_row, known_formats, likely_columns, plain_columns
+from conversations.lengths import counted
 from conversations.record import Record
 from conversations.records import open_records
 
@@ -33,7 +34,10 @@ class RejectedRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For a file of JSON: what cannot be written as UTF-8 is there as \\udcff (a byte ff) or \\ud800 (a half)."""
+        values = asdict(self)
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        return values | {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
 
 
 def load_conversations(
@@ -98,6 +102,7 @@ class ConversationReader(Iterator[Row]):
         self._refuse = refuse
         self._first_rejected: list[RejectedRow] = []
         self._unknown: Row | None = None
+        self._plain: dict[str, str] = {}
         self._rows = self._read(open_records(path))
 
     def __iter__(self) -> "ConversationReader":
@@ -113,8 +118,8 @@ class ConversationReader(Iterator[Row]):
 
     def summary(self) -> str:
         """One line for the user: "law.jsonl: ShareGPT, 1,200 rows; 3 rows left out"."""
-        found = "; ".join(f"{name}, {_rows(number)}" for name, number in self.formats.most_common()) or "no rows"
-        return f"{self.path.name}: {found}" + (f"; {_rows(self.rejected)} left out" if self.rejected else "")
+        found = "; ".join(f"{name}, {counted(number)}" for name, number in self.formats.most_common()) or "no rows"
+        return f"{self.path.name}: {found}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
 
     def _read(self, records: Iterator[Record]) -> Iterator[Row]:
         for record in records:
@@ -133,11 +138,22 @@ class ConversationReader(Iterator[Row]):
         except BadRow as error:
             if isinstance(error, UnknownFormat) and self._unknown is None:
                 self._unknown = record.value
-            self._reject(RejectedRow(str(self.path), record.line, str(error), _written(record)))
+            if not self._plain and self.rejected < _SHOWN:
+                self._plain = self._plain_columns(record.value)
+            self._reject(RejectedRow(str(self.path), record.line, f"{record.place}{error}", _written(record)))
             return None
         self.line = record.line
         self.formats[known.name] += 1
         return row
+
+    def _plain_columns(self, row: Row) -> dict[str, str]:
+        """`columns` under which a bad row would be a good one: a conversation whose verdict is not looked at."""
+        try:
+            columns = plain_columns(row, self._columns)
+            _, converted = convert_row(row, columns)
+        except BadRow:
+            return {}
+        return {} if self._refuse and self._refuse(converted) else columns
 
     def _reject(self, rejected: RejectedRow) -> None:
         self.rejected += 1
@@ -155,13 +171,13 @@ class ConversationReader(Iterator[Row]):
         total = self.rows + self.rejected
         limit = self._max_bad_rows
         if self.rejected and self._on_bad_row == "error":
-            raise ToolkitError(self._message(f"{self.path}: {self.rejected:,} of {_rows(total)} cannot be used"))
+            raise ToolkitError(self._message(f"{self.path}: {self.rejected:,} of {counted(total)} cannot be used"))
         if not total:
             raise ToolkitError(f"{self.path}: no rows: the file is empty")
         if not self.rows:
-            raise ToolkitError(self._message(f"{self.path}: none of {_rows(total)} can be used"))
+            raise ToolkitError(self._message(f"{self.path}: none of {counted(total)} can be used"))
         if isinstance(limit, float) and self.rejected > limit * total:
-            share = f"{self.rejected:,} of {_rows(total)}"
+            share = f"{self.rejected:,} of {counted(total)}"
             raise ToolkitError(self._message(f"{self.path}: {share} are bad, more than max_bad_rows = {limit}"))
 
     def _message(self, head: str) -> str:
@@ -170,19 +186,26 @@ class ConversationReader(Iterator[Row]):
             lines.append(f"  ... and {more:,} more")
         if self._unknown is not None:
             lines.append(_mapping_hint(self._unknown))
+        if self._plain:
+            lines.append(_plain_hint(self._plain))
         lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
 
 
 def _mapping_hint(row: Row) -> str:
-    likely = ", ".join(f"{key}: {name}" for key, name in likely_columns(row).items())
+    likely = _listed(likely_columns(row))
     how = f"perhaps columns: {{{likely}}}" if likely else "columns: {known key: your key}; none looks like a question"
     return f"Map the columns in the recipe: {how}. Known keys: {known_formats()}"
 
 
+def _plain_hint(columns: Mapping[str, str]) -> str:
+    what = "To read such rows as plain conversations (of a pair, its chosen answer)"
+    return f"{what}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
+
+
+def _listed(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {name}" for key, name in columns.items())
+
+
 def _written(record: Record) -> str:
     return json.dumps(record.value, ensure_ascii=False, default=str) if record.text is None else record.text
-
-
-def _rows(number: int) -> str:
-    return f"{number:,} row" if number == 1 else f"{number:,} rows"

@@ -9,13 +9,15 @@ class Record:
     """One row of a file as an object.
 
     line: where it begins, from 1; the row's number in a parquet file. value: the object, where problem is None.
-    text: as written, for those who mend it; None where the file holds no text of its own (parquet).
+    text: as written, for those who mend it; None where the file holds no text of its own (parquet). place: what comes
+    before a reason where the line says too little ("element 17: ", of an array on one line).
     """
 
     line: int
     text: str | None
     value: dict[str, Any]
     problem: str | None = None
+    place: str = ""
 
 
 def is_utf8(text: str) -> bool:

@@ -23,7 +23,7 @@ def csv_records(path: Path, kind: str) -> Iterator[Record]:
     Quotes are those of CSV in both. A field may go over several lines.
 
     Raises:
-        ToolkitError: a first line with empty names, or with one name twice.
+        ToolkitError: a first line that is no UTF-8, with empty names, or with one name twice.
     """
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -54,6 +54,8 @@ def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[Record]:
 
 
 def _checked_names(path: Path, names: list[str]) -> list[str]:
+    if not is_utf8("".join(names)):
+        raise ToolkitError(f"{path}:1: not valid UTF-8; write the file anew as UTF-8")
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice or "" in names:
         wrong = f"names {twice[0]!r} twice" if twice and twice[0] else "has an empty name"

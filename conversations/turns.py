@@ -6,7 +6,7 @@ Every function here raises BadRow, with a reason for the person who owns the fil
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from conversations.badrow import BadRow, named, read_text
 from conversations.tools import calls_text, result_text
@@ -60,8 +60,7 @@ _TRANSCRIPTS = (
 )
 
 
-@dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
     """A turn as read. calls: the ids of the calls it makes. answers: the id of the call that a tool answers."""
 
     role: str
@@ -124,9 +123,8 @@ def check_turns(turns: list[Message], *, empty_last: bool = False) -> None:
         raise BadRow("the conversation has no turn but the system's")
     for number, turn in enumerate(turns[first:]):
         expected = ("user", "assistant")[number % 2]
-        place = f"turn {first + number + 1}"
         if turn["role"] != expected:
-            raise BadRow(f"{place} is the {turn['role']}'s where the {expected}'s should be")
+            raise BadRow(f"turn {first + number + 1} is the {turn['role']}'s where the {expected}'s should be")
     for number, turn in enumerate(turns, start=1):
         if not turn["content"].strip() and not (empty_last and number == len(turns)):
             raise BadRow(f"turn {number} ({turn['role']}) is empty")
@@ -177,8 +175,9 @@ def _place(turn: _Turn, calls: tuple[str | None, ...], results: dict[int, str], 
 
 def _told(results: dict[int, str]) -> list[Message]:
     """The tools' results as a turn, in the order of the calls."""
-    words = "\n".join(results[number] for number in sorted(results))
-    return [{"role": "user", "content": words}] if results else []
+    if not results:
+        return []
+    return [{"role": "user", "content": "\n".join(results[number] for number in sorted(results))}]
 
 
 def _content(value: Any, what: str) -> str:

@@ -83,7 +83,7 @@ def _told(recipe: Any, mixture: Mixture, figures: Figures | None, max_length: in
     yield length_summary(figures.report.lengths, max_length)
     yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
     if recipe.stage in ("sft", "reward"):
-        yield f"format.too_long: {recipe.format.too_long}: {figures.report.summary(max_length)}"
+        yield f"format.too_long: {recipe.format.too_long}: {figures.fate(max_length)}"
 
 
 def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
@@ -117,7 +117,7 @@ def _examples(examples: Sequence[Example]) -> Iterator[str]:
         text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
         text = UNPRINTABLE.sub("\ufffd", text)
         more = " ..." if len(text) > _SHOWN or example.more else ""
-        yield f"example {number} ({example.origin}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"
+        yield f"example {number} ({example.title}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"
 
 
 def _sources(recipe: Any) -> Iterator[tuple[str, Any, int | None, str | None]]:

@@ -5,6 +5,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 from conversations.errors import ToolkitError
@@ -23,11 +24,19 @@ Encode = Callable[[Row, LengthReport], list[Piece]]
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model sees it: runs of text, each with whether it is trained; `more` tokens are not shown."""
+    """A row as the model sees it: runs of text, each with whether it is trained; `more` tokens are not shown.
+
+    part_of: tokens of the whole row, of which this is a part; 0 where it is all of it.
+    """
 
     origin: str
     runs: list[tuple[str, bool]]
     more: int = 0
+    part_of: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"{self.origin}, part of {self.part_of:,} tokens" if self.part_of else self.origin
 
 
 @dataclass
@@ -56,6 +65,10 @@ class Figures:
         tokens, trained = self.by_source.get(source, (0, 0))
         return round(tokens * self.scale), round(trained * self.scale)
 
+    def fate(self, max_length: int | None) -> str:
+        """What becomes of the rows, or of the sample's."""
+        return f"{'of the sample: ' if self.step > 1 else ''}{self.report.summary(max_length)}"
+
     @property
     def about(self) -> str:
         """What a scaled figure is called."""
@@ -72,16 +85,21 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
     step = max(1, math.ceil(total * rows.mean_bytes / _BUDGET))
     numbers = range(0, total, step)
     figures = Figures(step, total / len(numbers))
+    examples: dict[int, list[Example]] = {}
     for index in numbers:
-        row = rows[index]
+        row, source = rows[index], rows.source_of(index)
         pieces = encode(row, figures.report)
-        of_source = figures.by_source.setdefault(rows.source_of(index), [0, 0])
+        of_source = figures.by_source.setdefault(source, [0, 0])
         for ids, mask in pieces:
             figures.pieces.append(len(ids))
             of_source[0] += len(ids)
             of_source[1] += sum(mask)
-            if len(figures.examples) < EXAMPLES:
-                figures.examples.append(_example(row, ids, mask, tokenizer))
+        shown = examples.setdefault(source, [])
+        for piece in pieces[: EXAMPLES - len(shown)]:
+            whole = figures.report.lengths[-1]
+            shown.append(_example(row, *piece, tokenizer, whole if whole > max(len(ids) for ids, _ in pieces) else 0))
+    in_turn = chain.from_iterable(zip_longest(*examples.values()))  # so that each source is shown
+    figures.examples = [example for example in in_turn if example][:EXAMPLES]
     return figures
 
 
@@ -121,7 +139,7 @@ def _prompt_encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any) -> Example:
+def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any, part_of: int) -> Example:
     runs: list[tuple[str, bool]] = []
     start, end = 0, min(len(ids), EXAMPLE_TOKENS)
     for here in range(1, end + 1):
@@ -129,7 +147,7 @@ def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any) 
             text = tokenizer.decode(ids[start:here], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             runs.append((text, bool(mask[start])))
             start = here
-    return Example(row.get("origin", ""), runs, len(ids) - end)
+    return Example(row.get("origin", ""), runs, len(ids) - end, part_of)
 
 
 def packs(lengths: Sequence[int], capacity: int) -> int:
@@ -187,7 +205,7 @@ def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
         return setting(recipe, name)
 
     if figures and not figures.pieces:
-        raise ToolkitError(f"data: no row is left to train on: {figures.report.summary(of('max_length'))}")
+        raise ToolkitError(f"data: {figures.report.nothing_left(of('max_length'))}")
     batch = of("per_device_train_batch_size") * of("gradient_accumulation_steps") * world_size()
     samples, packed = float(rows), None
     if recipe.stage == "rl":

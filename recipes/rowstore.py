@@ -20,9 +20,10 @@ class RowStore:
 
     def append(self, row: Row) -> None:
         text = json.dumps(row, ensure_ascii=False, default=str)
+        written = text.encode("utf-8", errors="surrogatepass")
         self._file.seek(self._ends[-1])
-        self._file.write(text.encode("utf-8", errors="surrogatepass"))
-        self._ends.append(self._file.tell())
+        self._file.write(written)
+        self._ends.append(self._ends[-1] + len(written))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

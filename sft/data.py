@@ -61,7 +61,7 @@ def encode_rows(
 
     data = _on_disk(encoded())
     if not len(data):
-        raise ToolkitError(f"no row is left to train on: {report.summary(max_length)}")
+        raise ToolkitError(report.nothing_left(max_length))
     return data, report
 
 

@@ -68,7 +68,7 @@ def test_nothing_is_lost_uncounted_and_nothing_empty_is_trained(messages, limit,
     else:
         lost = trained(pieces) != everything
         assert everything.startswith(trained(pieces)) or too_long == "split"
-        assert report.truncated >= lost
+        assert report.truncated == (lost and bool(pieces))  # of a row that is dropped nothing is truncated
         assert pieces or report.rejected[0]["reason"] == CUT_AWAY
 
 
@@ -86,8 +86,11 @@ def test_split_keeps_exchanges_whole_with_the_system_message(messages, limit):
             question, answer = exchange[-2:]
             words = f"User: {question['content']}\n\nAssistant: {answer['content']}<eos>"
             assert sum(words in text for text in texts) == 1
-    assert report.truncated == any(length(exchange) > limit for exchange in alone)
-    assert report.split == (len(alone) > 1)
+    prompts = [render_conversation(part[:-1], TOKENIZER, add_generation_prompt=True)["input_ids"] for part in alone]
+    cut = sum(len(ids) >= limit for ids in prompts)
+    assert report.cut_exchanges == cut * bool(pieces) and bool(pieces) == (cut < len(alone))
+    assert report.truncated == (any(length(exchange) > limit for exchange in alone) and bool(pieces))
+    assert report.split == (len(alone) > 1 and bool(pieces))
 
 
 def test_split_trains_the_last_answer_once():
@@ -99,7 +102,18 @@ def test_split_trains_the_last_answer_once():
 def test_a_row_left_out_says_where_it_stood():
     _, report = fitted({"messages": user("x" * 90) + assistant("A"), "origin": "a.jsonl:7"}, max_length=50)
     assert report.rejected == [{"row": 1, "origin": "a.jsonl:7", "reason": CUT_AWAY}]
-    assert report.summary(50) == f"1 rows; 1 truncated to 50 tokens; 1 left out: {CUT_AWAY}"
+    assert report.summary(50) == "1 row; answer cut away whole: 1 row, dropped"
+    assert report.as_metrics() == {"rows": 1, "truncated": 0, "split": 0, "dropped": 1, "answer_cut_away": 1}
+
+
+def test_an_exchange_of_a_split_row_whose_answer_is_lost_is_counted():
+    messages = [*conversation([3, 3], system=False), *conversation([60, 3], system=False)]
+    pieces, report = fitted({"messages": messages}, max_length=50, too_long="split")
+    assert trained(pieces) == " bbb<eos>" and not report.rejected
+    assert report.summary(50) == (
+        "1 row; 1 truncated to 50 tokens; 1 split at turns into parts of up to 50 tokens; "
+        "answer cut away whole: 1 exchange of split rows, dropped"
+    )
 
 
 @pytest.mark.parametrize(("too_long", "kept"), [("truncate", [16]), ("split", [16, 16, 10]), ("drop", [])])

@@ -3,7 +3,7 @@
 import pytest
 
 from conversations.badrow import BadRow
-from conversations.formats import FORMATS, UnknownFormat, convert_row, likely_columns
+from conversations.formats import FORMATS, UnknownFormat, convert_row, likely_columns, plain_columns
 from conversations.prompts import prompt_of
 
 
@@ -155,6 +155,48 @@ def test_transcript_in_which_one_speaker_goes_on_is_one_turn():
     start = "\n\nHuman: Q\n\nAssistant: A\n\nAssistant: B\n\nHuman: R\n\nAssistant: "
     _, row = convert_row({"chosen": start + "good", "rejected": start + "bad"})
     assert row["prompt"] == [user("Q"), assistant("A\n\nB"), user("R")]
+
+
+def test_a_transcript_may_be_the_conversation():
+    _, row = convert_row({"messages": "\n\nHuman: Q\n\nAssistant: A"})
+    assert row == QA
+
+
+@pytest.mark.parametrize(
+    ("source", "columns", "plain"),
+    [
+        ({"messages": QA["messages"], "score": 3}, {}, {"verdict": "score"}),
+        ({"instruction": "Q", "output": "A", "label": "law"}, {}, {"verdict": "label"}),  # the label is no verdict
+        (
+            {"Ask": "Q", "response": "A", "Stars": 1},
+            {"prompt": "Ask", "score": "Stars"},
+            {"prompt": "Ask", "verdict": "Stars"},
+        ),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {}, {"completion": "chosen"}),
+        (
+            {"Ask": "Q", "chosen": "A", "Bad": "B"},
+            {"prompt": "Ask", "rejected": "Bad"},
+            {"prompt": "Ask", "rejected": "Bad", "completion": "chosen"},
+        ),
+        (
+            {"conversations": [said("human", "Q")], "chosen": said("gpt", "A"), "rejected": said("gpt", "B")},
+            {},
+            {"prompt": "conversations", "completion": "chosen"},
+        ),
+        (
+            {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+            {},
+            {"messages": "chosen"},
+        ),
+        ({"Good": QA["messages"], "rejected": []}, {"chosen": "Good"}, {"messages": "Good"}),
+        ({"messages": QA["messages"]}, {}, {}),
+        ({"body": "Q"}, {}, {}),
+    ],
+)
+def test_columns_that_make_a_row_with_a_verdict_a_conversation(source, columns, plain):
+    assert plain_columns(source, columns) == plain
+    if plain:
+        assert convert_row(source, plain)[1]["messages"] == QA["messages"]
 
 
 def test_one_side_of_a_pair_may_be_an_empty_answer():

@@ -112,8 +112,9 @@ def test_bad_line_is_named_in_error_mode_and_left_out_in_skip_mode(tmp_path, lin
         "file": str(path),
         "line": 3,
         "reason": rejected[0].reason,
-        "row": line.decode(errors="surrogateescape"),
+        "row": line.decode(errors="surrogateescape").replace("\udcff", "\\udcff"),
     }
+    json.dumps(rejected[0].as_dict(), ensure_ascii=False).encode()
     assert reader.summary() == "a.jsonl: question/answer, 2 rows; 1 row left out"
 
 
@@ -165,6 +166,50 @@ def test_bad_element_of_an_array(tmp_path, text, line, reason, good):
     with pytest.raises(ToolkitError, match=rf"a\.json:{line}: {reason}"):
         list(load_conversations(path))
     assert questions(load_conversations(path, on_bad_row="skip")) == good
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ('{"question": ', "Expecting value"),
+        ("{]}", "Expecting property name"),
+        ("{]" + "x" * 900, "Expecting property name"),  # more than is looked at before it is given up
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_behind_a_broken_element_an_array_goes_on_with_the_next_line_that_begins_alike(
+    tmp_path, monkeypatch, broken, reason, indent, chunk
+):
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
+    monkeypatch.setattr(json_records, "_LARGEST_ELEMENT", 300)
+    whole = [json.dumps(row(str(i)) | {"meta": {"deep": [{"a": 1}]}}, indent=indent) for i in range(4)]
+    text = ",\n".join([*whole[:2], broken, *whole[2:]]).replace("\n", "\r\n  ")
+    path = tmp_path / "a.json"
+    path.write_bytes(f"[\r\n  {text}\r\n]".encode())
+    rejected = []
+    reader = load_conversations(path, on_bad_row="skip", on_rejected=rejected.append)
+    assert questions(reader) == ["0", "1", "2", "3"]
+    ((line, told),) = [(each.line, each.reason) for each in rejected]
+    assert line == 2 + 2 * len(whole[0].splitlines()) and told.startswith(f"broken JSON: {reason}")
+    assert "nothing after it" not in told
+
+
+@pytest.mark.parametrize("comma", ["", ";"])
+def test_behind_a_missing_comma_an_array_goes_on(tmp_path, comma):
+    path = tmp_path / "a.json"
+    one, two, three = (json.dumps(row(name)) for name in "123")
+    path.write_text(f"[\n{one}{comma}\n{two},\n{three}\n]")
+    rejected = []
+    assert questions(load_conversations(path, on_bad_row="skip", on_rejected=rejected.append)) == ["1", "2", "3"]
+    assert [each.reason for each in rejected] == ["broken JSON: the array has no comma after an element"]
+
+
+def test_of_an_array_on_one_line_the_element_is_told(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([row(), row(), {"question": "Q", "answer": ""}, 42]))
+    message = failure(tmp_path / "a.json")
+    assert "a.json:1: element 3: turn 2 (assistant) is empty" in message
+    assert "a.json:1: element 4: not an object: 42" in message
 
 
 @pytest.mark.parametrize(("limit", "fails"), [(1, True), (2, False), (0.4, True), (0.5, False), (None, False)])

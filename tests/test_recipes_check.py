@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     trained = sum(label != IGNORED for row in data for label in row["labels"])
     assert 0 < len(report.rejected) < 30
     assert f"rows.jsonl: {tokens:,} tokens in 30 rows, {trained:,} of them trained" in said
-    assert f"drop: 30 rows; {len(report.rejected)} left out: longer than 30 tokens" in said
+    assert f"drop: 30 rows; longer than 30 tokens: {len(report.rejected)} rows, dropped" in said
     assert f"{-(-len(data) // 8)} an epoch of {tokens:,} tokens; 3.00 epochs" in said
     assert "rows.jsonl: prompt/completion, 30 rows" in said and "histogram" in said
     assert re.search(r"example 1 \(rows\.jsonl:1; .*⟦ 1<｜end▁of▁sentence｜>⟧", said, re.DOTALL)
@@ -122,6 +122,7 @@ def test_of_many_rows_a_sample_is_measured(
     said = capsys.readouterr().out
     about = re.search(r"rows.jsonl: about (\d[\d,]*) tokens in 90 rows", said)
     assert exact and about and "every" in said and "about" in said
+    assert re.search(r"truncate: of the sample: \d+ rows", said)
     assert int(about[1].replace(",", "")) == pytest.approx(int(exact[1].replace(",", "")), rel=0.1)
 
 
@@ -175,6 +176,51 @@ def test_rows_of_no_use_to_the_stage_are_bad_rows(
         path.write_text(json.dumps(tree))
     assert main(["check", str(path)]) == 2
     assert f"rows.jsonl:1: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "score": 2}, "score"),
+        ({"prompt": "Q", "completion": "A", "label": "law"}, "label"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "chosen"),
+    ],
+)
+def test_a_row_with_a_verdict_brings_the_columns_that_train_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, columns: str
+) -> None:
+    assert main(["check", str(recipe(tmp_path, [row]))]) == 2
+    told = re.search(rf"columns: \{{(\w+): {columns}\}}", capsys.readouterr().err)
+    assert told is not None
+    path = recipe(tmp_path, [row], data=[{"path": "rows.jsonl", "columns": {told[1]: columns}}])
+    assert main(["check", str(path)]) == 0
+    reward = recipe(tmp_path, [row, {"messages": 1}], stage="reward", training={})
+    assert main(["check", str(reward)]) == 2
+    assert "plain conversations" not in capsys.readouterr().err  # for which a reward model has no use
+
+
+def test_answers_cut_away_whole_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*conversations(3), {"prompt": "What? " * 90, "completion": "A"}, {"prompt": "Q", "completion": "A " * 90}]
+    check(load_recipe(recipe(tmp_path, rows)))
+    told = "truncate: 5 rows; 1 truncated to 64 tokens; answer cut away whole: 1 row, dropped"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "out" / "run.check.html").read_text(encoding="utf-8")
+    assert main(["check", str(recipe(tmp_path, rows[3:4]))]) == 2
+    told = capsys.readouterr().err
+    assert "no row is left to train on: 1 row; answer cut away whole: 1 row, dropped; the shortest row has" in told
+    assert "tokens: raise training.max_length" in told
+
+
+def test_each_source_has_an_example_and_one_that_was_cut_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in (("a", "1"), ("b", "1" * 90)):
+        line = json.dumps({"prompt": name, "completion": answer}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line * 5, encoding="utf-8")
+    check(load_recipe(recipe(tmp_path, [], data=[{"path": f"{name}.jsonl"} for name in "aab"])))
+    said = capsys.readouterr().out
+    titles = re.findall(r"example \d \((.*);", said)
+    assert sorted(re.sub(r":\d", "", title) for title in titles) == ["a.jsonl", "a.jsonl", "b.jsonl, part of 96 tokens"]
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,25 @@ def test_a_hub_data_set_is_streamed_once_and_read_like_a_file(tmp_path: Path, mo
     assert rows[0] == rows[1] and [row["reference"] for row in rows[0]] == ["3", "4"]
     with pytest.raises(ToolkitError, match=r"data\.0\.path: no file owner/missing, and no hub data set"):
         read_sources([source(path="owner/missing")], seed=0)
+
+
+def test_a_hub_data_set_goes_through_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own builder and stream, on a folder in place of the hub."""
+    import datasets
+
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = {"messages": [messages] * 9, "when": [datetime(2024, 5, 7)] * 9}
+    for name in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"{name}.parquet")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *args, **kwargs: load(str(folder), *args, **kwargs))
+    monkeypatch.chdir(tmp_path)
+    found = list(read_sources([source(path="owner/name", split="test[2:5]")], seed=0).rows)
+    assert [row["messages"] for row in found] == [messages] * 3
+    with pytest.raises(ToolkitError, match=r"data\.0\.path: .*Available splits: \['train', 'test'\]"):
+        read_sources([source(path="owner/name", split="validation")], seed=0)
 
 
 def test_shares_of_a_hub_data_set_are_parts_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

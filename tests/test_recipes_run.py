@@ -39,7 +39,7 @@ def dsv2(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     (tmp_path / "base").symlink_to(base)
     (tmp_path / "sft.yaml").write_text(RECIPE, encoding="utf-8")
     rows = [json.dumps({"prompt": f"{n} + 1?", "completion": str(n + 1)}) for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "broken"]) + "\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_bytes("\n".join(rows).encode() + b"\nbroken \xff\n")
     return lambda *words: main([*words])
 
 
@@ -58,7 +58,7 @@ def test_a_run_directory_explains_itself(dsv2: Callable[..., int], capsys: pytes
     assert {row["projection"] for row in manifest["trained"]} >= {"self_attn.o_proj"}
     assert manifest["metrics"]["steps"] == 2 and manifest["seconds"] > manifest["training_seconds"] > 0
     rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
-    assert [(row["line"], row["row"]) for row in rejected] == [(5, "broken")]
+    assert [(row["line"], row["row"]) for row in rejected] == [(5, "broken \\udcff")]
     assert (run / "final" / "adapter_config.json").exists()
     out = capsys.readouterr().out
     assert "rows.jsonl: prompt/completion, 4 rows; 1 row left out" in out and "run/final" in out
@@ -87,11 +87,11 @@ def test_an_interrupted_run_goes_on(
     manifest = read_json(Path("run/manifest.json"))
     assert manifest["status"] == "stopped" and manifest["seconds"] > 0 and not Path("run/final").exists()
     assert dsv2("chat", "run", "--prompt", "x") == 2
-    rows = Path("rows.jsonl").read_text()
-    Path("rows.jsonl").write_text(rows + rows)
+    rows = Path("rows.jsonl").read_bytes()
+    Path("rows.jsonl").write_bytes(rows + rows)
     assert dsv2("sft", "sft.yaml") == 2
     assert "rows.jsonl has changed since the run began" in capsys.readouterr().err
-    Path("rows.jsonl").write_text(rows)
+    Path("rows.jsonl").write_bytes(rows)
     assert dsv2("sft", "sft.yaml") == 0
     assert "run: going on from checkpoint-2" in capsys.readouterr().out
     again = read_json(Path("run/manifest.json"))

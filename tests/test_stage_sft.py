@@ -71,16 +71,17 @@ def test_labels_are_the_assistants_words():
         assert row["input_ids"] == rendered["input_ids"]
         trained = [i for i in row["labels"] if i != IGNORED]
         assert tokenizer.decode(trained) == f" {conversation['messages'][1]['content']}<eos>"
-    assert report.as_metrics() == {"rows": 3, "truncated": 0, "split": 0, "dropped": 0}
+    assert report.as_metrics() == {"rows": 3, "truncated": 0, "split": 0, "dropped": 0, "answer_cut_away": 0}
 
 
 def test_rows_left_out_are_counted_and_told():
     rows = [*conversations(2), {"messages": user("x" * 90) + assistant("late")}, {"messages": user("no answer")}]
     _, report = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
     assert [row["row"] for row in report.rejected] == [3, 4]
-    assert report.summary(64) == ("4 rows; 1 left out: longer than 64 tokens; 1 left out: nothing in it is trained")
+    reasons = ("longer than 64 tokens", "nothing in it is trained")
+    assert report.summary(64) == "; ".join(["4 rows", *(f"{reason}: 1 row, dropped" for reason in reasons)])
     _, cut = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="truncate")
-    assert cut.truncated == 1
+    assert cut.as_metrics() == {"rows": 4, "truncated": 0, "split": 0, "dropped": 2, "answer_cut_away": 1}
     assert len(cut.rejected) == 2  # the answer of the long one was cut away
 
 

@@ -91,6 +91,12 @@ def test_the_first_line_must_name_the_columns(tmp_path, first, wrong):
         rows_of(tmp_path / "a.csv")
 
 
+def test_a_table_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,completion\nQ,A\n".encode("utf-16"))
+    with pytest.raises(ToolkitError, match=r"a\.csv:1: not valid UTF-8"):
+        rows_of(tmp_path / "a.csv", on_bad_row="skip")
+
+
 @pytest.mark.parametrize("content", ["", "prompt,completion\n"])
 def test_a_table_without_rows_is_empty(tmp_path, content):
     (tmp_path / "a.csv").write_text(content)
