@@ -3,8 +3,10 @@
 import json
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,13 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+MINI: dict[str, Any] = {  # a small V2-Lite
+    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "moe_intermediate_size": 256,
+    "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+    "max_position_embeddings": 16384, "pad_token_id": 0,
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -25,6 +34,29 @@ def seconds(run: Callable[[], Any], repeats: int = 5, warm_up: int = 2) -> float
         if index >= warm_up:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def anonymous_gb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
+
+
+@contextmanager
+def peak_of_memory() -> Iterator[list[float]]:
+    """In one entry, at the end: the highest anonymous memory meanwhile above that of the start, in GB."""
+    before, done, peaks = anonymous_gb(), threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peaks[0] = max(peaks[0], anonymous_gb() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()
 
 
 def memory_bandwidth() -> float:

@@ -14,38 +14,17 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as StockModel
 
-from benchmarks.common import memory_bandwidth, plot, seconds, write
+from benchmarks.common import MINI, memory_bandwidth, plot, seconds, write
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, LatentCache
 
-SHAPE: dict[str, Any] = dict(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1408,
-    moe_intermediate_size=256,
-    num_hidden_layers=6,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    q_lora_rank=None,
-    kv_lora_rank=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-    topk_method="greedy",
-    max_position_embeddings=16384,
-    pad_token_id=0,
-)  # fmt: skip - a small V2-Lite
 STEPS = 8
 
 
 def models() -> dict[str, Any]:
     """Both classes in bf16 with the same weights."""
     torch.manual_seed(0)
-    stock = StockModel(StockConfig(**SHAPE)).to(torch.bfloat16).eval()
-    ours = DeepseekV2ForCausalLM(DeepseekV2Config(**SHAPE)).to(torch.bfloat16).eval()
+    stock = StockModel(StockConfig(**MINI)).to(torch.bfloat16).eval()
+    ours = DeepseekV2ForCausalLM(DeepseekV2Config(**MINI)).to(torch.bfloat16).eval()
     ours.load_state_dict(stock.state_dict())
     return {"stock": stock, "ours": ours}
 
@@ -53,12 +32,12 @@ def models() -> dict[str, Any]:
 @torch.no_grad()
 def measure(model: Any, ours: bool, batch: int, context: int) -> tuple[float, float]:
     """(seconds of prefill, seconds of a decoding step)."""
-    ids = torch.randint(1, SHAPE["vocab_size"], (batch, context))
+    ids = torch.randint(1, MINI["vocab_size"], (batch, context))
     cache = LatentCache(model.config) if ours else DynamicCache(config=model.config)
     prefill = seconds(
         lambda: model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1), repeats=1, warm_up=0
     )
-    token = torch.randint(1, SHAPE["vocab_size"], (batch, 1))
+    token = torch.randint(1, MINI["vocab_size"], (batch, 1))
     return prefill, seconds(lambda: model(input_ids=token, past_key_values=cache, use_cache=True), STEPS)
 
 
@@ -99,7 +78,7 @@ def main() -> None:
         }
         for field in ("tokens_per_s", "prefill_s")
     }
-    write("generation", {"shape": SHAPE, "rows": rows})
+    write("generation", {"shape": MINI, "rows": rows})
     plot("generation", "Decoding, bf16", ("context (tokens)", "tokens a second"), curves["tokens_per_s"])
     plot("prefill", "Prefill, bf16", ("context (tokens)", "seconds"), curves["prefill_s"])
 

@@ -11,15 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common import write
+from benchmarks.common import peak_of_memory, write
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 1408, "moe_intermediate_size": 512,
@@ -50,28 +48,14 @@ def make(directory: str) -> None:
     model.save_pretrained(directory, max_shard_size="700MB")
 
 
-def anonymous_gb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
-
-
 def load(side: str, directory: str, dtype: str) -> dict[str, float]:
-    cls, before, done = model_class(side), anonymous_gb(), threading.Event()
-    peaks = [before]
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peaks.append(anonymous_gb())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    model = cls.from_pretrained(directory, dtype=getattr(torch, dtype))
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    cls = model_class(side)
+    with peak_of_memory() as peaks:
+        start = time.perf_counter()
+        model = cls.from_pretrained(directory, dtype=getattr(torch, dtype))
+        seconds = time.perf_counter() - start
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    peak = max(peaks) - before
+    peak = peaks[0]
     return {"seconds": seconds, "weights_gb": weights, "peak_gb": peak, "peak_over_weights": peak / weights}
 
 

@@ -29,7 +29,7 @@ from transformers.models.deepseek_v2 import DeepseekV2Config as StockConfig
 from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as StockModel
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.common import matrix_rate, write
+from benchmarks.common import MINI, matrix_rate, write
 from conversations import load_conversations
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, apply_lora, lora_config
 from deepseek_v2_modeling.presets import PRESETS
@@ -39,15 +39,9 @@ from sft.data import encode_rows
 from sft.trainer import ChatTrainer
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # a small V2-Lite, as in the side-by-side measurement of one LoRA step
-    "mini": dict(
-        vocab_size=8192, hidden_size=512, intermediate_size=1408, moe_intermediate_size=256, num_hidden_layers=6,
-        num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, kv_lora_rank=256, qk_nope_head_dim=64,
-        qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
-        first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=16384,
-    ),
+    "mini": MINI,
     "tiny": PRESETS["tiny"] | {"max_position_embeddings": 2048},
-}  # fmt: skip
+}
 LORA = {"targets": ("attention", "experts"), "r": 16, "alpha": 32}
 SIDES = ("stock padded", "ours padded", "ours packed")
 WARM_UP = 1  # steps that are not counted

@@ -7,11 +7,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration import DeepseekV2Config
 from .errors import ModelError
-from .quantization import WIDTHS, GroupCodec, RawCodec
+from .quantization import BLOCK, WIDTHS, GroupCodec, RawCodec
 
 Quantization = Literal["int8", "int6", "int4"]
-BLOCK = 64  # tokens; room grows by whole blocks
-SPARE_SHARE = 8  # unquantised, 1/8 of the tokens is kept free, so that growing copies little
 
 
 class LatentLayer(CacheLayerMixin):
@@ -35,9 +33,7 @@ class LatentLayer(CacheLayerMixin):
         needed = self.length + new.shape[1]
         if self.buffer is not None and self.buffer.shape[1] >= needed:
             return self.buffer
-        grows = self.length > 0 and isinstance(self.codec, RawCodec)
-        capacity = needed + (needed // SPARE_SHARE if grows else 0)
-        capacity = -(-capacity // BLOCK) * BLOCK
+        capacity = needed if self.buffer is None else self.codec.capacity(needed)
         buffer = new.new_zeros(new.shape[0], capacity, new.shape[2])  # `with_room` reads behind what is filled
         if self.buffer is not None:
             buffer[:, : self.length] = self.buffer[:, : self.length]

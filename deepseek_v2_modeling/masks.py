@@ -5,11 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .configuration import DeepseekV2Config
 from .packing import FlatLayout, PackedLayout, flat_layout, pack_layout
+
+LONG = 1024  # tokens; from here on padded rows are attended one by one
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,27 @@ def plan_attention(
     implementation = config._attn_implementation or "eager"
     if documents is not None and implementation.startswith("flash"):
         return AttentionPlan(None, flat_layout(documents))
-    if documents is not None and implementation == "sdpa" and not torch.compiler.is_compiling():
-        return AttentionPlan(None, pack_layout(documents))  # compiled code cannot wait for the lengths
+    if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot wait for the lengths
+        apart = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
+        if apart is not None:
+            return AttentionPlan(None, pack_layout(apart))
     return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
+
+
+def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, queries: int) -> torch.Tensor | None:
+    """Runs of padding and of real tokens of a batch [B, T], numbered as documents, so that no T x T mask is built.
+
+    None for a batch without padding, for short ones, for which a mask is the lesser evil, and where the mask or the
+    cache says more than that.
+    """
+    if queries < LONG or attention_mask is None or attention_mask.ndim != 2:
+        return None
+    if cache is not None and cache.get_mask_sizes(queries, 0)[0] != queries:
+        return None
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return None
+    return F.pad((real[:, 1:] != real[:, :-1]).cumsum(-1), (1, 0))
 
 
 def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int, device: torch.device):

@@ -1,18 +1,22 @@
 """Packed low-bit storage of latents and rotary keys.
 
-Symmetric, by group: up to GROUP neighbouring channels of one token share a float16 scale. "int6" means six bits a
-value with the scales counted (the paper's average, section 3.2.2): the scales are paid for by giving the last
-channels of the latent five bits. "int8" and "int4" store plain 8 and 4 bits beside the scales.
+Symmetric, by group: up to GROUP neighbouring channels of one token share a float16 scale. "int6" means at most six bits
+a value with everything counted (the paper's average, section 3.2.2): scales and spare room are paid for by giving the
+last channels of the latent five bits. "int8" and "int4" store plain 8 and 4 bits beside the scales.
 
 A b-bit number is stored in planes of 4, 2 and 1 bits (6 = 4 + 2, 5 = 4 + 1), each packed to bytes by itself.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
+BLOCK = 64  # tokens; unquantised room grows by whole blocks
+RAW_SPARE = 8  # unquantised, 1/8 of the tokens is kept free, so that growing copies little
+SPARE = 128  # quantised, 1/128: it counts, and what is copied is small
 GROUP = 128
 SCALE_BITS = 16
 WIDTHS = {"int8": 8, "int6": 6, "int4": 4}
@@ -78,6 +82,10 @@ def group_widths(channels: int) -> list[int]:
 class RawCodec:
     """Values as they are, latent and rotary key side by side."""
 
+    def capacity(self, tokens: int) -> int:
+        """Tokens that a grown buffer has room for when it needs `tokens`."""
+        return -(-(tokens + tokens // RAW_SPARE) // BLOCK) * BLOCK
+
     def encode(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
         """[B, 1, T, C] and [B, 1, T, R] -> [B, T, C + R]."""
         return torch.cat((latent, rope_key), dim=-1).squeeze(1)
@@ -95,6 +103,10 @@ class GroupCodec:
     latent_width: int
     rope_width: int
 
+    def capacity(self, tokens: int) -> int:
+        """As RawCodec's."""
+        return tokens + tokens // SPARE
+
     @cached_property
     def groups(self) -> list[int]:
         return group_widths(self.latent_width) + group_widths(self.rope_width)
@@ -102,8 +114,11 @@ class GroupCodec:
     @cached_property
     def parts(self) -> list[Part]:
         """Latent channels (the last ones narrower with "int6"), then the rotary channels."""
-        bits = WIDTHS[self.name]
-        narrow = min(self.latent_width, len(self.groups) * SCALE_BITS) if self.name == "int6" else 0
+        bits, narrow = WIDTHS[self.name], 0
+        if self.name == "int6":
+            spare_bits = bits * (self.latent_width + self.rope_width) / SPARE
+            narrow = math.ceil((len(self.groups) * SCALE_BITS + spare_bits) / 8) * 8  # whole bytes of each plane
+            narrow = min(self.latent_width, narrow)
         split = [Part(self.latent_width - narrow, bits), Part(narrow, bits - 1), Part(self.rope_width, bits)]
         return [part for part in split if part.width]
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -119,6 +120,24 @@ def test_padding_changes_nothing(implementation: str, name: str):
         for places in parts:
             alone = logits_of(model, ids[places].unsqueeze(0))
             torch.testing.assert_close(found[row, places], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", ["left padding", "right padding", "a mask of ones"])
+def test_long_padded_rows_need_no_mask(name: str, use_cache: bool, monkeypatch: pytest.MonkeyPatch):
+    """Memory stays linear; made long here by decree. A cache with more places than tokens is given its mask."""
+    batch = BATCHES[name]
+    real = batch["attention_mask"].bool()
+    wanted = logits_of(model_with("eager"), batch["input_ids"], **rest_of(batch))
+    monkeypatch.setattr(masks, "LONG", 2)
+    model = model_with("sdpa")
+    static = StaticCache(model.config, max_cache_len=2 * LENGTH)
+    found = logits_of(model, batch["input_ids"], **rest_of(batch), past_key_values=static)
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
+    if not real.all():
+        monkeypatch.setattr(masks, "create_causal_mask", None)
+    found = logits_of(model, batch["input_ids"], **rest_of(batch), use_cache=use_cache)
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
 
 
 def rest_of(batch: dict[str, Any]) -> dict[str, Any]:

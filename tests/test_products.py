@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepseek_v2_modeling import LatentCache, lora_config, products, wide_attention
-from deepseek_v2_modeling.cache import BLOCK, joined, with_room
+from deepseek_v2_modeling.cache import joined, with_room
 from deepseek_v2_modeling.gated import gated
 from deepseek_v2_modeling.norm import DeepseekV2RMSNorm
 from deepseek_v2_modeling.products import Linear, float32_is_faster, widens
+from deepseek_v2_modeling.quantization import BLOCK
 
 from .model_helpers import logits_of, random_adapter, random_ids, relative, small_model
 
