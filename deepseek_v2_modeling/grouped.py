@@ -8,7 +8,7 @@ those weights train.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -59,77 +59,105 @@ def blocks(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
             start += count
 
 
-class _LoopedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ w[e]^T + s (z[rows of e] @ a[e]^T) @ b[e]^T for each adapter (CPU).
+class Share(NamedTuple):
+    """An adapter beside a product: scaling * (z a^T) b^T on the rows of each expert that has a place in a and b (not
+    -1); z is None where it is the product's own input."""
 
-    `adapters` is (z, a, b) for each of `scalings`; z is None where it is x. `places`, for each of them, is where in a
-    and b an expert is, -1 for one without. An expert's products are in float32 where that is faster (products.py).
-    """
+    scaling: float
+    places: Sequence[int]
+    z: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+Gradients = list[torch.Tensor | None]  # of z, a and b of one adapter after the other
+
+
+def looped_product(
+    counts: tuple[int, ...], x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]
+) -> torch.Tensor:
+    """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares (CPU): [S, O]. An expert's products are in float32
+    where that is faster (products.py)."""
+    y_SO = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1])
+    for expert, rows in blocks(counts):
+        dtype, target = product_dtype(x_SI, rows), y_SO[rows]
+        x = x_SI[rows].to(dtype)
+        y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
+        for scaling, places, z, a, b in shares:
+            if (place := places[expert]) >= 0:
+                low = torch.mm(x if z is None else z[rows].to(dtype), a[place].to(dtype).t())
+                y.addmm_(low, b[place].to(dtype).t(), alpha=scaling)
+        if y is not target:
+            target.copy_(y)
+    return y_SO
+
+
+def looped_gradient(
+    counts: tuple[int, ...],
+    g_SO: torch.Tensor,
+    x_SI: torch.Tensor,
+    w_EOI: torch.Tensor,
+    shares: Sequence[Share],
+    needs: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Gradients]:
+    """The gradients of x, w (each where `needs` says so) and the shares of `looped_product`."""
+    dx_SI = torch.empty_like(x_SI) if needs[0] else None
+    dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
+    made: list[Any] = [tuple(None if t is None else torch.zeros_like(t) for t in share[2:]) for share in shares]
+    for expert, rows in blocks(counts):
+        dtype = product_dtype(x_SI, rows)
+        g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
+        dx = None if dx_SI is None else torch.mm(g, w_EOI[expert].to(dtype))
+        if dw_EOI is not None:
+            dw_EOI[expert] = torch.mm(g.t(), x)
+        for (scaling, places, z, a, b), (dz, da, db) in zip(shares, made, strict=True):
+            if (place := places[expert]) < 0:
+                continue
+            own, a_e = x if z is None else z[rows].to(dtype), a[place].to(dtype)
+            g_low = torch.mm(g, b[place].to(dtype)).mul_(scaling)
+            da[place] = torch.mm(g_low.t(), own)
+            db[place] = torch.mm(g.t(), torch.mm(own, a_e.t())).mul_(scaling)
+            if dz is not None:
+                dz[rows] = torch.mm(g_low, a_e)
+            elif dx is not None:
+                dx.addmm_(g_low, a_e)
+        if dx_SI is not None and dx is not None:
+            dx_SI[rows] = dx
+    return dx_SI, dw_EOI, [grad for grads in made for grad in grads]
+
+
+class _LoopedLinear(torch.autograd.Function):
+    """`looped_product`; `tensors` are z, a and b of each adapter, `told` are its scaling and places."""
 
     @staticmethod
     def forward(
         ctx: Any,
         counts: tuple[int, ...],
-        scalings: tuple[float, ...],
-        places: tuple[Sequence[int], ...],
+        told: tuple[tuple[float, Sequence[int]], ...],
         x_SI: torch.Tensor,
         w_EOI: torch.Tensor,
-        *adapters: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        y_SO = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1])
-        lows = [x_SI.new_empty(x_SI.shape[0], a.shape[1]) for a in adapters[1::3] if a is not None]
-        for expert, rows in blocks(counts):
-            dtype, target = _product_dtype(x_SI, rows), y_SO[rows]
-            x = x_SI[rows].to(dtype)
-            y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
-            for i, (z, a, b) in enumerate(_triples(adapters)):
-                if (place := places[i][expert]) >= 0:
-                    low = torch.mm(x if z is None else z[rows].to(dtype), a[place].to(dtype).t())
-                    y.addmm_(low, b[place].to(dtype).t(), alpha=scalings[i])
-                    lows[i][rows] = low
-            if y is not target:
-                target.copy_(y)
-        ctx.save_for_backward(x_SI, w_EOI, *adapters, *lows)
-        ctx.counts, ctx.scalings, ctx.places = counts, scalings, places
-        return y_SO
+        ctx.save_for_backward(x_SI, w_EOI, *tensors)
+        ctx.counts, ctx.told = counts, told
+        return looped_product(counts, x_SI, w_EOI, shares_of(told, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g_SO = grads[0].contiguous()
-        x_SI, w_EOI, *rest = ctx.saved_tensors
-        adapters, lows = rest[: 3 * len(ctx.scalings)], rest[3 * len(ctx.scalings) :]
-        needs = ctx.needs_input_grad[3:]
-        dx = torch.empty_like(x_SI) if needs[0] else None
-        dw = torch.zeros_like(w_EOI) if needs[1] else None
-        dz: list[Any] = [torch.zeros_like(z) if z is not None else None for z in adapters[::3]]
-        da, db = ([torch.zeros_like(part[i]) for part in _triples(adapters)] for i in (1, 2))
-        for expert, rows in blocks(ctx.counts):
-            dtype = _product_dtype(x_SI, rows)
-            g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
-            own_dx = None if dx is None else torch.mm(g, w_EOI[expert].to(dtype))
-            if dw is not None:
-                dw[expert] = torch.mm(g.t(), x)
-            for i, (z, a, b) in enumerate(_triples(adapters)):
-                if (place := ctx.places[i][expert]) < 0:
-                    continue
-                g_low = torch.mm(g, b[place].to(dtype)).mul_(ctx.scalings[i])
-                da[i][place] = torch.mm(g_low.t(), x if z is None else z[rows].to(dtype))
-                db[i][place] = torch.mm(g.t(), lows[i][rows].to(dtype)).mul_(ctx.scalings[i])
-                if z is not None:
-                    dz[i][rows] = torch.mm(g_low, a[place].to(dtype))
-                elif own_dx is not None:
-                    own_dx.addmm_(g_low, a[place].to(dtype))
-            if dx is not None and own_dx is not None:
-                dx[rows] = own_dx
-        return None, None, None, dx, dw, *(grad for triple in zip(dz, da, db, strict=True) for grad in triple)
+        x_SI, w_EOI, *tensors = ctx.saved_tensors
+        shares = shares_of(ctx.told, tensors)
+        dx, dw, made = looped_gradient(ctx.counts, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
+        return None, None, dx, dw, *made
 
 
-def _triples(adapters: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, Any, Any]]:
-    """(z, a, b) of each adapter."""
-    return zip(adapters[::3], adapters[1::3], adapters[2::3], strict=True)
+def shares_of(told: Sequence[tuple[float, Sequence[int]]], tensors: Sequence[torch.Tensor | None]) -> list[Share]:
+    """The shares of adapters from (scaling, places) of each, and z, a and b of one after the other."""
+    given: list[Any] = [None if t is None else t.contiguous() for t in tensors]
+    return [Share(*about, *given[3 * i : 3 * i + 3]) for i, about in enumerate(told)]
 
 
-def _product_dtype(x_SI: torch.Tensor, rows: slice) -> torch.dtype:
+def product_dtype(x_SI: torch.Tensor, rows: slice) -> torch.dtype:
+    """Of an expert's products on these rows of x."""
     return torch.float32 if x_SI.dtype.itemsize < 4 and widens(x_SI, rows.stop - rows.start) else x_SI.dtype
 
 
@@ -152,13 +180,13 @@ class Groups:
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
         if self.counts:
-            parts: list[torch.Tensor | None] = []
+            told = tuple((adapter.scaling, adapter.places(len(w_EOI))) for adapter in adapters)
+            tensors: list[torch.Tensor | None] = []
             for adapter in adapters:
                 z = None if isinstance(adapter.dropout, nn.Identity) else adapter.dropout(x_SI)
-                parts += [z, adapter.a, adapter.b.contiguous()]
-            scalings = tuple(adapter.scaling for adapter in adapters)
-            places = tuple(adapter.places(len(w_EOI)) for adapter in adapters)
-            return _LoopedLinear.apply(self.counts, scalings, places, x_SI, w_EOI, *parts)
+                tensors += [z, adapter.a, adapter.b]
+            with torch.autocast("cpu", enabled=False):
+                return _LoopedLinear.apply(self.counts, told, x_SI, w_EOI, *tensors)
         product = compiled.grouped_mm if x_SI.device.type == "cpu" and torch.compiler.is_compiling() else F.grouped_mm
         y_SO = product(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
         for adapter in adapters:

@@ -4,6 +4,7 @@ B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K expert
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from transformers.activations import ACT2FN
 
 from .balance import RouterOutput
 from .configuration import DeepseekV2Config
+from .expert_block import train_experts
 from .gated import gated
-from .grouped import Groups, LowRank, combine, dispatch
+from .grouped import Groups, LowRank, combine, dispatch, place_slots
 from .lowrank import linear, unwrap
-from .products import Linear
+from .products import Linear, compute_dtype
 
 TOKENS = 4096  # run through the experts at a time
 
@@ -97,6 +99,25 @@ class DeepseekV2Experts(nn.Module):
         return groups.linear(x_SI, getattr(self, name), adapters)
 
 
+def _trained(
+    base: Any,
+    adapters: dict[str, list[LowRank]],
+    x_ND: torch.Tensor,
+    weights_NK: torch.Tensor,
+    experts_NK: torch.Tensor,
+) -> torch.Tensor | None:
+    """The experts' outputs as `expert_block` makes them; None where it does not apply."""
+    drops = any(not isinstance(adapter.dropout, nn.Identity) for found in adapters.values() for adapter in found)
+    own = type(base).linear is not DeepseekV2Experts.linear
+    if x_ND.device.type != "cpu" or drops or own or torch.compiler.is_compiling():
+        return None
+    dtype = compute_dtype(x_ND)
+    slots, groups = place_slots(experts_NK, base.num_experts, fill_up=dtype.itemsize < 4)
+    if not groups.counts:
+        return None
+    return train_experts(base, adapters, x_ND.to(dtype), weights_NK, slots, groups)
+
+
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
     """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included.
 
@@ -105,6 +126,8 @@ def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor
     whole = torch.is_grad_enabled() or x_ND.device.type != "cpu" or len(x_ND) <= TOKENS
     sizes = len(x_ND) if whole else TOKENS
     base, adapters = unwrap(experts)
+    if torch.is_grad_enabled() and (out := _trained(base, adapters, x_ND, weights_NK, experts_NK)) is not None:
+        return out
     outs = []
     for x, weights, chosen in zip(*(t.split(sizes) for t in (x_ND, weights_NK, experts_NK)), strict=True):
         x_PD, groups, slots = dispatch(x, chosen, base.num_experts)

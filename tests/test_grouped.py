@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_v2_modeling import moe as moe_file
 from deepseek_v2_modeling.grouped import Groups, LowRank, Slots, _Dispatch, combine, dispatch, filled_up, place_slots
-from deepseek_v2_modeling.moe import choose_experts, expert_weights, run_experts
+from deepseek_v2_modeling.moe import _trained, choose_experts, expert_weights, run_experts
 
 from .model_helpers import small_model
 
@@ -245,3 +245,47 @@ def test_the_ragged_kernel_gives_the_same(rank: int):
     ours, theirs = (torch.autograd.grad(y, (x, a, b), upstream) for y in (found, wanted))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["tokens and gate weights", "experts", "adapters", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_training(trains: str, dtype: torch.dtype):
+    """One function of the tokens: values and gradients are those of one product an expert and token; in bf16 with
+    groups that are filled up."""
+    model = small_model(topk_method="greedy")
+    experts, config = model.model.layers[1].mlp.experts.to(dtype).requires_grad_(False), model.config
+    torch.manual_seed(1)
+    x = torch.randn(5, config.hidden_size, dtype=dtype)
+    scores = torch.randn(5, config.n_routed_experts).softmax(-1)
+    chosen = choose_experts(config, scores)
+    weights = expert_weights(config, scores, chosen)
+    shapes = {"gate_up_proj": experts.gate_up_proj.shape, "down_proj": experts.down_proj.shape}
+    factors = [torch.randn(e, *s) * 0.1 for e, o, i in shapes.values() for s in ((2, i), (o, 2))]
+    sets = {
+        "tokens and gate weights": [x, weights],
+        "experts": [experts.gate_up_proj, experts.down_proj],
+        "adapters": factors,
+    }
+    leaves = [t.requires_grad_() for name, found in sets.items() if trains in (name, "everything") for t in found]
+    adapters = {name: [LowRank(*factors[2 * i : 2 * i + 2], 1.5, torch.nn.Identity())] for i, name in enumerate(shapes)}
+
+    def block(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any):
+        gate_up, down = gate_up + 1.5 * b1 @ a1, down + 1.5 * b2 @ a2
+        out = []
+        for n, row in enumerate(chosen):
+            halves = [(gate_up[e] @ x[n]).chunk(2) for e in row]
+            hidden = [torch.nn.functional.silu(gate) * up for gate, up in halves]
+            out.append(sum(w * (down[e] @ h) for w, e, h in zip(weights[n], row, hidden, strict=True)))
+        return torch.stack(out)
+
+    found = _trained(experts, adapters, x, weights, chosen)
+    wanted = block(experts.gate_up_proj.float(), experts.down_proj.float(), x.float(), *factors)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    assert found is not None and found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, **close)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(y, leaves, upstream) for y in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one / scale, other / scale, **close)
