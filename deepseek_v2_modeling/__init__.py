@@ -4,6 +4,9 @@ Importing this package registers the classes with transformers' Auto classes und
 classes stay importable from transformers.models.deepseek_v2.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from .adapters import load_adapter
 from .balance import collect_balance
 from .cache import LatentCache
 from .configuration import DeepseekV2Config
@@ -16,7 +19,20 @@ from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
 from .registration import register
 from .routing import record_routing, replay_routing
 
+if TYPE_CHECKING:
+    from .trainer import RunTrainerMixin
+
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """RunTrainerMixin is imported when it is asked for: transformers' Trainer takes its time."""
+    if name != "RunTrainerMixin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import RunTrainerMixin
+
+    return RunTrainerMixin
+
 
 __all__ = [
     "DeepseekV2Config",
@@ -25,10 +41,12 @@ __all__ = [
     "DeepseekV2Model",
     "LatentCache",
     "ModelError",
+    "RunTrainerMixin",
     "apply_lora",
     "collect_balance",
     "export_adapter",
     "import_adapter",
+    "load_adapter",
     "lora_config",
     "merge_lora",
     "record_routing",

@@ -6,7 +6,6 @@ the names, shapes and scalings are read off it.
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 
 from .adapter_layouts import (
@@ -27,7 +26,7 @@ from .adapter_layouts import (
     transpose_pair,
     untranspose_shapes,
 )
-from .adapters import WEIGHTS, check_coverage, read_adapter_config
+from .adapters import WEIGHTS, check_coverage, read_adapter_config, saved_tensors
 from .checkpoints import Piece, Shape, hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
@@ -51,7 +50,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A checked adapter directory.
+    """A checked adapter directory; or a whole model's, which has no pairs and replaces nothing.
 
     pairs: its factors. replaced: {hub tensor: tensor of the file} kept whole, e.g. a score head or embeddings.
     parameters: the model's, with shapes. layout: what each tensor of the base, in the hub's layout, is to them.
@@ -108,7 +107,8 @@ class FactorReader:
 
 @contextlib.contextmanager
 def open_factors(adapter: AdapterFiles) -> Iterator[FactorReader]:
-    with safe_open(adapter.weights, "pt") as file:
+    whole_model = not (adapter.pairs or adapter.replaced)
+    with contextlib.nullcontext() if whole_model else safe_open(adapter.weights, "pt") as file:
         yield FactorReader(adapter, file)
 
 
@@ -154,10 +154,9 @@ def meta_adapter(config: DeepseekV2Config, lora: LoraConfig, head: str) -> tuple
     lora = copy.deepcopy(lora)  # PEFT writes into it
     lora.init_lora_weights = False
     lora.base_model_name_or_path = None
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+    with torch.device("meta"):
         peft_model = wrap(HEADS[head][0](config), lora)
-        saved = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(peft_model).items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in saved_tensors(peft_model).items()}
     return peft_model, saved
 
 

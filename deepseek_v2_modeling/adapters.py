@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -14,9 +14,11 @@ from .adapter_layouts import is_transposed, low_rank_pairs, refuse_per_expert, u
 from .chosen_lora import train_chosen_adapters
 from .errors import ModelError
 from .expert_choice import ExpertChoice
-from .lora import set_dropout, train_in_float32, wrap
+from .lora import PROJECTIONS, set_dropout, train_in_float32, wrap
+from .tensor_files import read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EMBEDDINGS = {suffix for name in ("embeddings", "lm_head") for suffix in PROJECTIONS[name].modules}
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -28,11 +30,38 @@ def read_adapter_config(directory: str | Path) -> dict:
     path = Path(directory) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable adapter config ({error})") from error
     if not (Path(directory) / WEIGHTS).is_file():
         raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
     return config
+
+
+def saves_embeddings(model: PeftModel, adapter: str = "default") -> bool | Literal["auto"]:
+    """PEFT's `save_embedding_layers`: what it chooses by itself, but where these are adapted without a warning."""
+    targets = model.peft_config[adapter].target_modules or ()  # pyright: ignore[reportAttributeAccessIssue]
+    return True if EMBEDDINGS & set(targets) else "auto"
+
+
+def saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What PEFT saves of the model's adapter."""
+    return get_peft_model_state_dict(model, save_embedding_layers=saves_embeddings(model))
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Tensor:
+    """The tensor of an adapter. Raises ModelError when its numbers are not all finite."""
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{where}: the numbers of {name} are not all finite (NaN or infinity)")
+    return tensor
+
+
+def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of an adapter. Raises ModelError when the file is cut short, or numbers are not finite."""
+    path = Path(directory) / WEIGHTS
+    read_header(path)
+    return {name: check_finite(name, tensor, directory) for name, tensor in load_file(path).items()}
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -49,7 +78,7 @@ def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where:
 
     head: prefix of names that may be missing in the file (the new score head of a reward model).
     """
-    wanted = _shapes(get_peft_model_state_dict(model))
+    wanted = _shapes(saved_tensors(model))
     missing = {k for k in set(wanted) - set(tensors) if not (head and head in k)}
     unexpected = set(tensors) - set(wanted)
     misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
@@ -65,22 +94,23 @@ def check_coverage(model: PeftModel, tensors: dict[str, tuple[int, ...]], where:
 def load_adapter(
     model: PreTrainedModel,
     directory: str | Path,
-    trainable: bool,
+    trainable: bool = False,
     dropout: float = 0.0,
     task_type: str | None = None,
     experts: ExpertChoice | None = None,
 ) -> PeftModel:
     """The model with the adapter of `directory` on it; what PEFT before 0.19.1 wrote is converted.
 
+    trainable: whether the adapter trains; else it is frozen. dropout: at run time, as `apply_lora` has it.
     task_type: turns e.g. an SFT adapter into the start of a reward model's (SEQ_CLS), with a new score head.
     experts: those that the adapter was trained on, and is trained on again.
 
     Raises:
-        ModelError: a tensor of the file has no place in the model, or the other way round, or the adapter has a pair
-            for each expert (`dsv2 import` converts it).
+        ModelError: a tensor of the file has no place in the model, or the other way round, numbers that are not
+            finite, a file cut short, or an adapter with a pair for each expert (`dsv2 import` converts it).
     """
     raw = read_adapter_config(directory)
-    tensors = load_file(Path(directory) / WEIGHTS)
+    tensors = read_tensors(directory)
     refuse_per_expert(tensors, raw, directory)
     config: Any = LoraConfig.from_pretrained(str(directory))
     kept_task = task_type is None or raw.get("task_type") == task_type
@@ -91,7 +121,7 @@ def load_adapter(
     peft_model = wrap(model, config)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
-    places = get_peft_model_state_dict(peft_model)
+    places = saved_tensors(peft_model)
     pairs = low_rank_pairs(peft_model)
     if is_transposed(pairs, _shapes(tensors), _shapes(places), raw, directory):
         tensors = untranspose(pairs, tensors)

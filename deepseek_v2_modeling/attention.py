@@ -6,7 +6,8 @@ R qk_rope_head_dim, V v_head_dim.
 Two ways to the same result:
 - expanded: the latents go through kv_b_proj to keys and values (training, prefill);
 - absorbed: W_UK goes into the query and W_UV into the output, so that the cached latents are read as they
-  are (decoding). kv_b_proj and its adapters are read at each step: nothing is kept that could go stale.
+  are (decoding). kv_b_proj and its adapters are read at each step: nothing is kept that could go stale. What
+  cannot be absorbed (an adapter that is more than W + s B A, a quantised weight) is decoded expanded, slower.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -22,7 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import joined, with_room
 from .configuration import DeepseekV2Config
-from .errors import ModelError
 from .grouped import LowRank
 from .lowrank import beyond_lora, linear, unwrap
 from .masks import AttentionPlan
@@ -32,6 +33,7 @@ from .rope import rotate, softmax_scale
 from .wide_attention import wide_attention
 
 WORTH_A_PRODUCT = 2**16  # values
+KvB = tuple[torch.Tensor, list[LowRank]]
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
 
 
@@ -61,6 +63,13 @@ def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cpu" and spaced and (a.shape[0] == 1 or b[0].numel() > WORTH_A_PRODUCT):
         return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
     return a @ b
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether W x is all that a layer does: an nn.Linear with its weight as it is, of no adapter, not quantised."""
+    if not isinstance(layer, nn.Linear) or isinstance(layer, BaseTunerLayer):
+        return False
+    return layer.weight.is_floating_point() and layer.weight.itemsize > 1
 
 
 class DeepseekV2Attention(nn.Module):
@@ -104,15 +113,19 @@ class DeepseekV2Attention(nn.Module):
         plan: AttentionPlan,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys and values made from the latents: ([B, T, H, V], weights or None)."""
+        """Keys and values made from the latents: ([B, T, H, V], weights or None). Under a plan to absorb, whose mask
+        no kernel takes, by plain attention."""
         kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
+        query = query.to(key.dtype)
+        if plan.absorb:
+            bias = None if plan.mask is None else torch.where(plan.mask, 0.0, torch.finfo(key.dtype).min).to(key.dtype)
+            return eager_attention(self, query, key, value, bias, self.scaling)
         implementation = self.config._attn_implementation or "eager"
         # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
         pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
         value = F.pad(value, (0, pad)) if pad > 0 else value
-        query = query.to(key.dtype)
         kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         if implementation == "sdpa" and widens(key, key.shape[-2]):
             kernel = wide_attention
@@ -124,35 +137,30 @@ class DeepseekV2Attention(nn.Module):
             out, weights = plan.layout.attend(partial(attend, attention_mask=None), query, key, value), None
         return out[..., : self.v_dim], weights
 
-    def kv_b_parts(self) -> tuple[torch.Tensor, list[LowRank]]:
-        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]).
-
-        Raises:
-            ModelError: an adapter that is no plain LoRA, or names by row: they cannot be absorbed.
-        """
+    def kv_b_parts(self) -> KvB | None:
+        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None where they are
+        not all that kv_b_proj does, so that it cannot be absorbed."""
         layer: Any = self.kv_b_proj
         while isinstance(layer, LoraLayer):
             if beyond_lora(layer):
-                raise ModelError(
-                    "kv_b_proj has an adapter that is more than plain LoRA (DoRA, a bias, or names by row); decoding "
-                    "with a cache cannot absorb it: use_cache=False, or merge it first"
-                )
+                return None
             layer = layer.base_layer
+        if not is_plain_linear(layer):
+            return None
         base, adapters = unwrap(self.kv_b_proj)
         rows = (self.num_heads, self.nope_dim + self.v_dim)
         parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
         weight: torch.Tensor = base.weight
         return weight.unflatten(0, rows), parts
 
-    def absorbed(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def absorbed(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, kv_b: KvB) -> torch.Tensor:
         """Attention over the latents themselves: [B, T, H, V].
 
-        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. All heads
-        read the same keys, so a row's heads and queries are the rows of one product.
+        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. kv_b: as
+        `kv_b_parts` gives it. All heads read the same keys, so a row's heads and queries are the rows of one product.
         """
         batch, heads, length, _ = query.shape
-        tokens = keys.shape[1]
-        weight, adapters = self.kv_b_parts()
+        weight, adapters = kv_b
         w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
         q_nope, q_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
         dtype, wide = q_nope.dtype, fastest_dtype(q_nope)
@@ -160,22 +168,33 @@ class DeepseekV2Attention(nn.Module):
         q_HMC = q_HMN @ w_uk.to(wide)
         for a in adapters:
             q_HMC = q_HMC + q_HMN @ a.b[:, : self.nope_dim].to(wide) @ a.a.to(wide) * a.scaling
-        q_latent = q_HMC.to(dtype).unflatten(1, (batch, length)).transpose(0, 1)
-        q_BMW = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
-        if dtype.itemsize < 4 and keys.device.type == "cpu":
-            keys = with_room(keys)  # the same shape for many steps: oneDNN makes a primitive for each new one
-        scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, H*T, S]
-        if mask is not None:
-            by_query = scores[..., :tokens].unflatten(1, (heads, length))
-            by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        scores[..., tokens:] = -torch.inf
-        # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
-        mixed = by_row(scores.softmax(-1).to(dtype), keys)[..., : self.latent_dim]
+        q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
+        q_BMW = torch.cat((q_latent, q_rope.to(wide)), dim=-1).flatten(1, 2)
+        mixed = self.over_latents(q_BMW, keys, mask)
         m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide)
         out = m_HMC @ w_uv.to(wide).transpose(1, 2)
         for a in adapters:
             out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
         return out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+
+    def over_latents(self, q_BMW: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Softmax attention of a row's heads and queries (M = H*T) over its keys [B, S, W]: [B, M, C]."""
+        rows, tokens = keys.shape[:2]
+        on_cpu = keys.device.type == "cpu"
+        if on_cpu and q_BMW.dtype != keys.dtype and rows > 1 and keys[0].numel() > WORTH_A_PRODUCT:
+            masks = [None] * rows if mask is None else mask.expand(rows, -1, -1, -1).split(1)
+            parts = zip(q_BMW.split(1), keys.split(1), masks, strict=True)
+            return torch.cat([self.over_latents(*part) for part in parts])  # a row's keys in float32 stay in the cache
+        if on_cpu and q_BMW.dtype.itemsize < 4:
+            keys = with_room(keys)  # the same shape for many steps: oneDNN makes a primitive for each new one
+        keys = keys.to(q_BMW.dtype)
+        scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, M, S]
+        if mask is not None:
+            by_query = scores[..., :tokens].unflatten(1, (-1, mask.shape[2]))
+            by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores[..., tokens:] = -torch.inf
+        # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
+        return by_row(scores.softmax(-1).to(q_BMW.dtype), keys)[..., : self.latent_dim]
 
     def forward(
         self,
@@ -193,8 +212,9 @@ class DeepseekV2Attention(nn.Module):
         rope_key = rotate(rope_key, cos, sin)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
-        if plan.absorb:
-            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask), None
+        kv_b = self.kv_b_parts() if plan.absorb else None
+        if kv_b is not None:
+            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b), None
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
         return linear(self.o_proj, out.flatten(-2)), weights

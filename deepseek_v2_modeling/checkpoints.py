@@ -9,7 +9,7 @@ float32. Here each expert is copied from the mapped file to its place.
 import logging
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -29,6 +30,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # A buffer that some old checkpoints hold; it is computed from the config.
 COMPUTED = r"rotary_emb\.inv_freq$"
+LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # with the adapter's name
 SHOWN = 5
 Shape = tuple[int, ...]
 
@@ -87,7 +89,7 @@ def shape_of(source: Any) -> Shape:
 
 
 class StrictPreTrainedModel(PreTrainedModel):
-    """A PreTrainedModel whose `from_pretrained` refuses what does not fit.
+    """A PreTrainedModel whose `from_pretrained` refuses what does not fit, and which refuses half an adapter.
 
     new_heads: starts of the names of tensors that may be missing: they are made anew.
     other_heads: starts of the names of tensors that may be left in the checkpoint: another model's head.
@@ -125,6 +127,11 @@ class StrictPreTrainedModel(PreTrainedModel):
             raise ModelError(f"{path}: {str(error).splitlines()[0]}") from error
         keep_readable(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Torch calls it for the model and then for each of its parts: a place to look at what PEFT is loading."""
+        check_adapter_tensors(self, {name.removeprefix(prefix) for name in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _load_pretrained_model(
@@ -188,11 +195,38 @@ def judge(
     }
     parts = []
     for kind, names in faults.items():
-        shown = ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        parts += [f"{kind} tensors: {shown}"] * bool(names)
+        parts += [f"{kind} tensors: {name_some(names)}"] * bool(names)
     if parts:
         raise ModelError(f"{name_of(load_config)}: {'; '.join(parts)}")
     return sorted(made), sorted(left)
+
+
+def check_adapter_tensors(model: nn.Module, found: set[str]) -> None:
+    """Raises ModelError when a state dict with LoRA factors is not all of an adapter, or has more than the model.
+
+    PEFT's own loading passes over what has no place and keeps at random what it finds nothing for.
+    """
+    adapters = {factor[1] for name in found if (factor := LORA_FACTOR.search(name))}
+    parameters = {name for name, _ in model.named_parameters()} if adapters else set()
+    if not adapters or any("_fsdp_" in name for name in parameters):  # a sharded model has names of its own
+        return
+    places = parameters | {name for name, _ in model.named_buffers()}
+    wanted = {name for name in parameters if (factor := LORA_FACTOR.search(name)) and factor[1] in adapters}
+    parts = [
+        f"{kind} tensors: {name_some(names)}"
+        for kind, names in (("missing", wanted - found), ("unexpected", found - places))
+        if names
+    ]
+    if parts:
+        raise ModelError(
+            f"the adapter does not fit this model; {'; '.join(parts)}; deepseek_v2_modeling.load_adapter says more, "
+            "and an adapter with a pair for each expert is converted by: dsv2 import"
+        )
+
+
+def name_some(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def check_directory(path: Any, subfolder: str) -> None:

@@ -19,6 +19,7 @@ from .adapter_layouts import stack_down, stack_up
 from .errors import ModelError
 from .expert_choice import ExpertChoice
 from .moe import DeepseekV2Experts
+from .tensor_files import read_header
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.mlp\.experts\b")
 _DOWN = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(base_layer\.)?lora_A\.weight$")
@@ -111,7 +112,11 @@ def chosen_in_file(weights: Path, experts: int) -> dict[int, tuple[int, ...]]:
     """{layer: experts whose A is not all zeros} of an adapter in PEFT's layout; {} when no routed experts are adapted.
 
     An untrained B is 0 as well, but A starts at random: experts without one were left out of the training.
+
+    Raises:
+        ModelError: the file is cut short.
     """
+    read_header(weights)
     chosen: dict[int, set[int]] = {}
     with safe_open(weights, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - no mapping

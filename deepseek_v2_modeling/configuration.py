@@ -15,6 +15,7 @@ ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
+ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
 
 
 def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
@@ -24,6 +25,45 @@ def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
     rope.pop("type", None)
     length = {"original_max_position_embeddings": YARN_LENGTH} if kind == "yarn" else {}
     return {"rope_theta": theta, **length, **rope, "rope_type": kind}
+
+
+def joined_forms(rope: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` as they stand in a config, and rope_scaling and rope_theta beside them, where `given`, in one.
+
+    Raises:
+        ModelError: the two forms disagree: whichever is taken, an edit of the other one would have no effect.
+    """
+    scaling, theta = given.get("rope_scaling"), given.get("rope_theta")
+    found = rope_parameters(rope or scaling, DEFAULT_THETA if theta is None else theta)
+    if not rope:
+        return found
+    released = rope_parameters(scaling, found["rope_theta"] if theta is None else theta)
+    compared = {*found, *released} if "rope_scaling" in given else {"rope_theta"}
+    for key in sorted(compared, key=lambda key: (key != "rope_type", key)):
+        if found.get(key) != released.get(key):
+            name = "rope_theta" if key == "rope_theta" else f"rope_scaling {key.removeprefix('rope_')}"
+            raise ModelError(
+                f"{name} is {released.get(key)}, and {key} in rope_parameters is {found.get(key)}: give the same "
+                "settings in both forms, or one form alone"
+            )
+    return found
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise ModelError(
+        "config.rope_scaling can be set as a whole only, before the model is made: "
+        "config.rope_scaling = {**config.rope_scaling, ...}"
+    )
+
+
+class ReadOnly(dict):
+    """`config.rope_scaling`: to change what is made from `rope_parameters` would change nothing."""
+
+    refuse: Any = _refuse
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # copies are plain
 
 
 @strict
@@ -36,7 +76,7 @@ class DeepseekV2Config(StockConfig):
             losses (paper, a2 and a3); groups are the `n_group` groups of experts.
         seq_aux: balance per sequence and average (True, official), or over the whole batch (False).
         moe_layer_freq: layer i is MoE when i >= first_k_dense_replace and i % moe_layer_freq == 0.
-        scoring_func: "softmax"; the official code raises for any other, and so does this one.
+        scoring_func: "softmax"; the official code raises for any other, and so does this one, in dense models too.
         n_shared_experts: None or 0 means no shared experts.
 
     Raises:
@@ -55,12 +95,8 @@ class DeepseekV2Config(StockConfig):
     routed_scaling_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any):
-        # The released form stands in the way of an override of `rope_parameters`: both come from one file, so
-        # the released form is only read where the new one is missing.
-        rope_scaling = kwargs.pop("rope_scaling", None)
-        rope_theta = kwargs.pop("rope_theta", None)
-        theta = DEFAULT_THETA if rope_theta is None else rope_theta
-        self.rope_parameters = rope_parameters(self.rope_parameters or rope_scaling, theta)
+        given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
+        self.rope_parameters = joined_forms(self.rope_parameters, given)
         super().__post_init__(**kwargs)
         check_config(self)
 
@@ -71,11 +107,11 @@ class DeepseekV2Config(StockConfig):
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """The released form of the RoPE settings, None without scaling."""
+        """The released form of the RoPE settings, None without scaling. Set it as a whole."""
         rope = self.rope
         rope.pop("rope_theta", None)
         kind = rope.pop("rope_type", "default")
-        return None if kind == "default" else {**rope, "type": kind}
+        return None if kind == "default" else ReadOnly({**rope, "type": kind})
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
@@ -91,10 +127,14 @@ class DeepseekV2Config(StockConfig):
         self.rope_parameters = {**self.rope, "rope_theta": value}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+        return {**super().to_dict(), **self._released_form()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        return {**super().to_diff_dict(), "rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+        return {**super().to_diff_dict(), **self._released_form()}
+
+    def _released_form(self) -> dict[str, Any]:
+        scaling = self.rope_scaling
+        return {"rope_scaling": None if scaling is None else dict(scaling), "rope_theta": self.rope_theta}
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Official: MoE from `first_k_dense_replace` on, every `moe_layer_freq`-th layer (counted from 0)."""
@@ -103,8 +143,20 @@ class DeepseekV2Config(StockConfig):
         )
 
 
+def check_settings(config: DeepseekV2Config) -> None:
+    """As `check_config`, of the settings that are read at each forward, in little time."""
+    if config.scoring_func != "softmax":
+        raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
+    if config.topk_method not in TOPK_METHODS:
+        raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {TOPK_METHODS}')
+    for name in ALPHAS:
+        if not getattr(config, name) >= 0:
+            raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")
+
+
 def check_config(config: DeepseekV2Config) -> None:
     """Raises ModelError for values that would be computed wrongly or not at all."""
+    check_settings(config)
     rope = config.rope
     if rope["rope_type"] not in ROPE_TYPES:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
@@ -115,10 +167,6 @@ def check_config(config: DeepseekV2Config) -> None:
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     if config.moe_layer_freq < 1:
         raise ModelError(f"moe_layer_freq is {config.moe_layer_freq}: it must be at least 1")
-    if config.scoring_func != "softmax":
-        raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
-    if config.topk_method not in TOPK_METHODS:
-        raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {TOPK_METHODS}')
     if not top_k or not 1 <= top_k <= experts:
         raise ModelError(f"num_experts_per_tok is {top_k}: it must be from 1 to n_routed_experts ({experts})")
     if config.n_group and experts % config.n_group:

@@ -16,6 +16,7 @@ from .adapter_layouts import PREFIX, LowRank, common_scaling, pad
 from .adapters import WEIGHTS
 from .checkpoints import Piece
 from .errors import ModelError
+from .lora import absolute_base
 from .merge import copy_side_files
 from .merge_plan import base_files
 from .tensor_files import (
@@ -182,7 +183,7 @@ def _write_pairs(
 def _server_config(adapter: AdapterFiles, served: Iterable[ServedPair], rank: int, alpha: int) -> LoraConfig:
     """Last names as targets, one rank and one alpha, plain scaling: SGLang does not read use_rslora."""
     return LoraConfig(
-        base_model_name_or_path=adapter.base,
+        base_model_name_or_path=absolute_base(adapter.base),
         task_type=adapter.config.get("task_type"),
         inference_mode=True,
         r=rank,

@@ -19,13 +19,14 @@ from .adapter_layouts import (
     transpose_pair,
     untranspose_shapes,
 )
-from .adapters import WEIGHTS, check_coverage, is_adapter
+from .adapters import WEIGHTS, check_coverage, check_finite, is_adapter
 from .checkpoints import hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .lora import absolute_base
 from .merge import copy_side_files
 from .merge_plan import base_files
-from .per_expert import Read, fused_config, plan_groups, read_sources
+from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
 from .tensor_files import (
     DTYPES,
     Progress,
@@ -38,6 +39,8 @@ from .tensor_files import (
     whole_directory,
     write_tensors,
 )
+
+SAME = "a layout that is PEFT's as well (no experts, shared experts, dense layers or router): copied"
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def import_adapter(
     The result gives the logits that the adapter gave where it was trained, and loads here and in stock PEFT.
 
     Raises:
-        ModelError: no adapter or base, an adapter that is in PEFT's layout already, tensors without a place, or a
-            directory that is not empty.
+        ModelError: no adapter or base, an adapter that is in PEFT's layout already, tensors without a place, experts
+            that the config names and the file leaves out, numbers that are not finite, or a directory that is not
+            empty.
     """
     out_dir = Path(out_dir)
     check_output(out_dir)
     with open_foreign(Path(adapter_dir), base) as foreign:
-        convert = convert_per_expert if is_per_expert(foreign.infos, foreign.raw) else convert_transposed
-        conversion = convert(foreign)
+        fused = foreign.raw.get("target_parameters") and not is_per_expert(foreign.infos, foreign.raw)
+        conversion = (convert_transposed if fused else convert_per_expert)(foreign)
         peft_model, _ = meta_adapter(foreign.model_config, conversion.lora, foreign.head)
         check_coverage(peft_model, {n: info.shape for n, info in conversion.infos.items()}, str(foreign.directory))
         total = file_size(conversion.infos)
@@ -126,7 +130,11 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     infos = read_header(directory / WEIGHTS)
     head = head_of(raw, infos, config)
     with safe_open(directory / WEIGHTS, "pt") as file:
-        yield Foreign(directory, raw, lora, infos, base, config, head, file.get_tensor)
+
+        def read(name: str) -> torch.Tensor:
+            return check_finite(name, file.get_tensor(name), directory)
+
+        yield Foreign(directory, raw, lora, infos, absolute_base(base) or base, config, head, read)
 
 
 def convert_transposed(foreign: Foreign) -> Conversion:
@@ -157,13 +165,14 @@ def convert_transposed(foreign: Foreign) -> Conversion:
 
 
 def convert_per_expert(foreign: Foreign) -> Conversion:
-    """The per-expert pairs as PEFT's fused ones."""
+    """The per-expert pairs as PEFT's fused ones; without any, pairs that lie the same in both layouts."""
     parameters = model_shapes(foreign.model_config, foreign.head)
     layout = hub_layout(parameters)
     sources, whole = read_sources(foreign.infos, foreign.raw, layout, foreign.directory)
     if not sources:
         raise ModelError(f"{foreign.directory}: there is no pair of LoRA factors in {WEIGHTS}")
     groups = plan_groups(parameters, sources, foreign.read)
+    check_complete(groups, foreign.lora, foreign.directory)
     targets = {target.parameter: (group, target) for group in groups for target in group.targets}
     if lost := [name for name in sources if layout[name].parameter not in targets]:
         raise ModelError(f"{foreign.directory}: {lost[0]} cannot be adapted here")
@@ -184,7 +193,8 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
 
     infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
     zeros = sum(source is None for _, t in targets.values() for parts in t.experts for _, source in parts)
-    return Conversion("one pair for each expert", lora, infos, make, zeros)
+    found = "one pair for each expert" if is_per_expert(foreign.infos, foreign.raw) else SAME
+    return Conversion(found, lora, infos, make, zeros)
 
 
 def read_base_tensor(base: str, name: str) -> torch.Tensor:

@@ -13,14 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config
+from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
 from .checkpoints import WEIGHT_FILES
 from .chosen_full import train_chosen_experts
 from .chosen_lora import chosen_in_file
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .expert_choice import ExpertChoice
-from .lora import Number, apply_lora, lora_config, train_in_float32
+from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
 
 Head = Literal["causal_lm", "score"]
@@ -55,7 +55,7 @@ class LoraSettings:
     rslora: bool = False
 
     def config(self, task_type: str) -> LoraConfig:
-        return lora_config(self.targets, self.r, self.alpha, self.rslora, task_type)
+        return lora_config(self.targets, self.r, self.alpha, self.rslora, task_type, self.dropout)
 
 
 def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
@@ -127,8 +127,13 @@ def load_base(
 
     config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
     """
-    cls, _ = HEADS[head]
-    settings = read_settings(base)
+    settings = apply_settings(read_settings(base), head, config)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return HEADS[head][0].from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None) -> DeepseekV2Config:
+    """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones."""
     unknown = [key for key in config or {} if not hasattr(settings, key)]
     if unknown:
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
@@ -139,8 +144,15 @@ def load_base(
         check_config(settings)
     except (ModelError, StrictDataclassError) as error:
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return cls.from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
+    return settings
+
+
+def check_lora_targets(settings: DeepseekV2Config, lora: LoraSettings, head: Head) -> None:
+    """Raises ModelError for a LoRA target that matches nothing in a model of these settings, of which none is made."""
+    cls, task = HEADS[head]
+    with torch.device("meta"):
+        model = cls(settings)
+    check_targets(model, lora.config(task))
 
 
 def load_model(
@@ -217,7 +229,7 @@ def prepare_trainable(
     if source.adapter:
         adapted = load_adapter(model, source.adapter, True, lora.dropout, task, experts)
     else:
-        adapted = apply_lora(model, wanted, lora.dropout, experts)
+        adapted = apply_lora(model, wanted, experts=experts)
     return adapted.train()
 
 
@@ -229,7 +241,8 @@ def save_directory(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(temporary), selected_adapters=["default"])
+        embeddings = saves_embeddings(model)
+        model.save_pretrained(str(temporary), save_embedding_layers=embeddings, selected_adapters=["default"])
     else:
         state = None
         if dtype is not None:

@@ -5,16 +5,20 @@ Attention projections are `target_modules`. Routed experts, shared experts, dens
 shared ones and the dense layers without a word. Stock PEFT reloads the adapters as they are saved.
 """
 
+import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checkpoints import StrictPreTrainedModel
 from .chosen_lora import ChosenWrapper, train_chosen_adapters
 from .errors import ModelError
 from .expert_choice import ExpertChoice
@@ -83,31 +87,36 @@ def _pattern(values: Mapping[str, Number]) -> dict[str, Number]:
 
 
 def lora_config(
-    targets: Iterable[str] = ("attention", "experts"),
+    targets: str | Iterable[str] = ("attention", "experts"),
     r: int | Mapping[str, int] = 16,
     alpha: Number | Mapping[str, Number] | None = None,
     rslora: bool = False,
     task_type: str = "CAUSAL_LM",
+    dropout: float = 0.0,
 ) -> LoraConfig:
     """A stock `peft.LoraConfig` for these targets.
 
-    targets: groups (attention, experts) or single projections of `PROJECTIONS`.
+    targets: groups (attention, experts) or single projections of `PROJECTIONS`; a single one may be plain text.
     r, alpha: a number, or one for each target; alpha defaults to 2 r. Scaling is alpha / r, or alpha / sqrt(r)
         with rslora.
-    The config's `lora_dropout` is 0, as stock PEFT demands for experts; see `apply_lora` for dropout.
+    dropout: what `apply_lora` sets at run time. The config's own `lora_dropout` is 0, in memory and on disk, as stock
+        PEFT demands for experts.
 
     Raises:
-        ModelError: an unknown target, or a rank or alpha for something that is not a target.
+        ModelError: an unknown target, a rank or alpha for something that is not a target, or a number out of bounds.
     """
-    targets = list(targets)
+    targets = [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ModelError("LoRA needs at least one target")
     ranks = _per_projection(targets, r, "r")
+    if bad := [n for n, v in ranks.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
+        raise ModelError(f'the LoRA rank of "{bad[0]}" is {ranks[bad[0]]!r}: it must be a whole number, at least 1')
     alphas = {n: 2 * v for n, v in ranks.items()} if alpha is None else _per_projection(targets, alpha, "alpha")
-    if bad := [n for n, v in ranks.items() if v < 1]:
-        raise ModelError(f'the LoRA rank of "{bad[0]}" is {ranks[bad[0]]}: it must be at least 1')
+    if bad := [n for n, v in alphas.items() if not isinstance(v, Number) or not 0 < v < math.inf]:
+        raise ModelError(f'the LoRA alpha of "{bad[0]}" is {alphas[bad[0]]!r}: it must be a number over 0')
+    check_dropout(dropout)
     one_rank, one_alpha = len(set(ranks.values())) == 1, len(set(alphas.values())) == 1
-    return LoraConfig(
+    config: Any = LoraConfig(
         r=int(next(iter(ranks.values()))),
         lora_alpha=next(iter(alphas.values())),  # pyright: ignore[reportArgumentType] - PEFT takes floats
         rank_pattern={} if one_rank else _pattern(ranks),
@@ -117,6 +126,14 @@ def lora_config(
         use_rslora=rslora,
         task_type=task_type,
     )
+    config.runtime_dropout = dropout  # no field of the config: it is neither written nor seen by PEFT
+    return config
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ModelError unless it is a share of what is dropped, that leaves something."""
+    if not isinstance(dropout, Number) or not 0 <= dropout < 1:
+        raise ModelError(f"LoRA dropout is {dropout!r}: it must be from 0 to less than 1")
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
@@ -136,32 +153,58 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
 
 
 def apply_lora(
-    model: PreTrainedModel, config: LoraConfig, dropout: float = 0.0, experts: ExpertChoice | None = None
+    model: PreTrainedModel, config: LoraConfig, dropout: float | None = None, experts: ExpertChoice | None = None
 ) -> PeftModel:
     """A stock `PeftModel` around the model, whose expert adapters run on the routed tokens only.
 
-    dropout acts on the input of every adapter (of embeddings there is none) at run time; it is not written to disk.
+    dropout acts on the input of every adapter at run time; None takes that of `lora_config`. It is not written to
+        disk. Adapters on embeddings have none, as in PEFT: their input is token ids.
     experts: the routed experts that get adapters; all without.
 
     Raises:
-        ModelError: a target matches nothing in the model, or the experts are not there.
+        ModelError: a model of another package or with adapters already, a target that matches nothing in it, experts
+            that are not there.
     """
+    wanted: float = getattr(config, "runtime_dropout", 0.0) if dropout is None else dropout
     peft_model = wrap(model, config)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     train_in_float32(peft_model)
-    set_dropout(peft_model, dropout)
+    set_dropout(peft_model, wanted)
     return peft_model
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`get_peft_model` after `check_targets`."""
+    """`get_peft_model` after `check_model` and `check_targets`."""
+    check_model(model)
     check_targets(model, config)
+    for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
+        setattr(holder, name, absolute_base(getattr(holder, name)))
     with warnings.catch_warnings():
         # PEFT looks for the keys of rank_pattern among modules only and says that those of parameters, which it
         # uses all the same, are ignored.
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ModelError for a model that has adapters already, or is none of ours."""
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError(
+            "this model has LoRA adapters already; a further one of the same targets is added with PEFT's "
+            "add_adapter(name, config), and merge_and_unload() gives a model without"
+        )
+    if not isinstance(model, StrictPreTrainedModel):
+        kind = type(model)
+        raise ModelError(
+            f"{kind.__module__}.{kind.__name__} is no model of this package; load it with "
+            "deepseek_v2_modeling.DeepseekV2ForCausalLM.from_pretrained, or use PEFT itself"
+        )
+
+
+def absolute_base(base: str | None) -> str | None:
+    """The base's name for an adapter's config: a directory from wherever it is read, a hub name as it is."""
+    return os.path.abspath(base) if base and os.path.isdir(base) else base
 
 
 def train_in_float32(model: nn.Module) -> None:
@@ -172,9 +215,10 @@ def train_in_float32(model: nn.Module) -> None:
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Sets the run-time dropout of all LoRA adapters."""
+    """Sets the run-time dropout of all LoRA adapters but those on embeddings, where PEFT's forward has none."""
+    check_dropout(dropout)
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not isinstance(module, Embedding):
             for name in list(module.lora_dropout):
                 module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
@@ -187,14 +231,16 @@ class AdaptedRow:
     layers: int
     rank: int
     alpha: float
-    parameters: int
+    scaling: float
+    dropout: float
+    parameters: int = 0
     experts: int | None = None
     of_experts: int | None = None
 
 
 def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
-    """Rows {projection, layers, rank, alpha, parameters} of what LoRA adapts in this model; {experts, of_experts} too
-    where chosen ones train."""
+    """Rows {projection, layers, rank, alpha, scaling, dropout, parameters} of what LoRA adapts in this model;
+    {experts, of_experts} too where chosen ones train. dropout: at run time."""
     rows: dict[str, AdaptedRow] = {}
     for name, module in model.named_modules():
         if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
@@ -203,7 +249,8 @@ def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
         suffix = f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
         kind = ".".join(part for part in (path + suffix).split(".layers.")[-1].split(".") if not part.isdigit())
         kind = kind.removeprefix("base_model.model.").removeprefix("model.")
-        row = rows.setdefault(kind, AdaptedRow(kind, 0, module.r[adapter], float(module.lora_alpha[adapter]), 0))
+        numbers = (module.r[adapter], float(module.lora_alpha[adapter]), float(module.scaling[adapter]))
+        row = rows.setdefault(kind, AdaptedRow(kind, 0, *numbers, getattr(module.lora_dropout[adapter], "p", 0.0)))
         row.layers += 1
         own = [(n.split("."), p) for n, p in module.named_parameters()]
         row.parameters += sum(p.numel() for n, p in own if n[0] != "base_layer" and adapter in n)

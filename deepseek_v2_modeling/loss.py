@@ -22,6 +22,11 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
+def block_rows(hidden: torch.Tensor, vocab_size: int) -> int:
+    """How many tokens' logits are made at once."""
+    return max(ROWS, (CACHED_LOGITS if hidden.device.type == "cpu" else BLOCK_LOGITS) // vocab_size)
+
+
 class _BlockwiseLoss(torch.autograd.Function):
     """Sum of the cross-entropies of head(hidden) [N, V]; gradients come with the forward."""
 
@@ -67,7 +72,6 @@ def blockwise_loss(
     sum over `num_items_in_batch`. `head` may carry adapters."""
     targets = (shifted_labels(labels) if shift_labels is None else shift_labels).reshape(-1).to(hidden.device)
     weights = [p for p in head.parameters() if p.requires_grad]
-    block = max(ROWS, (CACHED_LOGITS if hidden.device.type == "cpu" else BLOCK_LOGITS) // vocab_size)
-    total = _BlockwiseLoss.apply(head, block, hidden.flatten(0, 1), targets, *weights)
+    total = _BlockwiseLoss.apply(head, block_rows(hidden, vocab_size), hidden.flatten(0, 1), targets, *weights)
     items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (items.to(hidden.device) if isinstance(items, torch.Tensor) else items)

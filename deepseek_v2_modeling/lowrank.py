@@ -42,8 +42,10 @@ def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
 
 
 def beyond_lora(layer: Any) -> bool:
-    """Whether one of PEFT's wrappers does more than s B A x: DoRA and the like, a bias of B, adapter names by row."""
-    return bool(layer._forward_pre_hooks or layer.lora_variant or any(layer.lora_bias.values()))
+    """Whether one of PEFT's wrappers does more than s B A x: DoRA and the like (AdaLoRA's factors are no modules), a
+    bias of B, adapter names by row."""
+    plain = isinstance(layer.lora_A, nn.ModuleDict)
+    return bool(not plain or layer._forward_pre_hooks or layer.lora_variant or any(layer.lora_bias.values()))
 
 
 def _plain_lora(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Merges an adapter into its base on disk: a plain checkpoint in the hub's layout, file by file.
 
+Of a whole model the result is a copy, in another type if wished.
+
 First everything is planned and checked from the files' headers, then each shard of the base is streamed to its merged
 twin in pieces of a few megabytes. No model is made; memory does not grow with the checkpoint.
 """
@@ -14,11 +16,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .adapter_files import AdapterFiles, FactorReader, base_directory, open_adapter, open_factors
-from .checkpoints import WEIGHT_FILES
+from .adapter_files import (
+    AdapterFiles,
+    FactorReader,
+    base_directory,
+    head_of,
+    model_shapes,
+    open_adapter,
+    open_factors,
+    read_model_config,
+)
+from .checkpoints import WEIGHT_FILES, hub_layout
 from .errors import ModelError
-from .loading import HEADS
-from .merge_plan import FLOATS, Merged, Shard, plan_shards
+from .loading import HEADS, resolve_source
+from .merge_plan import FLOATS, Merged, Shard, base_files, plan_shards
 from .tensor_files import (
     CODES,
     DTYPES,
@@ -27,6 +38,7 @@ from .tensor_files import (
     check_space,
     counter,
     file_size,
+    read_header,
     row_blocks,
     whole_directory,
     write_tensors,
@@ -57,7 +69,8 @@ def merge_lora(
 ) -> MergeReport:
     """Writes the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
 
-    adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base.
+    adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base. A whole model, or
+        the run that trained it, is written again, checked likewise.
     dtype: "float32", "bfloat16" or "float16" for all weights; None keeps that of each tensor of the base. Sums are
         made in float32.
     progress: called with the bytes of each piece written, and of all.
@@ -66,12 +79,12 @@ def merge_lora(
     tokenizer, template and generation config, and a config.json with both forms of the RoPE settings.
 
     Raises:
-        ModelError: no adapter or base, tensors that do not fit, quantised weights, numbers that are not finite, a
-            directory that is not empty, or too little room on the disk.
+        ModelError: no adapter, base or model, tensors that do not fit, quantised weights, numbers that are not finite,
+            a directory that is not empty, or too little room on the disk.
     """
     out_dir = Path(out_dir)
     check_output(out_dir)
-    adapter = open_adapter(adapter_dir)
+    adapter = open_source(adapter_dir)
     if dtype is not None and CODES.get(getattr(torch, dtype, None), "") not in FLOATS:  # pyright: ignore
         raise ModelError(f'dtype "{dtype}" is not one of float32, bfloat16, float16')
     base = base_directory(adapter.base)
@@ -90,6 +103,31 @@ def merge_lora(
         replaced=sum(tensor.from_adapter for tensor in merged),
         nbytes=total,
         left_out=left_out,
+    )
+
+
+def open_source(path: str | Path) -> AdapterFiles:
+    """An adapter or a whole model, from its headers. Raises ModelError as `open_adapter`."""
+    if not Path(path).exists() or resolve_source(path).adapter is not None:
+        return open_adapter(path)
+    base = resolve_source(path).base
+    config: Any = read_model_config(base)
+    scores = any("SequenceClassification" in name for name in config.architectures or ())
+    infos = {name: info for file in base_files(Path(base)) for name, info in read_header(file).items()}
+    head = head_of({"task_type": HEADS["score" if scores else "causal_lm"][1]}, infos, config)
+    parameters = model_shapes(config, head)
+    return AdapterFiles(
+        directory=Path(base),
+        base=base,
+        config={},
+        model_config=config,
+        head=head,
+        pairs=(),
+        replaced={},
+        infos={},
+        parameters=parameters,
+        layout=hub_layout(parameters),
+        transposed=False,
     )
 
 

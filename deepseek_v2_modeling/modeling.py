@@ -1,6 +1,7 @@
 """The DeepSeek-V2 model classes, compatible with transformers: stock's parameter names, official behaviour."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -18,18 +20,26 @@ from .attention import DeepseekV2Attention
 from .balance import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .cache import LatentCache
 from .checkpoints import StrictPreTrainedModel
-from .configuration import DeepseekV2Config, check_config
+from .configuration import DeepseekV2Config, check_config, check_settings
+from .documents import BOUNDARIES, documents_with_cache
 from .loss import IGNORED, blockwise_loss
 from .masks import plan_attention
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .norm import DeepseekV2RMSNorm
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
-from .packing import find_documents
-from .pooling import last_tokens
+from .pooling import scored_tokens
 from .products import Linear
 from .rope import RotaryEmbedding
-from .routing import next_routes
+from .routing import Routes, next_routes
 
+logger = logging.get_logger(__name__)
+
+LOST_BALANCE = (
+    "The balance losses of this training forward are in no loss: the model was called without labels, or past its "
+    "own forward, as TRL's trainers do. `class MyTrainer(RunTrainerMixin, SFTTrainer)` puts them back (RunTrainerMixin "
+    "is in deepseek_v2_modeling); so does `collect_balance` in a loop of your own, or adding the output's aux_loss to "
+    "your loss. Coefficients of 0 (aux_loss_alpha, ...) turn them off."
+)
 LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -52,6 +62,19 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
             return x + self.mlp(normed), None, None
         y, router = self.mlp(normed, replayed)
         return x + y, router.logits, router.experts
+
+
+@contextmanager
+def without_checkpointing(layers: Iterable[Any]) -> Iterator[None]:
+    """Transformers' checkpointed layers drop the cache that they are given."""
+    switched = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in switched:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.gradient_checkpointing = True
 
 
 class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
@@ -98,7 +121,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.ledger: BalanceLedger | None = None
-        self.recorded_routes: list[list[torch.Tensor]] | None = None
+        self.recordings: tuple[Routes, ...] = ()
         self.replayed_routes: Iterator[list[torch.Tensor]] | None = None
         self.post_init()
 
@@ -113,10 +136,15 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        balance_in_loss: bool = False,
         **kwargs: Any,
     ) -> DeepseekV2ModelOutput:
         """As stock's. In training the balance losses are computed here, outside of the layers, so that
-        gradient checkpointing cannot count them twice."""
+        gradient checkpointing cannot count them twice.
+
+        balance_in_loss: whether the caller adds them to a loss; where nobody does, that is said once.
+        """
+        check_settings(self.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -126,11 +154,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if use_cache and past_key_values is None and not trains:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
+        given = {name: kwargs.pop(name, None) for name in BOUNDARIES}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = None
-        if not past:
-            starts = kwargs.get("cu_seq_lens_q")
-            documents = find_documents(position_ids, attention_mask, starts, (rows, queries))
+        documents = documents_with_cache(past_key_values, position_ids, attention_mask, given, (rows, queries))
         if position_ids is None:
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
         positions: Any = position_ids
@@ -144,20 +170,22 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
 
         hidden, routers = inputs_embeds, []
         position_embeddings = self.rotary_emb(positions)
-        for layer in layers:
-            hidden, logits, experts = layer(
-                hidden,
-                next(upcoming, None) if layer.is_moe else None,
-                position_embeddings=position_embeddings,
-                plan=plan,
-                past_key_values=past_key_values,
-                position_ids=positions,
-                **kwargs,
-            )
-            if logits is not None:
-                routers.append(RouterOutput(logits, experts))
-        if self.recorded_routes is not None:
-            self.recorded_routes.append([r.experts.detach().view(rows, queries, top_k) for r in routers])
+        needless = self.gradient_checkpointing and (past_key_values is not None or not torch.is_grad_enabled())
+        with without_checkpointing(layers) if needless else nullcontext():
+            for layer in layers:
+                hidden, logits, experts = layer(
+                    hidden,
+                    next(upcoming, None) if layer.is_moe else None,
+                    position_embeddings=position_embeddings,
+                    plan=plan,
+                    past_key_values=past_key_values,
+                    position_ids=positions,
+                    **kwargs,
+                )
+                if logits is not None:
+                    routers.append(RouterOutput(logits, experts))
+        for routes in self.recordings:
+            routes.append([r.experts.detach().view(rows, queries, top_k) for r in routers])
         real = attention_mask[:, -queries:] if attention_mask is not None and attention_mask.ndim == 2 else None
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -165,7 +193,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values,
             router_logits=tuple(r.logits for r in routers) if output_router_logits else None,
-            aux_loss=self.balance(routers, (rows, queries), real, documents),
+            aux_loss=self.balance(routers, (rows, queries), real, documents, balance_in_loss),
         )
 
     def balance(
@@ -174,6 +202,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         shape: tuple[int, int],
         real: torch.Tensor | None,
         documents: torch.Tensor | None,
+        in_loss: bool,
     ) -> torch.Tensor | None:
         """The summed balance losses of a training forward (None otherwise), entered in an open ledger too."""
         if not (self.training and torch.is_grad_enabled() and routers):
@@ -181,6 +210,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         losses = balance_losses(self.config, routers, shape, real, documents)
         if self.ledger is not None:
             self.ledger.add(losses, expert_counts(routers, real))
+        elif losses and not in_loss and not torch.compiler.is_compiling():
+            logger.warning_once(LOST_BALANCE)
         return torch.stack(list(losses.values())).sum() if losses else None
 
 
@@ -223,7 +254,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         """As stock's, with `aux_loss`. With `num_items_in_batch` (Trainer under gradient accumulation) both
         losses are this micro-batch's share: the balance losses are weighed by its labels. In training with labels
         the full logits are made only when the output is asked for them."""
-        items = kwargs.get("num_items_in_batch")
+        items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -231,12 +262,12 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            balance_in_loss=labels is not None,
             **kwargs,
         )
         hidden, loss, logits, make_logits = outputs.last_hidden_state, None, None, None
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if labels is not None and trains and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            shifted = kwargs.get("shift_labels")
             loss = blockwise_loss(self.lm_head, hidden, labels, self.vocab_size, items, shifted)
             make_logits = partial(self.lm_head, hidden)
         else:
@@ -245,7 +276,8 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if labels is not None and outputs.aux_loss is not None and self.model.ledger is None:
-            share = 1.0 if items is None else (labels[:, 1:] != IGNORED).sum() / items
+            targets = labels[:, 1:] if shifted is None else shifted
+            share = 1.0 if items is None else (targets != IGNORED).sum() / items
             loss = loss + outputs.aux_loss * share
         return causal_lm_output(
             make_logits,
@@ -262,13 +294,14 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
 class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
     """A score (or class logits) read off the last real token of each row, or of each packed document.
 
-    `logits` is [B, num_labels]. In a packed batch (position_ids that restart, or cu_seq_lens) it is
+    `logits` is [B, num_labels]. In a packed batch (position_ids that restart, cu_seq_lens or seq_idx) it is
     [documents, num_labels], row by row, and `labels` has one entry a document. Padding beside documents has no
     score when the attention_mask tells it.
     """
 
     new_heads = ("score.",)
     other_heads = ("lm_head.",)
+    accepts_loss_kwargs = False  # Trainer then divides the loss, a mean over rows, by the number of micro-batches
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)
@@ -299,13 +332,13 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            balance_in_loss=labels is not None,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         shape = (hidden.shape[0], hidden.shape[1])
-        starts = kwargs.get("cu_seq_lens_q")
-        documents = None if past else find_documents(position_ids, attention_mask, starts, shape)
-        pooled = self.score(hidden[last_tokens(input_ids, attention_mask, documents, self.config.pad_token_id, shape)])
+        told = (None, {}) if past else (position_ids, kwargs)  # a filled cache goes on with one sequence a row
+        pooled = self.score(hidden[scored_tokens(input_ids, attention_mask, *told, self.config.pad_token_id, shape)])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .adapter_layouts import common_scaling, flatten_down, flatten_up, hub_name, pad
-from .checkpoints import Piece, hub_layout
+from .checkpoints import Piece, hub_layout, name_some
 from .errors import ModelError
 from .lora import PROJECTIONS
 from .tensor_files import TensorInfo
@@ -172,6 +173,31 @@ def plan_groups(parameters: Mapping[str, tuple[int, ...]], sources: Mapping[str,
             ]
             groups.append(Group(suffix, is_module, tuple(members), same_a, *common_scaling(kinds)))
     return groups
+
+
+def check_complete(groups: Iterable[Group], lora: LoraConfig, where: str | Path) -> None:
+    """Raises ModelError when the file has pairs of some experts of a layer only, and its config asks for the others.
+
+    A config that names its experts (as an adapter on chosen ones may) leaves the others out on purpose.
+    """
+    missing = []
+    for target in (target for group in groups for target in group.targets if len(target.shape) == 3):
+        sources = [source for parts in target.experts for _, source in parts]
+        found = dict(zip(hub_layout({target.parameter: target.shape}), sources, strict=True))
+        kinds = {_projection(name) for name, source in found.items() if source}
+        missing += [name for name, source in found.items() if source is None and _projection(name) in kinds]
+    missing = [name for name in missing if check_target_module_exists(lora, name.removesuffix(".weight"))]
+    if missing:
+        raise ModelError(
+            f"{where}: no pair for {len(missing)} of the experts' weights, though others of their layers have one: "
+            f"{name_some(missing)}; the file is not whole. If these were left out on purpose, let target_modules in "
+            "adapter_config.json name the trained experts only"
+        )
+
+
+def _projection(name: str) -> str:
+    """gate_proj of "...experts.7.gate_proj.weight"."""
+    return name.split(".")[-2]
 
 
 def target_of(parameter: str) -> tuple[bool, str] | None:

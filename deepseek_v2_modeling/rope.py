@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .configuration import DeepseekV2Config
+from .errors import ModelError
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -72,18 +73,27 @@ class RotaryEmbedding(nn.Module):
 
     The frequencies are computed at the first forward and not kept as a buffer: loading through the meta
     device and casting the model to bf16 would both spoil them.
+
+    Raises:
+        ModelError: at a forward, when the config's settings are no longer those that the model was made with.
     """
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
-        self.config = config
+        self.config, self.made_with = config, config.rope
         self._inverse: torch.Tensor | None = None
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rope = self.config.rope
+        if rope != self.made_with:
+            raise ModelError(
+                f"rope_scaling or rope_theta was changed on a live model, from {self.made_with} to {rope}: they are "
+                "fixed when a model is made. Give them to from_pretrained, or change the config before"
+            )
         if self._inverse is None or self._inverse.device != position_ids.device:
             self._inverse = inverse_frequencies(self.config).to(position_ids.device)
         angles = position_ids[..., None].float() * self._inverse
-        magnitude = rope_magnitude(self.config.rope)
+        magnitude = rope_magnitude(rope)
         return angles.cos() * magnitude, angles.sin() * magnitude
 
 

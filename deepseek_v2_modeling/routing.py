@@ -24,13 +24,17 @@ def _backbone(model: nn.Module) -> Any:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Routes]:
-    """Keeps the chosen experts of every forward made while it is open, in order (`generate` makes one a token)."""
+    """Keeps the chosen experts of every forward made while it is open, in order (`generate` makes one a token).
+
+    A recording inside another one is part of both.
+    """
     backbone, routes = _backbone(model), list[list[torch.Tensor]]()
-    backbone.recorded_routes = routes
+    outer = backbone.recordings
+    backbone.recordings = (*outer, routes)
     try:
         yield routes
     finally:
-        backbone.recorded_routes = None
+        backbone.recordings = outer
 
 
 @contextmanager
@@ -38,14 +42,22 @@ def replay_routing(model: nn.Module, routes: Routes) -> Iterator[None]:
     """The n-th forward made while it is open uses the experts of the n-th entry of `routes`.
 
     Raises:
-        ValueError: at a forward whose shape or number of MoE layers is not the recording's, or past its end.
+        ValueError: at a forward whose shape or number of MoE layers is not the recording's, or past its end; at the
+            end, where the recording has more forwards than were made; where a replay is open on this model already.
     """
     backbone = _backbone(model)
-    backbone.replayed_routes = iter(list(routes))
+    if backbone.replayed_routes is not None:
+        raise ValueError("a routing replay is open on this model already")
+    rest = backbone.replayed_routes = iter(list(routes))
     try:
         yield
     finally:
         backbone.replayed_routes = None
+    if left := len(list(rest)):
+        raise ValueError(
+            f"{left} of the {len(routes)} forwards of the recorded routing were not replayed: make as many forwards "
+            "as were recorded, or replay a part of the recording"
+        )
 
 
 def next_routes(

@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if path.stat().st_size != 8 + length + end:
             raise ValueError("it is cut short")
         return infos
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
 
 

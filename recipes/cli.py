@@ -20,12 +20,14 @@ from recipes.ranks import is_main
 
 @dataclass(frozen=True)
 class Command:
-    """A command of `dsv2`: its usage line, its help, what reads its arguments, and what runs it."""
+    """A command of `dsv2`: its usage line, its help, what reads its arguments, what runs it, and whether it goes on
+    from where it was interrupted."""
 
     usage: str
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    resumes: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,7 +173,7 @@ COMMANDS = {
     ),
     "check": Command("RECIPE", "validate a recipe and its data, load no weights", _recipe_arguments, _check),
     **{
-        name: Command("RECIPE [--smoke] [key.path=value ...]", text, _recipe_arguments, _stage(name))
+        name: Command("RECIPE [--smoke] [key.path=value ...]", text, _recipe_arguments, _stage(name), name != "eval")
         for name, text in (
             ("sft", "supervised fine-tuning"),
             ("reward", "train a reward model"),
@@ -179,7 +181,9 @@ COMMANDS = {
             ("eval", "measure a model"),
         )
     },
-    "run": Command("RECIPE [--smoke] [key.path=value ...]", "a chain of stages, resumable", _recipe_arguments, _chain),
+    "run": Command(
+        "RECIPE [--smoke] [key.path=value ...]", "a chain of stages, resumable", _recipe_arguments, _chain, True
+    ),
     "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
     "merge": Command(
         "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _adapter("merge")
@@ -247,10 +251,13 @@ def dispatch(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     _prepare_process()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        return dispatch(argv)
     except KeyboardInterrupt as interrupt:
-        _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; the same command goes on from there")
+        command = COMMANDS.get(argv[0] if argv else "")
+        then = "the same command goes on from there" if command and command.resumes else "nothing was finished"
+        _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,18 +1,23 @@
 """From a recipe's model, lora and rewards sections to loaded models. Imports torch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.sections import LoraSection, ModelSection, TrainingRecipe
 from conversations.template import install_template
+from deepseek_v2_modeling.adapters import WEIGHTS
 from deepseek_v2_modeling.chosen_full import trained_rows
+from deepseek_v2_modeling.configuration import DeepseekV2Config
 from deepseek_v2_modeling.expert_choice import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,
     ModelSource,
+    apply_settings,
+    check_lora_targets,
     load_model,
     load_tokenizer,
     prepare_trainable,
@@ -20,11 +25,14 @@ from deepseek_v2_modeling.loading import (
     resolve_source,
 )
 from deepseek_v2_modeling.lora import adapted_modules
+from deepseek_v2_modeling.presets import PRESETS
+from deepseek_v2_modeling.tensor_files import read_header
 from recipes.init import make_model
 from recipes.ranks import is_main, say, wait_for_all
 from reward.config import RewardRecipe
 from rl.config import RewardEntry, RlRecipe
 from rl.rewards import Reward, RewardModelReward, RewardStats, RuleReward
+from sft.config import SftRecipe
 
 
 def ensure_model(path: str, preset: str | None, seed: int) -> None:
@@ -71,17 +79,56 @@ def check_experts(recipe: TrainingRecipe) -> None:
         choice.check(read_settings(resolve_source(recipe.model.path).base))
 
 
+def check_lora(recipe: TrainingRecipe, source: ModelSource | None = None) -> None:
+    """Look for LoRA targets that match nothing in the model, by its config alone, and at the file of its adapter.
+
+    source: the model's files, once they are known; None takes those of a path on this machine, or the preset's.
+
+    Raises:
+        ModelError: such a target, wrong values under `model.config`, or a file that is cut short.
+    """
+    lora, section = lora_settings(recipe.lora), recipe.model
+    if source is None and Path(section.path).exists():
+        source = resolve_source(section.path)
+    if source is not None:
+        settings = read_settings(source.base)
+        if source.adapter:
+            read_header(Path(source.adapter) / WEIGHTS)
+    elif section.preset in PRESETS:
+        settings = DeepseekV2Config(**PRESETS[section.preset])
+    else:
+        return  # a name of the hub, or what opening it will refuse
+    settings = apply_settings(settings, head_of(recipe), section.config)
+    if lora is not None:
+        check_lora_targets(settings, lora, head_of(recipe))
+
+
+def head_of(recipe: TrainingRecipe) -> Head:
+    """The kind of model that a stage trains."""
+    return "score" if isinstance(recipe, RewardRecipe) else "causal_lm"
+
+
+def runtime_lora(recipe: TrainingRecipe) -> LoraSettings | None:
+    """The recipe's adapters as they train: without dropout where the trainer turns all of it off, which is told."""
+    lora = lora_settings(recipe.lora)
+    off = recipe.training.get("disable_dropout", not isinstance(recipe, SftRecipe))  # on in TRL's reward trainer
+    if lora is None or not (lora.dropout and off):
+        return lora
+    say(f"lora.dropout is {lora.dropout:g} but training.disable_dropout is true: there is no dropout")
+    return replace(lora, dropout=0.0)
+
+
 def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path) -> Any:
     """The model as the stage trains it. A merge that it needs is written to <run_dir>/base, once."""
-    section = recipe.model
+    section, lora = recipe.model, runtime_lora(recipe)
 
     def load() -> Any:
         return prepare_trainable(
             source,
-            lora=lora_settings(recipe.lora),
+            lora=lora,
             experts=expert_choice(recipe),
             merge_dir=run_dir / "base",
-            head="score" if isinstance(recipe, RewardRecipe) else "causal_lm",
+            head=head_of(recipe),
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             config=section.config,
@@ -211,8 +258,9 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         rank = f"{row['layers']} x rank {row['rank']}, alpha {row['alpha']:g}, " if "rank" in row else ""
+        dropout = f"dropout {row['dropout']:g}, " if row.get("dropout") else ""
         experts = f"{row['experts']:,} of {row['of_experts']:,} experts, " if "experts" in row else ""
-        lines.append(f"  {row['projection']}: {rank}{experts}{row['parameters']:,} weights")
+        lines.append(f"  {row['projection']}: {rank}{dropout}{experts}{row['parameters']:,} weights")
     return [f"trains {sum(row['parameters'] for row in rows):,} weights", *lines]
 
 

@@ -86,21 +86,24 @@ def run_stage(loaded: Loaded) -> Outcome:
 
 def check_recipe(recipe: Any) -> None:
     """What the schema cannot check without torch: `training` and `model.config`."""
-    from recipes.models import check_experts
+    from recipes.models import check_experts, check_lora
     from recipes.training_fields import check_model_config, check_training
 
     check_model_config(recipe.model.config)
     if recipe.stage != "eval":
         check_training(recipe)
         check_experts(recipe)
+        check_lora(recipe)
 
 
 def _load_inputs(recipe: Any) -> _Inputs:
-    from recipes.models import check_rewards, open_source
+    from recipes.models import check_lora, check_rewards, open_source
 
     if recipe.stage == "rl":
         check_rewards(recipe)
     source, tokenizer = open_source(recipe.model, recipe.seed)
+    if recipe.stage != "eval":
+        check_lora(recipe, source)
     inputs = _Inputs(source, tokenizer)
     if recipe.stage == "eval":
         for index, task in enumerate(recipe.tasks):

@@ -42,3 +42,9 @@ class RlRecipe(TrainingRecipe):
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
     rewards: list[RewardEntry] = Field(min_length=1, description="The terms of the reward.")
+
+    @model_validator(mode="after")
+    def _one_change_of_the_head(self) -> "RlRecipe":
+        if self.training.get("cast_lm_head_to_fp32") and self.lora and "lm_head" in self.lora.targets:
+            raise ValueError("training.cast_lm_head_to_fp32 does not go with lm_head in lora.targets; leave one out")
+        return self

@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from conversations import render_conversation
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, answer_text, prompt_text
+from deepseek_v2_modeling.adapted_head import score_labels, trains_adapted_head
 from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
 from deepseek_v2_modeling.trainer import RunTrainerMixin
@@ -47,13 +48,6 @@ def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return whole.new_zeros(mask.shape).masked_scatter(mask.bool(), whole)
 
 
-def score_labels(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [n, V], labels [n] -> log-probability of each label and entropy, both [n] float32."""
-    logps = (logits.float() / temperature).log_softmax(-1)
-    entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(-1, labels[:, None]).squeeze(-1), entropy
-
-
 class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
@@ -67,7 +61,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
         if own_reference:
             args.beta, args.sync_ref_model = 0.0, False
-        super().__init__(model=model, args=args, reward_funcs=list(rewards), **kwargs)
+        with trains_adapted_head(model, args.temperature):
+            super().__init__(model=model, args=args, reward_funcs=list(rewards), **kwargs)
         args.beta, args.sync_ref_model = beta, sync
         self.beta = beta
         if reference is not None:

@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from conversations import render_conversation
 from conversations.prompts import answer_text, prompt_text, split_prompt
+from deepseek_v2_modeling.adapted_head import trains_adapted_head
 from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
 from deepseek_v2_modeling.trainer import RunTrainerMixin
@@ -25,9 +26,16 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, train_dataset: Dataset, probes: Sequence[Row], sample_tokens: int = 64, **kwargs: Any
+        self,
+        model: Any,
+        *args: Any,
+        train_dataset: Dataset,
+        probes: Sequence[Row],
+        sample_tokens: int = 64,
+        **kwargs: Any,
     ):
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        with trains_adapted_head(model):
+            super().__init__(model, *args, train_dataset=train_dataset, **kwargs)
         self.encoded = train_dataset
         self.probes = [split_prompt(row["messages"]) for row in probes if "messages" in row]
         self.sample_tokens = sample_tokens

@@ -10,9 +10,17 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from deepseek_v2_modeling import ModelError, lora_config
-from deepseek_v2_modeling.adapters import load_adapter, read_adapter_config
-from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_base, load_model, prepare_trainable, save_final
+from deepseek_v2_modeling import ModelError, apply_lora, export_adapter, load_adapter, lora_config
+from deepseek_v2_modeling.adapters import read_adapter_config
+from deepseek_v2_modeling.loading import (
+    LoraSettings,
+    ModelSource,
+    load_base,
+    load_model,
+    prepare_trainable,
+    same_experts,
+    save_final,
+)
 
 from .model_helpers import logits_of, random_adapter, random_ids, small_model, tokenizer
 
@@ -128,6 +136,68 @@ def test_unusable_directories(tmp_path: Path, adapter: Path):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         read_adapter_config(adapter)
+
+
+@pytest.mark.parametrize("size", [0, 5, 400, -1])
+def test_a_file_cut_short(base: Path, adapter: Path, size: int):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    for use in (
+        lambda: load_adapter(load_base(str(base)), adapter),
+        lambda: same_experts(str(adapter), str(base), None),
+    ):
+        with pytest.raises(ModelError, match=re.escape(f"{path}: not a readable safetensors file")):
+            use()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_numbers_that_are_not_finite(base: Path, adapter: Path, value: float):
+    tensor = load_file(adapter / "adapter_model.safetensors")[EXPERT_B]
+    tensor[0, 0] = value
+    edit(adapter, put={EXPERT_B: tensor})
+    with pytest.raises(ModelError, match=re.escape(f"{adapter}: the numbers of {EXPERT_B} are not all finite")):
+        load_adapter(load_base(str(base)), adapter)
+
+
+# PEFT's own loading
+
+
+def test_peft_loads_what_fits(base: Path, adapter: Path):
+    loaded = PeftModel.from_pretrained(load_base(str(base)), adapter)
+    ids = random_ids(2, 8)
+    assert torch.equal(logits_of(loaded.eval(), ids), logits_of(load_model(ModelSource(str(base), str(adapter))), ids))
+    loaded.load_adapter(str(adapter), "second")
+    loaded.load_state_dict({"base_model.model.model.norm.weight": torch.ones(32)}, strict=False)  # of no adapter
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"drop": EXPERT_B}, "missing tensors: .*experts.base_layer.lora_B"),
+        (
+            {"put": {EXPERT_B.replace("layers.1", "layers.9"): torch.zeros(2, 2)}},
+            r"unexpected tensors: .*layers\.9\.mlp\.experts",
+        ),
+        ({"put": {"base_model.model.something.else": torch.zeros(2)}}, r"unexpected tensors: something\.else"),
+    ],
+)
+def test_peft_does_not_load_half(base: Path, adapter: Path, changes: dict[str, Any], named: str):
+    edit(adapter, **changes)
+    with pytest.raises(ModelError, match=named):
+        PeftModel.from_pretrained(load_base(str(base)), adapter)
+
+
+def test_peft_does_not_load_pairs_of_each_expert(base: Path, adapter: Path, tmp_path: Path):
+    export_adapter(adapter, tmp_path / "served")
+    with pytest.raises(ModelError, match=r"unexpected tensors: .*dsv2 import"):
+        PeftModel.from_pretrained(load_base(str(base)), tmp_path / "served")
+
+
+def test_adapted_embeddings_are_saved_without_a_warning(base: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    save_final(apply_lora(load_base(str(base)), lora_config("lm_head", r=2)), tokenizer(), tmp_path / "adapter")
+    load_adapter(load_base(str(base)), tmp_path / "adapter")
+    assert not [w for w in recwarn if "save_embedding_layers" in str(w.message)]
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
 
 
 # From SFT to a reward model

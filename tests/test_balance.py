@@ -14,6 +14,7 @@ from deepseek_v2_modeling import (
     apply_lora,
     collect_balance,
     lora_config,
+    modeling,
     record_routing,
 )
 from deepseek_v2_modeling.balance import RouterOutput, balance_losses, expert_counts
@@ -271,6 +272,60 @@ def test_equal_micro_batches_give_the_loss_of_one():
     for name, parameter in model.named_parameters():
         if name in grads:
             torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_of_labels_that_are_shifted_already():
+    model, ids = small_model(**ALL_ON).train(), random_ids(1, 9)
+    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+    items = {"num_items_in_batch": torch.tensor(4 * 8)}
+    wanted = model(ids, labels=ids, **items).loss
+    for labels in (ids, torch.full_like(ids, -100)):
+        torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted, **items).loss, wanted)
+
+
+# Losses that nobody adds
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was said, each time that it would be said for the first time."""
+    texts: list[str] = []
+    monkeypatch.setattr(modeling.logger, "warning_once", texts.append)
+    return texts
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loss_that_nobody_adds_is_said(said: list[str], checkpointing: bool):
+    """TRL's trainers call the backbone past the model's own forward."""
+    model, ids = small_model(**ALL_ON).train(), random_ids(1, 7)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    with collect_balance(model):
+        model.model(ids)
+        model(ids)
+    with torch.no_grad():
+        model.model(ids)
+    model.eval().model(ids)
+    assert said == []
+    model.train().model(ids).last_hidden_state.sum().backward()
+    model(ids).logits.sum().backward()
+    assert len(said) == 2 and all("class MyTrainer(RunTrainerMixin, SFTTrainer)" in text for text in said)
+
+
+def test_without_coefficients_nothing_is_said(said: list[str]):
+    model, ids = small_model(**ALL_OFF).train(), random_ids(1, 7)
+    model.model(ids)
+    assert said == []
+
+
+def test_a_score_without_labels_is_said(said: list[str]):
+    """TRL's RewardTrainer makes its loss from the logits."""
+    model = small_model(DeepseekV2ForSequenceClassification, num_labels=1, pad_token_id=1, **ALL_ON).train()
+    model(random_ids(2, 6), labels=torch.zeros(2))
+    assert said == []
+    model(random_ids(2, 6))
+    assert len(said) == 1
 
 
 # Gradient checkpointing

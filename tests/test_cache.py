@@ -275,6 +275,32 @@ def test_left_padding_changes_no_answer(sampled: bool):
         assert torch.equal(found[row, 8:], alone[0, 8 - count :])
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_generation_in_training_with_checkpointing(reentrant: bool):
+    """Transformers' checkpointed layers drop the cache that they are given."""
+    model, ids = small_model(), random_ids(2, 5)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(ids, **settings)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert torch.equal(model.generate(ids, **settings), wanted)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_checkpointing_on_a_cache():
+    """A second run of a layer in the backward pass would fill the cache again."""
+    ids, grads = random_ids(2, 9), []
+    for checkpointing in (False, True):
+        model = small_model()
+        cache = filled(model, ids[:, :4])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()(ids[:, 4:], labels=ids[:, 4:], past_key_values=cache).loss.backward()
+        assert cache.get_seq_length() == 9
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = small_model(eos_token_id=None), random_ids(1, 6)
     first = model.generate(ids, **GREEDY, return_dict_in_generate=True)

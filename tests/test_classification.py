@@ -1,5 +1,7 @@
 """The score is read off each row's last real token."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -96,11 +98,21 @@ def read_off(model: DeepseekV2ForSequenceClassification, document: torch.Tensor)
     return logits_of(model, document.unsqueeze(0), attention_mask=mask)
 
 
-def test_documents_by_cu_seq_lens():
+LIMITS = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cu_seq_lens_q": LIMITS, "cu_seq_lens_k": LIMITS},
+        {"cu_seq_lens": LIMITS},
+        {"seq_idx": torch.tensor([[0] * 4 + [1] + [2] * 6])},
+    ],
+)
+def test_documents_by_their_boundaries(given: dict[str, Any]):
     model = scored()
-    documents, ids, positions = pack([4, 1, 6])
-    limits = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
-    found = logits_of(model, ids, position_ids=positions, cu_seq_lens_q=limits, cu_seq_lens_k=limits)
+    documents, ids, _ = pack([4, 1, 6])
+    found = logits_of(model, ids, **given)
     torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents]), rtol=0, atol=1e-5)
 
 
@@ -119,6 +131,20 @@ def test_positions_of_a_left_padded_batch_are_no_documents():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     found = logits_of(model, ids, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(found, torch.cat([read_off(model, row) for row in rows]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled(packed: bool):
+    """Padding without a mask, told by its id: compiled code cannot know that positions which go on are no documents."""
+    torch.compiler.reset()
+    model = scored()
+    _, ids, positions = pack([4, 1, 6])
+    if not packed:
+        ids, positions = batch("right", ends_in_eos=False)[1], torch.arange(max(LENGTHS)).unsqueeze(0)
+    run: Any = torch.compile(model, backend="eager")
+    found = logits_of(run, ids, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(found, logits_of(model, ids, position_ids=positions), rtol=0, atol=1e-5)
+    torch.compiler.reset()
 
 
 def test_labels_of_documents():

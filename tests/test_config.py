@@ -1,5 +1,6 @@
 """The config: which forms are read and written, what is refused, and what its settings do."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -103,6 +104,60 @@ def test_rope_settings_as_keywords(tmp_path: Path):
     assert not torch.allclose(wanted, logits_of(small_model(), ids), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_scaling": {**YARN, "factor": 8}}, ["rope_scaling factor", "8", "40"]),
+        ({"rope_scaling": {"type": "linear", "factor": 40}}, ["rope_scaling", "linear"]),
+        ({"rope_scaling": {k: v for k, v in YARN.items() if k != "mscale"}}, ["mscale", "None", "0.707"]),
+        ({"rope_scaling": None}, ["rope_scaling type", "default", "yarn"]),
+        ({"rope_theta": 100.0}, ["rope_theta", "100.0", "5000.0"]),
+        ({"rope_parameters": {**NEW_FORM, "factor": 8}}, ["factor", "8", "40"]),
+    ],
+)
+def test_forms_that_disagree_are_refused(tmp_path: Path, changes: dict[str, Any], named: list[str]):
+    """Whichever is taken, an edit of the other one would have no effect."""
+    small_config(rope_theta=5000.0).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, **changes}))
+    with pytest.raises(ModelError) as error:
+        DeepseekV2Config.from_pretrained(tmp_path)
+    for word in named:
+        assert word in str(error.value)
+
+
+def test_theta_beside_a_new_form_without_it():
+    config = DeepseekV2Config(**WITHOUT_ROPE, rope_parameters={"rope_type": "default"}, rope_theta=300.0)
+    assert config.rope_theta == 300.0
+
+
+def test_rope_scaling_is_set_as_a_whole():
+    """It is made from `rope_parameters`: what is written into it would be lost."""
+    config = small_config()
+    scaling: Any = config.rope_scaling
+    for change in (
+        lambda: scaling.update(factor=8),
+        lambda: scaling.__setitem__("factor", 8),
+        lambda: scaling.pop("mscale"),
+        lambda: scaling.clear(),
+    ):
+        with pytest.raises(ModelError, match="as a whole"):
+            change()
+    assert scaling == YARN and json.loads(json.dumps(scaling)) == copy.deepcopy(scaling) == YARN
+    config.rope_scaling = {**scaling, "factor": 8}
+    assert config.rope["factor"] == 8
+    assert type(config.to_dict()["rope_scaling"]) is dict
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": {**YARN, "factor": 8}}, {"rope_theta": 100.0}])
+def test_rope_settings_of_a_live_model_are_fixed(change: dict[str, Any]):
+    model, ids = small_model(), random_ids(1, 4)
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    with pytest.raises(ModelError, match="live model"):
+        logits_of(model, ids)
+
+
 # YaRN
 
 
@@ -188,6 +243,9 @@ def test_whole_numbers_are_numbers(tmp_path: Path, name: str):
         ({"n_group": 3}, ["n_group", "3", "8"]),
         ({"topk_group": 5}, ["topk_group", "5", "4"]),
         ({"topk_group": 1}, ["topk_group", "1", "3"]),
+        ({"aux_loss_alpha": -0.01}, ["aux_loss_alpha", "-0.01"]),
+        ({"device_aux_loss_alpha": -1}, ["device_aux_loss_alpha", "-1"]),
+        ({"comm_aux_loss_alpha": float("nan")}, ["comm_aux_loss_alpha", "nan"]),
     ],
 )
 def test_refused(tmp_path: Path, settings: dict[str, Any], named: list[str]):
@@ -206,9 +264,22 @@ def test_refused_as_keyword(tmp_path: Path):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path, scoring_func="sigmoid")
 
 
-def test_scoring_func_of_a_dense_model_is_not_asked():
-    config = small_config(n_routed_experts=None, scoring_func="sigmoid")
-    assert not any(config.is_moe_layer(i) for i in range(3))
+def test_a_dense_config_has_no_moe_layer():
+    assert not any(small_config(n_routed_experts=None).is_moe_layer(i) for i in range(3))
+
+
+@pytest.mark.parametrize("dense", [{}, {"n_routed_experts": None}, {"first_k_dense_replace": 9}])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("aux_loss_alpha", -0.1)]
+)
+def test_refused_on_a_live_model(setting: str, value: Any, dense: dict[str, Any]):
+    """The config is read at each forward; a dense model says it too, as it does when it is made."""
+    with pytest.raises(ModelError, match=f"{setting}.*{value}"):
+        small_config(**{setting: value}, **dense)
+    model, ids = small_model(**dense), random_ids(1, 4)
+    setattr(model.config, setting, value)
+    with pytest.raises(ModelError, match=f"{setting}.*{value}"):
+        logits_of(model, ids)
 
 
 # Which layers and parts there are

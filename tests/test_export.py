@@ -218,8 +218,11 @@ def legacy_adapter(directory: Path, base: Path, skip: str = "^$", **config: Any)
         ("^$", {}, lambda module: 3 / (3 if ".experts.2." in module else 2), 0),
         ("^$", {"use_rslora": True}, lambda module: 3 / math.sqrt(3 if ".experts.2." in module else 2), 0),
         (
-            r"layers\.1\.self|experts\.5\.|experts\.6\.up",
-            {"alpha_pattern": {"q_proj": 8}},
+            r"layers\.1\.self|experts\.5\.|experts\.6\.up",  # and the config does not ask for these
+            {
+                "alpha_pattern": {"q_proj": 8},
+                "target_modules": rf"(?!.*(experts\.5\.|experts\.6\.up)).*\.({'|'.join(LEGACY)})",
+            },
             lambda module: (8 if "q_proj" in module else 3) / (3 if ".experts.2." in module else 2),
             2 + 2 * (3 + 1),
         ),
@@ -235,6 +238,47 @@ def test_legacy_adapter(base: Path, tmp_path: Path, skip: str, config: Any, scal
     model = load_model(ModelSource(str(base), str(tmp_path / "imported")))
     torch.testing.assert_close(logits_of(model, IDS), wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(stock_adapter(base, tmp_path / "imported"), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_file_that_lost_experts(base: Path, tmp_path: Path):
+    """Zeros would stand for what was trained."""
+    legacy_adapter(tmp_path / "legacy", base, skip=r"layers\.1\.mlp\.experts\.(5|6\.up)")
+    lost = r"4 of the experts' weights.*: model\.layers\.1\.mlp\.experts\.5\.down_proj\.weight, .*experts\.6\.up"
+    with pytest.raises(ModelError, match=lost):
+        import_adapter(tmp_path / "legacy", tmp_path / "out")
+    chosen = [f"experts.{e}.{name}" for e in range(8) for name in ("gate_proj", "up_proj", "down_proj") if e != 5]
+    edit_config(tmp_path / "legacy", target_modules=[name for name in chosen if name != "experts.6.up_proj"])
+    assert import_adapter(tmp_path / "legacy", tmp_path / "out").zeros == 4
+
+
+def test_layouts_that_are_the_same(base: Path, tmp_path: Path):
+    """Attention, embeddings and the head lie alike in both layouts."""
+    ours = make_adapter(tmp_path / "adapter", base, ("attention", "embeddings", "lm_head"))
+    export_adapter(tmp_path / "adapter", tmp_path / "served")
+    assert "copied" in import_adapter(tmp_path / "served", tmp_path / "back").found
+    assert torch.equal(logits_of(load_model(ModelSource(str(base), str(tmp_path / "back"))), IDS), ours)
+
+
+@pytest.mark.parametrize("target", ["experts", "attention.o"])
+def test_numbers_that_are_not_finite(base: Path, tmp_path: Path, target: str):
+    make_adapter(tmp_path / "adapter", base, (target,))
+    export_adapter(tmp_path / "adapter", tmp_path / "served")
+    tensors = load_file(tmp_path / "served" / WEIGHTS)
+    name = next(name for name in tensors if ".lora_B" in name)
+    edit_tensors(tmp_path / "served", **{name: torch.full_like(tensors[name], torch.inf)})
+    with pytest.raises(ModelError, match=f"{re.escape(name)} are not all finite"):
+        import_adapter(tmp_path / "served", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_found_from_anywhere(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    make_adapter(Path("adapter"), Path("base"), ("experts",))
+    edit_config(tmp_path / "adapter", base_model_name_or_path="base")  # as of old
+    export_adapter("adapter", "served")
+    import_adapter("served", "back", base="base")
+    for name in ("served", "back"):
+        assert json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
 def test_shared_and_dense_as_modules_are_legacy_too(base: Path, tmp_path: Path):

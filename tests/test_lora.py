@@ -1,19 +1,31 @@
 """LoRA on our classes against stock PEFT on stock transformers, and what PEFT's own switches do to it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    GraloraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.lora.layer import ParamWrapper
 
-from deepseek_v2_modeling import DeepseekV2ForCausalLM, ModelError, apply_lora, lora_config
+from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, ModelError, apply_lora, lora_config
 from deepseek_v2_modeling.loading import load_base
-from deepseek_v2_modeling.lora import GROUPS, PROJECTIONS, adapted_modules
+from deepseek_v2_modeling.lora import GROUPS, PROJECTIONS, absolute_base, adapted_modules
 
-from .model_helpers import SMALL, logits_of, random_adapter, random_ids, shake, small_model, stock_twin
+from .model_helpers import SMALL, left_padded, logits_of, random_adapter, random_ids, shake, small_model, stock_twin
 
 EVERYWHERE = ["attention", "experts", "shared_experts", "dense", "router"]
 CASES: dict[str, dict[str, Any]] = {
@@ -234,6 +246,21 @@ def test_dropout_acts_in_training_only(base: Path, target: str):
     assert not torch.allclose(first, second, atol=1e-4)
 
 
+def test_dropout_of_the_config(base: Path, tmp_path: Path):
+    """`lora_config` keeps it for `apply_lora`, beside the fields that are written; an argument wins."""
+    config = lora_config(["attention", "experts", "embeddings"], r=2, dropout=0.25)
+    assert config.lora_dropout == 0
+    model = apply_lora(load_base(str(base)), config)
+    dropouts = {row["projection"]: row["dropout"] for row in adapted_modules(model)}
+    assert dropouts.pop("embed_tokens") == 0  # PEFT's forward has none there
+    assert set(dropouts.values()) == {0.25}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["lora_dropout"] == 0 and "runtime_dropout" not in saved
+    other = adapted_modules(apply_lora(load_base(str(base)), config, 0.5))
+    assert {row["dropout"] for row in other} == {0, 0.5}
+
+
 def test_dropout_is_not_on_disk(base: Path, tmp_path: Path):
     """Stock PEFT refuses another value than 0 for experts."""
     model = random_adapter(load_base(str(base)), config_of("everywhere"), dropout=0.5)
@@ -257,6 +284,7 @@ def test_table_of_adapted_modules(base: Path):
         *(f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
         *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"),
     }
+    assert rows["mlp.experts.gate_up_proj"]["scaling"] == 7 and rows["mlp.experts.gate_up_proj"]["dropout"] == 0
     found = {name: (row["layers"], row["rank"], row["alpha"]) for name, row in rows.items()}
     assert found["self_attn.q_b_proj"] == (3, 3, 1) and found["self_attn.o_proj"] == (3, 2, 1)
     assert found["mlp.experts.gate_up_proj"] == (2, 1, 7) and found["mlp.experts.down_proj"] == (2, 4, 7)
@@ -338,11 +366,39 @@ def test_target_that_matches_nothing(target: str, changes: dict[str, Any]):
         ({"targets": ["attention", "experts"], "r": {"attention": 2}}, "experts"),
         ({"targets": ["attention"], "alpha": {"attention": 2, "elsewhere": 1}}, "elsewhere"),
         ({"targets": ["attention"], "r": 0}, "rank"),
+        ({"targets": ["attention"], "r": 2.9}, "rank .* is 2.9: it must be a whole number"),
+        ({"targets": ["attention"], "alpha": -1}, "alpha .* is -1"),
+        ({"targets": ["attention"], "alpha": {"attention": math.nan}}, "alpha .* is nan"),
+        ({"targets": ["attention"], "dropout": 1}, "dropout is 1"),
+        ({"targets": "attentions"}, '"attentions"'),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], named: str):
     with pytest.raises(ModelError, match=named):
         lora_config(**settings)
+
+
+def test_one_target_as_text():
+    assert lora_config("attention").target_modules == lora_config(["attention"]).target_modules
+
+
+def test_models_that_cannot_be_adapted(base: Path):
+    config = lora_config("attention.o", r=2)
+    model = apply_lora(load_base(str(base)), config)
+    for adapted in (model, model.get_base_model()):
+        with pytest.raises(ModelError, match="adapters already"):
+            apply_lora(adapted, config)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match=r"modeling_deepseek_v2\.DeepseekV2ForCausalLM is no model of this package"):
+        apply_lora(stock_twin(base), config)
+
+
+def test_the_base_is_found_from_anywhere(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(base.parent)
+    apply_lora(load_base(base.name), lora_config("attention.o", r=2)).save_pretrained(str(tmp_path / "adapter"))
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert AutoPeftModelForCausalLM.from_pretrained("adapter").active_adapter == "default"
+    assert absolute_base("deepseek-ai/DeepSeek-V2-Lite") == "deepseek-ai/DeepSeek-V2-Lite"
 
 
 def test_adapter_tensors_are_in_pefts_layout(base: Path):
@@ -383,14 +439,65 @@ def test_adapter_names_by_row_are_left_to_peft(base: Path):
     torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_refuses_what_it_cannot_absorb(base: Path):
-    """DoRA on kv_b_proj would be left out of every decoded token without a word."""
-    config = LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False, use_dora=True)
-    model: Any = get_peft_model(load_base(str(base), attn_implementation="eager"), config).eval()
-    ids = random_ids(1, 5)
-    with pytest.raises(ModelError, match="cannot absorb"):
-        model.generate(input_ids=ids, max_new_tokens=3)
-    assert model.generate(input_ids=ids, max_new_tokens=3, use_cache=False).shape[1] <= 8
+KV_B: dict[str, Any] = {"target_modules": ["kv_b_proj"]}
+NOT_ABSORBED = {
+    "DoRA": LoraConfig(r=2, init_lora_weights=False, use_dora=True, **KV_B),
+    "bias": LoraConfig(r=2, init_lora_weights=False, lora_bias=True, **KV_B),
+    "LoHa": LoHaConfig(r=2, init_weights=False, **KV_B),
+    "IA3": IA3Config(feedforward_modules=[], init_ia3_weights=False, **KV_B),
+    "GraLoRA": GraloraConfig(r=2, gralora_k=2, init_weights=False, **KV_B),
+    "AdaLoRA": AdaLoraConfig(total_step=10, init_lora_weights=False, **KV_B),
+    "OFT": OFTConfig(oft_block_size=4, init_weights=False, **KV_B),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", NOT_ABSORBED)
+def test_what_cannot_be_absorbed_is_decoded_all_the_same(kind: str, attention: str, base: Path):
+    """Else the adapter would be left out of every decoded token without a word."""
+    model: Any = get_peft_model(load_base(str(base), attn_implementation=attention), NOT_ABSORBED[kind]).eval()
+    if kind == "bias":  # PEFT makes it zero
+        torch.nn.init.normal_(model.base_model.model.model.layers[1].self_attn.kv_b_proj.lora_B["default"].bias)
+    ids, mask, positions = left_padded(random_ids(2, 9), [0, 3])
+    wanted = logits_of(model, ids, attention_mask=mask, position_ids=positions)
+    cache, outs = LatentCache(model.config), []
+    for begin, end in ((0, 5), (5, 6), (6, 9)):
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        outs.append(logits_of(model, ids[:, begin:end], past_key_values=cache, **given))
+    found = torch.cat(outs, dim=1)
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        plain = logits_of(model, ids, attention_mask=mask, position_ids=positions)
+    assert not torch.allclose(wanted[mask.bool()], plain[mask.bool()], atol=1e-2), "the test proves nothing"
+
+
+def test_adapter_names_by_row_are_decoded(base: Path):
+    model: Any = random_adapter(load_base(str(base)), lora_config(["attention.kv_b"], r=2))
+    ids, settings = random_ids(1, 5), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    single = model.generate(input_ids=ids, **settings)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=ids, **settings)
+    assert not torch.equal(single, plain)
+    both = model.generate(input_ids=ids.expand(2, -1), adapter_names=["default", "__base__"], **settings)
+    assert torch.equal(both, torch.cat((single, plain)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_absorbed(dtype: torch.dtype):
+    """Their numbers are not what kv_b_proj multiplies by."""
+
+    class Quantised(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(input, self.weight.float() / 64)
+
+    model, ids = small_model(), random_ids(1, 6)
+    for layer in model.model.layers:
+        old = layer.self_attn.kv_b_proj
+        new = layer.self_attn.kv_b_proj = Quantised(old.in_features, old.out_features, bias=False)
+        new.weight = torch.nn.Parameter((old.weight * 64).round().to(dtype), requires_grad=False)
+    cache = LatentCache(model.config)
+    found = torch.cat([logits_of(model, part, past_key_values=cache) for part in ids.split(3, dim=1)], dim=1)
+    torch.testing.assert_close(found, logits_of(model, ids), rtol=0, atol=1e-5)
 
 
 def test_one_routed_expert():

@@ -21,6 +21,7 @@ from deepseek_v2_modeling.merge import copy_side_files
 
 from .adapter_helpers import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter
 from .model_helpers import logits_of, random_adapter, shake, stock_twin, tokenizer
+from .stage_helpers import byte_tokenizer, score_model
 
 ROOT = Path(__file__).parents[1]
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -127,6 +128,37 @@ def test_types(tmp_path: Path):
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_a_whole_model_is_written_again(tmp_path: Path, shard: str):
+    """What full fine-tuning leaves needs no merge, but perhaps another type."""
+    make_base(tmp_path / "run" / "final", max_shard_size=shard)
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    own = tensors_of(tmp_path / "run" / "final")
+    report = merge_lora(tmp_path / "run", tmp_path / "kept")
+    merge_lora(tmp_path / "run", tmp_path / "half", dtype="bfloat16")
+    kept, half = tensors_of(tmp_path / "kept"), tensors_of(tmp_path / "half")
+    assert kept.keys() == half.keys() == own.keys() and report.tensors == len(own) and report.adapted == 0
+    assert all(torch.equal(kept[name], own[name]) and torch.equal(half[name], own[name].bfloat16()) for name in own)
+    assert logits_of(stock_twin(tmp_path / "kept"), IDS).shape == (2, 12, 61)
+    assert (tmp_path / "kept" / "tokenizer.json").is_file() and not (tmp_path / "kept" / "manifest.json").exists()
+    last = sorted((tmp_path / "run" / "final").glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-4])
+    refuse("cut short", tmp_path / "run", tmp_path / "out")
+
+
+def test_a_whole_reward_model_is_written_again(tmp_path: Path):
+    score_model(num_labels=2).save_pretrained(tmp_path / "final")
+    (tmp_path / "final" / "reward_stats.json").write_text('{"mean": 1}')
+    byte_tokenizer().save_pretrained(tmp_path / "final")
+    merge_lora(tmp_path / "final", tmp_path / "copy")
+    own, copy = tensors_of(tmp_path / "final"), tensors_of(tmp_path / "copy")
+    assert own.keys() == copy.keys() and all(torch.equal(copy[name], own[name]) for name in own)
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["architectures"] == [
+        "DeepseekV2ForSequenceClassification"
+    ]
+    assert (tmp_path / "copy" / "reward_stats.json").is_file()
+
+
 def test_reward_model(base: Path, tmp_path: Path):
     source = ModelSource(str(base))
     lora = LoraSettings(targets=("attention", "experts"), r=2)
@@ -166,7 +198,7 @@ def test_directory_that_is_not_empty(adapter: Path, tmp_path: Path):
 
 
 def test_no_adapter_and_no_base(base: Path, adapter: Path, tmp_path: Path):
-    refuse("no adapter here", base, tmp_path / "out")
+    refuse("no such directory", tmp_path / "nowhere", tmp_path / "out")
     refuse("float8 .* is not one of|not one of", adapter, tmp_path / "out", dtype="float8")
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "gone" / "far" / "away"))
     refuse("gone/far/away: this base model is not there", adapter, tmp_path / "out")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_v2_modeling import LatentCache, lora_config, products, wide_attention
+from deepseek_v2_modeling import LatentCache, attention, lora_config, products, wide_attention
 from deepseek_v2_modeling.cache import joined, with_room
 from deepseek_v2_modeling.gated import gated
 from deepseek_v2_modeling.norm import DeepseekV2RMSNorm
@@ -129,10 +129,13 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, grad: bool, masked: bool):
 
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_decoding_in_low_precision(cpu: Any, amx: bool, adapted: bool):
-    """Token by token with a cache as in one forward, over the edge of a block of the cache."""
+@pytest.mark.parametrize("limit", [1, 10_000])
+def test_decoding_in_low_precision(cpu: Any, amx: bool, adapted: bool, limit: int, monkeypatch: pytest.MonkeyPatch):
+    """Token by token with a cache as in one forward, over the edge of a block of the cache; short rows and long ones.
+    Without routed experts: rounding flips some."""
     cpu(amx)
-    model = small_model()
+    monkeypatch.setattr(attention, "WORTH_A_PRODUCT", limit)
+    model = small_model(first_k_dense_replace=3)
     if adapted:
         model = random_adapter(model, lora_config(targets=("attention",), r=4, alpha=8))
     model.to(torch.bfloat16)
@@ -141,7 +144,7 @@ def test_decoding_in_low_precision(cpu: Any, amx: bool, adapted: bool):
     with torch.no_grad():
         model(input_ids=ids[:, :-8], past_key_values=cache)
         steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(BLOCK - 4, BLOCK + 4)]
-    assert relative(torch.cat(steps, 1).float(), logits_of(model, ids)[:, -8:].float()) < 8 * BF16_ROUNDING
+    assert relative(torch.cat(steps, 1).float(), logits_of(model, ids)[:, -8:].float()) < 4 * BF16_ROUNDING
 
 
 def test_keys_with_room():

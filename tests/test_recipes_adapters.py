@@ -30,11 +30,27 @@ def test_out_and_back(adapter: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith("back: 54 tensors from one pair for each expert, ")
 
 
+def test_a_whole_model_is_copied(adapter: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["merge", "base", "copy", "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(
+        r"copy: 83 tensors in 1 file, 0\.\d+ MB, copied from a whole model, which has no adapter\n", said
+    )
+
+
+def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFixture[str]):
+    make_adapter(Path("plain"), Path("base"), ("attention",))
+    assert main(["export", "plain", "served"]) == 0
+    capsys.readouterr()
+    assert main(["import", "served", "back"]) == 0
+    assert "24 tensors from a layout that is PEFT's as well" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["merge", "run", "base"], "base is there already and not empty; choose another directory"),
-        (["merge", "base", "out"], "base: there is no adapter here"),
+        (["export", "base", "out"], "base: there is no adapter here"),
         (["merge", "nowhere", "out"], "nowhere: there is no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["merge", "run"], "the following arguments are required: OUT_DIR"),

@@ -93,22 +93,29 @@ def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "start"),
+    ("command", "raised", "code", "said"),
     [
-        (ToolkitError("data: nothing"), 2, "error: data: nothing\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from there\n"),
-        (KeyboardInterrupt("stopped at step 3"), 130, "interrupted: stopped at step 3;"),
+        ("sft", ToolkitError("data: nothing"), 2, "error: data: nothing\n"),
+        ("sft", KeyboardInterrupt(), 130, "interrupted; the same command goes on from there\n"),
+        ("run", KeyboardInterrupt("at step 3"), 130, "interrupted: at step 3; the same command goes on from there\n"),
+        ("merge", KeyboardInterrupt(), 130, "interrupted; nothing was finished\n"),
+        ("eval", KeyboardInterrupt(), 130, "interrupted; nothing was finished\n"),
     ],
 )
 def test_exit_codes(
-    raised: BaseException, code: int, start: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    raised: BaseException,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(argv: object) -> int:
         raise raised
 
     monkeypatch.setattr(cli, "dispatch", fail)
-    assert main([]) == code
-    assert capsys.readouterr().err.startswith(start)
+    assert main([command]) == code
+    assert capsys.readouterr().err == said
 
 
 def test_the_models_errors_are_the_users_and_faults_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:

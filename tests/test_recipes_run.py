@@ -112,17 +112,75 @@ def test_an_interrupted_run_goes_on(
         (("output_dir=.",), "holds other files"),
         (("output_dir=rows.jsonl",), "output_dir rows.jsonl is a file"),
         (("model.path=new", "model.preset=large"), 'unknown preset "large"'),
+        (("lora.targets=[router]", "model.config.n_routed_experts=0"), 'the LoRA target "router" matches nothing'),
+        (("lora.targets=[dense]", "model.config.first_k_dense_replace=0"), 'the LoRA target "dense" matches nothing'),
+        (("model.path=cut",), "adapter_model.safetensors: not a readable safetensors file"),
     ],
 )
 def test_bad_input_ends_with_2_and_leaves_no_trace(
     dsv2: Callable[..., int], words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty.jsonl").write_text("")
+    Path("cut").mkdir()
+    Path("cut/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    Path("cut/adapter_model.safetensors").write_bytes(b"")
     before = sorted(path.name for path in Path().iterdir() if path.name != "runs")
     assert dsv2("sft", "sft.yaml", *words) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and "Traceback" not in captured.err
     assert sorted(path.name for path in Path().iterdir() if path.name != "runs") == before
+
+
+@pytest.mark.parametrize(
+    ("targets", "config", "stage"),
+    [
+        ("[shared_experts]", "{n_shared_experts: null}", "sft"),
+        ("[dense]", "{first_k_dense_replace: 0}", "sft"),
+        ("[attention, lm_head]", "{}", "reward"),
+    ],
+)
+@pytest.mark.parametrize("model", [("model.path=base",), ("model.path=new", "model.preset=tiny")])
+def test_targets_that_match_nothing_are_found_before_the_data_is_read(
+    dsv2: Callable[..., int],
+    targets: str,
+    config: str,
+    stage: str,
+    model: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (f"stage={stage}", f"lora.targets={targets}", f"model.config={config}", "data=[{path: none.jsonl}]", *model)
+    for command in ("check", stage):
+        assert dsv2(command, "sft.yaml", *words) == 2
+        message = capsys.readouterr().err
+        assert "matches nothing in this model: leave it out" in message and message.count("\n") == 1
+    assert not Path("run").exists() and not Path("new").exists()
+
+
+def test_a_broken_adapter_ends_with_2(dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("lora={targets: [attention, lm_head, embeddings], r: 2, dropout: 0.25, rslora: true}",)
+    assert dsv2("sft", "sft.yaml", *words) == 0
+    out = capsys.readouterr().out
+    assert "self_attn.o_proj: 2 x rank 2, alpha 4, dropout 0.25, " in out
+    assert "lm_head: 1 x rank 2, alpha 4, dropout 0.25, " in out and "embed_tokens: 1 x rank 2, alpha 4, " in out
+    rows = {row["projection"]: row for row in read_json(Path("run/manifest.json"))["trained"]}
+    assert rows["lm_head"]["dropout"] == 0.25 and rows["embed_tokens"]["dropout"] == 0
+    assert rows["lm_head"]["scaling"] == pytest.approx(4 / 2**0.5)
+    file = Path("run/final/adapter_model.safetensors")
+    whole = file.read_bytes()
+    for content, message in ((whole[:-9], "cut short"), (whole[:-4] + b"\xff" * 4, "are not all finite")):
+        file.write_bytes(content)
+        assert dsv2("chat", "run", "--prompt", "1?") == 2
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said
+
+
+def test_dropout_that_the_trainer_turns_off_is_told(
+    dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("stage=reward", "data=[{path: 'tiny:helpful_train?n=6'}]", "lora.dropout=0.5")
+    assert dsv2("reward", "sft.yaml", *words) == 0
+    assert "lora.dropout is 0.5 but training.disable_dropout is true" in capsys.readouterr().out
+    assert {row["dropout"] for row in read_json(Path("run/manifest.json"))["trained"]} == {0}
 
 
 def test_a_preset_makes_the_missing_model_by_seed(dsv2: Callable[..., int], base: Path) -> None:

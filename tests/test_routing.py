@@ -151,6 +151,40 @@ def test_past_the_end():
             logits_of(model, ids)
 
 
+def test_before_the_end():
+    model, ids = small_model(), random_ids(2, 7)
+    with record_routing(model) as routes:
+        logits_of(model, ids)
+        logits_of(model, ids)
+    with pytest.raises(ValueError, match="1 of the 2 forwards"), replay_routing(model, routes):
+        logits_of(model, ids)
+    with pytest.raises(RuntimeError, match="its own"), replay_routing(model, routes):
+        raise RuntimeError("its own")
+    with replay_routing(model, routes[:1]):
+        logits_of(model, ids)
+
+
+def test_a_recording_within_a_recording_is_part_of_both():
+    model, ids = small_model(), random_ids(2, 7)
+    with record_routing(model) as outer:
+        logits_of(model, ids)
+        with record_routing(model) as inner:
+            logits_of(model, ids[:, :3])
+        logits_of(model, ids[:1])
+    logits_of(model, ids)
+    assert [tuple(forward[0].shape) for forward in outer] == [(2, 7, 3), (2, 3, 3), (1, 7, 3)]
+    assert [tuple(forward[0].shape) for forward in inner] == [(2, 3, 3)]
+
+
+def test_a_replay_within_a_replay():
+    model, ids = small_model(), random_ids(2, 7)
+    routes = recorded(model, ids)
+    with replay_routing(model, routes):
+        with pytest.raises(ValueError, match="open"), replay_routing(model, routes):
+            pass
+        logits_of(model, ids)
+
+
 def test_under_peft():
     model, ids = apply_lora(small_model(), lora_config(["experts", "router"], r=2)).eval(), random_ids(1, 6)
     routes = recorded(model, ids)

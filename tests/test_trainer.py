@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from deepseek_v2_modeling import ModelError, collect_balance
+from deepseek_v2_modeling import ModelError, collect_balance, modeling
 from deepseek_v2_modeling.balance_log import BalanceLog, expert_shares, load_metrics
 from deepseek_v2_modeling.run_files import append_lines, cut_file
 from deepseek_v2_modeling.trainer import (
@@ -21,7 +21,7 @@ from deepseek_v2_modeling.trainer import (
 from deepseek_v2_modeling.trainer_checkpoints import remove_old_checkpoints
 
 from .model_helpers import random_ids
-from .stage_helpers import assert_same_weights, chat_model, lines, stopped_after, weights
+from .stage_helpers import assert_same_weights, chat_model, lines, score_model, stopped_after, weights
 
 
 class PlainTrainer(RunTrainerMixin, Trainer):
@@ -100,6 +100,72 @@ def test_balance_loss_is_counted_once_over_micro_batches(tmp_path):
         for key in ("loss", "grad_norm", "balance/expert", "task_loss"):
             assert one[key] == pytest.approx(other[key], rel=2e-4), key
         assert one["expert_load/layer_1/share"] == other["expert_load/layer_1/share"]
+
+
+@pytest.mark.parametrize("cls", [Trainer, PlainTrainer])
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_scores_are_a_mean_over_micro_batches(tmp_path, cls, num_labels):
+    """A batch of 8 is the same update as 4 micro-batches of 2: the task's loss and the balance losses."""
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": i % 3 if num_labels > 1 else i / 8}
+        for i, ids in enumerate(random_ids(8, 12, vocab=200))
+    ]
+    coefficients = {"expert": {"aux_loss_alpha": 0.5}, "none": {"aux_loss_alpha": 0.0}}
+    found = {}
+    for kind, alphas in coefficients.items():
+        for size in (8, 2):
+            model = score_model(num_labels=num_labels, **alphas)
+            arguments = training_arguments(
+                {
+                    "per_device_train_batch_size": size,
+                    "gradient_accumulation_steps": 8 // size,
+                    "max_steps": 1,
+                    "learning_rate": 0.0,
+                    "max_grad_norm": 1e9,
+                    "save_strategy": "no",
+                },
+                run_dir=tmp_path / f"{kind}{size}",
+                seed=5,
+                dtype="float32",
+                limits=RunLimits(),
+            )
+            trainer = cls(model=model, args=TrainingArguments(**arguments), train_dataset=rows)
+            trainer.train()
+            found[kind, size] = next(line for line in trainer.state.log_history if "loss" in line)
+        for key in ("loss", "grad_norm"):
+            assert found[kind, 2][key] == pytest.approx(found[kind, 8][key], rel=2e-4), (kind, key)
+    assert found["expert", 8]["loss"] > found["none", 8]["loss"] + 0.4  # alpha times 1 or more for one MoE layer
+
+
+@pytest.mark.parametrize("cls", [Trainer, PlainTrainer])
+@pytest.mark.parametrize("own", ["label_smoothing_factor", "compute_loss_func"])
+def test_losses_that_are_made_outside_of_the_model(tmp_path, cls, own, monkeypatch):
+    """They are made without the balance losses: the mixin adds them, and without it that is said."""
+    said = []
+    monkeypatch.setattr(modeling.logger, "warning_once", said.append)
+    losses = {}
+    for alpha in (0.0, 0.5):
+        arguments = training_arguments(
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, "save_strategy": "no"}
+            | ({own: 0.1} if own == "label_smoothing_factor" else {}),
+            run_dir=tmp_path / str(alpha),
+            seed=5,
+            dtype="float32",
+            limits=RunLimits(),
+        )
+        loss = {own: lambda out, labels, num_items_in_batch: out.logits.float().square().mean() / 2}
+        trainer = cls(
+            model=chat_model(aux_loss_alpha=alpha),
+            args=TrainingArguments(**arguments),
+            train_dataset=examples(),
+            **(loss if own == "compute_loss_func" else {}),
+        )
+        trainer.train()
+        losses[alpha] = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    if cls is Trainer:
+        assert losses[0.5] == pytest.approx(losses[0.0]) and "RunTrainerMixin" in said[0]
+    else:
+        assert losses[0.0] + 0.4 < losses[0.5] < losses[0.0] + 1.5 and not said
 
 
 def test_balance_loss_moves_the_router(tmp_path):
