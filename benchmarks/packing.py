@@ -34,6 +34,7 @@ from conversations import load_conversations
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, apply_lora, lora_config
 from deepseek_v2_modeling.presets import PRESETS
 from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from recipes.allocation import keep_freed_memory
 from recipes.tiny.tokenizer import build_tokenizer
 from sft.data import encode_rows
 from sft.trainer import ChatTrainer
@@ -142,6 +143,8 @@ def main() -> None:
     weights: dict[str, torch.Tensor] = {}
     found: dict[str, dict[str, Any]] = {}
     for side in args.sides:
+        if side.startswith("ours"):
+            keep_freed_memory()  # as `dsv2` does
         model = build(args.shape, args.dtype, weights, side.startswith("ours"), token_ids)
         found[side] = train(side, model, data, tokenizer, args)
         print(side, found[side], flush=True)

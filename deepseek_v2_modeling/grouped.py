@@ -5,7 +5,6 @@ expert that has rows, into a shared output. Neither builds anything of the size 
 those weights train.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import compiled
-from .products import ROWS, compute_dtype, float32_is_faster, widens
+from .products import compute_dtype, widens
 
 FILL = 32  # rows
 ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
@@ -78,9 +77,9 @@ def looped_product(
 ) -> torch.Tensor:
     """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares (CPU): [S, O]. An expert's products are in float32
     where that is faster (products.py)."""
-    y_SO = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1])
+    y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(counts))
     for expert, rows in blocks(counts):
-        dtype, target = product_dtype(x_SI, rows), y_SO[rows]
+        target = y_SO[rows]
         x = x_SI[rows].to(dtype)
         y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
         for scaling, places, z, a, b in shares:
@@ -104,8 +103,8 @@ def looped_gradient(
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
     dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
     made: list[Any] = [tuple(None if t is None else torch.zeros_like(t) for t in share[2:]) for share in shares]
+    dtype = product_dtype(x_SI, len(counts))
     for expert, rows in blocks(counts):
-        dtype = product_dtype(x_SI, rows)
         g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
         dx = None if dx_SI is None else torch.mm(g, w_EOI[expert].to(dtype))
         if dw_EOI is not None:
@@ -156,9 +155,16 @@ def shares_of(told: Sequence[tuple[float, Sequence[int]]], tensors: Sequence[tor
     return [Share(*about, *given[3 * i : 3 * i + 3]) for i, about in enumerate(told)]
 
 
-def product_dtype(x_SI: torch.Tensor, rows: slice) -> torch.dtype:
-    """Of an expert's products on these rows of x."""
-    return torch.float32 if x_SI.dtype.itemsize < 4 and widens(x_SI, rows.stop - rows.start) else x_SI.dtype
+def product_dtype(x_SI: torch.Tensor, num_experts: int) -> torch.dtype:
+    """Of all experts' products on these rows. By the mean of their rows: what is not filled up is as long at each step,
+    and memory of one length is found again."""
+    return torch.float32 if widens(x_SI, len(x_SI) // num_experts) else x_SI.dtype
+
+
+def fills_up(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> bool:
+    """Whether groups are filled up: where low-precision products on a CPU run as such."""
+    low = x_ND.device.type == "cpu" and compute_dtype(x_ND).itemsize < 4
+    return low and not torch.compiler.is_compiling() and not widens(x_ND, experts_NK.numel() // num_experts)
 
 
 class Groups:
@@ -232,8 +238,7 @@ def place_slots(experts_NK: torch.Tensor, num_experts: int, fill_up: bool) -> tu
     sizes_E.index_add_(0, flat, torch.ones_like(flat))
     slot_P = order_S
     if fill_up:
-        low = ROWS if float32_is_faster() else math.inf  # from there on products are in float32, which need no filling
-        full_E = torch.tensor([filled_up(size) if size < low else size for size in sizes_E.tolist()])
+        full_E = torch.tensor([filled_up(size) for size in sizes_E.tolist()])
         gaps_E = (full_E - sizes_E).cumsum(0) - (full_E - sizes_E)
         rows_S = rows_S + gaps_E[flat[order_S]]
         slot_P = order_S.new_full((int(full_E.sum()),), -1)
@@ -290,9 +295,7 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups, Slots]:
     """Each slot's token, sorted by expert: (x [P, D], the groups of its rows, where the slots are)."""
-    looped = x_ND.device.type == "cpu" and not torch.compiler.is_compiling()
-    fill_up = looped and compute_dtype(x_ND).itemsize < 4
-    slots, groups = place_slots(experts_NK, num_experts, fill_up)
+    slots, groups = place_slots(experts_NK, num_experts, fills_up(x_ND, experts_NK, num_experts))
     return _Dispatch.apply(x_ND, slots), groups, slots
 
 

@@ -3,7 +3,7 @@
 B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .balance import RouterOutput
 from .configuration import DeepseekV2Config
 from .expert_block import train_experts
 from .gated import gated
-from .grouped import Groups, LowRank, combine, dispatch, place_slots
+from .grouped import Groups, LowRank, combine, dispatch, fills_up, place_slots
 from .lowrank import linear, unwrap
 from .products import Linear, compute_dtype
 
@@ -111,11 +111,20 @@ def _trained(
     own = type(base).linear is not DeepseekV2Experts.linear
     if x_ND.device.type != "cpu" or drops or own or torch.compiler.is_compiling():
         return None
-    dtype = compute_dtype(x_ND)
-    slots, groups = place_slots(experts_NK, base.num_experts, fill_up=dtype.itemsize < 4)
-    if not groups.counts:
-        return None
-    return train_experts(base, adapters, x_ND.to(dtype), weights_NK, slots, groups)
+    weights_train = base.gate_up_proj.requires_grad or base.down_proj.requires_grad
+    outs = []
+    # Some tokens at a time: what lies between stays small. Not where weights train: each part would make a gradient.
+    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=weights_train):
+        slots, groups = place_slots(chosen, base.num_experts, fills_up(x, chosen, base.num_experts))
+        if not groups.counts:
+            return None
+        outs.append(train_experts(base, adapters, x.to(compute_dtype(x)), weights, slots, groups))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def in_parts(*tensors: torch.Tensor, whole: bool) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors, or TOKENS rows of them at a time."""
+    return zip(*([t] if whole else t.split(TOKENS) for t in tensors), strict=True)
 
 
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
@@ -123,19 +132,18 @@ def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor
 
     Without gradients on a CPU some tokens at a time: what lies between stays small, and in the CPU's cache.
     """
-    whole = torch.is_grad_enabled() or x_ND.device.type != "cpu" or len(x_ND) <= TOKENS
-    sizes = len(x_ND) if whole else TOKENS
     base, adapters = unwrap(experts)
     if torch.is_grad_enabled() and (out := _trained(base, adapters, x_ND, weights_NK, experts_NK)) is not None:
         return out
     outs = []
-    for x, weights, chosen in zip(*(t.split(sizes) for t in (x_ND, weights_NK, experts_NK)), strict=True):
+    whole = torch.is_grad_enabled() or x_ND.device.type != "cpu"
+    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=whole):
         x_PD, groups, slots = dispatch(x, chosen, base.num_experts)
         hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
         hidden = gated(base.act_fn, *hidden.chunk(2, dim=-1))
         y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
         outs.append(combine(y_PD, weights, slots))
-    return outs[0] if whole else torch.cat(outs)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class DeepseekV2MoE(nn.Module):

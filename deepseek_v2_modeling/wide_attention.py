@@ -51,6 +51,8 @@ def wide_attention(
     causal = attention_mask is None and query.shape[2] > 1
     if torch.is_grad_enabled() and attention_mask is None and not dropout:
         return _WideAttention.apply(scaling, causal, query, key, value).transpose(1, 2), None
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
     values = query.shape[0] * max(query.shape[2], key.shape[2]) * query.shape[3]
     heads = query.shape[1] if torch.is_grad_enabled() else max(1, PIECE // values)
     outs = [

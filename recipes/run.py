@@ -15,6 +15,7 @@ from typing import Any, Literal
 from conversations.errors import ToolkitError
 from conversations.infill import fim_ids
 from conversations.sections import StageRecipe
+from recipes.allocation import keep_freed_memory
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
@@ -66,6 +67,7 @@ def run_stage(loaded: Loaded) -> Outcome:
         return Outcome("done_before", read_manifest(run_dir))
     began = time.monotonic()
     quiet_libraries()
+    keep_freed_memory()
     check_recipe(recipe)
     _seed(recipe.seed)
     inputs = _load_inputs(recipe)

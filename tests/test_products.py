@@ -104,15 +104,17 @@ def test_training_is_as_good_as_in_low_precision(cpu: Any, padded: bool):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention(monkeypatch: pytest.MonkeyPatch, grad: bool, masked: bool):
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.bfloat16])
+def test_attention(monkeypatch: pytest.MonkeyPatch, grad: bool, masked: torch.dtype | None):
     """As SDPA in float64, in the shape that transformers' kernels give; some heads at a time without gradients."""
     monkeypatch.setattr(wide_attention, "PIECE", 100)
     torch.manual_seed(0)
     parts = [torch.randn(2, 4, 5, 8, dtype=torch.bfloat16, requires_grad=grad) for _ in range(3)]
     exact = [t.detach().double().requires_grad_(grad) for t in parts]
-    mask = (torch.rand(2, 1, 5, 5) > 0.3) | torch.eye(5, dtype=torch.bool) if masked else None
-    wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=not masked, scale=0.3).transpose(1, 2)
+    allowed = (torch.rand(2, 1, 5, 5) > 0.3) | torch.eye(5, dtype=torch.bool) if masked else None
+    added = None if allowed is None else torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e9)
+    mask = added if masked == torch.bfloat16 else allowed
+    wanted = F.scaled_dot_product_attention(*exact, attn_mask=allowed, is_causal=not masked, scale=0.3).transpose(1, 2)
     with torch.set_grad_enabled(grad):
         found, weights = wide_attention.wide_attention(nn.Identity(), *parts, mask, 0.3)
     assert weights is None and found.dtype == torch.bfloat16
