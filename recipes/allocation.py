@@ -12,8 +12,8 @@ LARGE = 2**30  # bytes
 def keep_freed_memory() -> None:
     """glibc gives freed blocks of over 32 MB back to the system, which then has to zero new ones at each step.
 
-    That is a quarter of the time of long float32 steps on a CPU (docs/log.md); to keep them costs a tenth more memory at
-    the peak. With another C library this does nothing.
+    That is a quarter of the time of long float32 steps on a CPU (docs/log.md); to keep them costs a tenth more memory
+    at the peak. With another C library this does nothing.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
