@@ -51,6 +51,12 @@ def test_a_recipe_parses_and_says_what_it_needs(path: Path) -> None:
         assert word in header
 
 
+@pytest.mark.parametrize("path", [path for path in ALONE if STAGES[path] == "rl"], ids=name_of)
+def test_rl_recipes_compute_the_papers_loss(path: Path) -> None:
+    training = load_recipe(path).recipe.training
+    assert (training["loss_type"], training["use_bias_correction_kl"]) == ("grpo", False)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model, and a reward model made from it."""
