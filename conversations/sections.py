@@ -18,9 +18,10 @@ Alpha = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are not coerced, `null` text is checked too."""
+    """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite, `null` text is checked
+    too."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.trainer import RunLimits, training_arguments
 from recipes.mixing import source_names
+from recipes.training_bounds import check_bounds
 
 CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
 
@@ -70,6 +71,7 @@ def check_training(recipe: Any) -> None:
         except ValidationError as error:
             reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
             raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
+    check_bounds(recipe.training)
     _check_trackers(recipe.training.get("report_to"))
     _try_config(recipe)
     _check_metric(recipe)

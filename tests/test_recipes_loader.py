@@ -209,6 +209,29 @@ def test_paths_inside_tasks_and_chains_are_files_too(tmp_path: Path) -> None:
     }
 
 
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "h"))
+    tree = {
+        "model": {"path": "~/m"},
+        "lora": {"experts_file": "~/e.json"},
+        "data": [{"path": "~/a.jsonl"}],
+        "rewards": [{"model": "~/rm"}, {"rule": "~/no path"}],
+        "stages": [{"recipe": "~/s.yaml", "model": {"path": "~/n"}}],
+        "output_dir": "~",
+    }
+    home = str(tmp_path / "h")
+    assert absolute_paths(tree, Path("/recipes")) == {
+        "model": {"path": f"{home}/m"},
+        "lora": {"experts_file": f"{home}/e.json"},
+        "data": [{"path": f"{home}/a.jsonl"}],
+        "rewards": [{"model": f"{home}/rm"}, {"rule": "~/no path"}],
+        "stages": [{"recipe": f"{home}/s.yaml", "model": {"path": f"{home}/n"}}],
+        "output_dir": home,
+    }
+    with pytest.raises(ToolkitError, match="output_dir: '~nobody-here/x': no home directory"):
+        absolute_paths({"output_dir": "~nobody-here/x"}, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["owner/name", "gsm8k", "openai/gsm8k:main", "a-b/c.d_e"])
 def test_hub_names(name: str, tmp_path: Path) -> None:
     assert is_hub_name(name)
