@@ -2,7 +2,7 @@
 
 Data files (`data`, `eval_data`, also inside tasks and a chain's stages) and a chain's stage recipes are relative to the
 recipe file; the same keys in an override to the working directory. Everything else (models, runs,
-output_dir) is relative to the working directory wherever it stands. A `~` in front is the home directory in all of them.
+output_dir) is relative to the working directory wherever it stands. In all of them a leading `~` is the home directory.
 """
 
 import os
