@@ -1,11 +1,11 @@
 """The chat template of DeepSeek-V2, from its one file, and the layout it gives to a conversation.
 
-`chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat), with
-`{% generation %}` around ' ' + content + eos_token: the part of a conversation that is trained.
+`chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat), and what is saved. Here
+it is rendered with `{% generation %}` around ' ' + content + eos_token: the part of a conversation that is trained. The
+mark is known to transformers alone; plain jinja2 and minijinja, which other servers use, refuse it.
 """
 
 import re
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -23,6 +23,8 @@ ROLES = ("system", "user", "assistant")
 # so none of them can be mistaken for one of these.
 _BOS, _EOS, _TRAINED_START, _TRAINED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _CONTENT_START, _CONTENT_END = "\ufdd4", "\ufdd5"
+_ANSWER = "{{ 'Assistant: ' + message['content'] + eos_token }}"
+_TRAINED_ANSWER = "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
 _MARKER = re.compile(f"([{_BOS}{_EOS}{_TRAINED_START}{_TRAINED_END}]|{_CONTENT_START}[0-9]+{_CONTENT_END})")
 
 
@@ -47,19 +49,33 @@ def chat_template() -> str:
     return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
-def install_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make `tokenizer` carry our template, so that checkpoints saved with it render alike everywhere.
+@lru_cache(maxsize=1)
+def training_template() -> str:
+    """The template with `{% generation %}` around what is trained, for `apply_chat_template`; renders the same text."""
+    assert chat_template().count(_ANSWER) == 1
+    return chat_template().replace(_ANSWER, _TRAINED_ANSWER)
 
-    Warns where this replaces a template that renders otherwise than DeepSeek-V2's.
-    """
-    present = tokenizer.chat_template
+
+def has_other_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer carries a template that renders otherwise than DeepSeek-V2's."""
+    return bool(tokenizer.chat_template) and not _renders_alike(tokenizer.chat_template, tokenizer)
+
+
+def install_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Make `tokenizer` carry our template, so that checkpoints saved with it render alike everywhere."""
     tokenizer.chat_template = chat_template()
-    if present and not _renders_alike(present, tokenizer):
-        warnings.warn(
-            "the tokenizer's own chat template differs from DeepSeek-V2's and is replaced: "
-            "the toolkit trains and saves with DeepSeek-V2's",
-            stacklevel=2,
-        )
+
+
+def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token ids of a prompt by the tokenizer's own template. Raises ToolkitError where the template refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ToolkitError(f"the model's own chat template refuses this conversation: {why}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=1024)
@@ -84,7 +100,10 @@ def _compiled_template():
 
     # The two block settings are those of transformers' apply_chat_template.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    marked = chat_template().replace("{% generation %}", _TRAINED_START).replace("{% endgeneration %}", _TRAINED_END)
+    marks = {"{% generation %}": _TRAINED_START, "{% endgeneration %}": _TRAINED_END}
+    marked = training_template()
+    for mark, sign in marks.items():
+        marked = marked.replace(mark, sign)
     return environment.from_string(marked)
 
 

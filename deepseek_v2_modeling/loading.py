@@ -22,6 +22,7 @@ from .errors import ModelError
 from .expert_choice import ExpertChoice
 from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
+from .tokenizer_files import save_tokenizer
 
 Head = Literal["causal_lm", "score"]
 HEADS: dict[str, tuple[type[PreTrainedModel], str]] = {
@@ -253,7 +254,7 @@ def save_directory(
             path = temporary / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(str(temporary))
+    save_tokenizer(tokenizer, temporary)
     os.replace(temporary, out_dir)
 
 

@@ -43,6 +43,7 @@ from .tensor_files import (
     whole_directory,
     write_tensors,
 )
+from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
 
 # Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
 SIDE_FILES = (
@@ -211,4 +212,28 @@ def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
     for name in SIDE_FILES:
         found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
         if found:
-            shutil.copyfile(found[0] / name, directory / name)
+            copy_plain(found[0] / name, directory / name)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """A side file as it is, but for what another machine or another renderer could not use."""
+    if source.name == TEMPLATE:
+        target.write_text(plain_template(source.read_text(encoding="utf-8")), encoding="utf-8")
+    elif source.name == TOKENIZER_CONFIG:
+        config = read_object(source)
+        if isinstance(template := config.get("chat_template"), str):
+            config["chat_template"] = plain_template(template)
+        write_tokenizer_config(config, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: no JSON object")
+    return value

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from .chosen_full import load_trained, save_trained
 from .errors import ModelError
 from .loading import save_final
 from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, file_sizes, read_json, write_json
+from .tokenizer_files import save_tokenizer
 from .trainer_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, full_disk_explained
 
 RUN_STATE_FILE = "run_state.json"
@@ -136,6 +137,8 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 save_trained(self.model, folder)
+                if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                    save_tokenizer(self.processing_class, folder)
             self._save_extra(folder)
         finally:
             self._saving = False

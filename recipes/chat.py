@@ -50,6 +50,7 @@ class _Partner:
         from transformers import set_seed
 
         from conversations.sections import ModelSection
+        from conversations.template import has_other_template
         from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
         from recipes.models import load_frozen
         from recipes.quiet import quiet_libraries
@@ -57,6 +58,9 @@ class _Partner:
         quiet_libraries()
         source = resolve_source(arguments.model)
         self.tokenizer: Any = load_tokenizer(source)
+        self.own_template = has_other_template(self.tokenizer)
+        if self.own_template:
+            print(f"{arguments.model}: speaks by its own chat template, not DeepSeek-V2's", file=sys.stderr)
         section = ModelSection(path=arguments.model, dtype=arguments.dtype)
         self.model = load_frozen(section, source, "causal_lm")
         if torch.cuda.is_available():
@@ -75,10 +79,8 @@ class _Partner:
         """Print the model's answer as it comes, and remember it."""
         import torch
 
-        from conversations.rendering import render_conversation
-
         self.messages.append({"role": "user", "content": text})
-        prompt = render_conversation(self.messages, self.tokenizer, add_generation_prompt=True)["input_ids"]
+        prompt = self._prompt_ids()
         ids = torch.tensor([prompt], device=self.model.device)
         sampled = self.settings.temperature > 0
         output = self.model.generate(
@@ -94,6 +96,15 @@ class _Partner:
         )
         said = self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": said})
+
+    def _prompt_ids(self) -> list[int]:
+        """The conversation so far, up to where the answer begins; by the model's own template where it has another."""
+        from conversations.rendering import render_conversation
+        from conversations.template import own_prompt
+
+        if self.own_template:
+            return own_prompt(self.messages, self.tokenizer)
+        return render_conversation(self.messages, self.tokenizer, add_generation_prompt=True)["input_ids"]
 
 
 def _streamer(tokenizer: Any) -> Any:

@@ -135,11 +135,14 @@ def _tokenizer(recipe: Any) -> tuple[Any, str]:
     """The model's tokenizer, or that of the preset that would make it; or None, and why there is none."""
     from conversations.infill import fim_ids
     from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
+    from recipes.models import tell_template
 
     path, preset = Path(recipe.model.path), recipe.model.preset
     if path.exists():
         source = resolve_source(path)
         tokenizer = load_tokenizer(source) if Path(source.tokenizer_dir).exists() else None
+        if tokenizer:
+            tell_template(recipe.model.path, tokenizer)
     elif preset:
         from recipes.tiny.tokenizer import build_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.sections import LoraSection, ModelSection, TrainingRecipe
-from conversations.template import install_template
+from conversations.template import has_other_template, install_template
 from deepseek_v2_modeling.adapters import WEIGHTS
 from deepseek_v2_modeling.chosen_full import trained_rows
 from deepseek_v2_modeling.configuration import DeepseekV2Config
@@ -50,8 +50,15 @@ def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
     ensure_model(section.path, section.preset, seed)
     source = resolve_source(section.path)
     tokenizer = load_tokenizer(source)
+    tell_template(section.path, tokenizer)
     install_template(tokenizer)
     return source, tokenizer
+
+
+def tell_template(path: str, tokenizer: Any) -> None:
+    """Say where a model's own chat template will not be used."""
+    if has_other_template(tokenizer):
+        say(f"{path}: its own chat template is not used; rows are rendered, and results saved, with DeepSeek-V2's")
 
 
 def lora_settings(section: LoraSection | None) -> LoraSettings | None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.template import chat_template, install_template
+from conversations.template import chat_template, has_other_template, install_template, training_template
 
 BOS, EOS, FIM = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"
 
@@ -114,10 +114,9 @@ def rendered_by_jinja(template: str, messages, tokenizer, **settings_: bool) -> 
     return environment.from_string(template).render(messages=messages, **specials, **settings_)
 
 
-def test_template_is_the_released_one_with_markers_only():
+def test_template_is_the_released_one():
     assert len(RELEASED_TEMPLATE.encode()) == 459
-    unmarked = chat_template().replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    assert unmarked.replace("{{ 'Assistant:' }}{{ ' ' +", "{{ 'Assistant: ' +") == RELEASED_TEMPLATE
+    assert chat_template() == RELEASED_TEMPLATE
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -174,8 +173,13 @@ def test_ids_and_mask_are_those_of_stock_apply_chat_template(prompted):
     messages = of_roles("What is 12 + 30?", " 42\n", "你好\n\n", "Assistant: 答案", "Bye", system="Be kind.")
     messages = messages[:-1] if prompted else messages
     stock = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompted, return_dict=True, return_assistant_tokens_mask=True
+        messages,
+        chat_template=training_template(),
+        add_generation_prompt=prompted,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=prompted)["input_ids"] == stock["input_ids"]
     ours = render_conversation(messages, tokenizer, add_generation_prompt=prompted)
     assert ours["input_ids"] == stock["input_ids"]
     assert ours["assistant_mask"] == stock["assistant_masks"]
@@ -236,17 +240,14 @@ def test_refuses_an_end_token_that_plain_text_turns_into():
         render_conversation(of_roles("shout: </S>"), fast)
 
 
-def test_install_template_warns_only_where_a_foreign_template_is_replaced(recwarn):
+def test_another_template_is_one_that_renders_otherwise():
     tokenizer = released_kind()
-    for silent in (None, RELEASED_TEMPLATE, chat_template()):
-        tokenizer.chat_template = silent
-        install_template(tokenizer)
-        assert tokenizer.chat_template == chat_template()
-    assert not recwarn.list
-    tokenizer.chat_template = "{% for message in messages %}<|{{ message['role'] }}|>{% endfor %}"
-    with pytest.warns(UserWarning, match="differs from DeepSeek-V2's"):
-        install_template(tokenizer)
-    assert tokenizer.chat_template == chat_template()
+    for same in (None, RELEASED_TEMPLATE, training_template()):
+        tokenizer.chat_template = same
+        assert not has_other_template(tokenizer)
+    for other in ("{% for message in messages %}<|{{ message['role'] }}|>{% endfor %}", "{{ raise_exception('no') }}"):
+        tokenizer.chat_template = other
+        assert has_other_template(tokenizer)
 
 
 def test_saved_template_survives_a_round_trip(tmp_path):

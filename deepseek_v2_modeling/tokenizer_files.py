@@ -1,0 +1,101 @@
+"""A tokenizer's files: what its source has stays, key by key; only what has changed is written over.
+
+transformers 5 saves its own class name and keys of this machine in place of what the source said, and leaves out
+`add_bos_token`: llama.cpp's converter and transformers 4 then refuse the directory.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+# Copied as they are; the first is written anew where tokens were added.
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+NAMES_OF_TOKENS = ("special_tokens_map.json", "added_tokens.json")
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Keys of this machine and process, and of code that is not copied.
+NOT_KEPT = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path")
+# Known to transformers' renderer alone, which reads from it what the assistant said.
+_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+def plain_template(template: str) -> str:
+    """The template without `{% generation %}`, which other renderers refuse; it renders the same text."""
+    return _MARK.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", template)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes a tokenizer as its source has it, with what has changed since: the template, special tokens, vocabulary.
+
+    A tokenizer that was made in memory, or whose source has gone, is saved as transformers does, under a class name
+    that every version knows.
+    """
+    tokenizer.save_pretrained(str(directory))
+    saved = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    source = _source_files(tokenizer)
+    if TOKENIZER_CONFIG in source:
+        original = json.loads(source[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
+        kept = {**original, **_changed_tokens(tokenizer, original, saved)}
+    else:
+        kept = dict(saved)
+        if kept.get("tokenizer_class") == "TokenizersBackend":
+            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if (directory / TEMPLATE).is_file():
+        text = plain_template((directory / TEMPLATE).read_text(encoding="utf-8"))
+        (directory / TEMPLATE).write_text(text, encoding="utf-8")
+        if "chat_template" in kept:  # readers differ in which of the two they take
+            kept["chat_template"] = text
+    write_tokenizer_config(kept, directory / TOKENIZER_CONFIG)
+    if TOKENIZER_CONFIG in source and not _has_new_tokens(tokenizer, source):
+        for name in (*VOCABULARY, *NAMES_OF_TOKENS):
+            if name in source:
+                (directory / name).write_bytes(source[name].read_bytes())
+
+
+def write_tokenizer_config(config: Mapping[str, Any], path: Path) -> None:
+    """tokenizer_config.json, without keys that hold on another machine only or name code that is not there."""
+    kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _source_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+    """{name: file} of the directory, or the snapshot of a hub model, that a tokenizer was loaded from."""
+    source = str(tokenizer.name_or_path or "")
+    names = (TOKENIZER_CONFIG, *VOCABULARY, *NAMES_OF_TOKENS)
+    if not source:
+        return {}
+    if Path(source).is_dir():
+        return {name: path for name in names if (path := Path(source, name)).is_file()}
+    try:
+        found = {name: try_to_load_from_cache(source, name) for name in names}
+    except ValueError:  # no name of the hub: the directory has gone
+        return {}
+    return {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+
+
+def _text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _changed_tokens(tokenizer: Any, original: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that are others than in the source, as transformers writes them."""
+    return {
+        key: saved.get(key)
+        for key in TOKENS
+        if getattr(tokenizer, key, None) is not None and getattr(tokenizer, key) != _text(original.get(key))
+    }
+
+
+def _has_new_tokens(tokenizer: Any, source: Mapping[str, Path]) -> bool:
+    """Whether tokens were added since the tokenizer was loaded: its tokenizer.json is another one then."""
+    if "tokenizer.json" not in source:
+        return False
+    content = json.loads(source["tokenizer.json"].read_text(encoding="utf-8"))
+    added = {token["content"] for token in content.get("added_tokens", ())}
+    vocabulary = content.get("model", {}).get("vocab", {})
+    return any(token not in added and token not in vocabulary for token in tokenizer.get_added_vocab())
