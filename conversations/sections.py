@@ -163,6 +163,12 @@ class TrainingRecipe(StageRecipe):
     max_seconds: float | None = Field(
         default=None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
     )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="The same after so many tokens of rows trained on: prompts and answers, no padding. Unlike seconds "
+        "they are the same on every machine.",
+    )
 
     @model_validator(mode="after")
     def _one_experts_file(self) -> "TrainingRecipe":

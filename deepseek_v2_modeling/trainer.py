@@ -1,7 +1,7 @@
 """What every trainer of a DeepSeek-V2 model needs, as one mixin to put before a transformers or TRL trainer.
 
 Balance losses in the loss, expert load in the log, float32 weights under bf16 computation, whole checkpoints, exact
-resume, a stop that keeps the work, a limit of time. Needs transformers only.
+resume, a stop that keeps the work, limits of time and tokens. Needs transformers only.
 """
 
 import signal
@@ -156,9 +156,10 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         self.stop_asked = True
 
     def _ask(self) -> tuple[bool, bool]:
-        """(stop with a checkpoint, the time is up), agreed on by all processes."""
-        limit = self.limits.max_seconds
-        answers = torch.tensor([float(self.stop_asked), float(limit is not None and self.seconds >= limit)])
+        """(stop with a checkpoint, a limit is reached), agreed on by all processes."""
+        seconds, tokens = self.limits.max_seconds, self.limits.max_tokens
+        enough = (seconds is not None and self.seconds >= seconds) or (tokens is not None and self.tokens >= tokens)
+        answers = torch.tensor([float(self.stop_asked), float(enough)])
         if self.accelerator.num_processes > 1:
             answers = self.accelerator.reduce(answers.to(self.accelerator.device), reduction="sum")
         stop = bool(answers[0]) and self.state.global_step < self.state.max_steps

@@ -16,10 +16,12 @@ from .errors import ModelError
 class RunLimits:
     """on_nan: stop the run at a loss or gradient that is not finite, or leave out that update.
     max_seconds: end training, as if the last step were reached, after so many seconds of it.
+    max_tokens: the same after so many tokens of rows that were trained on, prompts included, padding not.
     early_stopping_patience: end it, too, after so many evaluations in a row that are no better than the best one."""
 
     on_nan: Literal["stop", "skip"] = "stop"
     max_seconds: float | None = None
+    max_tokens: int | None = None
     early_stopping_patience: int | None = None
 
 

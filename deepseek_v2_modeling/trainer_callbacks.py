@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: one line of metrics a log, a progress bar, the end of the time.
+"""What happens around the steps of a run: one line of metrics a log, a progress bar, the end at a limit.
 
 For `RunTrainerMixin`; they need transformers only.
 """
@@ -91,7 +91,7 @@ class StepControl(TrainerCallback):
     There is a log before every checkpoint, so no average over steps spans one. After the last step of an epoch, or of
     the run, the Trainer may still evaluate: the checkpoint is written after that.
 
-    `ask` says (stop now and write a checkpoint, the time is up), the same on every process.
+    `ask` says (stop now and write a checkpoint, a limit is reached), the same on every process.
     """
 
     def __init__(self, ask: Callable[[], tuple[bool, bool]]):
@@ -99,9 +99,9 @@ class StepControl(TrainerCallback):
         self.save_is_due = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop, time_is_up = self.ask()
+        stop, enough = self.ask()
         control.should_save = control.should_save or stop
-        control.should_training_stop = control.should_training_stop or stop or time_is_up
+        control.should_training_stop = control.should_training_stop or stop or enough
         control.should_log = (
             control.should_log or control.should_save or control.should_training_stop or control.should_evaluate
         )

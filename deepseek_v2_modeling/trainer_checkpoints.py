@@ -45,6 +45,11 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return self.seconds_before
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all rows trained on so far, prompts included and padding not, over all processes."""
+        return int(getattr(self, "_total_train_tokens", 0))
+
+    @property
     def run_dir(self) -> Path:
         return Path(super()._get_output_dir(None))
 

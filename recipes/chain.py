@@ -5,23 +5,22 @@ as a fingerprint in chain.json. A run that its recipe no longer fits is moved to
 """
 
 import gc
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.chain_plan import plan_stages, resolve_stage
 from recipes.chain_references import References
 from recipes.chain_state import ChainState, fingerprint
 from recipes.files import write_json, write_text
-from recipes.loader import Loaded, read_tree
+from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, read_manifest, write_manifest
-from recipes.overrides import merge
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import chain_results, outcome_pairs, table_text
 from recipes.run import check_recipe, run_stage
 from recipes.rundir import RECIPE, RESULTS, dump_text, is_finished
-from recipes.schema import ChainRecipe, ChainStage, validate
+from recipes.schema import ChainRecipe, ChainStage
 from recipes.yaml_text import read_mapping
 
 SUPERSEDED = ".superseded"
@@ -46,51 +45,11 @@ def run_chain(loaded: Loaded) -> dict[str, Any]:
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
         _run_entry(entry, stage, state, references)
-        references.add(entry.name, stage.recipe.output_dir, state.stages[entry.name]["training_seconds"])
+        references.add(entry.name, stage.recipe.output_dir, state.stages[entry.name]["metrics"].get("tokens"))
     results = _collect(chain, state)
     _close_chain(output, state, results)
     say(f"\n{table_text(results)}\n\n{output / RESULTS}")
     return results
-
-
-def plan_stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
-    """Every stage with its checked recipe, as far as it is known before anything has run.
-
-    Raises:
-        ToolkitError: a wrong recipe or override, or a `${name}` that names no earlier stage.
-    """
-    chain: ChainRecipe = loaded.recipe
-    references = References(chain)
-    for entry in chain.stages:
-        stage = resolve_stage(loaded, entry, references)
-        yield entry.name, stage
-        references.add(entry.name, stage.recipe.output_dir, seconds=1.0)
-
-
-def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> Loaded:
-    """A stage's recipe with the chain's model and seed, then the entry's overrides, then `${name}` filled in.
-
-    Raises:
-        ToolkitError: the recipe is missing, of stage chain, or wrong; keys are named as stages.NAME.KEY.
-    """
-    chain: ChainRecipe = loaded.recipe
-    path = Path(entry.recipe)
-    tree = read_tree(path)
-    prefix = f"stages.{entry.name}."
-    if tree.get("stage") == "chain":
-        raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
-    if "output_dir" in entry.overrides:
-        raise ToolkitError(f"{prefix}output_dir: a chain's stage writes to OUTPUT_DIR/NAME; leave it out")
-    defaults: dict[str, Any] = {"model": chain.model.model_dump(exclude_none=True), "seed": chain.seed}
-    if chain.on_nan is not None:
-        defaults["on_nan"] = chain.on_nan
-    tree = merge(merge(tree, defaults), entry.overrides)
-    tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
-    recipe = validate(references.fill(tree, prefix), prefix)
-    if (entry.results is None) != (recipe.stage != "eval"):
-        fault = "say where its figures go, such as stages.sft" if recipe.stage == "eval" else "for evaluations only"
-        raise ToolkitError(f"{prefix}results: {fault}")
-    return Loaded(recipe, path, loaded.smoke)
 
 
 def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: References) -> None:
@@ -142,10 +101,9 @@ def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
     remedy = "choose another output_dir, or move that run away"
     if there.get("stage") != "chain":
         raise ToolkitError(f"output_dir {output} holds a run of stage {there.get('stage')}, not a chain; {remedy}")
-    file = read_manifest(output).get("recipe")
+    file = read_manifest(output).get("recipe", str(loaded.path.absolute()))  # a kill may have come before it
     names = [stage.get("name") for stage in there.get("stages", [])]
-    same_names = names == [stage.name for stage in loaded.recipe.stages]
-    moved = file is not None and Path(file).name == loaded.path.name and same_names
+    moved = Path(file).name == loaded.path.name and names == [stage.name for stage in loaded.recipe.stages]
     if file != str(loaded.path.absolute()) and not moved:
         raise ToolkitError(f"output_dir {output} holds the run of another chain, {file}; {remedy}")
 

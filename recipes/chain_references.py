@@ -1,4 +1,4 @@
-"""`${name}` in a chain's recipe: the model, an earlier stage's run directory, or how long its training took."""
+"""`${name}` in a chain's recipe: the model, an earlier stage's run directory, or how many tokens it trained on."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,13 @@ class References:
         if chain.model.path is not None:
             self._values["model"] = self.fill(chain.model.path, "model.path: ")
 
-    def add(self, name: str, run_dir: str, seconds: float) -> None:
-        """A stage that later ones may name."""
+    def add(self, name: str, run_dir: str, tokens: int | None) -> None:
+        """A stage that later ones may name; tokens: how many it trained on, None where it trained nothing."""
         self._run_dirs[name] = run_dir
-        self._values |= {name: run_dir, f"{name}.seconds": round(seconds, 1)}
+        self._values |= {name: run_dir} | ({} if tokens is None else {f"{name}.tokens": tokens})
 
     def fill(self, value: Any, where: str) -> Any:
-        """`value` with every `${name}` replaced. One that is the whole text keeps its type (`${sft.seconds}`).
+        """`value` with every `${name}` replaced. One that is the whole text keeps its type (`${sft.tokens}`).
 
         Raises:
             ToolkitError: a name that is not known (yet).
@@ -55,6 +55,8 @@ class References:
         if name in self._values:
             return self._values[name]
         key = where.rstrip(".: ")
+        if name.removesuffix(".tokens") in self._run_dirs:
+            raise ToolkitError(f"{key}: ${{{name}}}: that stage trains nothing, so that it has no tokens")
         if name.split(".")[0] in self._all:
             raise ToolkitError(f"{key}: ${{{name}}} names a stage that has not been run before this one")
         known = ", ".join(f"${{{value}}}" for value in self._values)

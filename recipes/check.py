@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.chain_plan import PLANNED_TOKENS
 from recipes.check_page import DataView, StageView, write_page
 from recipes.data import Mixture, read_sources
 from recipes.histogram import bins, text_lines
@@ -30,7 +31,7 @@ def check(loaded: Loaded) -> None:
     """
     quiet_libraries()
     if loaded.recipe.stage == "chain":
-        from recipes.chain import plan_stages
+        from recipes.chain_plan import plan_stages
 
         views = []
         for name, stage in plan_stages(loaded):
@@ -105,6 +106,9 @@ def plan_line(recipe: Any, plan: Plan, figures: Figures | None) -> str:
     tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and recipe.stage != "rl" else ""
     packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
     limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
+    if recipe.max_tokens:
+        known = recipe.max_tokens != PLANNED_TOKENS
+        limit += f", or {recipe.max_tokens:,} tokens" if known else ", or as many tokens as an earlier stage"
     return (
         f"training: {'about ' if guessed else ''}{plan.steps:,} steps of batch {plan.batch} "
         f"({plan.steps_per_epoch:,} an epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"

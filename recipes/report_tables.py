@@ -27,7 +27,7 @@ COMPARISONS = {
     "rl_gain_over_control": "RL stage 1 over the control",
     "alignment_tax": "Alignment tax of RL stage 2",
 }
-CONTROL = "The control goes on with SFT for as many seconds as RL stage 1 takes."
+CONTROL = "The control goes on with SFT for as many tokens as RL stage 1 trains on."
 # Shares of the headline, in order, with their heading; further keys of a stage follow under their own names.
 SHARES = {
     "exact_match": "Exact match, greedy",

@@ -53,7 +53,7 @@ class Comparison(Section):
 
 class ChainRecipe(Section):
     """Stages in order. `${model}` is the model's path, `${NAME}` the run directory of an earlier stage,
-    `${NAME.seconds}` how long its training took."""
+    `${NAME.tokens}` how many tokens it trained on."""
 
     stage: Literal["chain"] = Field(description="Which stage this is.")
     model: ChainModel = Field(default_factory=lambda: ChainModel(), description="The model the chain begins with.")

@@ -28,6 +28,7 @@ SMOKE_TRAINING = {
     },
 }
 SMOKE_TASK = {"batch_size": 1, "max_new_tokens": 16, "limit": 2}
+_SHRUNK = ("training", "tasks", "eval_data", "max_seconds", "max_tokens")  # what a chain's entry takes from it
 _ABSENT = object()
 
 
@@ -44,7 +45,7 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             _replace(tree["training"], {"load_best_model_at_end": False}, "training.", lines)
         if tree.get("eval_data"):
             _replace(tree, {"eval_data": []}, "", lines)
-        for limit in ("max_seconds", "early_stopping_patience"):
+        for limit in ("max_seconds", "max_tokens", "early_stopping_patience"):
             if tree.get(limit):
                 _replace(tree, {limit: None}, "", lines)
         for index, reward in enumerate(tree.get("rewards") or []) if stage == "rl" else ():
@@ -64,7 +65,7 @@ def shrink_chain(tree: dict[str, Any], read_tree: Callable[[Path], dict[str, Any
         if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str):
             continue
         stage, changed = shrink(merge(read_tree(Path(entry["recipe"])), _overrides(entry)))
-        entry.update({key: stage[key] for key in ("training", "tasks", "eval_data", "max_seconds") if key in stage})
+        entry.update({key: stage[key] for key in _SHRUNK if key in stage})
         for line in changed:
             changed_in.setdefault(line, []).append(str(entry.get("name")))
     return tree, [f"{line} ({', '.join(names)})" for line, names in changed_in.items()]

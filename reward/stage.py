@@ -66,6 +66,7 @@ def train(
     metrics = {
         "steps": output.global_step,
         "seconds": trainer.seconds,
+        "tokens": trainer.tokens,
         **report.as_metrics(),
         "reward_stats": stats,
         **judge_rows(scorer, eval_rows),
@@ -83,7 +84,7 @@ def _trainer(
     run_dir: Path,
 ):
     """The trainer for the recipe's loss, and what became of the rows."""
-    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.early_stopping_patience)
+    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
     arguments = RewardConfig(
         **training_arguments(
             recipe.training,

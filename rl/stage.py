@@ -49,7 +49,7 @@ def train(
     datasets.disable_progress_bars()
     data = prompt_dataset(rows)
     check_references(rewards, [{"reference": reference} for reference in data["reference"]])
-    limits = RunLimits(recipe.on_nan, recipe.max_seconds)
+    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
     trainer = PolicyTrainer(
         model,
         grpo_config(recipe, run_dir, limits, rewards),
@@ -66,7 +66,8 @@ def train(
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
-    return {"steps": output.global_step, "seconds": trainer.seconds, **last_logged(trainer.state.log_history)}
+    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
+    return counted | last_logged(trainer.state.log_history)
 
 
 def prompt_dataset(rows: Iterable[Row]) -> Dataset:

@@ -79,6 +79,10 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
+    @property
+    def tokens(self) -> int:
+        return int(self.state.num_input_tokens_seen) * self.num_iterations
+
     # --- rollouts -----------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[list[Row]]) -> tuple[list[list[int]], None, dict[str, Any]]:

@@ -80,7 +80,8 @@ def train(
         reports = {"": report, **{f"eval_data {name}".strip(): report for name, (_, report) in held_out.items()}}
         _tell(reports, max_length, None if resume_from else run_dir / REJECTED_FILE)
     output = trainer.train(resume_from)
-    metrics: dict[str, Any] = {"steps": output.global_step, "seconds": trainer.seconds, **report.as_metrics()}
+    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
+    metrics: dict[str, Any] = {**counted, **report.as_metrics()}
     if held_out:
         metrics |= trainer.held_out_losses()
     trainer.write_samples("after")
@@ -90,7 +91,7 @@ def train(
 
 def run_limits(recipe: SftRecipe) -> RunLimits:
     """When the recipe's run ends early."""
-    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.early_stopping_patience)
+    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
 
 
 def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTConfig:

@@ -10,7 +10,8 @@ import pytest
 
 from conversations.errors import ToolkitError
 from recipes import chain as chain_module
-from recipes.chain import plan_stages, run_chain
+from recipes.chain import run_chain
+from recipes.chain_plan import plan_stages, resolve_stage
 from recipes.chain_references import References
 from recipes.files import write_json, write_text
 from recipes.loader import Loaded, load_recipe
@@ -32,7 +33,7 @@ seed: 3
 stages:
   - {name: sft, recipe: sft.yaml}
   - {name: eval_sft, recipe: eval.yaml, results: stages.sft, model: {path: "${sft}"}}
-  - {name: more, recipe: sft.yaml, model: {path: "${sft}/final"}, max_seconds: "${sft.seconds}"}
+  - {name: more, recipe: sft.yaml, model: {path: "${sft}/final"}, max_tokens: "${sft.tokens}"}
   - {name: eval_more, recipe: eval.yaml, results: stages.more, model: {path: "${more}"}}
 compare:
   - {name: gain, task: exact_match, before: eval_sft, after: eval_more}
@@ -53,7 +54,7 @@ class FakeStages:
         self.ran.append(name)
         self.recipes[name] = loaded.recipe
         write_text(run_dir / "recipe.yaml", dump_text(loaded.resolved))
-        values = {"status": "finished", "seconds": 2.0, "training_seconds": 1.5, "peak_memory_gb": 0.25, "metrics": {}}
+        values = {"status": "finished", "seconds": 2.0, "peak_memory_gb": 0.25, "metrics": {}}
         if name == self.stop_at:
             write_json(run_dir / "manifest.json", {**values, "status": "stopped"})
             raise KeyboardInterrupt
@@ -68,6 +69,7 @@ class FakeStages:
             write_json(run_dir / "results.json", {})
         else:
             (run_dir / "final").mkdir(exist_ok=True)
+            values["metrics"] = {"tokens": 640}
         write_json(run_dir / "manifest.json", values)
 
 
@@ -100,7 +102,7 @@ def test_stages_run_in_order_with_what_earlier_ones_left(stages: FakeStages, sta
     assert {recipe.seed for recipe in stages.recipes.values()} == {3}
     assert stages.recipes["sft"].model.path == "base"
     assert stages.recipes["more"].model.path == "out/sft/final"
-    assert stages.recipes["more"].max_seconds == 1.5 and stages.recipes["more"].output_dir == "out/more"
+    assert stages.recipes["more"].max_tokens == 640 and stages.recipes["more"].output_dir == "out/more"
     assert results["stages"] == {
         "sft": {"exact_match": 0.5, "exact_match_t1": 0.25, "n": 4},
         "more": {"exact_match": 1.0, "exact_match_t1": 0.25, "n": 4},
@@ -209,10 +211,31 @@ def test_a_wrong_chain_is_refused_before_anything_runs(
 def test_references_keep_their_type_and_know_their_stages(start: Any) -> None:
     loaded = load_recipe(Path("chain.yaml"), ["model.path=${output_dir}/base"])
     references = References(loaded.recipe)
-    references.add("sft", "out/sft", seconds=12.34)
-    filled = references.fill({"a": "${sft.seconds}", "b": ["x/${sft}/y", "${model}", "${seed}"]}, "")
-    assert filled == {"a": 12.3, "b": ["x/out/sft/y", "out/base", 3]}
-    planned = dict(plan_stages(load_recipe(Path("chain.yaml"))))
-    assert list(planned) == ALL
-    assert references.used(planned["more"].recipe) == {"sft": "out/sft"}
-    assert references.used(planned["sft"].recipe) == {}
+    references.add("sft", "out/sft", tokens=640)
+    filled = references.fill({"a": "${sft.tokens}", "b": ["x/${sft}/y", "${model}", "${seed}"]}, "")
+    assert filled == {"a": 640, "b": ["x/out/sft/y", "out/base", 3]}
+    used = {
+        entry.name: references.used(resolve_stage(loaded, entry, references).recipe)
+        for entry in loaded.recipe.stages[:3]
+    }
+    assert used == {"sft": {}, "eval_sft": {"sft": "out/sft"}, "more": {"sft": "out/sft"}}
+    references.add("eval_sft", "out/eval_sft", tokens=None)
+    with pytest.raises(ToolkitError, match=r"a: \$\{eval_sft.tokens\}: that stage trains nothing"):
+        references.fill({"a": "${eval_sft.tokens}"}, "")
+
+
+def test_a_plan_knows_the_shape_of_models_that_are_still_to_be_made(start: Any) -> None:
+    """Also where an earlier stage was begun and stopped: what it starts from stands for its result."""
+    wanted = ["stages.sft.model.config={n_group: 2}", "stages.more.model.dtype=bfloat16"]
+    for begun in (False, True):
+        if begun:
+            Path("out/sft").mkdir(parents=True)
+            write_json(Path("out/sft/manifest.json"), {"status": "stopped"})
+        planned = dict(plan_stages(load_recipe(Path("chain.yaml"), wanted)))
+        assert list(planned) == ALL
+        assert {stage.recipe.model.path for stage in planned.values()} == {"base"}
+        assert [stage.recipe.model.config for stage in planned.values()] == [{"n_group": 2}] * 4
+        assert planned["more"].recipe.model.dtype == "bfloat16"
+    loaded = load_recipe(Path("chain.yaml"), ["stages.more.model.path=${eval_sft}"])
+    with pytest.raises(ToolkitError, match="out/eval_sft will be an evaluation; name a stage that makes a model"):
+        list(plan_stages(loaded))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import sft.stage
-from recipes.chain import plan_stages
+from recipes.chain_plan import plan_stages
 from recipes.cli import main
 from recipes.files import read_json
 from recipes.init import make_model
