@@ -71,6 +71,14 @@ def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **
     )
 
 
+def test_a_limit_of_tokens_counts_each_pass_over_an_answer(tmp_path):
+    """Two updates on each rollout: its tokens are trained on twice."""
+    training = {"num_iterations": 2, "steps_per_generation": 1}
+    limited = run(tmp_path, max_tokens=1, training=training)
+    log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert limited["steps"] == len(log) == 1 and limited["tokens"] == 2 * log[0]["num_tokens"]
+
+
 def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
     rewards = rewards or [Vowels("vowels")]
     return PolicyTrainer(
@@ -112,6 +120,7 @@ def test_trains_and_writes_a_run(tmp_path):
     metrics = run(tmp_path, rewards=rewards)
     assert metrics["steps"] == 4 and metrics["seconds"] > 0 and "kl" in metrics
     log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert metrics["tokens"] == log[-1]["num_tokens"] > log[0]["num_tokens"] > 0
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     for line in log:
         parts = [line[f"rewards/{reward.name}/mean"] * reward.weight for reward in rewards]

@@ -198,6 +198,16 @@ def test_dropped_rows_go_to_rejected(tmp_path):
     assert lines(tmp_path / "rejected.jsonl") == [{"row": 9, "reason": "longer than 64 tokens"}]
 
 
+def test_a_limit_of_tokens_ends_training_where_so_many_were_trained_on(tmp_path):
+    free = run(tmp_path / "a", training={"max_steps": 3, "save_steps": 2})
+    limited = run(tmp_path / "b", max_tokens=free["tokens"] - 1, training={"max_steps": 50, "save_steps": 2})
+    assert (limited["steps"], limited["tokens"]) == (3, free["tokens"])
+    checkpoint = stopped_after(tmp_path / "b" / "checkpoint-2", tmp_path / "c")
+    training = {"max_steps": 50, "save_steps": 2}
+    resumed = run(tmp_path / "c", max_tokens=free["tokens"], training=training, resume_from=checkpoint)
+    assert (resumed["steps"], resumed["tokens"]) == (3, free["tokens"])
+
+
 def test_bf16_trains_under_autocast_on_float32_weights(tmp_path):
     model = chat_model()
     metrics = run(tmp_path, model=model, rows=conversations(8), dtype="bfloat16", training={"max_steps": 2})
