@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 READY_OLDEST := .venv-oldest/.installed
 
-.PHONY: demo test check format test-oldest clean
+.PHONY: demo test check format test-oldest gpu-check clean
 
 # The chain of recipes/tiny on the CPU: base -> SFT -> reward models -> two RL stages -> table, answer, report page.
 demo: $(READY)
@@ -33,6 +33,10 @@ MODEL_TESTS = $(shell grep -l deepseek_v2_modeling $$(grep -LE '$(OTHER_FLOORS)'
 
 test-oldest: $(READY_OLDEST)
 	.venv-oldest/bin/python -m pytest $(MODEL_TESTS)
+
+# On a machine with a GPU whose Python has torch, transformers and peft; nothing is installed.
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py --device cuda --output benchmarks/results/gpu.json
 
 # Built again when what is to be installed has changed, and when an installation was broken off.
 $(READY): pyproject.toml constraints.txt

@@ -185,8 +185,8 @@ class DeepseekV2Attention(nn.Module):
             masks = [None] * rows if mask is None else mask.expand(rows, -1, -1, -1).split(1)
             parts = zip(q_BMW.split(1), keys.split(1), masks, strict=True)
             return torch.cat([self.over_latents(*part) for part in parts])  # a row's keys in float32 stay in the cache
-        if on_cpu and q_BMW.dtype.itemsize < 4:
-            keys = with_room(keys)  # the same shape for many steps: oneDNN makes a primitive for each new one
+        if q_BMW.dtype.itemsize < 4:  # the same shape for many steps, and an even one: see `whole_blocks`; oneDNN, too,
+            keys = with_room(keys)  # makes a primitive for each new one
         keys = keys.to(q_BMW.dtype)
         scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, M, S]
         if mask is not None:

@@ -20,7 +20,7 @@ class LatentLayer(CacheLayerMixin):
 
     def __init__(self, codec: RawCodec | GroupCodec):
         super().__init__()
-        self.codec, self.length = codec, 0
+        self.codec, self.length, self.reserved = codec, 0, 0
         self.buffer: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -33,7 +33,10 @@ class LatentLayer(CacheLayerMixin):
         needed = self.length + new.shape[1]
         if self.buffer is not None and self.buffer.shape[1] >= needed:
             return self.buffer
-        capacity = needed if self.buffer is None else self.codec.capacity(needed)
+        if self.buffer is None:
+            capacity = whole_blocks(needed + self.reserved) if self.reserved else needed
+        else:
+            capacity = self.codec.capacity(needed)
         buffer = new.new_zeros(new.shape[0], capacity, new.shape[2])  # `with_room` reads behind what is filled
         if self.buffer is not None:
             buffer[:, : self.length] = self.buffer[:, : self.length]
@@ -104,6 +107,47 @@ class LatentLayer(CacheLayerMixin):
         return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
 
 
+class FixedLayer(CacheLayerMixin):
+    """A LatentLayer with room reserved for `capacity` tokens, all of which are handed out: a mask has to say which ones
+    are filled. New tokens go where `place` [1] says, a tensor, so that a CUDA graph can move on."""
+
+    is_sliding = False
+
+    def __init__(self, layer: Any, place: torch.Tensor, capacity: int):
+        super().__init__()
+        self.codec, self.widths, self.place = layer.codec, layer.widths, place
+        self.buffer: torch.Tensor = layer.buffer[:, :capacity]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As LatentLayer's, for one token a row; what comes back is `capacity` long."""
+        self.buffer.index_copy_(1, self.place, self.codec.encode(key_states, value_states))
+        latent, rope_key = self.codec.decode(self.buffer, self.widths, key_states.dtype)
+        return latent, rope_key
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.buffer.shape[1], 0
+
+    def get_seq_length(self) -> int:
+        return self.buffer.shape[1] - 1
+
+    def get_max_length(self) -> int:
+        return self.buffer.shape[1]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.buffer = self.buffer[indices]
+
+
+def whole_blocks(tokens: int) -> int:
+    """Rounded up to a multiple of BLOCK: a matrix kernel for rows of another length is several times slower."""
+    return -(-tokens // BLOCK) * BLOCK
+
+
 def joined(latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
     """[B, 1, S, C] and [B, 1, S, R] -> [B, S, C + R]: no copy where they lie side by side, as in a LatentCache."""
     latent, rope_key = latent.squeeze(1), rope_key.squeeze(1)
@@ -154,6 +198,15 @@ class LatentCache(Cache):
         else:
             codec = GroupCodec(quantization, config.kv_lora_rank, config.qk_rope_head_dim)
         super().__init__(layers=[LatentLayer(codec) for _ in range(config.num_hidden_layers)])
+
+    reserved = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens behind the first ones that an empty cache is given."""
+        self.reserved = tokens
+        for layer in self.layers:
+            assert isinstance(layer, LatentLayer)
+            layer.reserved = tokens
 
     @property
     def nbytes(self) -> int:

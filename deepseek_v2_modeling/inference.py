@@ -10,9 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .cache import LatentCache
-
-WORTH_DROPPING = 0.85  # ended answers leave the batch when this share or less is left
+from .decode_steps import decode_step, logits_of, new_cache
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -90,17 +88,16 @@ def _answer_batch(
     unique = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     device = next(model.parameters()).device
     ids, mask = (t.to(device) for t in pad_batch(list(unique), pad_token_id, left=True))
-    cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
+    cache = new_cache(model, max_new_tokens - 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    first = logits_of(model, ids, mask, positions, cache)
 
     rows = list(range(len(prompts)))
     chosen = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
-    logits, mask = out.logits[chosen, -1], mask[chosen]
+    logits, mask = first[chosen], mask[chosen]
     if len(unique) < len(prompts):
         cache.batch_select_indices(chosen)
+    step = decode_step(model, cache, mask, max_new_tokens - 1)
     answers: list[list[int]] = [[] for _ in prompts]
     for length in range(1, max_new_tokens + 1):
         tokens = choose_tokens(logits, temperature)
@@ -111,14 +108,11 @@ def _answer_batch(
                 alive += [] if token in ends else [place]
         if not alive or length == max_new_tokens:
             break
-        if len(alive) < WORTH_DROPPING * len(rows):
+        if len(alive) < step.worth_dropping * len(rows):
             kept = torch.tensor(alive, device=device)
-            cache.batch_select_indices(kept)
-            rows, tokens, mask = [rows[place] for place in alive], tokens[kept], mask[kept]
-        mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
-        positions = mask.sum(-1, keepdim=True) - 1
-        out = model(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        logits = out.logits[:, -1]
+            step.keep(kept)
+            rows, tokens = [rows[place] for place in alive], tokens[kept]
+        logits = step(tokens)
     return answers
 
 
