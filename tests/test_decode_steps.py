@@ -33,15 +33,15 @@ def filled(quantization: str | None = None):
 def test_fixed_shapes_give_the_same_logits(quantization: str | None):
     """Also after a row has left the batch."""
     found = []
-    for cls in (EagerStep, FixedStep):
+    for fixed in (False, True):
         model, cache, mask, tokens = filled(quantization)
-        step = EagerStep(model, cache, mask) if cls is EagerStep else FixedStep(model, cache, mask, STEPS, capture=False)
+        step = FixedStep(model, cache, mask, STEPS, capture=False) if fixed else EagerStep(model, cache, mask)
         logits = [step(row).clone() for row in tokens[:4]]
         step.keep(torch.tensor([0, 1]))
         logits += [step(row[:2]).clone() for row in tokens[4:]]
         found.append(logits)
-    for eager, fixed in zip(*found, strict=True):
-        torch.testing.assert_close(fixed, eager, atol=1e-5, rtol=1e-5)
+    for as_it_comes, at_fixed_shapes in zip(*found, strict=True):
+        torch.testing.assert_close(at_fixed_shapes, as_it_comes, atol=1e-5, rtol=1e-5)
 
 
 def test_buffers_stay_where_they_are():
