@@ -86,6 +86,21 @@ def test_one_source_keeps_its_order_and_several_are_mixed_by_seed(tmp_path: Path
     assert "b.jsonl: 4 of 8 rows used, 33.3 % of the mixture" in mixed.lines
 
 
+def test_a_part_of_a_source_is_a_seeded_sample_of_all_of_it(tmp_path: Path) -> None:
+    """The first rows of a file are often of one kind."""
+    entries = [
+        source(path=write_rows(tmp_path / "a.jsonl", *(f"a{i}" for i in range(100)))),
+        source(path=write_rows(tmp_path / "b.jsonl", *(f"b{i}" for i in range(100))), weight=0.2),
+    ]
+    samples = [
+        {int(name[1:]) for name in prompts(read_sources(entries, seed=seed).rows) if name[0] == "b"}
+        for seed in range(5)
+    ]
+    assert all(len(sample) == 20 for sample in samples)
+    assert len(set.union(*samples)) > 50
+    assert all(len(sample & set(range(50))) not in (0, 20) for sample in samples)
+
+
 def test_rows_left_out_are_kept_with_their_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\n', encoding="utf-8")

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from trl import GRPOTrainer
 
@@ -14,7 +16,7 @@ from deepseek_v2_modeling.trainer import RunLimits
 from rl.config import RlRecipe
 from rl.rewards import Reward, RewardModelReward, RuleReward
 from rl.stage import grpo_config, prompt_dataset, train
-from rl.trainer import PATIENCE, PolicyTrainer
+from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
 
 from .model_helpers import random_ids
 from .stage_helpers import (
@@ -317,3 +319,23 @@ def test_prompts_come_from_any_canonical_row():
         prompt_dataset([])
     with pytest.raises(ToolkitError, match="row 1 has no question"):
         prompt_dataset([{"messages": [{"role": "assistant", "content": "hello"}]}])
+
+
+@given(data=st.data())
+def test_packed_rows_score_answers_and_never_a_rows_first_token(data: st.DataObject):
+    """Whatever the padding: the last token of one row must not be taken to predict the first one of the next."""
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 8))
+    answer = data.draw(st.integers(1, width))
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    for row in mask:
+        start = data.draw(st.integers(0, width - 1))
+        row[start : data.draw(st.integers(start + 1, width))] = 1
+    ids = torch.arange(1, rows * width + 1).view(rows, width)
+    packed = pack_rows(ids, mask, answer)
+    first = mask.bool() & (mask.cumsum(-1) == 1)
+    scored = mask.bool() & ~first & (torch.arange(width) >= width - answer)
+    assert packed["labels"][packed["labels"] != IGNORED].tolist() == ids[scored].tolist()
+    assert packed["input_ids"][0].tolist() == ids[mask.bool()].tolist()
+    assert [p for p in packed["position_ids"][0].tolist() if p == 0] == [0] * rows
+    values = packed["input_ids"][:, 1:].float()
+    assert torch.equal(unpack_rows(values, mask)[:, -answer:][scored[:, -answer:]], ids[scored].float())
