@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from .checkpoint_sums import write_sums
 from .chosen_full import load_trained, save_trained
 from .errors import ModelError
 from .loading import save_final
@@ -170,6 +171,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         }
         write_json(folder / RUN_STATE_FILE, run_state)
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        write_sums(folder)
         target = home / folder.name
         if target.exists():
             os.replace(target, folder.with_name(f"old-{folder.name}"))

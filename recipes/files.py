@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from conversations.errors import ToolkitError
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -42,11 +44,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; None when the file is not there."""
+    """Read JSON; None when the file is not there. Raises ToolkitError for a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ToolkitError(f"{path}: not readable JSON ({error}); put the file back, or move it away") from error
 
 
 def _finite(value: Any) -> Any:

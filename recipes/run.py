@@ -25,7 +25,7 @@ from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
 from recipes.rowstore import MixedRows
-from recipes.rundir import RECIPE, RESULTS, State, dump_text, inspect
+from recipes.rundir import MANIFEST, RECIPE, RESULTS, State, dump_text, inspect
 
 REJECTED = "rejected.jsonl"
 
@@ -69,6 +69,8 @@ def run_stage(loaded: Loaded) -> Outcome:
     quiet_libraries()
     keep_freed_memory()
     check_recipe(recipe)
+    if state.checkpoint is not None and is_main():
+        _check_checkpoint(recipe, state.checkpoint)
     _seed(recipe.seed)
     inputs = _load_inputs(recipe)
     manifest = _open_run(loaded, run_dir, state, inputs)
@@ -96,6 +98,12 @@ def check_recipe(recipe: Any) -> None:
         check_training(recipe)
         check_experts(recipe)
         check_lora(recipe)
+
+
+def _check_checkpoint(recipe: Any, checkpoint: Path) -> None:
+    from deepseek_v2_modeling.checkpoint_sums import check_whole
+
+    check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
 
 
 def _load_inputs(recipe: Any) -> _Inputs:
@@ -137,10 +145,13 @@ def _mix(recipe: Any, entries: Any, key: str, inputs: _Inputs, metric: str | Non
 def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> dict[str, Any]:
     """Make the run directory with what is known before the stage begins; returns the manifest."""
     before = read_manifest(run_dir) if state.status == "resume" else {}
-    manifest = new_manifest(loaded.path, loaded.recipe.seed)
+    recipe: Any = loaded.recipe
+    manifest = new_manifest(loaded.path, recipe.seed)
     manifest["data"] = [file for mixture in inputs.mixtures for file in mixture.files]
-    if before:
-        _check_same_data(run_dir, before, manifest)
+    if recipe.stage != "eval":
+        manifest["start"] = _start(recipe, inputs)
+    if state.status == "resume":
+        _check_same_start(run_dir, before, manifest)
         for key in ("started", "seconds", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
@@ -156,13 +167,28 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
     return manifest
 
 
-def _check_same_data(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _start(recipe: Any, inputs: _Inputs) -> dict[str, Any]:
+    """What the run starts from and how many processes share it; files are looked at by the main process only."""
+    from recipes.identity import extent, fingerprints
+
+    return {**extent(recipe), "files": fingerprints(recipe, inputs.source) if is_main() else {}}
+
+
+def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    from recipes.identity import check_same_start
+
+    if not before:
+        raise ToolkitError(
+            f"{run_dir} cannot go on: {MANIFEST} is missing, which says what the run began with; put it back, "
+            "or choose another output_dir"
+        )
     for old, new in zip(before.get("data", []), manifest["data"], strict=False):
         if old.get("sha256") != new["sha256"]:
             raise ToolkitError(
                 f"{run_dir} cannot go on: {new['path']} has changed since the run began; "
                 "put the old file back, or choose another output_dir"
             )
+    check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
 
 
 def _work(recipe: Any, run_dir: Path, state: State, inputs: _Inputs, manifest: dict[str, Any]) -> dict[str, Any]:
