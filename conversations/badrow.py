@@ -1,5 +1,6 @@
 """The error of a row that cannot be used, and the reading of its values."""
 
+import math
 from typing import Any
 
 
@@ -14,7 +15,9 @@ def named(value: Any) -> str:
 
 
 def read_text(value: Any, what: str) -> str:
-    """A string that can be written as UTF-8 and holds no NUL."""
+    """A string that can be written as UTF-8 and holds no NUL; a number is read as its text."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
     if not isinstance(value, str):
         raise BadRow(f"{what} must be a string, not {named(value)}")
     if "\0" in value:

@@ -58,7 +58,7 @@ class Fitter:
             whole = self._rendered(row)
             if self._fits(whole):
                 return [whole]
-        parts = list(self._parts(row, whole))
+        parts = [part for part in self._parts(row, whole) if any(part[1])]  # turns may say that they are not trained
         # The first token is never predicted: a piece in which that one alone counts would train nothing.
         kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
         if not kept:

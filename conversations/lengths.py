@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from conversations.tally import counted
+
 TooLong = Literal["truncate", "drop", "split"]
 
 CUT_AWAY = "answer cut away whole"  # of what is longer than a run allows nothing that is trained is left
@@ -62,8 +64,3 @@ class LengthReport:
 
     def _reasons(self) -> Counter[str]:
         return Counter(row["reason"] for row in self.rejected)
-
-
-def counted(number: int, what: str = "row") -> str:
-    """ "1 row", "1,200 rows"."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -10,10 +10,20 @@ from typing import Any, Literal, get_args
 
 from conversations.badrow import BadRow
 from conversations.errors import ToolkitError
-from conversations.formats import Row, UnknownFormat, convert_row, known_formats, likely_columns, plain_columns
-from conversations.lengths import counted
+from conversations.formats import (
+    Row,
+    UnknownFormat,
+    convert_row,
+    known_formats,
+    likely_columns,
+    null_keys,
+    plain_columns,
+)
+from conversations.reasoning import Reasoning
 from conversations.record import Record
 from conversations.records import open_records
+from conversations.tally import Event, counted, told
+from conversations.turn_reading import Rules
 
 OnBadRow = Literal["error", "skip"]
 
@@ -48,6 +58,8 @@ def load_conversations(
     max_bad_rows: int | float | None = None,
     on_rejected: Callable[[RejectedRow], object] | None = None,
     refuse: Callable[[Row], str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    reasoning: Reasoning = "refuse",
 ) -> "ConversationReader":
     """Read the canonical rows (conversations/formats.py) of a data file.
 
@@ -62,6 +74,9 @@ def load_conversations(
             (float from 0 to 1, checked at the end of the file).
         on_rejected: called with every RejectedRow, for example `list.append`.
         refuse: says why a canonical row is of no use to the caller (None where it is); such a row is a bad row too.
+        roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
+        reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
+            counted. "think_tags": it stands before the words, between <think> and </think>.
 
     Returns:
         An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
@@ -73,7 +88,10 @@ def load_conversations(
     """
     if on_bad_row not in get_args(OnBadRow):
         raise ToolkitError(f"on_bad_row is {on_bad_row!r}; use one of {', '.join(get_args(OnBadRow))}")
-    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse)
+    if reasoning not in get_args(Reasoning):
+        raise ToolkitError(f"reasoning is {reasoning!r}; use one of {', '.join(get_args(Reasoning))}")
+    rules = Rules(roles or {}, reasoning)
+    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse, rules)
 
 
 class ConversationReader(Iterator[Row]):
@@ -90,6 +108,7 @@ class ConversationReader(Iterator[Row]):
         max_bad_rows: int | float | None,
         on_rejected: Callable[[RejectedRow], object] | None,
         refuse: Callable[[Row], str | None] | None,
+        rules: Rules,
     ):
         self.path = path
         self.formats: Counter[str] = Counter()
@@ -100,8 +119,11 @@ class ConversationReader(Iterator[Row]):
         self._max_bad_rows = max_bad_rows
         self._on_rejected = on_rejected
         self._refuse = refuse
+        self._rules = rules
+        self._events: Counter[Event] = Counter()
         self._first_rejected: list[RejectedRow] = []
-        self._unknown: Row | None = None
+        self._hint: dict[str, str] | None = None  # columns for rows of no known format
+        self._unread: Row = {}  # such a row
         self._plain: dict[str, str] = {}
         self._rows = self._read(open_records(path))
 
@@ -121,6 +143,10 @@ class ConversationReader(Iterator[Row]):
         found = "; ".join(f"{name}, {counted(number)}" for name, number in self.formats.most_common()) or "no rows"
         return f"{self.path.name}: {found}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
 
+    def notes(self) -> list[str]:
+        """What good rows have that was not used, or was read in a way that should be known: a line for each kind."""
+        return told(self._events)
+
     def _read(self, records: Iterator[Record]) -> Iterator[Row]:
         for record in records:
             row = self._converted(record)
@@ -129,28 +155,31 @@ class ConversationReader(Iterator[Row]):
         self.check()
 
     def _converted(self, record: Record) -> Row | None:
+        events: list[Event] = []
         try:
             if record.problem:
                 raise BadRow(record.problem)
-            known, row = convert_row(record.value, self._columns)
+            known, row = convert_row(record.value, self._columns, self._rules, events)
             if self._refuse and (reason := self._refuse(row)):
-                raise BadRow(reason)
+                null = null_keys(record.value, self._columns)
+                raise BadRow(reason + (f" ({', '.join(null)} is null)" if null else ""))
         except BadRow as error:
-            if isinstance(error, UnknownFormat) and self._unknown is None:
-                self._unknown = record.value
+            if isinstance(error, UnknownFormat) and not self._hint:
+                self._unread = record.value
+                self._hint = self._working({**self._columns, **likely_columns(record.value)}, record.value)
             if not self._plain and self.rejected < _SHOWN:
-                self._plain = self._plain_columns(record.value)
+                self._plain = self._working(plain_columns(record.value, self._columns), record.value)
             self._reject(RejectedRow(str(self.path), record.line, f"{record.place}{error}", _written(record)))
             return None
         self.line = record.line
         self.formats[known.name] += 1
+        self._events.update(events)
         return row
 
-    def _plain_columns(self, row: Row) -> dict[str, str]:
-        """`columns` under which a bad row would be a good one: a conversation whose verdict is not looked at."""
+    def _working(self, columns: dict[str, str], row: Row) -> dict[str, str]:
+        """These columns, if a row is a good one under them: a conversation whose verdict is not looked at, say."""
         try:
-            columns = plain_columns(row, self._columns)
-            _, converted = convert_row(row, columns)
+            _, converted = convert_row(row, columns, self._rules)
         except BadRow:
             return {}
         return {} if self._refuse and self._refuse(converted) else columns
@@ -184,17 +213,18 @@ class ConversationReader(Iterator[Row]):
         lines = [head, *(f"  {rejected}" for rejected in self._first_rejected)]
         if more := self.rejected - len(self._first_rejected):
             lines.append(f"  ... and {more:,} more")
-        if self._unknown is not None:
-            lines.append(_mapping_hint(self._unknown))
+        if self._hint is not None:
+            lines.append(_mapping_hint(self._hint, self._unread))
         if self._plain:
             lines.append(_plain_hint(self._plain))
         lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
 
 
-def _mapping_hint(row: Row) -> str:
-    likely = _listed(likely_columns(row))
-    how = f"perhaps columns: {{{likely}}}" if likely else "columns: {known key: your key}; none looks like a question"
+def _mapping_hint(columns: Mapping[str, str], row: Row) -> str:
+    others = ", ".join(str(name) for name in row if name not in columns.values())
+    unread = f" (which leaves unread: {others})" if others else ""
+    how = f"perhaps columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
     return f"Map the columns in the recipe: {how}. Known keys: {known_formats()}"
 
 

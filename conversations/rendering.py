@@ -1,6 +1,7 @@
 """Messages -> token ids and loss mask: the one place that decides what is trained.
 
-Trained are, in each assistant turn, exactly ' ' + content + end token; everything else is context.
+Trained are, in each assistant turn, exactly ' ' + content + end token; everything else is context. A turn is trained
+where `train_on` takes it, and its own `train` is not false.
 
 A conversation is encoded in pieces, cut where training starts and stops and at the special tokens. Two
 properties follow for every tokenizer. No token lies half in and half out of the mask. And a prompt rendered
@@ -11,8 +12,8 @@ Text cannot forge control tokens (conversations/encoding.py): only the template 
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversations.encoding import control_pattern, encode_pieces, special_ids_of
 from conversations.errors import ToolkitError
@@ -25,7 +26,7 @@ TrainOn = Literal["all_assistant", "last_assistant"]
 
 
 def render_conversation(
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     train_on: TrainOn = "all_assistant",
     add_generation_prompt: bool = False,
@@ -34,7 +35,8 @@ def render_conversation(
 
     Args:
         messages: `{"role", "content"}` each; roles are system, user and assistant. A prompt is a list that
-            ends in a user turn.
+            ends in a user turn. `train: False` leaves an assistant's turn out of the mask; true or null change
+            nothing.
         tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
         train_on: all assistant turns, or only the last one.
         add_generation_prompt: end in "Assistant:", for a model to go on from.
@@ -43,8 +45,9 @@ def render_conversation(
         `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
 
     Raises:
-        ToolkitError: an unknown role, a content that is no string, an unknown `train_on`, a tokenizer without
-            an end token, or one that makes its begin or end token out of plain text.
+        ToolkitError: an unknown role, a content that is no string, a `train` that is no boolean or would train
+            another's turn than the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
+            that makes its begin or end token out of plain text.
     """
     if train_on not in get_args(TrainOn):
         raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
@@ -52,6 +55,7 @@ def render_conversation(
     parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
     turns = {part.turn for part in parts if part.turn is not None}
     trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
+    trained = trained - _left_out(messages)
     special_ids = special_ids_of(tokenizer)
     runs = _runs(parts, contents, special_ids, control_pattern(tokenizer))
     input_ids: list[int] = []
@@ -62,7 +66,21 @@ def render_conversation(
     return {"input_ids": input_ids, "assistant_mask": assistant_mask}
 
 
-def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
+def _left_out(messages: Sequence[Mapping[str, Any]]) -> set[int | None]:
+    """The numbers of the assistant's turns that say so themselves, counted from 0."""
+    flags: list[bool | None] = []
+    for number, message in enumerate(messages, start=1):
+        flag = message.get("train")
+        if flag not in (None, True, False):
+            raise ToolkitError(f"message {number}: train must be true or false, not {flag!r}")
+        if message["role"] == "assistant":
+            flags.append(flag)
+        elif flag:
+            raise ToolkitError(f"message {number}: train is true, but only the assistant's turns can be trained")
+    return {turn for turn, flag in enumerate(flags) if flag is not None and not flag}
+
+
+def _contents(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     for number, message in enumerate(messages, start=1):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):

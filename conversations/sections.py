@@ -112,6 +112,9 @@ class DataSource(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name: the file's name, for files in a form of their own."
     )
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        default_factory=dict, description="The file's names of roles: system, user, assistant or tool."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and go on."
     )
@@ -135,6 +138,11 @@ class FormatSection(Section):
     )
     too_long: Literal["truncate", "drop", "split"] = Field(
         default="truncate", description="What happens to rows longer than training.max_length."
+    )
+    reasoning: Literal["refuse", "drop", "think_tags"] = Field(
+        default="refuse",
+        description="Reasoning that rows keep beside an answer: a bad row, left out, or trained before the answer "
+        "between <think> and </think>.",
     )
 
 

@@ -17,6 +17,14 @@ from typing import Any
 
 from conversations.badrow import BadRow, named
 
+# Where a call has its arguments: OpenAI and Hermes, ToolAlpaca, Anthropic.
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+# What else a call may have, which says nothing about what is called.
+_CALL_KEYS = {"name", "id", "type", "index", "function"}
+
+# Keywords of JSON Schema whose value may be null.
+_MAY_BE_NULL = ("default", "const")
+
 _CALL_FORM = '{"name": <name of the tool>, "arguments": <object of its arguments>}'
 
 
@@ -26,6 +34,7 @@ def tools_text(value: Any) -> str:
     A definition is OpenAI's {"type": "function", "function": {"name", ...}} or the inner object alone.
     """
     tools = _parsed(value, "tools")
+    tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not tools:
         raise BadRow(f"tools must be a list of definitions, not {named(value)}")
     lines = [_json({"type": "function", "function": _definition(tool, i)}) for i, tool in enumerate(tools)]
@@ -53,7 +62,8 @@ def calls_text(value: Any, what: str) -> tuple[str, list[str | None]]:
         calls = [calls]
     if not isinstance(calls, list) or not calls:
         raise BadRow(f"{what} must be one call or a list of calls, not {named(value)}")
-    return "\n".join(_call(call, what) for call in calls), [call.get("id") for call in calls]
+    words = "\n".join(_call(call, what) for call in calls)
+    return words, [call.get("id") if isinstance(call, dict) else None for call in calls]
 
 
 def result_text(content: str) -> str:
@@ -62,20 +72,43 @@ def result_text(content: str) -> str:
 
 
 def _definition(tool: Any, index: int) -> dict[str, Any]:
+    tool = _parsed(tool, f"tools[{index}]")
     function = tool.get("function", tool) if isinstance(tool, dict) else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"tools[{index}] must be a definition with a name, not {named(tool)}")
-    return function
+    schema = function.get("parameters")
+    return _without_padding(
+        function | ({"parameters": _parsed(schema, f"tools[{index}].parameters")} if schema else {})
+    )
+
+
+def _without_padding(value: Any) -> Any:
+    """A definition without its nulls, which no schema has (but for defaults), but tables that were written as lines."""
+    if isinstance(value, list):
+        return [_without_padding(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_padding(item) for key, item in value.items() if item is not None or key in _MAY_BE_NULL}
 
 
 def _call(call: Any, what: str) -> str:
+    call = _parsed(call, what)
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"{what} has a call without a name: {named(call)}")
-    arguments = _parsed(function.get("arguments") or {}, f"{what}: arguments of {function['name']}")
-    if not isinstance(arguments, dict):
-        raise BadRow(f"{what}: arguments of {function['name']} must be an object, not {named(arguments)}")
+    arguments = _arguments(function, f"{what}: arguments of {function['name']}")
     return f"<tool_call>\n{_json({'name': function['name'], 'arguments': arguments})}\n</tool_call>"
+
+
+def _arguments(function: dict[str, Any], what: str) -> dict[str, Any]:
+    given = [key for key in _ARGUMENTS if function.get(key) not in (None, "")]
+    others = [key for key, value in function.items() if key not in (*_ARGUMENTS, *_CALL_KEYS) and value is not None]
+    if len(given) > 1 or (others and not given):
+        raise BadRow(f"{what} must stand under arguments; the call has {', '.join(given or others)}")
+    arguments = _parsed(function[given[0]], what) if given else {}
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{what} must be an object, not {named(arguments)}")
+    return arguments
 
 
 def _parsed(value: Any, what: str) -> Any:

@@ -14,7 +14,7 @@ from recipes.data import Mixture, read_sources
 from recipes.histogram import bins, text_lines
 from recipes.loader import Loaded
 from recipes.measure import Example, Figures, Plan, encoder, measure, plan
-from recipes.needs import refusal_of
+from recipes.needs import reasoning_of, refusal_of
 from recipes.quiet import quiet_libraries
 from recipes.report import UNPRINTABLE
 
@@ -56,7 +56,7 @@ def _check_stage(name: str, loaded: Loaded) -> StageView:
     if view.missing:
         print(f"model: {view.missing}")
     for key, entries, limit, metric in _sources(recipe):
-        mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric))
+        mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric), reasoning_of(recipe))
         figures = None
         if tokenizer:
             figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, limit)

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 from conversations.errors import ToolkitError
 from conversations.infill import with_hole
 from conversations.reading import RejectedRow, load_conversations
+from conversations.reasoning import Reasoning
 from conversations.sections import DataSource
 from recipes.hub import hub_file
 from recipes.manifest import file_sha256
@@ -53,7 +54,13 @@ class _Source:
     key: str
 
 
-def read_sources(entries: Sequence[DataSource], seed: int, key: str = "data", refuse: Refuse | None = None) -> Mixture:
+def read_sources(
+    entries: Sequence[DataSource],
+    seed: int,
+    key: str = "data",
+    refuse: Refuse | None = None,
+    reasoning: Reasoning = "drop",
+) -> Mixture:
     """Read all sources and mix them.
 
     Args:
@@ -62,6 +69,7 @@ def read_sources(entries: Sequence[DataSource], seed: int, key: str = "data", re
             order.
         key: where in the recipe the entries stand, for errors and for the order of each list.
         refuse: says why a row is of no use to the stage, which makes it a bad row.
+        reasoning: what becomes of reasoning beside an answer.
 
     Raises:
         ToolkitError: a missing file, an unreadable row, an empty source.
@@ -72,7 +80,7 @@ def read_sources(entries: Sequence[DataSource], seed: int, key: str = "data", re
     for source in sources:
         starts.append(len(store))
         rng = random.Random(f"{seed}/{source.key}/fim")
-        for row in _read(source, mixture, refuse):
+        for row in _read(source, mixture, refuse, reasoning):
             store.append(with_hole(row, source.entry.fim.rate, source.entry.fim.mode, rng) if source.entry.fim else row)
         mixture.files[-1]["rows"] = len(store) - starts[-1]
         if len(store) == starts[-1]:
@@ -120,7 +128,7 @@ def _find(entry: DataSource, seed: int, key: str) -> _Source:
     return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
 
 
-def _read(source: _Source, mixture: Mixture, refuse: Refuse | None) -> Iterator[Row]:
+def _read(source: _Source, mixture: Mixture, refuse: Refuse | None, reasoning: Reasoning) -> Iterator[Row]:
     """The source's rows with their origin; what was read goes to `mixture` at the end."""
     entry = source.entry
     reader = load_conversations(
@@ -130,10 +138,12 @@ def _read(source: _Source, mixture: Mixture, refuse: Refuse | None) -> Iterator[
         max_bad_rows=entry.max_bad_rows,
         on_rejected=mixture.rejected.append if entry.on_bad_row == "skip" else None,
         refuse=_without_text(refuse) if entry.fim else refuse,
+        roles=entry.roles,
+        reasoning=reasoning,
     )
     yield from source.split.select(row | {"origin": f"{source.file.name}:{reader.line}"} for row in reader)
     reader.check()  # a split by number stops before the end
-    mixture.lines.append(reader.summary())
+    mixture.lines += [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
     mixture.files.append(
         {
             "path": entry.path,

@@ -46,7 +46,7 @@ def find_experts(arguments: argparse.Namespace) -> str:
     check_model_config(recipe.model.config)
     check_training(recipe)
     source, tokenizer = open_source(recipe.model, recipe.seed)
-    mixture = read_sources(recipe.data, recipe.seed, "data", refusal_of(recipe))
+    mixture = read_sources(recipe.data, recipe.seed, "data", refusal_of(recipe), recipe.format.reasoning)
     for line in mixture.lines:
         say(f"data: {line}")
     sequences = sample(recipe, mixture, tokenizer, arguments.tokens)

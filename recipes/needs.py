@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from conversations.prompts import split_prompt
+from conversations.reasoning import Reasoning
 
 Row = dict[str, Any]
 
@@ -16,6 +17,11 @@ def refusal_of(recipe: Any, metric: str | None = None) -> Callable[[Row], str | 
     if recipe.stage == "reward":
         return _no_verdict if recipe.loss == "pointwise" else _no_pair
     return _BY_USE[metric or recipe.stage]
+
+
+def reasoning_of(recipe: Any) -> Reasoning:
+    """What becomes of reasoning beside an answer. Prompts leave it out: a model is not shown its old reasoning."""
+    return recipe.format.reasoning if hasattr(recipe, "format") else "drop"
 
 
 def _no_answer(row: Row) -> str | None:

@@ -20,7 +20,7 @@ from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
 from recipes.mixing import source_names
-from recipes.needs import refusal_of
+from recipes.needs import reasoning_of, refusal_of
 from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
@@ -135,7 +135,7 @@ def _load_inputs(recipe: Any) -> _Inputs:
 def _mix(recipe: Any, entries: Any, key: str, inputs: _Inputs, metric: str | None = None) -> MixedRows:
     from recipes.data import read_sources
 
-    mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric))
+    mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric), reasoning_of(recipe))
     for line in mixture.lines:
         say(f"{key}: {line}")
     inputs.mixtures.append(mixture)

@@ -103,7 +103,7 @@ def test_a_part_of_a_source_is_a_seeded_sample_of_all_of_it(tmp_path: Path) -> N
 
 def test_rows_left_out_are_kept_with_their_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\n', encoding="utf-8")
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": true, "completion": "b"}\n', encoding="utf-8")
     with pytest.raises(ToolkitError, match=r"a\.jsonl:2"):
         read_sources([source(path=str(path))], seed=0)
     mixture = read_sources([source(path=str(path), on_bad_row="skip")], seed=0)
@@ -256,7 +256,7 @@ def test_fill_in_the_middle_is_seeded_and_as_frequent_as_it_says(tmp_path: Path)
 
 def test_a_share_of_bad_rows_counts_in_a_split_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    good, bad = '{"prompt": "a", "completion": "b"}\n', '{"prompt": 3, "completion": "b"}\n'
+    good, bad = '{"prompt": "a", "completion": "b"}\n', '{"prompt": true, "completion": "b"}\n'
     path.write_text((good + bad) * 20, encoding="utf-8")
     with pytest.raises(ToolkitError, match=r"max_bad_rows = 0\.01"):
         read_sources([source(path=str(path), split="[:10]", on_bad_row="skip", max_bad_rows=0.01)], seed=0)

@@ -90,6 +90,62 @@ def test_preferences_may_be_calls():
 
 
 USER = {"role": "user", "content": "Q"}
+ANSWER = {"role": "assistant", "content": "A"}
+
+
+def one_call(**call) -> dict:
+    return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+def test_arguments_under_other_names(key):
+    for arguments in ({"city": "北京"}, '{"city": "北京"}'):
+        assert convert_row(one_call(name="weather", **{key: arguments}))[1]["messages"][1]["content"] == CALL
+
+
+def test_a_call_without_arguments_and_a_null_argument():
+    assert '"arguments": {}' in convert_row(one_call(name="now"))[1]["messages"][1]["content"]
+    assert '{"city": null}' in convert_row(one_call(name="f", arguments={"city": None}))[1]["messages"][1]["content"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"functions": [WEATHER], "messages": [USER, {"role": "assistant", "content": "A"}]},
+        {"messages": [{"role": "system", "content": None, "tools": [WEATHER]}, USER, ANSWER]},
+        {"tools": json.dumps(WEATHER), "messages": [USER, {"role": "assistant", "content": "A"}]},
+        {"tools": [WEATHER | {"parameters": json.dumps(WEATHER["parameters"])}], "prompt": "Q", "response": "A"},
+        {"tools": [WEATHER | {"strict": None, "parameters": WEATHER["parameters"] | {
+            "properties": {"city": {"type": "string", "enum": None}, "padding": None}}}], "messages": [USER, ANSWER]},
+        {"query": "Q", "tools": [WEATHER], "answers": json.dumps([{"name": "weather", "arguments": {}}])},
+    ],
+)  # fmt: skip
+def test_definitions_in_other_places(row):
+    system = convert_row(row)[1]["messages"][0]
+    assert system["role"] == "system"
+    assert json.loads(system["content"].split("<tools>\n")[1].split("\n</tools>")[0])["function"] == WEATHER
+
+
+def test_calls_in_turns_of_their_own_are_one_turn():
+    call = {"role": "tool_call", "content": '{"name": "weather", "arguments": {"city": "北京"}}'}
+    result = {"role": "tool_response", "content": "21 °C"}
+    messages = [USER, {"role": "assistant", "content": "I look."}, call, call, result, result]
+    said = convert_row({"messages": messages})[1]["messages"]
+    assert [turn["content"] for turn in said[1:]] == [f"I look.\n{CALL}\n{CALL}", f"{RESULT}\n{RESULT}"]
+
+
+def test_calls_without_a_result_are_counted():
+    events = []
+    calls = [openai_call("Rome", "a"), openai_call("Oslo", "b")]
+    result = {"role": "tool", "tool_call_id": "b", "content": "cold"}
+    asks = {"role": "assistant", "tool_calls": calls}
+    convert_row({"messages": [USER, asks, result, asks, USER, asks]}, None, None, events)
+    assert events == [("no result", "call")] * 5
+
+
+def test_a_system_message_that_lists_tools_gets_no_second_list():
+    hermes = {"role": "system", "content": "<tools> [] </tools>"}
+    assert convert_row({"tools": [WEATHER], "messages": [hermes, USER]})[1]["messages"][0] == hermes
 
 
 @pytest.mark.parametrize(
@@ -107,6 +163,16 @@ USER = {"role": "user", "content": "Q"}
             "no call",
         ),
         ({**OPENAI, "messages": [*OPENAI["messages"][:4], OPENAI["messages"][3]]}, r"messages\[4\] is a tool's result"),
+        (
+            {
+                **OPENAI,
+                "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "call_9", "content": ""}],
+            },
+            r"result for call 'call_9', but no call .* \(waiting: 'c1'\)",
+        ),
+        (one_call(name="f", params={"a": 1}), "arguments of f must stand under arguments; the call has params"),
+        (one_call(name="f", arguments={"a": 1}, input={"b": 2}), "the call has arguments, input"),
+        ({"messages": [USER | {"tools": [WEATHER]}]}, r"messages\[0\] has tools: definitions belong to"),
         ({**OPENAI, "tools": "weather"}, "tools must be JSON, not 'weather'"),
         ({**OPENAI, "tools": [{"type": "function"}]}, r"tools\[0\] must be a definition with a name"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "call it"}]}, "JSON"),

@@ -1,0 +1,34 @@
+"""What a reader found and did not use, or did to a row besides reading it: counted, to be told once."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+Kind = Literal["columns", "turn keys", "untrained", "dropped reasoning", "no result"]
+Event = tuple[Kind, str]  # what happened, and the name of the key that it happened to
+
+_WORDS: dict[Kind, tuple[str, str]] = {
+    "columns": ("columns not used", "row"),
+    "turn keys": ("keys of turns not used", "turn"),
+    "untrained": ("turns that are not trained, as their own keys ask", "turn"),
+    "dropped reasoning": ("reasoning left out", "turn"),
+    "no result": ("tool calls without a result", "call"),
+}
+_SHOWN = 30
+
+
+def counted(number: int, what: str = "row") -> str:
+    """ "1 row", "1,200 rows"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def told(events: Mapping[Event, int]) -> list[str]:
+    """One line for each kind of event: "columns not used: context (12,000 rows), id (12,000 rows)"."""
+    lines = []
+    for kind, (words, unit) in _WORDS.items():
+        found = Counter({name: number for (of, name), number in events.items() if of == kind}).most_common()
+        names = [f"{name} ({counted(number, unit)})" for name, number in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            names.append(f"and {len(found) - _SHOWN:,} more")
+        lines += [f"{words}: {', '.join(names)}"] if names else []
+    return lines
