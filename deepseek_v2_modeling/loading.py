@@ -22,6 +22,7 @@ from .errors import ModelError
 from .expert_choice import ExpertChoice
 from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
+from .tensor_files import whole_directory
 from .tokenizer_files import save_tokenizer
 
 Head = Literal["causal_lm", "score"]
@@ -237,25 +238,26 @@ def prepare_trainable(
 def save_directory(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, dtype: str | None = None
 ) -> None:
-    """Writes a model (hub layout) or an adapter (PEFT's layout), with its tokenizer, in one atomic step."""
-    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if isinstance(model, PeftModel):
-        embeddings = saves_embeddings(model)
-        model.save_pretrained(str(temporary), save_embedding_layers=embeddings, selected_adapters=["default"])
-    else:
-        state = None
-        if dtype is not None:
-            wanted = getattr(torch, dtype)
-            state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        model.save_pretrained(str(temporary), state_dict=state)
-        if dtype is not None:
-            path = temporary / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, temporary)
-    os.replace(temporary, out_dir)
+    """Writes a model (hub layout) or an adapter (PEFT's layout), with its tokenizer, in one atomic step.
+
+    Raises:
+        ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
+    """
+    with whole_directory(out_dir) as temporary:
+        if isinstance(model, PeftModel):
+            embeddings = saves_embeddings(model)
+            model.save_pretrained(str(temporary), save_embedding_layers=embeddings, selected_adapters=["default"])
+        else:
+            state = None
+            if dtype is not None:
+                wanted = getattr(torch, dtype)
+                state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            model.save_pretrained(str(temporary), state_dict=state)
+            if dtype is not None:
+                path = temporary / "config.json"
+                config = json.loads(path.read_text(encoding="utf-8"))
+                path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+        save_tokenizer(tokenizer, temporary)
 
 
 def save_final(

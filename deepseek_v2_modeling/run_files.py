@@ -1,5 +1,6 @@
 """The files of a run directory that grow line by line: metrics.jsonl, samples.jsonl and rejected.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -26,13 +27,23 @@ def _plain(value: Any) -> Any:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one JSON line a row; the folder is made when missing. Without rows nothing is made."""
+    """Appends one JSON line a row; the folder is made when missing. Without rows nothing is made.
+
+    Where the disk is full nothing is appended, and the OSError names the file.
+    """
     text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
     if not text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    before = path.stat().st_size if path.is_file() else None
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True) if before is None else os.truncate(path, before)
+        error.filename = error.filename or str(path)
+        raise
 
 
 def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:

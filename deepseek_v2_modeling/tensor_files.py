@@ -5,7 +5,6 @@ The format (huggingface/safetensors, README "Format"): 8 bytes little-endian len
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import ModelError
+from .trainer_disk import is_full
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -171,9 +171,12 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
             out_dir.rmdir()
         temporary.replace(out_dir)
         _sync(out_dir.parent)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else f"cannot be written ({error.strerror or error})"
+    except Exception as error:  # safetensors and tokenizers raise what they like when they cannot write
+        full = is_full(error, short=False)
+        if not full and not isinstance(error, OSError):
+            raise
+        strerror = getattr(error, "strerror", None)
+        reason = "the disk is full" if full else f"cannot be written ({strerror or error})"
         raise ModelError(f"{out_dir}: {reason}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,6 +15,7 @@ UNFINISHED = ".unfinished"  # directories are written in here, then moved to the
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What safetensors (Rust) says of such an error, and what torch.save says of any write that failed.
 _WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
+_NOTHING = 1 << 20  # bytes; a checkpoint has files besides its tensors
 _WRITE_FAILED = ("write failed", "unexpected pos")
 
 
@@ -31,7 +32,7 @@ def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[No
         yield
     except Exception as error:
         room = _room(run_dir)
-        if not is_full(error, room < needed()):
+        if not is_full(error, room < needed() or shutil.disk_usage(run_dir).free < _NOTHING):
             raise
         shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
         mb, room_mb = needed() / 1e6, room / 1e6

@@ -8,6 +8,7 @@ from deepseek_v2_modeling.exporting import export_adapter
 from deepseek_v2_modeling.importing import import_adapter
 from deepseek_v2_modeling.merge import merge_lora
 from deepseek_v2_modeling.tensor_files import Progress
+from recipes.lock import hold_path
 from recipes.quiet import quiet_libraries
 
 
@@ -31,7 +32,7 @@ def _size(nbytes: int) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> str:
-    with _bar("merge") as progress:
+    with hold_path(arguments.out_dir), _bar("merge") as progress:
         report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
     adapted = f"{report.adapted} adapted" if report.adapted else "copied from a whole model, which has no adapter"
@@ -42,7 +43,7 @@ def _merge(arguments: argparse.Namespace) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> str:
-    with _bar("export") as progress:
+    with hold_path(arguments.out_dir), _bar("export") as progress:
         report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress)
     zeros = f" and {report.zeros} of zeros" if report.zeros else ""
     lines = [f"{arguments.out_dir}: {report.pairs} pairs{zeros}, rank {report.rank}, {_size(report.nbytes)}"]
@@ -50,7 +51,7 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _import(arguments: argparse.Namespace) -> str:
-    with _bar("import") as progress:
+    with hold_path(arguments.out_dir), _bar("import") as progress:
         report = import_adapter(arguments.adapter, arguments.out_dir, arguments.base, progress)
     zeros = f", {report.zeros} weights without a pair got zeros" if report.zeros else ""
     return f"{arguments.out_dir}: {report.tensors} tensors from {report.found}, {_size(report.nbytes)}{zeros}"

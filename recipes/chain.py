@@ -15,6 +15,7 @@ from recipes.chain_references import References
 from recipes.chain_state import ChainState, fingerprint
 from recipes.files import write_json, write_text
 from recipes.loader import Loaded
+from recipes.lock import hold_directory, owner_of
 from recipes.manifest import new_manifest, now, read_manifest, write_manifest
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import chain_results, outcome_pairs, table_text
@@ -33,23 +34,34 @@ def run_chain(loaded: Loaded) -> dict[str, Any]:
         ToolkitError, ModelError: a recipe, the data or the output_dir is wrong; before anything is run, if possible.
         KeyboardInterrupt: stopped; the same command goes on.
     """
-    chain: ChainRecipe = loaded.recipe
-    output = Path(chain.output_dir)
-    _refuse_other_chain(loaded, output)
+    output = Path(loaded.recipe.output_dir)
     for note in loaded.notes:
         say(f"smoke: {note}")
-    for _, stage in plan_stages(loaded):
-        check_recipe(stage.recipe)
-    state = _open_chain(loaded, output)
+    with hold_directory(output) as lock:
+        _refuse_other_chain(loaded, output)
+        for _, stage in plan_stages(loaded):
+            check_recipe(stage.recipe)
+        state = _open_chain(loaded, output)
+        try:
+            results = _run_stages(loaded, state)
+            _close_chain(output, results)
+        except BaseException as error:
+            lock.make_room()
+            with suppress(OSError):  # of a disk that is broken the error itself says more
+                _say_how_it_ended(output, "stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+    say(f"\n{table_text(results)}\n\n{output / RESULTS}")
+    return results
+
+
+def _run_stages(loaded: Loaded, state: ChainState) -> dict[str, Any]:
+    chain: ChainRecipe = loaded.recipe
     references = References(chain)
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
         _run_entry(entry, stage, state, references)
         references.add(entry.name, stage.recipe.output_dir, state.stages[entry.name]["metrics"].get("tokens"))
-    results = _collect(chain, state)
-    _close_chain(output, state, results)
-    say(f"\n{table_text(results)}\n\n{output / RESULTS}")
-    return results
+    return _collect(chain, state)
 
 
 def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: References) -> None:
@@ -70,8 +82,11 @@ def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: 
     state.begin(entry.name, now_is)
     try:
         run_stage(stage)
+    except BaseException:
+        with suppress(OSError):  # a full disk; what it cost so far stands in the stage's own manifest
+            state.count(entry.name, read_manifest(run_dir))
+        raise
     finally:
-        state.count(entry.name, read_manifest(run_dir))
         _free_memory()
     state.finish(entry.name, read_manifest(run_dir))
 
@@ -79,6 +94,8 @@ def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: 
 def _set_aside(run_dir: Path, name: str) -> None:
     """Move a run away that its recipe or input no longer fits."""
     if is_main() and run_dir.exists():
+        if owner := owner_of(run_dir):
+            raise ToolkitError(f"{run_dir} is in use by {owner}, with another recipe; wait for its end, or stop it")
         attic = run_dir.parent / SUPERSEDED
         attic.mkdir(exist_ok=True)
         number = next(n for n in range(1, 10**6) if not (attic / f"{name}-{n}").exists())
@@ -93,8 +110,6 @@ def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
     Raises:
         ToolkitError: it holds the run of a stage or of another chain.
     """
-    if output.exists() and not output.is_dir():
-        raise ToolkitError(f"output_dir {output} is a file; choose another output_dir")
     if not (output / RECIPE).exists():
         return
     there = read_mapping(output / RECIPE)
@@ -114,7 +129,6 @@ def _open_chain(loaded: Loaded, output: Path) -> ChainState:
         say(f"{output}: going on with this chain")
     wait_for_all()
     if is_main():
-        output.mkdir(parents=True, exist_ok=True)
         write_text(output / RECIPE, dump_text(loaded.resolved))
     write_manifest(output, new_manifest(loaded.path, loaded.recipe.seed))
     wait_for_all()
@@ -142,12 +156,14 @@ def _collect(chain: ChainRecipe, state: ChainState) -> dict[str, Any]:
     return chain_results(chain.seed, evaluations, comparisons, state.seconds(names), state.peak_memory_gb(names))
 
 
-def _close_chain(output: Path, state: ChainState, results: dict[str, Any]) -> None:
+def _close_chain(output: Path, results: dict[str, Any]) -> None:
     if is_main():
         write_json(output / RESULTS, results)
-    manifest = {**read_manifest(output), "status": "finished", "ended": now()}
-    manifest |= {"seconds": results["seconds"], "peak_memory_gb": results["peak_memory_gb"]}
-    write_manifest(output, manifest)
+    _say_how_it_ended(output, "finished", seconds=results["seconds"], peak_memory_gb=results["peak_memory_gb"])
+
+
+def _say_how_it_ended(output: Path, status: str, **more: Any) -> None:
+    write_manifest(output, {**read_manifest(output), "status": status, "ended": now(), **more})
 
 
 def _free_memory() -> None:

@@ -58,6 +58,12 @@ class StageView:
     plan: Plan | None = None
 
 
+def page_path(output_dir: Path) -> Path:
+    """OUTPUT_DIR.check.html, beside the run directory."""
+    place = output_dir if output_dir.name.strip(".") else output_dir.absolute()
+    return place.parent / f"{place.name}.check.html"
+
+
 def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
     """Write the page beside the run directory and return where it is.
 
@@ -65,8 +71,7 @@ def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
         ToolkitError: it cannot be written there.
     """
     page = render_page("check.html.jinja", recipe=recipe, stages=stages, numbers=NUMBERS)
-    place = output_dir if output_dir.name.strip(".") else output_dir.absolute()
-    target = place.parent / f"{place.name}.check.html"
+    target = page_path(output_dir)
     try:
         write_text(target, UNPRINTABLE.sub("\ufffd", page))
     except OSError as error:

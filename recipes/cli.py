@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from conversations.errors import ToolkitError
+from conversations.scratch import remove_abandoned, remove_scratch
+from recipes.disk import disk_fault
 from recipes.ranks import is_main
 
 
@@ -108,9 +110,13 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from recipes.check import check
+    from recipes.check_page import page_path
     from recipes.loader import load_recipe
+    from recipes.lock import hold_path
 
-    check(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke))
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke)
+    with hold_path(page_path(Path(loaded.recipe.output_dir))):
+        check(loaded)
     return 0
 
 
@@ -262,14 +268,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ValueError as error:
-        if not _is_for_the_user(error):
+    except Exception as error:
+        message = str(error) if _is_for_the_user(error) else disk_fault(error)
+        if message is None:
             raise
-        _complain(f"error: {error}")
+        _complain(f"error: {message}")
         return 2
+    finally:
+        remove_scratch()
 
 
-def _is_for_the_user(error: ValueError) -> bool:
+def _is_for_the_user(error: Exception) -> bool:
     """ToolkitError, or the model floor's ModelError, whose module is only there once torch is."""
     models = sys.modules.get("deepseek_v2_modeling.errors")
     return isinstance(error, ToolkitError) or (models is not None and isinstance(error, models.ModelError))
@@ -281,13 +290,14 @@ def _complain(message: str) -> None:
 
 
 def _prepare_process() -> None:
-    """SIGTERM ends like Ctrl-C; long messages of libraries stay out of the way."""
+    """SIGTERM ends like Ctrl-C; long messages of libraries stay out of the way; what killed processes left goes."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    remove_abandoned()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from deepseek_v2_modeling.expert_scores import THRESHOLDS, ExpertScores, Score, 
 from recipes.data import Mixture, read_sources
 from recipes.files import write_json, write_text
 from recipes.loader import load_recipe
+from recipes.lock import hold_path
 from recipes.models import load_frozen, open_source
 from recipes.needs import refusal_of
 from recipes.page import render_page
@@ -42,6 +43,19 @@ def find_experts(arguments: argparse.Namespace) -> str:
     loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="sft")
     recipe = loaded.recipe
     output = output_file(recipe, arguments.output)
+    with hold_path(output):
+        content = _score(recipe, kind, threshold, arguments.tokens)
+        page = output.with_suffix(".html")
+        try:
+            write_json(output, content)
+            write_page(page, content)
+        except OSError as error:
+            raise ToolkitError(f"{output}: {error.strerror or error}; choose another file with --output") from error
+    return f"{output}: {summary(content)}; {page}"
+
+
+def _score(recipe: Any, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
+    """The experts file of a recipe's data."""
     quiet_libraries()
     check_model_config(recipe.model.config)
     check_training(recipe)
@@ -49,21 +63,14 @@ def find_experts(arguments: argparse.Namespace) -> str:
     mixture = read_sources(recipe.data, recipe.seed, "data", refusal_of(recipe), recipe.format.reasoning)
     for line in mixture.lines:
         say(f"data: {line}")
-    sequences = sample(recipe, mixture, tokenizer, arguments.tokens)
+    sequences = sample(recipe, mixture, tokenizer, tokens)
     model = load_frozen(recipe.model, source, "causal_lm")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with _bar(sum(map(len, sequences))) as advance:
         scores = score_experts(
             model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=BATCH_SIZE, progress=advance
         )
-    content = experts_file(kind, threshold, scores, recipe.model.path, mixture.files)
-    page = output.with_suffix(".html")
-    try:
-        write_json(output, content)
-        write_page(page, content)
-    except OSError as error:
-        raise ToolkitError(f"{output}: {error.strerror or error}; choose another file with --output") from error
-    return f"{output}: {summary(content)}; {page}"
+    return experts_file(kind, threshold, scores, recipe.model.path, mixture.files)
 
 
 def check_threshold(kind: Score, given: float | None) -> float:

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from conversations.errors import ToolkitError
+from recipes.lock import hold_path
 
 
 def make_model(directory: Path, preset: str, seed: int) -> None:
     """Write a random model of a preset, whole or not at all.
 
     Raises:
-        ToolkitError: the directory is not empty.
-        ModelError: no such preset.
+        ToolkitError: the directory is not empty, or another process writes it.
+        ModelError: no such preset, a full disk.
     """
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ToolkitError(f"{directory} is there already and not empty; choose another directory")
@@ -28,10 +29,8 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = build_model(preset, seed, **ids)
     assert len(tokenizer) <= model.config.vocab_size, (preset, len(tokenizer))
-    if directory.is_dir():
-        directory.rmdir()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    save_directory(model, tokenizer, directory)
+    with hold_path(directory):
+        save_directory(model, tokenizer, directory)
 
 
 def describe_model(directory: Path) -> str:

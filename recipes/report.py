@@ -16,6 +16,7 @@ from conversations.errors import ToolkitError
 from recipes import report_tables as tables
 from recipes import report_words as words
 from recipes.files import write_text
+from recipes.lock import hold_path
 from recipes.page import render_page
 from recipes.report_data import Run, directory_name, open_runs
 from recipes.report_metrics import count
@@ -91,8 +92,9 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise ToolkitError(f"{target} is a directory; name the HTML file to write")
     try:
         groups = {path: open_runs(path) for path in runs}
-        page = render(_unique_names(groups), " and ".join(map(directory_name, groups)))
-        write_text(target, UNPRINTABLE.sub("\ufffd", page))
+        with hold_path(target):
+            page = render(_unique_names(groups), " and ".join(map(directory_name, groups)))
+            write_text(target, UNPRINTABLE.sub("\ufffd", page))
     except OSError as error:
         raise ToolkitError(f"{error.filename or target}: {error.strerror or error}") from error
     return target

@@ -18,6 +18,7 @@ from conversations.sections import StageRecipe
 from recipes.allocation import keep_freed_memory
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
+from recipes.lock import Lock, hold_directory
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
 from recipes.mixing import source_names
 from recipes.needs import reasoning_of, refusal_of
@@ -57,14 +58,25 @@ def run_stage(loaded: Loaded) -> Outcome:
         ToolkitError, ModelError: the recipe, the data, the model or the run directory is wrong.
         KeyboardInterrupt: stopped; the run directory holds a checkpoint where training had begun.
     """
-    recipe: StageRecipe = loaded.recipe
-    run_dir = Path(recipe.output_dir)
-    state = inspect(run_dir, loaded.resolved)
     for note in loaded.notes:
         say(f"smoke: {note}")
-    if state.status == "finished":
-        say(f"{run_dir}: this run is finished; nothing to do")
-        return Outcome("done_before", read_manifest(run_dir))
+    run_dir = Path(loaded.recipe.output_dir)
+    if done := _done_before(run_dir, loaded):  # asked first without the lock, which a read-only disk does not give
+        return done
+    with hold_directory(run_dir) as lock:
+        return _done_before(run_dir, loaded) or _run(loaded, run_dir, lock)
+
+
+def _done_before(run_dir: Path, loaded: Loaded) -> Outcome | None:
+    if inspect(run_dir, loaded.resolved).status != "finished":
+        return None
+    say(f"{run_dir}: this run is finished; nothing to do")
+    return Outcome("done_before", read_manifest(run_dir))
+
+
+def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
+    recipe: StageRecipe = loaded.recipe
+    state = inspect(run_dir, loaded.resolved)
     began = time.monotonic()
     quiet_libraries()
     keep_freed_memory()
@@ -75,15 +87,15 @@ def run_stage(loaded: Loaded) -> Outcome:
     inputs = _load_inputs(recipe)
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
-        metrics = _work(recipe, run_dir, state, inputs, manifest)
+        manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
+        if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
+            write_json(run_dir / RESULTS, figures(metrics))
+        _close(run_dir, manifest, "finished", began)
     except BaseException as error:
-        with suppress(OSError):  # of a full disk the error itself says more
+        lock.make_room()
+        with suppress(OSError):  # of a disk that is broken the error itself says more
             _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
         raise
-    manifest["metrics"] = metrics
-    if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
-        write_json(run_dir / RESULTS, figures(metrics))
-    _close(run_dir, manifest, "finished", began)
     wait_for_all()
     return Outcome("finished", manifest)
 
@@ -157,12 +169,16 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
         say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
     wait_for_all()
-    if is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / RECIPE, dump_text(loaded.resolved))
-        if state.status == "new":  # the stage adds what it leaves out itself
-            write_jsonl(run_dir / REJECTED, (row.as_dict() for mix in inputs.mixtures for row in mix.rejected))
-    write_manifest(run_dir, manifest)
+    try:
+        if is_main():
+            write_text(run_dir / RECIPE, dump_text(loaded.resolved))
+            if state.status == "new":  # the stage adds what it leaves out itself
+                write_jsonl(run_dir / REJECTED, (row.as_dict() for mix in inputs.mixtures for row in mix.rejected))
+        write_manifest(run_dir, manifest)
+    except OSError:
+        for name in (RECIPE, REJECTED, MANIFEST) if state.status == "new" else ():
+            (run_dir / name).unlink(missing_ok=True)
+        raise
     wait_for_all()
     return manifest
 

@@ -1,6 +1,5 @@
 """What is under `training` and `model.config`, checked against the classes they feed. Imports torch and trl."""
 
-import tempfile
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -119,19 +118,18 @@ def _fields(stage: str) -> dict[str, Any]:
 
 def _try_config(recipe: Any) -> None:
     """Make the config once: TRL and transformers check how fields fit together when it is made."""
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = training_arguments(
-            recipe.training,
-            run_dir=Path(directory),
-            seed=recipe.seed,
-            dtype=recipe.model.dtype,
-            limits=RunLimits(early_stopping_patience=getattr(recipe, "early_stopping_patience", None)),
-            has_eval=bool(getattr(recipe, "eval_data", ())),
-        )
-        try:
-            config_class(recipe.stage)(**arguments)
-        except (ValueError, TypeError, ImportError) as error:
-            raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
+    arguments = training_arguments(
+        recipe.training,
+        run_dir=Path(recipe.output_dir),
+        seed=recipe.seed,
+        dtype=recipe.model.dtype,
+        limits=RunLimits(early_stopping_patience=getattr(recipe, "early_stopping_patience", None)),
+        has_eval=bool(getattr(recipe, "eval_data", ())),
+    )
+    try:
+        config_class(recipe.stage)(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
 
 
 def _check_trackers(report_to: Any) -> None:

@@ -1,10 +1,6 @@
 """Canonical rows -> the dataset of token ids and labels that SFTTrainer takes as it is."""
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -15,6 +11,7 @@ from conversations.errors import ToolkitError
 from conversations.fitting import Fitter
 from conversations.lengths import LengthReport, TooLong
 from conversations.rendering import TrainOn
+from conversations.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +75,7 @@ def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
 
 
 def _on_disk(rows: Iterable[Row]) -> Dataset:
-    directory = Path(tempfile.mkdtemp(prefix="dsv2-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    file = str(directory / "rows.arrow")
+    file = str(scratch_directory() / "rows.arrow")
     with ArrowWriter(path=file, features=_FEATURES) as writer:
         for row in rows:
             writer.write(row)

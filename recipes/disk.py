@@ -1,0 +1,29 @@
+"""A disk that takes nothing more, in one line."""
+
+import errno
+import sys
+import tempfile
+
+_REFUSED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not for writing
+    *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR),
+}
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What to tell the user where an error comes of a full, read-only or broken disk; None for any other."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSED:
+            return f"{_place(cause)}: {cause.strerror}; make room or mend that, and start the same command again"
+        cause = cause.__cause__ or cause.__context__
+    files = sys.modules.get("deepseek_v2_modeling.trainer_disk")  # what libraries in Rust and C++ raise instead
+    if files is not None and files.is_full(error, short=False):
+        return f"{_place(error)}: No space left on device; make room and start the same command again"
+    return None
+
+
+def _place(error: BaseException) -> str:
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return str(name) if name else f"the output directory or {tempfile.gettempdir()}"
