@@ -16,12 +16,17 @@ def disk_fault(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _REFUSED:
-            return f"{_place(cause)}: {cause.strerror}; make room or mend that, and start the same command again"
+            return f"{_place(cause)}: {cause.strerror}; {_remedy(cause.errno)}"
         cause = cause.__cause__ or cause.__context__
     files = sys.modules.get("deepseek_v2_modeling.trainer_disk")  # what libraries in Rust and C++ raise instead
     if files is not None and files.is_full(error, short=False):
-        return f"{_place(error)}: No space left on device; make room and start the same command again"
+        return f"{_place(error)}: No space left on device; {_remedy(errno.ENOSPC)}"
     return None
+
+
+def _remedy(number: int) -> str:
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    return "make room and start the same command again" if full else "choose another place, or make this one writable"
 
 
 def _place(error: BaseException) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 
 from recipes.files import read_json, write_json
 from recipes.ranks import is_main, world_size
-from recipes.rundir import MANIFEST
+from recipes.rundir import MANIFEST, RESULTS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 _CHUNK = 1 << 20
+_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", "chain.json", "checkpoint-*", "final")  # what a run writes on its way
 
 
 def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
@@ -48,6 +49,29 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, by the main process only."""
     if is_main():
         write_json(run_dir / MANIFEST, manifest)
+
+
+def seconds_so_far(run_dir: Path, manifest: dict[str, Any]) -> float:
+    """Seconds of work in a run: those that its manifest counts and, where that still says "running", those from its
+    last start to the last thing that it wrote."""
+    counted = manifest.get("seconds")
+    counted = counted if isinstance(counted, int | float) else 0.0
+    start = _last_start(manifest)
+    if manifest.get("status") != "running" or start is None:
+        return counted
+    written = [path.stat().st_mtime for pattern in _WRITTEN for path in run_dir.glob(pattern)]
+    return counted + max(0.0, max(written, default=start) - start)
+
+
+def _last_start(manifest: dict[str, Any]) -> float | None:
+    """The time of the last start or resume, in seconds; None where the manifest tells none."""
+    resumed = manifest.get("resumed")
+    last = resumed[-1] if isinstance(resumed, list) and resumed else None
+    try:
+        text = last["at"] if last else manifest["started"]
+        return datetime.fromisoformat(text).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def command_line() -> str:

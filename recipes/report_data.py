@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from recipes.report_metrics import Metrics, collect, count
+from recipes.lock import owner_of
+from recipes.manifest import seconds_so_far
+from recipes.report_metrics import Metrics, collect, count, number
 from recipes.yaml_text import parse_yaml
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
@@ -76,6 +78,10 @@ def open_runs(path: Path) -> list[Run]:
     runs = [read_run(at, name) for at, name in names.items()]
     for run in runs:
         _note_missing(run)
+    for chain in runs:
+        if chain.is_chain and chain.manifest.get("status") != "finished":
+            stages = [run.manifest.get("seconds") for run in runs if run.path.parent == chain.path]
+            chain.manifest["seconds"] = sum(seconds for seconds in map(number, stages) if seconds is not None)
     orders = {run.path: _stage_order(run.recipe) for run in runs if run.is_chain}
 
     def place(run: Run) -> tuple[str, bool, int, str]:
@@ -97,6 +103,7 @@ def read_run(path: Path, name: str) -> Run:
     run.recipe_text = _read_text(path / "recipe.yaml")
     run.recipe = _parse_recipe(run)
     run.manifest = _read_json(path / "manifest.json", run.notes)
+    run.manifest |= _how_it_stands(run)
     run.results = _read_json(path / "results.json", run.notes)
     _note_odd_results(run)
     run.metrics = collect(_read_lines(path / "metrics.jsonl", run.notes), run.notes)
@@ -105,6 +112,16 @@ def read_run(path: Path, name: str) -> Run:
     run.rejected = Counter(str(row.get("reason", "no reason given")) for row in rejected)
     run.kind = _kind(run)
     return run
+
+
+def _how_it_stands(run: Run) -> dict[str, Any]:
+    """Status and seconds of a run whose manifest was not closed: it runs now, or it was killed."""
+    if run.manifest.get("status") != "running":
+        return {}
+    owner = owner_of(run.path)
+    killed = "stopped: it was killed, or its machine went down; the same command goes on"
+    seconds = seconds_so_far(run.path, run.manifest)
+    return {"status": f"running: {owner}" if owner else killed, "seconds": seconds}
 
 
 def _looks_like_run(path: Path) -> bool:

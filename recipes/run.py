@@ -19,7 +19,7 @@ from recipes.allocation import keep_freed_memory
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.lock import Lock, hold_directory
-from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, write_manifest
+from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
 from recipes.mixing import source_names
 from recipes.needs import reasoning_of, refusal_of
 from recipes.quiet import quiet_libraries
@@ -77,6 +77,8 @@ def _done_before(run_dir: Path, loaded: Loaded) -> Outcome | None:
 def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
     recipe: StageRecipe = loaded.recipe
     state = inspect(run_dir, loaded.resolved)
+    if state.fault:
+        say(f"{run_dir}: this run was finished, but {state.fault}; it is made again")
     began = time.monotonic()
     quiet_libraries()
     keep_freed_memory()
@@ -90,6 +92,7 @@ def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
         if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
             write_json(run_dir / RESULTS, figures(metrics))
+        lock.make_room()
         _close(run_dir, manifest, "finished", began)
     except BaseException as error:
         lock.make_room()
@@ -164,8 +167,9 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
         manifest["start"] = _start(recipe, inputs)
     if state.status == "resume":
         _check_same_start(run_dir, before, manifest)
-        for key in ("started", "seconds", "peak_memory_gb"):
+        for key in ("started", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
+        manifest["seconds"] = seconds_so_far(run_dir, before)
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
         say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
     wait_for_all()

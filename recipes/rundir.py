@@ -18,10 +18,13 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory holds: nothing of worth, a run to go on with from a checkpoint, or a finished one."""
+    """What a run directory holds: nothing of worth, a run to go on with from a checkpoint, or a finished one.
+
+    fault: why a run that had finished has to go on nevertheless."""
 
     status: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None
+    fault: str | None = None
 
 
 def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
@@ -52,7 +55,10 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
             "choose another output_dir, or move that run away"
         )
-    return State("finished") if is_finished(run_dir) else State("resume" if checkpoint else "new", checkpoint)
+    if not has_ended(run_dir):
+        return State("resume" if checkpoint else "new", checkpoint)
+    fault = missing_of_result(run_dir)
+    return State("resume" if checkpoint else "new", checkpoint, fault) if fault else State("finished")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -91,10 +97,53 @@ def dump_text(resolved: dict[str, Any]) -> str:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run has ended well and its result is there: final/, or an evaluation's results.json."""
+    """Whether a run has ended well and its result is there, whole."""
+    return has_ended(run_dir) and missing_of_result(run_dir) is None
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether its manifest says that a run has ended well."""
     manifest = read_json(run_dir / MANIFEST)
-    ended = isinstance(manifest, dict) and manifest.get("status") == "finished"
-    return ended and ((run_dir / "final").is_dir() or (run_dir / RESULTS).is_file())
+    return isinstance(manifest, dict) and manifest.get("status") == "finished"
+
+
+def missing_of_result(run_dir: Path) -> str | None:
+    """What is missing of a run's result, final/ or an evaluation's results.json, or broken in it; None when it is
+    whole. Weights are looked at by their headers and sizes."""
+    final = run_dir / "final"
+    if not final.is_dir():
+        return None if _is_json(run_dir / RESULTS) else "final/ is missing"
+    adapter = (final / "adapter_config.json").exists()
+    texts = ["adapter_config.json" if adapter else "config.json", "tokenizer_config.json"]
+    index = final / "model.safetensors.index.json"
+    if index.exists() and not adapter:
+        texts.append(index.name)
+    if "reward_stats" in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
+        texts.append("reward_stats.json")
+    for name in texts:
+        if not _is_json(final / name):
+            return f"final/{name} is missing or broken"
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.name in texts else set()
+    single = "adapter_model.safetensors" if adapter else "model.safetensors"
+    broken = (name for name in sorted(shards or {single}) if not _is_safetensors(final / name))
+    return next((f"final/{name} is missing or broken" for name in broken), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(read_json(path), dict)
+    except (OSError, ToolkitError):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
+        return False
 
 
 def _visible(run_dir: Path) -> list[str]:

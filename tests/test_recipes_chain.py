@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from conversations.errors import ToolkitError
 from recipes import chain as chain_module
@@ -69,6 +71,9 @@ class FakeStages:
             write_json(run_dir / "results.json", {})
         else:
             (run_dir / "final").mkdir(exist_ok=True)
+            for file in ("config.json", "tokenizer_config.json"):
+                write_json(run_dir / "final" / file, {})
+            save_file({"w": numpy.ones(1)}, run_dir / "final" / "model.safetensors")
             values["metrics"] = {"tokens": 640}
         write_json(run_dir / "manifest.json", values)
 

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from conversations.errors import ToolkitError
 from recipes.files import atomic_path, read_json, write_json, write_text
@@ -46,7 +48,36 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
     assert inspect(run_dir, RECIPE_TREE).status == "resume"  # its result is gone
-    (run_dir / "final").mkdir()
+    write_json(run_dir / "results.json", {})
+    assert inspect(run_dir, RECIPE_TREE).status == "finished"
+
+
+@pytest.mark.parametrize("kind", ["model", "shards", "adapter"])
+def test_a_finished_run_has_a_whole_final(tmp_path: Path, kind: str) -> None:
+    run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
+    final = run_dir / "final"
+    final.mkdir()
+    weights = {"model": ["model"], "shards": ["model-1-of-2", "model-2-of-2"], "adapter": ["adapter_model"]}[kind]
+    files = [f"{name}.safetensors" for name in weights]
+    for name in files:
+        save_file({"w": numpy.ones(3)}, final / name)
+    write_json(final / "tokenizer_config.json", {})
+    if kind == "model":  # a reward model
+        write_json(run_dir / "manifest.json", {"status": "finished", "metrics": {"reward_stats": {}}})
+        write_json(final / "reward_stats.json", {})
+    write_json(final / ("adapter_config.json" if kind == "adapter" else "config.json"), {})
+    if kind == "shards":
+        write_json(final / "model.safetensors.index.json", {"weight_map": dict(zip("ab", files, strict=True))})
+    assert inspect(run_dir, RECIPE_TREE).status == "finished"
+    for file in sorted(final.iterdir()):
+        whole = file.read_bytes()
+        for damage in (b"", whole[:-3]):
+            file.write_bytes(damage)
+            state = inspect(run_dir, RECIPE_TREE)
+            assert state.status == "resume" and state.fault == f"final/{file.name} is missing or broken"
+        file.unlink()
+        assert inspect(run_dir, RECIPE_TREE).status == "resume"
+        file.write_bytes(whole)
     assert inspect(run_dir, RECIPE_TREE).status == "finished"
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
+from recipes.lock import hold_directory
 from recipes.report import write_report
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -302,6 +303,24 @@ def test_the_page_is_replaced_whole_or_not_at_all(chain: Path, monkeypatch: pyte
         write_report([chain])
     assert first.read_bytes() == before
     assert sorted(path.name for path in chain.glob(".*")) == []
+
+
+def test_a_killed_run_is_said_to_have_stopped_with_the_time_it_took(tmp_path: Path) -> None:
+    """Nobody holds the lock of its directory; while somebody does, the run goes on."""
+    chain, run = tmp_path / "out", tmp_path / "out" / "sft"
+    make_stage(run, "sft", [{"step": 1, "loss": 1}])
+    (chain / "recipe.yaml").write_text("stage: chain\n")
+    for folder, resumed in ((run, [{"at": "2026-01-01T00:01:00+00:00"}]), (chain, [])):
+        started = {"status": "running", "started": "2026-01-01T00:00:00+00:00", "resumed": resumed, "seconds": 0.0}
+        (folder / "manifest.json").write_text(json.dumps({**started, "seconds": 5.0 if resumed else 0.0}))
+        for path in folder.iterdir():
+            os.utime(path, (0, 1767225690))  # half a minute after the resume
+    text = visible(page_of(chain))
+    assert text.count("stopped: it was killed, or its machine went down; the same command goes on") >= 2
+    assert "Time 35.0 s" in text and "Time 0.0 s" not in text
+    with hold_directory(run):
+        live = visible(page_of(chain))
+    assert f"running: process {os.getpid()} on " in live
 
 
 def test_several_chains_get_a_table_of_means(chain: Path, tmp_path: Path) -> None:
