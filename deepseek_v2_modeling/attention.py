@@ -28,7 +28,7 @@ from .grouped import LowRank
 from .lowrank import beyond_lora, linear, unwrap
 from .masks import AttentionPlan
 from .norm import DeepseekV2RMSNorm
-from .products import Linear, fastest_dtype, widens
+from .products import Linear, fastest_dtype, is_plain, widens
 from .rope import rotate, softmax_scale
 from .wide_attention import wide_attention
 
@@ -69,7 +69,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     """Whether W x is all that a layer does: an nn.Linear with its weight as it is, of no adapter, not quantised."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, BaseTunerLayer):
         return False
-    return layer.weight.is_floating_point() and layer.weight.itemsize > 1
+    return is_plain(layer.weight) and layer.weight.is_floating_point() and layer.weight.itemsize > 1
 
 
 class DeepseekV2Attention(nn.Module):
@@ -167,12 +167,16 @@ class DeepseekV2Attention(nn.Module):
         q_HMN = q_nope.transpose(0, 1).flatten(1, 2).to(wide)  # M = B*T
         q_HMC = q_HMN @ w_uk.to(wide)
         for a in adapters:
-            q_HMC = q_HMC + q_HMN @ a.b[:, : self.nope_dim].to(wide) @ a.a.to(wide) * a.scaling
+            low = (q_HMN @ a.b[:, : self.nope_dim].to(wide)).contiguous()  # else a is copied once a head
+            q_HMC = q_HMC + low @ a.a.to(wide) * a.scaling
         q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
         q_BMW = torch.cat((q_latent, q_rope.to(wide)), dim=-1).flatten(1, 2)
         mixed = self.over_latents(q_BMW, keys, mask)
-        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide)
-        out = m_HMC @ w_uv.to(wide).transpose(1, 2)
+        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide).contiguous()
+        w_uv = w_uv.to(wide)
+        if w_uv.device.type == "cpu" and wide.itemsize < 4:
+            w_uv = w_uv.contiguous()  # one copy: the CPU's bmm of a part, transposed, takes five times as long
+        out = m_HMC @ w_uv.transpose(1, 2)
         for a in adapters:
             out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
         return out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)

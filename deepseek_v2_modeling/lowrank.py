@@ -60,7 +60,8 @@ def _plain_lora(module: nn.Module) -> bool:
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed, and low-rank products are
-    in the dtype of the base product."""
+    in the dtype of the base product. x is made contiguous: see products.Linear."""
+    x = x.contiguous()
     if not _plain_lora(module):
         return module(x)
     base, adapters = unwrap(module)

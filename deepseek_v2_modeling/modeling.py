@@ -272,7 +272,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             make_logits = partial(self.lm_head, hidden)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep, :])
+            logits = self.lm_head(hidden[:, keep, :].contiguous())  # see products.Linear; the head may be another one
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if labels is not None and outputs.aux_loss is not None and self.model.ledger is None:

@@ -86,11 +86,21 @@ class _WideLinear(torch.autograd.Function):
         return None, dx, dw, db
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight is numbers as they are: no tensor subclass, as torchao's quantised ones."""
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
 class Linear(nn.Linear):
-    """nn.Linear, with the products of this file."""
+    """nn.Linear, with the products of this file.
+
+    Inputs are made contiguous: a slice, or a transposed or expanded view, of three dimensions times a frozen weight is
+    a batched product to torch, for which it copies the weight once a row of the batch.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not widens(input, input.shape[:-1].numel()):
+        input = input.contiguous()
+        if not (widens(input, input.shape[:-1].numel()) and is_plain(self.weight)):
             return super().forward(input)
         y_NO = _WideLinear.apply(compute_dtype(input), input.flatten(0, -2), self.weight, self.bias)
         return y_NO.unflatten(0, input.shape[:-1])
