@@ -153,8 +153,10 @@ class DeepseekV2Attention(nn.Module):
         weight: torch.Tensor = base.weight
         return weight.unflatten(0, rows), parts
 
-    def absorbed(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, kv_b: KvB) -> torch.Tensor:
-        """Attention over the latents themselves: [B, T, H, V].
+    def absorbed(
+        self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, kv_b: KvB
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the latents themselves: ([B, T, H, V], weights [B, H, T, S]).
 
         keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. kv_b: as
         `kv_b_parts` gives it. All heads read the same keys, so a row's heads and queries are the rows of one product.
@@ -171,7 +173,7 @@ class DeepseekV2Attention(nn.Module):
             q_HMC = q_HMC + low @ a.a.to(wide) * a.scaling
         q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
         q_BMW = torch.cat((q_latent, q_rope.to(wide)), dim=-1).flatten(1, 2)
-        mixed = self.over_latents(q_BMW, keys, mask)
+        mixed, weights = self.over_latents(q_BMW, keys, mask)
         m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide).contiguous()
         w_uv = w_uv.to(wide)
         if w_uv.device.type == "cpu" and wide.itemsize < 4:
@@ -179,16 +181,21 @@ class DeepseekV2Attention(nn.Module):
         out = m_HMC @ w_uv.transpose(1, 2)
         for a in adapters:
             out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
-        return out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        out = out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        return out, weights[..., : keys.shape[1]].unflatten(1, (heads, length))
 
-    def over_latents(self, q_BMW: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Softmax attention of a row's heads and queries (M = H*T) over its keys [B, S, W]: [B, M, C]."""
+    def over_latents(
+        self, q_BMW: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax attention of a row's heads and queries (M = H*T) over its keys [B, S, W]: ([B, M, C], weights
+        [B, M, S], with room behind S)."""
         rows, tokens = keys.shape[:2]
         on_cpu = keys.device.type == "cpu"
         if on_cpu and q_BMW.dtype != keys.dtype and rows > 1 and keys[0].numel() > WORTH_A_PRODUCT:
             masks = [None] * rows if mask is None else mask.expand(rows, -1, -1, -1).split(1)
             parts = zip(q_BMW.split(1), keys.split(1), masks, strict=True)
-            return torch.cat([self.over_latents(*part) for part in parts])  # a row's keys in float32 stay in the cache
+            out, weights = zip(*[self.over_latents(*part) for part in parts], strict=True)
+            return torch.cat(out), torch.cat(weights)  # a row's keys in float32 stay in the CPU's cache
         if q_BMW.dtype.itemsize < 4:  # the same shape for many steps, and an even one: see `whole_blocks`; oneDNN, too,
             keys = with_room(keys)  # makes a primitive for each new one
         keys = keys.to(q_BMW.dtype)
@@ -198,7 +205,8 @@ class DeepseekV2Attention(nn.Module):
             by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         scores[..., tokens:] = -torch.inf
         # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
-        return by_row(scores.softmax(-1).to(q_BMW.dtype), keys)[..., : self.latent_dim]
+        weights = scores.softmax(-1).to(q_BMW.dtype)
+        return by_row(weights, keys)[..., : self.latent_dim], weights
 
     def forward(
         self,
@@ -218,7 +226,8 @@ class DeepseekV2Attention(nn.Module):
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
         kv_b = self.kv_b_parts() if plan.absorb else None
         if kv_b is not None:
-            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b), None
+            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
-        return linear(self.o_proj, out.flatten(-2)), weights
+        eager = (self.config._attn_implementation or "eager") == "eager"  # other kernels give no weights
+        return linear(self.o_proj, out.flatten(-2)), weights if eager else None

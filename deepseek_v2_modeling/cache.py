@@ -1,5 +1,6 @@
 """The latent cache: a token and layer cost kv_lora_rank + qk_rope_head_dim values, never expanded keys and values."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,12 @@ class LatentLayer(CacheLayerMixin):
             return torch.cat((before[0], key_states), 2), torch.cat((before[1], value_states), 2)
         latent, rope_key = self.codec.decode(self.buffer[:, : self.length], self.widths, key_states.dtype)
         return latent, rope_key
+
+    def stored(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Latent and rotary key of all tokens so far."""
+        if self.buffer is None:
+            return None, None
+        return self.codec.decode(self.buffer[:, : self.length], self.widths, self.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -207,6 +214,10 @@ class LatentCache(Cache):
         for layer in self.layers:
             assert isinstance(layer, LatentLayer)
             layer.reserved = tokens
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """(latent [B, 1, T, C], rotary key [B, 1, T, R]) of each layer, decoded; Nones where nothing is stored yet."""
+        return (layer.stored() for layer in self.layers if isinstance(layer, LatentLayer))
 
     @property
     def nbytes(self) -> int:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .errors import ModelError
+from .errors import ModelError, ShapeError
 from .offloading import keep_readable
+from .refusals import check_keywords, check_source
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 # Fused parameter: the projections of each expert that it holds, one below the other.
@@ -114,12 +115,15 @@ class StrictPreTrainedModel(PreTrainedModel):
         another shape is always an error.
 
         Raises:
-            ModelError: there are no safetensors files, a file cannot be read, or tensors are missing,
-                unexpected or misshapen; the message names them.
+            ModelError: the checkpoint is another model's or quantised, there are no safetensors files, a file
+                cannot be read, or tensors are missing, unexpected or misshapen (a ShapeError); the message names them.
+                Quantisation and parallel plans among the keywords are refused too.
         """
         path = pretrained_model_name_or_path
         if use_safetensors is False or kwargs.get("gguf_file"):
             raise ModelError(f"{path}: only safetensors is read")
+        check_keywords(path, kwargs)
+        check_source(cls.config_class, path, kwargs)
         check_directory(path, kwargs.get("subfolder") or "")
         try:
             loaded: Any = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
@@ -197,7 +201,8 @@ def judge(
     for kind, names in faults.items():
         parts += [f"{kind} tensors: {name_some(names)}"] * bool(names)
     if parts:
-        raise ModelError(f"{name_of(load_config)}: {'; '.join(parts)}")
+        kind = ShapeError if faults["misshapen"] else ModelError
+        raise kind(f"{name_of(load_config)}: {'; '.join(parts)}")
     return sorted(made), sorted(left)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
 from .errors import ModelError
+from .refusals import check_model_type
 
 ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
@@ -83,6 +84,11 @@ class DeepseekV2Config(StockConfig):
         ModelError: a value that the official model refuses, or that cannot work.
     """
 
+    # Stock's plans name what these classes do not have (its experts' forward, say): none can be carried out.
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+    base_model_pp_plan = None
+
     aux_loss_alpha: float | int = 0.001  # files and recipes say 0 where they mean 0.0
     device_aux_loss_alpha: float | int = 0.0
     comm_aux_loss_alpha: float | int = 0.0
@@ -93,6 +99,12 @@ class DeepseekV2Config(StockConfig):
     n_shared_experts: int | None = None
     n_routed_experts: int | None = None
     routed_scaling_factor: float | int = 1.0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but another model's values are an error: many of them would be taken as they are."""
+        check_model_type(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
         given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.nn import functional as F
 
+from .errors import ModelError
 from .grouped import LowRank
 
 
@@ -27,10 +28,21 @@ def _factors(layer: Any, name: str) -> LowRank:
     return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name], chosen)
 
 
+def _refuse_by_row(module: Any) -> None:
+    """Raises ModelError where PEFT was given an adapter for each row: factors read past its forward are for all."""
+    for hook in module._forward_pre_hooks.values():
+        if told := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+            raise ModelError(
+                f"{told.pop()}: adapters of routed experts and of the router are for whole batches, in PEFT too; run "
+                "each adapter on a batch of its own (set_adapter), or leave experts and router out of its targets"
+            )
+
+
 def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
     """The module under PEFT's wrappers, and by parameter name the adapters that are active on it now."""
     adapters: dict[str, list[LowRank]] = {}
     while isinstance(module, LoraLayer):
+        _refuse_by_row(module)
         if module.disable_adapters and module.merged:
             module.unmerge()  # as PEFT's own forward does
         if not (module.disable_adapters or module.merged):

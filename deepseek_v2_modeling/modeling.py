@@ -1,8 +1,8 @@
 """The DeepSeek-V2 model classes, compatible with transformers: stock's parameter names, official behaviour."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .cache import LatentCache
 from .checkpoints import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .documents import BOUNDARIES, documents_with_cache
+from .errors import ModelError
 from .loss import IGNORED, blockwise_loss
 from .masks import plan_attention
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
@@ -40,6 +41,7 @@ LOST_BALANCE = (
     "is in deepseek_v2_modeling); so does `collect_balance` in a loop of your own, or adding the output's aux_loss to "
     "your loss. Coefficients of 0 (aux_loss_alpha, ...) turn them off."
 )
+EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -77,6 +79,18 @@ def without_checkpointing(layers: Iterable[Any]) -> Iterator[None]:
             layer.gradient_checkpointing = True
 
 
+def without_default_cache(forward: Callable) -> Callable:
+    """In training a cache is made when the call asks for one, not when the config does (as it does by default)."""
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_cache") is None and self.training and torch.is_grad_enabled():
+            kwargs["use_cache"] = False
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
 class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     config_class = DeepseekV2Config
     config: DeepseekV2Config
@@ -88,10 +102,32 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(DeepseekV2DecoderLayer, index=0),
         "attentions": OutputRecorder(DeepseekV2Attention, index=1),
     }
+
+    def __init__(self, config: DeepseekV2Config):
+        if not isinstance(config, DeepseekV2Config):
+            raise ModelError(
+                f"{type(self).__name__} was given a {type(config).__module__}.{type(config).__name__}: it takes a "
+                "deepseek_v2_modeling.DeepseekV2Config, which AutoConfig gives too"
+            )
+        super().__init__(config)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers' names for the ways in which its own experts run. Ours have one, with the same results."""
+        if requested_experts not in (None, *EXPERTS_IMPLEMENTATIONS):
+            raise ModelError(
+                f'experts_implementation "{requested_experts}" is not supported: use one of {EXPERTS_IMPLEMENTATIONS}, '
+                "which all run the experts in the way of these classes"
+            )
+        return requested_experts or "grouped_mm"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,8 +147,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     keeps_balance = True  # how `collect_balance` and routing replay find the backbone under any wrapper
 
     def __init__(self, config: DeepseekV2Config):
-        check_config(config)  # from_pretrained sets its keywords on a config that was checked without them
         super().__init__(config)
+        check_config(config)  # from_pretrained sets its keywords on a config that was checked without them
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
@@ -125,6 +161,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         self.replayed_routes: Iterator[list[torch.Tensor]] | None = None
         self.post_init()
 
+    @without_default_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -150,8 +187,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        trains = self.training and torch.is_grad_enabled()
-        if use_cache and past_key_values is None and not trains:
+        if use_cache and past_key_values is None:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
         given = {name: kwargs.pop(name, None) for name in BOUNDARIES}
@@ -219,7 +255,6 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
     """The language model. In training with labels, `loss` is cross-entropy plus the balance losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)

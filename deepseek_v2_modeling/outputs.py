@@ -1,7 +1,8 @@
 """What the model's forwards return."""
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,9 +18,20 @@ class DeepseekV2ModelOutput(MoeModelOutputWithPast):
 
 
 @dataclass
-class TrainingOutput(MoeCausalLMOutputWithPast):
+class CausalLMOutput(MoeCausalLMOutputWithPast):
+    """Stock's output with `aux_loss` last, so that the first entry is the loss or the logits, as of any model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if OrderedDict.__contains__(self, "aux_loss"):
+            self.move_to_end("aux_loss")
+
+
+@dataclass
+class TrainingOutput(CausalLMOutput):
     """The output of a training forward, whose loss was made without the full logits: `logits` are made when asked
-    for, with their gradient. The maker is an entry too, so that a copy of the entries (accelerate's) keeps it."""
+    for, with their gradient, and whenever all entries are. accelerate copies the entries of each output under mixed
+    precision: the maker is one of them, and that copy alone sees it."""
 
     make_logits: Callable[[], torch.Tensor] | None = None
 
@@ -28,9 +40,9 @@ class TrainingOutput(MoeCausalLMOutputWithPast):
         if make is not None:
             OrderedDict.__delitem__(self, "make_logits")
             self["logits"] = make()
-            order = [field.name for field in fields(self) if OrderedDict.__contains__(self, field.name)]
-            for name in order:
-                self.move_to_end(name)
+            for name in [f.name for f in fields(self) if f.name != "aux_loss"] + ["aux_loss"]:
+                if OrderedDict.__contains__(self, name):
+                    self.move_to_end(name)
 
     def __getattribute__(self, name: str) -> Any:
         if name == "logits":
@@ -40,10 +52,28 @@ class TrainingOutput(MoeCausalLMOutputWithPast):
     def __getitem__(self, k: Any) -> Any:
         if k == "logits":
             self._fill()
-        return super().__getitem__(k)
+        return OrderedDict.__getitem__(self, k) if isinstance(k, str) else self.to_tuple()[k]
+
+    def __iter__(self) -> Iterator[str]:
+        self._fill()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._fill()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._fill()
+        return super().values()
+
+    def items(self) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") != "accelerate.utils.operations":
+            self._fill()
+        return super().items()
 
     def __contains__(self, key: Any) -> bool:
-        return super().__contains__(key) or (key == "logits" and super().__contains__("make_logits"))
+        unmade = super().__contains__("make_logits")
+        return unmade if key == "logits" and unmade else key != "make_logits" and super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
         return self[key] if key in self else default  # noqa: SIM401 - it is what `get` does here
@@ -56,5 +86,5 @@ class TrainingOutput(MoeCausalLMOutputWithPast):
 def causal_lm_output(make_logits: Callable[[], torch.Tensor] | None, **entries: Any) -> MoeCausalLMOutputWithPast:
     """The output with these entries; with `make_logits` one whose logits are made when they are asked for."""
     if make_logits is None:
-        return MoeCausalLMOutputWithPast(**entries)
+        return CausalLMOutput(**entries)
     return TrainingOutput(**entries, make_logits=make_logits)

@@ -1,0 +1,88 @@
+"""What looks loadable and would be computed wrongly, or not at all: each is one ModelError."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+
+MODEL_TYPE = "deepseek_v2"
+# Checkpoints of these have tensors under much the same names; some would load, and give other logits.
+RELATIVES = {
+    "deepseek": "plain multi-head attention, without latents",
+    "deepseek_v3": "a sigmoid gate, whose choice of experts a bias corrects",
+    "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
+    "deepseek_v4": "compressed attention and another residual stream",
+    "glm4_moe_lite": "a sigmoid gate, whose choice of experts a bias corrects",
+    "kimi_k2": "a sigmoid gate, whose choice of experts a bias corrects",
+    "kimi_linear": "linear attention in most layers",
+    "longcat_flash": "two attentions a layer, and experts that do nothing",
+    "minicpm3": "scaled embeddings, residuals and logits",
+    "youtu": "no experts, and the RoPE settings of DeepSeek-V3",
+}
+PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+
+
+def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
+    """values: those of a config.json, which `where` names.
+
+    Raises:
+        ModelError: they are another model's, or of a DeepSeek-V2 without latent attention.
+    """
+    found, where = values.get("model_type", MODEL_TYPE), where and f"{where}: "
+    if found != MODEL_TYPE:
+        known = f": it has {RELATIVES[found]}" if found in RELATIVES else ""
+        raise ModelError(
+            f'{where}model_type is "{found}", not "{MODEL_TYPE}"{known}; transformers\' Auto classes choose a class by it'
+        )
+    if values.get("use_mla") is False:
+        raise ModelError(f"{where}use_mla is false: plain multi-head attention, without latents, is not supported")
+
+
+def _method(settings: Any) -> str:
+    """The name of a quantisation: of settings as an object, or as they stand in a config.json."""
+    if isinstance(settings, Mapping):
+        return str(settings.get("quant_method") or "quantised")
+    method = getattr(settings, "quant_method", "quantised")
+    return str(getattr(method, "value", method))
+
+
+def check_quantization(where: Any, settings: Any) -> None:
+    """Raises ModelError when there are settings of a quantisation."""
+    if settings:
+        raise ModelError(
+            f"{where}: quantization_config ({_method(settings)}) is not supported: transformers' quantisers pass over "
+            "these classes' layers and experts. Load a checkpoint in bf16, float16 or float32, without it"
+        )
+
+
+def check_keywords(path: Any, given: Mapping[str, Any]) -> None:
+    """Looks at the keywords of `from_pretrained`. Raises ModelError for a quantisation or a parallel plan."""
+    check_quantization(path, given.get("quantization_config") or given.get("load_in_8bit") or given.get("load_in_4bit"))
+    for name in PARALLEL:
+        if given.get(name) is not None:
+            raise ModelError(
+                f"{path}: {name} is not supported: these classes have no plan for tensor, expert or pipeline "
+                'parallelism; device_map="auto" spreads the layers over several devices'
+            )
+
+
+def check_source(config_class: Any, path: Any, given: Mapping[str, Any]) -> None:
+    """Looks at the config of a checkpoint, also where another one is given (`config=`), before anything is made of it.
+
+    Raises:
+        ModelError: it is another model's, or quantised.
+    """
+    check_quantization(path, getattr(given.get("config"), "quantization_config", None))
+    if path is None or (
+        Path(path).is_dir() and not (Path(path) / (given.get("subfolder") or "") / "config.json").is_file()
+    ):
+        return  # a state dict, or an adapter's directory
+    hub = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        values, _ = config_class.get_config_dict(path, **{name: given[name] for name in hub if name in given})
+    except (OSError, ValueError):
+        return  # `from_pretrained` says so
+    check_model_type(values, os.fspath(path))
+    check_quantization(path, values.get("quantization_config"))
