@@ -34,7 +34,7 @@ def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
     if found != MODEL_TYPE:
         known = f": it has {RELATIVES[found]}" if found in RELATIVES else ""
         raise ModelError(
-            f'{where}model_type is "{found}", not "{MODEL_TYPE}"{known}; transformers\' Auto classes choose a class by it'
+            f'{where}model_type is "{found}", not "{MODEL_TYPE}"{known}; Auto classes choose the class by it'
         )
     if values.get("use_mla") is False:
         raise ModelError(f"{where}use_mla is false: plain multi-head attention, without latents, is not supported")
