@@ -70,7 +70,8 @@ class LatentLayer(CacheLayerMixin):
         """Latent and rotary key of all tokens so far."""
         if self.buffer is None:
             return None, None
-        return self.codec.decode(self.buffer[:, : self.length], self.widths, self.dtype)
+        latent, rope_key = self.codec.decode(self.buffer[:, : self.length], self.widths, self.dtype)
+        return latent, rope_key
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

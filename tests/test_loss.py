@@ -85,7 +85,7 @@ def test_logits_are_there_when_asked_for():
         logits = ask(model(input_ids=ids, labels=ids))
         torch.testing.assert_close(logits, wanted)
         assert logits.requires_grad
-    torch.testing.assert_close(model(input_ids=ids, labels=ids, return_dict=False)[2], wanted)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids, return_dict=False)[1], wanted)
 
 
 def test_logits_outlive_accelerates_copy():
@@ -96,7 +96,7 @@ def test_logits_outlive_accelerates_copy():
     torch.testing.assert_close(copied.logits, model(input_ids=ids).logits)
 
 
-def test_the_order_of_a_tuple_is_stocks():
+def test_the_balance_loss_is_the_last_entry():
     model = small_model().train()
     ids = random_ids(2, 5)
     found = model(input_ids=ids, labels=ids, output_hidden_states=True)
