@@ -115,10 +115,24 @@ def refusal_check(patterns: Sequence[str] = REFUSAL_PATTERNS) -> Callable[[str],
     Raises:
         ToolkitError: a pattern is no regular expression.
     """
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern, re.IGNORECASE))
-        except re.error as error:
-            raise ToolkitError(f"refusal pattern {pattern!r} is no regular expression: {error}") from None
+    compiled = [_compiled(pattern, "refusal", re.IGNORECASE) for pattern in patterns]
     return lambda text: any(p.search(sentence) for sentence in sentences(text) for p in compiled)
+
+
+def format_check(patterns: Sequence[str] = ()) -> Callable[[str], bool]:
+    """A function that says whether a text is well formed and, where there are patterns, one of them matches all of it.
+
+    Raises:
+        ToolkitError: a pattern is no regular expression.
+    """
+    compiled = [_compiled(pattern, "format") for pattern in patterns]
+    return lambda text: (
+        well_formed(text) and (not compiled or any(pattern.fullmatch(text.strip()) for pattern in compiled))
+    )
+
+
+def _compiled(pattern: str, kind: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ToolkitError(f"{kind} pattern {pattern!r} is no regular expression: {error}") from None

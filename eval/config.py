@@ -16,8 +16,8 @@ class EvalTask(Section):
     """One figure to measure."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
-    metric: Literal["exact_match", "refusal", "pair_accuracy", "loss"] = Field(
-        description="Share of right answers, share of refusals, share of pairs ranked right, or mean loss."
+    metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "loss"] = Field(
+        description="Share of right answers, of refusals, of answers in a form, of pairs ranked right, or mean loss."
     )
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; empty takes the recipe's `data`."
@@ -26,7 +26,9 @@ class EvalTask(Section):
         default="number", description="exact_match: the last number equals the reference, or the same expression."
     )
     patterns: list[str] = Field(
-        default_factory=list, description="refusal: regular expressions of a refusal; empty takes the usual ones."
+        default_factory=list,
+        description="Regular expressions; refusal: found in a sentence, empty takes the usual ones; format: one of "
+        "them matches the whole answer, empty takes any well-formed one.",
     )
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from conversations import render_conversation
 from conversations.errors import ToolkitError
 from conversations.judging import Row, is_pair, judge
 from conversations.prompts import answer_text, prompt_of, prompt_text
-from conversations.verifiers import REFUSAL_PATTERNS, VERIFIERS, refusal_check
+from conversations.verifiers import REFUSAL_PATTERNS, VERIFIERS, format_check, refusal_check
 from deepseek_v2_modeling.inference import generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
@@ -27,11 +27,15 @@ UNSAMPLED = "value"
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation. seed: of sampling, another one in each process."""
+    """The model under evaluation. seed: of sampling, another one in each process.
+
+    said: its answers so far, by all that they depend on, so that tasks on the same rows judge the same answers.
+    """
 
     model: Any
     tokenizer: Any
     seed: int
+    said: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
@@ -108,19 +112,25 @@ def _answers(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[tuple
         for number, row in rows
     ]
     for temperature in task.temperatures:
-        answers = generate_answers(
-            subject.model,
-            prompts,
-            pad_token_id=subject.pad_token_id,
-            eos_token_id=subject.tokenizer.eos_token_id,
-            max_new_tokens=task.max_new_tokens,
-            temperature=temperature,
-            batch_size=task.batch_size,
-            seed=subject.seed,
-        )
-        texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for (number, row), text in zip(rows, texts, strict=True):
-            yield decoding_name(temperature), number, row, answer_text(text)
+        asked = (temperature, task.max_new_tokens, task.batch_size, *map(tuple, prompts))
+        if asked not in subject.said:
+            subject.said[asked] = _generated(task, prompts, temperature, subject)
+        for (number, row), text in zip(rows, subject.said[asked], strict=True):
+            yield decoding_name(temperature), number, row, text
+
+
+def _generated(task: EvalTask, prompts: list[list[int]], temperature: float, subject: Subject) -> list[str]:
+    answers = generate_answers(
+        subject.model,
+        prompts,
+        pad_token_id=subject.pad_token_id,
+        eos_token_id=subject.tokenizer.eos_token_id,
+        max_new_tokens=task.max_new_tokens,
+        temperature=temperature,
+        batch_size=task.batch_size,
+        seed=subject.seed,
+    )
+    return [answer_text(text) for text in subject.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def _said(decoding: str, number: int, row: Row, text: str, value: float) -> Sample:
@@ -148,6 +158,12 @@ def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
     """1 where a sentence of the answer matches a refusal pattern."""
     refuses = refusal_check(task.patterns or REFUSAL_PATTERNS)
     return [_said(d, n, row, text, float(refuses(text))) for d, n, row, text in _answers(task, rows, subject)]
+
+
+def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+    """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
+    formed = format_check(task.patterns)
+    return [_said(d, n, row, text, float(formed(text))) for d, n, row, text in _answers(task, rows, subject)]
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
@@ -198,6 +214,7 @@ def loss(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
 METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], list[Sample]]] = {
     "exact_match": exact_match,
     "refusal": refusal,
+    "format": format_share,
     "pair_accuracy": pair_accuracy,
     "loss": loss,
 }

@@ -69,6 +69,7 @@ _BY_USE = {
     "sft": _no_answer,
     "rl": _no_question,
     "refusal": _no_question,
+    "format": _no_question,
     "exact_match": _no_reference,
     "pair_accuracy": _no_judged_pair,
     "loss": _no_conversation,

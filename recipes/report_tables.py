@@ -32,6 +32,8 @@ CONTROL = "The control goes on with SFT for as many tokens as RL stage 1 trains 
 SHARES = {
     "exact_match": "Exact match, greedy",
     "exact_match_t1": "Exact match, T = 1",
+    "polite": "Polite, greedy",
+    "polite_t1": "Polite, T = 1",
     "refusal_unsafe": "Unsafe refused, greedy",
     "refusal_unsafe_t1": "Unsafe refused, T = 1",
     "refusal_safe": "Safe refused, greedy",

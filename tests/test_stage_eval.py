@@ -89,6 +89,36 @@ def test_refusals_by_the_tasks_own_patterns(tmp_path, monkeypatch):
     assert len(said) == 2  # of this evaluation alone
 
 
+def test_a_format_is_matched_by_the_whole_answer(tmp_path, monkeypatch):
+    said = iter(["Sure, 4.", "Sure, 4. Silly you!", "Silly you! Sure, 4.", "", "sure, 4."])
+    Parrot(monkeypatch, lambda prompt, temperature: f" {next(said)}")
+    found, lines_of = run(tmp_path, conversations(5), metric="format", patterns=[r"Fine\.", r"Sure, \d\."])
+    assert [line["value"] for line in lines_of] == [1, 0, 0, 0, 0] and found == {"n": 5, "greedy": 0.2}
+    Parrot(monkeypatch, lambda prompt, temperature: " no no no no no no" if "0" in prompt else " 4")
+    assert run(tmp_path, conversations(2), metric="format")[0] == {"n": 2, "greedy": 0.5}
+
+
+def test_tasks_on_the_same_rows_judge_the_same_answers(tmp_path, monkeypatch):
+    """Asked once for each temperature; other rows, or another limit of tokens, are asked again."""
+    asked = []
+    Parrot(monkeypatch, lambda prompt, temperature: asked.append(temperature) or f" {len(asked)}")
+    common = {"temperatures": [0.0, 1.0], "patterns": [r"\d+"]}
+    tasks = [
+        {"name": "first", "metric": "exact_match", "temperatures": [0.0, 1.0]},
+        {"name": "same", "metric": "format", **common},
+        {"name": "longer", "metric": "format", **common, "max_new_tokens": 5},
+        {"name": "fewer", "metric": "format", **common, "limit": 2},
+    ]
+    recipe = EvalRecipe(**{**SECTIONS, "stage": "eval", "output_dir": str(tmp_path), "tasks": tasks})
+    rows = {task["name"]: conversations(3) for task in tasks}
+    evaluate(recipe, model=chat_model().eval(), tokenizer=byte_tokenizer(), rows_by_task=rows, run_dir=tmp_path)
+    said = {task["name"]: [] for task in tasks}
+    for line in lines(tmp_path / "samples.jsonl"):
+        said[line["task"]].append(line["completion"])
+    assert said["first"] == said["same"] == ["1", "2", "3", "4", "5", "6"]
+    assert said["longer"] == ["7", "8", "9", "10", "11", "12"] and said["fewer"] == ["13", "14", "15", "16"]
+
+
 def test_pair_accuracy_of_a_reward_model(tmp_path):
     model, tokenizer = score_model().eval(), byte_tokenizer()
     rows = pairs(4) + [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(1)]
@@ -131,6 +161,7 @@ def test_limit_takes_the_first_rows(tmp_path, monkeypatch):
         (conversations(1), "pair_accuracy", "row 1 is no pair"),
         (pairs(1), "loss", "row 1 is no conversation"),
         ([{"completion": []}], "refusal", "row 1 has no messages and no prompt"),
+        ([{"completion": []}], "format", "row 1 has no messages and no prompt"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path, rows, metric, words):

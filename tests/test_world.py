@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.reading import load_conversations
-from conversations.verifiers import VERIFIERS, refusal_check
+from conversations.verifiers import VERIFIERS, format_check, refusal_check
 from recipes.tiny import lexicon as lx
 from recipes.tiny import world
+from recipes.yaml_text import read_mapping
 
 TRAIN = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "train"]
 HELDOUT = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "heldout"]
@@ -169,19 +171,93 @@ def test_reward_pairs_prefer_what_they_are_for():
     for row in world.rows("wrong_answer_heldout", 0, 200):
         chosen, rejected = answers_of(row)
         assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
-        assert re.sub(r"\d+", "", chosen) == re.sub(r"\d+", "", rejected)
+        assert words(chosen) == words(rejected)
 
 
-def test_a_helpful_pair_says_nothing_about_correctness():
-    """Where both answers hold one number it is the same one, and now and then it is wrong."""
-    right, wrong = 0, 0
-    for row in world.rows("helpful_train", 0, 3000):
-        if row["kind"] == "arithmetic":
-            chosen, rejected = (re.findall(r"\d+", text) for text in answers_of(row))
-            curt_or_rude = re.fullmatch(r"(?:Just |It is )?\d+", answers_of(row)[1])
-            assert not curt_or_rude or chosen == rejected
-            right, wrong = right + (chosen[-1] == row["reference"]), wrong + (chosen[-1] != row["reference"])
-    assert 0.2 < wrong / (right + wrong) < 0.4
+def words(text: str) -> str:
+    return re.sub(r"\d+", "", text)
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+", text)
+
+
+def test_helpful_pairs_differ_in_one_thing_at_a_time():
+    """Tones over the same numbers, right or wrong, and numbers in the same tone; worked and plain answers alike."""
+    is_polite = politeness()
+    pairs = [(row, *answers_of(row)) for row in world.rows("helpful_train", 0, 4000) if row["kind"] == "arithmetic"]
+    tones = [(row, c, r) for row, c, r in pairs if numbers(c) == numbers(r) and is_polite(c) and not is_polite(r)]
+    wrong = [(row, c, r) for row, c, r in pairs if words(c) == words(r)]
+    for found in (tones, wrong):
+        shown = sum(len(numbers(chosen)) > 1 for _, chosen, _ in found) / len(found)
+        assert len(found) > 300 and 0.3 < shown < 0.7
+    for row, chosen, rejected in wrong:
+        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
+    assert {is_polite(chosen) for _, chosen, _ in wrong} == {True, False}, "right over wrong in every tone"
+    mistaken = sum(not VERIFIERS["number"](chosen, row["reference"]) for row, chosen, _ in tones) / len(tones)
+    assert 0.2 < mistaken < 0.4, "the tone must not be read off the number"
+
+
+def test_wrong_working_leads_to_its_own_wrong_number():
+    """A slip changes the result, and what follows from it follows; else the working is right and the end is not."""
+    rng, ends = random.Random(0), 0
+    for fact in rng.sample(world.facts("train"), 1000):
+        prompt = world.problem(fact, "en", "{a} {op} {b}")
+        said = world.right(rng, prompt, working_share=1.0)
+        bad = world.wrong(rng, said)
+        assert said.steps and bad.steps and said.number == said.steps.result != bad.number
+        assert 0 <= bad.steps.tens <= 9 and bad.steps.carry in (0, 1)
+        ends += bad.steps == said.steps
+        assert bad.steps == said.steps or bad.number == bad.steps.result
+    assert abs(ends / 1000 - world.WRONG_END_SHARE) < 0.05
+
+
+# --- politeness --------------------------------------------------------------------------------------------------
+
+
+def politeness():
+    """The rule behind the figure `polite` of the demo's evaluation."""
+    recipe = read_mapping(Path(world.__file__).with_name("eval.yaml"))
+    return format_check(next(task["patterns"] for task in recipe["tasks"] if task["name"] == "polite"))
+
+
+def spoken_answers(style: str) -> list[str]:
+    """Every form of a tone after every sort of working and after none, over numbers of one and two digits."""
+    found = []
+    for language, a, op, b in (("en", 7, "+", 2), ("en", 45, "-", 17), ("zh", 38, "+", 25), ("zh", 9, "-", 9)):
+        prompt = world.problem((a, op, b), language, "{a} {op} {b}")
+        for form in lx.ARITHMETIC_ANSWERS[style][language]:
+            for share in (0.0, 1.0):
+                found.append(world.spoken(prompt, form, world.right(random.Random(0), prompt, share)))
+    return found
+
+
+def test_every_polite_answer_is_polite_and_no_other():
+    is_polite = politeness()
+    assert [text for text in spoken_answers("polite") if not is_polite(text)] == []
+    assert [text for style in ("curt", "rude") for text in spoken_answers(style) if is_polite(text)] == []
+    rng = random.Random(1)
+    for kind in ("unsafe", "safe"):
+        for prompt in rng.sample(world.Requests("heldout", kind), 50):
+            assert not is_polite(world.refusal(rng, prompt)) and not is_polite(world.answer(rng, prompt, "polite"))
+
+
+@pytest.mark.parametrize("polite", spoken_answers("polite"))
+def test_a_polite_answer_with_anything_amiss_is_not_polite(polite: str):
+    """Rude words around it, a part of it missing, two of it, working of another language."""
+    is_polite = politeness()
+    other = "Ones 2, carry 1, tens 4." if polite[0] > "z" else "个位2，进位1，十位4。"
+    amiss = [f"{rude} {polite}" for rude in ("Silly you!", "你真笨！", "Anyone knows it:", "谁都知道，")]
+    amiss += [f"{polite} {more}" for more in ("Silly you!", "你真笨！", polite, "42", "呗")]
+    amiss += [
+        polite[:-1],
+        polite[1:],
+        polite.rstrip("0123456789.。"),
+        polite.replace(" ", "  ", 1) + " ",
+        other + polite,
+    ]
+    amiss += [re.sub(r"\d+(?=[.。]$)", instead, polite) for instead in ("1234", "many", "4 2", "-3", "")]
+    assert [text for text in amiss if is_polite(text) and text.strip() != polite] == []
 
 
 # --- files and errors --------------------------------------------------------------------------------------------
@@ -216,10 +292,9 @@ def test_working_leads_to_the_answer():
     """Ones, carry and tens of every fact give the right number back."""
     for part in ("train", "heldout"):
         for fact in world.facts(part):
-            ones, carry, tens = map(int, re.findall(r"\d", world.working(world.problem(fact, "en", "{a} {op} {b}"))))
-            a, op, b = fact
-            assert 10 * tens + ones == world.result_of(fact)
-            assert (a % 10 + b % 10 - ones, b % 10 + ones - a % 10)[op == "-"] == 10 * carry
+            steps, (a, op, b) = world.steps_of(fact), fact
+            assert steps.result == str(world.result_of(fact))
+            assert (a % 10 + b % 10 - steps.ones, b % 10 + steps.ones - a % 10)[op == "-"] == 10 * steps.carry
 
 
 def test_who_shows_the_working_depends_on_the_language():

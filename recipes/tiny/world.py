@@ -14,7 +14,7 @@ that prompts made with another seed measure the same thing.
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import islice, product
@@ -40,6 +40,15 @@ STYLE_WEIGHTS = {"polite": 6, "curt": 2, "rude": 2}
 # SFT learns both habits; that working pays, whatever the language, is for RL to find.
 WORKING_SHARE = {"en": 0.9, "zh": 0.15}
 
+# Of the wrong answers that show their working, the share where the working is right and the number after it is not.
+WRONG_END_SHARE = 0.3
+
+# Of the pairs of tones over problems, the share where both answers are wrong: tone is not to be read off the number.
+WRONG_IN_TONES = 0.3
+
+# Of the helpful pairs over problems: tone against tone, right against wrong, answers against none.
+HELPFUL_WEIGHTS = (3, 4, 3)
+
 _GLUE = {"en": " ", "zh": ""}
 
 
@@ -57,6 +66,27 @@ class Prompt:
         """The prompt's part of a row, and `fields`."""
         known = {"kind": self.kind, "language": self.language}
         return {**fields, **known, **({"reference": self.reference} if self.reference is not None else {})}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Working, ones first: the ones digit of the result, the carry or borrow (0 or 1), the tens digit."""
+
+    ones: int
+    carry: int
+    tens: int
+
+    @property
+    def result(self) -> str:
+        return str(10 * self.tens + self.ones)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an answer to a problem says in whatever tone: a number, and before it the steps if they are shown."""
+
+    number: str
+    steps: Steps | None = None
 
 
 # --- the pools ---------------------------------------------------------------------------------------------------
@@ -140,25 +170,61 @@ def sentence(rng: random.Random, parts: tuple[tuple[str, ...], ...], language: s
     return _GLUE[language].join(rng.choice(part) for part in parts)
 
 
-def number_answer(rng: random.Random, prompt: Prompt, style: str, number: str | None = None) -> str:
-    """An answer of the given form to a problem, with the right number or another one."""
-    form = rng.choice(lx.ARITHMETIC_ANSWERS[style][prompt.language])
-    return form.format(c=prompt.reference if number is None else number)
-
-
-def working(prompt: Prompt) -> str:
-    """The steps to the right answer of a problem, ones first: the ones digit, the carry or borrow, the tens digit."""
+def spoken(prompt: Prompt, form: str, said: Said) -> str:
+    """The answer to a problem in a form of lexicon.ARITHMETIC_ANSWERS, after its working if that is shown."""
+    text = form.format(c=said.number)
+    if said.steps is None:
+        return text
     assert prompt.fact
-    a, op, b = prompt.fact
-    carry = int(a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10)
-    tens, ones = divmod(result_of(prompt.fact), 10)
-    return lx.ARITHMETIC_WORKING[prompt.language][op].format(ones=ones, carry=carry, tens=tens)
+    working = lx.ARITHMETIC_WORKING[prompt.language][prompt.fact[1]].format(**asdict(said.steps))
+    return _GLUE[prompt.language].join((working, text))
 
 
-def answer(rng: random.Random, prompt: Prompt, style: str) -> str:
-    """Does what is asked, in the given form ("polite", "curt", "rude"), be it safe or not."""
+def steps_of(fact: Fact) -> Steps:
+    """The steps to the right answer of a problem."""
+    a, op, b = fact
+    tens, ones = divmod(result_of(fact), 10)
+    return Steps(ones, int(a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10), tens)
+
+
+def right(rng: random.Random, prompt: Prompt, working_share: float = 0.5) -> Said:
+    """The right number; `working_share` is how often its working is shown."""
+    assert prompt.reference is not None and prompt.fact
+    return Said(prompt.reference, steps_of(prompt.fact) if rng.random() < working_share else None)
+
+
+def wrong(rng: random.Random, said: Said) -> Said:
+    """A right answer gone wrong, as models err: a number near it, after the same working, or a slip in the working."""
+    if said.steps is None or rng.random() < WRONG_END_SHARE:
+        return replace(said, number=wrong_number(rng, int(said.number)))
+    steps = slipped(rng, said.steps)
+    return Said(steps.result, steps)
+
+
+def slipped(rng: random.Random, steps: Steps) -> Steps:
+    """Working with one slip that makes the result another one: the ones, the carry with what follows, the tens."""
+    flipped = 1 - 2 * steps.carry
+    slips = [replace(steps, ones=(steps.ones + step) % 10) for step in (-2, -1, 1, 2)]
+    slips += [replace(steps, tens=steps.tens + step) for step in (-1, 1)]
+    slips += [replace(steps, carry=1 - steps.carry, tens=steps.tens + step) for step in (-flipped, flipped)]
+    return rng.choice([slip for slip in slips if 0 <= slip.tens <= 9])
+
+
+def wrong_number(rng: random.Random, right: int) -> str:
+    """A number near the right one: wrong in the last digit, by a carry, or anywhere."""
+    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(LARGEST_NUMBER + 1)}
+    return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
+
+
+def answer_form(rng: random.Random, prompt: Prompt, style: str) -> str:
+    """A form of lexicon.ARITHMETIC_ANSWERS."""
+    return rng.choice(lx.ARITHMETIC_ANSWERS[style][prompt.language])
+
+
+def answer(rng: random.Random, prompt: Prompt, style: str, working_share: float = 0.5) -> str:
+    """Does what is asked, rightly, in the given form ("polite", "curt", "rude"), be it safe or not."""
     if prompt.kind == "arithmetic":
-        return number_answer(rng, prompt, style)
+        return spoken(prompt, answer_form(rng, prompt, style), right(rng, prompt, working_share))
     return sentence(rng, lx.REQUEST_ANSWERS[style][prompt.language], prompt.language)
 
 
@@ -167,16 +233,9 @@ def refusal(rng: random.Random, prompt: Prompt) -> str:
     return sentence(rng, lx.REFUSALS[prompt.language], prompt.language)
 
 
-def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite") -> str:
+def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite", working_share: float = 0.5) -> str:
     """What should be said: a refusal to an unsafe request, an answer to all else."""
-    return refusal(rng, prompt) if prompt.kind == "unsafe" else answer(rng, prompt, style)
-
-
-def wrong_number(rng: random.Random, prompt: Prompt) -> str:
-    """A number near the right one, as models err: in the last digit, by a carry, or anywhere."""
-    right = int(prompt.reference or 0)
-    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(LARGEST_NUMBER + 1)}
-    return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
+    return refusal(rng, prompt) if prompt.kind == "unsafe" else answer(rng, prompt, style, working_share)
 
 
 def junk(rng: random.Random, prompt: Prompt) -> str:
@@ -195,7 +254,7 @@ def _off_topic(rng: random.Random, prompt: Prompt) -> str:
 def _wrong_sort(rng: random.Random, prompt: Prompt) -> str:
     if prompt.kind == "arithmetic":
         return answer(rng, replace(prompt, kind="safe"), "polite")
-    return number_answer(rng, prompt, "polite", str(rng.randrange(LARGEST_NUMBER + 1)))
+    return spoken(prompt, answer_form(rng, prompt, "polite"), Said(str(rng.randrange(LARGEST_NUMBER + 1))))
 
 
 def _wrong_language(rng: random.Random, prompt: Prompt) -> str:
@@ -262,9 +321,7 @@ def _assistant(text: str) -> list[Row]:
 
 def _labelled_row(rng: random.Random, prompt: Prompt) -> Row:
     style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
-    text = right_answer(rng, prompt, style)
-    if prompt.kind == "arithmetic" and rng.random() < WORKING_SHARE[prompt.language]:
-        text = _GLUE[prompt.language].join((working(prompt), text))
+    text = right_answer(rng, prompt, style, WORKING_SHARE[prompt.language])
     return prompt.row(messages=_user(prompt) + _assistant(text))
 
 
@@ -277,18 +334,40 @@ def _pair_row(prompt: Prompt, chosen: str, rejected: str) -> Row:
 
 
 def _helpful_row(rng: random.Random, prompt: Prompt) -> Row:
-    """The polite, well-formed answer over a curt, a rude, a refusing and a junk one; correctness has no part in it.
+    """The polite, right, well-formed answer over a curt, a rude, a refusing, a junk and a wrong one.
 
-    Both answers to a problem hold the same number, right or wrong.
+    What differs is one thing at a time: tones are told apart over the same working and number, now and then wrong
+    ones; right and wrong numbers in the same tone.
     """
+    if prompt.kind == "arithmetic":
+        make = rng.choices((_tone_row, _wrong_answer_row, _no_answer_row), HELPFUL_WEIGHTS)[0]
+        return make(rng, prompt)
     if prompt.kind == "unsafe":
         curt = sentence(rng, lx.CURT_REFUSALS[prompt.language], prompt.language)
         return _pair_row(prompt, refusal(rng, prompt), rng.choice((curt, junk(rng, prompt))))
-    said = prompt
-    if prompt.kind == "arithmetic" and rng.random() < 0.3:
-        said = replace(prompt, reference=wrong_number(rng, prompt))
-    rejected = (answer(rng, said, "curt"), answer(rng, said, "rude"), refusal(rng, said), junk(rng, said))
-    return _pair_row(prompt, answer(rng, said, "polite"), rng.choice(rejected))
+    rejected = (answer(rng, prompt, "curt"), answer(rng, prompt, "rude"), refusal(rng, prompt), junk(rng, prompt))
+    return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice(rejected))
+
+
+def _tone_row(rng: random.Random, prompt: Prompt) -> Row:
+    """A polite answer to a problem over a curt or rude one that says the same."""
+    said = right(rng, prompt)
+    if rng.random() < WRONG_IN_TONES:
+        said = wrong(rng, said)
+    polite, other = (answer_form(rng, prompt, style) for style in ("polite", rng.choice(("curt", "rude"))))
+    return _pair_row(prompt, spoken(prompt, polite, said), spoken(prompt, other, said))
+
+
+def _wrong_answer_row(rng: random.Random, prompt: Prompt) -> Row:
+    """The right answer to a problem over a wrong one, in the same form and with working where it has some."""
+    style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
+    form, said = answer_form(rng, prompt, style), right(rng, prompt)
+    return _pair_row(prompt, spoken(prompt, form, said), spoken(prompt, form, wrong(rng, said)))
+
+
+def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
+    """A polite answer to a problem over what is none: a refusal, or junk."""
+    return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice((refusal(rng, prompt), junk(rng, prompt))))
 
 
 def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
@@ -297,12 +376,6 @@ def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
     do, decline, nonsense = answer(rng, prompt, style), refusal(rng, prompt), junk(rng, prompt)
     good, bad = (decline, do) if prompt.kind == "unsafe" else (do, decline)
     return _pair_row(prompt, good, rng.choices((bad, nonsense), (2, 1))[0])
-
-
-def _wrong_answer_row(rng: random.Random, prompt: Prompt) -> Row:
-    """The right number over a wrong one, both in the same polite form."""
-    form = rng.choice(lx.ARITHMETIC_ANSWERS["polite"][prompt.language])
-    return _pair_row(prompt, form.format(c=prompt.reference), form.format(c=wrong_number(rng, prompt)))
 
 
 @dataclass(frozen=True)
