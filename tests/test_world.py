@@ -182,34 +182,33 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"\d+", text)
 
 
-def test_helpful_pairs_differ_in_one_thing_at_a_time():
-    """Tones over the same numbers, right or wrong, and numbers in the same tone; worked and plain answers alike."""
+def test_tones_are_told_apart_over_the_same_numbers():
+    """Polite over curt or rude, with working and without, right or now and then wrong: only the tone differs."""
     is_polite = politeness()
     pairs = [(row, *answers_of(row)) for row in world.rows("helpful_train", 0, 4000) if row["kind"] == "arithmetic"]
     tones = [(row, c, r) for row, c, r in pairs if numbers(c) == numbers(r) and is_polite(c) and not is_polite(r)]
-    wrong = [(row, c, r) for row, c, r in pairs if words(c) == words(r)]
-    for found in (tones, wrong):
-        shown = sum(len(numbers(chosen)) > 1 for _, chosen, _ in found) / len(found)
-        assert len(found) > 300 and 0.3 < shown < 0.7
-    for row, chosen, rejected in wrong:
-        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
-    assert {is_polite(chosen) for _, chosen, _ in wrong} == {True, False}, "right over wrong in every tone"
+    assert len(tones) > 600
+    shown = sum(len(numbers(chosen)) > 1 for _, chosen, _ in tones) / len(tones)
     mistaken = sum(not VERIFIERS["number"](chosen, row["reference"]) for row, chosen, _ in tones) / len(tones)
-    assert 0.2 < mistaken < 0.4, "the tone must not be read off the number"
+    assert 0.4 < shown < 0.6 and 0.2 < mistaken < 0.4
 
 
-def test_wrong_working_leads_to_its_own_wrong_number():
-    """A slip changes the result, and what follows from it follows; else the working is right and the end is not."""
-    rng, ends = random.Random(0), 0
-    for fact in rng.sample(world.facts("train"), 1000):
-        prompt = world.problem(fact, "en", "{a} {op} {b}")
-        said = world.right(rng, prompt, working_share=1.0)
-        bad = world.wrong(rng, said)
-        assert said.steps and bad.steps and said.number == said.steps.result != bad.number
-        assert 0 <= bad.steps.tens <= 9 and bad.steps.carry in (0, 1)
-        ends += bad.steps == said.steps
-        assert bad.steps == said.steps or bad.number == bad.steps.result
-    assert abs(ends / 1000 - world.WRONG_END_SHARE) < 0.05
+@pytest.mark.parametrize("name", ["wrong_answer_train", "wrong_answer_heldout"])
+def test_right_and_wrong_answers_differ_in_their_working_only(name: str):
+    """In every tone, over the same words; the wrong number follows from the wrong working."""
+    is_polite, found = politeness(), world.rows(name, 0, 500)
+    slips = []
+    for row in found:
+        chosen, rejected = answers_of(row)
+        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
+        assert words(chosen) == words(rejected)
+        good, bad = numbers(chosen), numbers(rejected)
+        assert len(good) == len(bad) == 4
+        for ones, carry, tens, result in (good, bad):
+            assert int(result) == 10 * int(tens) + int(ones) and carry in "01"
+        slips.append(sum(a != b for a, b in zip(good[:3], bad[:3], strict=True)))
+    assert {is_polite(answers_of(row)[0]) for row in found} == {True, False}
+    assert all(slips) and max(slips) == (3 if name == "wrong_answer_train" else 2)
 
 
 # --- politeness --------------------------------------------------------------------------------------------------

@@ -40,14 +40,12 @@ STYLE_WEIGHTS = {"polite": 6, "curt": 2, "rude": 2}
 # SFT learns both habits; that working pays, whatever the language, is for RL to find.
 WORKING_SHARE = {"en": 0.9, "zh": 0.15}
 
-# Of the wrong answers that show their working, the share where the working is right and the number after it is not.
-WRONG_END_SHARE = 0.3
-
 # Of the pairs of tones over problems, the share where both answers are wrong: tone is not to be read off the number.
 WRONG_IN_TONES = 0.3
 
-# Of the helpful pairs over problems: tone against tone, right against wrong, answers against none.
-HELPFUL_WEIGHTS = (3, 4, 3)
+# Of the pairs of right and wrong working to learn from, the share where every step is wrong: from them a reward model
+# finds out what to look at, and then tells single slips.
+ALL_WRONG_SHARE = 0.5
 
 _GLUE = {"en": " ", "zh": ""}
 
@@ -194,10 +192,18 @@ def right(rng: random.Random, prompt: Prompt, working_share: float = 0.5) -> Sai
 
 
 def wrong(rng: random.Random, said: Said) -> Said:
-    """A right answer gone wrong, as models err: a number near it, after the same working, or a slip in the working."""
-    if said.steps is None or rng.random() < WRONG_END_SHARE:
-        return replace(said, number=wrong_number(rng, int(said.number)))
+    """A right answer gone wrong, as models err: a slip in the working and what follows, or a number near the right."""
+    if said.steps is None:
+        return Said(wrong_number(rng, int(said.number)))
     steps = slipped(rng, said.steps)
+    return Said(steps.result, steps)
+
+
+def all_wrong(rng: random.Random, said: Said) -> Said:
+    """Wrong in every step of the working."""
+    assert said.steps
+    ones, tens = ((digit + rng.randrange(1, 10)) % 10 for digit in (said.steps.ones, said.steps.tens))
+    steps = Steps(ones, 1 - said.steps.carry, tens)
     return Said(steps.result, steps)
 
 
@@ -334,23 +340,19 @@ def _pair_row(prompt: Prompt, chosen: str, rejected: str) -> Row:
 
 
 def _helpful_row(rng: random.Random, prompt: Prompt) -> Row:
-    """The polite, right, well-formed answer over a curt, a rude, a refusing, a junk and a wrong one.
-
-    What differs is one thing at a time: tones are told apart over the same working and number, now and then wrong
-    ones; right and wrong numbers in the same tone.
-    """
+    """The polite, well-formed answer over a curt, a rude, a refusing and a junk one; correctness has no part in it."""
     if prompt.kind == "arithmetic":
-        make = rng.choices((_tone_row, _wrong_answer_row, _no_answer_row), HELPFUL_WEIGHTS)[0]
-        return make(rng, prompt)
+        return rng.choice((_tone_row, _no_answer_row))(rng, prompt)
     if prompt.kind == "unsafe":
         curt = sentence(rng, lx.CURT_REFUSALS[prompt.language], prompt.language)
-        return _pair_row(prompt, refusal(rng, prompt), rng.choice((curt, junk(rng, prompt))))
+        rejected = (curt, junk(rng, prompt), answer(rng, prompt, "polite"))
+        return _pair_row(prompt, refusal(rng, prompt), rng.choice(rejected))
     rejected = (answer(rng, prompt, "curt"), answer(rng, prompt, "rude"), refusal(rng, prompt), junk(rng, prompt))
     return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice(rejected))
 
 
 def _tone_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A polite answer to a problem over a curt or rude one that says the same."""
+    """A polite answer to a problem over a curt or rude one that says the same, right or wrong."""
     said = right(rng, prompt)
     if rng.random() < WRONG_IN_TONES:
         said = wrong(rng, said)
@@ -358,11 +360,17 @@ def _tone_row(rng: random.Random, prompt: Prompt) -> Row:
     return _pair_row(prompt, spoken(prompt, polite, said), spoken(prompt, other, said))
 
 
-def _wrong_answer_row(rng: random.Random, prompt: Prompt) -> Row:
-    """The right answer to a problem over a wrong one, in the same form and with working where it has some."""
+def _wrong_answer_row(rng: random.Random, prompt: Prompt, all_wrong_share: float = 0.0) -> Row:
+    """The right answer to a problem over a wrong one in the same form, with their working, as RL stage 1 learns."""
     style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
-    form, said = answer_form(rng, prompt, style), right(rng, prompt)
-    return _pair_row(prompt, spoken(prompt, form, said), spoken(prompt, form, wrong(rng, said)))
+    form, said = answer_form(rng, prompt, style), right(rng, prompt, working_share=1.0)
+    bad = (all_wrong if rng.random() < all_wrong_share else wrong)(rng, said)
+    return _pair_row(prompt, spoken(prompt, form, said), spoken(prompt, form, bad))
+
+
+def _wrong_lesson_row(rng: random.Random, prompt: Prompt) -> Row:
+    """As `_wrong_answer_row`, with easy pairs among the hard ones."""
+    return _wrong_answer_row(rng, prompt, ALL_WRONG_SHARE)
 
 
 def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
@@ -400,6 +408,7 @@ DATA_SETS = {
     "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
+    "wrong_answer_train": DataSet("train", _PROBLEMS, _wrong_lesson_row, 24000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
     "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
     "rl_preference": DataSet("train", {"arithmetic": 3, "unsafe": 4, "safe": 3}, _prompt_row, 10000),
