@@ -169,11 +169,15 @@ def read_lora_config(directory: Path) -> tuple[dict[str, Any], LoraConfig]:
     raw = read_adapter_config(directory)
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"{directory}: peft_type is {raw.get('peft_type')}; only LORA is known here")
+    lora: Any = LoraConfig.from_pretrained(str(directory))
+    return raw, lora
+
+
+def refuse_variants(directory: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ModelError for an adapter whose pairs of factors mean something else than in plain LoRA."""
     for field, allowed in PLAIN.items():
         if raw.get(field) not in allowed:
             raise ModelError(f"{directory}/adapter_config.json: {field} is {raw[field]!r}; use PEFT itself for it")
-    lora: Any = LoraConfig.from_pretrained(str(directory))
-    return raw, lora
 
 
 def find_adapter(path: str | Path) -> tuple[ModelSource, Path]:
@@ -184,6 +188,25 @@ def find_adapter(path: str | Path) -> tuple[ModelSource, Path]:
     return source, Path(source.adapter)
 
 
+def match_adapter(
+    directory: Path, raw: Mapping[str, Any], lora: LoraConfig, config: DeepseekV2Config
+) -> tuple[dict[str, TensorInfo], str, list[LowRank], bool]:
+    """(tensors, head, pairs, whether they are transposed) of an adapter on a model of this config, from its header.
+
+    Raises:
+        ModelError: another layout, or tensors without a place or places without a tensor.
+    """
+    infos = read_header(directory / WEIGHTS)
+    refuse_per_expert(infos, raw, directory)
+    head = head_of(raw, infos, config)
+    peft_model, wanted = meta_adapter(config, lora, head)
+    pairs = low_rank_pairs(peft_model)
+    shapes = {name: info.shape for name, info in infos.items()}
+    transposed = is_transposed(pairs, shapes, wanted, raw, directory)
+    check_coverage(peft_model, untranspose_shapes(pairs, shapes) if transposed else shapes, str(directory))
+    return infos, head, pairs, transposed
+
+
 def open_adapter(path: str | Path) -> AdapterFiles:
     """Reads the headers of an adapter (or a run's) and the config of its base, and checks that they fit.
 
@@ -192,17 +215,11 @@ def open_adapter(path: str | Path) -> AdapterFiles:
     """
     source, directory = find_adapter(path)
     raw, lora = read_lora_config(directory)
-    infos = read_header(directory / WEIGHTS)
-    refuse_per_expert(infos, raw, directory)
+    refuse_variants(directory, raw)
     config = read_model_config(source.base)
-    head = head_of(raw, infos, config)
+    infos, head, pairs, transposed = match_adapter(directory, raw, lora, config)
     parameters = model_shapes(config, head)
-    peft_model, wanted = meta_adapter(config, lora, head)
     layout = hub_layout(parameters)
-    pairs = low_rank_pairs(peft_model)
-    shapes = {name: info.shape for name, info in infos.items()}
-    transposed = is_transposed(pairs, shapes, wanted, raw, directory)
-    check_coverage(peft_model, untranspose_shapes(pairs, shapes) if transposed else shapes, str(directory))
     factors = {name for pair in pairs for name in (pair.a, pair.b)}
     replaced = {hub_name(name): name for name in infos if name not in factors}
     if unknown := [name for name in replaced if name not in layout]:

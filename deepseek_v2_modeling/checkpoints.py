@@ -25,8 +25,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .errors import ModelError, ShapeError
 from .offloading import keep_readable
 from .refusals import check_keywords, check_source
+from .tensor_files import WEIGHT_FILES
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 # Fused parameter: the projections of each expert that it holds, one below the other.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # A buffer that some old checkpoints hold; it is computed from the config.

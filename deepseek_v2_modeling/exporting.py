@@ -18,11 +18,11 @@ from .checkpoints import Piece
 from .errors import ModelError
 from .lora import absolute_base
 from .merge import copy_side_files
-from .merge_plan import base_files
 from .tensor_files import (
     DTYPES,
     Progress,
     TensorInfo,
+    base_files,
     check_output,
     check_space,
     counter,

@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
-from .adapter_files import base_directory, head_of, meta_adapter, model_shapes, read_lora_config, read_model_config
+from .adapter_files import (
+    base_directory,
+    head_of,
+    meta_adapter,
+    model_shapes,
+    read_lora_config,
+    read_model_config,
+    refuse_variants,
+)
 from .adapter_layouts import (
     hub_name,
     is_per_expert,
@@ -25,12 +33,12 @@ from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .lora import absolute_base
 from .merge import copy_side_files
-from .merge_plan import base_files
 from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
 from .tensor_files import (
     DTYPES,
     Progress,
     TensorInfo,
+    base_files,
     check_output,
     check_space,
     counter,
@@ -123,6 +131,7 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     if not is_adapter(directory):
         raise ModelError(f"{directory}: there is no adapter here (adapter_config.json)")
     raw, lora = read_lora_config(directory)
+    refuse_variants(directory, raw)
     base = base or raw.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{directory}/adapter_config.json names no base model; name it with --base MODEL")

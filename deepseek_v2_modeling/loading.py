@@ -6,15 +6,17 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
-from .checkpoints import WEIGHT_FILES
+from .checkpoints import match_sources
 from .chosen_full import train_chosen_experts
 from .chosen_lora import chosen_in_file
 from .configuration import DeepseekV2Config, check_config
@@ -22,7 +24,7 @@ from .errors import ModelError
 from .expert_choice import ExpertChoice
 from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
-from .tensor_files import whole_directory
+from .tensor_files import WEIGHT_FILES, base_files, read_header, whole_directory
 from .tokenizer_files import save_tokenizer
 
 Head = Literal["causal_lm", "score"]
@@ -115,6 +117,8 @@ def read_settings(base: str) -> DeepseekV2Config:
         raise ModelError(f"{base}/config.json: {' '.join(str(error).split())}") from error
     if settings.model_type != "deepseek_v2":
         raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ModelError(f"{base}/config.json: quantization_config: the weights are quantised; name the original model")
     return settings
 
 
@@ -151,10 +155,39 @@ def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, 
 
 def check_lora_targets(settings: DeepseekV2Config, lora: LoraSettings, head: Head) -> None:
     """Raises ModelError for a LoRA target that matches nothing in a model of these settings, of which none is made."""
-    cls, task = HEADS[head]
+    check_targets(meta_model(settings, head), lora.config(HEADS[head][1]))
+
+
+def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
+    """The model's structure without weights."""
     with torch.device("meta"):
-        model = cls(settings)
-    check_targets(model, lora.config(task))
+        return HEADS[head][0](settings)
+
+
+def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
+    """Match the tensors of a model directory to the model, from the headers of its files alone, as loading does.
+
+    Raises:
+        ModelError: a file that is missing or cut short, or tensors that are missing, unexpected or misshapen.
+    """
+    model = meta_model(settings, head)
+    found = {name: info for path in base_files(Path(base)) for name, info in read_header(path).items()}
+    mapping = get_model_conversion_mapping(model)
+    match_sources(
+        model,
+        found,
+        SimpleNamespace(weight_mapping=mapping, ignore_mismatched_sizes=False, pretrained_model_name_or_path=base),
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: DeepseekV2Config, where: str) -> None:
+    """Raises ModelError for a tokenizer with ids that the embeddings have no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= settings.vocab_size:
+        raise ModelError(
+            f"{where}: the tokenizer has ids up to {largest:,}, and the model's embeddings have "
+            f"{settings.vocab_size:,} rows (vocab_size in config.json); use the model's own tokenizer"
+        )
 
 
 def load_model(

@@ -26,14 +26,16 @@ from .adapter_files import (
     open_factors,
     read_model_config,
 )
-from .checkpoints import WEIGHT_FILES, hub_layout
+from .checkpoints import hub_layout
 from .errors import ModelError
 from .loading import HEADS, resolve_source
-from .merge_plan import FLOATS, Merged, Shard, base_files, plan_shards
+from .merge_plan import FLOATS, Merged, Shard, plan_shards
 from .tensor_files import (
     CODES,
     DTYPES,
+    WEIGHT_FILES,
     Progress,
+    base_files,
     check_output,
     check_space,
     counter,

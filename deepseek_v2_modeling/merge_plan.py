@@ -1,6 +1,5 @@
 """What a merge will write, worked out and checked from the headers of the base and the adapter alone."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 
 from .adapter_files import AdapterFiles
 from .adapter_layouts import LowRank
-from .checkpoints import COMPUTED, WEIGHT_FILES
+from .checkpoints import COMPUTED
 from .errors import ModelError
-from .tensor_files import DTYPES, TensorInfo, read_header
+from .tensor_files import DTYPES, WEIGHT_FILES, TensorInfo, base_files, read_header
 
 FLOATS = ("F32", "F16", "BF16")
 OTHER_HEAD = {"causal_lm": "score.", "score": "lm_head."}
@@ -41,22 +40,6 @@ class Shard:
     @property
     def infos(self) -> dict[str, TensorInfo]:
         return {name: merged.info for name, merged in self.tensors.items()}
-
-
-def base_files(base: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order. Raises ModelError when one is missing."""
-    single, index = (base / name for name in WEIGHT_FILES)
-    if not index.is_file():
-        if not single.is_file():
-            raise ModelError(f"{base}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not a readable index of shards ({error})") from error
-    if missing := [name for name in names if not (base / name).is_file()]:
-        raise ModelError(f"{base}: {missing[0]} is missing, which the index names")
-    return [base / name for name in names]
 
 
 def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[list[Shard], tuple[str, ...]]:

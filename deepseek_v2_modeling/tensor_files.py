@@ -31,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 Progress = Callable[[int, int], None]  # bytes written since the last call, bytes in all
 
@@ -71,6 +72,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         return infos
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def base_files(base: Path) -> list[Path]:
+    """The safetensors files of a model directory, in order. Raises ModelError when one is missing."""
+    single, index = (base / name for name in WEIGHT_FILES)
+    if not index.is_file():
+        if not single.is_file():
+            raise ModelError(f"{base}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index}: not a readable index of shards ({error})") from error
+    if missing := [name for name in names if not (base / name).is_file()]:
+        raise ModelError(f"{base}: {missing[0]} is missing, which the index names")
+    return [base / name for name in names]
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> tuple[list[str], bytes]:

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .balance import collect_balance
 from .balance_log import BalanceLog
-from .trainer_arguments import RunLimits, training_arguments
+from .trainer_arguments import RunLimits, check_batches, training_arguments
 from .trainer_callbacks import MetricsFile, Progress, StepControl
 from .trainer_checkpoints import CheckpointMixin
 from .trainer_finite import FiniteMixin
@@ -131,8 +131,10 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         Raises:
             StopRequested: after `request_stop` or the first SIGINT or SIGTERM; the step was finished and a
                 checkpoint was written.
-            ModelError: a loss or gradient that is not finite, where `limits.on_nan` is "stop"; a full disk.
+            ModelError: a loss or gradient that is not finite, where `limits.on_nan` is "stop"; a full disk; no batch.
         """
+        rows: Any = self.train_dataset
+        check_batches(self.args, len(rows))
         resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with self.full_disk_explained():
             self.prepare_files(resume)

@@ -71,6 +71,16 @@ def training_arguments(
     return {**defaults, **_with_known_names(training), **ours}
 
 
+def check_batches(arguments: TrainingArguments, rows: int) -> None:
+    """Raises ModelError where no whole batch comes out of the rows (packs, pairs) and the rest of one is dropped."""
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise ModelError(
+            f"training.dataloader_drop_last is true and {rows:,} rows are fewer than one batch of {batch:,}: nothing "
+            "would be trained; lower training.per_device_train_batch_size, or leave dataloader_drop_last out"
+        )
+
+
 def _with_known_names(training: dict[str, Any]) -> dict[str, Any]:
     """`gradient_checkpointing` under the name that this transformers has for it; off unless the recipe says on."""
     new, old = "activation_checkpointing", "gradient_checkpointing"

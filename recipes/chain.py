@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from recipes.chain_plan import plan_stages, resolve_stage
+from recipes.chain_plan import check_stages, resolve_stage
 from recipes.chain_references import References
 from recipes.chain_state import ChainState, fingerprint
 from recipes.files import write_json, write_text
@@ -19,7 +19,7 @@ from recipes.lock import hold_directory, owner_of
 from recipes.manifest import new_manifest, now, read_manifest, write_manifest
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import chain_results, outcome_pairs, table_text
-from recipes.run import check_recipe, run_stage
+from recipes.run import run_stage
 from recipes.rundir import RECIPE, RESULTS, dump_text, is_finished
 from recipes.schema import ChainRecipe, ChainStage
 from recipes.yaml_text import read_mapping
@@ -39,8 +39,7 @@ def run_chain(loaded: Loaded) -> dict[str, Any]:
         say(f"smoke: {note}")
     with hold_directory(output) as lock:
         _refuse_other_chain(loaded, output)
-        for _, stage in plan_stages(loaded):
-            check_recipe(stage.recipe)
+        check_stages(loaded)
         state = _open_chain(loaded, output)
         try:
             results = _run_stages(loaded, state)

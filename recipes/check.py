@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from conversations.errors import ToolkitError
 from recipes.chain_plan import PLANNED_TOKENS
 from recipes.check_page import DataView, StageView, write_page
-from recipes.data import Mixture, read_sources
+from recipes.data import Mixture
 from recipes.histogram import bins, text_lines
 from recipes.loader import Loaded
 from recipes.measure import Example, Figures, Plan, encoder, measure, plan
-from recipes.needs import reasoning_of, refusal_of
+from recipes.prepare import Inputs, prepare, will_give
 from recipes.quiet import quiet_libraries
 from recipes.report import UNPRINTABLE
+from recipes.training_fields import setting
 
 _SHOWN = 600  # characters of an example on the terminal
 # Around trained text on the terminal.
@@ -30,36 +32,42 @@ def check(loaded: Loaded) -> None:
         ToolkitError, ModelError: whatever would stop the run before its first step.
     """
     quiet_libraries()
-    if loaded.recipe.stage == "chain":
-        from recipes.chain_plan import plan_stages
-
-        views = []
-        for name, stage in plan_stages(loaded):
-            print(f"-- {name} ({stage.path.name})")
-            views.append(_check_stage(name, stage))
-    else:
-        views = [_check_stage(loaded.path.stem, loaded)]
+    views, earlier = [], {}
+    for name, stage in _stages(loaded):
+        for note in stage.notes:
+            print(f"smoke: {note}")
+        inputs = prepare(stage.recipe, earlier)
+        earlier |= will_give(stage.recipe, inputs)
+        views.append(_measure_stage(name, stage, inputs))
     page = write_page(Path(loaded.recipe.output_dir), str(loaded.path), views)
     print(f"{loaded.path}: ok; {page}")
 
 
-def _check_stage(name: str, loaded: Loaded) -> StageView:
-    from recipes.run import check_recipe
+def _stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+    """The recipe by its file's name, or a chain's by their own."""
+    if loaded.recipe.stage != "chain":
+        yield loaded.path.stem, loaded
+        return
+    from recipes.chain_plan import plan_stages
 
-    for note in loaded.notes:
-        print(f"smoke: {note}")
-    recipe = loaded.recipe
-    check_recipe(recipe)
-    max_length = _max_length(recipe)
+    for name, stage in plan_stages(loaded):
+        print(f"-- {name} ({stage.path.name})")
+        yield name, stage
+
+
+def _measure_stage(name: str, loaded: Loaded, inputs: Inputs) -> StageView:
+    recipe, tokenizer = loaded.recipe, inputs.foundation.tokenizer
+    max_length = setting(recipe, "max_length") if recipe.stage in ("sft", "reward") else None
     view = StageView(name, recipe.stage, loaded.path.name, max_length, getattr(recipe, "format", None))
-    tokenizer, view.missing = _tokenizer(recipe)
-    if view.missing:
+    if tokenizer is None:
+        view.missing = f"{recipe.model.path} is not on this machine; its tokens are not counted"
         print(f"model: {view.missing}")
-    for key, entries, limit, metric in _sources(recipe):
-        mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric), reasoning_of(recipe))
-        figures = None
-        if tokenizer:
-            figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, limit)
+    for source in inputs.sources:
+        key, mixture, figures = source.key, source.mixture, None
+        if tokenizer is not None:
+            figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, source.limit)
+            if not figures.pieces:
+                raise ToolkitError(f"{key}: {figures.report.nothing_left(max_length)}")
         lines = [f"{key}: {line}" for line in (*mixture.lines, *_told(recipe, mixture, figures, max_length))]
         print("\n".join(lines))
         view.data.append(DataView(key, mixture, figures))
@@ -122,44 +130,3 @@ def _examples(examples: Sequence[Example]) -> Iterator[str]:
         text = UNPRINTABLE.sub("\ufffd", text)
         more = " ..." if len(text) > _SHOWN or example.more else ""
         yield f"example {number} ({example.title}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"
-
-
-def _sources(recipe: Any) -> Iterator[tuple[str, Any, int | None, str | None]]:
-    """(key, entries, row limit, metric) of every list of data in a recipe."""
-    if recipe.stage == "eval":
-        for index, task in enumerate(recipe.tasks):
-            yield (f"tasks.{index}.data" if task.data else "data"), task.data or recipe.data, task.limit, task.metric
-        return
-    yield "data", recipe.data, None, None
-    if getattr(recipe, "eval_data", None):
-        yield "eval_data", recipe.eval_data, None, None
-
-
-def _tokenizer(recipe: Any) -> tuple[Any, str]:
-    """The model's tokenizer, or that of the preset that would make it; or None, and why there is none."""
-    from conversations.infill import fim_ids
-    from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
-    from recipes.models import tell_template
-
-    path, preset = Path(recipe.model.path), recipe.model.preset
-    if path.exists():
-        source = resolve_source(path)
-        tokenizer = load_tokenizer(source) if Path(source.tokenizer_dir).exists() else None
-        if tokenizer:
-            tell_template(recipe.model.path, tokenizer)
-    elif preset:
-        from recipes.tiny.tokenizer import build_tokenizer
-
-        tokenizer = build_tokenizer(preset)
-    else:
-        resolve_source(path)  # refuses what is no name of the hub
-        tokenizer = None
-    if tokenizer and any(entry.fim for entry in (*recipe.data, *getattr(recipe, "eval_data", ()))):
-        fim_ids(tokenizer)
-    return tokenizer, "" if tokenizer else f"{path} is not on this machine; its tokens are not counted"
-
-
-def _max_length(recipe: Any) -> int | None:
-    from recipes.training_fields import setting
-
-    return setting(recipe, "max_length") if recipe.stage in ("sft", "reward") else None

@@ -14,18 +14,18 @@ from conversations.fitting import Fitter
 from conversations.lengths import LengthReport
 from deepseek_v2_modeling.expert_choice import OFFICIAL_SWITCHES, smallest_set
 from deepseek_v2_modeling.expert_scores import THRESHOLDS, ExpertScores, Score, score_experts
-from recipes.data import Mixture, read_sources
+from recipes.data import Mixture
 from recipes.files import write_json, write_text
 from recipes.loader import load_recipe
 from recipes.lock import hold_path
 from recipes.models import load_frozen, open_source
-from recipes.needs import refusal_of
 from recipes.page import render_page
+from recipes.prepare import prepare
 from recipes.quiet import quiet_libraries
 from recipes.ranks import say
 from recipes.report import UNPRINTABLE
 from recipes.report_svg import LOAD_CLASSES, heat_map
-from recipes.training_fields import check_model_config, check_training, setting
+from recipes.training_fields import setting
 
 BATCH_SIZE = 8
 
@@ -57,10 +57,8 @@ def find_experts(arguments: argparse.Namespace) -> str:
 def _score(recipe: Any, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
     """The experts file of a recipe's data."""
     quiet_libraries()
-    check_model_config(recipe.model.config)
-    check_training(recipe)
+    mixture = prepare(recipe, ask_hub=True).sources[0].mixture
     source, tokenizer = open_source(recipe.model, recipe.seed)
-    mixture = read_sources(recipe.data, recipe.seed, "data", refusal_of(recipe), recipe.format.reasoning)
     for line in mixture.lines:
         say(f"data: {line}")
     sequences = sample(recipe, mixture, tokenizer, tokens)

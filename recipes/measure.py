@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from conversations.errors import ToolkitError
 from conversations.fitting import Fitter, Piece, Row
 from conversations.lengths import LengthReport
 from recipes.rowstore import MixedRows
@@ -196,16 +195,15 @@ def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
     """The updates of a run of sft, reward or rl; an estimate where rows were sampled, or packed but not measured.
 
     Raises:
-        ToolkitError: no row is left to train on.
+        ModelError: no batch comes out of the rows.
     """
+    from deepseek_v2_modeling.trainer_arguments import check_batches
     from recipes.ranks import world_size
-    from recipes.training_fields import setting
+    from recipes.training_fields import setting, trl_config
 
     def of(name: str) -> Any:
         return setting(recipe, name)
 
-    if figures and not figures.pieces:
-        raise ToolkitError(f"data: {figures.report.nothing_left(of('max_length'))}")
     batch = of("per_device_train_batch_size") * of("gradient_accumulation_steps") * world_size()
     samples, packed = float(rows), None
     if recipe.stage == "rl":
@@ -216,6 +214,7 @@ def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
             samples = packed = round(packs(figures.pieces, of("max_length")) * figures.scale)
     elif recipe.stage == "reward" and figures:
         samples = (figures.report.rows - len(figures.report.rejected)) * figures.scale
+    check_batches(trl_config(recipe), round(samples))
     per_epoch = max(1, math.ceil(samples / batch))
     steps = of("max_steps")
     if steps is None or steps <= 0:

@@ -1,37 +1,27 @@
 """From a recipe's model, lora and rewards sections to loaded models. Imports torch."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conversations.errors import ToolkitError
-from conversations.sections import LoraSection, ModelSection, TrainingRecipe
-from conversations.template import has_other_template, install_template
-from deepseek_v2_modeling.adapters import WEIGHTS
+from conversations.sections import ModelSection, TrainingRecipe
+from conversations.template import install_template
 from deepseek_v2_modeling.chosen_full import trained_rows
-from deepseek_v2_modeling.configuration import DeepseekV2Config
-from deepseek_v2_modeling.expert_choice import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,
     ModelSource,
-    apply_settings,
-    check_lora_targets,
     load_model,
     load_tokenizer,
     prepare_trainable,
-    read_settings,
     resolve_source,
 )
 from deepseek_v2_modeling.lora import adapted_modules
-from deepseek_v2_modeling.presets import PRESETS
-from deepseek_v2_modeling.tensor_files import read_header
+from recipes.foundation import check_kind, expert_choice, head_of, kind_of, lora_settings, reward_source, reward_stats
 from recipes.init import make_model
 from recipes.ranks import is_main, say, wait_for_all
-from reward.config import RewardRecipe
 from rl.config import RewardEntry, RlRecipe
-from rl.rewards import Reward, RewardModelReward, RewardStats, RuleReward
+from rl.rewards import Reward, RewardModelReward, RuleReward
 from sft.config import SftRecipe
 
 
@@ -50,74 +40,13 @@ def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
     ensure_model(section.path, section.preset, seed)
     source = resolve_source(section.path)
     tokenizer = load_tokenizer(source)
-    tell_template(section.path, tokenizer)
     install_template(tokenizer)
     return source, tokenizer
 
 
-def tell_template(path: str, tokenizer: Any) -> None:
-    """Say where a model's own chat template will not be used."""
-    if has_other_template(tokenizer):
-        say(f"{path}: its own chat template is not used; rows are rendered, and results saved, with DeepSeek-V2's")
-
-
-def lora_settings(section: LoraSection | None) -> LoraSettings | None:
-    """The model floor's form of a `lora` section."""
-    if section is None:
-        return None
-    values: dict[str, Any] = section.model_dump(include={"r", "alpha", "dropout", "rslora"})
-    return LoraSettings(tuple(section.targets), **values)
-
-
-def expert_choice(recipe: TrainingRecipe) -> ExpertChoice | None:
-    """The routed experts that the recipe wants to train; None for all. Raises ModelError for a file of no use."""
-    file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
-    return read_choice(file) if file else None
-
-
-def check_experts(recipe: TrainingRecipe) -> None:
-    """Look at the experts file before anything is loaded; against the model, where that is on this machine.
-
-    Raises:
-        ModelError: the file is missing, no experts file, or for another model.
-    """
-    choice = expert_choice(recipe)
-    if choice is not None and Path(recipe.model.path).exists():
-        choice.check(read_settings(resolve_source(recipe.model.path).base))
-
-
-def check_lora(recipe: TrainingRecipe, source: ModelSource | None = None) -> None:
-    """Look for LoRA targets that match nothing in the model, by its config alone, and at the file of its adapter.
-
-    source: the model's files, once they are known; None takes those of a path on this machine, or the preset's.
-
-    Raises:
-        ModelError: such a target, wrong values under `model.config`, or a file that is cut short.
-    """
-    lora, section = lora_settings(recipe.lora), recipe.model
-    if source is None and Path(section.path).exists():
-        source = resolve_source(section.path)
-    if source is not None:
-        settings = read_settings(source.base)
-        if source.adapter:
-            read_header(Path(source.adapter) / WEIGHTS)
-    elif section.preset in PRESETS:
-        settings = DeepseekV2Config(**PRESETS[section.preset])
-    else:
-        return  # a name of the hub, or what opening it will refuse
-    settings = apply_settings(settings, head_of(recipe), section.config)
-    if lora is not None:
-        check_lora_targets(settings, lora, head_of(recipe))
-
-
-def head_of(recipe: TrainingRecipe) -> Head:
-    """The kind of model that a stage trains."""
-    return "score" if isinstance(recipe, RewardRecipe) else "causal_lm"
-
-
 def runtime_lora(recipe: TrainingRecipe) -> LoraSettings | None:
     """The recipe's adapters as they train: without dropout where the trainer turns all of it off, which is told."""
-    lora = lora_settings(recipe.lora)
+    lora = lora_settings(recipe.lora) if recipe.lora else None
     off = recipe.training.get("disable_dropout", not isinstance(recipe, SftRecipe))  # on in TRL's reward trainer
     if lora is None or not (lora.dropout and off):
         return lora
@@ -146,7 +75,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
 
 def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     """The model for evaluation or chat."""
-    check_kind(section.path, source, head)
+    check_kind(section.path, kind_of(source), head)
     return load_model(
         source,
         head=head,
@@ -154,26 +83,6 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
         attn_implementation=section.attn_implementation,
         config=section.config,
     )
-
-
-def check_kind(path: str, source: ModelSource, head: Head) -> None:
-    """Refuse a chat model as a reward model, which would score at random, and the other way round.
-
-    Raises:
-        ToolkitError: the path is a model of the other kind.
-    """
-    if is_reward_model(source) and head == "causal_lm":
-        raise ToolkitError(f"{path} is a reward model: it scores answers and writes none; name a chat model")
-    if not is_reward_model(source) and head == "score":
-        raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 reward RECIPE")
-
-
-def is_reward_model(source: ModelSource) -> bool:
-    """Whether the files hold a score head. A hub name that is not on this machine counts as a chat model."""
-    if source.adapter:
-        return _read(Path(source.adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS"
-    kinds = _read(Path(source.base) / "config.json").get("architectures") or []
-    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def load_rewards(recipe: RlRecipe, policy: ModelSource) -> list[Reward]:
@@ -195,33 +104,6 @@ def load_rewards(recipe: RlRecipe, policy: ModelSource) -> list[Reward]:
     return rewards
 
 
-def check_rewards(recipe: RlRecipe) -> None:
-    """Look for the reward models and rules before anything is loaded.
-
-    Raises:
-        ToolkitError, ModelError: as `load_rewards`.
-    """
-    for entry in recipe.rewards:
-        if entry.rule is not None:
-            RuleReward(entry.rule)
-        elif source := reward_source(entry):
-            _stats(entry, source)
-
-
-def reward_source(entry: RewardEntry) -> ModelSource | None:
-    """The files of a reward model; None where a random one stands in for it.
-
-    Raises:
-        ToolkitError, ModelError: it is missing, or no reward model.
-    """
-    path = entry.model or ""
-    if entry.if_missing == "random" and not Path(path).exists():
-        return None
-    source = resolve_source(path)
-    check_kind(path, source, "score")
-    return source
-
-
 def _reward_model(recipe: RlRecipe, entry: RewardEntry, policy: ModelSource, key: str) -> Reward:
     path = Path(entry.model or "")
     source = reward_source(entry)
@@ -234,15 +116,11 @@ def _reward_model(recipe: RlRecipe, entry: RewardEntry, policy: ModelSource, key
         path.parent.name if path.name == "final" else path.name,
         model,
         load_tokenizer(source or policy),
-        stats=_stats(entry, source) if source else None,
+        stats=reward_stats(entry, source) if source else None,
         clip=entry.clip,
         weight=entry.weight,
         on_error=entry.on_error,
     )
-
-
-def _stats(entry: RewardEntry, source: ModelSource) -> RewardStats | None:
-    return RewardStats.read(Path(source.adapter or source.base)) if entry.normalize else None
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:
@@ -279,10 +157,3 @@ def _main_first(load: Any) -> Any:
         return loaded
     wait_for_all()
     return load()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -1,22 +1,83 @@
 """Which rows a stage can use. A row that it cannot is a bad row, told before any weight is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+from conversations.errors import ToolkitError
 from conversations.prompts import split_prompt
 from conversations.reasoning import Reasoning
+from conversations.verifiers import VERIFIERS
 
 Row = dict[str, Any]
 
 
-def refusal_of(recipe: Any, metric: str | None = None) -> Callable[[Row], str | None]:
+Refuse = Callable[[Row], str | None]
+
+
+def refusal_of(recipe: Any, task: Any = None) -> Refuse:
     """A function that says why a canonical row is of no use to the recipe; None where it is.
 
-    metric: of an evaluation's task.
+    task: of an evaluation.
     """
     if recipe.stage == "reward":
-        return _no_verdict if recipe.loss == "pointwise" else _no_pair
-    return _BY_USE[metric or recipe.stage]
+        return _one_kind_of_verdict() if recipe.loss == "pointwise" else _no_pair
+    if recipe.stage == "rl":
+        return _no_use_for(recipe.rewards)
+    if task is not None and task.metric == "exact_match":
+        return _first_of(_no_reference, _unreadable([task.rule]))
+    return _BY_USE[task.metric if task else recipe.stage]
+
+
+def _first_of(*refusals: Refuse) -> Refuse:
+    return lambda row: next((why for refuse in refusals if (why := refuse(row))), None)
+
+
+def _no_use_for(rewards: Sequence[Any]) -> Refuse:
+    """Of the rewards of a recipe of rl: a row must ask something, and one of them must have something to say."""
+    rules = [entry.rule for entry in rewards if entry.rule in VERIFIERS]
+
+    def unjudged(row: Row) -> str | None:
+        if "reference" in row or len(rules) < len(rewards):
+            return None
+        return (
+            f"has no reference, which every reward needs ({', '.join(rules)}); map the column that holds the right "
+            "answer: data.0.columns: {reference: NAME}"
+        )
+
+    strict = [entry.rule for entry in rewards if entry.rule in VERIFIERS and entry.on_error == "error"]
+    return _first_of(_no_question, unjudged, _unreadable(strict))
+
+
+def _unreadable(rules: Sequence[str]) -> Refuse:
+    """Why one of the rules cannot read a row's reference, by trying it on an empty answer."""
+
+    @cache
+    def fault(reference: str) -> str | None:
+        for rule in rules:
+            try:
+                VERIFIERS[rule]("", reference)
+            except ToolkitError as error:
+                return f"cannot be judged by the rule {rule}: {error}"
+        return None
+
+    return lambda row: fault(row["reference"]) if row.get("reference") is not None else None
+
+
+def _one_kind_of_verdict() -> Refuse:
+    """Labels and scores are trained differently: what the first row has, all must have."""
+    kinds: list[str] = []
+
+    def refuse(row: Row) -> str | None:
+        if why := _no_verdict(row):
+            return why
+        kind = "label" if "label" in row else "score"
+        kinds.append(kind)
+        if kind != kinds[0]:
+            return f"has a {kind}, and rows before it have a {kinds[0]}; train on one kind at a time"
+        return None
+
+    return refuse
 
 
 def reasoning_of(recipe: Any) -> Reasoning:
@@ -67,10 +128,8 @@ def _kind(row: Row) -> str:
 
 _BY_USE = {
     "sft": _no_answer,
-    "rl": _no_question,
     "refusal": _no_question,
     "format": _no_question,
-    "exact_match": _no_reference,
     "pair_accuracy": _no_judged_pair,
     "loss": _no_conversation,
 }

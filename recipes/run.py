@@ -5,28 +5,26 @@ the model and calls the stage. Only the main process writes.
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
-from conversations.infill import fim_ids
 from conversations.sections import StageRecipe
 from recipes.allocation import keep_freed_memory
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.loader import Loaded
 from recipes.lock import Lock, hold_directory
 from recipes.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
-from recipes.mixing import source_names
-from recipes.needs import reasoning_of, refusal_of
 from recipes.quiet import quiet_libraries
 from recipes.ranks import is_main, say, wait_for_all
 from recipes.results import figures, table_text
-from recipes.rowstore import MixedRows
 from recipes.rundir import MANIFEST, RECIPE, RESULTS, State, dump_text, inspect
+
+if TYPE_CHECKING:
+    from recipes.prepare import Inputs
 
 REJECTED = "rejected.jsonl"
 
@@ -37,18 +35,6 @@ class Outcome:
 
     status: Literal["finished", "done_before"]
     manifest: dict[str, Any]
-
-
-@dataclass
-class _Inputs:
-    """What a stage works on, loaded before its directory is made."""
-
-    source: Any
-    tokenizer: Any
-    rows: Sequence[dict[str, Any]] = ()
-    eval_rows: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]] = ()
-    rows_by_task: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
-    mixtures: list[Any] = field(default_factory=list)
 
 
 def run_stage(loaded: Loaded) -> Outcome:
@@ -82,11 +68,10 @@ def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
     began = time.monotonic()
     quiet_libraries()
     keep_freed_memory()
-    check_recipe(recipe)
     if state.checkpoint is not None and is_main():
         _check_checkpoint(recipe, state.checkpoint)
-    _seed(recipe.seed)
     inputs = _load_inputs(recipe)
+    _seed(recipe.seed)
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
@@ -103,66 +88,32 @@ def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
     return Outcome("finished", manifest)
 
 
-def check_recipe(recipe: Any) -> None:
-    """What the schema cannot check without torch: `training` and `model.config`."""
-    from recipes.models import check_experts, check_lora
-    from recipes.training_fields import check_model_config, check_training
-
-    check_model_config(recipe.model.config)
-    if recipe.stage != "eval":
-        check_training(recipe)
-        check_experts(recipe)
-        check_lora(recipe)
-
-
 def _check_checkpoint(recipe: Any, checkpoint: Path) -> None:
     from deepseek_v2_modeling.checkpoint_sums import check_whole
 
     check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
 
 
-def _load_inputs(recipe: Any) -> _Inputs:
-    from recipes.models import check_lora, check_rewards, open_source
+def _load_inputs(recipe: Any) -> "Inputs":
+    """What `dsv2 check` prepares, with a model of a preset made where it is missing."""
+    from recipes.models import open_source
+    from recipes.prepare import prepare
 
-    if recipe.stage == "rl":
-        check_rewards(recipe)
+    inputs = prepare(recipe, ask_hub=True)
+    for listed in inputs.sources:
+        for line in listed.mixture.lines:
+            say(f"{listed.key}: {line}")
     source, tokenizer = open_source(recipe.model, recipe.seed)
-    if recipe.stage != "eval":
-        check_lora(recipe, source)
-    inputs = _Inputs(source, tokenizer)
-    if recipe.stage == "eval":
-        for index, task in enumerate(recipe.tasks):
-            key = f"tasks.{index}.data" if task.data else "data"
-            rows = _mix(recipe, task.data or recipe.data, key, inputs, task.metric)
-            inputs.rows_by_task[task.name] = rows[: task.limit]
-        return inputs
-    if any(entry.fim for entry in (*recipe.data, *getattr(recipe, "eval_data", ()))):
-        fim_ids(tokenizer)
-    inputs.rows = _mix(recipe, recipe.data, "data", inputs)
-    if recipe.stage != "rl" and recipe.eval_data:
-        inputs.eval_rows = held_out = _mix(recipe, recipe.eval_data, "eval_data", inputs)
-        if recipe.stage == "sft" and len(recipe.eval_data) > 1:
-            names = source_names([entry.path for entry in recipe.eval_data])
-            inputs.eval_rows = {name: held_out.of_source(i) for i, name in enumerate(names)}
+    inputs.foundation = replace(inputs.foundation, source=source, tokenizer=tokenizer)
     return inputs
 
 
-def _mix(recipe: Any, entries: Any, key: str, inputs: _Inputs, metric: str | None = None) -> MixedRows:
-    from recipes.data import read_sources
-
-    mixture = read_sources(entries, recipe.seed, key, refusal_of(recipe, metric), reasoning_of(recipe))
-    for line in mixture.lines:
-        say(f"{key}: {line}")
-    inputs.mixtures.append(mixture)
-    return mixture.rows
-
-
-def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> dict[str, Any]:
+def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> dict[str, Any]:
     """Make the run directory with what is known before the stage begins; returns the manifest."""
     before = read_manifest(run_dir) if state.status == "resume" else {}
     recipe: Any = loaded.recipe
     manifest = new_manifest(loaded.path, recipe.seed)
-    manifest["data"] = [file for mixture in inputs.mixtures for file in mixture.files]
+    manifest["data"] = [file for listed in inputs.sources for file in listed.mixture.files]
     if recipe.stage != "eval":
         manifest["start"] = _start(recipe, inputs)
     if state.status == "resume":
@@ -177,7 +128,8 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
         if is_main():
             write_text(run_dir / RECIPE, dump_text(loaded.resolved))
             if state.status == "new":  # the stage adds what it leaves out itself
-                write_jsonl(run_dir / REJECTED, (row.as_dict() for mix in inputs.mixtures for row in mix.rejected))
+                rejected = (row.as_dict() for listed in inputs.sources for row in listed.mixture.rejected)
+                write_jsonl(run_dir / REJECTED, rejected)
         write_manifest(run_dir, manifest)
     except OSError:
         for name in (RECIPE, REJECTED, MANIFEST) if state.status == "new" else ():
@@ -187,7 +139,7 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: _Inputs) -> d
     return manifest
 
 
-def _start(recipe: Any, inputs: _Inputs) -> dict[str, Any]:
+def _start(recipe: Any, inputs: "Inputs") -> dict[str, Any]:
     """What the run starts from and how many processes share it; files are looked at by the main process only."""
     from recipes.identity import extent, fingerprints
 
@@ -211,29 +163,30 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
     check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
 
 
-def _work(recipe: Any, run_dir: Path, state: State, inputs: _Inputs, manifest: dict[str, Any]) -> dict[str, Any]:
+def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: dict[str, Any]) -> dict[str, Any]:
     """Load the model and call the stage's own function, by the stage's name."""
     from recipes import models
 
+    source = inputs.source
     stage = import_module(f"{recipe.stage}.stage")
     if recipe.stage == "eval":
-        model = models.load_frozen(recipe.model, inputs.source, recipe.head)
+        model = models.load_frozen(recipe.model, source, recipe.head)
         arguments = {"rows_by_task": inputs.rows_by_task}
         function = stage.evaluate
     else:
-        model = models.load_for_training(recipe, inputs.source, run_dir)
+        model = models.load_for_training(recipe, source, run_dir)
         manifest["trained"] = models.adapted_table(model)
         for line in models.table_lines(manifest["trained"]):
             say(line)
         write_manifest(run_dir, manifest)
         arguments = {"rows": inputs.rows, "resume_from": state.checkpoint}
         if recipe.stage == "rl":
-            arguments["rewards"] = models.load_rewards(recipe, inputs.source)
+            arguments["rewards"] = models.load_rewards(recipe, source)
         else:
             arguments["eval_rows"] = inputs.eval_rows or None
         function = stage.train
     began = time.monotonic()
-    metrics = function(recipe, model=model, tokenizer=inputs.tokenizer, run_dir=run_dir, **arguments)
+    metrics = function(recipe, model=model, tokenizer=inputs.foundation.tokenizer, run_dir=run_dir, **arguments)
     manifest["training_seconds"] = metrics.get("seconds", time.monotonic() - began)
     return metrics
 

@@ -1,5 +1,6 @@
 """What is under `training` and `model.config`, checked against the classes they feed. Imports torch and trl."""
 
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from deepseek_v2_modeling.errors import ModelError
 from recipes.mixing import source_names
 from recipes.training_bounds import check_bounds
 
@@ -118,18 +119,36 @@ def _fields(stage: str) -> dict[str, Any]:
 
 def _try_config(recipe: Any) -> None:
     """Make the config once: TRL and transformers check how fields fit together when it is made."""
-    arguments = training_arguments(
-        recipe.training,
-        run_dir=Path(recipe.output_dir),
-        seed=recipe.seed,
-        dtype=recipe.model.dtype,
-        limits=RunLimits(early_stopping_patience=getattr(recipe, "early_stopping_patience", None)),
-        has_eval=bool(getattr(recipe, "eval_data", ())),
-    )
     try:
-        config_class(recipe.stage)(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ToolkitError(f"training: {' '.join(str(error).split())}") from None
+        trl_config(recipe)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a field that they cannot use
+        raise ToolkitError(f"{_culprit(recipe)}: {' '.join(str(error).split())}") from None
+
+
+def trl_config(recipe: Any) -> Any:
+    """The TRL config of a recipe, made as its stage makes it."""
+    run_dir = Path(recipe.output_dir)
+    if recipe.stage == "rl":
+        from rl.stage import grpo_config, run_limits
+
+        return grpo_config(recipe, run_dir, run_limits(recipe), recipe.rewards)
+    if recipe.stage == "sft":
+        from sft.stage import sft_config as config
+    else:
+        from reward.stage import reward_config as config
+    return config(recipe, run_dir, bool(recipe.eval_data))
+
+
+def _culprit(recipe: Any) -> str:
+    """The field without which TRL takes the rest; all of `training` where there is none."""
+    for key, value in recipe.training.items():
+        without = {name: other for name, other in recipe.training.items() if name != key}
+        with suppress(Exception):
+            trl_config(recipe.model_copy(update={"training": without}))
+            return f"training.{key} is {value!r}"
+    return "training"
 
 
 def _check_trackers(report_to: Any) -> None:

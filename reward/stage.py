@@ -11,6 +11,7 @@ import datasets
 from trl.trainer.reward_config import RewardConfig
 
 from conversations.judging import Scorer, is_pair, judge, means, means_by_kind
+from conversations.lengths import LengthReport
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.run_files import REJECTED_FILE, append_lines
 from deepseek_v2_modeling.trainer import RunLimits, RunTrainerMixin, training_arguments
@@ -54,7 +55,9 @@ def train(
     """
     datasets.disable_progress_bars()
     rows, eval_rows = list(rows), list(eval_rows or ())
-    trainer, report = _trainer(recipe, model, tokenizer, rows, eval_rows, run_dir)
+    trainer, report = build_trainer(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir
+    )
     max_length = recipe.training.get("max_length", RewardConfig.max_length)
     if trainer.is_world_process_zero():
         print(f"reward: {report.summary(max_length)}", file=sys.stderr)
@@ -75,29 +78,20 @@ def train(
     return metrics
 
 
-def _trainer(
+def build_trainer(
     recipe: RewardRecipe,
+    *,
     model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Row],
     eval_rows: Sequence[Row],
     run_dir: Path,
-):
+) -> tuple[PairTrainer | JudgedTrainer, LengthReport]:
     """The trainer for the recipe's loss, and what became of the rows."""
-    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
-    arguments = RewardConfig(
-        **training_arguments(
-            recipe.training,
-            run_dir=run_dir,
-            seed=recipe.seed,
-            dtype=recipe.model.dtype,
-            limits=limits,
-            has_eval=bool(eval_rows),
-        )
-    )
+    arguments = reward_config(recipe, run_dir, has_eval=bool(eval_rows))
     fitting = {"max_length": arguments.max_length, "too_long": recipe.format.too_long}
     arguments.max_length = None  # TRL would leave out longer rows without a word
-    common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": limits}
+    common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": run_limits(recipe)}
     pairs = [row for row in eval_rows if is_pair(row)]
     judged = [row for row in eval_rows if not is_pair(row)]
     if recipe.loss == "pairwise":
@@ -111,6 +105,24 @@ def _trainer(
         **common, train_dataset=data, eval_dataset=held_out, data_collator=collator, verdict=verdict
     )
     return trainer, report
+
+
+def run_limits(recipe: RewardRecipe) -> RunLimits:
+    """When the recipe's run ends early."""
+    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
+
+
+def reward_config(recipe: RewardRecipe, run_dir: Path, has_eval: bool = False) -> RewardConfig:
+    """TRL's config: the recipe's `training` with what the toolkit owns."""
+    arguments = training_arguments(
+        recipe.training,
+        run_dir=run_dir,
+        seed=recipe.seed,
+        dtype=recipe.model.dtype,
+        limits=run_limits(recipe),
+        has_eval=has_eval,
+    )
+    return RewardConfig(**arguments)
 
 
 def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Scorer:

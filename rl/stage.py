@@ -12,7 +12,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, prompt_of
 from deepseek_v2_modeling.trainer import RunLimits, training_arguments
-from rl.config import RlRecipe
+from rl.config import RewardEntry, RlRecipe
 from rl.rewards import Reward, RewardModelReward, check_references
 from rl.trainer import PolicyTrainer
 
@@ -46,28 +46,54 @@ def train(
         ToolkitError: rows without a question, a reward that can not be had or says nothing.
         StopRequested: a signal ended training early, with a checkpoint.
     """
-    datasets.disable_progress_bars()
-    data = prompt_dataset(rows)
-    check_references(rewards, [{"reference": reference} for reference in data["reference"]])
-    limits = RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
-    trainer = PolicyTrainer(
-        model,
-        grpo_config(recipe, run_dir, limits, rewards),
-        rewards,
-        train_dataset=data,
-        processing_class=tokenizer,
-        limits=limits,
-    )
+    trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
     for reward in rewards:
         if isinstance(reward, RewardModelReward):
             reward.model.to(trainer.accelerator.device)
     if trainer.is_world_process_zero():
+        data: Any = trainer.train_dataset
         terms = " + ".join(f"{reward.weight:g} {reward.name}" for reward in rewards)
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
     counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
     return counted | last_logged(trainer.state.log_history)
+
+
+def build_trainer(
+    recipe: RlRecipe,
+    *,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Row],
+    rewards: Sequence[Reward],
+    run_dir: Path,
+) -> PolicyTrainer:
+    """The trainer of `train`."""
+    datasets.disable_progress_bars()
+    data = prompt_dataset(rows)
+    check_references(rewards, [{"reference": reference} for reference in data["reference"]])
+    limits = run_limits(recipe)
+    arguments = grpo_config(recipe, run_dir, limits, rewards)
+    check_prompts(arguments, len(data))
+    return PolicyTrainer(model, arguments, rewards, train_dataset=data, processing_class=tokenizer, limits=limits)
+
+
+def run_limits(recipe: RlRecipe) -> RunLimits:
+    """When the recipe's run ends early."""
+    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
+
+
+def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
+    """Raises ToolkitError where the prompts are fewer than one rollout takes: TRL would train on nothing."""
+    assert arguments.generation_batch_size and arguments.num_generations
+    needed = arguments.generation_batch_size // arguments.num_generations
+    if prompts < needed:
+        raise ToolkitError(
+            f"data: {prompts:,} prompts are fewer than the {needed:,} that one rollout takes "
+            f"({arguments.generation_batch_size:,} answers, {arguments.num_generations} to a prompt); lower "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps, or give more rows"
+        )
 
 
 def prompt_dataset(rows: Iterable[Row]) -> Dataset:
@@ -88,7 +114,9 @@ def prompt_dataset(rows: Iterable[Row]) -> Dataset:
     return Dataset.from_list(entries)
 
 
-def grpo_config(recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward]) -> GRPOConfig:
+def grpo_config(
+    recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward | RewardEntry]
+) -> GRPOConfig:
     """TRL's config: the recipe's `training` with what the toolkit owns."""
     arguments = training_arguments(
         {"disable_dropout": True, **recipe.training},

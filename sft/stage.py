@@ -50,12 +50,37 @@ def train(
         ModelError: a loss that is not finite, a full disk, a metric for the best model that there is not.
         StopRequested: a signal ended training early, with a checkpoint.
     """
+    trainer, reports = build_trainer(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir
+    )
+    if trainer.is_world_process_zero():
+        max_length = recipe.training.get("max_length", SFTConfig.max_length)
+        _tell(reports, max_length, None if resume_from else run_dir / REJECTED_FILE)
+    output = trainer.train(resume_from)
+    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
+    metrics: dict[str, Any] = {**counted, **reports[""].as_metrics()}
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.held_out_losses()
+    trainer.write_samples("after")
+    trainer.finish(recipe.model.dtype)
+    return metrics
+
+
+def build_trainer(
+    recipe: SftRecipe,
+    *,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Row],
+    eval_rows: Iterable[Row] | Mapping[str, Iterable[Row]] | None,
+    run_dir: Path,
+) -> tuple[ChatTrainer, dict[str, LengthReport]]:
+    """The trainer of `train`, and what became of the rows: "" -> those trained on, and each held-out source's."""
     datasets.disable_progress_bars()
     first, rows = _peek(rows)
     sources: Any = eval_rows if isinstance(eval_rows, Mapping) else {"": eval_rows or ()}
     peeked = {name: _peek(source) for name, source in sources.items()}
     probes = [row for group in zip_longest(*(shown for shown, _ in peeked.values())) for row in group if row]
-    limits = run_limits(recipe)
     arguments = sft_config(recipe, run_dir, has_eval=bool(probes))
     max_length = arguments.max_length
     encode = partial(
@@ -72,21 +97,11 @@ def train(
         train_dataset=data,
         eval_dataset=_datasets(held_out),
         processing_class=tokenizer,
-        limits=limits,
+        limits=run_limits(recipe),
         probes=probes[:SAMPLES] or first,
         sample_tokens=SAMPLE_TOKENS,
     )
-    if trainer.is_world_process_zero():
-        reports = {"": report, **{f"eval_data {name}".strip(): report for name, (_, report) in held_out.items()}}
-        _tell(reports, max_length, None if resume_from else run_dir / REJECTED_FILE)
-    output = trainer.train(resume_from)
-    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
-    metrics: dict[str, Any] = {**counted, **report.as_metrics()}
-    if held_out:
-        metrics |= trainer.held_out_losses()
-    trainer.write_samples("after")
-    trainer.finish(recipe.model.dtype)
-    return metrics
+    return trainer, {"": report, **{f"eval_data {name}".strip(): found for name, (_, found) in held_out.items()}}
 
 
 def run_limits(recipe: SftRecipe) -> RunLimits:

@@ -1,6 +1,7 @@
 """Chains: references, what is run again and what is not, results. The stages' own work is replaced."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from conversations.errors import ToolkitError
 from recipes import chain as chain_module
 from recipes.chain import run_chain
-from recipes.chain_plan import plan_stages, resolve_stage
+from recipes.chain_plan import check_stages, plan_stages, resolve_stage
 from recipes.chain_references import References
 from recipes.files import write_json, write_text
 from recipes.loader import Loaded, load_recipe
@@ -82,7 +83,8 @@ class FakeStages:
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages()
     monkeypatch.setattr(chain_module, "run_stage", fake)
-    monkeypatch.setattr(chain_module, "check_recipe", lambda recipe: None)
+    monkeypatch.setattr("recipes.prepare.check_recipe", lambda recipe, earlier: None)
+    monkeypatch.setattr("recipes.prepare.will_give", lambda recipe, inputs: {})
     monkeypatch.setattr(chain_module, "_free_memory", lambda: None)  # a second a stage, with torch loaded
     return fake
 
@@ -231,16 +233,21 @@ def test_references_keep_their_type_and_know_their_stages(start: Any) -> None:
 
 def test_a_plan_knows_the_shape_of_models_that_are_still_to_be_made(start: Any) -> None:
     """Also where an earlier stage was begun and stopped: what it starts from stands for its result."""
-    wanted = ["stages.sft.model.config={n_group: 2}", "stages.more.model.dtype=bfloat16"]
+    new = ["model={path: new, preset: tiny}"]
     for begun in (False, True):
         if begun:
             Path("out/sft").mkdir(parents=True)
             write_json(Path("out/sft/manifest.json"), {"status": "stopped"})
-        planned = dict(plan_stages(load_recipe(Path("chain.yaml"), wanted)))
-        assert list(planned) == ALL
-        assert {stage.recipe.model.path for stage in planned.values()} == {"base"}
-        assert [stage.recipe.model.config for stage in planned.values()] == [{"n_group": 2}] * 4
-        assert planned["more"].recipe.model.dtype == "bfloat16"
-    loaded = load_recipe(Path("chain.yaml"), ["stages.more.model.path=${eval_sft}"])
-    with pytest.raises(ToolkitError, match="out/eval_sft will be an evaluation; name a stage that makes a model"):
-        list(plan_stages(loaded))
+        assert [name for name, _ in plan_stages(load_recipe(Path("chain.yaml"), new))] == ALL
+        check_stages(load_recipe(Path("chain.yaml"), new))
+        for wrong, fault in (
+            ("stages.more.model.path=${eval_sft}", "stages.more: out/eval_sft will be an evaluation; name a stage"),
+            ("stages.more.model.config={n_group: 3}", "stages.more: model.config: n_group is 3"),
+            (
+                "stages.more.model.config={n_routed_experts: 0}",
+                'stages.more: the LoRA target "experts.gate_up" matches',
+            ),
+        ):
+            lora = ["stages.more.lora={targets: [experts]}"]
+            with pytest.raises(ValueError, match=re.escape(fault)):
+                check_stages(load_recipe(Path("chain.yaml"), [*new, *lora, wrong]))

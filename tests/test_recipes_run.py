@@ -122,7 +122,7 @@ def test_bad_input_ends_with_2_and_leaves_no_trace(
 ) -> None:
     Path("empty.jsonl").write_text("")
     Path("cut").mkdir()
-    Path("cut/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    Path("cut/adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
     Path("cut/adapter_model.safetensors").write_bytes(b"")
     before = sorted(path.name for path in Path().iterdir() if path.name != "runs")
     assert dsv2("sft", "sft.yaml", *words) == 2

@@ -11,7 +11,7 @@ from recipes.cli import main
 from recipes.files import read_json
 from recipes.init import make_model
 from recipes.loader import load_recipe
-from recipes.run import check_recipe
+from recipes.prepare import check_settings
 from recipes.yaml_text import read_mapping
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def test_a_recipe_parses_and_says_what_it_needs(path: Path) -> None:
         loaded = load_recipe(path, smoke=smoke)
         stages = [stage for _, stage in plan_stages(loaded)] if loaded.recipe.stage == "chain" else [loaded]
         for stage in stages:
-            check_recipe(stage.recipe)
+            check_settings(stage.recipe)
     header = path.read_text(encoding="utf-8").split("stage:")[0]
     for word in ("# Needs:", "# Costs:", "# Run:    "):
         assert word in header

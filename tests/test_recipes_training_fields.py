@@ -51,8 +51,8 @@ def test_fields_of_the_config_are_taken(stage: str, training: dict[str, Any]) ->
         ("sft", {"learning_rate": "fast"}, "training.learning_rate: must be a valid number, not 'fast'"),
         ("sft", {"packing": "yes"}, "training.packing: must be a valid boolean, not 'yes'"),
         ("sft", {"max_steps": 1.5}, "training.max_steps: must be a valid integer, not 1.5"),
-        ("sft", {"lr_scheduler_type": "wavy"}, "training: "),
-        ("rl", {"num_generations": 8, "per_device_train_batch_size": 3}, "training: "),
+        ("sft", {"lr_scheduler_type": "wavy"}, "training.lr_scheduler_type is 'wavy': "),
+        ("rl", {"num_generations": 8, "per_device_train_batch_size": 3}, "training."),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(stage: str, training: dict[str, Any], message: str) -> None:
