@@ -30,6 +30,7 @@ from .adapters import WEIGHTS, check_coverage, read_adapter_config, saved_tensor
 from .checkpoints import Piece, Shape, hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .finite import check_finite
 from .loading import HEADS, ModelSource, read_settings, resolve_source
 from .lora import wrap
 from .tensor_files import TensorInfo, read_header
@@ -91,7 +92,7 @@ class FactorReader:
         self.latest: dict[LowRank, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.file.get_tensor(name)
+        return check_finite(name, self.file.get_tensor(name), self.adapter.directory)
 
     def factors(self, pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """(down, up) as `LowRank.factors`."""

@@ -14,6 +14,7 @@ from .adapter_layouts import is_transposed, low_rank_pairs, refuse_per_expert, u
 from .chosen_lora import train_chosen_adapters
 from .errors import ModelError
 from .expert_choice import ExpertChoice
+from .finite import check_finite, check_settings_finite
 from .lora import PROJECTIONS, set_dropout, train_in_float32, wrap
 from .tensor_files import read_header
 
@@ -34,6 +35,10 @@ def read_adapter_config(directory: str | Path) -> dict:
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable adapter config ({error})") from error
+    try:
+        check_settings_finite(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     if not (Path(directory) / WEIGHTS).is_file():
         raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
     return config
@@ -48,13 +53,6 @@ def saves_embeddings(model: PeftModel, adapter: str = "default") -> bool | Liter
 def saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """What PEFT saves of the model's adapter."""
     return get_peft_model_state_dict(model, save_embedding_layers=saves_embeddings(model))
-
-
-def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Tensor:
-    """The tensor of an adapter. Raises ModelError when its numbers are not all finite."""
-    if not torch.isfinite(tensor).all():
-        raise ModelError(f"{where}: the numbers of {name} are not all finite (NaN or infinity)")
-    return tensor
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .errors import ModelError, ShapeError
+from .finite import check_weights
 from .offloading import keep_readable
 from .refusals import check_keywords, check_source
 from .tensor_files import WEIGHT_FILES
@@ -116,8 +117,8 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Raises:
             ModelError: the checkpoint is another model's or quantised, there are no safetensors files, a file
-                cannot be read, or tensors are missing, unexpected or misshapen (a ShapeError); the message names them.
-                Quantisation and parallel plans among the keywords are refused too.
+                cannot be read, or tensors are missing, unexpected, misshapen (a ShapeError) or not finite; the message
+                names them. Quantisation and parallel plans among the keywords are refused too.
         """
         path = pretrained_model_name_or_path
         if use_safetensors is False or kwargs.get("gguf_file"):
@@ -129,7 +130,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: {str(error).splitlines()[0]}") from error
-        keep_readable(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_weights(model, path)
+        keep_readable(model)
         return loaded
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
 from .errors import ModelError
+from .finite import check_settings_finite
 from .refusals import check_model_type
 
 ROPE_TYPES = ("default", "linear", "yarn")
@@ -169,6 +170,7 @@ def check_settings(config: DeepseekV2Config) -> None:
 def check_config(config: DeepseekV2Config) -> None:
     """Raises ModelError for values that would be computed wrongly or not at all."""
     check_settings(config)
+    check_settings_finite(vars(config))
     rope = config.rope
     if rope["rope_type"] not in ROPE_TYPES:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')

@@ -27,10 +27,11 @@ from .adapter_layouts import (
     transpose_pair,
     untranspose_shapes,
 )
-from .adapters import WEIGHTS, check_coverage, check_finite, is_adapter
+from .adapters import WEIGHTS, check_coverage, is_adapter
 from .checkpoints import hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .finite import check_finite
 from .lora import absolute_base
 from .merge import copy_side_files
 from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
@@ -211,5 +212,5 @@ def read_base_tensor(base: str, name: str) -> torch.Tensor:
     for path in base_files(base_directory(base)):
         with safe_open(path, "pt") as file:
             if name in file.keys():  # noqa: SIM118 - no mapping
-                return file.get_tensor(name)
+                return check_finite(name, file.get_tensor(name), base)
     raise ModelError(f"{base}: there is no tensor {name}")

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .decode_steps import decode_step, logits_of, new_cache
+from .errors import ModelError
+from .finite import is_finite
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -91,6 +93,7 @@ def _answer_batch(
     cache = new_cache(model, max_new_tokens - 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     first = logits_of(model, ids, mask, positions, cache)
+    finite("logits", first)
 
     rows = list(range(len(prompts)))
     chosen = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
@@ -113,6 +116,7 @@ def _answer_batch(
             step.keep(kept)
             rows, tokens = [rows[place] for place in alive], tokens[kept]
         logits = step(tokens)
+        finite("logits", logits)
     return answers
 
 
@@ -121,6 +125,15 @@ def choose_tokens(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(1)
+
+
+def finite(what: str, values: torch.Tensor) -> None:
+    """Raises ModelError for what a model gave, unless it is finite: from finite weights it overflowed."""
+    if not is_finite(values):
+        raise ModelError(
+            f"the model's {what} are not finite (NaN or infinity), though its weights are: it overflows in this dtype, "
+            "or its numbers are out of range; try dtype float32, or an earlier checkpoint"
+        )
 
 
 @torch.no_grad()
@@ -138,6 +151,7 @@ def score_sequences(
         for batch in by_length(sequences, batch_size):
             ids, mask = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            finite("scores", logits)
             for i, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 scores[i] = score
     return scores
@@ -161,6 +175,7 @@ def token_losses(
             trained, _ = pad_batch([masks[i] for i in batch], 0, left=False)
             ids, real, trained = ids.to(device), real.to(device), trained.to(device)[:, 1:]
             logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+            finite("logits", logits)
             nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             sums = zip((nats * trained).sum(1).tolist(), trained.sum(1).tolist(), strict=True)
             for i, found in zip(batch, sums, strict=True):

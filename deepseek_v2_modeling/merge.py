@@ -28,6 +28,7 @@ from .adapter_files import (
 )
 from .checkpoints import hub_layout
 from .errors import ModelError
+from .finite import check_finite, is_finite
 from .loading import HEADS, resolve_source
 from .merge_plan import FLOATS, Merged, Shard, plan_shards
 from .tensor_files import (
@@ -162,8 +163,9 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
     source = reader.tensor(merged.source) if merged.from_adapter else file.get_tensor(merged.source)
     weight = source[merged.place]
     dtype = DTYPES[merged.info.dtype]
+    where = reader.adapter.directory if merged.from_adapter else reader.adapter.base
     if merged.pair is None and weight.dtype == dtype:
-        yield from (block for _, block in row_blocks(weight))
+        yield from (check_finite(name, block, where) for _, block in row_blocks(weight))
         return
     factors = None
     if merged.pair is not None:
@@ -173,10 +175,11 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
             down, up = down[place[0]], up[place]
         factors = merged.pair.scaling * down.float(), up
     for rows, block in row_blocks(weight):
+        check_finite(name, block, where)
         if factors is not None:
             block = torch.addmm(block.float(), factors[1][rows].float(), factors[0])
         block = block.to(dtype)
-        if not torch.isfinite(block).all():
+        if not is_finite(block):
             raise ModelError(f"{name}: the merged weights are not all finite in {str(dtype).removeprefix('torch.')}")
         yield block
 

@@ -141,12 +141,18 @@ class RewardStats:
         """From reward_stats.json in a reward model's final/.
 
         Raises:
-            ToolkitError: it is missing.
+            ToolkitError: it is missing or damaged.
         """
         path = folder / STATS_FILE
         if not path.is_file():
             raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
-        return cls(**read_json(path))
+        try:
+            stats = cls(**read_json(path))
+            if not math.isfinite(stats.mean) or not math.isfinite(stats.std):
+                raise ValueError("its numbers are not finite")
+        except (OSError, ValueError, TypeError) as error:
+            raise ToolkitError(f"{path}: no readable statistics of a reward model ({error})") from error
+        return stats
 
 
 class RewardModelReward(Reward):
