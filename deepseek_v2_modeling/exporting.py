@@ -39,7 +39,9 @@ STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 VLLM_RANK = 16
 # Last name of an adapted module: what a server is known not to do with it (docs/adapters.md).
 SERVER_NOTES = {
-    "kv_b_proj": "vLLM (0.25.1) loads kv_b_proj and applies it nowhere (vllm#48974); dsv2 merge serves it",
+    "kv_b_proj": (
+        "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and else drops it silently (vllm#48974); or: dsv2 merge"
+    ),
     "q_proj": "SGLang fails on q_proj of a model without q_lora_rank; dsv2 merge serves it",
     "gate": "SGLang knows no adapter on the router; dsv2 merge serves it",
     "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; dsv2 merge serves it",
