@@ -1,4 +1,4 @@
-"""JSON lines and JSON arrays -> records, told apart by the first character.
+"""JSON lines, JSON arrays and JSON objects over several lines -> records, told apart by how the file begins.
 
 A file is read piece by piece, so that memory does not grow with it. What cannot be read is a record with a
 `problem`.
@@ -6,25 +6,38 @@ A file is read piece by piece, so that memory does not grow with it. What cannot
 
 import codecs
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from itertools import count
-from pathlib import Path
 from typing import IO, Any
 
-from conversations.opening import open_bytes
+from conversations.opening import DataFile, open_bytes
 from conversations.record import Record, is_utf8
 
 _CHUNK = 1 << 20
+_SNIFFED = 1 << 16
+# Keys under which an object holds the rows of a whole file.
+_WRAPPERS = ("data", "rows", "records", "train", "dataset")
+# A file that begins with an object of rows: {"version": "1.0", "data": [{
+_SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|-?[0-9.]+|true|false|null)\s*,\s*'
+_WRAPPED = re.compile(rb'\{\s*(?:%s)*"(?:%s)"\s*:\s*\[\s*\{' % (_SCALAR, "|".join(_WRAPPERS).encode()))
+# One that begins with an object whose first line cannot be all of it.
+_OPEN = re.compile(rb'\{[^\n]*(?:(?<=[\[,:])[ \t\r]*\n|(?<=\{)[ \t\r]*\n\s*["}])')
 _DEEPEST = 80  # spaces before an element of an array
 _LARGEST_ELEMENT = 64 << 20  # characters of one element of an array, beyond which it is taken for broken
 
 
-def json_records(path: Path) -> Iterator[Record]:
-    """The records of a .jsonl or .json file; either may hold lines or one array."""
+def json_records(path: DataFile) -> Iterator[Record]:
+    """The records of a .jsonl or .json file; either may hold lines, one array, or objects over several lines."""
     with open_bytes(path) as file:
-        is_array = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()
     with open_bytes(path) as file:  # again from the start: not every compressed stream can go back
-        yield from _array_records(file) if is_array else _line_records(file)
+        if start.startswith(b"["):
+            yield from _array_records(file)
+        elif _WRAPPED.match(start) or _OPEN.match(start):
+            yield from _object_records(file)
+        else:
+            yield from _line_records(file)
 
 
 def _line_records(file: IO[bytes]) -> Iterator[Record]:
@@ -57,12 +70,62 @@ def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
 
 
 def _array_records(file: IO[bytes]) -> Iterator[Record]:
-    """The elements of one array. Behind a broken one it goes on where another begins a line as this one did; where
-    there is none, the broken one is the last record."""
+    """The elements of one array."""
     text = _Window(file)
+    if (yield from _elements(text)) and (rest := text.peek()):
+        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
+
+
+def _object_records(file: IO[bytes]) -> Iterator[Record]:
+    """Objects over several lines: each is a row, or holds a list of rows under one of _WRAPPERS."""
+    text = _Window(file)
+    while text.peek() == "{":
+        if not (yield from _one_object(text)):
+            return
+    if rest := text.peek():
+        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the object")
+
+
+def _one_object(text: "_Window") -> Generator[Record, None, bool]:
+    """The rows of one object; whether the text can be read on behind it."""
+    line, values, lists = text.line, {}, 0
+    text.skip("{")
+    while text.peek() != "}":
+        key, _, problem = text.element()
+        if not problem and text.peek() != ":":
+            problem = "broken JSON: an object has no colon after a key"
+        if not problem:
+            text.skip(":")
+            text.peek()  # passes over the space before the value
+            if key in _WRAPPERS and text.begins_list_of_objects():
+                lists += 1
+                if not (yield from _elements(text)):
+                    return False
+            else:
+                values[str(key)], _, problem = text.element()
+        mark = text.peek()
+        if not problem and mark == ",":
+            text.skip(",")
+        elif not problem and mark != "}":
+            problem = f"broken JSON: the object has {'no comma after a value' if mark else 'no end'}"
+        if problem:
+            yield Record(text.line, "", {}, f"{problem}; nothing after it in this file can be read")
+            return False
+    text.skip("}")
+    if lists > 1:
+        yield Record(line, "", {}, f"an object with {lists} lists of rows; write a file for each")
+    if not lists:
+        yield _checked(line, json.dumps(values, ensure_ascii=False), values)
+    return True
+
+
+def _elements(text: "_Window") -> Generator[Record, None, bool]:
+    """The elements of one array. Behind a broken one it goes on where another begins a line as this one did; where
+    there is none, the broken one is the last record. Returns whether the array's end was found."""
     text.skip("[")
     if text.peek() == "]":
-        return
+        text.skip("]")
+        return True
     ended = 0  # the line on which the last element ended
     for number in count(1):
         text.peek()  # passes over the space before the element
@@ -73,11 +136,10 @@ def _array_records(file: IO[bytes]) -> Iterator[Record]:
         if not problem:
             yield _checked(line, written, value, place)
             mark = text.peek()
-            if mark == "]":
-                text.skip("]")
-                break
-            if mark == ",":
-                text.skip(",")
+            if mark in ("]", ","):
+                text.skip(mark)
+                if mark == "]":
+                    return True
                 continue
             line, written = text.line, mark
             problem = f"broken JSON: the array has {'no comma after an element' if mark else 'no end'}"
@@ -86,9 +148,8 @@ def _array_records(file: IO[bytes]) -> Iterator[Record]:
         lost = "" if goes_on or not written else "; nothing after it in this array can be read"
         yield Record(line, written, {}, problem + lost, place)
         if not goes_on:
-            return
-    if rest := text.peek():
-        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
+            break
+    return False
 
 
 class _Window:
@@ -145,6 +206,14 @@ class _Window:
             if self._is_whole:
                 return ""
             self._read_more(_CHUNK)
+
+    def begins_list_of_objects(self) -> bool:
+        """Whether a list with an object in front comes next; nothing is taken."""
+        if self.peek() != "[":
+            return False
+        while not (rest := self._text[self._at + 1 :].lstrip()) and not self._is_whole:
+            self._read_more(_CHUNK)
+        return rest.startswith("{")
 
     def skip(self, mark: str) -> None:
         """Take the next character, which is known to be `mark`."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from conversations.badrow import BadRow
@@ -19,6 +19,8 @@ from conversations.formats import (
     null_keys,
     plain_columns,
 )
+from conversations.locating import Located, locate
+from conversations.opening import DataFile
 from conversations.reasoning import Reasoning
 from conversations.record import Record
 from conversations.records import open_records
@@ -60,12 +62,13 @@ def load_conversations(
     refuse: Callable[[Row], str | None] | None = None,
     roles: Mapping[str, str] | None = None,
     reasoning: Reasoning = "refuse",
+    split: str = "",
 ) -> "ConversationReader":
     """Read the canonical rows (conversations/formats.py) of a data file.
 
     Args:
-        path: a file of JSON lines or one JSON array (told apart by the first character), CSV, TSV or parquet, by its
-            name; also with .gz or .zst behind.
+        path: a file of JSON lines, one JSON array or JSON objects (told apart by how it begins), CSV, TSV, parquet or
+            Arrow, by its name; also with .gz or .zst behind; a .zip of these, a folder, or a pattern (data/*.jsonl).
         on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
             one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
             rows out.
@@ -77,6 +80,7 @@ def load_conversations(
         roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
         reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
             counted. "think_tags": it stands before the words, between <think> and </think>.
+        split: the name of a folder's split; "" takes train where there are several.
 
     Returns:
         An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
@@ -91,11 +95,12 @@ def load_conversations(
     if reasoning not in get_args(Reasoning):
         raise ToolkitError(f"reasoning is {reasoning!r}; use one of {', '.join(get_args(Reasoning))}")
     rules = Rules(roles or {}, reasoning)
-    return ConversationReader(Path(path), on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse, rules)
+    located = locate(Path(path), split)
+    return ConversationReader(Path(path), located, on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse, rules)
 
 
 class ConversationReader(Iterator[Row]):
-    """The rows of one file, once; and counts of what has been read so far.
+    """The rows of one path, once; and counts of what has been read so far.
 
     formats: name of each recognised format -> rows. rejected: number of rows left out. line: where the last row stands.
     """
@@ -103,6 +108,7 @@ class ConversationReader(Iterator[Row]):
     def __init__(
         self,
         path: Path,
+        located: Located,
         on_bad_row: OnBadRow,
         columns: Mapping[str, str],
         max_bad_rows: int | float | None,
@@ -125,7 +131,10 @@ class ConversationReader(Iterator[Row]):
         self._hint: dict[str, str] | None = None  # columns for rows of no known format
         self._unread: Row = {}  # such a row
         self._plain: dict[str, str] = {}
-        self._rows = self._read(open_records(path))
+        self._files = located.files
+        self._file: DataFile = path
+        self._notes = located.notes
+        self._rows = self._read()
 
     def __iter__(self) -> "ConversationReader":
         return self
@@ -145,13 +154,23 @@ class ConversationReader(Iterator[Row]):
 
     def notes(self) -> list[str]:
         """What good rows have that was not used, or was read in a way that should be known: a line for each kind."""
-        return told(self._events)
+        return [*self._notes, *told(self._events)]
 
-    def _read(self, records: Iterator[Record]) -> Iterator[Row]:
-        for record in records:
-            row = self._converted(record)
-            if row is not None and not (self.rejected and self._on_bad_row == "error"):
-                yield row
+    @property
+    def place(self) -> str:
+        """Where the last row stands: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
+        names = str(self._file)
+        within = names.removeprefix(str(self.path)).strip("/\\") if self._file != self.path else ""
+        whole = f"{self.path.name}/{within}" if within != names and within else PurePath(names).name
+        return f"{whole}:{self.line}"
+
+    def _read(self) -> Iterator[Row]:
+        for file in self._files:
+            self._file = file
+            for record in open_records(file):
+                row = self._converted(record)
+                if row is not None and not (self.rejected and self._on_bad_row == "error"):
+                    yield row
         self.check()
 
     def _converted(self, record: Record) -> Row | None:
@@ -169,7 +188,7 @@ class ConversationReader(Iterator[Row]):
                 self._hint = self._working({**self._columns, **likely_columns(record.value)}, record.value)
             if not self._plain and self.rejected < _SHOWN:
                 self._plain = self._working(plain_columns(record.value, self._columns), record.value)
-            self._reject(RejectedRow(str(self.path), record.line, f"{record.place}{error}", _written(record)))
+            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", _written(record)))
             return None
         self.line = record.line
         self.formats[known.name] += 1

@@ -29,3 +29,14 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def without_padding(value: Any) -> Any:
+    """A value of a table without the keys that are null in its objects.
+
+    In a table all objects of a column have the same keys: those that a row does not have are there as null. A null that
+    a file had before it became a table cannot be told from these.
+    """
+    if isinstance(value, dict):
+        return {key: without_padding(item) for key, item in value.items() if item is not None}
+    return [without_padding(item) for item in value] if isinstance(value, list) else value

@@ -1,27 +1,29 @@
 """Files -> records, by the kind of file."""
 
 import gzip
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from conversations.errors import ToolkitError
 from conversations.json_records import json_records
-from conversations.opening import file_kind
+from conversations.opening import DataFile, file_kind
 from conversations.record import Record
-from conversations.table_records import csv_records, parquet_records
+from conversations.table_records import arrow_records, csv_records, parquet_records
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".jsonl": json_records,
+    ".ndjson": json_records,
     ".json": json_records,
     ".csv": partial(csv_records, kind=".csv"),
     ".tsv": partial(csv_records, kind=".tsv"),
     ".parquet": parquet_records,
+    ".arrow": arrow_records,
 }
 
 
-def open_records(path: Path) -> Iterator[Record]:
+def open_records(path: DataFile) -> Iterator[Record]:
     """The records of a data file, read as they are asked for.
 
     What cannot be read is a record with a `problem`.
@@ -33,8 +35,12 @@ def open_records(path: Path) -> Iterator[Record]:
     return _records(path, _READERS[file_kind(path)])
 
 
-def _records(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
+def _records(path: DataFile, reader: Callable[[DataFile], Iterator[Record]]) -> Iterator[Record]:
     try:
         yield from reader(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+        raise ToolkitError(f"{path}: cannot be read: {error}") from error
+    except RuntimeError as error:
+        if not isinstance(path, zipfile.Path):
+            raise
         raise ToolkitError(f"{path}: cannot be read: {error}") from error

@@ -96,8 +96,9 @@ class DataSource(Section):
 
     path: str = Field(
         min_length=1,
-        description="jsonl, json, csv, tsv or parquet file (also with .gz or .zst), hub data set (OWNER/NAME or "
-        "OWNER/NAME:CONFIG), or tiny:NAME?seed=7&n=1000; relative files are relative to the recipe.",
+        description="jsonl, ndjson, json, csv, tsv, parquet or arrow file (also with .gz or .zst), a .zip, folder or "
+        "pattern of these, hub data set (OWNER/NAME or OWNER/NAME:CONFIG), or tiny:NAME?seed=7&n=1000; relative files "
+        "are relative to the recipe.",
     )
     split: str | None = Field(
         default=None,

@@ -1,23 +1,24 @@
-"""CSV, TSV and parquet files -> records. CSV is read as it goes; of a parquet file a batch of rows is held."""
+"""CSV, TSV, parquet and Arrow files -> records. CSV is read as it goes; of a table a batch of rows is held."""
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.opening import open_bytes, open_seekable
-from conversations.record import Record, is_utf8
+from conversations.opening import DataFile, open_bytes, open_seekable
+from conversations.record import Record, is_utf8, without_padding
 
 _LARGEST_FIELD = 64 << 20  # characters; csv's own limit is 131,072
 _BATCH = 512
 _BOM = "\ufeff"
+_ARROW_FILE = b"ARROW1"
+NAMELESS = "Unnamed: 0"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def csv_records(path: Path, kind: str) -> Iterator[Record]:
+def csv_records(path: DataFile, kind: str) -> Iterator[Record]:
     """The rows of a .csv or .tsv file under the names in its first line; all values are strings.
 
     Quotes are those of CSV in both. A field may go over several lines.
@@ -32,7 +33,7 @@ def csv_records(path: Path, kind: str) -> Iterator[Record]:
         yield from _csv_rows(path, reader, DELIMITERS[kind])
 
 
-def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[Record]:
+def _csv_rows(path: DataFile, reader: Any, delimiter: str) -> Iterator[Record]:
     names: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -53,9 +54,11 @@ def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[Record]:
         yield Record(line, written, dict(zip(names, fields, strict=False)), _csv_problem(names, fields, written))
 
 
-def _checked_names(path: Path, names: list[str]) -> list[str]:
+def _checked_names(path: DataFile, names: list[str]) -> list[str]:
     if not is_utf8("".join(names)):
         raise ToolkitError(f"{path}:1: not valid UTF-8; write the file anew as UTF-8")
+    if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
+        names = [NAMELESS, *names[1:]]
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice or "" in names:
         wrong = f"names {twice[0]!r} twice" if twice and twice[0] else "has an empty name"
@@ -71,34 +74,66 @@ def _csv_problem(names: list[str], fields: list[str], written: str) -> str | Non
     return None if is_utf8(written) else "not valid UTF-8"
 
 
-def parquet_records(path: Path) -> Iterator[Record]:
+def parquet_records(path: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
         OSError: it is no parquet file, or a damaged one.
     """
-    import pyarrow
     from pyarrow import parquet
 
     with open_seekable(path) as file:
-        try:
-            batches = parquet.ParquetFile(file).iter_batches(batch_size=_BATCH)
-            number = 0
-            for batch in batches:
-                for value, problem in _parquet_rows(batch):
+        yield from _table_records(lambda: parquet.ParquetFile(file).iter_batches(batch_size=_BATCH))
+
+
+def arrow_records(path: DataFile) -> Iterator[Record]:
+    """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
+
+    Raises:
+        OSError: it is no Arrow file, or a damaged one.
+    """
+    from pyarrow import ipc
+
+    with open_seekable(path) as file:
+        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+
+        def batches() -> Iterator[Any]:
+            if not is_file:
+                yield from ipc.open_stream(file)
+                return
+            reader = ipc.open_file(file)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+
+        yield from _table_records(batches)
+
+
+def _table_records(batches: Callable[[], Iterable[Any]]) -> Iterator[Record]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches():
+            for start in range(0, batch.num_rows, _BATCH):
+                for value, problem in _table_rows(batch.slice(start, _BATCH)):
                     number += 1
                     yield Record(number, None, value, problem)
-        except pyarrow.ArrowException as error:
-            raise OSError(str(error)) from error
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
 
 
-def _parquet_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The batch's rows; one by one where one of them is no UTF-8."""
     try:
-        yield from ((row, None) for row in batch.to_pylist())
+        yield from ((_row(values), None) for values in batch.to_pylist(maps_as_pydicts="lossy"))
     except UnicodeDecodeError:
         for index in range(batch.num_rows):
             try:
-                yield batch.slice(index, 1).to_pylist()[0], None
+                yield _row(batch.slice(index, 1).to_pylist(maps_as_pydicts="lossy")[0]), None
             except UnicodeDecodeError:
                 yield {}, "not valid UTF-8"
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: without_padding(value) for name, value in values.items()}

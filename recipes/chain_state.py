@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.data import local_file
+from recipes.data import source_hash
 from recipes.files import read_json, write_json
 from recipes.loader import Loaded
 from recipes.manifest import file_sha256
@@ -69,18 +69,18 @@ def fingerprint(stage: Loaded, used: Mapping[str, str]) -> str:
     content = {
         "recipe": stage.resolved,
         "stages": dict(used),
-        "data": [file_sha256(file) for file in _data_files(recipe)],
+        "data": _data_hashes(recipe),
         "models": {path: _model_hash(Path(path)) for path in _model_paths(recipe) if not _inside(path, used)},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _data_files(recipe: Any) -> list[Path]:
-    """The local files of all data entries; generated ones are made."""
+def _data_hashes(recipe: Any) -> list[str]:
+    """Those of all data entries; generated ones are made."""
     lists = {"data": recipe.data, "eval_data": getattr(recipe, "eval_data", [])}
     lists |= {f"tasks.{i}.data": task.data for i, task in enumerate(getattr(recipe, "tasks", []))}
     return [
-        local_file(entry, recipe.seed, f"{key}.{index}")
+        source_hash(entry, recipe.seed, f"{key}.{index}")
         for key, entries in lists.items()
         for index, entry in enumerate(entries)
     ]

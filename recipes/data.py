@@ -1,5 +1,7 @@
 """Data entries of a recipe -> rows: files, generated data and hub data sets, mixed by weight."""
 
+import hashlib
+import os
 import random
 import re
 from array import array
@@ -11,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from conversations.errors import ToolkitError
 from conversations.infill import with_hole
+from conversations.locating import locate, names_files
 from conversations.reading import RejectedRow, load_conversations
 from conversations.reasoning import Reasoning
 from conversations.sections import DataSource
@@ -91,13 +94,22 @@ def read_sources(
     return mixture
 
 
-def local_file(entry: DataSource, seed: int, key: str) -> Path:
-    """The file that holds a source's rows; generated data and hub data sets are written to one first.
+def source_hash(entry: DataSource, seed: int, key: str) -> str:
+    """SHA-256 of what holds a source's rows; generated data and hub data sets are written to a file first.
 
     Raises:
         ToolkitError: no such file, generator or data set, or a split that it does not have.
     """
-    return _find(entry, seed, key).file
+    return _sha256(_find(entry, seed, key))
+
+
+def _sha256(source: _Source) -> str:
+    """That of the one file; of several, that of their names and hashes."""
+    paths = locate(source.file, source.split.name if source.file.is_dir() else "").paths
+    if paths == (source.file,):
+        return file_sha256(source.file)
+    lines = [f"{file_sha256(path)}  {os.path.relpath(path, source.file)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _mixed(mixture: Mixture, weights: Sequence[float | None], starts: Sequence[int], seed: str) -> array:
@@ -115,14 +127,14 @@ def _mixed(mixture: Mixture, weights: Sequence[float | None], starts: Sequence[i
 def _find(entry: DataSource, seed: int, key: str) -> _Source:
     split = parse_split(entry.split, f"{key}.split")
     path = Path(entry.path)
-    if not entry.path.startswith(GENERATED) and not path.exists():
+    if not entry.path.startswith(GENERATED) and not names_files(path):
         if not is_hub_name(entry.path):
             raise ToolkitError(f"{key}.path: no such file: {entry.path}")
         file = _on_main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
         return _Source(entry, file, Split(shares=split.shares), key)
-    if split.name not in ("", "train"):
+    if split.name not in ("", "train") and not path.is_dir():
         raise ToolkitError(
-            f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets. "
+            f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets and folders. "
             "Write train[:90%] and train[90%:]"
         )
     return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
@@ -140,14 +152,15 @@ def _read(source: _Source, mixture: Mixture, refuse: Refuse | None, reasoning: R
         refuse=_without_text(refuse) if entry.fim else refuse,
         roles=entry.roles,
         reasoning=reasoning,
+        split=source.split.name if source.file.is_dir() else "",
     )
-    yield from source.split.select(row | {"origin": f"{source.file.name}:{reader.line}"} for row in reader)
+    yield from source.split.select(row | {"origin": reader.place} for row in reader)
     reader.check()  # a split by number stops before the end
     mixture.lines += [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
     mixture.files.append(
         {
             "path": entry.path,
-            "sha256": file_sha256(source.file),
+            "sha256": _sha256(source),
             "formats": dict(reader.formats),
             "left_out": reader.rejected,
         }

@@ -234,10 +234,14 @@ def test_file_without_a_good_row_fails_in_skip_mode_too(tmp_path):
 
 def test_wrong_arguments_fail_at_the_call(tmp_path):
     (tmp_path / "a.docx").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("README.md", ".hidden.jsonl", "b.docx", "c.xls", "dataset_infos.json"):
+        (tmp_path / "folder" / name).touch()
     good = written(tmp_path / "a.jsonl", row())
     for path, settings_, reason in (
         (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
-        (tmp_path, {}, "is a directory"),
+        (tmp_path / "folder", {}, "holds no file of a known kind .*, but b.docx, c.xls"),
+        (tmp_path / "*.xyz", {}, "no file of a known kind has such a name"),
         (tmp_path / "a.docx", {}, "unknown kind of file; known are .jsonl"),
         (good, {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
     ):
