@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .errors import ModelError, ShapeError
 from .finite import check_weights
 from .offloading import keep_readable
-from .refusals import check_keywords, check_source
+from .refusals import check_keywords, check_quantization, check_source
 from .tensor_files import WEIGHT_FILES
 
 # Fused parameter: the projections of each expert that it holds, one below the other.
@@ -134,6 +134,13 @@ class StrictPreTrainedModel(PreTrainedModel):
         check_weights(model, path)
         keep_readable(model)
         return loaded
+
+    @classmethod
+    def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, *args: Any, **kwargs: Any) -> Any:
+        """What `check_source` cannot see: the base of an adapter that transformers was pointed at is quantised."""
+        if is_quantized:
+            check_quantization("the base model", {"quant_method": "its own"})
+        return super().get_init_context(dtype, is_quantized, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Torch calls it for the model and then for each of its parts: a place to look at what PEFT is loading."""
