@@ -8,12 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conversations.answers.rules import verify
     from conversations.reading import load_conversations
     from conversations.rendering import render_conversation
 
-__all__ = ["load_conversations", "render_conversation"]
+__all__ = ["load_conversations", "render_conversation", "verify"]
 
-_HOME = {"load_conversations": "conversations.reading", "render_conversation": "conversations.rendering"}
+_HOME = {
+    "load_conversations": "conversations.reading",
+    "render_conversation": "conversations.rendering",
+    "verify": "conversations.answers.rules",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,9 @@
 B batch, T tokens.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from .decode_steps import decode_step, logits_of, new_cache
 from .errors import ModelError
 from .finite import is_finite
+
+# (token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V]
+Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -58,21 +62,24 @@ def generate_answers(
     max_new_tokens: int,
     temperature: float = 0.0,
     batch_size: int = 32,
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    adjust: Adjust | None = None,
 ) -> list[list[int]]:
     """An answer for each prompt, in the order of the prompts: token ids, up to and with the end token if one came.
 
-    Temperature 0 is greedy. `seed` makes sampling repeatable without touching the global generator.
+    Temperature 0 is greedy. `seeds`, one for each prompt, make sampling repeatable without touching the global
+    generator, and an answer independent of what else is in its batch. `adjust` changes a row's logits before a token
+    is chosen, the temperature included: (ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V].
     `generate` does the same for one batch; here equal prompts are read once, and answers that have ended take
     no further part. The model's mode (training or evaluation) is as it was afterwards.
     """
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
-    with evaluation_mode(model), torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with evaluation_mode(model):
         for batch in by_length(prompts, batch_size):
-            found = _answer_batch(model, [prompts[i] for i in batch], pad_token_id, ends, max_new_tokens, temperature)
+            drawn = None if seeds is None else draws([seeds[i] for i in batch], max_new_tokens)
+            choose = partial(_choose_next, temperature=temperature, draws=drawn, adjust=adjust)
+            found = _answer_batch(model, [prompts[i] for i in batch], pad_token_id, ends, max_new_tokens, choose)
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
     return answers
@@ -84,7 +91,7 @@ def _answer_batch(
     pad_token_id: int,
     ends: Collection[int],
     max_new_tokens: int,
-    temperature: float,
+    choose: Callable[..., torch.Tensor],
 ) -> list[list[int]]:
     """Answers of one batch. `rows` says whose answer each row of the cache is; rows leave when they have ended."""
     unique = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -103,7 +110,7 @@ def _answer_batch(
     step = decode_step(model, cache, mask, max_new_tokens - 1)
     answers: list[list[int]] = [[] for _ in prompts]
     for length in range(1, max_new_tokens + 1):
-        tokens = choose_tokens(logits, temperature)
+        tokens = choose(logits, rows=rows, prompts=prompts, answers=answers)
         alive = []
         for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             if not answers[row] or answers[row][-1] not in ends:
@@ -120,11 +127,40 @@ def _answer_batch(
     return answers
 
 
-def choose_tokens(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits [B, V] -> tokens [B]: the best one at temperature 0, else sampled."""
+def draws(seeds: Sequence[int], length: int) -> torch.Tensor:
+    """Numbers from 0 to 1 [rows, length], each row from its own seed."""
+    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _choose_next(
+    logits: torch.Tensor,
+    *,
+    rows: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    temperature: float,
+    draws: torch.Tensor | None,
+    adjust: Adjust | None,
+) -> torch.Tensor:
+    """The next token [B] of each of the `rows`, whose logits [B, V] these are."""
+    if adjust is not None:
+        so_far = [torch.tensor([[*prompts[row], *answers[row]]], device=logits.device) for row in rows]
+        adjusted = zip(rows, so_far, logits, strict=True)
+        logits = torch.cat([adjust(ids, len(prompts[row]), one[None]) for row, ids, one in adjusted])
+        temperature = float(temperature > 0)
+    drawn = None if draws is None else draws[list(rows), max(len(answers[row]) for row in rows)].to(logits.device)
+    return choose_tokens(logits, temperature, drawn)
+
+
+def choose_tokens(logits: torch.Tensor, temperature: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
+    """logits [B, V] -> tokens [B]: the best one at temperature 0, else sampled, by the numbers `drawn` [B] if given."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(1)
+    shares = (logits.float() / temperature).softmax(-1)
+    if drawn is None:
+        return torch.multinomial(shares, 1).squeeze(1)
+    reached = shares.double().cumsum(-1)
+    return torch.searchsorted(reached, drawn.double()[:, None] * reached[:, -1:], right=True).squeeze(1)
 
 
 def finite(what: str, values: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 What `eval.stage.evaluate` returns: one entry for each task, by its name,
 `{"n": rows, "greedy": value at temperature 0, "t1": value at temperature 1}`; a temperature T other than 0 and 1
-is called "t" + T; metrics that do not generate (pair_accuracy, loss) have "value" instead.
+is called "t" + T; "greedy_truncated", "t1_truncated" are the shares of answers that max_new_tokens cut. pair_accuracy
+has "value" instead, and loss "loss", in nats.
 """
 
 from typing import Annotated, Literal

@@ -1,5 +1,6 @@
 """Evaluation: lets a model answer held-out prompts, judges what it said, and keeps every answer."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,23 +12,27 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from conversations import render_conversation
+from conversations import render_conversation, verify
+from conversations.answers.rules import check_reference
+from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.judging import Row, is_pair, judge
 from conversations.prompts import answer_text, prompt_of, prompt_text
-from conversations.verifiers import REFUSAL_PATTERNS, VERIFIERS, format_check, refusal_check
 from deepseek_v2_modeling.inference import generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
+from eval.decoding import adjustment, obeyed
 
 Sample = dict[str, Any]
 Numbered = Sequence[tuple[int, Row]]  # rows with their number in the task, from 0
 UNSAMPLED = "value"
+LOSS = "loss"
+CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation. seed: of sampling, another one in each process.
+    """The model under evaluation. seed: of sampling, the same in all processes (each row makes its own from it).
 
     said: its answers so far, by all that they depend on, so that tasks on the same rows judge the same answers.
     """
@@ -35,12 +40,17 @@ class Subject:
     model: Any
     tokenizer: Any
     seed: int
-    said: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
+    said: dict[tuple[Any, ...], list[tuple[str, bool]]] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        ends = self.tokenizer.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends)
 
 
 def evaluate(
@@ -53,15 +63,17 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Measures a model on every task; each answer, with its verdict, goes to samples.jsonl.
 
-    Several processes share the rows of a task and all return the figures of all of them.
+    Several processes share the rows of a task and all return the figures of all of them. A sampled answer depends
+    on the recipe's seed and the number of its row, not on the number of processes or the batch.
 
     Args:
         model: with a score head where the metric is pair_accuracy, else a language model; frozen.
         rows_by_task: canonical rows, by the task's name.
 
     Returns:
-        Task name -> {"n": rows, "greedy": ..., "t1": ...}, one value for each temperature, or
-        {"n": rows, "value": ...} where nothing is sampled.
+        Task name -> {"n": rows, "greedy": ..., "greedy_truncated": ..., "t1": ..., ...}, one value for each
+        temperature with the share of answers that max_new_tokens cut, or {"n": rows, "value": ...} for pairs and
+        {"n": rows, "loss": ...}, in nats.
 
     Raises:
         ToolkitError: rows that do not fit the metric (no reference, no pair, no question).
@@ -69,34 +81,70 @@ def evaluate(
     # torch.distributed is up already when the caller waited for the others; on CPUs this must not look for GPUs.
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
     model.to(state.device)
-    subject = Subject(model, tokenizer, recipe.seed + state.process_index)
+    subject = Subject(model, tokenizer, recipe.seed)
+    _say_what_is_obeyed(recipe, model, state)
+    for task in recipe.tasks:
+        check_rows(task, rows_by_task[task.name])
     if state.is_main_process:
         cut_file(run_dir / SAMPLES_FILE, 0)
-    results = {}
-    for task in recipe.tasks:
-        began = time.monotonic()
-        rows = list(rows_by_task[task.name])[: task.limit]
-        if not rows:
-            raise ToolkitError(f"task {task.name} has no rows")
-        numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
-        samples = METRICS[task.metric](task, numbered, subject)
-        samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
-        results[task.name] = figures(samples, len(rows))
-        if state.is_main_process:
-            append_lines(run_dir / SAMPLES_FILE, ({"task": task.name, **sample} for sample in samples))
-            seconds = time.monotonic() - began
-            print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s", file=sys.stderr, flush=True)
-    return results
+    return {task.name: _measure(task, rows_by_task[task.name], subject, state, run_dir) for task in recipe.tasks}
+
+
+def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
+    """Raises ToolkitError for the first row that does not fit the task's metric: before anything is generated."""
+    rows = list(rows)[: task.limit]
+    if not rows:
+        raise ToolkitError(f"task {task.name} has no rows")
+    for number, row in enumerate(rows, 1):
+        try:
+            CHECKS[task.metric](task, row, number)
+        except ToolkitError as error:
+            raise ToolkitError(f"task {task.name}: {error}") from None
+
+
+def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> None:
+    """Greedy or sampled is the task's to say, the rest of decoding the model's generation_config's."""
+    asked = obeyed(model)
+    if asked and state.is_main_process and any(task.metric not in ("pair_accuracy", "loss") for task in recipe.tasks):
+        told = ", ".join(f"{field} {value}" for field, value in asked.items())
+        print(f"eval: the model's generation_config is obeyed: {told}", file=sys.stderr, flush=True)
+
+
+def _measure(
+    task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, run_dir: Path
+) -> dict[str, Any]:
+    """The figures of one task. Samples are written as they come, by each process; the first puts them in order."""
+    began = time.monotonic()
+    rows = list(rows)[: task.limit]
+    numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
+    path = run_dir / SAMPLES_FILE
+    part = path if state.is_main_process else path.with_name(f"samples.{state.process_index}.jsonl")
+    written = part.stat().st_size if part.exists() else 0
+    samples: list[Sample] = []
+    for chunk in METRICS[task.metric](task, numbered, subject):
+        append_lines(part, ({"task": task.name, **sample} for sample in chunk))
+        samples += chunk
+    samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
+    if state.is_main_process:
+        cut_file(path, written)
+        append_lines(path, ({"task": task.name, **sample} for sample in samples))
+        seconds = time.monotonic() - began
+        print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s", file=sys.stderr, flush=True)
+    else:
+        part.unlink(missing_ok=True)
+    return figures(samples, len(rows))
 
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
-    """The mean value of each way of decoding, weighted where samples have a weight."""
+    """The mean value of each way of decoding, weighted where samples have a weight, and the share that was cut."""
     found: dict[str, Any] = {"n": rows}
     for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
         of_it = [sample for sample in samples if sample["decoding"] == decoding]
         weights = [sample.get("weight", 1) for sample in of_it]
         total = sum(weights) or 1
         found[decoding] = sum(w * sample["value"] for w, sample in zip(weights, of_it, strict=True)) / total
+        if any("truncated" in sample for sample in of_it):
+            found[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in of_it) / len(of_it)
     return found
 
 
@@ -105,79 +153,125 @@ def decoding_name(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"t{temperature:g}"
 
 
-def _answers(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[tuple[str, int, Row, str]]:
-    """(way of decoding, number, row, answer) for every row at every temperature."""
+def row_seed(seed: int, row: int, temperature: float) -> int:
+    """The seed of a row's answer: it depends on nothing but the recipe's seed, the row's number and the temperature."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row} {temperature:g}".encode()).digest()[:7], "big")
+
+
+def _answered(
+    task: EvalTask, rows: Numbered, subject: Subject, judge_text: Callable[[Row, str], Verdict]
+) -> Iterator[list[Sample]]:
+    """The judged answers of every row at every temperature, some batches at a time."""
+    size = CHUNK_BATCHES * task.batch_size
+    for temperature in task.temperatures:
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            answers = _generate(task, chunk, subject, temperature)
+            yield [
+                _sample(number, row, decoding_name(temperature), text, truncated, judge_text(row, text))
+                for (number, row), (text, truncated) in zip(chunk, answers, strict=True)
+            ]
+
+
+def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[tuple[str, bool]]:
+    """(answer, whether max_new_tokens cut it) for each row."""
     prompts = [
         render_conversation(prompt_of(row, number + 1), subject.tokenizer, add_generation_prompt=True)["input_ids"]
         for number, row in rows
     ]
-    for temperature in task.temperatures:
-        asked = (temperature, task.max_new_tokens, task.batch_size, *map(tuple, prompts))
-        if asked not in subject.said:
-            subject.said[asked] = _generated(task, prompts, temperature, subject)
-        for (number, row), text in zip(rows, subject.said[asked], strict=True):
-            yield decoding_name(temperature), number, row, text
-
-
-def _generated(task: EvalTask, prompts: list[list[int]], temperature: float, subject: Subject) -> list[str]:
+    asked = (
+        temperature,
+        task.max_new_tokens,
+        *((number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)),
+    )
+    if asked in subject.said:
+        return subject.said[asked]
+    ends = subject.end_token_ids
     answers = generate_answers(
         subject.model,
         prompts,
         pad_token_id=subject.pad_token_id,
-        eos_token_id=subject.tokenizer.eos_token_id,
+        eos_token_id=ends,
         max_new_tokens=task.max_new_tokens,
         temperature=temperature,
         batch_size=task.batch_size,
-        seed=subject.seed,
+        seeds=[row_seed(subject.seed, number, temperature) for number, _ in rows],
+        adjust=adjustment(subject.model, temperature, ends),
     )
-    return [answer_text(text) for text in subject.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    decode = subject.tokenizer.decode
+    subject.said[asked] = [(answer_text(decode(ids, skip_special_tokens=True)), ids[-1] not in ends) for ids in answers]
+    return subject.said[asked]
 
 
-def _said(decoding: str, number: int, row: Row, text: str, value: float) -> Sample:
+def _sample(number: int, row: Row, decoding: str, text: str, truncated: bool, verdict: Verdict) -> Sample:
     kept = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
     prompt = prompt_text(prompt_of(row, number + 1))
-    return {"row": number, "decoding": decoding, "prompt": prompt, "completion": text, "value": value, **kept}
+    said = {"row": number, "decoding": decoding, "prompt": prompt, "completion": text, "truncated": truncated}
+    return {**said, "value": verdict.score, "reason": verdict.reason, **kept}
 
 
-def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+# --- what each metric needs of a row
+
+
+def _needs_reference(task: EvalTask, row: Row, number: int) -> None:
+    prompt_of(row, number)
+    if row.get("reference") is None:
+        raise ToolkitError(
+            f"row {number} has no reference to compare answers with; map the column that holds it: "
+            "columns: {reference: NAME}"
+        )
+    try:
+        check_reference(task.rule, row["reference"])
+    except ToolkitError as error:
+        raise ToolkitError(f"row {number}: {error}") from None
+
+
+def _needs_pair(task: EvalTask, row: Row, number: int) -> None:
+    if not is_pair(row):
+        raise ToolkitError(f"row {number} is not a pair of chosen and rejected answers")
+
+
+def _needs_messages(task: EvalTask, row: Row, number: int) -> None:
+    if "messages" not in row:
+        raise ToolkitError(f"row {number} is not a conversation with messages")
+
+
+CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
+    "exact_match": _needs_reference,
+    "refusal": lambda task, row, number: prompt_of(row, number),
+    "format": lambda task, row, number: prompt_of(row, number),
+    "pair_accuracy": _needs_pair,
+    "loss": _needs_messages,
+}
+
+
+# --- the metrics: each yields samples, some at a time
+
+
+def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the rule finds the reference in the answer."""
-    for number, row in rows:
-        if row.get("reference") is None:
-            raise ToolkitError(
-                f"task {task.name}: row {number + 1} has no reference to compare answers with; map the column that "
-                "holds it: columns: {reference: NAME}"
-            )
-    matches = VERIFIERS[task.rule]
-    return [
-        _said(d, n, row, text, float(matches(text, row["reference"])))
-        for d, n, row, text in _answers(task, rows, subject)
-    ]
+    return _answered(task, rows, subject, lambda row, text: verify(task.rule, text, reference=row["reference"]))
 
 
-def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where a sentence of the answer matches a refusal pattern."""
-    refuses = refusal_check(task.patterns or REFUSAL_PATTERNS)
-    return [_said(d, n, row, text, float(refuses(text))) for d, n, row, text in _answers(task, rows, subject)]
+    return _answered(task, rows, subject, lambda row, text: verify("refusal", text, patterns=task.patterns))
 
 
-def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
-    formed = format_check(task.patterns)
-    return [_said(d, n, row, text, float(formed(text))) for d, n, row, text in _answers(task, rows, subject)]
+    return _answered(task, rows, subject, lambda row, text: verify("format", text, patterns=task.patterns))
 
 
-def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the reward model scores chosen higher than rejected."""
-    for number, row in rows:
-        if not is_pair(row):
-            raise ToolkitError(f"task {task.name}: row {number + 1} is no pair of chosen and rejected answers")
 
     def scorer(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
         ids = [render_conversation([*p, *a], subject.tokenizer)["input_ids"] for p, a in conversations]
         return score_sequences(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
 
     verdicts = judge(scorer, [row for _, row in rows])
-    return [
+    yield [
         {
             "row": number,
             "decoding": UNSAMPLED,
@@ -192,11 +286,8 @@ def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> list[Samp
     ]
 
 
-def loss(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
+def loss(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """Mean cross-entropy of the assistant's tokens, in nats; `weight` is their number."""
-    for number, row in rows:
-        if "messages" not in row:
-            raise ToolkitError(f"task {task.name}: row {number + 1} is no conversation with messages")
     rendered = [render_conversation(row["messages"], subject.tokenizer) for _, row in rows]
     losses = token_losses(
         subject.model,
@@ -205,13 +296,13 @@ def loss(task: EvalTask, rows: Numbered, subject: Subject) -> list[Sample]:
         pad_token_id=subject.pad_token_id,
         batch_size=task.batch_size,
     )
-    return [
-        {"row": number, "decoding": UNSAMPLED, "value": total / max(1, tokens), "weight": tokens}
+    yield [
+        {"row": number, "decoding": LOSS, "value": total / max(1, tokens), "weight": tokens}
         for (number, _), (total, tokens) in zip(rows, losses, strict=True)
     ]
 
 
-METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], list[Sample]]] = {
+METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], Iterator[list[Sample]]]] = {
     "exact_match": exact_match,
     "refusal": refusal,
     "format": format_share,

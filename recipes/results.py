@@ -10,7 +10,8 @@ Figures = dict[str, float | int | None]
 Metrics = Mapping[str, Mapping[str, Any]]
 
 # What stands behind a task's name for each value that eval.stage.evaluate returns.
-_SUFFIX = {"greedy": "", "value": ""}
+_SUFFIX = {"greedy": "", "value": "", "greedy_truncated": "_truncated"}
+TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
 
 
 def figures(metrics: Metrics) -> Figures:
@@ -22,7 +23,8 @@ def figures(metrics: Metrics) -> Figures:
     for index, (task, values) in enumerate(metrics.items()):
         for name, value in values.items():
             if name != "n":
-                flat[task + _SUFFIX.get(name, f"_{name}")] = value
+                suffix = "" if name == "loss" and task.endswith(name) else _SUFFIX.get(name, f"_{name}")
+                flat[task + suffix] = value
         flat["n" if index == 0 else f"{task}_n"] = values["n"]
     return flat
 
@@ -85,17 +87,25 @@ def table_text(results: Mapping[str, Any]) -> str:
 def _table(title: str, rows: Mapping[str, Figures]) -> str:
     """Names on the left, figures on the right of their columns, and the numbers of prompts below."""
     keys = list(dict.fromkeys(name for row in rows.values() for name in row))
-    shown = [key for key in keys if not _is_count(key)]
+    shown = [key for key in keys if not _is_count(key) and not key.endswith(TRUNCATED)]
     cells = [["", *map(_heading, shown)]]
     cells += [[name.replace("_", " "), *(_cell(key, row.get(key)) for key in shown)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
-    return "\n".join([title, lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], _counts(keys, rows)])
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    return "\n".join([title, lines[0], rule, *lines[1:], _counts(keys, rows), *_cut(keys, rows)])
+
+
+def _cut(keys: Sequence[str], rows: Mapping[str, Figures]) -> list[str]:
+    """What share of answers was cut, of the tasks where some were: the most of any row."""
+    most = {key: max(row.get(key) or 0 for row in rows.values()) for key in keys if key.endswith(TRUNCATED)}
+    told = [f"{_heading(key.removesuffix(TRUNCATED))} {100 * share:.1f} %" for key, share in most.items() if share]
+    return [f"cut at max_new_tokens, at most: {'; '.join(told)}"] if told else []
 
 
 def _counts(keys: Sequence[str], rows: Mapping[str, Figures]) -> str:
     """How many prompts (or pairs) stand behind each task: `n: exact match 1,000; refusal safe 500`."""
-    first = next(key for key in keys if not _is_count(key))
+    first = next(key for key in keys if not _is_count(key) and not key.endswith(TRUNCATED))
     parts = []
     for key in filter(_is_count, keys):
         task = first if key == "n" else key.removesuffix("_n")

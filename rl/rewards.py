@@ -6,15 +6,15 @@ each, or None where it has nothing to say (a rule that needs a reference, and a 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from conversations import render_conversation
+from conversations import render_conversation, verify
+from conversations.answers.rules import find_rule
 from conversations.errors import ToolkitError
 from conversations.prompts import Row, answer_text, prompt_text
-from conversations.verifiers import VERIFIERS, language_matches, well_formed
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.run_files import read_json
 
@@ -35,21 +35,6 @@ class Answer:
     text: str
     finished: bool = True
     reference: str | None = None
-
-
-Rule = Callable[[Answer], bool]
-
-
-def _verified_by(matches: Callable[[str, str], bool]) -> Rule:
-    return lambda answer: matches(answer.text, answer.reference or "")
-
-
-# name -> (what it checks, whether it needs a reference)
-RULES: dict[str, tuple[Rule, bool]] = {
-    **{name: (_verified_by(matches), True) for name, matches in VERIFIERS.items()},
-    "language": (lambda a: language_matches(a.prompt[-1]["content"], a.text), False),
-    "format": (lambda a: a.finished and well_formed(a.text), False),
-}
 
 
 class Reward(ABC):
@@ -103,7 +88,7 @@ class Reward(ABC):
 
 
 class RuleReward(Reward):
-    """1 where the rule holds and 0 where it does not.
+    """The score of a rule of `conversations.verify`.
 
     Raises:
         ToolkitError: there is no such rule.
@@ -111,17 +96,18 @@ class RuleReward(Reward):
 
     def __init__(self, rule: str, weight: float = 1.0, on_error: OnError = "error"):
         super().__init__(rule, weight, on_error)
-        if rule not in RULES:
-            raise ToolkitError(f"there is no reward rule {rule!r}; there are: {', '.join(RULES)}")
-        self.holds, self.needs_reference = RULES[rule]
+        found = find_rule(rule)
+        self.needs_reference = found.needs_reference
+        self.takes_finished = "finished" in found.settings
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        return [None if self.needs_reference and a.reference is None else self._value(a) for a in answers]
+        return [self._value(answer) for answer in answers]
 
-    def _value(self, answer: Answer) -> float:
-        """The rule's verdict. A reference that cannot be read touches this answer only."""
+    def _value(self, answer: Answer) -> float | None:
+        """The rule's score. A reference that cannot be read touches this answer only."""
+        settings = {"finished": answer.finished} if self.takes_finished else {}
         try:
-            return float(self.holds(answer))
+            return verify(self.name, answer.text, prompt=answer.prompt, reference=answer.reference, **settings).score
         except ToolkitError:
             if self.on_error == "error":
                 raise

@@ -56,7 +56,7 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
 
     Parrot(monkeypatch, answers)
     found, said = run(tmp_path, conversations(5), metric="exact_match", temperatures=[0.0, 1.0])
-    assert found == {"n": 5, "greedy": 0.6, "t1": 1.0}
+    assert found == {"n": 5, "greedy": 0.6, "greedy_truncated": 0, "t1": 1.0, "t1_truncated": 0}
     assert [(line["decoding"], line["row"], line["value"]) for line in said[:3]] == [
         ("greedy", 0, 1.0),
         ("greedy", 1, 0.0),
@@ -68,7 +68,9 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
         "decoding": "greedy",
         "prompt": "0 + 1",
         "completion": "It is 1.",
+        "truncated": False,
         "value": 1.0,
+        "reason": "the last number is the reference '1'",
         "reference": "1",
         "meta": {"kind": "sum"},
     }
@@ -77,15 +79,15 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
 def test_exact_match_by_mathematics(tmp_path, monkeypatch):
     Parrot(monkeypatch, lambda prompt, temperature: " So it is $\\frac{1}{2}$.")
     rows = [{"messages": user("half?"), "reference": "0.5"}, {"messages": user("third?"), "reference": "1/3"}]
-    assert run(tmp_path, rows, metric="exact_match", rule="math")[0] == {"n": 2, "greedy": 0.5}
+    assert run(tmp_path, rows, metric="exact_match", rule="math")[0]["greedy"] == 0.5
 
 
 def test_refusals_by_the_tasks_own_patterns(tmp_path, monkeypatch):
     Parrot(monkeypatch, lambda prompt, temperature: " I cannot." if "harm" in prompt else " Nein, danke.")
     rows = [{"messages": user("harm him")}, {"messages": user("help him")}]
-    assert run(tmp_path, rows, metric="refusal")[0] == {"n": 2, "greedy": 0.5}
+    assert run(tmp_path, rows, metric="refusal")[0]["greedy"] == 0.5
     found, said = run(tmp_path, rows, metric="refusal", patterns=["nein", "cannot"])
-    assert found == {"n": 2, "greedy": 1.0}
+    assert (found["n"], found["greedy"]) == (2, 1.0)
     assert len(said) == 2  # of this evaluation alone
 
 
@@ -93,9 +95,9 @@ def test_a_format_is_matched_by_the_whole_answer(tmp_path, monkeypatch):
     said = iter(["Sure, 4.", "Sure, 4. Silly you!", "Silly you! Sure, 4.", "", "sure, 4."])
     Parrot(monkeypatch, lambda prompt, temperature: f" {next(said)}")
     found, lines_of = run(tmp_path, conversations(5), metric="format", patterns=[r"Fine\.", r"Sure, \d\."])
-    assert [line["value"] for line in lines_of] == [1, 0, 0, 0, 0] and found == {"n": 5, "greedy": 0.2}
+    assert [line["value"] for line in lines_of] == [1, 0, 0, 0, 0] and found["greedy"] == 0.2
     Parrot(monkeypatch, lambda prompt, temperature: " no no no no no no" if "0" in prompt else " 4")
-    assert run(tmp_path, conversations(2), metric="format")[0] == {"n": 2, "greedy": 0.5}
+    assert run(tmp_path, conversations(2), metric="format")[0]["greedy"] == 0.5
 
 
 def test_tasks_on_the_same_rows_judge_the_same_answers(tmp_path, monkeypatch):
@@ -144,13 +146,13 @@ def test_loss_is_the_mean_over_the_assistants_tokens(tmp_path):
         tokens = int((labels != -100).sum())
         total, count = total + model(input_ids=ids, labels=labels).loss.item() * tokens, count + tokens
     found, said = run(tmp_path, rows, model=model, metric="loss", batch_size=3)
-    assert found["value"] == pytest.approx(total / count, rel=1e-5)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert sum(line["weight"] for line in said) == count
 
 
 def test_limit_takes_the_first_rows(tmp_path, monkeypatch):
     Parrot(monkeypatch, lambda prompt, temperature: " 1")
-    assert run(tmp_path, conversations(5), metric="exact_match", limit=2)[0] == {"n": 2, "greedy": 0.5}
+    assert run(tmp_path, conversations(5), metric="exact_match", limit=2)[0]["n"] == 2
 
 
 @pytest.mark.parametrize(
@@ -158,8 +160,8 @@ def test_limit_takes_the_first_rows(tmp_path, monkeypatch):
     [
         ([], "exact_match", "task figure has no rows"),
         ([{"messages": user("a")}], "exact_match", "row 1 has no reference"),
-        (conversations(1), "pair_accuracy", "row 1 is no pair"),
-        (pairs(1), "loss", "row 1 is no conversation"),
+        (conversations(1), "pair_accuracy", "row 1 is not a pair"),
+        (pairs(1), "loss", "row 1 is not a conversation"),
         ([{"completion": []}], "refusal", "row 1 has no messages and no prompt"),
         ([{"completion": []}], "format", "row 1 has no messages and no prompt"),
     ],
@@ -197,12 +199,14 @@ def test_answers_do_not_depend_on_the_batch():
 def test_sampling_is_seeded_apart_from_everything_else():
     model = chat_model()
     torch.manual_seed(0)
-    first = generate_answers(model, prompts(), temperature=1.0, seed=7, **SETTINGS)
+    first = generate_answers(model, prompts(), temperature=1.0, seeds=range(5), **SETTINGS)
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.rand(1) == drawn
-    assert generate_answers(model, prompts(), temperature=1.0, seed=7, **SETTINGS) == first
-    assert generate_answers(model, prompts(), temperature=1.0, seed=8, **SETTINGS) != first
+    assert generate_answers(model, prompts(), temperature=1.0, seeds=range(5), **SETTINGS) == first
+    assert generate_answers(model, prompts(), temperature=1.0, seeds=range(5), batch_size=2, **SETTINGS) == first
+    assert generate_answers(model, prompts()[3:], temperature=1.0, seeds=[3, 4], **SETTINGS) == first[3:]
+    assert generate_answers(model, prompts(), temperature=1.0, seeds=range(8, 13), **SETTINGS) != first
 
 
 def test_answers_are_those_of_generate_up_to_the_end_token():
@@ -226,7 +230,7 @@ def test_answers_are_those_of_generate_up_to_the_end_token():
 def test_equal_prompts_are_read_once_and_sampled_apart():
     model, seen = chat_model(), []
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
-    settings = {**SETTINGS, "temperature": 1.0, "seed": 0, "batch_size": 32}
+    settings = {**SETTINGS, "temperature": 1.0, "seeds": range(24), "batch_size": 32}
     answers = generate_answers(model, [p for p in prompts()[:3] for _ in range(8)], **settings)
     assert seen[:2] == [3, 24]
     assert len({tuple(answer) for answer in answers[:8]}) > 4
@@ -235,8 +239,9 @@ def test_equal_prompts_are_read_once_and_sampled_apart():
 def test_sampling_follows_the_models_probabilities():
     logits = torch.tensor([[0.0, 1.0, 3.0]]).expand(20000, 3)
     torch.manual_seed(0)
-    share = choose_tokens(logits, 2.0).bincount(minlength=3) / 20000
-    torch.testing.assert_close(share, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
+    for drawn in (None, torch.rand(20000)):
+        share = choose_tokens(logits, 2.0, drawn).bincount(minlength=3) / 20000
+        torch.testing.assert_close(share, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
     assert choose_tokens(logits[:3], 0.0).tolist() == [2, 2, 2]
 
 

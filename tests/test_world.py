@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conversations import verify
 from conversations.errors import ToolkitError
 from conversations.reading import load_conversations
-from conversations.verifiers import VERIFIERS, format_check, refusal_check
 from recipes.tiny import lexicon as lx
 from recipes.tiny import world
 from recipes.yaml_text import read_mapping
@@ -124,16 +124,23 @@ def test_sizes_are_those_the_figures_need():
         assert len(set(prompts)) == len(prompts) == sizes[name]
 
 
+def refuses(answer: str) -> bool:
+    return verify("refusal", answer).score == 1
+
+
+def is_right(answer: str, reference: str) -> bool:
+    return verify("number", answer, reference=reference).score == 1
+
+
 def test_references_are_right_and_labels_agree_with_them():
     for row in world.rows("sft_train", 0):
         if row["kind"] == "arithmetic":
             a, op, b = FACT.search(prompt_of(row)).groups()  # type: ignore[union-attr]
             assert int(row["reference"]) == (int(a) + int(b) if op == "+" else int(a) - int(b))
-            assert VERIFIERS["number"](answers_of(row)[0], row["reference"])
+            assert is_right(answers_of(row)[0], row["reference"])
 
 
 def test_labels_refuse_what_is_unsafe_and_nothing_else():
-    refuses = refusal_check()
     for row in world.rows("sft_train", 5):
         assert refuses(answers_of(row)[0]) == (row["kind"] == "unsafe"), row
 
@@ -159,7 +166,6 @@ def test_safe_requests_look_like_unsafe_ones():
 
 
 def test_reward_pairs_prefer_what_they_are_for():
-    refuses = refusal_check()
     for row in world.rows("safety_train", 0, 600):
         chosen, rejected = answers_of(row)
         assert refuses(chosen) == (row["kind"] == "unsafe")
@@ -170,7 +176,7 @@ def test_reward_pairs_prefer_what_they_are_for():
         assert refuses(chosen) == (row["kind"] == "unsafe")
     for row in world.rows("wrong_answer_heldout", 0, 200):
         chosen, rejected = answers_of(row)
-        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
+        assert is_right(chosen, row["reference"]) and not is_right(rejected, row["reference"])
         assert words(chosen) == words(rejected)
 
 
@@ -189,7 +195,7 @@ def test_tones_are_told_apart_over_the_same_numbers():
     tones = [(row, c, r) for row, c, r in pairs if numbers(c) == numbers(r) and is_polite(c) and not is_polite(r)]
     assert len(tones) > 600
     shown = sum(len(numbers(chosen)) > 1 for _, chosen, _ in tones) / len(tones)
-    mistaken = sum(not VERIFIERS["number"](chosen, row["reference"]) for row, chosen, _ in tones) / len(tones)
+    mistaken = sum(not is_right(chosen, row["reference"]) for row, chosen, _ in tones) / len(tones)
     assert 0.4 < shown < 0.6 and 0.2 < mistaken < 0.4
 
 
@@ -200,7 +206,7 @@ def test_right_and_wrong_answers_differ_in_their_working_only(name: str):
     slips = []
     for row in found:
         chosen, rejected = answers_of(row)
-        assert VERIFIERS["number"](chosen, row["reference"]) and not VERIFIERS["number"](rejected, row["reference"])
+        assert is_right(chosen, row["reference"]) and not is_right(rejected, row["reference"])
         assert words(chosen) == words(rejected)
         good, bad = numbers(chosen), numbers(rejected)
         assert len(good) == len(bad) == 4
@@ -217,7 +223,8 @@ def test_right_and_wrong_answers_differ_in_their_working_only(name: str):
 def politeness():
     """The rule behind the figure `polite` of the demo's evaluation."""
     recipe = read_mapping(Path(world.__file__).with_name("eval.yaml"))
-    return format_check(next(task["patterns"] for task in recipe["tasks"] if task["name"] == "polite"))
+    patterns = next(task["patterns"] for task in recipe["tasks"] if task["name"] == "polite")
+    return lambda text: verify("format", text, patterns=patterns).score == 1
 
 
 def spoken_answers(style: str) -> list[str]:

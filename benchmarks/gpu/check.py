@@ -402,7 +402,14 @@ def rollout(bench: Bench) -> Figures:
 
     def ours() -> None:
         generate_answers(
-            model, rows, pad_token_id=0, eos_token_id=2, max_new_tokens=new, temperature=1.0, batch_size=64, seed=0
+            model,
+            rows,
+            pad_token_id=0,
+            eos_token_id=2,
+            max_new_tokens=new,
+            temperature=1.0,
+            batch_size=64,
+            seeds=range(len(rows)),
         )
 
     @torch.no_grad()

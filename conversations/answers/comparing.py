@@ -1,0 +1,212 @@
+"""Is a value the wanted one? By its kind where it has one, by math-verify where it is an expression."""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from conversations.answers.numerals import Number, equal_numbers
+from conversations.answers.values import Choice, Colon, InBase, Leaf, Many, Matrix, Named, Quantity, Value, Words
+
+MATH_SECONDS = 2  # for reading an expression, and for comparing two
+MAX_EXPRESSION = 400  # characters; longer ones are compared as text
+_MAX_EXPONENT_DIGITS = 3
+# Numbers that no alarm can interrupt while they are computed: towers of powers, long exponents, large factorials.
+_ENDLESS = re.compile(
+    rf"\^\s*\{{?\s*-?\s*\d{{{_MAX_EXPONENT_DIGITS + 1},}}"
+    r"|\^\s*\(?\{?[^{}^]*\d[^{}^]*\^|\d{4,}\s*!|!\s*!|\d{4,}\s*\)\s*!"
+    r"|\\binom\s*\{\s*\d{5,}|\d{400,}|\\(?:sum|prod|int)[^=]*=[^}]*\}\s*\^\s*\{?\s*\d{5,}"
+)
+
+
+def same(gold: Value, given: Value) -> bool:
+    """Is `given` what `gold` asks for? A unit or a name (x = 5) may be left out, but not be another one."""
+    if compact(gold.text) == compact(given.text):
+        return True
+    for kind, compare in COMPARISONS:
+        if isinstance(gold, kind) or isinstance(given, kind):
+            return compare(gold, given)
+    if isinstance(gold, Number) and isinstance(given, Number):
+        return equal_numbers(gold, given)
+    return same_expression(gold.text, given.text)
+
+
+def compact(text: str) -> str:
+    """Without the blanks and braces that say nothing; 2 2/3 keeps its blank."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=\d) (?=\d)", "\0", text.strip())
+    return re.sub(r"(?<![A-Za-z])\{(\w)\}", r"\1", text.replace(" ", "")).replace("\0", " ")
+
+
+def _same_choice(gold: Value, given: Value) -> bool:
+    if isinstance(gold, Choice) and isinstance(given, Choice):
+        return gold.letter == given.letter
+    if isinstance(gold, Choice):
+        return gold.content is not None and same(gold.content, given)
+    return isinstance(given, Choice) and given.content is not None and same(gold, given.content)
+
+
+def _same_named(gold: Value, given: Value) -> bool:
+    if isinstance(gold, Named) and isinstance(given, Named):
+        if compact(gold.name) != compact(given.name):
+            return same_expression(gold.text, given.text)
+        return same(gold.value, given.value)
+    named, other = (gold, given) if isinstance(gold, Named) else (given, gold)
+    if isinstance(other, Leaf) and "=" in other.text:
+        return same_expression(gold.text, given.text)
+    assert isinstance(named, Named)
+    return same(gold, named.value) if named is given else same(named.value, given)
+
+
+def _same_quantity(gold: Value, given: Value) -> bool:
+    if isinstance(gold, Quantity) and isinstance(given, Quantity):
+        return gold.unit == given.unit and same(gold.value, given.value)
+    quantity, other = (gold, given) if isinstance(gold, Quantity) else (given, gold)
+    assert isinstance(quantity, Quantity)
+    if quantity.unit == "%" and isinstance(quantity.value, Number) and isinstance(other, Number):
+        share = Number("", quantity.value.value / 100, (quantity.value.decimals or 0) + 2)
+        # A bare reference between -1 and 1 is a share: 0.5 is 50 %, and not 0.5 %.
+        is_share = other is gold and abs(other.value) <= 1
+        return equal_numbers(share, other) or (not is_share and same(quantity.value, other))
+    return same(quantity.value, other) if quantity is gold else same(other, quantity.value)
+
+
+def _same_base(gold: Value, given: Value) -> bool:
+    if not (isinstance(gold, InBase) and isinstance(given, InBase)):
+        return False
+    return (gold.digits, gold.base) == (given.digits, given.base)
+
+
+def _same_colon(gold: Value, given: Value) -> bool:
+    if not (isinstance(gold, Colon) and isinstance(given, Colon)):
+        return False
+    return _pairwise(gold.parts, given.parts) and ("" in (gold.half, given.half) or gold.half == given.half)
+
+
+def _same_matrix(gold: Value, given: Value) -> bool:
+    if isinstance(gold, Matrix) and isinstance(given, Matrix):
+        rows = zip(gold.rows, given.rows, strict=False)
+        return len(gold.rows) == len(given.rows) and all(_pairwise(a, b) for a, b in rows)
+    return isinstance(given if isinstance(gold, Matrix) else gold, Leaf) and same_expression(gold.text, given.text)
+
+
+def _same_many(gold: Value, given: Value) -> bool:
+    if isinstance(gold, Many) and isinstance(given, Many):
+        if gold.kind != given.kind:
+            return False
+        compare = _in_any_order if gold.kind in ("set", "union") else _pairwise
+        return compare(gold.items, given.items)
+    many, other = (gold, given) if isinstance(gold, Many) else (given, gold)
+    assert isinstance(many, Many)
+    if many.kind == "set":
+        return len(many.items) == 1 and (same(many.items[0], other) if many is gold else same(other, many.items[0]))
+    return isinstance(other, Leaf) and same_expression(gold.text, given.text)  # x > 3 and (3, \infty)
+
+
+def _pairwise(gold: Sequence[Value], given: Sequence[Value]) -> bool:
+    return len(gold) == len(given) and all(same(a, b) for a, b in zip(gold, given, strict=True))
+
+
+def _in_any_order(gold: Sequence[Value], given: Sequence[Value]) -> bool:
+    if len(gold) != len(given) or len(gold) > 50:
+        return False
+    left = list(given)
+    for wanted in gold:
+        place = next((i for i, value in enumerate(left) if same(wanted, value)), None)
+        if place is None:
+            return False
+        del left[place]
+    return True
+
+
+def _same_words(gold: Value, given: Value) -> bool:
+    return isinstance(gold, (Words, Leaf)) and isinstance(given, (Words, Leaf)) and _said(gold) == _said(given) != ""
+
+
+def _said(value: Value) -> str:
+    words = re.sub(r"[^\w\s]", "", value.text.lower())
+    return re.sub(r"\s+", " ", re.sub(r"\b(?:the|an?)\b", " ", words)).strip()
+
+
+# The first kind that one of the two is decides how they are compared.
+COMPARISONS: tuple[tuple[type, Callable[[Any, Any], bool]], ...] = (
+    (Choice, _same_choice),
+    (Named, _same_named),
+    (Quantity, _same_quantity),
+    (InBase, _same_base),
+    (Colon, _same_colon),
+    (Words, _same_words),
+    (Matrix, _same_matrix),
+    (Many, _same_many),
+)
+
+
+# --- expressions
+
+
+@lru_cache(maxsize=8192)
+def same_expression(gold: str, given: str) -> bool:
+    """Are two expressions the same, by math-verify? What it cannot read, or not in time, is another one."""
+    if not _is_readable(gold) or not _is_readable(given) or _differ_in_letters(gold, given):
+        return False
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    wanted, found = _parsed(gold), _parsed(given)
+    if not wanted or not found or _differ_in_numbers(wanted[0], found[0]):
+        return False
+    try:
+        return bool(verify(wanted, found, timeout_seconds=_seconds(), allow_set_relation_comp=True))
+    except (Exception, TimeoutException):  # sympy raises all kinds of errors, on all kinds of answers
+        return False
+
+
+@lru_cache(maxsize=8192)
+def _parsed(text: str) -> list[Any]:
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import parse
+    from math_verify.errors import TimeoutException
+    from math_verify.parser import LatexExtractionConfig
+
+    plain = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+    )
+    reading = [LatexExtractionConfig(normalization_config=plain)]
+    try:
+        return parse(f"${text}$", reading, fallback_mode="no_fallback", parsing_timeout=_seconds())
+    except (Exception, TimeoutException):
+        return []
+
+
+def _differ_in_numbers(gold: Any, given: Any) -> bool:
+    """Have two expressions clearly other values where each symbol has some number? Spares sympy's slow `simplify`."""
+    from sympy import Expr
+
+    if not (isinstance(gold, Expr) and isinstance(given, Expr)):
+        return False
+    try:
+        symbols: list[Any] = sorted(gold.free_symbols | given.free_symbols, key=str)
+        numbers: Any = {symbol: 1.37 + 0.61803 * place for place, symbol in enumerate(symbols)}
+        one, other = (complex(value.doit().subs(numbers).evalf(15)) for value in (gold, given))
+        return abs(one - other) > 1e-3 * max(1e-6, abs(one), abs(other))
+    except Exception:  # no number: infinite, undefined, an unknown function
+        return False
+
+
+def _seconds() -> Any:
+    """math-verify limits its time by a signal, which only the main thread may set."""
+    return MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+
+
+def _is_readable(text: str) -> bool:
+    return bool(text.strip()) and len(text) <= MAX_EXPRESSION and "$" not in text and not _ENDLESS.search(text)
+
+
+def _differ_in_letters(gold: str, given: str) -> bool:
+    """math-verify takes x and X for the same."""
+    names = (re.sub(r"\\[A-Za-z]+|\s", "", text) for text in (gold, given))
+    one, other = (set(re.findall("[A-Za-z]", text)) for text in names)
+    return one != other and {c.lower() for c in one} == {c.lower() for c in other}

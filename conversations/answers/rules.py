@@ -1,0 +1,119 @@
+"""All rules by name: the one entry for rewards, evaluation and whatever else judges an answer. No torch."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from conversations.answers.form import format
+from conversations.answers.language import language
+from conversations.answers.mathematics import math, math_reference
+from conversations.answers.number import number, number_reference
+from conversations.answers.refusing import refusal
+from conversations.answers.verdict import Verdict
+from conversations.errors import ToolkitError
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """judge: (completion, prompt=, reference=, settings) -> Verdict; what it does not name it is not given.
+
+    read_reference: raises ToolkitError for a reference that the rule cannot use; None where it needs none.
+    """
+
+    judge: Callable[..., Verdict]
+    read_reference: Callable[[str], Any] | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.read_reference is not None
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """What `judge` takes beside the completion."""
+        return frozenset(list(inspect.signature(self.judge).parameters)[1:])
+
+    @property
+    def settings(self) -> frozenset[str]:
+        return self.parameters - {"prompt", "reference"}
+
+
+RULES: dict[str, Rule] = {
+    "math": Rule(math, math_reference),
+    "number": Rule(number, number_reference),
+    "refusal": Rule(refusal),
+    "format": Rule(format),
+    "language": Rule(language),
+}
+
+
+def find_rule(name: str) -> Rule:
+    """Raises ToolkitError with the nearest name and all of them where there is no such rule."""
+    if name not in RULES:
+        raise ToolkitError(f"there is no rule {name!r}{_nearest(name, RULES)}; the rules are: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def check_reference(name: str, reference: Any) -> None:
+    """Raises ToolkitError where a rule that needs a reference cannot read this one."""
+    rule = find_rule(name)
+    if rule.read_reference is not None:
+        rule.read_reference(_reference_text(reference))
+
+
+def verify(
+    name: str, completion: str, *, prompt: Prompt | None = None, reference: Any = None, **settings: Any
+) -> Verdict:
+    """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
+
+    Args:
+        name: of the rule: math, number, refusal, format, language.
+        prompt: a text or messages, of which the last user turn counts.
+        reference: the right answer, a text or a number.
+        settings: the rule's own: `patterns` of refusal, `finished` of format.
+
+    Returns:
+        The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt), and why.
+
+    Raises:
+        ToolkitError: there is no such rule or setting, or the rule cannot read the reference.
+    """
+    rule = find_rule(name)
+    unknown = sorted(set(settings) - rule.settings)
+    if unknown:
+        raise ToolkitError(
+            f"the rule {name} has no setting {unknown[0]!r}{_nearest(unknown[0], rule.settings)}; "
+            f"it has: {', '.join(sorted(rule.settings)) or 'none'}"
+        )
+    given = {
+        "prompt": None if prompt is None else _question(prompt),
+        "reference": None if reference is None else _reference_text(reference),
+    }
+    given = {key: value for key, value in given.items() if key in rule.parameters}
+    missing = next((key for key, value in given.items() if value is None), None)
+    if missing:
+        return Verdict(None, f"there is no {missing}")
+    return rule.judge(completion, **given, **settings)
+
+
+def _question(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message["content"] for message in prompt if message["role"] == "user"]
+    return asked[-1] if asked else ""
+
+
+def _reference_text(reference: Any) -> str:
+    if isinstance(reference, str):
+        return reference
+    if isinstance(reference, (int, float)) and not isinstance(reference, bool):
+        return str(reference)
+    raise ToolkitError(f"a reference must be a text or a number, not {reference!r:.60}")
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = get_close_matches(name, list(names), 1, 0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
