@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from conversations.answers.rules import check_reference, needs_reference
 from conversations.errors import ToolkitError
 from conversations.prompts import split_prompt
 from conversations.reasoning import Reasoning
-from conversations.verifiers import VERIFIERS
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def _first_of(*refusals: Refuse) -> Refuse:
 
 def _no_use_for(rewards: Sequence[Any]) -> Refuse:
     """Of the rewards of a recipe of rl: a row must ask something, and one of them must have something to say."""
-    rules = [entry.rule for entry in rewards if entry.rule in VERIFIERS]
+    rules = [entry.rule for entry in rewards if entry.rule and needs_reference(entry.rule)]
 
     def unjudged(row: Row) -> str | None:
         if "reference" in row or len(rules) < len(rewards):
@@ -45,18 +45,18 @@ def _no_use_for(rewards: Sequence[Any]) -> Refuse:
             "answer: data.0.columns: {reference: NAME}"
         )
 
-    strict = [entry.rule for entry in rewards if entry.rule in VERIFIERS and entry.on_error == "error"]
+    strict = [entry.rule for entry in rewards if entry.rule in rules and entry.on_error == "error"]
     return _first_of(_no_question, unjudged, _unreadable(strict))
 
 
 def _unreadable(rules: Sequence[str]) -> Refuse:
-    """Why one of the rules cannot read a row's reference, by trying it on an empty answer."""
+    """Why one of the rules cannot read a row's reference, before any answer is judged."""
 
     @cache
     def fault(reference: str) -> str | None:
         for rule in rules:
             try:
-                VERIFIERS[rule]("", reference)
+                check_reference(rule, reference)
             except ToolkitError as error:
                 return f"cannot be judged by the rule {rule}: {error}"
         return None

@@ -57,6 +57,11 @@ def find_rule(name: str) -> Rule:
     return RULES[name]
 
 
+def needs_reference(name: str) -> bool:
+    """Raises ToolkitError where there is no such rule."""
+    return find_rule(name).needs_reference
+
+
 def check_reference(name: str, reference: Any) -> None:
     """Raises ToolkitError where a rule that needs a reference cannot read this one."""
     rule = find_rule(name)
