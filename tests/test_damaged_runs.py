@@ -188,7 +188,7 @@ def other_weight(path: Path) -> None:
 
 START: dict[str, Callable[[], Any]] = {
     "base model": lambda: other_weight(Path("base/model.safetensors")),
-    "tokenizer": lambda: change(Path("base/tokenizer_config.json"), "eos_token", "sep_token"),
+    "tokenizer": lambda: change(Path("base/tokenizer_config.json"), '"bos_token": ', '"x": 1, "bos_token": '),
     "chat template": lambda: Path("base/chat_template.jinja").write_text("{{ messages }}"),
 }
 
