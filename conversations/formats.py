@@ -396,8 +396,20 @@ def _words(name: str) -> list[str]:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    nested = {source: found for source in columns.values() if source not in row and (found := _inside(row, source))}
+    row = row | {source: found[0] for source, found in nested.items()}
     for source in columns.values():
         if source not in row:
             raise BadRow(f"has no column {source!r}; its columns are {', '.join(map(str, row))}")
     renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
     return renamed | {key: row[source] for key, source in columns.items()}
+
+
+def _inside(row: Row, path: str) -> tuple[Any] | None:
+    """What stands at a path of keys (`reward_model.ground_truth`), in a tuple; None where there is nothing."""
+    value: Any = row
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return (value,)

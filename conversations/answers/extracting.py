@@ -119,6 +119,9 @@ def last_boxes(text: str) -> str | None:
 def _in_prose(text: str) -> Iterator[str]:
     if len(text) <= 400 and not _has_prose(text):
         yield from _ends(text)
+        computed = text.rsplit(",", 1)[-1]
+        if re.match(r"[^A-Za-z=]+=", computed):  # 48 / 2 = 24, 48 + 24 = 72
+            yield computed
         return
     tail = behind_phrase(text)
     if tail:
