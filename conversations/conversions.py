@@ -187,7 +187,7 @@ def mt_bench(row: Row) -> Row:
         raise BadRow("turns must be a list of questions, and reference a list of answers")
     first = {"reference": read_text(references[0], "reference[0]")} if references else {}
     meta = {"question_id": row["question_id"], "turns": turns} | ({"references": references} if references else {})
-    return prompt_only({"prompt": turns[0]}, "prompt") | first | {"meta": meta}
+    return prompt_only({"prompt": read_text(turns[0], "turns[0]")}, "prompt") | first | {"meta": meta}
 
 
 def pair(row: Row, prompt_key: str) -> Row:

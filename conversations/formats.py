@@ -209,7 +209,15 @@ FORMATS: tuple[Format, ...] = (
     Format("plain text", ("text",), plain_text),
 )
 # Columns that never hold turns of a conversation.
-_NO_TURNS = {*VERDICTS, "answers", "turns", "instances", "text", *(key for known in _RANKED for key in known.keys[3:])}
+_NO_TURNS = {
+    *VERDICTS,
+    "reference",
+    "answers",
+    "turns",
+    "instances",
+    "text",
+    *(key for known in _RANKED for key in known.keys[3:]),
+}
 
 
 # --- What the reader calls

@@ -198,14 +198,15 @@ def read_content(value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
 def turns_in(value: Any, key: str, always: bool) -> Any:
     """The value with the turns that it writes as JSON text (as in a CSV file) parsed; None where it holds no turns.
 
-    always: the column can hold nothing else.
+    always: the column can hold nothing else. Any other list is taken for turns, and refused when it is read.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         parsed = _from_json(value)
         if always and not isinstance(parsed, list):
             raise BadRow(f"{key} must be a list of turns, or one as JSON, not {named(value)}")
         value = parsed if always or _have_roles(parsed) else value
-    return value if _are_turns(value) or (always and isinstance(value, list)) else None
+    is_list = isinstance(value, list) and key != "history"  # which may hold pairs of texts
+    return value if is_list or _are_turns(value) else None
 
 
 def _as_list(value: dict[str, Any]) -> list[dict[str, Any]]:

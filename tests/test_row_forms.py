@@ -156,6 +156,8 @@ def test_no_reasoning(row):
         ({"system": "S", "messages": [{"role": "system", "content": "other"}, *QA]}, "system stands beside a system's"),
         ({"prompt": [QA[0]], "context": "C", "response": "R"}, "context cannot be put behind prompt"),
         ({"question": "Q", "context": {"title": []}, "answer": "R"}, "context must be a string"),
+        ({"prompt": ["Q"]}, r"prompt\[0\] must be an object with role and content"),
+        ({"query": "Q", "response": [["R"]]}, r"response\[0\] must be an object with role and content"),
     ],
 )
 def test_refused_by_name(row, reason):
