@@ -1,0 +1,185 @@
+"""The demo chain stopped in every stage, started again, and compared with one that was not.
+
+    python -m tests.chain_launch DIR                   one stop in each stage (tests/test_chain_resume.py does this)
+    python -m tests.chain_launch DIR --every           SIGINT, SIGTERM, SIGKILL and a full disk in each stage
+    python -m tests.chain_launch DIR --kills 5         the demo itself, not at smoke size, killed at random moments
+
+Every run is a process of its own, forked from this one when the libraries are imported, and goes the whole way of
+`dsv2 run recipes/tiny/chain.yaml`.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eval.stage
+import recipes.chain
+import reward.stage  # noqa: F401 (before the forks, so that none of them has to)
+import rl.stage  # noqa: F401
+import sft.stage
+from deepseek_v2_modeling.trainer import RunTrainerMixin
+from recipes.cli import main as dsv2
+from recipes.files import read_json
+from recipes.yaml_text import read_mapping
+
+CHAIN = Path(__file__).parent.parent / "recipes" / "tiny" / "chain.yaml"
+STAGES = [stage["name"] for stage in read_mapping(CHAIN)["stages"]]
+EVALUATIONS = [name for name in STAGES if name.startswith("eval_")]
+TRAINED = [name for name in STAGES if name not in EVALUATIONS]
+SMOKE = ["--smoke", *(f"stages.{name}.training.save_steps=1" for name in TRAINED)]
+WAYS = {"SIGINT": 130, "SIGTERM": 130, "SIGKILL": -signal.SIGKILL, "full disk": 2}  # and how the run ends
+
+
+def stop(way: str) -> None:
+    """What happens to the process at the moment it is stopped."""
+    if way == "full disk":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    os.kill(os.getpid(), getattr(signal, way))
+
+
+def stopped_in(stage: str, way: str) -> Callable[[], None]:
+    """Stops a chain in a stage: a training one in its first step, or by SIGKILL and a full disk in its second, when
+    there is a checkpoint; an evaluation when it writes what the model said."""
+
+    def patch() -> None:
+        run_stage, where = recipes.chain.run_stage, [""]
+
+        def watched(loaded: Any) -> Any:
+            where[0] = Path(loaded.recipe.output_dir).name
+            return run_stage(loaded)
+
+        def deadly(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+            calls = [0]
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                calls[0] += where[0] == stage
+                if where[0] == stage and calls[0] == call:
+                    stop(way)
+                return function(*args, **kwargs)
+
+            return called
+
+        recipes.chain.run_stage = watched
+        if stage in EVALUATIONS:
+            eval.stage.append_lines = deadly(eval.stage.append_lines, 1)
+        elif way == "full disk":
+            RunTrainerMixin._publish = deadly(RunTrainerMixin._publish, 2)
+        else:
+            step = deadly(RunTrainerMixin.compute_loss, 2 if way == "SIGKILL" else 1)
+            RunTrainerMixin.compute_loss = step
+
+    return patch
+
+
+def start(folder: Path, run: str, overrides: Sequence[str], patch: Callable[[], None] | None = None) -> int:
+    """The process id of a chain in `folder`/`run`; what it says goes to `run`.log."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(folder)
+        log = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        torch.set_num_threads(1)
+        sft.stage.SAMPLE_TOKENS = 2
+        if patch:
+            patch()
+        code = dsv2(["run", str(CHAIN), f"output_dir={run}", *overrides])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """How a run ended: its exit code, or -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def finish(folder: Path, run: str, overrides: Sequence[str]) -> None:
+    code = ended(start(folder, run, overrides))
+    assert code == 0, f"{run} ended with {code}:\n{(folder / f'{run}.log').read_text()[-4000:]}"
+
+
+def result(run: Path) -> dict[str, Any]:
+    """All that must be the same: the figures, and the weights of every stage."""
+    figures = {k: v for k, v in read_json(run / "results.json").items() if k not in ("seconds", "peak_memory_gb")}
+    weights = {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("*/final/*.safetensors"))}
+    assert len(weights) == len(TRAINED)
+    return {"figures": figures, "weights": weights}
+
+
+def compare(unbroken: Path, broken: Path) -> None:
+    one, other = result(unbroken), result(broken)
+    for what in one:
+        assert one[what] == other[what], f"{broken}: other {what} than {unbroken}"
+    left = [path for path in broken.rglob(".*") if path.name != ".superseded"]
+    assert not left, f"{broken}: {left} left over"
+    statuses = {path.parent.name: read_json(path)["status"] for path in broken.rglob("manifest.json")}
+    assert set(statuses.values()) == {"finished"}, statuses
+
+
+def stop_in_stages(folder: Path, stops: Sequence[tuple[str, str]]) -> None:
+    """A chain that is stopped at each of `stops` (stage, way), one after the other."""
+    finish(folder, "unbroken", SMOKE)
+    for stage, way in stops:
+        code = ended(start(folder, "broken", SMOKE, stopped_in(stage, way)))
+        said = (folder / "broken.log").read_text()
+        assert code == WAYS[way], f"{stage}, {way}: ended with {code}:\n{said[-4000:]}"
+        manifest = json.loads((folder / "broken" / stage / "manifest.json").read_text())
+        assert (manifest["status"] == "running") == (way == "SIGKILL"), (stage, way, manifest["status"])
+        print(f"{stage}: stopped by {way}", flush=True)
+    finish(folder, "broken", SMOKE)
+    compare(folder / "unbroken", folder / "broken")
+    print("the same", flush=True)
+
+
+def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+    """The demo, killed at random moments of its whole length, against one that was not."""
+    rng, began = random.Random(seed), time.monotonic()
+    finish(folder, "unbroken", [])
+    length = time.monotonic() - began
+    for at in sorted(rng.uniform(0, length) for _ in range(kills)):
+        pid = start(folder, "broken", [])
+        time.sleep(at / kills)  # what was done stays, so that the kills together reach about the end
+        way = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+        os.kill(pid, way)
+        print(f"{way.name} after {at / kills:.0f} s: ended with {ended(pid)}", flush=True)
+    finish(folder, "broken", [])
+    compare(folder / "unbroken", folder / "broken")
+    print("the same", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.kills:
+        kill_at_random(folder, args.kills, args.seed)
+        return
+    ways = list(WAYS)
+    one = [(stage, ways[number % len(ways)]) for number, stage in enumerate(STAGES)]
+    stop_in_stages(folder, [(stage, way) for stage in STAGES for way in ways] if args.every else one)
+
+
+if __name__ == "__main__":
+    main()
