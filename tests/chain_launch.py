@@ -34,11 +34,26 @@ from recipes.files import read_json
 from recipes.yaml_text import read_mapping
 
 CHAIN = Path(__file__).parent.parent / "recipes" / "tiny" / "chain.yaml"
-STAGES = [stage["name"] for stage in read_mapping(CHAIN)["stages"]]
-EVALUATIONS = [name for name in STAGES if name.startswith("eval_")]
+ENTRIES = read_mapping(CHAIN)["stages"]
+STAGES = [entry["name"] for entry in ENTRIES]
+EVALUATIONS = [entry["name"] for entry in ENTRIES if "results" in entry]
 TRAINED = [name for name in STAGES if name not in EVALUATIONS]
-SMOKE = ["--smoke", *(f"stages.{name}.training.save_steps=1" for name in TRAINED)]
+ROWS = 8  # of each source: what is not used need not be made and read
 WAYS = {"SIGINT": 130, "SIGTERM": 130, "SIGKILL": -signal.SIGKILL, "full disk": 2}  # and how the run ends
+
+
+def smoke() -> list[str]:
+    """The chain at smoke size, with a checkpoint after each of its two steps."""
+    words = ["--smoke"]
+    for entry in ENTRIES:
+        recipe = {**read_mapping(CHAIN.parent / entry["recipe"]), **entry}
+        lists = {f"tasks.{n}.data": task["data"] for n, task in enumerate(recipe.get("tasks", ()))}
+        for key, sources in (lists or {"data": recipe["data"]}).items():
+            few = [{**source, "path": f"{source['path'].split('?')[0]}?n={ROWS}"} for source in sources]
+            words.append(f"stages.{entry['name']}.{key}={json.dumps(few)}")
+        if entry["name"] in TRAINED:
+            words.append(f"stages.{entry['name']}.training.save_steps=1")
+    return words
 
 
 def stop(way: str) -> None:
@@ -135,15 +150,16 @@ def compare(unbroken: Path, broken: Path) -> None:
 
 def stop_in_stages(folder: Path, stops: Sequence[tuple[str, str]]) -> None:
     """A chain that is stopped at each of `stops` (stage, way), one after the other."""
-    finish(folder, "unbroken", SMOKE)
+    words = smoke()
+    finish(folder, "unbroken", words)
     for stage, way in stops:
-        code = ended(start(folder, "broken", SMOKE, stopped_in(stage, way)))
+        code = ended(start(folder, "broken", words, stopped_in(stage, way)))
         said = (folder / "broken.log").read_text()
         assert code == WAYS[way], f"{stage}, {way}: ended with {code}:\n{said[-4000:]}"
         manifest = json.loads((folder / "broken" / stage / "manifest.json").read_text())
         assert (manifest["status"] == "running") == (way == "SIGKILL"), (stage, way, manifest["status"])
         print(f"{stage}: stopped by {way}", flush=True)
-    finish(folder, "broken", SMOKE)
+    finish(folder, "broken", words)
     compare(folder / "unbroken", folder / "broken")
     print("the same", flush=True)
 
