@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from itertools import count
 from typing import IO, Any
 
-from conversations.opening import DataFile, open_bytes
+from conversations.opening import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, RowTooLong, open_bytes
 from conversations.record import Record, is_utf8
 
 _CHUNK = 1 << 20
@@ -24,7 +24,6 @@ _WRAPPED = re.compile(rb'\{\s*(?:%s)*"(?:%s)"\s*:\s*\[\s*\{' % (_SCALAR, "|".joi
 # One that begins with an object whose first line cannot be all of it.
 _OPEN = re.compile(rb'\{[^\n]*(?:(?<=[\[,:])[ \t\r]*\n|(?<=\{)[ \t\r]*\n\s*["}])')
 _DEEPEST = 80  # spaces before an element of an array
-_LARGEST_ELEMENT = 64 << 20  # characters of one element of an array, beyond which it is taken for broken
 
 
 def json_records(path: DataFile) -> Iterator[Record]:
@@ -42,7 +41,16 @@ def json_records(path: DataFile) -> Iterator[Record]:
 
 def _line_records(file: IO[bytes]) -> Iterator[Record]:
     """One object a line; empty lines are passed over."""
-    for line, written in enumerate(file, start=1):
+    lines = BoundedLines(file)
+    for line in count(1):
+        lines.taken = 0
+        try:
+            written = next(lines, None)
+        except RowTooLong as error:
+            yield Record(line, "", {}, str(error))
+            continue
+        if written is None:
+            return
         if line == 1:
             written = written.removeprefix(codecs.BOM_UTF8)
         if written := written.strip():
@@ -235,7 +243,9 @@ class _Window:
                 problem = f"broken JSON: {error.msg}"
             except (ValueError, RecursionError) as error:
                 return None, self._text[self._at : self._at + 80], f"unreadable JSON: {error}"
-            if self._is_whole or len(self._text) - self._at > _LARGEST_ELEMENT:
+            too_long = len(self._text) - self._at > LONGEST_ROW
+            if self._is_whole or too_long:
+                problem += f", or this element is {TOO_LONG}" if too_long else ""
                 return None, self._text[self._at : self._at + 80], problem
             self._read_more(size)
             size *= 2  # so that a long element costs no more than twice its length

@@ -7,12 +7,19 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Generic, TypeVar, cast
 
 from conversations.errors import ToolkitError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+LONGEST_ROW = 16 << 20  # bytes or characters; the longest context of a model is a hundredth of it
+TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the most that a row may have"
 _BUFFER = 1 << 20
+Text = TypeVar("Text", bytes, str)
+
+
+class RowTooLong(Exception):
+    """A line or row is longer than LONGEST_ROW."""
 
 
 DataFile = Path | zipfile.Path  # a file, or a member of a .zip
@@ -73,6 +80,35 @@ def open_seekable(path: DataFile) -> IO[bytes]:
         shutil.copyfileobj(packed, unpacked, _BUFFER)
     unpacked.seek(0)
     return cast("IO[bytes]", unpacked)
+
+
+class BoundedLines(Generic[Text]):
+    """The lines of a file, none of them longer than a row may be, so that memory does not grow with a line.
+
+    `taken` counts what has been read since it was last set to 0: a row of CSV may go over several lines.
+    """
+
+    def __init__(self, file: IO[Text]):
+        self._file = file
+        self.taken = 0
+
+    def __iter__(self) -> "BoundedLines[Text]":
+        return self
+
+    def __next__(self) -> Text:
+        """The next line. Raises RowTooLong once it has passed over one that is too long."""
+        line = self._file.readline(LONGEST_ROW + 1)
+        self.taken += len(line)
+        if self.taken > LONGEST_ROW:
+            self._pass_over(line)
+            raise RowTooLong(TOO_LONG)
+        if not line:
+            raise StopIteration
+        return line
+
+    def _pass_over(self, line: Text) -> None:
+        while line and line[-1:] not in (b"\n", "\n"):
+            line = self._file.readline(_BUFFER)
 
 
 def _suffixes(path: DataFile) -> tuple[str, str]:

@@ -3,9 +3,10 @@
 Every field has a type, its bounds and one sentence. Types are strict: `seed: "7"` is an error, not seven.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # The groups and single projections of deepseek_v2_modeling.lora, which imports torch (a test holds them together).
 Target = Literal[
@@ -13,6 +14,18 @@ Target = Literal[
     "experts", "experts.gate_up", "experts.down",
     "shared_experts", "dense", "router", "embeddings", "lm_head",
 ]  # fmt: skip
+
+
+def _no_kernel_of_the_hub(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(
+            "must be the name of an implementation, such as eager, sdpa or flash_attention_2: kernels of the hub "
+            "(OWNER/NAME) are code, and never loaded"
+        )
+    return name
+
+
+AttentionName = Annotated[str, AfterValidator(_no_kernel_of_the_hub)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
 
@@ -34,7 +47,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of frozen weights and of computation; trained weights are float32 anyway."
     )
-    attn_implementation: str | None = Field(
+    attn_implementation: AttentionName | None = Field(
         default=None, description="transformers' attention implementation (eager, sdpa, ...); null lets it choose."
     )
     config: dict[str, Any] = Field(

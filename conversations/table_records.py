@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.opening import DataFile, open_bytes, open_seekable
+from conversations.opening import LONGEST_ROW, BoundedLines, DataFile, RowTooLong, open_bytes, open_seekable
 from conversations.record import Record, is_utf8, without_padding
 
-_LARGEST_FIELD = 64 << 20  # characters; csv's own limit is 131,072
 _BATCH = 512
 _BOM = "\ufeff"
 _ARROW_FILE = b"ARROW1"
@@ -28,17 +27,23 @@ def csv_records(path: DataFile, kind: str) -> Iterator[Record]:
     """
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        csv.field_size_limit(_LARGEST_FIELD)
-        reader = csv.reader(text, delimiter=DELIMITERS[kind], strict=True)
-        yield from _csv_rows(path, reader, DELIMITERS[kind])
+        csv.field_size_limit(LONGEST_ROW)  # its own limit is 131,072
+        yield from _csv_rows(path, BoundedLines(text), DELIMITERS[kind])
 
 
-def _csv_rows(path: DataFile, reader: Any, delimiter: str) -> Iterator[Record]:
+def _csv_rows(path: DataFile, lines: BoundedLines[str], delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
+    too_long = 0
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + too_long + 1
+        lines.taken = 0
         try:
             fields = next(reader)
+        except RowTooLong as error:
+            too_long += 1  # a line that the reader has not seen
+            yield Record(line, "", {}, str(error))
+            continue
         except StopIteration:
             return
         except csv.Error as error:

@@ -31,6 +31,7 @@ from .checkpoints import Piece, Shape, hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .finite import check_finite
+from .hub_names import is_hub_name
 from .loading import HEADS, ModelSource, read_settings, resolve_source
 from .lora import wrap
 from .tensor_files import TensorInfo, read_header
@@ -118,10 +119,6 @@ def read_model_config(base: str) -> DeepseekV2Config:
     if not Path(base).is_dir() and not is_hub_name(base):
         raise ModelError(f"{base}: this base model is not there; put it back, or correct base_model_name_or_path")
     return read_settings(base)
-
-
-def is_hub_name(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith((".", "/", "~"))
 
 
 def base_directory(base: str) -> Path:

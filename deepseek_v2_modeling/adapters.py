@@ -16,6 +16,7 @@ from .errors import ModelError
 from .expert_choice import ExpertChoice
 from .finite import check_finite, check_settings_finite
 from .lora import PROJECTIONS, set_dropout, train_in_float32, wrap
+from .patterns import check_patterns
 from .tensor_files import read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,13 +33,16 @@ def read_adapter_config(directory: str | Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable adapter config ({error})") from error
     try:
         check_settings_finite(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise ModelError(f"{path}: base_model_name_or_path is {config['base_model_name_or_path']!r}; it must be a name")
+    check_patterns(config, str(path))
     if not (Path(directory) / WEIGHTS).is_file():
         raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
     return config

@@ -4,6 +4,7 @@ Stock drops `rope_scaling` and `rope_theta` on save, so readers of the released 
 official code) then run without YaRN. Ours writes both forms, and reads either.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -17,6 +18,14 @@ ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
+# Many times those of the largest models there are.
+LARGEST = {
+    "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,
+    "moe_intermediate_size": 10_000_000, "num_hidden_layers": 1_000, "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000, "n_routed_experts": 10_000, "n_shared_experts": 1_000, "num_experts_per_tok": 10_000,
+    "kv_lora_rank": 1_000_000, "q_lora_rank": 1_000_000, "qk_nope_head_dim": 100_000, "qk_rope_head_dim": 100_000,
+    "v_head_dim": 100_000, "head_dim": 100_000, "max_position_embeddings": 1_000_000_000, "num_labels": 10_000,
+}  # fmt: skip
 ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
 
 
@@ -108,6 +117,8 @@ class DeepseekV2Config(StockConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
+        check_sizes({**vars(self), **kwargs})
+        kwargs.pop("auto_map", None)  # names code that is not beside what is saved, and that is never run here
         given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
         self.rope_parameters = joined_forms(self.rope_parameters, given)
         super().__post_init__(**kwargs)
@@ -154,6 +165,14 @@ class DeepseekV2Config(StockConfig):
         return bool(
             self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
         )
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ModelError for numbers far beyond any model: building even its outline would take for ever."""
+    for name, most in LARGEST.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not value <= most:
+            raise ModelError(f"{name} is {value}: it must be at most {most:,}")
 
 
 def check_settings(config: DeepseekV2Config) -> None:

@@ -19,9 +19,10 @@ from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, sa
 from .checkpoints import match_sources
 from .chosen_full import train_chosen_experts
 from .chosen_lora import chosen_in_file
-from .configuration import DeepseekV2Config, check_config
+from .configuration import DeepseekV2Config, check_config, check_sizes
 from .errors import ModelError
 from .expert_choice import ExpertChoice
+from .hub_names import is_hub_name
 from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
 from .tensor_files import WEIGHT_FILES, base_files, read_header, whole_directory
@@ -70,8 +71,8 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
     """
     directory = Path(path)
     if not directory.exists():
-        if os.fspath(path).count("/") == 1 and not os.fspath(path).startswith((".", "/", "~")):
-            return ModelSource(os.fspath(path))  # a hub name, or a mistyped path: loading tells
+        if is_hub_name(path):
+            return ModelSource(os.fspath(path))  # or a mistyped path: loading tells
         raise ModelError(f"{path}: there is no such directory; make a model with `dsv2 init {path} --preset tiny`")
     if (directory / "final").is_dir():
         directory = directory / "final"
@@ -83,6 +84,11 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         base = read_adapter_config(directory).get("base_model_name_or_path")
         if not base:
             raise ModelError(f"{directory}/adapter_config.json: base_model_name_or_path is empty; name the base model")
+        if not Path(base).is_dir() and not is_hub_name(base):
+            raise ModelError(
+                f"{directory}: its base model {base} is not there; put it back, or correct base_model_name_or_path in "
+                "adapter_config.json"
+            )
         if Path(base).is_dir() and is_adapter(base):
             raise ModelError(f"{directory}: its base {base} is an adapter itself; merge that one first")
         return ModelSource(base, str(directory))
@@ -95,9 +101,16 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The adapter's own tokenizer where it has one, else the base's."""
+    if Path(source.tokenizer_dir, "config.json").is_file():
+        read_settings(source.tokenizer_dir)  # transformers reads it too, without bounds
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source.tokenizer_dir}: auto_map names code for the tokenizer that comes with the model; such code "
+                "is never run here. Save the tokenizer as a tokenizer.json, and take auto_map out of its config"
+            ) from error
         raise ModelError(
             f"{source.tokenizer_dir}: no tokenizer can be loaded ({str(error).splitlines()[0]})"
         ) from error
@@ -119,6 +132,11 @@ def read_settings(base: str) -> DeepseekV2Config:
         raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
     if getattr(settings, "quantization_config", None) is not None:
         raise ModelError(f"{base}/config.json: quantization_config: the weights are quantised; name the original model")
+    if "/" in str(settings._attn_implementation):
+        raise ModelError(
+            f"{base}/config.json: attn_implementation {settings._attn_implementation} is a kernel of the hub, whose "
+            "code is never run here; take it out"
+        )
     return settings
 
 
@@ -145,6 +163,7 @@ def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, 
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
     changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
     try:
+        check_sizes(changes)
         for key, value in changes.items():
             setattr(settings, key, value)
         check_config(settings)

@@ -190,8 +190,6 @@ def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> N
     config.architectures = [HEADS[adapter.head][0].__name__]
     if dtype is not None:
         config.dtype = getattr(torch, dtype)
-    if hasattr(config, "auto_map"):
-        del config.auto_map
     if adapter.head == "score" and config.pad_token_id is None:
         config.pad_token_id = _pad_token_id(adapter)
     config.save_pretrained(directory)
@@ -203,7 +201,7 @@ def _pad_token_id(adapter: AdapterFiles) -> int | None:
 
     for directory in (adapter.directory, Path(adapter.base)):
         if (directory / "tokenizer_config.json").is_file():
-            tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+            tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             return tokenizer.pad_token_id
     return None
 

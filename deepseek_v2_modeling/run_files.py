@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .errors import ModelError
+
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -35,6 +37,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if not text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(path)
     before = path.stat().st_size if path.is_file() else None
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -46,6 +49,12 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise
 
 
+def refuse_link(path: Path) -> None:
+    """Raises ModelError for a symbolic link: what it points to, which is no file of the run, would be changed."""
+    if path.is_symlink():
+        raise ModelError(f"{path} is a symbolic link; remove it, or choose another output_dir")
+
+
 def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     """Bytes of the files that are there."""
     return {name: path.stat().st_size for name in names if (path := folder / name).is_file()}
@@ -53,6 +62,7 @@ def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 def cut_file(path: Path, size: int) -> None:
     """Leaves the first `size` bytes, and of those no line that a crash cut short. A missing file stays missing."""
+    refuse_link(path)
     if not path.is_file():
         return
     with path.open("r+b") as file:

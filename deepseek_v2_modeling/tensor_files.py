@@ -181,6 +181,7 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        follow_umask(temporary)
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
@@ -197,6 +198,15 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
         raise ModelError(f"{out_dir}: {reason}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files in a new folder the mode that the umask says; safetensors' are made for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:

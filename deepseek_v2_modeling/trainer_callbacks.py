@@ -56,7 +56,10 @@ class Progress(TrainerCallback):
         self.began = time.monotonic()
         self.spoken = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            # A bar moves the cursor, which sys.stderr may be kept from.
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.__stderr__
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

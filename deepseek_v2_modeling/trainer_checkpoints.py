@@ -15,6 +15,7 @@ from .chosen_full import load_trained, save_trained
 from .errors import ModelError
 from .loading import save_final
 from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, file_sizes, read_json, write_json
+from .tensor_files import follow_umask
 from .tokenizer_files import save_tokenizer
 from .trainer_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, full_disk_explained
 
@@ -172,6 +173,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         write_json(folder / RUN_STATE_FILE, run_state)
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
         write_sums(folder)
+        follow_umask(folder)
         target = home / folder.name
         if target.exists():
             os.replace(target, folder.with_name(f"old-{folder.name}"))

@@ -1,6 +1,7 @@
 """`dsv2 merge`, `dsv2 export` and `dsv2 import`: adapters on their way out and in."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,9 @@ def _bar(command: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
     quiet_libraries()
-    with tqdm(desc=command, unit="B", unit_scale=True, disable=None, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        desc=command, unit="B", unit_scale=True, disable=None, file=sys.__stderr__, leave=False, dynamic_ncols=True
+    ) as bar:
 
         def advance(nbytes: int, total: int) -> None:
             bar.total = total

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.terminal import is_unicode
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it."
 
@@ -19,6 +20,9 @@ def chat(arguments: argparse.Namespace) -> int:
         raise ToolkitError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
     if arguments.temperature < 0:
         raise ToolkitError(f"--temperature is {arguments.temperature}; it must be 0 or more")
+    for name in ("prompt", "system"):
+        if not is_unicode(getattr(arguments, name) or ""):
+            raise ToolkitError(f"--{name} is not valid UTF-8")
     partner = _Partner(arguments)
     if arguments.prompt is not None:
         partner.answer(arguments.prompt)
@@ -34,11 +38,22 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def _read_line() -> str | None:
-    """The next thing the user says; None at the end."""
+    """The next thing the user says; None at the end.
+
+    Raises:
+        ToolkitError: it is not in the encoding of standard input.
+    """
     try:
         text = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        text = "\udc80"
+    if not is_unicode(text):
+        raise ToolkitError(
+            f"standard input is not valid {sys.stdin.encoding.upper()}; send it as UTF-8, or name its encoding in "
+            "PYTHONIOENCODING, such as gbk"
+        )
     return None if text in ("/exit", "/quit") else text
 
 

@@ -17,7 +17,6 @@ from recipes.loader import Loaded
 from recipes.measure import Example, Figures, Plan, encoder, measure, plan
 from recipes.prepare import Inputs, prepare, will_give
 from recipes.quiet import quiet_libraries
-from recipes.report import UNPRINTABLE
 from recipes.training_fields import setting
 
 _SHOWN = 600  # characters of an example on the terminal
@@ -127,6 +126,5 @@ def _examples(examples: Sequence[Example]) -> Iterator[str]:
     """The examples as text, trained parts between marks."""
     for number, example in enumerate(examples, start=1):
         text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
-        text = UNPRINTABLE.sub("\ufffd", text)
         more = " ..." if len(text) > _SHOWN or example.more else ""
         yield f"example {number} ({example.title}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"

@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,8 +17,11 @@ from typing import Any, NoReturn
 
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
+from dsv2_start import in_the_way
 from recipes.disk import disk_fault
-from recipes.ranks import is_main
+from recipes.ranks import is_main, rank
+from recipes.secret_keys import without_secrets
+from recipes.terminal import safe_terminal
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,9 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "dsv2 COMMAND --help says more. Under torchrun and accelerate launch: -m recipes.cli COMMAND ...",
+            "dsv2 COMMAND --help says more. On several GPUs: torchrun --nproc_per_node 8 --no-python dsv2 COMMAND ...",
             "Exit codes: 0 done, 2 wrong recipe, data or command, 1 a fault of the toolkit, 130 interrupted.",
+            "--traceback (or DSV2_TRACEBACK=1) shows where an error comes from.",
         ]
     )
 
@@ -235,6 +240,8 @@ def dispatch(argv: Sequence[str]) -> int:
     Raises:
         ToolkitError: an unknown command or wrong arguments.
     """
+    if argv and argv[0] == "--traceback":
+        argv = [*argv[1:], argv[0]]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -251,6 +258,7 @@ def dispatch(argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)
     command.arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return command.run(parser.parse_intermixed_args(list(argv[1:])))
 
 
@@ -258,24 +266,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     _prepare_process()
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        return dispatch(argv)
-    except KeyboardInterrupt as interrupt:
-        command = COMMANDS.get(argv[0] if argv else "")
-        then = "the same command goes on from there" if command and command.resumes else "nothing was finished"
-        _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with safe_terminal():
+        try:
+            if message := in_the_way():
+                raise ToolkitError(message)
+            return dispatch(argv)
+        except KeyboardInterrupt as interrupt:
+            command = COMMANDS.get(argv[0] if argv else "")
+            then = "the same command goes on from there" if command and command.resumes else "nothing was finished"
+            if is_main():
+                _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
+            return 130
+        except BrokenPipeError:  # the reader of our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            return _failed(error, argv)
+        finally:
+            remove_scratch()
+
+
+def _failed(error: Exception, argv: Sequence[str]) -> int:
+    """Say what went wrong; returns the exit code. A fault of ours is shown with where it comes from."""
+    message = str(error) if _is_for_the_user(error) else disk_fault(error)
+    if message is None or "--traceback" in argv or os.environ.get("DSV2_TRACEBACK", "0") not in ("", "0"):
+        _complain("".join(traceback.format_exception(error)).rstrip())
+    if message is None:
         return 1
-    except Exception as error:
-        message = str(error) if _is_for_the_user(error) else disk_fault(error)
-        if message is None:
-            raise
-        _complain(f"error: {message}")
-        return 2
-    finally:
-        remove_scratch()
+    _complain(f"error: {message}")
+    return 2
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -285,8 +304,9 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def _complain(message: str) -> None:
-    if is_main():
-        print(message, file=sys.stderr, flush=True)
+    """Every process speaks, since an error may be that of one alone; all but the first say which they are."""
+    who = "" if is_main() else f"rank {rank()}: "
+    print(f"{who}{without_secrets(message)}", file=sys.stderr, flush=True)
 
 
 def _prepare_process() -> None:

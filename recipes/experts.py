@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,5 +168,7 @@ def _bar(tokens: int) -> Iterator[Any]:
     """A bar of the tokens read; none when the output is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc="experts", total=tokens, unit=" tokens", disable=None, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        desc="experts", total=tokens, unit=" tokens", disable=None, file=sys.__stderr__, leave=False, dynamic_ncols=True
+    ) as bar:
         yield bar.update

@@ -10,6 +10,7 @@ from conversations.errors import ToolkitError
 from recipes.overrides import Override, apply_override, parse_override
 from recipes.paths import absolute_paths
 from recipes.schema import dump, validate
+from recipes.secret_keys import refuse_secrets
 from recipes.smoke import shrink, shrink_chain
 from recipes.yaml_text import read_mapping
 
@@ -32,8 +33,11 @@ class Loaded:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping of a recipe file with its relative files made absolute."""
-    return absolute_paths(read_mapping(path), path.absolute().parent)
+    """The mapping of a recipe file with its relative files made absolute. Raises ToolkitError as `read_mapping`, and
+    for secrets in it."""
+    tree = read_mapping(path)
+    refuse_secrets(tree)
+    return absolute_paths(tree, path.absolute().parent)
 
 
 def override_tree(tree: dict[str, Any], overrides: Sequence[Override], cwd: Path) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = Fals
     if smoke:
         tree, notes = shrink_chain(tree, read_tree) if tree.get("stage") == "chain" else shrink(tree)
     tree = override_tree(tree, parsed, Path.cwd())
+    refuse_secrets(tree)
     recipe = validate(tree)
     if stage is not None and recipe.stage != stage:
         raise ToolkitError(

@@ -1,6 +1,7 @@
 """manifest.json: what made a run. The command, versions, code, data, seeds, and how it ended."""
 
 import hashlib
+import os
 import platform
 import shlex
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any
 from recipes.files import read_json, write_json
 from recipes.ranks import is_main, world_size
 from recipes.rundir import MANIFEST, RESULTS
+from recipes.secret_keys import without_secrets
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 _CHUNK = 1 << 20
+_HOME = Path(__file__).resolve().parents[1]
 _WRITTEN = (MANIFEST, RESULTS, "*.jsonl", "chain.json", "checkpoint-*", "final")  # what a run writes on its way
 
 
@@ -75,10 +78,10 @@ def _last_start(manifest: dict[str, Any]) -> float | None:
 
 
 def command_line() -> str:
-    """The command as it could be typed again, without the directory of the program."""
+    """The command as it could be typed again, without the directory of the program and without secrets."""
     program = Path(sys.argv[0]).name
-    program = "python -m recipes.cli" if program == "cli.py" else program
-    return " ".join([program, *(shlex.quote(word) for word in sys.argv[1:])])
+    program = "dsv2" if program == "cli.py" else program
+    return without_secrets(" ".join([program, *(shlex.quote(word) for word in sys.argv[1:])]))
 
 
 @cache
@@ -95,9 +98,14 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def code_state() -> dict[str, str | None]:
-    """Commit of the toolkit's own code and a hash of what differs from it; None outside a git repository."""
-    commit = _git("rev-parse", "HEAD")
-    diff = _git("diff", "HEAD") if commit else None
+    """Commit of the toolkit's own code and a hash of what differs from it; None where it is in no repository of its
+    own: a virtual environment may lie in somebody else's."""
+    top = _git("rev-parse", "--show-toplevel")
+    own = (
+        top is not None and Path(top.rstrip("\n")).resolve() == _HOME and _git("ls-files", "--error-unmatch", __file__)
+    )
+    commit = _git("rev-parse", "HEAD") if own else None
+    diff = _git("diff", "--no-ext-diff", "HEAD") if commit else None
     return {
         "commit": commit.strip() if commit else None,
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
@@ -133,6 +141,7 @@ def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},  # a hook's
             capture_output=True, text=True, errors="replace", timeout=20, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

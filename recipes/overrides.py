@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.terminal import is_unicode
 from recipes.yaml_text import parse_yaml
 
 
@@ -28,13 +29,16 @@ def parse_override(text: str) -> Override:
     """Parse `key.path=value`.
 
     Raises:
-        ToolkitError: no `=`, an empty key, or a value that is not YAML.
+        ToolkitError: no `=`, an empty key, bytes that are not UTF-8, or a value that is not YAML. Values stay out of
+            the message: one may be a secret.
     """
     path, equals, value = text.partition("=")
     keys = tuple(path.strip().split("."))
     if not equals or not all(keys):
         raise ToolkitError(f'"{text}" is not an override; write key.path=value, such as model.path=runs/sft')
-    return Override(keys, parse_yaml(value, f'override "{text}"'))
+    if not is_unicode(text):
+        raise ToolkitError(f'override "{path.strip()}" is not valid UTF-8')
+    return Override(keys, parse_yaml(value, f'override "{path.strip()}"'))
 
 
 def apply_override(tree: dict[str, Any], override: Override) -> None:

@@ -15,7 +15,7 @@ from conversations.opening import KINDS
 
 GENERATED = "tiny:"
 DATA_SUFFIXES = (*KINDS, ".zip", ".gz", ".zst", ".txt")
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:[\w.-]+)?")
 
 
 def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
@@ -46,9 +46,9 @@ def from_home(text: str, key: str) -> str:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a data path can name a hub data set: NAME, OWNER/NAME or OWNER/NAME:CONFIG, no data file's suffix."""
+    """Whether a data path can name a hub data set: OWNER/NAME or OWNER/NAME:CONFIG, no data file's suffix."""
     match = _HUB_NAME.fullmatch(path)
-    return match is not None and not path.startswith(".") and not match["name"].endswith(DATA_SUFFIXES)
+    return match is not None and not match["name"].endswith(DATA_SUFFIXES)
 
 
 def _is_file_key(keys: tuple[str, ...]) -> bool:
@@ -67,6 +67,6 @@ def _absolute(text: str, base: Path, *, data: bool, key: str) -> str:
     if text.startswith((GENERATED, "${")):
         return text
     path = base / from_home(text, key)
-    if data and is_hub_name(text) and not path.exists():
+    if data and is_hub_name(text) and not path.parent.is_dir():  # else a file that is missing in a folder of ours
         return text
     return os.path.normpath(path.absolute())

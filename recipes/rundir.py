@@ -35,7 +35,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
         resolved: the recipe as recipe.yaml would hold it.
 
     Raises:
-        ToolkitError: it is no directory, holds other files, or the run of another recipe.
+        ToolkitError: it is no directory, holds other files or symbolic links, or the run of another recipe.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ToolkitError(f"output_dir {run_dir} is a file; choose another output_dir")
@@ -45,6 +45,11 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
     if RECIPE not in visible:
         raise ToolkitError(
             f"output_dir {run_dir} holds other files ({', '.join(visible[:3])}) and no run; choose another output_dir"
+        )
+    if links := [path.name for path in run_dir.iterdir() if path.is_symlink()]:
+        raise ToolkitError(
+            f"{run_dir / min(links)} is a symbolic link; a run cuts and removes its own files only: put what it points "
+            "to in its place, or choose another output_dir"
         )
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from conversations.errors import ToolkitError
-from conversations.sections import Section, StageRecipe
+from conversations.sections import AttentionName, Section, StageRecipe
 
 NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -19,7 +19,7 @@ class ChainModel(Section):
     path: str | None = Field(default=None, min_length=1, description="A model directory, run, or hub name.")
     preset: str | None = Field(default=None, description="Preset that makes the model when `path` does not exist.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(default=None, description="As in a stage's recipe.")
-    attn_implementation: str | None = Field(default=None, description="As in a stage's recipe.")
+    attn_implementation: AttentionName | None = Field(default=None, description="As in a stage's recipe.")
     config: dict[str, Any] | None = Field(default=None, description="As in a stage's recipe.")
 
 

@@ -9,6 +9,8 @@ import yaml
 
 from conversations.errors import ToolkitError
 
+LONGEST = 1 << 20  # bytes of a recipe
+LARGEST = 100_000  # values of a recipe, aliases written out: a few of them can stand for more than any memory holds
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
 _INT = re.compile(r"^[-+]?[0-9]+$")
@@ -29,6 +31,13 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _integer(loader: Any, node: yaml.ScalarNode) -> int:
+    try:
+        return int(node.value)
+    except ValueError as error:  # of thousands of digits
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
 def _with_yaml_1_2_scalars() -> None:
     replaced = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "timestamp")}
     kept = {
@@ -39,7 +48,7 @@ def _with_yaml_1_2_scalars() -> None:
     _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
     _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-    _RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    _RecipeLoader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 _with_yaml_1_2_scalars()
@@ -49,16 +58,37 @@ def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML text. `name` stands for the file in errors.
 
     Raises:
-        ToolkitError: naming `name` and the line.
+        ToolkitError: naming `name` and the line, or the bound that is passed.
     """
+    loader = _RecipeLoader(text)
     try:
-        return yaml.load(text, Loader=_RecipeLoader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (size := _size(node, {})) > LARGEST:
+            raise ToolkitError(
+                f"{name}: holds {size:,} values, with its aliases written out; at most {LARGEST:,} are read"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ToolkitError(f"{name}: lists or sections stand too deep in one another, or in themselves") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ToolkitError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ToolkitError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node has when every alias in it is written out; RecursionError for one inside itself."""
+    if id(node) not in known:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = [] if isinstance(node, yaml.ScalarNode) else parts
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -68,7 +98,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ToolkitError: the file is missing, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise ToolkitError(f"{path}: too long for a recipe, which has at most {LONGEST:,} bytes")
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise ToolkitError(f"no such recipe: {path}") from None
     except IsADirectoryError:

@@ -182,7 +182,7 @@ def test_behind_a_broken_element_an_array_goes_on_with_the_next_line_that_begins
     tmp_path, monkeypatch, broken, reason, indent, chunk
 ):
     monkeypatch.setattr(json_records, "_CHUNK", chunk)
-    monkeypatch.setattr(json_records, "_LARGEST_ELEMENT", 300)
+    monkeypatch.setattr(json_records, "LONGEST_ROW", 300)
     whole = [json.dumps(row(str(i)) | {"meta": {"deep": [{"a": 1}]}}, indent=indent) for i in range(4)]
     text = ",\n".join([*whole[:2], broken, *whole[2:]]).replace("\n", "\r\n  ")
     path = tmp_path / "a.json"

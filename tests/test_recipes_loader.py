@@ -155,7 +155,7 @@ def test_list_entries_are_addressed_by_number_and_by_name() -> None:
         ("model.path", '"model.path" is not an override; write key.path=value'),
         ("=3", '"=3" is not an override'),
         ("model..path=3", "is not an override"),
-        ("data=[{path: x", 'override "data=[{path: x":1: not valid YAML'),
+        ("data=[{path: x", 'override "data":1: not valid YAML'),
         ("data.2.path=x", 'override "data.2.path": data has no entry "2"; its entries are 0 to 1'),
         ("output_dir.x=1", "override \"output_dir.x\": output_dir is 'runs/x', not a section with keys"),
         ("model={path: a, path: b}", 'key "path" is given twice'),
@@ -232,21 +232,26 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
         absolute_paths({"output_dir": "~nobody-here/x"}, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["owner/name", "gsm8k", "openai/gsm8k:main", "a-b/c.d_e"])
+@pytest.mark.parametrize("name", ["owner/name", "openai/gsm8k:main", "a-b/c.d_e"])
 def test_hub_names(name: str, tmp_path: Path) -> None:
     assert is_hub_name(name)
     assert absolute_paths({"data": [{"path": name}]}, tmp_path)["data"][0]["path"] == name
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "data/a.json", "./a/b", "../a", "a/b/c", "x.jsonl.gz", "/a/b", "a b"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "gsm8k", "here/train", "data/a.json", "./a/b", "../a", "a/b/c", "x.jsonl.gz", "/a/b", "a b"]
+)
 def test_what_is_no_hub_name_is_a_file(name: str, tmp_path: Path) -> None:
-    assert not is_hub_name(name)
+    (tmp_path / "here").mkdir()
+    assert not is_hub_name(name) or name.startswith("here/")
     assert Path(absolute_paths({"data": [{"path": name}]}, tmp_path)["data"][0]["path"]).is_absolute()
 
 
 def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
-    (tmp_path / "gsm8k").write_text("")
-    assert absolute_paths({"data": [{"path": "gsm8k"}]}, tmp_path)["data"][0]["path"] == str(tmp_path / "gsm8k")
+    (tmp_path / "openai").mkdir()
+    (tmp_path / "openai" / "gsm8k").write_text("")
+    path = absolute_paths({"data": [{"path": "openai/gsm8k"}]}, tmp_path)["data"][0]["path"]
+    assert path == str(tmp_path / "openai" / "gsm8k")
 
 
 # --- wrong keys and values, at every level

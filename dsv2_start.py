@@ -1,0 +1,39 @@
+"""Where `dsv2` starts: before anything else, Python must find the toolkit's own packages under their names.
+
+The names are plain ones (`eval`, `recipes`, `reward`, ...). A file of that name in a directory of PYTHONPATH, or the
+package of another distribution, would be imported in the place of ours.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent
+PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "recipes", "reward", "rl", "sft")
+
+
+def in_the_way() -> str | None:
+    """A message about the first package that is not our own; None when all of them are."""
+    for name in PACKAGES:
+        spec = find_spec(name)
+        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+        if places and places[0] and Path(places[0]).resolve() == HOME / name:
+            continue
+        if not places or not places[0]:
+            return f"{HOME / name} is missing; install the toolkit again"
+        found = spec.origin if spec and spec.origin else places[0]
+        return (
+            f'{found} is in the way of the toolkit\'s own package "{name}" ({HOME / name}); rename it, take its '
+            "directory off PYTHONPATH, uninstall the package that brought it, or start from another directory"
+        )
+    return None
+
+
+def main() -> int:
+    """The command line, if its packages are there."""
+    if message := in_the_way():
+        print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
+        return 2
+    from recipes.cli import main as run
+
+    return run()

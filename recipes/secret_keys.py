@@ -1,0 +1,52 @@
+"""Secrets are no part of a recipe: it is copied into run directories, manifests, checkpoints and reports."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from conversations.errors import ToolkitError
+
+# Names of tokens of text, which end like those of secrets.
+_TEXT_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image")}
+_SECRET = r"(?:token|secret|password|passwd|passphrase|credentials?|(?:api|access|private|secret|auth)_?key)"
+_SECRET_NAME = re.compile(rf"(?:.*[_-])?{_SECRET}", re.IGNORECASE)
+_UPLOAD_NAME = re.compile(r"(?:push_to_hub|hub|trackio)(?:_.*)?|log_completions_hub_repo")
+# What the tokens of the model hub and of the largest services look like.
+_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}")
+_WRITTEN = re.compile(rf"([\w.-]*(?<![A-Za-z]){_SECRET}(?:=|['\"]\s*:\s*))[^\s,}}]+", re.IGNORECASE)
+_NAMED_FREELY = {"columns", "roles"}  # sections whose keys are the user's own words
+
+
+def refuse_secrets(tree: Any, prefix: str = "") -> None:
+    """Refuse keys that hold secrets or upload a run, and values that look like a secret; no value is ever shown.
+
+    Raises:
+        ToolkitError: naming the key.
+    """
+    for path, key, value in _entries(tree, prefix):
+        if _UPLOAD_NAME.fullmatch(key):
+            raise ToolkitError(
+                f"{path}: a run is written to output_dir and uploaded nowhere; leave it out, set HF_TOKEN in the "
+                "environment, and upload what you want with: hf upload"
+            )
+        named = _SECRET_NAME.fullmatch(key) and key not in _TEXT_TOKENS and value is not None
+        if named or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+            raise ToolkitError(
+                f"{path}: a secret may not stand in a recipe, which is copied into the run directory; leave it out and "
+                "set HF_TOKEN in the environment (or the variable of the service that it is for)"
+            )
+
+
+def without_secrets(text: str) -> str:
+    """The text with what looks like a secret left out, for messages and manifests."""
+    return _SECRET_VALUE.sub("***", _WRITTEN.sub(r"\1***", text))
+
+
+def _entries(tree: Any, prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """(path, key, value) of every key and of every entry of a list, at any depth."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in pairs:
+        path = f"{prefix}{key}"
+        free = prefix.rstrip(".").rpartition(".")[2] in _NAMED_FREELY
+        yield path, "" if free else str(key), value
+        yield from _entries(value, f"{path}.")
