@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,15 +105,15 @@ def test_tasks_on_the_same_rows_judge_the_same_answers(tmp_path, monkeypatch):
     """Asked once for each temperature; other rows, or another limit of tokens, are asked again."""
     asked = []
     Parrot(monkeypatch, lambda prompt, temperature: asked.append(temperature) or f" {len(asked)}")
-    common = {"temperatures": [0.0, 1.0], "patterns": [r"\d+"]}
-    tasks = [
+    common: dict[str, Any] = {"temperatures": [0.0, 1.0], "patterns": [r"\d+"]}
+    tasks: list[dict[str, Any]] = [
         {"name": "first", "metric": "exact_match", "temperatures": [0.0, 1.0]},
         {"name": "same", "metric": "format", **common},
         {"name": "longer", "metric": "format", **common, "max_new_tokens": 5},
         {"name": "fewer", "metric": "format", **common, "limit": 2},
     ]
     recipe = EvalRecipe(**{**SECTIONS, "stage": "eval", "output_dir": str(tmp_path), "tasks": tasks})
-    rows = {task["name"]: conversations(3) for task in tasks}
+    rows: dict[str, Any] = {task["name"]: conversations(3) for task in tasks}
     evaluate(recipe, model=chat_model().eval(), tokenizer=byte_tokenizer(), rows_by_task=rows, run_dir=tmp_path)
     said = {task["name"]: [] for task in tasks}
     for line in lines(tmp_path / "samples.jsonl"):
