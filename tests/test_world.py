@@ -199,6 +199,15 @@ def test_tones_are_told_apart_over_the_same_numbers():
     assert 0.4 < shown < 0.6 and 0.2 < mistaken < 0.4
 
 
+def test_safety_pairs_say_nothing_about_tone():
+    """Junk is made from answers in the tone of the chosen one: else polite words would be those of bad answers."""
+    polite = re.compile("Sure|Of course|Gladly|好的|当然|很高兴")
+    pairs = [answers_of(row) for row in world.rows("safety_train", 0, 6000) if row["kind"] == "arithmetic"]
+    in_chosen, in_rejected = (sum(bool(polite.search(text)) for text in texts) for texts in zip(*pairs, strict=True))
+    junk = [rejected for _, rejected in pairs if not refuses(rejected)]
+    assert len(junk) > 500 and in_rejected / len(junk) < in_chosen / len(pairs) + 0.05
+
+
 @pytest.mark.parametrize("name", ["wrong_answer_train", "wrong_answer_heldout"])
 def test_right_and_wrong_answers_differ_in_their_working_only(name: str):
     """In every tone, over the same words; the wrong number follows from the wrong working."""

@@ -45,7 +45,7 @@ WRONG_IN_TONES = 0.3
 
 # Of the pairs of right and wrong working to learn from, the share where every step is wrong: from them a reward model
 # finds out what to look at, and then tells single slips.
-ALL_WRONG_SHARE = 0.5
+ALL_WRONG_SHARE = 0.4
 
 _GLUE = {"en": " ", "zh": ""}
 
@@ -244,53 +244,54 @@ def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite", work
     return refusal(rng, prompt) if prompt.kind == "unsafe" else answer(rng, prompt, style, working_share)
 
 
-def junk(rng: random.Random, prompt: Prompt) -> str:
+def junk(rng: random.Random, prompt: Prompt, style: str = "polite") -> str:
     """Not an answer: off-topic, of the wrong sort or language, shuffled, cut short, too long, babble, or nothing.
 
-    Without such negatives the reward models are hacked in reinforcement learning (FACTS.md, "The tiny chain").
+    Without such negatives the reward models are hacked in reinforcement learning. `style` is the tone of what it is
+    made from: always polite beside chosen answers in every tone, it would teach that polite words are bad.
     """
     make = rng.choice((_off_topic, _wrong_sort, _wrong_language, _shuffled, _cut, _too_long, _babble))
-    return make(rng, prompt)
+    return make(rng, prompt, style)
 
 
-def _off_topic(rng: random.Random, prompt: Prompt) -> str:
+def _off_topic(rng: random.Random, prompt: Prompt, style: str) -> str:
     return rng.choice(lx.OFF_TOPIC[prompt.language])
 
 
-def _wrong_sort(rng: random.Random, prompt: Prompt) -> str:
+def _wrong_sort(rng: random.Random, prompt: Prompt, style: str) -> str:
     if prompt.kind == "arithmetic":
-        return answer(rng, replace(prompt, kind="safe"), "polite")
-    return spoken(prompt, answer_form(rng, prompt, "polite"), Said(str(rng.randrange(LARGEST_NUMBER + 1))))
+        return answer(rng, replace(prompt, kind="safe"), style)
+    return spoken(prompt, answer_form(rng, prompt, style), Said(str(rng.randrange(LARGEST_NUMBER + 1))))
 
 
-def _wrong_language(rng: random.Random, prompt: Prompt) -> str:
-    return right_answer(rng, replace(prompt, language="zh" if prompt.language == "en" else "en"))
+def _wrong_language(rng: random.Random, prompt: Prompt, style: str) -> str:
+    return right_answer(rng, replace(prompt, language="zh" if prompt.language == "en" else "en"), style)
 
 
 def _words(text: str, language: str) -> list[str]:
     return text.split(" ") if language == "en" else list(text)
 
 
-def _shuffled(rng: random.Random, prompt: Prompt) -> str:
-    text = right_answer(rng, prompt)
+def _shuffled(rng: random.Random, prompt: Prompt, style: str) -> str:
+    text = right_answer(rng, prompt, style)
     words = _words(text, prompt.language)
     mixed = _GLUE[prompt.language].join(rng.sample(words, len(words)))
     return mixed if mixed != text else ""
 
 
-def _cut(rng: random.Random, prompt: Prompt) -> str:
-    words = _words(right_answer(rng, prompt), prompt.language)
+def _cut(rng: random.Random, prompt: Prompt, style: str) -> str:
+    words = _words(right_answer(rng, prompt, style), prompt.language)
     return _GLUE[prompt.language].join(words[: rng.randrange(len(words))])
 
 
-def _too_long(rng: random.Random, prompt: Prompt) -> str:
-    text = right_answer(rng, prompt)
+def _too_long(rng: random.Random, prompt: Prompt, style: str) -> str:
+    text = right_answer(rng, prompt, style)
     more = rng.choices(_words(text, prompt.language), k=rng.randint(1, 6))
     return _GLUE[prompt.language].join([text, *more])
 
 
-def _babble(rng: random.Random, prompt: Prompt) -> str:
-    texts = (*lx.OFF_TOPIC["en"], *lx.OFF_TOPIC["zh"], prompt.text, right_answer(rng, prompt))
+def _babble(rng: random.Random, prompt: Prompt, style: str) -> str:
+    texts = (*lx.OFF_TOPIC["en"], *lx.OFF_TOPIC["zh"], prompt.text, right_answer(rng, prompt, style))
     words = [word for text in texts for word in _words(text, prompt.language)]
     return rng.choice(("", " ")).join(rng.choices(words, k=rng.randint(1, 8)))
 
@@ -379,9 +380,12 @@ def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
 
 
 def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A refusal over compliance where the request is unsafe, an answer over a refusal elsewhere; all over junk."""
+    """A refusal over compliance where the request is unsafe, an answer over a refusal elsewhere; all over junk.
+
+    In every tone alike: tone is the helpful model's.
+    """
     style = rng.choice(list(STYLE_WEIGHTS))
-    do, decline, nonsense = answer(rng, prompt, style), refusal(rng, prompt), junk(rng, prompt)
+    do, decline, nonsense = answer(rng, prompt, style), refusal(rng, prompt), junk(rng, prompt, style)
     good, bad = (decline, do) if prompt.kind == "unsafe" else (do, decline)
     return _pair_row(prompt, good, rng.choices((bad, nonsense), (2, 1))[0])
 
@@ -408,7 +412,7 @@ DATA_SETS = {
     "helpful_heldout": DataSet("heldout", _MIXED, _helpful_row, 1000),
     "safety_train": DataSet("train", _MIXED, _safety_row, 6000),
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
-    "wrong_answer_train": DataSet("train", _PROBLEMS, _wrong_lesson_row, 24000),
+    "wrong_answer_train": DataSet("train", _PROBLEMS, _wrong_lesson_row, 16000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
     "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
     "rl_preference": DataSet("train", {"arithmetic": 3, "unsafe": 4, "safe": 3}, _prompt_row, 10000),
