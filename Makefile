@@ -28,7 +28,7 @@ format: $(READY)
 
 # The model's floor on the oldest torch and transformers that pyproject.toml allows: the tests that import no other
 # floor. The project itself is not installed here, since this floor must do without TRL; it is found from its root.
-OTHER_FLOORS := (from|import) (conversations|recipes|sft|reward|rl|eval|trl|datasets)\b
+OTHER_FLOORS := (from|import) (conversations|recipes|sft|reward|rl|eval|trl|datasets|dsv2_start)\b|from \.(stage|resume)|import (stage|resume)_launch
 MODEL_TESTS = $(shell grep -l deepseek_v2_modeling $$(grep -LE '$(OTHER_FLOORS)' tests/test_*.py))
 
 test-oldest: $(READY_OLDEST)
