@@ -104,7 +104,7 @@ class _Partner:
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=sampled,
             temperature=self.settings.temperature if sampled else None,
-            top_k=0 if sampled else None,
+            top_k=(self.model.generation_config.top_k or 0) if sampled else None,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             streamer=_streamer(self.tokenizer),

@@ -51,6 +51,7 @@ def test_a_reference_is_wrong_for_every_other():
         ("$\\frac{1}{2}$", "0.5", 1),
         ("50%", "0.5", 1),
         ("0.5%", "0.5", 0),
+        ("0.5", "0.5%", 1),  # and not the same when answer and reference are swapped
         ("no idea", "0.5", 0),
         ("x > 3", r"(3, \infty)", 1),
         ("y = 2x + 3", "2x + 3", 1),

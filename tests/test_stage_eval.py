@@ -172,6 +172,13 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, rows, metric, words):
         run(tmp_path, rows, metric=metric)
 
 
+def test_each_row_is_sampled_by_a_seed_of_its_own(tmp_path):
+    rows = [{"messages": user("the same"), "reference": "1"} for _ in range(6)]
+    _, said = run(tmp_path, rows, metric="exact_match", temperatures=[1.0], batch_size=2)
+    assert len({line["completion"] for line in said}) > 1
+    assert {line["truncated"] for line in said} <= {True, False}
+
+
 def test_names_of_decoding():
     assert [decoding_name(t) for t in (0.0, 1.0, 0.7)] == ["greedy", "t1", "t0.7"]
 
