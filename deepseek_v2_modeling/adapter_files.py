@@ -26,7 +26,7 @@ from .adapter_layouts import (
     transpose_pair,
     untranspose_shapes,
 )
-from .adapters import WEIGHTS, check_coverage, read_adapter_config, saved_tensors
+from .adapters import WEIGHTS, check_coverage, read_adapter_config, read_lora, saved_tensors
 from .checkpoints import Piece, Shape, hub_layout
 from .configuration import DeepseekV2Config
 from .errors import ModelError
@@ -167,8 +167,7 @@ def read_lora_config(directory: Path) -> tuple[dict[str, Any], LoraConfig]:
     raw = read_adapter_config(directory)
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"{directory}: peft_type is {raw.get('peft_type')}; only LORA is known here")
-    lora: Any = LoraConfig.from_pretrained(str(directory))
-    return raw, lora
+    return raw, read_lora(directory)
 
 
 def refuse_variants(directory: Path, raw: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Loads and saves adapters so that every tensor finds a place and every place a tensor."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ def read_adapter_config(directory: str | Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
+        base = config.get("base_model_name_or_path")
+        if base is not None and not isinstance(base, str):
+            raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable adapter config ({error})") from error
     try:
@@ -46,6 +50,33 @@ def read_adapter_config(directory: str | Path) -> dict:
     if not (Path(directory) / WEIGHTS).is_file():
         raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
     return config
+
+
+def read_lora(directory: str | Path) -> LoraConfig:
+    """adapter_config.json as PEFT reads it. Raises ModelError for values that are of no use."""
+    raw = read_adapter_config(directory)
+    path = Path(directory) / CONFIG
+    patterns = [value for name in ("rank_pattern", "alpha_pattern") for value in (raw.get(name) or {},)]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ModelError(f"{path}: rank_pattern and alpha_pattern must be objects of names and numbers")
+    for name, value in [("r", raw.get("r", 8)), *(raw.get("rank_pattern") or {}).items()]:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
+            raise ModelError(f"{path}: the rank {name} is {value!r}; it must be a whole number, at least 1")
+    for name, value in [("lora_alpha", raw.get("lora_alpha", 8)), *(raw.get("alpha_pattern") or {}).items()]:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{path}: {name} is {value!r}; it must be a number")
+    for name in ("target_modules", "target_parameters"):
+        value = raw.get(name)
+        if not (value is None or isinstance(value, str) or _is_texts(value)):
+            raise ModelError(f"{path}: {name} is {value!r}; it must be a list of names")
+    try:
+        return LoraConfig.from_pretrained(str(directory))  # pyright: ignore[reportReturnType]
+    except Exception as error:  # the file can be wrong in more ways than the library has errors for
+        raise ModelError(f"{path}: PEFT cannot read it ({' '.join(str(error).split())})") from error
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def saves_embeddings(model: PeftModel, adapter: str = "default") -> bool | Literal["auto"]:
@@ -114,7 +145,7 @@ def load_adapter(
     raw = read_adapter_config(directory)
     tensors = read_tensors(directory)
     refuse_per_expert(tensors, raw, directory)
-    config: Any = LoraConfig.from_pretrained(str(directory))
+    config: Any = read_lora(directory)
     kept_task = task_type is None or raw.get("task_type") == task_type
     config.task_type = task_type or raw.get("task_type")
     config.inference_mode = not trainable

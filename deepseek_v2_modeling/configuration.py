@@ -4,6 +4,7 @@ Stock drops `rope_scaling` and `rope_theta` on save, so readers of the released 
 official code) then run without YaRN. Ours writes both forms, and reads either.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,17 @@ ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
-# Many times those of the largest models there are.
-LARGEST = {
-    "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,
-    "moe_intermediate_size": 10_000_000, "num_hidden_layers": 1_000, "num_attention_heads": 10_000,
-    "num_key_value_heads": 10_000, "n_routed_experts": 10_000, "n_shared_experts": 1_000, "num_experts_per_tok": 10_000,
-    "kv_lora_rank": 1_000_000, "q_lora_rank": 1_000_000, "qk_nope_head_dim": 100_000, "qk_rope_head_dim": 100_000,
-    "v_head_dim": 100_000, "head_dim": 100_000, "max_position_embeddings": 1_000_000_000, "num_labels": 10_000,
+# The least and the most of each size, the most many times that of the largest model there is: what is over it would
+# only fill memory, or never end.
+SIZES: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 10_000_000), "max_position_embeddings": (1, 1_000_000_000), "hidden_size": (1, 1_000_000),
+    "intermediate_size": (1, 10_000_000), "moe_intermediate_size": (1, 10_000_000), "num_hidden_layers": (1, 1_000),
+    "num_attention_heads": (1, 10_000), "num_key_value_heads": (1, 10_000), "kv_lora_rank": (1, 1_000_000),
+    "q_lora_rank": (1, 1_000_000), "qk_nope_head_dim": (0, 100_000), "qk_rope_head_dim": (1, 100_000),
+    "v_head_dim": (1, 100_000), "head_dim": (0, 100_000), "first_k_dense_replace": (0, 100_000),
+    "n_routed_experts": (0, 10_000), "n_shared_experts": (0, 1_000), "num_experts_per_tok": (0, 10_000),
+    "num_labels": (0, 10_000), "rms_norm_eps": (0, 1), "initializer_range": (0, 1_000),
+    "routed_scaling_factor": (-1_000_000, 1_000_000), "attention_dropout": (0, 1),
 }  # fmt: skip
 ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
 
@@ -167,14 +172,6 @@ class DeepseekV2Config(StockConfig):
         )
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Raises ModelError for numbers far beyond any model: building even its outline would take for ever."""
-    for name, most in LARGEST.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not value <= most:
-            raise ModelError(f"{name} is {value}: it must be at most {most:,}")
-
-
 def check_settings(config: DeepseekV2Config) -> None:
     """As `check_config`, of the settings that are read at each forward, in little time."""
     if config.scoring_func != "softmax":
@@ -186,15 +183,35 @@ def check_settings(config: DeepseekV2Config) -> None:
             raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")
 
 
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ModelError for a size that no model has; before anything is built by it, be it an outline."""
+    for name, (least, most) in SIZES.items():
+        value = values.get(name)
+        if value is not None and not (_is_number(value) and least <= value <= most):
+            raise ModelError(f"{name} is {value!r}: it must be at most {most:,} and at least {least:,}")
+    if (values.get("qk_rope_head_dim") or 0) % 2:
+        raise ModelError(f"qk_rope_head_dim is {values['qk_rope_head_dim']}: it must be even")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_config(config: DeepseekV2Config) -> None:
     """Raises ModelError for values that would be computed wrongly or not at all."""
     check_settings(config)
     check_settings_finite(vars(config))
+    check_sizes(vars(config))
     rope = config.rope
     if rope["rope_type"] not in ROPE_TYPES:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
     if rope["rope_type"] != "default" and "factor" not in rope:
         raise ModelError(f'rope_scaling of type "{rope["rope_type"]}" needs a "factor"')
+    for key, value in rope.items():
+        if key != "rope_type" and not (_is_number(value) and 0 <= value < math.inf):
+            raise ModelError(f"rope_scaling {key} is {value!r}: it must be a number, at least 0")
+    if not rope["rope_theta"] > 0 or not rope.get("factor", 1) > 0:
+        raise ModelError(f"rope_theta is {rope['rope_theta']} and factor {rope.get('factor', 1)}: both must be over 0")
     if not config.n_routed_experts:
         return
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
@@ -105,19 +105,33 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         read_settings(source.tokenizer_dir)  # transformers reads it too, without bounds
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the files can be wrong in more ways than the library has errors for
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source.tokenizer_dir}: auto_map names code for the tokenizer that comes with the model; such code "
                 "is never run here. Save the tokenizer as a tokenizer.json, and take auto_map out of its config"
             ) from error
-        raise ModelError(
-            f"{source.tokenizer_dir}: no tokenizer can be loaded ({str(error).splitlines()[0]})"
-        ) from error
+        raise ModelError(f"{source.tokenizer_dir}: no tokenizer can be loaded ({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source.tokenizer_dir}: the tokenizer has no eos_token, which ends every answer")
     tokenizer.padding_side = "left"  # generation; training pads on its own
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks; it needs some id
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def check_generation_config(base: str) -> None:
+    """Raises ModelError for a generation_config.json that cannot be read."""
+    if not (Path(base) / "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(base)
+    except Exception as error:  # as in load_tokenizer
+        raise ModelError(f"{base}/generation_config.json: {first_line(error)}") from error
 
 
 def read_settings(base: str) -> DeepseekV2Config:
@@ -125,9 +139,9 @@ def read_settings(base: str) -> DeepseekV2Config:
     try:
         settings = DeepseekV2Config.from_pretrained(base)
     except (OSError, ModelError) as error:
-        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:
-        raise ModelError(f"{base}/config.json: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{base}: {first_line(error)}") from error
+    except Exception as error:  # StrictDataclassError, and whatever a value of another type leads to
+        raise ModelError(f"{base}/config.json: {' '.join(str(error).split()) or type(error).__name__}") from error
     if settings.model_type != "deepseek_v2":
         raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
     if getattr(settings, "quantization_config", None) is not None:
@@ -152,6 +166,7 @@ def load_base(
     config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
     """
     settings = apply_settings(read_settings(base), head, config)
+    check_generation_config(base)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return HEADS[head][0].from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
 
@@ -178,9 +193,14 @@ def check_lora_targets(settings: DeepseekV2Config, lora: LoraSettings, head: Hea
 
 
 def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
-    """The model's structure without weights."""
-    with torch.device("meta"):
-        return HEADS[head][0](settings)
+    """The model's structure without weights. Raises ModelError where the settings make none."""
+    try:
+        with torch.device("meta"):
+            return HEADS[head][0](settings)
+    except Exception as error:  # an unknown hidden_act, a pad_token_id beyond the words, ...
+        raise ModelError(
+            f"{settings.name_or_path}/config.json: no model can be made of it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:

@@ -65,13 +65,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        infos = {name: _checked_info(name, entry) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError("it is cut short")
         return infos
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _checked_info(name: str, entry: Any) -> TensorInfo:
+    shape = entry["shape"]
+    if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} has the type {entry['dtype']!r} and the shape {shape!r}")
+    return TensorInfo(entry["dtype"], tuple(shape))
 
 
 def base_files(base: Path) -> list[Path]:
@@ -83,7 +90,9 @@ def base_files(base: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"weight_map names {bad[0]!r}, which is no file beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not a readable index of shards ({error})") from error
     if missing := [name for name in names if not (base / name).is_file()]:
         raise ModelError(f"{base}: {missing[0]} is missing, which the index names")

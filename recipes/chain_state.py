@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from conversations.errors import ToolkitError
 from recipes.data import source_hash
 from recipes.files import read_json, write_json
 from recipes.loader import Loaded
@@ -27,7 +28,14 @@ class ChainState:
     def read(cls, output: Path) -> "ChainState":
         """The state of a chain's directory; empty when there is none."""
         found = read_json(output / STATE)
-        return cls(output / STATE, found["stages"] if found else {})
+        stages = found.get("stages") if isinstance(found, dict) else None
+        whole = isinstance(stages, dict) and all(
+            isinstance(entry, dict) and {"fingerprint", "status", "metrics"} <= entry.keys()
+            for entry in stages.values()
+        )
+        if found is not None and not whole:
+            raise ToolkitError(f"{output / STATE}: stages is damaged; put the file back, or move it away")
+        return cls(output / STATE, stages or {})
 
     def begin(self, name: str, fingerprint: str) -> None:
         """A stage that starts, or goes on."""

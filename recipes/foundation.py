@@ -21,6 +21,7 @@ from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,
     apply_settings,
+    check_generation_config,
     check_lora_targets,
     check_vocabulary,
     check_weights,
@@ -125,6 +126,7 @@ def check_files(found: Foundation, head: Head, path: str) -> None:
     check_vocabulary(found.tokenizer, found.settings, source.tokenizer_dir if source else path)
     if source is None or not Path(source.base).is_dir():
         return
+    check_generation_config(source.base)
     check_weights(source.base, apply_settings(copy.deepcopy(found.settings), head, None), head)
     if source.adapter:
         raw, lora = read_lora_config(Path(source.adapter))

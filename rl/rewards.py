@@ -127,18 +127,19 @@ class RewardStats:
         """From reward_stats.json in a reward model's final/.
 
         Raises:
-            ToolkitError: it is missing or damaged.
+            ToolkitError: it is missing, or damaged.
         """
         path = folder / STATS_FILE
         if not path.is_file():
             raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
         try:
-            stats = cls(**read_json(path))
-            if not math.isfinite(stats.mean) or not math.isfinite(stats.std):
-                raise ValueError("its numbers are not finite")
-        except (OSError, ValueError, TypeError) as error:
-            raise ToolkitError(f"{path}: no readable statistics of a reward model ({error})") from error
-        return stats
+            values = read_json(path)
+            found = cls(mean=float(values["mean"]), std=float(values["std"]), n=int(values["n"]))
+            if not (math.isfinite(found.mean) and math.isfinite(found.std) and found.std >= 0):
+                raise ValueError(f"mean is {found.mean} and std {found.std}")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ToolkitError(f"{path}: no readable statistics ({error}); train the reward model again") from error
+        return found
 
 
 class RewardModelReward(Reward):
