@@ -1,7 +1,6 @@
 """Loads and saves adapters so that every tensor finds a place and every place a tensor."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from .patterns import check_patterns
 from .tensor_files import read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LARGEST_RANK = 100_000  # beyond any weight's size
 EMBEDDINGS = {suffix for name in ("embeddings", "lm_head") for suffix in PROJECTIONS[name].modules}
 
 
@@ -35,9 +35,6 @@ def read_adapter_config(directory: str | Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
-        base = config.get("base_model_name_or_path")
-        if base is not None and not isinstance(base, str):
-            raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable adapter config ({error})") from error
     try:
@@ -47,6 +44,7 @@ def read_adapter_config(directory: str | Path) -> dict:
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         raise ModelError(f"{path}: base_model_name_or_path is {config['base_model_name_or_path']!r}; it must be a name")
     check_patterns(config, str(path))
+    check_ranks(config, str(path))
     if not (Path(directory) / WEIGHTS).is_file():
         raise ModelError(f"{directory}: no {WEIGHTS}; only safetensors adapters are read")
     return config
@@ -56,15 +54,6 @@ def read_lora(directory: str | Path) -> LoraConfig:
     """adapter_config.json as PEFT reads it. Raises ModelError for values that are of no use."""
     raw = read_adapter_config(directory)
     path = Path(directory) / CONFIG
-    patterns = [value for name in ("rank_pattern", "alpha_pattern") for value in (raw.get(name) or {},)]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise ModelError(f"{path}: rank_pattern and alpha_pattern must be objects of names and numbers")
-    for name, value in [("r", raw.get("r", 8)), *(raw.get("rank_pattern") or {}).items()]:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 16:
-            raise ModelError(f"{path}: the rank {name} is {value!r}; it must be a whole number, at least 1")
-    for name, value in [("lora_alpha", raw.get("lora_alpha", 8)), *(raw.get("alpha_pattern") or {}).items()]:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelError(f"{path}: {name} is {value!r}; it must be a number")
     for name in ("target_modules", "target_parameters"):
         value = raw.get(name)
         if not (value is None or isinstance(value, str) or _is_texts(value)):
@@ -77,6 +66,21 @@ def read_lora(directory: str | Path) -> LoraConfig:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def check_ranks(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError for ranks and alphas, of all targets or of one, that PEFT would fail over."""
+    for field, of_one in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(of_one)
+        if not isinstance(patterns, Mapping | None):
+            raise ModelError(f"{where}: {of_one} is {patterns!r}: it must be an object of patterns with their values")
+        values = {field: config[field]} if field in config else {}
+        values |= {f"{of_one}.{pattern}": value for pattern, value in (patterns or {}).items()}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int if field == "r" else int | float):
+                raise ModelError(f"{where}: {name} is {value!r}: it must be a number")
+            if field == "r" and not 1 <= value <= LARGEST_RANK:
+                raise ModelError(f"{where}: {name} is {value}: a rank is from 1 to {LARGEST_RANK:,}")
 
 
 def saves_embeddings(model: PeftModel, adapter: str = "default") -> bool | Literal["auto"]:

@@ -26,7 +26,7 @@ from .errors import ModelError, ShapeError
 from .finite import check_weights
 from .offloading import keep_readable
 from .refusals import check_keywords, check_quantization, check_source
-from .tensor_files import WEIGHT_FILES
+from .tensor_files import CODES, FLOATS, WEIGHT_FILES, TensorInfo, check_doubled, shards_named
 
 # Fused parameter: the projections of each expert that it holds, one below the other.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -245,9 +245,16 @@ def name_some(names: Collection[str]) -> str:
 
 
 def check_directory(path: Any, subfolder: str) -> None:
-    """Raises ModelError for a local directory without safetensors files (transformers would read others too)."""
-    if path is not None and Path(path).is_dir() and not any((Path(path) / subfolder).glob("*.safetensors*")):
+    """Raises ModelError for a local directory without safetensors files (transformers would read others too), or with
+    an index of shards that cannot be read."""
+    if path is None or not Path(path).is_dir():
+        return
+    folder = Path(path) / subfolder
+    if not any(folder.glob("*.safetensors*")):
         raise ModelError(f"{path}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    single, index = (folder / name for name in WEIGHT_FILES)
+    if index.is_file() and not single.is_file():
+        shards_named(index)
 
 
 def changes_parameters(load_config: Any) -> bool:
@@ -269,8 +276,28 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
             file = files.enter_context(safe_open(path, "pt"))
         except SafetensorError as error:
             raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
-        sources |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        check_doubled(path, found, sources)
+        sources |= found
     return sources
+
+
+def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
+    """Raises ModelError for tensors that hold no floating-point numbers as they are: quantised ones, without what
+    they are to be multiplied with."""
+    kinds = {name: code_of(source) for name, source in sources.items()}
+    if wrong := [name for name, code in kinds.items() if code not in FLOATS]:
+        raise ModelError(
+            f"{where}: {wrong[0]} is stored as {kinds[wrong[0]]}: the weights are quantised; name the original model, "
+            f"whose weights are one of {', '.join(FLOATS)}"
+        )
+
+
+def code_of(source: Any) -> str:
+    """The format's code of a tensor's type: of a header's entry, a slice of a file, or a tensor."""
+    if isinstance(source, torch.Tensor):
+        return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
+    return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
 
 
 def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
@@ -290,6 +317,7 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
             f"{name_of(load_config)}: tensors that are there under two names: {', '.join(doubled[:SHOWN])}"
         )
     layout = hub_layout(parameters, names)
+    check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
     check_sources(model, load_config, {name: shape_of(sources[key]) for name, key in names.items()}, layout)
     state: dict[str, Any] = {}
     for name, key in names.items():

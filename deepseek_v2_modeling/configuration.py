@@ -5,12 +5,12 @@ official code) then run without YaRN. Ours writes both forms, and reads either.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
+from .config_values import check_parts, check_rope_form, check_rope_number, check_sizes, is_number
 from .errors import ModelError
 from .finite import check_settings_finite
 from .refusals import check_model_type
@@ -19,18 +19,6 @@ ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
-# The least and the most of each size, the most many times that of the largest model there is: what is over it would
-# only fill memory, or never end.
-SIZES: dict[str, tuple[int, int]] = {
-    "vocab_size": (1, 10_000_000), "max_position_embeddings": (1, 1_000_000_000), "hidden_size": (1, 1_000_000),
-    "intermediate_size": (1, 10_000_000), "moe_intermediate_size": (1, 10_000_000), "num_hidden_layers": (1, 1_000),
-    "num_attention_heads": (1, 10_000), "num_key_value_heads": (1, 10_000), "kv_lora_rank": (1, 1_000_000),
-    "q_lora_rank": (1, 1_000_000), "qk_nope_head_dim": (0, 100_000), "qk_rope_head_dim": (1, 100_000),
-    "v_head_dim": (1, 100_000), "head_dim": (0, 100_000), "first_k_dense_replace": (0, 100_000),
-    "n_routed_experts": (0, 10_000), "n_shared_experts": (0, 1_000), "num_experts_per_tok": (0, 10_000),
-    "num_labels": (0, 10_000), "rms_norm_eps": (0, 1), "initializer_range": (0, 1_000),
-    "routed_scaling_factor": (-1_000_000, 1_000_000), "attention_dropout": (0, 1),
-}  # fmt: skip
 ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
 
 
@@ -125,6 +113,9 @@ class DeepseekV2Config(StockConfig):
         check_sizes({**vars(self), **kwargs})
         kwargs.pop("auto_map", None)  # names code that is not beside what is saved, and that is never run here
         given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
+        check_rope_form("rope_parameters", self.rope_parameters)
+        check_rope_form("rope_scaling", given.get("rope_scaling"))
+        check_rope_number("rope_theta", given.get("rope_theta"))
         self.rope_parameters = joined_forms(self.rope_parameters, given)
         super().__post_init__(**kwargs)
         check_config(self)
@@ -183,32 +174,18 @@ def check_settings(config: DeepseekV2Config) -> None:
             raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Raises ModelError for a size that no model has; before anything is built by it, be it an outline."""
-    for name, (least, most) in SIZES.items():
-        value = values.get(name)
-        if value is not None and not (_is_number(value) and least <= value <= most):
-            raise ModelError(f"{name} is {value!r}: it must be at most {most:,} and at least {least:,}")
-    if (values.get("qk_rope_head_dim") or 0) % 2:
-        raise ModelError(f"qk_rope_head_dim is {values['qk_rope_head_dim']}: it must be even")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def check_config(config: DeepseekV2Config) -> None:
     """Raises ModelError for values that would be computed wrongly or not at all."""
     check_settings(config)
     check_settings_finite(vars(config))
-    check_sizes(vars(config))
+    check_parts(config)
     rope = config.rope
     if rope["rope_type"] not in ROPE_TYPES:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
     if rope["rope_type"] != "default" and "factor" not in rope:
         raise ModelError(f'rope_scaling of type "{rope["rope_type"]}" needs a "factor"')
     for key, value in rope.items():
-        if key != "rope_type" and not (_is_number(value) and 0 <= value < math.inf):
+        if key != "rope_type" and not (is_number(value) and 0 <= value < math.inf):
             raise ModelError(f"rope_scaling {key} is {value!r}: it must be a number, at least 0")
     if not rope["rope_theta"] > 0 or not rope.get("factor", 1) > 0:
         raise ModelError(f"rope_theta is {rope['rope_theta']} and factor {rope.get('factor', 1)}: both must be over 0")

@@ -12,20 +12,22 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
 from .checkpoints import match_sources
 from .chosen_full import train_chosen_experts
 from .chosen_lora import chosen_in_file
-from .configuration import DeepseekV2Config, check_config, check_sizes
+from .config_values import check_file_values, check_sizes
+from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
 from .expert_choice import ExpertChoice
+from .generation_files import check_generation
 from .hub_names import is_hub_name
 from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
-from .tensor_files import WEIGHT_FILES, base_files, read_header, whole_directory
+from .tensor_files import WEIGHT_FILES, base_headers, whole_directory
 from .tokenizer_files import save_tokenizer
 
 Head = Literal["causal_lm", "score"]
@@ -100,57 +102,56 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer where it has one, else the base's."""
-    if Path(source.tokenizer_dir, "config.json").is_file():
-        read_settings(source.tokenizer_dir)  # transformers reads it too, without bounds
+    """The adapter's own tokenizer where it has one, else the base's. Raises ModelError for one that cannot be used."""
+    where = source.tokenizer_dir
+    if Path(where, "config.json").is_file():
+        read_settings(where)  # transformers reads it too, without bounds
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_dir, trust_remote_code=False)
-    except Exception as error:  # the files can be wrong in more ways than the library has errors for
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer("words", truncation=True)  # some files fail only here
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever a wrong value leads to
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{source.tokenizer_dir}: auto_map names code for the tokenizer that comes with the model; such code "
+                f"{where}: auto_map names code for the tokenizer that comes with the model; such code "
                 "is never run here. Save the tokenizer as a tokenizer.json, and take auto_map out of its config"
             ) from error
-        raise ModelError(f"{source.tokenizer_dir}: no tokenizer can be loaded ({first_line(error)})") from error
+        raise ModelError(f"{where}: no tokenizer can be loaded ({reason(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{source.tokenizer_dir}: the tokenizer has no eos_token, which ends every answer")
+        raise ModelError(f"{where}: the tokenizer has no eos_token, which ends every answer")
     tokenizer.padding_side = "left"  # generation; training pads on its own
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks; it needs some id
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def check_generation_config(base: str) -> None:
-    """Raises ModelError for a generation_config.json that cannot be read."""
-    if not (Path(base) / "generation_config.json").is_file():
-        return
-    try:
-        GenerationConfig.from_pretrained(base)
-    except Exception as error:  # as in load_tokenizer
-        raise ModelError(f"{base}/generation_config.json: {first_line(error)}") from error
+def reason(error: Exception) -> str:
+    """What a library says in an exception, in one line."""
+    said = " ".join(str(error).split())
+    plain = isinstance(error, OSError | ValueError | StrictDataclassError) and said
+    return said if plain else f"{type(error).__name__}: {said}"
 
 
 def read_settings(base: str) -> DeepseekV2Config:
     """The config of a model directory or hub name. Raises ModelError when there is none, or of another model."""
+    file = f"{base}/config.json"
+    try:
+        values, _ = DeepseekV2Config.get_config_dict(base)
+        check_file_values(values, DeepseekV2Config)
+        quantised = any(values.get(key) is not None for key in ("quantization_config", "compression_config"))
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of values of any type and depth
+        raise ModelError(f"{file}: it cannot be read ({reason(error)})") from error
+    if quantised:
+        raise ModelError(f"{file}: quantization_config: the weights are quantised; name the original model")
     try:
         settings = DeepseekV2Config.from_pretrained(base)
-    except (OSError, ModelError) as error:
-        raise ModelError(f"{base}: {first_line(error)}") from error
-    except Exception as error:  # StrictDataclassError, and whatever a value of another type leads to
-        raise ModelError(f"{base}/config.json: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if settings.model_type != "deepseek_v2":
-        raise ModelError(f'{base}: model_type is "{settings.model_type}", not "deepseek_v2"')
-    if getattr(settings, "quantization_config", None) is not None:
-        raise ModelError(f"{base}/config.json: quantization_config: the weights are quantised; name the original model")
-    if "/" in str(settings._attn_implementation):
-        raise ModelError(
-            f"{base}/config.json: attn_implementation {settings._attn_implementation} is a kernel of the hub, whose "
-            "code is never run here; take it out"
-        )
+    except ModelError as error:
+        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the constructors of transformers trust their values
+        raise ModelError(f"{file}: {reason(error)}") from error
     return settings
 
 
@@ -166,7 +167,7 @@ def load_base(
     config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
     """
     settings = apply_settings(read_settings(base), head, config)
-    check_generation_config(base)
+    check_generation(base, settings.vocab_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return HEADS[head][0].from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
 
@@ -210,7 +211,7 @@ def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
         ModelError: a file that is missing or cut short, or tensors that are missing, unexpected or misshapen.
     """
     model = meta_model(settings, head)
-    found = {name: info for path in base_files(Path(base)) for name, info in read_header(path).items()}
+    found = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
     mapping = get_model_conversion_mapping(model)
     match_sources(
         model,

@@ -30,18 +30,17 @@ from .checkpoints import hub_layout
 from .errors import ModelError
 from .finite import check_finite, is_finite
 from .loading import HEADS, resolve_source
-from .merge_plan import FLOATS, Merged, Shard, plan_shards
+from .merge_plan import Merged, Shard, plan_shards
 from .tensor_files import (
     CODES,
     DTYPES,
     WEIGHT_FILES,
     Progress,
-    base_files,
+    base_headers,
     check_output,
     check_space,
     counter,
     file_size,
-    read_header,
     row_blocks,
     whole_directory,
     write_tensors,
@@ -89,7 +88,7 @@ def merge_lora(
     out_dir = Path(out_dir)
     check_output(out_dir)
     adapter = open_source(adapter_dir)
-    if dtype is not None and CODES.get(getattr(torch, dtype, None), "") not in FLOATS:  # pyright: ignore
+    if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ModelError(f'dtype "{dtype}" is not one of float32, bfloat16, float16')
     base = base_directory(adapter.base)
     shards, left_out = plan_shards(adapter, base, CODES[getattr(torch, dtype)] if dtype else None)
@@ -117,7 +116,7 @@ def open_source(path: str | Path) -> AdapterFiles:
     base = resolve_source(path).base
     config: Any = read_model_config(base)
     scores = any("SequenceClassification" in name for name in config.architectures or ())
-    infos = {name: info for file in base_files(Path(base)) for name, info in read_header(file).items()}
+    infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
     head = head_of({"task_type": HEADS["score" if scores else "causal_lm"][1]}, infos, config)
     parameters = model_shapes(config, head)
     return AdapterFiles(
@@ -221,7 +220,11 @@ def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
 def copy_plain(source: Path, target: Path) -> None:
     """A side file as it is, but for what another machine or another renderer could not use."""
     if source.name == TEMPLATE:
-        target.write_text(plain_template(source.read_text(encoding="utf-8")), encoding="utf-8")
+        try:
+            text = source.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ModelError(f"{source}: not UTF-8 ({error})") from error
+        target.write_text(plain_template(text), encoding="utf-8")
     elif source.name == TOKENIZER_CONFIG:
         config = read_object(source)
         if isinstance(template := config.get("chat_template"), str):
@@ -235,7 +238,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ModelError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: no JSON object")

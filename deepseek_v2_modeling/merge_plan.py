@@ -11,9 +11,8 @@ from .adapter_files import AdapterFiles
 from .adapter_layouts import LowRank
 from .checkpoints import COMPUTED
 from .errors import ModelError
-from .tensor_files import DTYPES, WEIGHT_FILES, TensorInfo, base_files, read_header
+from .tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
 
-FLOATS = ("F32", "F16", "BF16")
 OTHER_HEAD = {"causal_lm": "score.", "score": "lm_head."}
 SHOWN = 5
 
@@ -47,7 +46,7 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
 
     dtype: code of the type of all weights, None to keep them.
     """
-    headers = {path: read_header(path) for path in base_files(base)}
+    headers = base_headers(base)
     found = {name: info for header in headers.values() for name, info in header.items()}
     left_out = check_base(adapter, found)
     tensors = {path: merged_tensors(adapter, header, dtype) for path, header in headers.items()}
@@ -68,7 +67,7 @@ def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtyp
             piece = adapter.layout[name]
             pair = pairs.get(piece.parameter)
             place = piece.place if fused else ...
-            tensors[name] = Merged(merged_info(source, info, piece.shape, dtype, pair), source, place, pair)
+            tensors[name] = Merged(merged_info(source, info, piece.shape, dtype), source, place, pair)
     return {name: merged for name, merged in tensors.items() if name not in adapter.replaced}
 
 
@@ -108,14 +107,10 @@ def check_base(adapter: AdapterFiles, found: Mapping[str, TensorInfo]) -> tuple[
     return left_out
 
 
-def merged_info(
-    source: str, info: TensorInfo, shape: tuple[int, ...], dtype: str | None, pair: LowRank | None
-) -> TensorInfo:
-    """Type and shape of a tensor of the result. Raises ModelError for an adapted one that is quantised."""
+def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: str | None) -> TensorInfo:
+    """Type and shape of a tensor of the result. Raises ModelError for one that is quantised."""
     if info.dtype not in FLOATS:
-        if pair is not None or info.dtype not in DTYPES:
-            raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
-        return TensorInfo(info.dtype, shape)
+        raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
     return TensorInfo(dtype or info.dtype, shape)
 
 

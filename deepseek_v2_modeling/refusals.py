@@ -1,5 +1,6 @@
 """What looks loadable and would be computed wrongly, or not at all: each is one ModelError."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +37,9 @@ def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
         raise ModelError(
             f'{where}model_type is "{found}", not "{MODEL_TYPE}"{known}; Auto classes choose the class by it'
         )
-    if values.get("use_mla") is False:
-        raise ModelError(f"{where}use_mla is false: plain multi-head attention, without latents, is not supported")
+    if values.get("use_mla", True) is not True:
+        said = json.dumps(values["use_mla"])
+        raise ModelError(f"{where}use_mla is {said}: plain multi-head attention, without latents, is not supported")
 
 
 def _method(settings: Any) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+FLOATS = ("F64", "F32", "F16", "BF16")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 Progress = Callable[[int, int], None]  # bytes written since the last call, bytes in all
 
@@ -82,21 +83,50 @@ def _checked_info(name: str, entry: Any) -> TensorInfo:
 
 
 def base_files(base: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order. Raises ModelError when one is missing."""
+    """The safetensors files of a model directory, in order; the single file where there are shards as well, as
+    transformers has it. Raises ModelError when one is missing."""
     single, index = (base / name for name in WEIGHT_FILES)
-    if not index.is_file():
-        if not single.is_file():
-            raise ModelError(f"{base}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    if single.is_file():
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ValueError(f"weight_map names {bad[0]!r}, which is no file beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index}: not a readable index of shards ({error})") from error
+    if not index.is_file():
+        raise ModelError(f"{base}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    names = shards_named(index)
     if missing := [name for name in names if not (base / name).is_file()]:
         raise ModelError(f"{base}: {missing[0]} is missing, which the index names")
     return [base / name for name in names]
+
+
+def shards_named(index: Path) -> list[str]:
+    """The files that an index of shards names. Raises ModelError for an index that names none, or others than shards
+    in its directory."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index}: not a readable index of shards ({type(error).__name__}: {error})") from error
+    if not names:
+        raise ModelError(f"{index}: its weight_map is empty: it names no shards")
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise ModelError(f"{index}: {name!r} is no safetensors file beside it")
+    return names
+
+
+def check_doubled(path: Any, found: Iterable[str], before: Container[str]) -> None:
+    """Raises ModelError for a tensor that is in two files, of which only one can be the model's."""
+    if doubled := [name for name in found if name in before]:
+        raise ModelError(f"{path}: {doubled[0]} is in another file of the model too; keep the one that is right")
+
+
+def base_headers(base: Path) -> dict[Path, dict[str, TensorInfo]]:
+    """{file: what is in it} of a model directory. Raises ModelError for a file that is missing or cut short, and a
+    tensor in two files."""
+    headers: dict[Path, dict[str, TensorInfo]] = {}
+    seen: set[str] = set()
+    for path in base_files(base):
+        headers[path] = read_header(path)
+        check_doubled(path, headers[path], seen)
+        seen.update(headers[path])
+    return headers
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> tuple[list[str], bytes]:

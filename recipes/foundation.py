@@ -16,12 +16,12 @@ from deepseek_v2_modeling.adapter_files import match_adapter, read_lora_config
 from deepseek_v2_modeling.adapters import read_adapter_config
 from deepseek_v2_modeling.configuration import DeepseekV2Config
 from deepseek_v2_modeling.expert_choice import ExpertChoice, read_choice
+from deepseek_v2_modeling.generation_files import check_generation
 from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,
     ModelSource,
     apply_settings,
-    check_generation_config,
     check_lora_targets,
     check_vocabulary,
     check_weights,
@@ -91,7 +91,9 @@ def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
     """What the files say; nothing where they are on a hub that is not to be asked."""
     if not (ask_hub or Path(source.base).exists()):
         return Foundation()
-    return Foundation(source, read_settings(source.base), load_tokenizer(source), kind_of(source))
+    settings = read_settings(source.base)
+    check_generation(source.base, settings.vocab_size)
+    return Foundation(source, settings, load_tokenizer(source), kind_of(source))
 
 
 def check_model(recipe: Any, found: Foundation) -> DeepseekV2Config | None:
@@ -126,7 +128,6 @@ def check_files(found: Foundation, head: Head, path: str) -> None:
     check_vocabulary(found.tokenizer, found.settings, source.tokenizer_dir if source else path)
     if source is None or not Path(source.base).is_dir():
         return
-    check_generation_config(source.base)
     check_weights(source.base, apply_settings(copy.deepcopy(found.settings), head, None), head)
     if source.adapter:
         raw, lora = read_lora_config(Path(source.adapter))
