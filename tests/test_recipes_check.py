@@ -132,14 +132,15 @@ def test_the_page_shows_what_is_trained_and_escapes_everything(
     evil = '<script>alert(1)</script> & "quotes" </style> \u202e'
     rows = [{"prompt": evil + "?", "completion": f"said {evil}", "kind": evil}]
     path = recipe(tmp_path, rows, eval_data=[{"path": "rows.jsonl"}], training={"max_length": 512})
-    check(load_recipe(path))
+    assert main(["check", str(path)]) == 0
     text = (tmp_path / "out" / "run.check.html").read_text(encoding="utf-8")
     page = _Page(text)
     assert "script" not in page.tags and page.tags.count("svg") == 2 and "\u202e" not in text
     shown = evil.replace("\u202e", "\ufffd")
     assert f" said {shown}<｜end▁of▁sentence｜>" in page.marked and f"User: {shown}?" in page.text
     assert not re.search(r"(?:src|href)=", text)
-    assert "\u202e" not in capsys.readouterr().out  # nor does it turn the terminal's text round
+    said = capsys.readouterr().out
+    assert "\u202e" not in said and r"</style> \u202e" in said  # nor does it turn the terminal's text round
 
 
 def test_bad_rows_and_missing_fill_in_tokens_end_with_2(
