@@ -262,9 +262,17 @@ def same_experts(adapter: str, base: str, wanted: ExpertChoice | None) -> bool:
 
 
 def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
-    """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir."""
+    """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir.
+
+    Raises:
+        ModelError: out_dir is the base itself, or cannot be written.
+    """
     from .merge import merge_lora  # which loads through this file
 
+    if out_dir.resolve() == Path(source.base).resolve():
+        raise ModelError(
+            f"{source.adapter}: its base model is {out_dir}, where this run merges the two; choose another output_dir"
+        )
     if not out_dir.exists():
         assert source.adapter is not None
         merge_lora(source.adapter, out_dir, dtype)

@@ -146,7 +146,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
             with self._stop_on_signals():
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
         self.seconds_before, self._began = self.seconds, None
-        if self.stopped_early:
+        if self.stopped_early or self._stopped_late():
             raise StopRequested(f"stopped at step {self.state.global_step}; checkpoint written")
         return output
 
@@ -161,12 +161,21 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         """(stop with a checkpoint, a limit is reached), agreed on by all processes."""
         seconds, tokens = self.limits.max_seconds, self.limits.max_tokens
         enough = (seconds is not None and self.seconds >= seconds) or (tokens is not None and self.tokens >= tokens)
-        answers = torch.tensor([float(self.stop_asked), float(enough)])
-        if self.accelerator.num_processes > 1:
-            answers = self.accelerator.reduce(answers.to(self.accelerator.device), reduction="sum")
-        stop = bool(answers[0]) and self.state.global_step < self.state.max_steps
+        stop, enough = self._agreed(self.stop_asked, enough)
         self.stopped_early = self.stopped_early or stop
-        return stop, bool(answers[1])
+        self.at_end = enough or self.state.global_step >= self.state.max_steps
+        return stop, enough
+
+    def _agreed(self, *answers: bool) -> list[bool]:
+        """Each answer, true where it is so on any process."""
+        found = torch.tensor([float(answer) for answer in answers])
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum")
+        return [bool(answer) for answer in found]
+
+    def _stopped_late(self) -> bool:
+        """Was a stop asked for after the last step, too late for `_ask`? It counts where nothing is lost by it."""
+        return (self.run_dir / f"checkpoint-{self.state.global_step}").is_dir() and self._agreed(self.stop_asked)[0]
 
     @property
     def seconds(self) -> float:

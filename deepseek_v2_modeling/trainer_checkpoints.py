@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         self.loss_sum = 0.0  # over the logged steps, those before a resume included
         self.logged_step = 0
         self.stopped_early = False
+        self.at_end = False  # of the last step or at a limit, so that there is nothing left to train
         self._saving = False
         super().__init__(*args, **kwargs)
 
@@ -71,6 +73,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             for doomed in self.run_dir.glob(".checkpoint-*.old"):
                 shutil.rmtree(doomed)
             for name in GROWING:
+                _tell_of_lost_lines(self.run_dir / name, sizes.get(name, 0))
                 cut_file(self.run_dir / name, sizes.get(name, 0))
         self.accelerator.wait_for_everyone()
 
@@ -167,7 +170,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             "tokens": getattr(self, "_total_train_tokens", 0),
             "skipped_updates": self.skipped_updates,
             "loss_sum": self.loss_sum,
-            "ended": self.control.should_training_stop and not self.stopped_early,
+            "ended": self.control.should_training_stop and (self.at_end or not self.stopped_early),
             "files": file_sizes(home, GROWING),
         }
         write_json(folder / RUN_STATE_FILE, run_state)
@@ -207,11 +210,24 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return better or self.stopped_early  # save_strategy best saves when this is true
 
     def _load_best_model(self) -> None:
+        if self.stopped_early:  # the run goes on from its newest checkpoint, which must stay
+            return
         best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
         self._load_from_checkpoint(str(best))
         if self.args.should_save and self.args.save_total_limit == 1:
             remove_old_checkpoints(self.run_dir, 0, best.name)  # else the Trainer does it, under the whole one's name
         self.accelerator.wait_for_everyone()
+
+
+def _tell_of_lost_lines(path: Path, size: int) -> None:
+    """Say that a file has become shorter than it was at the checkpoint: training is the same, its record is not."""
+    there = path.stat().st_size if path.is_file() else 0
+    if there < size:
+        print(
+            f"{path}: {there:,} of the {size:,} bytes that it had at the checkpoint; the lines that are missing stay "
+            "missing, and training goes on as it was",
+            file=sys.stderr,
+        )
 
 
 def remove_old_checkpoints(run_dir: Path, limit: int | None, best: str | None) -> None:

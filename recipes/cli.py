@@ -310,12 +310,14 @@ def _complain(message: str) -> None:
 
 
 def _prepare_process() -> None:
-    """SIGTERM ends like Ctrl-C; long messages of libraries stay out of the way; what killed processes left goes."""
+    """SIGTERM ends like Ctrl-C, which is heard in the background of a script too (a shell has it ignored there); long
+    messages of libraries stay out of the way; what killed processes left goes."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     remove_abandoned()
 

@@ -10,7 +10,7 @@ from conversations.errors import ToolkitError
 from deepseek_v2_modeling.adapters import WEIGHTS
 from deepseek_v2_modeling.loading import ModelSource, read_settings
 from recipes.manifest import file_sha256
-from recipes.models import expert_choice, reward_source
+from recipes.models import MERGE_DIR, expert_choice, reward_source
 from recipes.ranks import world_size
 from recipes.training_fields import setting
 
@@ -23,6 +23,7 @@ TOKENIZER = (
 # Keys that say where a file came from, not what it holds.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "chat_template")
 EXTENT = ("processes", "global batch")
+MERGED = "merged base model"
 
 
 def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
@@ -40,6 +41,12 @@ def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
         file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
         found["experts file"] = (str(file), _hash(sorted(choice.layers.items())))
     return {part: {"path": path, "sha256": content} for part, (path, content) in found.items()}
+
+
+def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:
+    """That of the base and adapter merged for a run; empty where it has none, or none yet."""
+    folder = run_dir / MERGE_DIR
+    return {MERGED: {"path": str(folder), "sha256": _model(str(folder))}} if folder.is_dir() else {}
 
 
 def extent(recipe: Any) -> dict[str, int]:
@@ -64,7 +71,9 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
     old, new = before.get("files"), now["files"]
     if not old or not new:  # a process that does not look at files, or a run of a toolkit that did not
         return
-    changed = [part for part in {**old, **new} if _content_of(old, part) != _content_of(new, part)]
+    remade = {MERGED} - (old.keys() & new.keys())  # what is merged again comes out the same
+    parts = [part for part in {**old, **new} if part not in remade]
+    changed = [part for part in parts if _content_of(old, part) != _content_of(new, part)]
     if changed:
         path = {**old, **new}[changed[0]]["path"]
         others = f", and so are: {', '.join(changed[1:])}" if changed[1:] else ""

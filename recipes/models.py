@@ -24,6 +24,8 @@ from rl.config import RewardEntry, RlRecipe
 from rl.rewards import Reward, RewardModelReward, RuleReward
 from sft.config import SftRecipe
 
+MERGE_DIR = "base"  # in a run directory: the model that the run starts from, where an adapter had to be merged
+
 
 def ensure_model(path: str, preset: str | None, seed: int) -> None:
     """Make the preset's model at `path` when there is none, by the main process."""
@@ -63,7 +65,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             source,
             lora=lora,
             experts=expert_choice(recipe),
-            merge_dir=run_dir / "base",
+            merge_dir=run_dir / MERGE_DIR,
             head=head_of(recipe),
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,

@@ -7,11 +7,9 @@ used, which is after the weights of a real model have been loaded.
 import contextlib
 import gc
 import io
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from conversations.errors import ToolkitError
+from conversations.scratch import scratch_directory
 from deepseek_v2_modeling.configuration import DeepseekV2Config
 from deepseek_v2_modeling.loading import HEADS
 from deepseek_v2_modeling.lora import apply_lora
+from deepseek_v2_modeling.trainer import StopRequested
+from recipes.disk import disk_fault
 from recipes.foundation import head_of, lora_settings
 from recipes.ranks import world_size
 from rl.rewards import Answer, Reward, Values
@@ -63,12 +64,18 @@ def rehearse(recipe: Any, settings: DeepseekV2Config | None, tokenizer: Any) -> 
 
     Raises:
         ToolkitError: the libraries refuse a field of `training`, which is named where leaving it out helps.
+        OSError, ModelError: the disk of temporary files is full.
+        KeyboardInterrupt: a signal came.
     """
     if settings is None or world_size() > 1:
         return
     try:
         _try(recipe, settings, tokenizer)
+    except StopRequested:
+        raise KeyboardInterrupt from None  # of what it says, nothing is true of the run
     except Exception as error:
+        if disk_fault(error):
+            raise
         raise ToolkitError(f"{_culprit(recipe, settings, tokenizer)}: {' '.join(str(error).split())}") from error
 
 
@@ -83,14 +90,14 @@ def _culprit(recipe: Any, settings: DeepseekV2Config, tokenizer: Any) -> str:
 
 
 def _try(recipe: Any, settings: DeepseekV2Config, tokenizer: Any) -> None:
-    with _unnoticed(), tempfile.TemporaryDirectory() as directory:
+    with _unnoticed():
         model = toy_model(recipe, settings)
         if recipe.stage == "eval":
             return
         training = {**recipe.training, **_TRAINING[recipe.stage]}
         small = recipe.model_copy(update={"training": training})
         rows = _ROWS[recipe.loss if recipe.stage == "reward" else recipe.stage]
-        given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "run_dir": Path(directory)}
+        given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "run_dir": scratch_directory()}
         if recipe.stage == "rl":
             given["rewards"] = [_Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
         else:

@@ -4,6 +4,7 @@ Reads everything first, so that a wrong recipe, model or data set leaves no trac
 the model and calls the stage. Only the main process writes.
 """
 
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from recipes.results import figures, table_text
 from recipes.rundir import MANIFEST, RECIPE, RESULTS, State, dump_text, inspect
 
 if TYPE_CHECKING:
+    from deepseek_v2_modeling.loading import ModelSource
     from recipes.prepare import Inputs
 
 REJECTED = "rejected.jsonl"
@@ -115,7 +117,9 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> 
     manifest = new_manifest(loaded.path, recipe.seed)
     manifest["data"] = [file for listed in inputs.sources for file in listed.mixture.files]
     if recipe.stage != "eval":
-        manifest["start"] = _start(recipe, inputs)
+        if state.status == "new":
+            _remove_merged(run_dir, inputs.source)
+        manifest["start"] = _start(recipe, inputs, run_dir)
     if state.status == "resume":
         _check_same_start(run_dir, before, manifest)
         for key in ("started", "peak_memory_gb"):
@@ -139,11 +143,22 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> 
     return manifest
 
 
-def _start(recipe: Any, inputs: "Inputs") -> dict[str, Any]:
-    """What the run starts from and how many processes share it; files are looked at by the main process only."""
-    from recipes.identity import extent, fingerprints
+def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
+    """What an earlier run that left no checkpoint has merged may be of another model."""
+    from recipes.models import MERGE_DIR
 
-    return {**extent(recipe), "files": fingerprints(recipe, inputs.source) if is_main() else {}}
+    merged = run_dir / MERGE_DIR
+    used = any(Path(path).resolve().is_relative_to(merged.resolve()) for path in (source.base, source.adapter) if path)
+    if is_main() and merged.is_dir() and not used:
+        shutil.rmtree(merged)
+
+
+def _start(recipe: Any, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
+    """What the run starts from and how many processes share it; files are looked at by the main process only."""
+    from recipes.identity import extent, fingerprints, merged_base
+
+    files = {**fingerprints(recipe, inputs.source), **merged_base(run_dir)} if is_main() else {}
+    return {**extent(recipe), "files": files}
 
 
 def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -166,6 +181,7 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
 def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: dict[str, Any]) -> dict[str, Any]:
     """Load the model and call the stage's own function, by the stage's name."""
     from recipes import models
+    from recipes.identity import merged_base
 
     source = inputs.source
     stage = import_module(f"{recipe.stage}.stage")
@@ -175,6 +191,8 @@ def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: 
         function = stage.evaluate
     else:
         model = models.load_for_training(recipe, source, run_dir)
+        if is_main():
+            manifest["start"]["files"].update(merged_base(run_dir))
         manifest["trained"] = models.adapted_table(model)
         for line in models.table_lines(manifest["trained"]):
             say(line)

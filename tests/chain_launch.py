@@ -10,6 +10,7 @@ Every run is a process of its own, forked from this one when the libraries are i
 
 import argparse
 import errno
+import gc
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 import eval.stage
-import recipes.chain
+import recipes.run
 import reward.stage  # noqa: F401 (before the forks, so that none of them has to)
 import rl.stage  # noqa: F401
 import sft.stage
@@ -39,6 +40,7 @@ STAGES = [entry["name"] for entry in ENTRIES]
 EVALUATIONS = [entry["name"] for entry in ENTRIES if "results" in entry]
 TRAINED = [name for name in STAGES if name not in EVALUATIONS]
 ROWS = 8  # of each source: what is not used need not be made and read
+TOKENS = 3  # of an answer
 WAYS = {"SIGINT": 130, "SIGTERM": 130, "SIGKILL": -signal.SIGKILL, "full disk": 2}  # and how the run ends
 
 
@@ -51,8 +53,12 @@ def smoke() -> list[str]:
         for key, sources in (lists or {"data": recipe["data"]}).items():
             few = [{**source, "path": f"{source['path'].split('?')[0]}?n={ROWS}"} for source in sources]
             words.append(f"stages.{entry['name']}.{key}={json.dumps(few)}")
+        for n, _ in enumerate(recipe.get("tasks", ())):
+            words.append(f"stages.{entry['name']}.tasks.{n}.max_new_tokens={TOKENS}")
         if entry["name"] in TRAINED:
             words.append(f"stages.{entry['name']}.training.save_steps=1")
+        if recipe["stage"] == "rl":
+            words.append(f"stages.{entry['name']}.training.max_completion_length={TOKENS}")
     return words
 
 
@@ -64,15 +70,15 @@ def stop(way: str) -> None:
 
 
 def stopped_in(stage: str, way: str) -> Callable[[], None]:
-    """Stops a chain in a stage: a training one in its first step, or by SIGKILL and a full disk in its second, when
-    there is a checkpoint; an evaluation when it writes what the model said."""
+    """Stops a chain in a stage: a training one in its first step, by SIGTERM in its last, or by SIGKILL and a full disk
+    in its second, when there is a checkpoint; an evaluation when it writes what the model said."""
 
     def patch() -> None:
-        run_stage, where = recipes.chain.run_stage, [""]
+        work, where = recipes.run._work, [""]
 
-        def watched(loaded: Any) -> Any:
-            where[0] = Path(loaded.recipe.output_dir).name
-            return run_stage(loaded)
+        def watched(recipe: Any, *args: Any) -> Any:  # the stage itself, not what is tried out before it
+            where[0] = Path(recipe.output_dir).name
+            return work(recipe, *args)
 
         def deadly(function: Callable[..., Any], call: int) -> Callable[..., Any]:
             calls = [0]
@@ -85,13 +91,13 @@ def stopped_in(stage: str, way: str) -> Callable[[], None]:
 
             return called
 
-        recipes.chain.run_stage = watched
+        recipes.run._work = watched
         if stage in EVALUATIONS:
             eval.stage.append_lines = deadly(eval.stage.append_lines, 1)
         elif way == "full disk":
             RunTrainerMixin._publish = deadly(RunTrainerMixin._publish, 2)
         else:
-            step = deadly(RunTrainerMixin.compute_loss, 2 if way == "SIGKILL" else 1)
+            step = deadly(RunTrainerMixin.compute_loss, 1 if way == "SIGINT" else 2)
             RunTrainerMixin.compute_loss = step
 
     return patch
@@ -189,6 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # what is imported is not looked through again at the end of each stage
     if args.kills:
         kill_at_random(folder, args.kills, args.seed)
         return

@@ -281,3 +281,65 @@ def test_a_run_without_its_manifest_does_not_go_on(
         file.write_bytes(b"\x00{")
         assert begun("lora") == 2
         assert str(file) in capsys.readouterr().err
+
+
+def test_lines_that_metrics_have_lost_are_told(begun: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    begun("lora", "only copy")
+    metrics = Path("lora/metrics.jsonl")
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(lines[0])
+    assert begun("lora") == 0
+    assert f"{metrics}: {len(lines[0]):,} of the " in capsys.readouterr().err
+    assert metrics.read_text().startswith(lines[0])
+
+
+# --- what a run has merged --------------------------------------------------------------------------------------------
+
+MERGING = (
+    "model.path=start",
+    "lora={targets: [attention], r: 3}",
+)  # another rank than the adapter has
+
+
+def test_another_merged_base_is_noticed(
+    begun: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "lora", "start")
+    begun("rl", "only copy")
+    assert begun("rl", *MERGING, "output_dir=out") == 0
+    unbroken = Path("out/final/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("out/final")
+    other_weight(Path("out/base/model.safetensors"))
+    assert "the merged base model (out/base) is another one" in refused(
+        lambda: begun("rl", *MERGING, "output_dir=out"), capsys
+    )
+    shutil.rmtree("out/base")  # it is merged again
+    assert begun("rl", *MERGING, "output_dir=out") == 0
+    assert Path("out/final/adapter_model.safetensors").read_bytes() == unbroken
+
+
+def test_what_another_run_without_a_checkpoint_has_merged_is_not_trained_on(
+    begun: Callable[..., int], folder: Path
+) -> None:
+    shutil.copytree(folder / "lora", "start")
+    begun("rl", "only copy")
+    assert begun("rl", *MERGING, "output_dir=out") == 0
+    for name in ("final", "checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(Path("out", name))
+    other_weight(Path("start/final/adapter_model.safetensors"))
+    before = Path("out/base/model.safetensors").read_bytes()
+    assert begun("rl", *MERGING, "output_dir=out") == 0
+    assert Path("out/base/model.safetensors").read_bytes() != before
+
+
+def test_a_base_where_the_run_would_merge_to_is_refused(
+    begun: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "lora", "start")
+    begun("rl", "only copy")
+    shutil.copytree(folder / "base", "out/base")
+    Path("out/recipe.yaml").write_text("{}")
+    change(Path("start/final/adapter_config.json"), str((folder / "base").resolve()), str(Path("out/base").resolve()))
+    assert begun("rl", *MERGING, "output_dir=out") == 2
+    assert "where this run merges the two; choose another output_dir" in capsys.readouterr().err
+    assert Path("out/base/model.safetensors").exists()

@@ -17,6 +17,7 @@ import recipes.manifest
 from conversations.errors import ToolkitError
 from conversations.scratch import PREFIX, scratch_directory
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
+from deepseek_v2_modeling.trainer_finite import FiniteMixin
 from recipes.cli import main
 from recipes.files import read_json, write_json
 from recipes.init import make_model
@@ -232,6 +233,31 @@ def in_a_child_that_waits() -> int:
         signal.pause()
     os.read(read, 1)
     return pid
+
+
+def stopped_in_rehearsal(which: signal.Signals, patch: pytest.MonkeyPatch) -> int:
+    real = FiniteMixin.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), which)
+        return real(*args, **kwargs)
+
+    patch.setattr(FiniteMixin, "training_step", step)
+    return main(["sft", "sft.yaml"])
+
+
+def test_a_signal_while_training_is_tried_out_tells_of_no_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a kill leaves of it goes at the next start."""
+    Path("tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(Path("tmp").absolute()))
+    assert stopped_in_rehearsal(signal.SIGTERM, monkeypatch) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from there\n" and not Path("run").exists()
+    assert not list(Path("tmp").iterdir())
+    in_a_child(lambda: stopped_in_rehearsal(signal.SIGKILL, monkeypatch))
+    assert [path.name[:5] for path in Path("tmp").iterdir()] == [PREFIX]
+    assert main(["--version"]) == 0 and not list(Path("tmp").iterdir())
 
 
 def test_a_command_takes_its_temporary_files_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
