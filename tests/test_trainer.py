@@ -392,9 +392,15 @@ def test_stop_request_finishes_the_step_and_can_be_gone_on_with(tmp_path):
     assert steps(tmp_path / "b") == [1, 2, 3, 4]
 
 
-def test_stop_request_in_the_last_step_changes_nothing(tmp_path):
-    Stopping.stop_at = 4
-    assert make(tmp_path, Stopping).train().global_step == 4
+@pytest.mark.parametrize(("last", "settings"), [(4, {}), (1, {"limits": RunLimits(max_seconds=1e-6), "max_steps": 50})])
+def test_after_a_stop_in_the_last_step_there_is_nothing_left_to_train(tmp_path, last, settings):
+    """Whatever makes it the last one."""
+    Stopping.stop_at = last
+    with pytest.raises(StopRequested, match=f"step {last}"):
+        make(tmp_path, Stopping, **settings).train()
+    resumed = make(tmp_path, model=chat_model(seed=1), **settings)
+    assert resumed.train(tmp_path / f"checkpoint-{last}").global_step == last
+    assert steps(tmp_path)[-1] == last and "train_runtime" in metrics(tmp_path)[-1]
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
