@@ -110,6 +110,7 @@ class DeepseekV2Config(StockConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
+        check_settings_finite({**vars(self), **kwargs})
         check_sizes({**vars(self), **kwargs})
         kwargs.pop("auto_map", None)  # names code that is not beside what is saved, and that is never run here
         given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .decode_steps import decode_step, logits_of, new_cache
 from .errors import ModelError
-from .finite import is_finite
+from .finite import check_weights, is_finite
 
 # (token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V]
 Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -100,7 +100,7 @@ def _answer_batch(
     cache = new_cache(model, max_new_tokens - 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     first = logits_of(model, ids, mask, positions, cache)
-    finite("logits", first)
+    finite(model, "logits", first)
 
     rows = list(range(len(prompts)))
     chosen = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
@@ -123,7 +123,7 @@ def _answer_batch(
             step.keep(kept)
             rows, tokens = [rows[place] for place in alive], tokens[kept]
         logits = step(tokens)
-        finite("logits", logits)
+        finite(model, "logits", logits)
     return answers
 
 
@@ -163,9 +163,10 @@ def choose_tokens(logits: torch.Tensor, temperature: float, drawn: torch.Tensor 
     return torch.searchsorted(reached, drawn.double()[:, None] * reached[:, -1:], right=True).squeeze(1)
 
 
-def finite(what: str, values: torch.Tensor) -> None:
-    """Raises ModelError for what a model gave, unless it is finite: from finite weights it overflowed."""
+def finite(model: nn.Module, what: str, values: torch.Tensor) -> None:
+    """Raises ModelError for what a model gave, unless it is finite; names the weight that is not, if one is."""
     if not is_finite(values):
+        check_weights(model, "the model")
         raise ModelError(
             f"the model's {what} are not finite (NaN or infinity), though its weights are: it overflows in this dtype, "
             "or its numbers are out of range; try dtype float32, or an earlier checkpoint"
@@ -187,7 +188,7 @@ def score_sequences(
         for batch in by_length(sequences, batch_size):
             ids, mask = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            finite("scores", logits)
+            finite(model, "scores", logits)
             for i, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 scores[i] = score
     return scores
@@ -211,7 +212,7 @@ def token_losses(
             trained, _ = pad_batch([masks[i] for i in batch], 0, left=False)
             ids, real, trained = ids.to(device), real.to(device), trained.to(device)[:, 1:]
             logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
-            finite("logits", logits)
+            finite(model, "logits", logits)
             nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             sums = zip((nats * trained).sum(1).tolist(), trained.sum(1).tolist(), strict=True)
             for i, found in zip(batch, sums, strict=True):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 from conversations.errors import ToolkitError
@@ -108,7 +109,7 @@ class _Partner:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             streamer=_streamer(self.tokenizer),
-            logits_processor=[_only_numbers],
+            logits_processor=[partial(_only_numbers, self.model)],
         )
         said = self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": said})
@@ -123,13 +124,13 @@ class _Partner:
         return render_conversation(self.messages, self.tokenizer, add_generation_prompt=True)["input_ids"]
 
 
-def _only_numbers(ids: Any, scores: Any) -> Any:
+def _only_numbers(model: Any, ids: Any, scores: Any) -> Any:
     """Scores as they are. Raises ModelError for NaN, of which `generate` would make an empty answer."""
     import torch
 
     from deepseek_v2_modeling.inference import finite
 
-    finite("logits", scores.clamp(min=torch.finfo(scores.dtype).min))  # a forbidden token has -infinity
+    finite(model, "logits", scores.clamp(min=torch.finfo(scores.dtype).min))  # a forbidden token has -infinity
     return scores
 
 

@@ -60,8 +60,9 @@ def parse_yaml(text: str, name: str) -> Any:
     Raises:
         ToolkitError: naming `name` and the line, or the bound that is passed.
     """
-    loader = _RecipeLoader(text)
+    loader = None
     try:
+        loader = _RecipeLoader(text)  # looks for characters that YAML does not allow
         node = loader.get_single_node()
         if node is None:
             return None
@@ -79,7 +80,8 @@ def parse_yaml(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         raise ToolkitError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

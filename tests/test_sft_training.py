@@ -269,9 +269,7 @@ def test_nan_names_step_rows_and_module(tmp_path: Path, packing: bool) -> None:
 def test_nan_in_a_weight_is_told_from_nan_in_the_data(tmp_path: Path) -> None:
     model = chat_model()
     model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(
-        ModelError, match=r"o_proj \(Linear\): [0-9,]+ .* not finite, its weight weight holds them already"
-    ):
+    with pytest.raises(ModelError, match=r"o_proj.weight \(float32\) are not all finite"):
         run(tmp_path, model=model)
 
 
