@@ -177,7 +177,10 @@ def _frame(chart: Chart) -> Frame:
     margin = 0.06 * (high - low)
     bottom = low if low == 0 and not log else low - margin
     first, last = min(steps), max(steps)
-    return Frame((first, last) if last > first else (first - 1, last + 1), (bottom, high + margin), log)
+    if last == first:
+        room = max(1.0, 1e-6 * abs(first))  # a float of 16 digits is its own neighbour
+        first, last = first - room, last + room
+    return Frame((first, last), (bottom, high + margin), log)
 
 
 def _grid(frame: Frame) -> Markup:
