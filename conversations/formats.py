@@ -254,11 +254,13 @@ def convert_row(
     flags = row_flags(others, _turns_of(row, known))
     readable = _with_turns(row, known, TurnReader(rules, events), flags)
     converted = known.convert(readable | ({"train": False} if flags and not flags[0][1] else {}))
-    thought = column_reasoning(others) if "text" not in converted else None
+    said = converted.get("messages") or converted.get("completion") or []
+    answers = sum(message["role"] == "assistant" for message in said)
+    thought = column_reasoning(others, answers, rules.reasoning) if "text" not in converted else None
     _apply(converted, flags, thought, rules, events)
     if row.get("reference") not in (None, "") and "reference" not in known.optional:
         converted["reference"] = reference_text(row["reference"])
-    read = {*ROW_FLAGS, *columns, "kind", *(REASONING_KEYS if thought else ())}
+    read = {*ROW_FLAGS, "kind", *(REASONING_KEYS if thought else ())}
     events.extend(("columns", str(key)) for key in others if key not in read)
     meta = converted.pop("meta", {}) | others
     given = row.get("meta")
@@ -295,8 +297,8 @@ def _apply(
     off = next((name for name, flag in flags or () if not flag), None)
     if off and not (is_answer and "messages" in converted):
         raise BadRow(f"the row has {off} false, which cannot be honoured here: leave the row out")
-    if off and len(flags or ()) == 1:
-        events.append(("untrained", off))
+    if off and all(not flag for _, flag in flags or ()):  # the row as a whole, whatever its form
+        events.extend(("untrained", off) for message in converted["messages"] if _leaves_out(message))
     if thought and is_answer:
         answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
     elif thought and rules.reasoning != "drop":
@@ -305,6 +307,14 @@ def _apply(
         )
     if thought and rules.reasoning == "drop":
         events.append(("dropped reasoning", thought[0]))
+
+
+def _leaves_out(message: Row) -> bool:
+    """Marks an answer as not trained; whether that is new."""
+    is_new = message["role"] == "assistant" and message.get("train") is not False
+    if is_new:
+        message["train"] = False
+    return is_new
 
 
 def _unknown(row: Row) -> BadRow:

@@ -124,6 +124,8 @@ def _one_object(text: "_Window") -> Generator[Record, None, bool]:
         yield Record(line, "", {}, f"an object with {lists} lists of rows; write a file for each")
     if not lists:
         yield _checked(line, json.dumps(values, ensure_ascii=False), values)
+    elif values:
+        yield Record(line, None, {}, beside=tuple(values))
     return True
 
 

@@ -51,7 +51,7 @@ def locate(path: Path, split: str = "") -> Located:
         return _folder(path, split)
     if not path.exists() and has_magic(str(path)):
         found = sorted(Path(name) for name in glob(str(path), recursive=True))
-        located = [locate(each, split) for each in found if each.is_dir() or _is_data(each)]
+        located = [locate(each, split) for each in found if each.is_dir() or (_is_data(each) and _has_rows(each))]
         if not located:
             raise ToolkitError(f"{path}: no file of a known kind has such a name")
         return Located(

@@ -168,6 +168,9 @@ class ConversationReader(Iterator[Row]):
         for file in self._files:
             self._file = file
             for record in open_records(file):
+                if record.beside:
+                    self._events.update(("beside", key) for key in record.beside)
+                    continue
                 row = self._converted(record)
                 if row is not None and not (self.rejected and self._on_bad_row == "error"):
                     yield row

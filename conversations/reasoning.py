@@ -9,30 +9,49 @@ Reasoning = Literal["refuse", "drop", "think_tags"]
 
 KEYS = (
     "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content", "reasoning_text",
-    "reasoning_details", "thinking_blocks",
+    "reasoning_details", "thinking_blocks", "think", "cot", "chain_of_thought", "reasoning_trace", "thinking_trace",
+    "thought_process",
 )  # fmt: skip
+_KEYS = frozenset(KEYS)
 PARTS = ("thinking", "reasoning", "redacted_thinking")  # types of content parts
 _TEXT_KEYS = ("text", "thinking", "summary", "content", "reasoning")
 # What a column `reasoning` or `thinking` of a whole row may hold instead: a switch.
 _SWITCHES = {"on", "off", "yes", "no", "true", "false", "low", "medium", "high", "minimal", "none", "auto"}
 
 
-def reasoning_of(values: Mapping[str, Any], what: str) -> tuple[str, str] | None:
-    """The key that holds reasoning and its text; None where there is none.
+def reasoning_of(values: Mapping[str, Any], what: str, mode: Reasoning) -> tuple[str, str] | None:
+    """The key that holds reasoning and its text ("" where it is dropped); None where there is none.
 
-    Raises BadRow for reasoning that is no text, and for two that differ.
+    Raises BadRow for reasoning that is no text, and for two that differ, unless it is dropped.
     """
+    if not values or _KEYS.isdisjoint(values):
+        return None
+    if mode == "drop":
+        return next(((key, "") for key in KEYS if values.get(key)), None)
     found = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, what)).strip()}
     if len({text.strip() for text in found.values()}) > 1:
         raise BadRow(f"{what} has {' and '.join(found)}, which say different things")
     return next(iter(found.items()), None)
 
 
-def column_reasoning(columns: Mapping[str, Any]) -> tuple[str, str] | None:
-    """As reasoning_of, of the columns of a row that its form does not read; a switch such as "on" is none."""
-    columns = {key: columns[key] for key in KEYS if isinstance(columns.get(key), (str, list))}
-    texts = {key: value for key, value in columns.items() if str(value).strip().lower() not in _SWITCHES}
-    return reasoning_of(texts, "the row")
+def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) -> tuple[str, str] | None:
+    """As reasoning_of, of the columns of a row that its form does not read; a switch such as "on" is none.
+
+    answers: how many the row has: which of them each of several texts belongs to is not known.
+    """
+    if _KEYS.isdisjoint(columns):
+        return None
+    texts = {key: columns[key] for key in KEYS if _holds_text(columns.get(key))}
+    found = reasoning_of(texts, "the row", mode)
+    if found and mode == "think_tags" and answers > 1 and isinstance(texts[found[0]], list):
+        raise BadRow(f"the row has {found[0]}, a list beside {answers} answers: write each into the turn it belongs to")
+    return found
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() not in _SWITCHES
+    return isinstance(value, list) or (isinstance(value, dict) and any(value.get(name) for name in _TEXT_KEYS))
 
 
 def reasoning_text(value: Any, key: str, what: str) -> str:
@@ -42,7 +61,7 @@ def reasoning_text(value: Any, key: str, what: str) -> str:
     if isinstance(value, dict):
         text = next((value[name] for name in _TEXT_KEYS if value.get(name)), None)
         if text is None or isinstance(text, dict):
-            raise BadRow(f"{what} has {key} that holds no text: {named(value)}")
+            raise BadRow(f"{what} has {key} that holds no text: {named(value)} (format.reasoning: drop leaves it out)")
         return reasoning_text(text, key, what)
     return read_text(value, f"{what} {key}")
 

@@ -10,7 +10,8 @@ class Record:
 
     line: where it begins, from 1; the row's number in a parquet file. value: the object, where problem is None.
     text: as written, for those who mend it; None where the file holds no text of its own (parquet). place: what comes
-    before a reason where the line says too little ("element 17: ", of an array on one line).
+    before a reason where the line says too little ("element 17: ", of an array on one line). beside: no row, but keys
+    that stand beside a list of rows.
     """
 
     line: int
@@ -18,6 +19,7 @@ class Record:
     value: dict[str, Any]
     problem: str | None = None
     place: str = ""
+    beside: tuple[str, ...] = ()
 
 
 def is_utf8(text: str) -> bool:

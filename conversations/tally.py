@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
-Kind = Literal["columns", "turn keys", "untrained", "dropped reasoning", "no result"]
+Kind = Literal["columns", "beside", "turn keys", "untrained", "dropped reasoning", "no result"]
 Event = tuple[Kind, str]  # what happened, and the name of the key that it happened to
 
 _WORDS: dict[Kind, tuple[str, str]] = {
     "columns": ("columns not used", "row"),
+    "beside": ("keys beside the rows, not read", "file"),
     "turn keys": ("keys of turns not used", "turn"),
     "untrained": ("turns that are not trained, as their own keys ask", "turn"),
     "dropped reasoning": ("reasoning left out", "turn"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from conversations.badrow import BadRow, named
 from conversations.reasoning import KEYS as REASONING_KEYS
-from conversations.training_flags import FLAGS, SPANS
+from conversations.training_flags import FLAGS, REVERSED, SPANS
 
 # Names of the roles in OpenAI messages, ShareGPT and ms-swift -> ours; "call" and "tool" end as assistant and user.
 ROLES = {
@@ -36,7 +36,7 @@ ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
 TOOLS_KEYS = ("tools", "functions")
 CALL_KEYS = ("tool_calls", "function_call")
-READ_KEYS = frozenset((*CALL_KEYS, "tool_call_id", *FLAGS, SPANS, *REASONING_KEYS))
+READ_KEYS = frozenset((*CALL_KEYS, *FLAGS, *REVERSED, SPANS, *REASONING_KEYS))
 
 # A turn without a role that holds what several speakers said: {user, assistant}, {input, output}.
 _SPEAKERS = {

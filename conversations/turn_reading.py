@@ -1,16 +1,17 @@
 """Lists of turns, as found in the wild -> lists of Turn. Raises BadRow, with a reason for who owns the file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from conversations.badrow import BadRow, named, read_text
 from conversations.media import refuse_media
 from conversations.reasoning import PARTS, Reasoning, reasoning_of, reasoning_text, with_reasoning
 from conversations.tally import Event
-from conversations.tools import calls_text, result_text, tools_text
-from conversations.training_flags import turn_flag
+from conversations.tools import Call, calls_text, result_text, tools_text
+from conversations.training_flags import refuse_flags, turn_flag
 from conversations.turn_keys import (
     CALL_KEYS,
     CONTENT_KEYS,
@@ -24,6 +25,8 @@ from conversations.turn_keys import (
 from conversations.turns import Turn
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_KEYS_BESIDE = frozenset((*READ_KEYS, *TOOLS_KEYS))
+_RESULT_IDS = ("tool_call_id", "call_id", "tool_use_id")
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,22 @@ class Rules:
     reasoning: Reasoning = "refuse"
 
 
-@dataclass(frozen=True)
-class _Said:
-    """A turn before tools are put in their places. calls: of each call it makes, its id. answers: the id of the call
-    that a tool answers."""
+class _Said(NamedTuple):
+    """A turn before tools are put in their places. calls: those it makes. answers: the call that a tool answers."""
 
     turn: Turn
     is_call: bool = False
-    calls: tuple[str | None, ...] = ()
-    answers: str | None = None
+    calls: tuple[Call, ...] = ()
+    answers: Call = Call()
+
+
+class _Words(NamedTuple):
+    """What a turn says, and its calls: see _Said."""
+
+    text: str
+    is_call: bool = False
+    calls: tuple[Call, ...] = ()
+    answers: Call = Call()
 
 
 class TurnReader:
@@ -82,51 +92,82 @@ class TurnReader:
 
     def _read(self, raw: dict[str, Any], what: str, where: str, row_flag: tuple[str, bool] | None) -> _Said:
         role_key = first_key(raw, ROLE_KEYS) or ""
-        content_key = first_key(raw, CONTENT_KEYS) or ""
+        content_key = first_key(raw, CONTENT_KEYS)
         role = role_of(raw[role_key], self._rules.roles, what)
-        rest = {key: value for key, value in raw.items() if key not in (role_key, content_key)}
+        rest = self._rest(raw, role, (role_key, content_key), what) if len(raw) > 2 or not content_key else {}
+        if content_key is None and _KEYS_BESIDE.isdisjoint(rest):
+            raise BadRow(f"{what} ({role}) has no content: its keys are {', '.join(map(str, raw))}")
+        words = self._words(role, rest, raw.get(content_key or ""), what)
+        role = "assistant" if role == "call" else role
+        train = self._trained(role, rest, what, row_flag) if rest or row_flag else None
+        turn = Turn(role, words.text, train, where, self._tools(rest, role, what))
+        return _Said(turn, words.is_call, words.calls, words.answers)
+
+    def _rest(self, raw: Mapping[str, Any], role: str, read: tuple[str | None, ...], what: str) -> dict[str, Any]:
+        """The turn's further keys that are known, in lower case; what else it says is told."""
+        rest = {_known_key(key): value for key, value in raw.items() if key not in read}
         refuse_media(rest, what)
         if rest.get("refusal"):
             raise BadRow(f"{what} has refusal, which is not supported")
-        tools = self._tools(rest, role, what)
-        known = {*READ_KEYS, *TOOLS_KEYS, *({"name"} if role in ("tool", "call") else ())}
-        unused = (key for key, value in rest.items() if key not in known and value not in (None, "", [], {}))
-        self._events += [("turn keys", str(key)) for key in unused]
-        said = self._words(role, rest, raw.get(content_key), what)
-        train = self._trained(said.turn.role, rest, what, row_flag)
-        return replace(said, turn=replace(said.turn, train=train, where=where, tools=tools))
+        known = {*_KEYS_BESIDE, *(("name", *_RESULT_IDS) if role in ("tool", "call") else ())}
+        unused = [key for key, value in rest.items() if key not in known and value not in (None, "", [], {})]
+        self._unused(unused)
+        return rest
+
+    def _unused(self, keys: Iterable[str]) -> None:
+        self._events += [("turn keys", str(key)) for key in keys]
 
     def _tools(self, rest: Mapping[str, Any], role: str, what: str) -> Any:
         """Definitions of tools that stand in a turn."""
-        key = next((key for key in TOOLS_KEYS if rest.get(key)), None)
-        if key and role != "system":
-            raise BadRow(f"{what} has {key}: definitions belong to the row or to the system's turn")
-        return rest[key] if key else None
+        found = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)} if rest else {}
+        if found and role != "system":
+            raise BadRow(f"{what} has {next(iter(found))}: definitions belong to the row or to the system's turn")
+        return _only(found, what)
 
-    def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> _Said:
+    def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> _Words:
         if role == "call":
-            words, ids = calls_text(content, what)
-            return _Said(Turn("assistant", self._reasoned(words, rest, None, what)), True, tuple(ids))
-        if role == "tool":
-            words = read_content(content, f"{what} (tool)")[0]
-            return _Said(Turn("tool", result_text(words)), answers=rest.get("tool_call_id") or None)
-        calls = next((rest[key] for key in CALL_KEYS if rest.get(key)), None)
-        if calls and role != "assistant":
+            words, calls = calls_text(content, what)
+            self._unused(key for call in calls for key in call.unused)
+            return _Words(self._reasoned(words, rest, None, what), True, tuple(calls))
+        made = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
+        if made and role != "assistant":
             raise BadRow(f"{what}: the {role} makes tool calls; only an assistant can")
-        if content is None and (calls or rest.get("tools")):
+        if content is None and (made or rest.get("tools")):
             content = ""
-        said, thought = read_content(content, f"{what} ({role})")
+        said, thought = self._content(content, f"{what} ({role})")
         if role != "assistant":
-            if found := thought or reasoning_of(rest, what):
+            if found := thought or reasoning_of(rest, what, "refuse"):
                 raise BadRow(f"{what} has {found[0]}, but is the {role}'s: only an assistant reasons")
-            return _Said(Turn(role, said))
-        words, ids = calls_text(calls, what) if calls else ("", [])
-        said = "\n".join(filter(None, (said.strip(), words))) if calls else said
-        return _Said(Turn(role, self._reasoned(said, rest, thought, what)), calls=tuple(ids))
+            return _Words(result_text(said), answers=_answered_call(rest)) if role == "tool" else _Words(said)
+        words, calls = calls_text(made, what) if made else ("", [])
+        self._unused(key for call in calls for key in call.unused)
+        said = "\n".join(filter(None, (said.strip(), words))) if made else said
+        return _Words(self._reasoned(said, rest, thought, what), calls=tuple(calls))
+
+    def _content(self, value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
+        """The words of a turn (OpenAI's text parts put together; a number as text), and the reasoning among its
+        parts."""
+        if not isinstance(value, list):
+            return read_text(value, f"{what} content"), None
+        texts, thoughts = [], []
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part, str) or kind in _TEXT_PARTS:
+                texts.append(read_text(part if isinstance(part, str) else part.get("text"), what))
+            elif kind in PARTS:
+                thoughts.append("" if self._rules.reasoning == "drop" else reasoning_text(part, kind, what))
+                continue
+            else:
+                raise BadRow(f"{what} has parts that are no text: {kind or named(part)}")
+            beside = {key: item for key, item in part.items() if key not in ("type", "text")} if kind else {}
+            refuse_media(beside, what)
+            refuse_flags(beside, what)
+            self._unused(f"content's {key}" for key, item in beside.items() if item not in (None, "", [], {}))
+        return "".join(texts), ("reasoning", "\n".join(thoughts)) if thoughts else None
 
     def _reasoned(self, words: str, rest: Mapping[str, Any], thought: tuple[str, str] | None, what: str) -> str:
         """An assistant's words with its reasoning as the rules want it."""
-        found = thought or reasoning_of(rest, what)
+        found = thought or reasoning_of(rest, what, self._rules.reasoning)
         if not found:
             return words
         if self._rules.reasoning == "think_tags" and not words.strip():
@@ -151,7 +192,7 @@ class TurnReader:
     def _placed(self, said: Sequence[_Said], what: str) -> list[Turn]:
         """Calls that follow an assistant's turn join it; the results of calls become one turn of the user."""
         turns: list[Turn] = []
-        calls: tuple[str | None, ...] = ()
+        calls: tuple[Call, ...] = ()
         results: dict[int, Turn] = {}
         for index, one in enumerate(said):
             if one.turn.role == "tool":
@@ -170,29 +211,13 @@ class TurnReader:
             self._events += [("no result", "call")] * len(calls)
         return turns + self._told(calls, results)
 
-    def _told(self, calls: tuple[str | None, ...], results: dict[int, Turn]) -> list[Turn]:
+    def _told(self, calls: tuple[Call, ...], results: dict[int, Turn]) -> list[Turn]:
         """The tools' results as a turn, in the order of the calls."""
         if not results:
             return []
         self._events += [("no result", "call")] * (len(calls) - len(results))
         first, words = results[min(results)], [results[number].content for number in sorted(results)]
         return [Turn("user", "\n".join(words), where=first.where)]
-
-
-def read_content(value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
-    """The words of a turn (OpenAI's text parts put together; a number as text), and the reasoning among its parts."""
-    if not isinstance(value, list):
-        return read_text(value, f"{what} content"), None
-    texts, thoughts = [], []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(part, str) or kind in _TEXT_PARTS:
-            texts.append(read_text(part if isinstance(part, str) else part.get("text"), what))
-        elif kind in PARTS:
-            thoughts.append(reasoning_text(part, kind, what))
-        else:
-            raise BadRow(f"{what} has parts that are no text: {kind or named(part)}")
-    return "".join(texts), ("reasoning", "\n".join(thoughts)) if any(thoughts) else None
 
 
 def turns_in(value: Any, key: str, always: bool) -> Any:
@@ -249,18 +274,42 @@ def _joined(turn: Turn, call: Turn, what: str) -> Turn:
     return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
 
 
-def _place(said: _Said, calls: tuple[str | None, ...], results: Mapping[int, Turn], what: str) -> int:
-    """The number of the call that a result answers: by its id where both have one, else the next one."""
+def _place(said: _Said, calls: tuple[Call, ...], results: Mapping[int, Turn], what: str) -> int:
+    """The number of the call that a result answers: by its id where both have one, else by its name, else the next."""
     waiting = [number for number in range(len(calls)) if number not in results]
-    if said.answers is not None and any(calls):
-        place = next((number for number in waiting if calls[number] == said.answers), None)
+    for part in ("id", "name"):
+        wanted, there = getattr(said.answers, part), [getattr(call, part) for call in calls]
+        if not wanted or not any(there):
+            continue
+        place = next((number for number in waiting if there[number] == wanted), None)
         if place is None:
-            ids = ", ".join(repr(calls[number]) for number in waiting) or "none"
+            left = ", ".join(repr(there[number]) for number in waiting) or "none"
             raise BadRow(
-                f"{what} is a tool's result for call {said.answers!r}, but no call before it waits for one of this id "
-                f"(waiting: {ids})"
+                f"{what} is a tool's result for call {wanted!r}, but no call before it waits for one of this {part} "
+                f"(waiting: {left})"
             )
         return place
     if not waiting:
         raise BadRow(f"{what} is a tool's result, but no call before it waits for one")
     return waiting[0]
+
+
+def _answered_call(rest: Mapping[str, Any]) -> Call:
+    """What a tool's turn says of the call that it answers."""
+    found = next((rest[key] for key in _RESULT_IDS if rest.get(key) not in (None, "")), None)
+    return Call(None if found is None else str(found), str(rest.get("name") or ""))
+
+
+def _only(found: Mapping[str, Any], what: str) -> Any:
+    """The one of several values for the same thing; None where there is none."""
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise BadRow(f"{what} has {' and '.join(found)}, which are not the same; keep one of them")
+    return values[0] if values else None
+
+
+@lru_cache(maxsize=4096)
+def _known_key(key: str) -> str:
+    """The key in lower case, where it is one that we know so."""
+    lower = str(key).lower()
+    return lower if lower in READ_KEYS else key

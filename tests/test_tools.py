@@ -181,3 +181,33 @@ def test_a_system_message_that_lists_tools_gets_no_second_list():
 def test_what_is_wrong_with_tools_is_named(row, reason):
     with pytest.raises(BadRow, match=reason):
         convert_row(row)
+
+
+def _answered_calls(calls: list[dict], *results: dict) -> list[dict]:
+    told = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    return [*told, *({"role": "tool", **result} for result in results), {"role": "assistant", "content": "done"}]
+
+
+def test_arguments_beside_the_function_are_read_and_two_that_differ_refused() -> None:
+    call = {"type": "function", "function": {"name": "f"}, "arguments": {"city": "Rome"}}
+    messages = convert_row({"messages": _answered_calls([call], {"content": "sunny"})})[1]["messages"]
+    assert '"arguments": {"city": "Rome"}' in messages[1]["content"]
+    call["function"] = {"name": "f", "arguments": {"city": "Oslo"}}
+    with pytest.raises(BadRow, match="arguments of f"):
+        convert_row({"messages": _answered_calls([call], {"content": "sunny"})})
+
+
+def test_results_find_their_calls_by_name() -> None:
+    calls = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
+    rows = {"messages": _answered_calls(calls, {"name": "g", "content": "of g"}, {"name": "f", "content": "of f"})}
+    said = convert_row(rows)[1]["messages"][2]["content"]
+    assert said.index("of f") < said.index("of g")
+    with pytest.raises(BadRow, match=r"'h'.*waiting: 'f', 'g'"):
+        convert_row({"messages": _answered_calls(calls, {"name": "h", "content": "x"})})
+
+
+def test_two_lists_of_calls_that_differ_are_refused() -> None:
+    messages = _answered_calls([{"name": "f", "arguments": {}}], {"content": "x"})
+    messages[1]["function_call"] = {"name": "g", "arguments": "{}"}
+    with pytest.raises(BadRow, match="tool_calls and function_call"):
+        convert_row({"messages": messages})

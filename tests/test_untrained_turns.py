@@ -163,3 +163,36 @@ def test_what_is_not_used_is_counted_once_for_each_name(tmp_path):
         "keys of turns not used: mood (3 turns)",
         "turns that are not trained, as their own keys ask: train (3 turns), weight (1 turn)",
     ]
+
+
+@pytest.mark.parametrize("name", ["masked", "no_loss", "ignore_loss"])
+def test_flags_that_say_the_reverse_are_honoured(name: str) -> None:
+    assert of_row({"messages": turns({name: True}, {name: 0}, {})}) == "B C"
+
+
+@pytest.mark.parametrize("key", ["train_on_this", "untrained", "Loss_Value", "assistant_mask"])
+def test_a_turns_key_that_speaks_of_training_is_honoured_or_refused(key: str) -> None:
+    with pytest.raises(BadRow, match=key):
+        convert_row({"messages": turns({key: 0.5})})
+
+
+def test_a_flag_in_capitals_is_read() -> None:
+    assert of_row({"messages": turns({"Loss": False}, {"TRAIN": 1})}) == "B"
+
+
+def test_a_flag_on_a_part_or_on_a_call_is_refused() -> None:
+    part = {"type": "text", "text": "A", "train": False}
+    with pytest.raises(BadRow, match="train"):
+        convert_row({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [part]}]})
+    call = {"function": {"name": "f", "arguments": {}}, "loss": 0}
+    with pytest.raises(BadRow, match="loss"):
+        convert_row({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]})
+
+
+def test_a_row_that_is_not_trained_trains_nothing_of_its_history() -> None:
+    row = {"query": "ask B", "response": "B", "history": [["ask A", "A"]], "train": 0}
+    assert of_row(row) == ""
+
+
+def test_a_mask_as_text_is_a_mask() -> None:
+    assert of_row({"messages": turns({}, {}), "loss_mask": "[0, 0, 0, 1]"}) == "B"
