@@ -91,7 +91,7 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
 def _answer(row: Row, key: str) -> list[Turn]:
     """An answer: a text, or turns (which may begin with the prompt's)."""
     value = row[key]
-    return value if isinstance(value, list) else [Turn("assistant", read_text(value, key), row.get("train"), key)]
+    return value if isinstance(value, list) else [Turn("assistant", read_text(value, key), where=key)]
 
 
 def _answered(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False) -> list[Turn]:

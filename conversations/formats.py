@@ -253,7 +253,7 @@ def convert_row(
     refuse_media({key: value for key, value in others.items() if key not in columns}, "the row")
     flags = row_flags(others, _turns_of(row, known))
     readable = _with_turns(row, known, TurnReader(rules, events), flags)
-    converted = known.convert(readable | ({"train": False} if flags and not flags[0][1] else {}))
+    converted = known.convert(readable)
     said = converted.get("messages") or converted.get("completion") or []
     answers = sum(message["role"] == "assistant" for message in said)
     thought = column_reasoning(others, answers, rules.reasoning) if "text" not in converted else None

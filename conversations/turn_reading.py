@@ -159,7 +159,11 @@ class TurnReader:
                 continue
             else:
                 raise BadRow(f"{what} has parts that are no text: {kind or named(part)}")
-            beside = {key: item for key, item in part.items() if key not in ("type", "text")} if kind else {}
+            beside = (
+                {key: item for key, item in part.items() if key not in ("type", "text")}
+                if isinstance(part, dict)
+                else {}
+            )
             refuse_media(beside, what)
             refuse_flags(beside, what)
             self._unused(f"content's {key}" for key, item in beside.items() if item not in (None, "", [], {}))
