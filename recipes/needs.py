@@ -13,6 +13,10 @@ Row = dict[str, Any]
 
 
 Refuse = Callable[[Row], str | None]
+_MAP_REFERENCE = (
+    "name the columns of the prompt and of the right answer, such as data.0.columns: "
+    "{prompt: question, reference: answer} (a nested one: reference: reward_model.ground_truth)"
+)
 
 
 def refusal_of(recipe: Any, task: Any = None) -> Refuse:
@@ -40,10 +44,7 @@ def _no_use_for(rewards: Sequence[Any]) -> Refuse:
     def unjudged(row: Row) -> str | None:
         if "reference" in row or len(rules) < len(rewards):
             return None
-        return (
-            f"has no reference, which every reward needs ({', '.join(rules)}); map the column that holds the right "
-            "answer: data.0.columns: {reference: NAME}"
-        )
+        return f"has no reference, which every reward needs ({', '.join(rules)}); {_MAP_REFERENCE}"
 
     strict = [entry.rule for entry in rewards if entry.rule in rules and entry.on_error == "error"]
     return _first_of(_no_question, unjudged, _unreadable(strict))

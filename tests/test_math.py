@@ -1,5 +1,6 @@
 """The rule `math` over references of many kinds: each is right for itself however it is said, and for no other."""
 
+import os
 import random
 from itertools import permutations
 from pathlib import Path
@@ -27,8 +28,10 @@ def test_a_reference_is_right_for_itself(shape):
 
 
 def test_a_reference_is_wrong_for_every_other():
-    """A seeded part of all pairs and shapes, since the whole takes a minute."""
-    pairs = random.Random(0).sample(list(permutations(REFERENCES, 2)), 600)
+    """A seeded part of all pairs and shapes; DSV2_ALL_PAIRS=1 takes every pair, which takes minutes."""
+    pairs = list(permutations(REFERENCES, 2))
+    if not os.environ.get("DSV2_ALL_PAIRS"):
+        pairs = random.Random(0).sample(pairs, 1_500)
     said = [(random.Random(i).choice(SHAPES).replace("%s", a), b) for i, (a, b) in enumerate(pairs)]
     assert [pair for pair in said if score(*pair) != 0] == []
 
@@ -55,6 +58,19 @@ def test_a_reference_is_wrong_for_every_other():
         ("no idea", "0.5", 0),
         ("x > 3", r"(3, \infty)", 1),
         ("y = 2x + 3", "2x + 3", 1),
+        ("2x + 3 = 9", "9", 0),
+        ("So x + y = 10.", "10", 0),
+        ("xy = 4", "x = 4", 0),
+        ("(x+1)^2 = x^2 + 2x + 1", "x^2 + 2x + 1", 1),
+        ("We get 30公里。", r"30 \text{ cm}", 0),
+        ("We get 30 cents.", r"30 \text{ cm}", 0),
+        ("It is 7!", "7", 1),
+        ("7!", "7", 0),
+        ("The ratio is 3:2.", "2", 0),
+        ("It is 5 feet 3 inches.", "3", 0),
+        ("(A) and (D)", "A", 0),
+        ("A, C", "(C)", 0),
+        ("(1, 2, 3)", r"\{1, 2, 3\}", 0),
     ],
 )
 def test_answers(answer, reference, wanted):

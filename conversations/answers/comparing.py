@@ -13,6 +13,7 @@ from conversations.answers.values import Choice, Colon, InBase, Leaf, Many, Matr
 MATH_SECONDS = 2  # for reading an expression, and for comparing two
 MAX_EXPRESSION = 400  # characters; longer ones are compared as text
 _MAX_EXPONENT_DIGITS = 3
+_EQUALS = re.compile(r"(?<![<>!:])=")
 # Numbers that no alarm can interrupt while they are computed: towers of powers, long exponents, large factorials.
 _ENDLESS = re.compile(
     rf"\^\s*\{{?\s*-?\s*\d{{{_MAX_EXPONENT_DIGITS + 1},}}"
@@ -151,12 +152,18 @@ def same_expression(gold: str, given: str) -> bool:
     """Are two expressions the same, by math-verify? What it cannot read, or not in time, is another one."""
     if not _is_readable(gold) or not _is_readable(given) or _differ_in_letters(gold, given):
         return False
+    sides = [_EQUALS.split(text) for text in (gold, given)]
+    if len(sides[0]) > 1 and len(sides[1]) == 1:
+        return False
+    if len(sides[1]) > 1 and len(sides[0]) == 1:  # (x + 1)^2 = x^2 + 2x + 1 has a value, x + y = 10 has none
+        *before, last = sides[1]
+        return all(same_expression(last, side) for side in before) and same_expression(gold, last)
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     wanted, found = _parsed(gold), _parsed(given)
-    if not wanted or not found or _differ_in_numbers(wanted[0], found[0]):
+    if not wanted or not found or _clearly_differ(_fingerprint(gold), _fingerprint(given)):
         return False
     try:
         return bool(verify(wanted, found, timeout_seconds=_seconds(), allow_set_relation_comp=True))
@@ -181,19 +188,44 @@ def _parsed(text: str) -> list[Any]:
         return []
 
 
-def _differ_in_numbers(gold: Any, given: Any) -> bool:
-    """Have two expressions clearly other values where each symbol has some number? Spares sympy's slow `simplify`."""
-    from sympy import Expr
+@lru_cache(maxsize=8192)
+def _fingerprint(text: str) -> tuple[str, Any]:
+    """Kind of an expression, with its value where each symbol has some number (None where it has no value there).
 
-    if not (isinstance(gold, Expr) and isinstance(given, Expr)):
-        return False
+    It spares sympy's slow `simplify` where two are clearly not the same.
+    """
+    from sympy import Expr, MatrixBase, Set
+    from sympy.core.relational import Equality, Relational
+
+    found = _parsed(text)[0]
+    symbols = frozenset(map(str, getattr(found, "free_symbols", ())))
+    if isinstance(found, Equality):
+        return "equation", symbols
+    if isinstance(found, (Relational, Set)) or str(type(found)) in ("And", "Or"):
+        return "range", None
+    if isinstance(found, MatrixBase):
+        return "matrix", found.shape
+    if not isinstance(found, Expr):
+        return "other", None
     try:
-        symbols: list[Any] = sorted(gold.free_symbols | given.free_symbols, key=str)
-        numbers: Any = {symbol: 1.37 + 0.61803 * place for place, symbol in enumerate(symbols)}
-        one, other = (complex(value.doit().subs(numbers).evalf(15)) for value in (gold, given))
-        return abs(one - other) > 1e-3 * max(1e-6, abs(one), abs(other))
-    except Exception:  # no number: infinite, undefined, an unknown function
+        numbers: Any = {symbol: _some_number(str(symbol)) for symbol in found.free_symbols}
+        return "number", complex(found.doit().subs(numbers).evalf(15))
+    except Exception:  # infinite, undefined, an unknown function
+        return "number", None
+
+
+def _some_number(symbol: str) -> float:
+    return 1.37 + sum((place + 1) * ord(character) for place, character in enumerate(symbol)) % 97 * 0.0131
+
+
+def _clearly_differ(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
+    if "other" in (one[0], other[0]):
         return False
+    if one[0] != other[0] or one[0] in ("equation", "matrix"):
+        return one != other
+    if one[1] is None or other[1] is None:
+        return False
+    return abs(one[1] - other[1]) > 1e-3 * max(1e-6, abs(one[1]), abs(other[1]))
 
 
 def _seconds() -> Any:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from conversations.answers.notation import closing_brace, unified, without_marks
+from conversations.answers.units import UNIT_WORD
 
 MAX_TEXT = 20_000  # characters at the end of an answer that are looked at
 MAX_SENTENCE = 2_000  # characters at the end of a sentence in which formulas are looked for
@@ -24,10 +25,12 @@ _PHRASE = re.compile(
 )
 _LINK = re.compile(
     r"(?:\b(?:is|are|was|equals?|be|get|gets|gives?|obtain|have|has|find|choose|pick|in|on|at|to|of|that)\b"
-    r"|[:：=≈]|是|为|得到|得|等于|有|选|共)\s*",
+    r"|(?<![\d\s])[:：]|(?<!\d)(?<!\d\s)[:：]|[=≈]|是|为|得到|得|等于|有|选|共)\s*",
     re.IGNORECASE,
 )
-_SENTENCE = re.compile(r"(?<=[。！？])\s*|\n+|(?<=[.!?])\s+(?=[A-Z\u4e00-\u9fff\\$*])")
+_SENTENCE = re.compile(
+    r"(?<=[。！？])\s*|\n+|(?<=[.!?])\s+(?=[A-Z\u4e00-\u9fff$*]|\\(?:boxed|fbox|[(\[]))|(?<=[.?])\s+(?=\\)"
+)
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\d])\$((?:\\.|[^$\\])+?)\$", re.DOTALL)
 
 _LETTERS = (
@@ -39,6 +42,9 @@ _LETTERS = (
     re.compile(r"^\(?([A-J])[.:)]\s"),
 )
 
+_SEVERAL_LETTERS = re.compile(
+    r"(?<![A-Za-z0-9])[A-J]\)?\s*(?:[,、;&和与及]|and\b)\s*(?:and\b)?\s*\(?[A-J](?![A-Za-z0-9_^'])"
+)
 _PROSE = re.compile(
     r"[A-Za-z]{3,}|[\u4e00-\u9fff]"
     r"|(?<![A-Za-z])(?:so|is|it|we|he|at|to|of|in|on|by|be|as|an|if|my|no|do|go|up|us)(?![A-Za-z])",
@@ -49,6 +55,8 @@ _ATOM = re.compile(
     r"\\begin\{(\w+)\}.*?\\end\{\1\}|\\(?:text|mathrm)\{[^{}]*\}|\\[A-Za-z]+|\\[^A-Za-z\s]"
     r"|\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:st|nd|rd|th)?\b|\.\d+|\d+|[A-Za-z]?\w*\d\w*(?<![\u4e00-\u9fff])"
     r"|(?<![A-Za-z])(?:sin|cos|tan|log|ln|sqrt|pi|and|or|[ap]\.?m\b\.?|to(?=\s*\d))(?![A-Za-z])"
+    rf"|(?:(?<=[\d}})])|(?<=[\d}})]\s))(?:(?:square|cubic|平方|立方) ?)?(?:{UNIT_WORD})"
+    r"|(?<![A-Za-z])[a-z]{2}(?=\s*[=^])|(?<![A-Za-z])[A-Z]{2,4}(?=\s*=)"
     r"|(?<![A-Za-z'])[b-zB-HJ-Z](?![A-Za-z'])|(?<![A-Za-z'])[aAI](?=\s*[_^=+*/(<>\-]|\s*$)|(?<=[\d)}+*/^=\-(,])\s*[aA](?![A-Za-z])"
     r"|(?<=\d)(?:[a-z]{1,3})(?![A-Za-z])|[-+*/^_=<>()\[\]{}|!%°:,;'&~$€£¥和或]",
     re.DOTALL,
@@ -85,7 +93,9 @@ def behind_phrase(text: str) -> str | None:
 
 
 def chosen_letter(text: str) -> str | None:
-    """The last letter of a choice in a sentence: (B), option B, 选B, or B at the start or the end."""
+    """The last letter of a choice in a sentence: (B), option B, 选B, or B at the start or the end; none of several."""
+    if _SEVERAL_LETTERS.search(text):
+        return None
     found = [m for pattern in _LETTERS for m in pattern.finditer(text)]
     return max(found, key=lambda m: m.end())[1] if found else None
 
@@ -118,7 +128,7 @@ def last_boxes(text: str) -> str | None:
 
 def _in_prose(text: str) -> Iterator[str]:
     if len(text) <= 400 and not _has_prose(text):
-        yield from _ends(text)
+        yield text
         computed = text.rsplit(",", 1)[-1]
         if re.match(r"[^A-Za-z=]+=", computed):  # 48 / 2 = 24, 48 + 24 = 72
             yield computed
@@ -134,11 +144,14 @@ def _in_prose(text: str) -> Iterator[str]:
         return
     yield from _ends(sentences[-1])
     for link in list(_LINK.finditer(sentences[-1]))[-MAX_LINKS:]:
-        yield from _ends(sentences[-1][link.end() :])
+        if _value_begins(link):
+            yield from _ends(sentences[-1][link.end() :])
     for sentence in reversed(sentences):
         runs = math_runs(sentence)
         if runs:
-            yield from _ends(runs[-1])
+            yield runs[-1]
+            if sentence.rstrip().endswith(("!", "！")):
+                yield runs[-1].removesuffix("!")
             computed = runs[-1].rsplit(",", 1)[-1]
             if re.match(r"[^A-Za-z=]+=", computed):  # 48 / 2 = 24, 48 + 24 = 72
                 yield computed
@@ -151,6 +164,16 @@ def _ends(text: str) -> Iterator[str]:
     yield text
     if text.endswith(("!", "！", "?", "？")):
         yield text[:-1]
+
+
+def _value_begins(link: re.Match[str]) -> bool:
+    """May the answer begin behind this word or sign? Not behind "=" in x + y = 10 or xy = 4, which say all of it."""
+    before = link.string[: link.start()].rstrip()
+    if link[0].strip() not in ("=", "≈"):
+        return True
+    run = next(reversed(math_runs(before)), "") if before else ""
+    left = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", " ", run)
+    return not (before.endswith(run) and re.search("[A-Za-z]", left))
 
 
 def _only_run(text: str) -> list[str]:

@@ -53,6 +53,12 @@ _UNITS = {
     "hz": ("hertz", "赫兹"),
     "mol": ("mole", "摩尔"),
 }
+# As words in a sentence, longest first; "in" and the like are words of another meaning too.
+_NAMES = sorted({name for unit, names in _UNITS.items() for name in (unit, *names)} - {"in", "am", "pm"}, key=len)
+UNIT_WORD = "|".join(
+    [rf"(?:{'|'.join(name for name in reversed(_NAMES) if re.fullmatch('[a-z ]{2,}', name))})(?:e?s)?(?![A-Za-z])"]
+    + [name for name in reversed(_NAMES) if re.fullmatch("[\u4e00-\u9fff]+", name)]
+)
 _CANONICAL = {name: unit for unit, names in _UNITS.items() for name in (unit.lower(), *names)}
 _POWERS = (
     (re.compile(r"^(?:square|sq\.?|平方)\s*(.+)$"), "^2"),

@@ -98,14 +98,18 @@ _PLAIN = (
     (re.compile(r"(?<=\d)\s*(?:\*|\bx\b|X)\s*(?=\d)"), r"\\times "),
 )
 _CHOICE = re.compile(r"(?:\\text\{\s*)?\(?\s*([A-J])\s*\)?\s*[.:)]?\s*\}?")
-_CHOICE_WITH_CONTENT = re.compile(r"(?:\(([A-J])\)|\\text\{\s*\(([A-J])\)\s*\}|([A-J])[.:)])\s+(.+)|\(([A-J])\)(\S.*)")
+_NO_LIST = r"(?!\s*(?:and|or|\\text\{\s*(?:and|or)|[,;&和或与及])(?![a-z]))"
+_CHOICE_WITH_CONTENT = re.compile(
+    rf"(?:\(([A-J])\)|\\text\{{\s*\(([A-J])\)\s*\}}|([A-J])[.:)])\s+{_NO_LIST}(.+)|\(([A-J])\){_NO_LIST}(\S.*)"
+)
 _JOINT = re.compile(
     r"(?:\s*[,;]\s*)?(?:\\text\{\s*(?:,\s*)?(?:and|or)\s*\}"
     r"|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|[和或与及])|[,;]"
 )
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|[<>]")
 _NAME = re.compile(
-    r"(?:\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}))?'*(?:\([A-Za-z, ]*\))?|\\text\{[^{}]*\}|\|[A-Z]{2}\||\\angle\s*[A-Z]+"
+    r"(?:\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})?(?:\([A-Za-z, ]*\))?"
+    r"|\\frac\{d\w?\}\{d\w\}|\\text\{[^{}]*\}|\|[A-Z]{2}\||\\angle\s*[A-Z]+"
     r"|\\(?:overline|vec|hat|bar)\{[^{}]*\}|[A-Za-z一-鿿][A-Za-z一-鿿 ]*)"
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -126,6 +130,8 @@ _WITH_UNIT = (
     re.compile(r"(.*[^\s\\])\s*(\\text\{[^{}]+\}(?:\s*(?:\^\s*\{?[23]\}?|/\s*\\text\{[^{}]+\}(?:\^\{?[23]\}?)?))*)"),
 )
 _WITH_WORD = re.compile(r"(.*[\d})\]])(\s*)([A-Za-z一-鿿$€£¥¢][A-Za-z一-鿿./ ]*(?:\^\s*\{?[23]\}?)?)")
+_PART_OF_COMPOUND = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\\text\{\s*)?([A-Za-z一-鿿]+)\s*\}?")
+_COMPOUND = re.compile(rf"(?:{_PART_OF_COMPOUND.pattern}\s*(?:,?\s*(?:and\b|\\text\{{\s*and\s*\}})|[,零])?\s*){{2,}}")
 _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}(?![A-Za-z])|[一-鿿]")
 _ENCLOSED = {"(": ")", "[": "]"}
 
@@ -195,8 +201,11 @@ def _equation(text: str, depth: int) -> Value | None:
         return None
     if _NAME.fullmatch(parts[0]):
         return Named(text, parts[0], _read(parts[-1], depth))
-    has_letters = any(re.search(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", part)) for part in parts)
-    return Leaf(text) if has_letters else _read(parts[-1], depth)
+    return Leaf(text) if any(map(_has_variable, parts[:-1])) else _read(parts[-1], depth)
+
+
+def _has_variable(text: str) -> bool:
+    return bool(re.search("[A-Za-z]", re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", " ", text)))
 
 
 def _relation(text: str, depth: int) -> Value | None:
@@ -218,7 +227,8 @@ def _bracketed(text: str, depth: int) -> Value | None:
     opening = "\\{" if text.startswith("\\{") else text[:1]
     closing = "\\}" if text.endswith("\\}") else text[-1:]
     inner = text[len(opening) : len(text) - len(closing)]
-    if (opening, closing) == ("\\{", "\\}") and _depth_stays_positive(inner):
+    is_set = (opening, closing) == ("\\{", "\\}") or (opening + closing == "{}" and "," in inner)
+    if is_set and _depth_stays_positive(inner):
         items = [part for part in split_outside(inner, re.compile("[,;]")) if part.strip()]
         return Many(text, "set", tuple(_read(item, depth) for item in items)) if items else Leaf("\\emptyset ")
     if opening not in _ENCLOSED or closing not in _ENCLOSED.values() or not _depth_stays_positive(inner):
@@ -268,6 +278,15 @@ def _quantity(text: str, depth: int) -> Value | None:
     return None
 
 
+def _compound(text: str, depth: int) -> Value | None:
+    """4 hours 20 minutes, 5 feet 3 inches"""
+    parts = _PART_OF_COMPOUND.findall(text)
+    if len(parts) < 2 or not _COMPOUND.fullmatch(text) or not all(is_known_unit(unit) for _, unit in parts):
+        return None
+    items = (Quantity(f"{value} {unit}", _read(value, depth), canonical_unit(unit)) for value, unit in parts)
+    return Many(text, "compound", tuple(items))
+
+
 def _words(text: str, depth: int) -> Value | None:
     only_text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     letters_alone = re.fullmatch(r"[A-Za-z'\- .]*[A-Za-z]{2}[A-Za-z'\- .]*", only_text)
@@ -277,16 +296,16 @@ def _words(text: str, depth: int) -> Value | None:
 
 # In this order: what a reader does not know it leaves to the next.
 READERS: tuple[Callable[[str, int], Value | None], ...] = (
-    _choice, _number, _matrix, _bracketed, _union, _plus_minus, _listing, _equation, _relation, _colon, _in_base,
-    _quantity, _words,
+    _choice, _number, _matrix, _bracketed, _union, _compound, _plus_minus, _listing, _equation, _relation, _colon,
+    _in_base, _quantity, _words,
 )  # fmt: skip
 
 
 def _depth_stays_positive(inner: str) -> bool:
     """Is it one pair of brackets, not `(a)(b)` or `(1,2] \\cup [3,4)`? Half-open brackets close one another."""
     depth = 0
-    for token in re.findall(r"\\[{}]|\\.|[()\[\]]", inner):
-        depth += 1 if token in ("(", "[", "\\{") else -1 if token in (")", "]", "\\}") else 0
+    for token in re.findall(r"\\[{}]|\\.|[()\[\]{}]", inner):
+        depth += 1 if token in ("(", "[", "{", "\\{") else -1 if token in (")", "]", "}", "\\}") else 0
         if depth < 0:
             return False
     return depth == 0
