@@ -56,6 +56,7 @@ def test_a_reference_is_wrong_for_every_other():
         ("0.5%", "0.5", 0),
         ("0.5", "0.5%", 1),  # and not the same when answer and reference are swapped
         ("no idea", "0.5", 0),
+        (".75", r"\frac{3}{4}", 1),
         ("x > 3", r"(3, \infty)", 1),
         ("y = 2x + 3", "2x + 3", 1),
         ("2x + 3 = 9", "9", 0),
