@@ -17,7 +17,8 @@ _EQUALS = re.compile(r"(?<![<>!:])=")
 # Numbers that no alarm can interrupt while they are computed: towers of powers, long exponents, large factorials.
 _ENDLESS = re.compile(
     rf"\^\s*\{{?\s*-?\s*\d{{{_MAX_EXPONENT_DIGITS + 1},}}"
-    r"|\^\s*\(?\{?[^{}^]*\d[^{}^]*\^|\d{4,}\s*!|!\s*!|\d{4,}\s*\)\s*!"
+    r"|\^\s*-?\w*\d\s*\^|\^\s*[({]\s*[({]?[^{}()^]*\d\s*\^|\^\s*[({]\s*[({][^{}()^]*\d\s*[)}]\s*\^"
+    r"|\d{4,}\s*!|!\s*!|\d{4,}\s*\)\s*!"
     r"|\\binom\s*\{\s*\d{5,}|\d{400,}|\\(?:sum|prod|int)[^=]*=[^}]*\}\s*\^\s*\{?\s*\d{5,}"
 )
 
