@@ -1,7 +1,8 @@
 """Where `dsv2` starts: before anything else, Python must find the toolkit's own packages under their names.
 
-The names are plain ones (`eval`, `recipes`, `reward`, ...). A file of that name in a directory of PYTHONPATH, or the
-package of another distribution, would be imported in the place of ours.
+The names are plain ones (`eval`, `recipes`, `reward`, ...). A file of that name in a directory of PYTHONPATH or, under
+`python -m`, in the working directory, or the package of another distribution, would be imported in the place of ours.
+Importing this module puts the toolkit's own directory before all others, if something is in the way.
 """
 
 import sys
@@ -29,11 +30,28 @@ def in_the_way() -> str | None:
     return None
 
 
+if in_the_way():
+    sys.path.insert(0, str(HOME))
+
+
 def main() -> int:
     """The command line, if its packages are there."""
-    if message := in_the_way():
-        print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
-        return 2
-    from recipes.cli import main as run
+    message = in_the_way()
+    try:
+        if not message:
+            from recipes.cli import main as run
 
-    return run()
+            return run()
+    except ImportError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in PACKAGES:
+            raise
+        message = (
+            f"{HOME / name} is not the toolkit's own any more: {error}; install the toolkit in an environment alone"
+        )
+    print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

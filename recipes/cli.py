@@ -4,6 +4,9 @@ Exit codes: 0 done; 2 the recipe, the data or the command is wrong (one message)
 interrupted, with a checkpoint where training had begun.
 """
 
+import dsv2_start  # first, so that what follows is our own
+
+# isort: split
 import argparse
 import os
 import signal
@@ -17,7 +20,6 @@ from typing import Any, NoReturn
 
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
-from dsv2_start import in_the_way
 from recipes.disk import disk_fault
 from recipes.ranks import is_main, rank
 from recipes.secret_keys import without_secrets
@@ -268,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with safe_terminal():
         try:
-            if message := in_the_way():
+            if message := dsv2_start.in_the_way():
                 raise ToolkitError(message)
             return dispatch(argv)
         except KeyboardInterrupt as interrupt:
