@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from .adapter_layouts import is_transposed, low_rank_pairs, refuse_per_expert, untranspose
 from .chosen_lora import train_chosen_adapters
+from .config_values import check_settings_finite
 from .errors import ModelError
 from .expert_choice import ExpertChoice
-from .finite import check_finite, check_settings_finite
+from .finite import check_finite
 from .lora import PROJECTIONS, set_dropout, train_in_float32, wrap
 from .patterns import check_patterns
 from .tensor_files import read_header

@@ -5,6 +5,7 @@ at all: a RoPE factor of 0 gives NaN, a negative one another model.
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,3 +130,12 @@ def check_file_values(values: Any, config_class: type) -> None:
             )
         if name not in (None, *ATTENTION):
             raise ModelError(f"{key} is {name!r}: use one of {', '.join(ATTENTION)}")
+
+
+def check_settings_finite(settings: Mapping[str, Any], where: str = "") -> None:
+    """Raises ModelError for a number among the settings of a config, at any depth, that is not finite."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            check_settings_finite(value, f"{where}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{where}{key} is {value}: it must be a finite number")

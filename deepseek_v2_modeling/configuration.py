@@ -10,9 +10,15 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
-from .config_values import check_parts, check_rope_form, check_rope_number, check_sizes, is_number
+from .config_values import (
+    check_parts,
+    check_rope_form,
+    check_rope_number,
+    check_settings_finite,
+    check_sizes,
+    is_number,
+)
 from .errors import ModelError
-from .finite import check_settings_finite
 from .refusals import check_model_type
 
 ROPE_TYPES = ("default", "linear", "yarn")

@@ -1,7 +1,5 @@
 """Numbers that are not finite, found while files are read: a model with one NaN answers nothing, and scores nothing."""
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +40,3 @@ def check_weights(model: nn.Module, where: Any) -> None:
         for part, piece in pieces_of(name, tuple(parameter.shape)).items():
             kind = str(parameter.dtype).removeprefix("torch.")
             check_finite(f"{part} ({kind})", parameter.detach()[piece.place or ...], where)
-
-
-def check_settings_finite(settings: Mapping[str, Any], where: str = "") -> None:
-    """Raises ModelError for a number among the settings of a config, at any depth, that is not finite."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            check_settings_finite(value, f"{where}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ModelError(f"{where}{key} is {value}: it must be a finite number")
