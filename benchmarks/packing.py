@@ -33,7 +33,7 @@ from benchmarks.common import MINI, matrix_rate, write
 from conversations import load_conversations
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, apply_lora, lora_config
 from deepseek_v2_modeling.presets import PRESETS
-from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from deepseek_v2_modeling.training.mixin import RunLimits, training_arguments
 from recipes.allocation import keep_freed_memory
 from recipes.tiny.tokenizer import build_tokenizer
 from sft.data import encode_rows

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conversations.answers.rules import verify
-    from conversations.reading import load_conversations
-    from conversations.rendering import render_conversation
+    from conversations.reading.load import load_conversations
+    from conversations.rendering.conversation import render_conversation
 
 __all__ = ["load_conversations", "render_conversation", "verify"]
 
 _HOME = {
-    "load_conversations": "conversations.reading",
-    "render_conversation": "conversations.rendering",
+    "load_conversations": "conversations.reading.load",
+    "render_conversation": "conversations.rendering.conversation",
     "verify": "conversations.answers.rules",
 }
 

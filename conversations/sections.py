@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# The groups and single projections of deepseek_v2_modeling.lora, which imports torch (a test holds them together).
+# The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
+# together).
 Target = Literal[
     "attention", "attention.q", "attention.kv_a", "attention.kv_b", "attention.o",
     "experts", "experts.gate_up", "experts.down",

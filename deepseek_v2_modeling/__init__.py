@@ -6,21 +6,21 @@ classes stay importable from transformers.models.deepseek_v2.
 
 from typing import TYPE_CHECKING, Any
 
-from .adapters import load_adapter
-from .balance import collect_balance
+from .adapters.exporting import export_adapter
+from .adapters.importing import import_adapter
+from .adapters.loading import load_adapter
+from .adapters.lora import apply_lora, lora_config
+from .adapters.merge import merge_lora
 from .cache import LatentCache
 from .configuration import DeepseekV2Config
 from .errors import ModelError
-from .exporting import export_adapter
-from .importing import import_adapter
-from .lora import apply_lora, lora_config
-from .merge import merge_lora
+from .layers.balance_losses import collect_balance
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
 from .registration import register
-from .routing import record_routing, replay_routing
+from .routing_replay import record_routing, replay_routing
 
 if TYPE_CHECKING:
-    from .trainer import RunTrainerMixin
+    from .training.mixin import RunTrainerMixin
 
 register()
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     """RunTrainerMixin is imported when it is asked for: transformers' Trainer takes its time."""
     if name != "RunTrainerMixin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .trainer import RunTrainerMixin
+    from .training.mixin import RunTrainerMixin
 
     return RunTrainerMixin
 

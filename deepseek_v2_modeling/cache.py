@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .cache_codecs import BLOCK, WIDTHS, GroupCodec, RawCodec
 from .configuration import DeepseekV2Config
 from .errors import ModelError
-from .quantization import BLOCK, WIDTHS, GroupCodec, RawCodec
 
 Quantization = Literal["int8", "int6", "int4"]
 

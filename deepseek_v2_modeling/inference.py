@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checkpoints.finite import check_weights, is_finite
 from .decode_steps import decode_step, logits_of, new_cache
 from .errors import ModelError
-from .finite import check_weights, is_finite
 
 # (token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V]
 Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]

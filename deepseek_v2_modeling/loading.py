@@ -15,20 +15,20 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .adapters import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
-from .checkpoints import match_sources
-from .chosen_full import train_chosen_experts
-from .chosen_lora import chosen_in_file
+from .adapters.chosen_experts import chosen_in_file
+from .adapters.loading import WEIGHTS, is_adapter, load_adapter, read_adapter_config, saves_embeddings
+from .adapters.lora import Number, apply_lora, check_targets, lora_config, train_in_float32
+from .checkpoints.generation_files import check_generation
+from .checkpoints.hub_names import is_hub_name
+from .checkpoints.strict import match_sources
+from .checkpoints.tensor_files import WEIGHT_FILES, base_headers, whole_directory
+from .checkpoints.tokenizer_files import save_tokenizer
 from .config_values import check_file_values, check_sizes
 from .configuration import DeepseekV2Config, check_config
 from .errors import ModelError
-from .expert_choice import ExpertChoice
-from .generation_files import check_generation
-from .hub_names import is_hub_name
-from .lora import Number, apply_lora, check_targets, lora_config, train_in_float32
+from .esft.choice import ExpertChoice
+from .esft.full_weights import train_chosen_experts
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
-from .tensor_files import WEIGHT_FILES, base_headers, whole_directory
-from .tokenizer_files import save_tokenizer
 
 Head = Literal["causal_lm", "score"]
 HEADS: dict[str, tuple[type[PreTrainedModel], str]] = {
@@ -267,7 +267,7 @@ def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
     Raises:
         ModelError: out_dir is the base itself, or cannot be written.
     """
-    from .merge import merge_lora  # which loads through this file
+    from .adapters.merge import merge_lora  # which loads through this file
 
     if out_dir.resolve() == Path(source.base).resolve():
         raise ModelError(

@@ -16,22 +16,22 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import DeepseekV2Attention
-from .balance import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .cache import LatentCache
-from .checkpoints import StrictPreTrainedModel
+from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
-from .documents import BOUNDARIES, documents_with_cache
 from .errors import ModelError
-from .loss import IGNORED, blockwise_loss
-from .masks import plan_attention
-from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
-from .norm import DeepseekV2RMSNorm
+from .kernels.blockwise_loss import IGNORED, blockwise_loss
+from .kernels.float32_products import Linear
+from .layers.attention import DeepseekV2Attention
+from .layers.attention_plan import plan_attention
+from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, expert_counts
+from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
+from .layers.norm import DeepseekV2RMSNorm
+from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
-from .pooling import scored_tokens
-from .products import Linear
-from .rope import RotaryEmbedding
-from .routing import Routes, next_routes
+from .packing.boundaries import BOUNDARIES, documents_with_cache
+from .packing.last_tokens import scored_tokens
+from .routing_replay import Routes, next_routes
 
 logger = logging.get_logger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
 from recipes.disk import disk_fault
-from recipes.ranks import is_main, rank
-from recipes.secret_keys import without_secrets
+from recipes.processes import is_main, rank
+from recipes.recipe.secret_keys import without_secrets
 from recipes.terminal import safe_terminal
 
 
@@ -107,7 +107,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from recipes.init import describe_model, make_model
+    from recipes.runs.new_model import describe_model, make_model
 
     make_model(arguments.directory, arguments.preset, arguments.seed)
     print(describe_model(arguments.directory))
@@ -115,10 +115,10 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from recipes.check import check
-    from recipes.check_page import page_path
-    from recipes.loader import load_recipe
+    from recipes.check.check import check
+    from recipes.check.page import page_path
     from recipes.lock import hold_path
+    from recipes.recipe.loader import load_recipe
 
     loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke)
     with hold_path(page_path(Path(loaded.recipe.output_dir))):
@@ -128,10 +128,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        from recipes.loader import load_recipe
+        from recipes.recipe.loader import load_recipe
 
         loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage=stage)
-        from recipes.run import report_outcome, run_stage
+        from recipes.runs.stage import report_outcome, run_stage
 
         report_outcome(loaded.recipe, run_stage(loaded))
         return 0
@@ -140,24 +140,24 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    from recipes.loader import load_recipe
+    from recipes.recipe.loader import load_recipe
 
     loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="chain")
-    from recipes.chain import run_chain
+    from recipes.chains.chain import run_chain
 
     run_chain(loaded)
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from recipes.chat import chat
+    from recipes.commands.chat import chat
 
     return chat(arguments)
 
 
 def _adapter(command: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        from recipes.adapters import COMMANDS
+        from recipes.commands.adapters import COMMANDS
 
         print(COMMANDS[command](arguments))
         return 0
@@ -166,14 +166,14 @@ def _adapter(command: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _experts(arguments: argparse.Namespace) -> int:
-    from recipes.experts import find_experts
+    from recipes.commands.experts import find_experts
 
     print(find_experts(arguments))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from recipes.report import write_report
+    from recipes.report.report import write_report
 
     print(write_report(arguments.runs, arguments.output))
     return 0

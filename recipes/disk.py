@@ -18,7 +18,8 @@ def disk_fault(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in _REFUSED:
             return f"{_place(cause)}: {cause.strerror}; {_remedy(cause.errno)}"
         cause = cause.__cause__ or cause.__context__
-    files = sys.modules.get("deepseek_v2_modeling.trainer_disk")  # what libraries in Rust and C++ raise instead
+    # What libraries in Rust and C++ raise instead.
+    files = sys.modules.get("deepseek_v2_modeling.checkpoints.full_disk")
     if files is not None and files.is_full(error, short=False):
         return f"{_place(error)}: No space left on device; {_remedy(errno.ENOSPC)}"
     return None

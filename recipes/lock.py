@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversations.errors import ToolkitError
-from recipes.manifest import command_line, now
-from recipes.ranks import is_main
+from recipes.processes import is_main
+from recipes.runs.manifest import command_line, now
 
 LOCK = ".lock"
 ROOM = 64 << 10  # bytes; enough for a manifest

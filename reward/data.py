@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 
 from conversations import render_conversation
+from conversations.answers.judging import PAIR, Row, is_pair
 from conversations.errors import ToolkitError
-from conversations.judging import PAIR, Row, is_pair
-from conversations.lengths import LengthReport, TooLong
+from conversations.rendering.lengths import LengthReport, TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation, verify
+from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.answers.rules import find_rule
 from conversations.errors import ToolkitError
-from conversations.prompts import Row, answer_text, prompt_text
 from deepseek_v2_modeling.inference import score_sequences
-from deepseek_v2_modeling.run_files import read_json
+from deepseek_v2_modeling.training.run_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from conversations import render_conversation
+from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.errors import ToolkitError
-from conversations.prompts import Row, answer_text, prompt_text
-from deepseek_v2_modeling.adapted_head import score_labels, trains_adapted_head
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.run_files import SAMPLES_FILE, append_lines
-from deepseek_v2_modeling.trainer import RunTrainerMixin
+from deepseek_v2_modeling.training.adapted_head import score_labels, trains_adapted_head
+from deepseek_v2_modeling.training.mixin import RunTrainerMixin
+from deepseek_v2_modeling.training.run_files import SAMPLES_FILE, append_lines
 from rl.rewards import Reward
 
 IGNORED = -100  # a label that is not scored

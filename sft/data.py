@@ -8,9 +8,9 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from conversations.errors import ToolkitError
-from conversations.fitting import Fitter
-from conversations.lengths import LengthReport, TooLong
-from conversations.rendering import TrainOn
+from conversations.rendering.conversation import TrainOn
+from conversations.rendering.fitting import Fitter
+from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.scratch import scratch_directory
 
 if TYPE_CHECKING:

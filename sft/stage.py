@@ -11,9 +11,9 @@ import datasets
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
-from conversations.lengths import LengthReport
-from deepseek_v2_modeling.run_files import REJECTED_FILE, append_lines
-from deepseek_v2_modeling.trainer import RunLimits, training_arguments
+from conversations.rendering.lengths import LengthReport
+from deepseek_v2_modeling.training.mixin import RunLimits, training_arguments
+from deepseek_v2_modeling.training.run_files import REJECTED_FILE, append_lines
 from sft.config import SftRecipe
 from sft.data import Row, check_row, encode_rows
 from sft.trainer import ChatTrainer

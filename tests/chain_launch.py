@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 import eval.stage
-import recipes.run
+import recipes.runs.stage
 import reward.stage  # noqa: F401 (before the forks, so that none of them has to)
 import rl.stage  # noqa: F401
 import sft.stage
-from deepseek_v2_modeling.trainer import RunTrainerMixin
+from deepseek_v2_modeling.training.mixin import RunTrainerMixin
 from recipes.cli import main as dsv2
 from recipes.files import read_json
-from recipes.yaml_text import read_mapping
+from recipes.recipe.yaml_text import read_mapping
 
 CHAIN = Path(__file__).parent.parent / "recipes" / "tiny" / "chain.yaml"
 ENTRIES = read_mapping(CHAIN)["stages"]
@@ -74,7 +74,7 @@ def stopped_in(stage: str, way: str) -> Callable[[], None]:
     in its second, when there is a checkpoint; an evaluation when it writes what the model said."""
 
     def patch() -> None:
-        work, where = recipes.run._work, [""]
+        work, where = recipes.runs.stage._work, [""]
 
         def watched(recipe: Any, *args: Any) -> Any:  # the stage itself, not what is tried out before it
             where[0] = Path(recipe.output_dir).name
@@ -91,7 +91,7 @@ def stopped_in(stage: str, way: str) -> Callable[[], None]:
 
             return called
 
-        recipes.run._work = watched
+        recipes.runs.stage._work = watched
         if stage in EVALUATIONS:
             eval.stage.append_lines = deadly(eval.stage.append_lines, 1)
         elif way == "full disk":

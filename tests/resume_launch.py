@@ -23,7 +23,7 @@ import torch
 import yaml
 
 import sft.stage
-from deepseek_v2_modeling import trainer_checkpoints
+from deepseek_v2_modeling.training import checkpoints as trainer_checkpoints
 from recipes.cli import main as dsv2
 from sft.trainer import ChatTrainer
 

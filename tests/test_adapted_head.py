@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from trl.trainer.utils import add_fused_lm_head
 
 from deepseek_v2_modeling import apply_lora, lora_config
-from deepseek_v2_modeling.adapted_head import score_tokens, trains_adapted_head
 from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_model, prepare_trainable
+from deepseek_v2_modeling.training.adapted_head import score_tokens, trains_adapted_head
 
 from .model_helpers import logits_of, random_adapter, random_ids, small_model
 from .stage_helpers import assert_same_weights, byte_tokenizer, chat_model, lines, stopped_after
@@ -58,7 +58,7 @@ def test_the_first_loss_is_that_without_an_adapter(tmp_path: Path, monkeypatch: 
 
 
 def test_scores_and_gradients_are_those_of_the_full_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deepseek_v2_modeling.adapted_head.block_rows", lambda *_: 3)
+    monkeypatch.setattr("deepseek_v2_modeling.training.adapted_head.block_rows", lambda *_: 3)
     model = random_adapter(small_model(), lora_config(["attention.o", "lm_head"], r=2))
     with trains_adapted_head(model, temperature=0.7):
         assert not hasattr(model.get_output_embeddings(), "lora_A")  # what TRL looks at

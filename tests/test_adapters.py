@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from deepseek_v2_modeling import ModelError, apply_lora, export_adapter, load_adapter, lora_config
-from deepseek_v2_modeling.adapters import read_adapter_config
+from deepseek_v2_modeling.adapters.loading import read_adapter_config
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,

@@ -10,7 +10,8 @@ from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, lora_config, masks
+from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, lora_config
+from deepseek_v2_modeling.layers import attention_plan as masks
 
 from .model_helpers import left_padded, logits_of, random_adapter, random_ids, small_config, small_model
 from .test_packing import positions_of

@@ -17,8 +17,8 @@ from deepseek_v2_modeling import (
     modeling,
     record_routing,
 )
-from deepseek_v2_modeling.balance import RouterOutput, balance_losses, expert_counts
-from deepseek_v2_modeling.moe import choose_experts
+from deepseek_v2_modeling.layers.balance_losses import RouterOutput, balance_losses, expert_counts
+from deepseek_v2_modeling.layers.moe import choose_experts
 
 from .model_helpers import REFERENCE, SMALL, left_padded, random_ids, small_config, small_model
 

@@ -8,9 +8,9 @@ import torch
 from transformers import set_seed
 
 from deepseek_v2_modeling import LatentCache, apply_lora, lora_config
-from deepseek_v2_modeling.attention import by_row
 from deepseek_v2_modeling.cache import joined
-from deepseek_v2_modeling.masks import absorption_pays
+from deepseek_v2_modeling.layers.attention import by_row
+from deepseek_v2_modeling.layers.attention_plan import absorption_pays
 
 from .model_helpers import SMALL, left_padded, logits_of, random_ids, small_config, small_model, stock_twin
 
@@ -26,7 +26,7 @@ CHUNKS = {
 @pytest.fixture(params=["absorbed", "expanded"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of attention over cached tokens, whatever the number of new ones; counts that it was taken."""
-    from deepseek_v2_modeling import masks
+    from deepseek_v2_modeling.layers import attention_plan as masks
 
     monkeypatch.setattr(masks, "absorption_pays", lambda config, queries: request.param == "absorbed")
     return request.param

@@ -10,10 +10,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config, merge_lora
-from deepseek_v2_modeling.adapters import WEIGHTS
-from deepseek_v2_modeling.chosen_full import _grouped, _looped, train_chosen_experts, trained_rows
-from deepseek_v2_modeling.expert_choice import ExpertChoice, read_choice
-from deepseek_v2_modeling.grouped import Groups
+from deepseek_v2_modeling.adapters.loading import WEIGHTS
+from deepseek_v2_modeling.adapters.lora import adapted_modules
+from deepseek_v2_modeling.esft.choice import ExpertChoice, read_choice
+from deepseek_v2_modeling.esft.full_weights import _grouped, _looped, train_chosen_experts, trained_rows
+from deepseek_v2_modeling.kernels.grouped_products import Groups
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     load_base,
@@ -22,7 +23,6 @@ from deepseek_v2_modeling.loading import (
     resolve_source,
     save_final,
 )
-from deepseek_v2_modeling.lora import adapted_modules
 
 from .model_helpers import logits_of, random_ids, shake, small_config, small_model, stock_twin, tokenizer
 

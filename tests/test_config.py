@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, ModelError
-from deepseek_v2_modeling.moe import DeepseekV2MLP, DeepseekV2MoE, expert_weights
-from deepseek_v2_modeling.rope import RotaryEmbedding, inverse_frequencies, softmax_scale
+from deepseek_v2_modeling.layers.moe import DeepseekV2MLP, DeepseekV2MoE, expert_weights
+from deepseek_v2_modeling.layers.rope import RotaryEmbedding, inverse_frequencies, softmax_scale
 
 from .model_helpers import SMALL, YARN, logits_of, random_ids, small_config, small_model, stock_twin
 

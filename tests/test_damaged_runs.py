@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.stage
-from deepseek_v2_modeling.checkpoint_sums import SUMS_FILE, damage
+from deepseek_v2_modeling.training.checksums import SUMS_FILE, damage
 from recipes.cli import main
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "learning_rate": 1e-3}
 COMMON: dict[str, Any] = {"model": {"path": "base"}, "output_dir": "run", "seed": 1}

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from conversations import json_records, load_conversations
+from conversations import load_conversations
 from conversations.errors import ToolkitError
+from conversations.reading import json_files as json_records
 from conversations.sections import DataSource
-from recipes.data import read_sources, source_hash
+from recipes.data.sources import read_sources, source_hash
 
 
 def row(text: str) -> dict:
@@ -96,7 +97,7 @@ def test_zips_that_cannot_be_read(tmp_path):
 
 
 def test_a_member_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("conversations.locating._LARGE", 1000)
+    monkeypatch.setattr("conversations.reading.locating._LARGE", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", " " * 5_000_000)
     with pytest.raises(ToolkitError, match="jsonl unpacks to more than 1,000 times its size"):

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from deepseek_v2_modeling import LatentCache, ModelError, collect_balance
-from deepseek_v2_modeling.documents import documents_of, documents_with_cache
+from deepseek_v2_modeling.packing.boundaries import documents_of, documents_with_cache
 
 from .model_helpers import left_padded, logits_of, random_ids, small_model
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config
-from deepseek_v2_modeling.expert_choice import smallest_set
-from deepseek_v2_modeling.expert_scores import score_experts
+from deepseek_v2_modeling.esft.choice import smallest_set
+from deepseek_v2_modeling.esft.scores import score_experts
 
 from .model_helpers import random_ids, shake, small_model
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deepseek_v2_modeling import ModelError, export_adapter, import_adapter
-from deepseek_v2_modeling.adapter_layouts import (
+from deepseek_v2_modeling.adapters.layouts import (
     common_scaling,
     flatten_down,
     flatten_up,
@@ -22,7 +22,7 @@ from deepseek_v2_modeling.adapter_layouts import (
     stack_up,
     transpose_pair,
 )
-from deepseek_v2_modeling.adapters import WEIGHTS
+from deepseek_v2_modeling.adapters.loading import WEIGHTS
 from deepseek_v2_modeling.loading import ModelSource, load_base, load_model
 
 from .adapter_helpers import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sft.stage
-from deepseek_v2_modeling.finite import is_finite
+from deepseek_v2_modeling.checkpoints.finite import is_finite
 from recipes.cli import main
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 SFT: dict[str, Any] = {
     "stage": "sft",

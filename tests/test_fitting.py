@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversations.fitting import CUT_AWAY, NOTHING_TRAINED, Fitter
-from conversations.infill import render_text
-from conversations.lengths import LengthReport
-from conversations.rendering import render_conversation
+from conversations.rendering.conversation import render_conversation
+from conversations.rendering.fill_in_the_middle import render_text
+from conversations.rendering.fitting import CUT_AWAY, NOTHING_TRAINED, Fitter
+from conversations.rendering.lengths import LengthReport
 from recipes.tiny.tokenizer import build_tokenizer
 
 from .stage_helpers import assistant, byte_tokenizer, user

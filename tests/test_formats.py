@@ -2,9 +2,9 @@
 
 import pytest
 
-from conversations.badrow import BadRow
-from conversations.formats import FORMATS, UnknownFormat, convert_row, likely_columns, plain_columns
-from conversations.prompts import prompt_of
+from conversations.answers.prompts import prompt_of
+from conversations.formats.bad_row import BadRow
+from conversations.formats.table import FORMATS, UnknownFormat, convert_row, likely_columns, plain_columns
 
 
 def user(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification, DeepseekV2Model, lora_config
-from deepseek_v2_modeling.adapted_head import score_tokens
+from deepseek_v2_modeling.training.adapted_head import score_tokens
 
 from .model_helpers import random_adapter, random_ids, small_model
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, record_routing
-from deepseek_v2_modeling.balance import RouterOutput, layer_losses, sequence_ids
-from deepseek_v2_modeling.moe import expert_weights
-from deepseek_v2_modeling.rope import RotaryEmbedding, inverse_frequencies, softmax_scale
+from deepseek_v2_modeling.layers.balance_losses import RouterOutput, layer_losses, sequence_ids
+from deepseek_v2_modeling.layers.moe import expert_weights
+from deepseek_v2_modeling.layers.rope import RotaryEmbedding, inverse_frequencies, softmax_scale
 
 from .model_helpers import REFERENCE, relative
 

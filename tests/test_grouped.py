@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v2_modeling import moe as moe_file
-from deepseek_v2_modeling.grouped import Groups, LowRank, Slots, _Dispatch, combine, dispatch, filled_up, place_slots
-from deepseek_v2_modeling.moe import _trained, choose_experts, expert_weights, run_experts
+from deepseek_v2_modeling.kernels.grouped_products import (
+    Groups,
+    LowRank,
+    Slots,
+    _Dispatch,
+    combine,
+    dispatch,
+    filled_up,
+    place_slots,
+)
+from deepseek_v2_modeling.layers import moe as moe_file
+from deepseek_v2_modeling.layers.moe import _trained, choose_experts, expert_weights, run_experts
 
 from .model_helpers import small_model
 

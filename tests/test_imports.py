@@ -11,11 +11,11 @@ import conversations
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 LIGHT_MODULES = [
     "conversations",
-    "conversations.formats",
-    "conversations.reading",
-    "conversations.rendering",
+    "conversations.formats.table",
+    "conversations.reading.load",
+    "conversations.rendering.conversation",
     "conversations.sections",
-    "conversations.template",
+    "conversations.rendering.template",
     "eval",
     "eval.config",
     "recipes",

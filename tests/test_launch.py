@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import dsv2_start
-from recipes import manifest
 from recipes.cli import main
+from recipes.runs import manifest
 
 DSV2 = Path(sys.executable).with_name("dsv2")
 SFT = str(Path(__file__).parents[1] / "recipes" / "tiny" / "sft.yaml")

@@ -22,8 +22,8 @@ from peft import (
 from peft.tuners.lora.layer import ParamWrapper
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, LatentCache, ModelError, apply_lora, lora_config
+from deepseek_v2_modeling.adapters.lora import GROUPS, PROJECTIONS, absolute_base, adapted_modules
 from deepseek_v2_modeling.loading import load_base
-from deepseek_v2_modeling.lora import GROUPS, PROJECTIONS, absolute_base, adapted_modules
 
 from .model_helpers import SMALL, left_padded, logits_of, random_adapter, random_ids, shake, small_model, stock_twin
 

@@ -8,7 +8,8 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from deepseek_v2_modeling import apply_lora, lora_config, loss
+from deepseek_v2_modeling import apply_lora, lora_config
+from deepseek_v2_modeling.kernels import blockwise_loss as loss
 
 from .model_helpers import random_ids, small_model
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from deepseek_v2_modeling.adapters.lora import apply_lora, lora_config
 from deepseek_v2_modeling.errors import ModelError
 from deepseek_v2_modeling.loading import check_weights, load_base, read_settings
-from deepseek_v2_modeling.lora import apply_lora, lora_config
 from recipes.cli import main
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE = "model.layers.0.mlp.gate_proj.weight"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_v2_modeling.rope import RotaryEmbedding
+from deepseek_v2_modeling.layers.rope import RotaryEmbedding
 
 from . import official
 from .model_helpers import SMALL, YARN, logits_of, random_ids, small_config, small_model

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v2_modeling.masks import AttentionPlan
-from deepseek_v2_modeling.packing import find_documents, flat_layout, pack_layout
+from deepseek_v2_modeling.layers.attention_plan import AttentionPlan
+from deepseek_v2_modeling.packing.layouts import find_documents, flat_layout, pack_layout
 
 from .model_helpers import left_padded, logits_of, random_ids, small_model
 

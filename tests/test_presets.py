@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, ModelError
-from deepseek_v2_modeling.moe import DeepseekV2MoE
+from deepseek_v2_modeling.layers.moe import DeepseekV2MoE
 from deepseek_v2_modeling.presets import PRESETS, build_model
 
 from .model_helpers import logits_of, random_ids

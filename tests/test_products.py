@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_v2_modeling import LatentCache, attention, lora_config, products, wide_attention
+from deepseek_v2_modeling import LatentCache, lora_config
 from deepseek_v2_modeling.cache import joined, with_room
-from deepseek_v2_modeling.gated import gated
-from deepseek_v2_modeling.norm import DeepseekV2RMSNorm
-from deepseek_v2_modeling.products import Linear, float32_is_faster, widens
-from deepseek_v2_modeling.quantization import BLOCK
+from deepseek_v2_modeling.cache_codecs import BLOCK
+from deepseek_v2_modeling.kernels import float32_attention as wide_attention
+from deepseek_v2_modeling.kernels import float32_products as products
+from deepseek_v2_modeling.kernels.float32_products import Linear, float32_is_faster, widens
+from deepseek_v2_modeling.kernels.swiglu import gated
+from deepseek_v2_modeling.layers import attention
+from deepseek_v2_modeling.layers.norm import DeepseekV2RMSNorm
 
 from .model_helpers import logits_of, random_adapter, random_ids, relative, small_model
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conversations import json_records, load_conversations
+from conversations import load_conversations
 from conversations.errors import ToolkitError
+from conversations.reading import json_files as json_records
 
 
 def row(text: str = "Q") -> dict:

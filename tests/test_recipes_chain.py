@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from conversations.errors import ToolkitError
-from recipes import chain as chain_module
-from recipes.chain import run_chain
-from recipes.chain_plan import check_stages, plan_stages, resolve_stage
-from recipes.chain_references import References
+from recipes.chains import chain as chain_module
+from recipes.chains.chain import run_chain
+from recipes.chains.plan import check_stages, plan_stages, resolve_stage
+from recipes.chains.references import References
 from recipes.files import write_json, write_text
-from recipes.loader import Loaded, load_recipe
-from recipes.rundir import dump_text
+from recipes.recipe.loader import Loaded, load_recipe
+from recipes.runs.directory import dump_text
 
 SFT = "stage: sft\nmodel: {path: base}\ndata: [{path: rows.jsonl}]\ntraining: {max_steps: 5}\noutput_dir: alone\n"
 EVAL = """\
@@ -83,8 +83,8 @@ class FakeStages:
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages()
     monkeypatch.setattr(chain_module, "run_stage", fake)
-    monkeypatch.setattr("recipes.prepare.check_recipe", lambda recipe, earlier: None)
-    monkeypatch.setattr("recipes.prepare.will_give", lambda recipe, inputs: {})
+    monkeypatch.setattr("recipes.runs.prepare.check_recipe", lambda recipe, earlier: None)
+    monkeypatch.setattr("recipes.runs.prepare.will_give", lambda recipe, inputs: {})
     monkeypatch.setattr(chain_module, "_free_memory", lambda: None)  # a second a stage, with torch loaded
     return fake
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.data_utils import pack_dataset
 
-from recipes import measure
-from recipes.check import check
+from recipes.check import measure
+from recipes.check.check import check
+from recipes.check.histogram import bins, text_lines
+from recipes.check.measure import packs
 from recipes.cli import main
-from recipes.data import read_sources
-from recipes.histogram import bins, text_lines
-from recipes.loader import load_recipe
-from recipes.measure import packs
+from recipes.data.sources import read_sources
+from recipes.recipe.loader import load_recipe
 from recipes.tiny.tokenizer import build_tokenizer
 from sft.data import IGNORED, encode_rows
 
@@ -151,7 +151,7 @@ def test_bad_rows_and_missing_fill_in_tokens_end_with_2(
     assert "rows.jsonl:1: has no answer to train on" in capsys.readouterr().err
     path = recipe(tmp_path, [{"text": "def f(): pass"}], data=[{"path": "rows.jsonl", "fim": {}}])
     assert main(["check", str(path)]) == 0
-    monkeypatch.setattr("conversations.infill.TOKENS", {"hole": "<no such token>"})
+    monkeypatch.setattr("conversations.rendering.fill_in_the_middle.TOKENS", {"hole": "<no such token>"})
     assert main(["check", str(path)]) == 2
     assert "the tokenizer has no <no such token>" in capsys.readouterr().err
     assert not (tmp_path / "out" / "run").exists()

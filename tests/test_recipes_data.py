@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.sections import DataSource
-from recipes.data import read_sources
-from recipes.mixing import chosen, rows_used
-from recipes.splits import parse_split
+from recipes.data.mixing import chosen, rows_used
+from recipes.data.sources import read_sources
+from recipes.data.splits import parse_split
 
 
 def source(**fields: Any) -> DataSource:
@@ -237,7 +237,7 @@ def test_a_mixture_in_a_file_is_the_mixture_in_memory(tmp_path: Path, monkeypatc
     names = [f"{i} 你好 \U0001f642 \n" for i in range(50)]
     entries = [source(path=write_rows(tmp_path / f"{k}.jsonl", *names)) for k in "ab"]
     inside = list(read_sources(entries, seed=0).rows)
-    monkeypatch.setattr("recipes.rowstore._IN_MEMORY", 100)
+    monkeypatch.setattr("recipes.data.row_store._IN_MEMORY", 100)
     mixture = read_sources(entries, seed=0)
     assert list(mixture.rows) == inside and mixture.rows[-1] == inside[-1] and mixture.rows[3:5] == inside[3:5]
     assert {row["origin"] for row in inside} == {f"{k}.jsonl:{line}" for k in "ab" for line in range(1, 51)}

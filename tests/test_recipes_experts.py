@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepseek_v2_modeling.chosen_full import TRAINED
-from deepseek_v2_modeling.expert_choice import read_choice, smallest_set
+from deepseek_v2_modeling.esft.choice import read_choice, smallest_set
+from deepseek_v2_modeling.esft.full_weights import TRAINED
 from deepseek_v2_modeling.loading import load_base, load_model, resolve_source
 from recipes.cli import main
 from recipes.files import read_json
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 from .stage_helpers import assert_same_weights, stopped_after
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.sections import Target
-from deepseek_v2_modeling.lora import GROUPS, PROJECTIONS
-from recipes.loader import load_recipe
-from recipes.overrides import Override, apply_override, merge, parse_override
-from recipes.paths import absolute_paths, is_hub_name
-from recipes.yaml_text import parse_yaml, read_mapping
+from deepseek_v2_modeling.adapters.lora import GROUPS, PROJECTIONS
+from recipes.recipe.loader import load_recipe
+from recipes.recipe.overrides import Override, apply_override, merge, parse_override
+from recipes.recipe.paths import absolute_paths, is_hub_name
+from recipes.recipe.yaml_text import parse_yaml, read_mapping
 
 SFT = """\
 stage: sft

@@ -13,15 +13,15 @@ import pytest
 from safetensors import SafetensorError
 
 import eval.stage
-import recipes.manifest
+import recipes.runs.manifest
 from conversations.errors import ToolkitError
 from conversations.scratch import PREFIX, scratch_directory
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
-from deepseek_v2_modeling.trainer_finite import FiniteMixin
+from deepseek_v2_modeling.training.finite import FiniteMixin
 from recipes.cli import main
 from recipes.files import read_json, write_json
-from recipes.init import make_model
 from recipes.lock import ROOM, hold_directory, hold_path, owner_of
+from recipes.runs.new_model import make_model
 
 EVAL = """\
 stage: eval
@@ -169,7 +169,7 @@ def test_a_full_disk_in_a_run_leaves_a_manifest_that_says_so(
         full[0] = True
         refusing(errno.ENOSPC)()
 
-    monkeypatch.setattr(recipes.manifest, "write_json", writes)
+    monkeypatch.setattr(recipes.runs.manifest, "write_json", writes)
     monkeypatch.setattr(eval.stage, "append_lines", appends)
     assert main(["eval", "e.yaml"]) == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.files import write_jsonl
-from recipes.results import chain_results, figures, outcome_pairs, paired, table_text
+from recipes.runs.results import chain_results, figures, outcome_pairs, paired, table_text
 
 
 def test_figures_have_the_names_of_results_json() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import sft.stage
-from deepseek_v2_modeling.trainer import RunTrainerMixin, StopRequested
+from deepseek_v2_modeling.training.mixin import RunTrainerMixin, StopRequested
 from recipes.cli import main
 from recipes.files import read_json
-from recipes.init import make_model
-from recipes.yaml_text import read_mapping
+from recipes.recipe.yaml_text import read_mapping
+from recipes.runs.new_model import make_model
 
 RECIPE = """\
 stage: sft

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from conversations.errors import ToolkitError
 from recipes.files import atomic_path, read_json, write_json, write_text
-from recipes.rundir import RECIPE, differences, dump_text, inspect, newest_checkpoint
+from recipes.runs.directory import RECIPE, differences, dump_text, inspect, newest_checkpoint
 
 RECIPE_TREE: dict[str, Any] = {
     "stage": "sft",

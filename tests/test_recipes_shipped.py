@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 import sft.stage
-from recipes.chain_plan import plan_stages
+from recipes.chains.plan import plan_stages
 from recipes.cli import main
 from recipes.files import read_json
-from recipes.init import make_model
-from recipes.loader import load_recipe
-from recipes.prepare import check_settings
-from recipes.yaml_text import read_mapping
+from recipes.recipe.loader import load_recipe
+from recipes.recipe.yaml_text import read_mapping
+from recipes.runs.new_model import make_model
+from recipes.runs.prepare import check_settings
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))

@@ -6,9 +6,9 @@ from typing import Any, get_type_hints
 import pytest
 
 from conversations.errors import ToolkitError
-from recipes.loader import load_recipe
-from recipes.training_bounds import BOUNDS, check_bounds
-from recipes.training_fields import CONFIG_CLASSES, OWNED, config_class
+from recipes.recipe.loader import load_recipe
+from recipes.runs.training_bounds import BOUNDS, check_bounds
+from recipes.runs.training_fields import CONFIG_CLASSES, OWNED, config_class
 
 
 def numeric_fields() -> set[str]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.template import chat_template, has_other_template, install_template, training_template
+from conversations.rendering.template import chat_template, has_other_template, install_template, training_template
 
 BOS, EOS, FIM = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"
 

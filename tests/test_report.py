@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from recipes.lock import hold_directory
-from recipes.report import write_report
+from recipes.report.report import write_report
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 

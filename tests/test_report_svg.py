@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recipes.report_svg import Chart, Line, line_chart, load_class, moving_average, short, tag, thin, ticks
-from recipes.report_tables import sample_size, wilson
+from recipes.report.charts import Chart, Line, line_chart, load_class, moving_average, short, tag, thin, ticks
+from recipes.report.tables import sample_size, wilson
 
 FINITE = st.floats(min_value=-1e299, max_value=1e299)
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from conversations import load_conversations
-from conversations.badrow import BadRow
 from conversations.errors import ToolkitError
-from conversations.formats import convert_row
-from conversations.turn_reading import Rules
+from conversations.formats.bad_row import BadRow
+from conversations.formats.table import convert_row
+from conversations.formats.turn_reading import Rules
 
 U, A = "user", "assistant"
 
@@ -197,7 +197,7 @@ HINTED = [
 
 @pytest.mark.parametrize("row", HINTED)
 def test_a_hint_that_is_followed_loads_the_file(tmp_path, row):
-    from recipes.needs import refusal_of
+    from recipes.data.usable_rows import refusal_of
 
     class Sft:
         stage = "sft"
@@ -223,7 +223,7 @@ def test_without_a_column_that_works_there_is_no_hint(tmp_path):
 
 
 def test_what_is_null_is_named(tmp_path):
-    from recipes.needs import refusal_of
+    from recipes.data.usable_rows import refusal_of
 
     class Sft:
         stage = "sft"

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TextStreamer
 
-from conversations import opening
-from deepseek_v2_modeling.hub_names import is_hub_name
-from deepseek_v2_modeling.patterns import pattern_fault
+from conversations.reading import opening
+from deepseek_v2_modeling.adapters.patterns import pattern_fault
+from deepseek_v2_modeling.checkpoints.hub_names import is_hub_name
 from recipes.cli import main
-from recipes.secret_keys import refuse_secrets, without_secrets
+from recipes.recipe.secret_keys import refuse_secrets, without_secrets
 from recipes.terminal import printable, safe_terminal
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.trainer import RunLimits
-from recipes.schema import validate
+from deepseek_v2_modeling.training.mixin import RunLimits
+from recipes.recipe.schema import validate
 from sft.data import encode_rows
 from sft.stage import sft_config
 from sft.trainer import ChatTrainer, documents_of

@@ -12,12 +12,12 @@ from transformers.integrations import integration_utils
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.template import chat_template, install_template
+from conversations.rendering.template import chat_template, install_template
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, ModelError
-from deepseek_v2_modeling.trainer_disk import is_full
-from deepseek_v2_modeling.trainer_nan import first_bad_module
-from recipes.schema import validate
-from recipes.training_fields import check_training
+from deepseek_v2_modeling.checkpoints.full_disk import is_full
+from deepseek_v2_modeling.training.nan_source import first_bad_module
+from recipes.recipe.schema import validate
+from recipes.runs.training_fields import check_training
 from sft.config import SftRecipe
 from sft.stage import train
 from sft.trainer import ChatTrainer

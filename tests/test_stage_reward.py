@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversations.answers.judging import judge, means, means_by_kind
 from conversations.errors import ToolkitError
-from conversations.judging import judge, means, means_by_kind
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from reward.config import RewardRecipe

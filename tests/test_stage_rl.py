@@ -12,7 +12,7 @@ from conversations import render_conversation
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
-from deepseek_v2_modeling.trainer import RunLimits
+from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
 from rl.rewards import Reward, RewardModelReward, RuleReward
 from rl.stage import grpo_config, prompt_dataset, train

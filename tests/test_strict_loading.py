@@ -19,7 +19,7 @@ from deepseek_v2_modeling import (
     DeepseekV2Model,
     ModelError,
 )
-from deepseek_v2_modeling.checkpoints import hub_layout
+from deepseek_v2_modeling.checkpoints.strict import hub_layout
 from deepseek_v2_modeling.modeling import DeepseekV2PreTrainedModel
 
 from .model_helpers import SMALL, logits_of, random_ids, small_config, small_model
@@ -102,7 +102,7 @@ def test_every_kind_is_named_and_many_are_counted(saved: Path):
 
 
 def test_nothing_is_read_before_the_check(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    from deepseek_v2_modeling import checkpoints
+    from deepseek_v2_modeling.checkpoints import strict as checkpoints
 
     monkeypatch.setattr(checkpoints.FusedExperts, "to", lambda *args, **kwargs: pytest.fail("read"))
     edit(saved, drop="lm_head.weight")

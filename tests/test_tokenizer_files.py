@@ -11,11 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import sft.stage
-from conversations.template import chat_template, training_template
+from conversations.rendering.template import chat_template, training_template
+from deepseek_v2_modeling.checkpoints.tokenizer_files import plain_template, save_tokenizer
 from deepseek_v2_modeling.loading import ModelSource, load_tokenizer
-from deepseek_v2_modeling.tokenizer_files import plain_template, save_tokenizer
 from recipes.cli import main
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 OTHER = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 # What the released tokenizer_config.json says besides the special tokens.

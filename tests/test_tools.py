@@ -5,8 +5,8 @@ import json
 import pytest
 
 from conversations import render_conversation
-from conversations.badrow import BadRow
-from conversations.formats import convert_row
+from conversations.formats.bad_row import BadRow
+from conversations.formats.table import convert_row
 
 from .stage_helpers import byte_tokenizer
 

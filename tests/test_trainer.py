@@ -10,15 +10,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from deepseek_v2_modeling import ModelError, collect_balance, modeling
-from deepseek_v2_modeling.balance_log import BalanceLog, expert_shares, load_metrics
-from deepseek_v2_modeling.run_files import append_lines, cut_file
-from deepseek_v2_modeling.trainer import (
-    RunLimits,
-    RunTrainerMixin,
-    StopRequested,
-    training_arguments,
-)
-from deepseek_v2_modeling.trainer_checkpoints import remove_old_checkpoints
+from deepseek_v2_modeling.training.balance_log import BalanceLog, expert_shares, load_metrics
+from deepseek_v2_modeling.training.checkpoints import remove_old_checkpoints
+from deepseek_v2_modeling.training.mixin import RunLimits, RunTrainerMixin, StopRequested, training_arguments
+from deepseek_v2_modeling.training.run_files import append_lines, cut_file
 
 from .model_helpers import random_ids
 from .stage_helpers import assert_same_weights, chat_model, lines, score_model, stopped_after, weights

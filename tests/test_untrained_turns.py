@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conversations import load_conversations, render_conversation
-from conversations.badrow import BadRow
 from conversations.errors import ToolkitError
-from conversations.fitting import NOTHING_TRAINED, Fitter
-from conversations.formats import convert_row
-from conversations.lengths import LengthReport
-from conversations.training_flags import FLAGS
+from conversations.formats.bad_row import BadRow
+from conversations.formats.table import convert_row
+from conversations.formats.training_flags import FLAGS
+from conversations.rendering.fitting import NOTHING_TRAINED, Fitter
+from conversations.rendering.lengths import LengthReport
 
 from .stage_helpers import byte_tokenizer
 

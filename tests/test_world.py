@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from conversations import verify
 from conversations.errors import ToolkitError
-from conversations.reading import load_conversations
+from conversations.reading.load import load_conversations
+from recipes.recipe.yaml_text import read_mapping
 from recipes.tiny import lexicon as lx
 from recipes.tiny import world
-from recipes.yaml_text import read_mapping
 
 TRAIN = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "train"]
 HELDOUT = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "heldout"]

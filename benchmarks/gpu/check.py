@@ -41,8 +41,8 @@ from deepseek_v2_modeling import (  # noqa: E402
     lora_config,
 )
 from deepseek_v2_modeling.decode_steps import FixedStep  # noqa: E402
-from deepseek_v2_modeling.grouped import Groups  # noqa: E402
 from deepseek_v2_modeling.inference import generate_answers  # noqa: E402
+from deepseek_v2_modeling.kernels.grouped_products import Groups  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "reference"
 V2_LITE: dict[str, Any] = {

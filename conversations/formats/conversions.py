@@ -1,0 +1,273 @@
+"""What turns a row of a known format into its canonical form (conversations/formats/table.py), one function a kind.
+
+Each takes the source row, in which columns that hold turns have been read (lists of Turn), and names of its keys, and
+raises BadRow with the reason where the row cannot be used.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from conversations.formats.bad_row import BadRow, named, read_text
+from conversations.formats.tools import calls_text, tools_text
+from conversations.formats.turn_reading import has_tools
+from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
+
+Row = dict[str, Any]
+
+# GSM8K writes the result behind the reasoning, on a last line of its own.
+_GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
+
+# Columns with more of a question: Alpaca's, Dolly's.
+MORE = ("input", "context")
+
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+# --- Parts of a row
+
+
+def _prompt(row: Row, key: str) -> list[Turn]:
+    """The turns before the answer: one text (of the user, or a transcript) or a list of turns, behind the history."""
+    value = row[key]
+    more = [name for name in MORE if name != key and row.get(name) not in (None, "", [])]
+    turns = value if isinstance(value, list) else _transcript_prompt(read_text(value, key))
+    if turns is None:
+        text = "\n".join([read_text(value, key), *(read_text(row[name], name) for name in more)])
+        turns = [Turn("user", text, where=key)]
+    elif more:
+        raise BadRow(f"{more[0]} cannot be put behind {key}, which holds several turns: write it into one of them")
+    return _with_system(row, [*_history(row), *turns])
+
+
+def _transcript_prompt(text: str) -> list[Turn] | None:
+    """The turns of a transcript that ends in "Assistant:", for an answer to follow; None for other text."""
+    turns = transcript_turns(text)
+    return turns[:-1] if turns and turns[-1] == Turn("assistant", "") else None
+
+
+def _history(row: Row) -> list[Turn]:
+    """The exchanges before: a list of [question, answer] (ms-swift, LLaMA-Factory; also as JSON text), or of turns."""
+    value = row.get("history") or []
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, list) and value and isinstance(value[0], Turn):
+        return value
+    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise BadRow(f"history must be a list of [question, answer], not {named(value)}")
+    return [
+        Turn(role, read_text(words, f"history ({role})"), where=f"history[{number}]")
+        for number, pair in enumerate(value)
+        for role, words in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns behind the row's own system text and tools."""
+    first = turns[0] if turns and turns[0].role == "system" else None
+    system = read_text(row.get("system") or "", "system")
+    own = has_tools(turns)
+    tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
+    if own and tools and own != tools:
+        raise BadRow("tools stand in the row and in the system's turn, and are not the same")
+    if first and system.strip() and first.content.strip() != system.strip():
+        raise BadRow("system stands beside a system's turn in the conversation; keep one of them")
+    words = first.content if first else system
+    tools = own or tools
+    if "<tools>" in words:  # Hermes: the system's words list the tools already
+        tools = ""
+    text = "\n\n".join(part for part in (words, tools) if part.strip())
+    rest = turns[1:] if first else turns
+    if not text:
+        return rest
+    return [replace(first, content=text, tools=None) if first else Turn("system", text, where="system"), *rest]
+
+
+def _answer(row: Row, key: str) -> list[Turn]:
+    """An answer: a text, or turns (which may begin with the prompt's)."""
+    value = row[key]
+    return value if isinstance(value, list) else [Turn("assistant", read_text(value, key), where=key)]
+
+
+def _answered(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False) -> list[Turn]:
+    """Prompt and answer as one conversation that ends in the answer."""
+    prompt, answer = _prompt(row, prompt_key), _answer(row, key)
+    if isinstance(row[prompt_key], str) and _transcript_prompt(row[prompt_key]):
+        answer = [replace(turn, content=turn.content.strip()) for turn in answer]  # as in the transcript
+    if answer and answer[0].role != "assistant":
+        answer = _with_system(row, answer)
+        if answer[: len(prompt)] != prompt:
+            raise BadRow(f"{key} does not begin with the turns of {prompt_key}")
+        turns = answer
+    else:
+        turns = prompt + answer
+    return _ending_in_answer(turns, key, may_be_empty=may_be_empty)
+
+
+def _ending_in_answer(turns: list[Turn], key: str, *, may_be_empty: bool = False) -> list[Turn]:
+    check_turns(turns, empty_last=may_be_empty)
+    if turns[-1].role != "assistant":
+        raise BadRow(f"{key} does not end in an answer of the assistant")
+    return turns
+
+
+def _conversation(row: Row, key: str) -> list[Turn]:
+    value = row[key]
+    turns = transcript_turns(value) if isinstance(value, str) else value
+    if not isinstance(turns, list) or (turns and not isinstance(turns[0], Turn)):
+        raise BadRow(f"{key} must be a list of turns, not {named(value)}")
+    return _with_system(row, [*_history(row), *turns])
+
+
+# --- Rows, by kind
+
+
+def conversation(row: Row, key: str) -> Row:
+    turns = _conversation(row, key)
+    check_turns(turns)
+    return {"messages": as_messages(turns)}
+
+
+def prompt_only(row: Row, key: str) -> Row:
+    turns = _prompt(row, key)
+    check_turns(turns)
+    if turns[-1].role != "user":
+        raise BadRow(f"{key} ends in an answer where the user's turn should be the last")
+    return {"messages": as_messages(turns)}
+
+
+def question(row: Row, prompt_key: str, answer_key: str) -> Row:
+    return {"messages": as_messages(_answered(row, prompt_key, answer_key))}
+
+
+def gsm8k_question(row: Row, prompt_key: str, answer_key: str) -> Row:
+    converted = question(row, prompt_key, answer_key)
+    result = _GSM8K_RESULT.search(converted["messages"][-1]["content"])
+    return converted | ({"reference": result[1]} if result else {})
+
+
+def self_instruct(row: Row) -> Row:
+    instances = row["instances"]
+    if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
+        raise BadRow("instances must be a list of one {input, output}; write one row for each instance")
+    instance = {key: instances[0].get(key) for key in ("input", "output")}
+    return question(row | instance, "instruction", "output")
+
+
+def tool_calls(row: Row, prompt_key: str, key: str) -> Row:
+    """A question that is answered with calls of tools (xLAM)."""
+    words, _ = calls_text(row[key], key)
+    return question(row | {key: words}, prompt_key, key)
+
+
+def esft_test(row: Row) -> Row:
+    answers = row["answers"]
+    if not isinstance(answers, list) or not answers:
+        raise BadRow("answers must be a list with at least one string")
+    reference = read_text(answers[0], "answers[0]")
+    return question(row | {"answers": reference}, "prompt", "answers") | {"reference": reference}
+
+
+def plain_text(row: Row) -> Row:
+    text = read_text(row["text"], "text")
+    if not text.strip():
+        raise BadRow("text is empty")
+    return {"text": text}
+
+
+def mt_bench(row: Row) -> Row:
+    """The first of MT-Bench's turns and its reference answer; all turns stay in meta."""
+    turns, references = row["turns"], row.get("reference") or []
+    if not isinstance(turns, list) or not turns or not isinstance(references, list):
+        raise BadRow("turns must be a list of questions, and reference a list of answers")
+    first = {"reference": read_text(references[0], "reference[0]")} if references else {}
+    meta = {"question_id": row["question_id"], "turns": turns} | ({"references": references} if references else {})
+    return prompt_only({"prompt": read_text(turns[0], "turns[0]")}, "prompt") | first | {"meta": meta}
+
+
+def pair(row: Row, prompt_key: str) -> Row:
+    return _paired(*(_answered(row, prompt_key, key, may_be_empty=True) for key in ("chosen", "rejected")))
+
+
+def whole_pair(row: Row) -> Row:
+    """chosen and rejected hold the whole conversation each, as a transcript or as turns."""
+    return _paired(*(_whole(row, key) for key in ("chosen", "rejected")))
+
+
+def swift_pair(row: Row, key: str) -> Row:
+    """A conversation, and another answer in the place of its last (ms-swift)."""
+    chosen = _ending_in_answer(_conversation(row, key), key, may_be_empty=True)
+    return _paired(chosen, [*chosen[:-1], *_answer(row, "rejected_response")])
+
+
+def swift_answers(row: Row, prompt_key: str, answer_key: str) -> Row:
+    """A question with an answer and one that is worse (ms-swift)."""
+    return pair(row | {"chosen": row[answer_key], "rejected": row["rejected_response"]}, prompt_key)
+
+
+def _whole(row: Row, key: str) -> list[Turn]:
+    value = row[key]
+    turns = value if isinstance(value, list) else transcript_turns(read_text(value, key))
+    if turns is None:
+        raise BadRow(f'{key} is a string without a prompt, and no "\\n\\nHuman: ... \\n\\nAssistant: ..." transcript')
+    return _ending_in_answer(_with_system(row, turns), key, may_be_empty=True)
+
+
+def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
+    """One side may be an empty answer, since the judges saw the model say nothing."""
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("chosen and rejected do not answer the same prompt")
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are the same")
+    return {
+        "prompt": as_messages(chosen[:-1]),
+        "chosen": as_messages(chosen[-1:]),
+        "rejected": as_messages(rejected[-1:]),
+    }
+
+
+def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, base: int) -> Row:
+    """A pair whose better side is told by a number: `base` for the first output, base + 1 for the second."""
+    value = str(row[verdict])
+    if value not in (str(base), str(base + 1)):
+        raise BadRow(f"{verdict} must be {base} or {base + 1}, the number of the better answer, not {row[verdict]!r}")
+    chosen, rejected = outputs if value == str(base) else outputs[::-1]
+    return pair(row | {"chosen": row[chosen], "rejected": row[rejected]}, prompt_key)
+
+
+def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
+    converted = convert(row)
+    messages = converted.pop("messages")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("the conversation does not end in an answer of the assistant")
+    judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: VERDICTS[verdict](row[verdict])}
+    return converted | judgement  # a reference, if there is one
+
+
+def _label(value: Any) -> bool:
+    label = _LABELS.get(str(value).lower()) if isinstance(value, (bool, int, float, str)) else None
+    if label is None:
+        raise BadRow(f"label must be true or false, not {value!r}")
+    return label
+
+
+def _score(value: Any) -> float:
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise BadRow(f"score must be a finite number, not {value!r}")
+    return score
+
+
+def reference_text(value: Any) -> str:
+    return read_text(value, "reference")
+
+
+VERDICTS = {"label": _label, "score": _score}

@@ -1,0 +1,42 @@
+"""Pictures, sounds and films in rows: the model reads text alone, so these are refused by name."""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from conversations.formats.bad_row import BadRow
+
+_NAME = re.compile(
+    r"(?:^|_)(?:images?|imgs?|pictures?|photos?|audios?|videos?|pixel_values|input_audio)"
+    r"(?:_(?:paths?|urls?|files?|file_?names?|list|bytes|base64|b64|data))?$"
+)
+# How the library datasets stores a picture, and a sound.
+_STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"})
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".mp3", ".flac", ".ogg", ".mp4", ".avi", ".mov")
+
+
+def refuse_media(values: Mapping[str, Any], what: str) -> None:
+    """Raises BadRow for a key that holds a picture, a sound or a film (what is empty, or a number, holds none)."""
+    for key, value in values.items():
+        if value in (None, "", [], {}, [None]) or isinstance(value, (bool, int, float)):
+            continue
+        if _names_media(key) or _is_media(value):
+            raise BadRow(
+                f"{what} has {key}: images, audio and video cannot be trained, the model reads text alone"
+                + f"; if it holds words, read it as columns: {{other: {key}}}" * (what == "the row")
+            )
+
+
+@lru_cache(maxsize=4096)
+def _names_media(key: str) -> bool:
+    return bool(_NAME.search(str(key).lower()))
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and _is_media(value[0])
+    if isinstance(value, dict):
+        is_path = set(value) == {"path"} and str(value["path"]).lower().endswith(_SUFFIXES)
+        return is_path or set(value) == {"bytes"} or any(keys <= value.keys() for keys in _STRUCTS)
+    return isinstance(value, (bytes, bytearray))

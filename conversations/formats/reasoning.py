@@ -1,0 +1,81 @@
+"""The reasoning before an answer, kept beside it under many names: refused, left out, or trained in tags."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from conversations.formats.bad_row import BadRow, named, read_text
+
+Reasoning = Literal["refuse", "drop", "think_tags"]
+
+KEYS = (
+    "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content", "reasoning_text",
+    "reasoning_details", "thinking_blocks", "think", "cot", "chain_of_thought", "reasoning_trace", "thinking_trace",
+    "thought_process",
+)  # fmt: skip
+_KEYS = frozenset(KEYS)
+PARTS = ("thinking", "reasoning", "redacted_thinking")  # types of content parts
+_TEXT_KEYS = ("text", "thinking", "summary", "content", "reasoning")
+# What a column `reasoning` or `thinking` of a whole row may hold instead: a switch.
+_SWITCHES = {"on", "off", "yes", "no", "true", "false", "low", "medium", "high", "minimal", "none", "auto"}
+
+
+def reasoning_of(values: Mapping[str, Any], what: str, mode: Reasoning) -> tuple[str, str] | None:
+    """The key that holds reasoning and its text ("" where it is dropped); None where there is none.
+
+    Raises BadRow for reasoning that is no text, and for two that differ, unless it is dropped.
+    """
+    if not values or _KEYS.isdisjoint(values):
+        return None
+    if mode == "drop":
+        return next(((key, "") for key in KEYS if values.get(key)), None)
+    found = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, what)).strip()}
+    if len({text.strip() for text in found.values()}) > 1:
+        raise BadRow(f"{what} has {' and '.join(found)}, which say different things")
+    return next(iter(found.items()), None)
+
+
+def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) -> tuple[str, str] | None:
+    """As reasoning_of, of the columns of a row that its form does not read; a switch such as "on" is none.
+
+    answers: how many the row has: which of them each of several texts belongs to is not known.
+    """
+    if _KEYS.isdisjoint(columns):
+        return None
+    texts = {key: columns[key] for key in KEYS if _holds_text(columns.get(key))}
+    found = reasoning_of(texts, "the row", mode)
+    if found and mode == "think_tags" and answers > 1 and isinstance(texts[found[0]], list):
+        raise BadRow(f"the row has {found[0]}, a list beside {answers} answers: write each into the turn it belongs to")
+    return found
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() not in _SWITCHES
+    return isinstance(value, list) or (isinstance(value, dict) and any(value.get(name) for name in _TEXT_KEYS))
+
+
+def reasoning_text(value: Any, key: str, what: str) -> str:
+    """Text, or blocks of it as OpenRouter and Anthropic write them."""
+    if isinstance(value, list):
+        return "\n".join(reasoning_text(part, key, what) for part in value)
+    if isinstance(value, dict):
+        text = next((value[name] for name in _TEXT_KEYS if value.get(name)), None)
+        if text is None or isinstance(text, dict):
+            raise BadRow(f"{what} has {key} that holds no text: {named(value)} (format.reasoning: drop leaves it out)")
+        return reasoning_text(text, key, what)
+    return read_text(value, f"{what} {key}")
+
+
+def with_reasoning(content: str, found: tuple[str, str], mode: Reasoning, what: str) -> str:
+    """An assistant's words, with the reasoning before them or without it."""
+    key, text = found
+    if mode == "refuse":
+        raise BadRow(
+            f"{what} has {key}: format.reasoning: think_tags trains it before the answer, between <think> and "
+            "</think>; drop leaves it out"
+        )
+    if mode == "drop":
+        return content
+    if "<think>" in content:
+        raise BadRow(f"{what} has {key}, and <think> in its words already")
+    return f"<think>\n{text.strip()}\n</think>\n\n{content}"

@@ -1,0 +1,433 @@
+"""The known formats of rows, as a table, and a row's way from one of them to its canonical form.
+
+Canonical rows (`Row`) have one of these sets of keys:
+
+    messages                     a conversation; a prompt where it ends in a user turn
+    prompt, chosen, rejected     a preference pair; all three are lists of messages
+    prompt, completion, label    a judged answer (true or false), both lists of messages
+    prompt, completion, score    a scored answer (a number)
+    text                         plain text, for language modelling
+
+A turn of an assistant that the file's own flags leave out of the training (conversations/formats/training_flags.py) has
+`train: false` beside role and content.
+
+And, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of
+all the source's other keys).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+from conversations.formats.bad_row import BadRow
+from conversations.formats.conversions import (
+    MORE,
+    VERDICTS,
+    Row,
+    conversation,
+    esft_test,
+    gsm8k_question,
+    judged,
+    mt_bench,
+    pair,
+    plain_text,
+    prompt_only,
+    question,
+    ranked,
+    reference_text,
+    self_instruct,
+    swift_answers,
+    swift_pair,
+    tool_calls,
+    whole_pair,
+)
+from conversations.formats.media import refuse_media
+from conversations.formats.reasoning import KEYS as REASONING_KEYS
+from conversations.formats.reasoning import column_reasoning, with_reasoning
+from conversations.formats.training_flags import ROW_FLAGS, row_flags
+from conversations.formats.turn_keys import ROLE_KEYS
+from conversations.formats.turn_reading import Rules, TurnReader, turns_in
+from conversations.tally import Event
+
+# Keys that every format may have beside its own.
+_COMMON_KEYS = ("system", "tools", "reference", "meta")
+
+# Other names of a key -> ours, which they are where the row has none of its own.
+_OTHER_NAMES = {
+    "system_prompt": "system",
+    "system_message": "system",
+    "functions": "tools",
+    "kto_tag": "label",
+    "chosen_response": "chosen",
+}
+
+_OPENAI_PAIR = {"input": "", "preferred_output": "chosen", "non_preferred_output": "rejected"}
+
+# Our key -> words that columns for it often end in.
+_LIKELY = {
+    "prompt": {"prompt", "question", "query", "instruction", "request", "problem", "body", "input", "user"},
+    "response": {"response", "answer", "reply", "completion", "output", "solution", "assistant", "target"},
+}
+# Further columns of words, where a guess has found a question.
+_LIKELY_MORE = {
+    "system": {"system", "persona", "sys"},
+    "context": {"context", "passage", "document", "article", "background", "paragraph"},
+}
+
+
+class UnknownFormat(BadRow):
+    """A row whose keys fit no known format."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format is recognised by its keys: a row has the first entry of FORMATS whose keys it has.
+
+    name: as it is told to the user. keys: all are there, and not null. convert: source row -> canonical row.
+    optional: further keys that `convert` reads; what else a row has goes to `meta`. plain: `columns` that make such a
+    row, which holds a verdict, a conversation without one.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    convert: Callable[[Row], Row]
+    optional: tuple[str, ...] = ()
+    plain: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- The table
+
+_CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+_NAMES = {"messages": "messages", "conversations": "ShareGPT"}
+_ANSWERS = ("completion", "response", "answer", "output")
+
+
+def _more(*keys: str) -> tuple[str, ...]:
+    """The optional keys of a format with one question in one of these keys."""
+    return tuple(key for key in (*MORE, "history") if key not in keys)
+
+
+# (the two outputs, who says which is better, the number of the first): LLMBar and AlpacaFarm; PKU-SafeRLHF.
+_RANKINGS = (
+    (("output_1", "output_2"), ("label", "preference"), 1),
+    (("response_0", "response_1"), ("better_response_id", "safer_response_id"), 0),
+)
+
+_RANKED = tuple(
+    Format(
+        f"ranked pairs ({verdict})",
+        (prompt_key, *outputs, verdict),
+        partial(ranked, prompt_key=prompt_key, outputs=outputs, verdict=verdict, base=base),
+        _more(prompt_key),
+    )
+    for outputs, verdicts, base in _RANKINGS
+    for verdict in verdicts
+    for prompt_key in ("instruction", "prompt", "input", "question")
+)
+
+_PAIRS = (
+    *(
+        Format(
+            f"preference pairs with {key}",
+            (key, "chosen", "rejected"),
+            partial(pair, prompt_key=key),
+            _more(key),
+            {"prompt": key, "completion": "chosen"},
+        )
+        for key in ("prompt", *_CONVERSATIONS, "question", "instruction", "query", "input")
+    ),
+    Format("preference pairs", ("chosen", "rejected"), whole_pair, plain={"messages": "chosen"}),
+    *(
+        Format(
+            f"{key} with rejected_response",
+            (key, "rejected_response"),
+            partial(swift_pair, key=key),
+            ("history",),
+            {"verdict": "rejected_response"},
+        )
+        for key in _CONVERSATIONS
+    ),
+    *(
+        Format(
+            f"{key}/response with rejected_response",
+            (key, "response", "rejected_response"),
+            partial(swift_answers, prompt_key=key, answer_key="response"),
+            _more(key),
+            {"verdict": "rejected_response"},
+        )
+        for key in ("query", "prompt", "instruction")
+    ),
+)
+
+
+def _question(prompt_key: str, answer_key: str) -> Format:
+    convert = gsm8k_question if (prompt_key, answer_key) == ("question", "answer") else question
+    return Format(
+        f"{prompt_key}/{answer_key}",
+        (prompt_key, answer_key),
+        partial(convert, prompt_key=prompt_key, answer_key=answer_key),
+        _more(prompt_key),
+    )
+
+
+_ANSWERED = (
+    *(
+        Format(_NAMES.get(key, key), (key,), partial(conversation, key=key), ("history",)) for key in _CONVERSATIONS
+    ),
+    *(_question("instruction", key) for key in ("output", "response", "answer", "completion")),
+    _question("question", "answer"),
+    *(_question("prompt", key) for key in (*_ANSWERS, "canonical_solution")),
+    *(_question(prompt_key, key) for prompt_key in ("question", "query", "input") for key in _ANSWERS
+      if (prompt_key, key) != ("question", "answer")),
+)  # fmt: skip
+
+_JUDGED = tuple(
+    Format(
+        f"{source.name} with {verdict}",
+        (*source.keys, verdict),
+        partial(judged, convert=source.convert, verdict=verdict),
+        source.optional,
+        {"verdict": verdict},
+    )
+    for source in _ANSWERED
+    for verdict in VERDICTS
+)
+
+# Longer sets of keys stand before the shorter ones that they contain.
+FORMATS: tuple[Format, ...] = (
+    *_PAIRS,
+    *_RANKED,
+    *_JUDGED,
+    Format("Self-Instruct tasks", ("instruction", "instances"), self_instruct),
+    *_ANSWERED,
+    Format("questions with tool calls", ("query", "answers"), partial(tool_calls, prompt_key="query", key="answers")),
+    Format("ESFT test prompts", ("prompt", "answers"), esft_test),
+    Format("prompts", ("prompt",), partial(prompt_only, key="prompt"), _more("prompt")),
+    Format("MT-Bench questions (the first turn)", ("question_id", "turns"), mt_bench, ("reference",)),
+    Format("plain text", ("text",), plain_text),
+)
+# Columns that never hold turns of a conversation.
+_NO_TURNS = {
+    *VERDICTS,
+    "reference",
+    "answers",
+    "turns",
+    "instances",
+    "text",
+    *(key for known in _RANKED for key in known.keys[3:]),
+}
+
+
+# --- What the reader calls
+
+
+def recognise(row: Mapping[str, Any]) -> Format | None:
+    """The format of a source row, by its keys; a key whose value is null counts as absent."""
+    return _with_keys(frozenset(key for key, value in row.items() if value is not None))
+
+
+@lru_cache(maxsize=1024)
+def _with_keys(present: frozenset[str]) -> Format | None:
+    return next((known for known in FORMATS if present.issuperset(known.keys)), None)
+
+
+def convert_row(
+    row: Row, columns: Mapping[str, str] | None = None, rules: Rules | None = None, events: list[Event] | None = None
+) -> tuple[Format, Row]:
+    """The format of a source row and its canonical form.
+
+    columns: {key of a known format: name that the source has for it}, applied first. rules: how turns are read.
+    events: takes what the row has and nothing used.
+    Raises BadRow with the reason where there is no known format, or where the row does not keep to it.
+    """
+    rules, events = rules or Rules(), [] if events is None else events
+    columns = columns or {}
+    row = _with_our_names(_renamed(row, columns))
+    known = recognise(row)
+    if known is None:
+        raise _unknown(row)
+    others = {key: row[key] for key in row if key not in (*known.keys, *known.optional, *_COMMON_KEYS)}
+    others = {key: value for key, value in others.items() if value is not None}
+    refuse_media({key: value for key, value in others.items() if key not in columns}, "the row")
+    flags = row_flags(others, _turns_of(row, known))
+    readable = _with_turns(row, known, TurnReader(rules, events), flags)
+    converted = known.convert(readable)
+    said = converted.get("messages") or converted.get("completion") or []
+    answers = sum(message["role"] == "assistant" for message in said)
+    thought = column_reasoning(others, answers, rules.reasoning) if "text" not in converted else None
+    _apply(converted, flags, thought, rules, events)
+    if row.get("reference") not in (None, "") and "reference" not in known.optional:
+        converted["reference"] = reference_text(row["reference"])
+    read = {*ROW_FLAGS, "kind", *(REASONING_KEYS if thought else ())}
+    events.extend(("columns", str(key)) for key in others if key not in read)
+    meta = converted.pop("meta", {}) | others
+    given = row.get("meta")
+    meta = given | meta if isinstance(given, dict) else meta | ({} if given is None else {"meta": given})
+    return known, converted | ({"meta": meta} if meta else {})
+
+
+def _turns_of(row: Row, known: Format) -> int | None:
+    """How many turns the row's conversation has; None where it is not one list of turns."""
+    turns = turns_in(row[known.keys[0]], known.keys[0], True) if known.keys[0] in _CONVERSATIONS else None
+    return len(turns) if isinstance(turns, list) else None
+
+
+def _with_turns(row: Row, known: Format, reader: TurnReader, flags: list[tuple[str, bool]] | None) -> Row:
+    """The row with its turns read, in the columns that its format reads."""
+    found = {}
+    for key in (*known.keys, *known.optional):
+        value = None if key in _NO_TURNS else turns_in(row.get(key), key, key in _CONVERSATIONS)
+        if value is not None:
+            found[key] = reader.turns(value, key, flags if key in _CONVERSATIONS else None)
+    return row | found
+
+
+def _apply(
+    converted: Row,
+    flags: list[tuple[str, bool]] | None,
+    thought: tuple[str, str] | None,
+    rules: Rules,
+    events: list[Event],
+) -> None:
+    """What the row's own columns say of its last answer: whether it is trained, and its reasoning."""
+    answer = (converted.get("messages") or converted.get("completion") or [{"role": ""}])[-1]
+    is_answer = answer["role"] == "assistant"
+    off = next((name for name, flag in flags or () if not flag), None)
+    if off and not (is_answer and "messages" in converted):
+        raise BadRow(f"the row has {off} false, which cannot be honoured here: leave the row out")
+    if off and all(not flag for _, flag in flags or ()):  # the row as a whole, whatever its form
+        events.extend(("untrained", off) for message in converted["messages"] if _leaves_out(message))
+    if thought and is_answer:
+        answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
+    elif thought and rules.reasoning != "drop":
+        raise BadRow(
+            f"the row has {thought[0]}, and no answer that it belongs to (format.reasoning: drop leaves it out)"
+        )
+    if thought and rules.reasoning == "drop":
+        events.append(("dropped reasoning", thought[0]))
+
+
+def _leaves_out(message: Row) -> bool:
+    """Marks an answer as not trained; whether that is new."""
+    is_new = message["role"] == "assistant" and message.get("train") is not False
+    if is_new:
+        message["train"] = False
+    return is_new
+
+
+def _unknown(row: Row) -> BadRow:
+    """Why a row has no format: one of a format's keys is null, or there is none with its keys."""
+    if null := null_keys(row):
+        return BadRow(f"{' and '.join(null)} {'is' if len(null) == 1 else 'are'} null")
+    return UnknownFormat(f"no known format has the keys {', '.join(map(str, row)) or '(none)'}")
+
+
+def null_keys(row: Row, columns: Mapping[str, str] | None = None) -> list[str]:
+    """Keys without a value that would make the row one of another format, under the file's names for them."""
+    columns = columns or {}
+    try:
+        row = _with_our_names(_renamed(row, columns))
+    except BadRow:
+        return []
+    wanted = _with_keys(frozenset(row))
+    now = recognise(row)
+    if wanted is None or wanted is now:
+        return []
+    return [columns.get(key, key) for key in wanted.keys if row[key] is None]
+
+
+def _with_our_names(row: Row) -> Row:
+    """The row with our names for keys of ours that it calls otherwise."""
+    if "preferred_output" in row and isinstance(row.get("input"), dict):  # OpenAI's preference rows
+        rest = {key: value for key, value in row.items() if key not in _OPENAI_PAIR}
+        prompt = {"prompt": row["input"].get("messages"), "tools": row["input"].get("tools")}
+        return rest | prompt | {ours: row.get(theirs) for theirs, ours in _OPENAI_PAIR.items() if ours}
+    named = {theirs: ours for theirs, ours in _OTHER_NAMES.items() if row.get(theirs) not in (None, "", [])}
+    named = {theirs: ours for theirs, ours in named.items() if row.get(ours) in (None, "", [], row[theirs])}
+    if "chosen" in named.values() and row.get("rejected") is None and row.get("rejected_response") is not None:
+        named["rejected_response"] = "rejected"
+    if not named:
+        return row
+    rest = {key: value for key, value in row.items() if key not in named}
+    return rest | {ours: row[theirs] for theirs, ours in named.items()}
+
+
+def plain_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """The `columns` under which a row with a verdict is a conversation without one; empty for any other row.
+
+    columns: those under which it has the verdict.
+    """
+    known = recognise(_renamed(row, columns))
+    if known is None or not known.plain:
+        return {}
+    kept = {key: name for key, name in columns.items() if key not in known.plain.values()}
+    return kept | {key: columns.get(name, name) for key, name in known.plain.items() if columns.get(name, name) != key}
+
+
+def known_formats() -> str:
+    """The keys of the formats on one line, for messages."""
+    told: dict[tuple[str, ...], list[str]] = {}  # the first keys -> the last ones
+    for known in FORMATS:
+        if known not in _JUDGED:
+            told.setdefault(known.keys[:-1], []).append(known.keys[-1])
+    return "; ".join(" + ".join(filter(None, (*first, " or ".join(last)))) for first, last in told.items())
+
+
+def likely_columns(row: Row) -> dict[str, str]:
+    """A guess at `columns` for a row of no known format, from the names of its columns; may be empty."""
+    turns = [str(name) for name, value in row.items() if isinstance(value, list) and _has_roles(value)]
+    if turns:
+        return {"messages": turns[0]} if len(turns) == 1 else {}
+    found: dict[str, str] = {}
+    for key, words in _LIKELY.items():
+        names = [name for name in _columns_of_text(row) if name not in found.values()]
+        names = [name for name in names if "system" not in _words(name)]
+        near = [name for name in names if _words(name)[-1] in words]
+        near += [name for name in names if key == "prompt" and not words.isdisjoint(_words(name))]
+        found |= {key: near[0]} if near else {}
+    if "prompt" not in found:
+        return {}
+    for key, words in _LIKELY_MORE.items():
+        names = [
+            name for name in _columns_of_text(row) if name not in (*found.values(), *_COMMON_KEYS, *MORE, *_OTHER_NAMES)
+        ]
+        near = [name for name in names if not words.isdisjoint(_words(name))]
+        found |= {key: near[0]} if near and key not in row else {}
+    return found
+
+
+def _columns_of_text(row: Row) -> list[str]:
+    return [
+        str(name) for name, value in row.items() if isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    ]
+
+
+def _has_roles(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in value)
+
+
+def _words(name: str) -> list[str]:
+    """user_question, userQuestion, "User question" -> user, question."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) or [""]
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    nested = {source: found for source in columns.values() if source not in row and (found := _inside(row, source))}
+    row = row | {source: found[0] for source, found in nested.items()}
+    for source in columns.values():
+        if source not in row:
+            raise BadRow(f"has no column {source!r}; its columns are {', '.join(map(str, row))}")
+    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    return renamed | {key: row[source] for key, source in columns.items()}
+
+
+def _inside(row: Row, path: str) -> tuple[Any] | None:
+    """What stands at a path of keys (`reward_model.ground_truth`), in a tuple; None where there is nothing."""
+    value: Any = row
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return (value,)

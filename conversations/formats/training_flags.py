@@ -1,0 +1,109 @@
+"""What a file says about the training of a turn or a row: a mask of 0 or 1, in one of many names.
+
+Honoured are masks and weights of 0 and 1 (also true, false, and these as text): a turn with a 0 is not trained, one
+with a 1 is, where format.train_on takes it; with names such as `masked` it is the other way round. Everything else,
+such as a weight of 0.5 or spans of characters, is a BadRow that names it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from conversations.formats.bad_row import BadRow, named
+
+REVERSED = ("masked", "no_loss", "ignore_loss")  # where 1 is what is not trained
+FLAGS = (
+    "train", "training", "trainable", "trained", "loss", "loss_mask", "mask", "loss_scale", "loss_weight", "weight",
+    "output_with_loss",
+)  # fmt: skip
+SPANS = "train_detail"
+ROW_FLAGS = (
+    *FLAGS, *REVERSED, "loss_masks", "loss_weights", "train_mask", "assistant_mask", "assistant_masks",
+    "completion_mask", "sample_weight", "example_weight", SPANS,
+)  # fmt: skip
+# Words in a turn's key that speak of training, in a key of no known meaning.
+_ABOUT_TRAINING = re.compile(r"(?:^|_)(?:un)?(?:train|trained|training|trainable|loss|mask|masks|masked)(?:_|$)")
+
+_VALUES = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
+
+
+def is_absent(value: Any) -> bool:
+    """null, or what stands for it in a table: an empty string, NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def turn_flag(
+    values: Mapping[str, Any], what: str, names: tuple[str, ...] = (*FLAGS, *REVERSED)
+) -> tuple[str, bool] | None:
+    """The name and the value of a turn's own flag; None where it has none."""
+    if not values:
+        return None
+    if values.get(SPANS):
+        raise BadRow(
+            f"{what} has {SPANS}: spans of characters cannot be honoured, only whole turns (train: true or false)"
+        )
+    found = {name: _flag(values[name], name, what) for name in names if not is_absent(values.get(name))}
+    for name, value in values.items():
+        if speaks_of_training(name) and name not in (*names, SPANS) and not is_absent(value):
+            raise BadRow(f"{what} has {name} {named(value)}, which is not known; write train: true or false")
+    if len(set(found.values())) > 1:
+        raise BadRow(f"{what} has {' and '.join(f'{name} {values[name]!r}' for name in found)}, which contradict")
+    return next(iter(found.items()), None)
+
+
+def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, bool]] | None:
+    """From a row's own columns the name and value of a flag for each of its turns; None where they say nothing.
+
+    One value for the whole row says something where it is false: then of one turn, or of all.
+    turns: how many there are in the file, where they stand in one list.
+    """
+    given = {name: columns[name] for name in ROW_FLAGS if name in columns and not is_absent(columns[name])}
+    found = {name: _of_turns(name, value, turns) for name, value in given.items()}
+    found = {name: flags for name, flags in found.items() if flags is not None}
+    if any(flags != next(iter(found.values())) for flags in found.values()):
+        raise BadRow(f"{' and '.join(given)} contradict one another")
+    return [(name, flag) for name, flags in list(found.items())[:1] for flag in flags] or None
+
+
+def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
+    if name == "mask" and str(value).lower() == "user":  # NeMo: whose words are hidden from the loss
+        return None
+    if name == SPANS:
+        raise BadRow(f"the row has {SPANS}: spans of characters cannot be honoured")
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV file
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        return None if _flag(value, name, "the row") else [False] * (turns or 1)
+    if turns is None:
+        raise BadRow(f"{name} is a list, but the row has no list of turns that it could belong to")
+    if len(value) != turns:
+        raise BadRow(f"{name} has {len(value)} entries for {turns} turns; it needs one for each turn")
+    return [_flag(flag, f"{name}[{index}]", "the row") for index, flag in enumerate(value)]
+
+
+def _flag(value: Any, name: str, what: str) -> bool:
+    flag = _VALUES.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
+    if flag is None:
+        rename = f"; if it says nothing about training, read it as columns: {{other: {name}}}" * (what == "the row")
+        raise BadRow(
+            f"{what} has {name} {named(value)}, which cannot be honoured: a turn is trained or not (1 or 0){rename}"
+        )
+    return flag != (name.split("[")[0] in REVERSED)
+
+
+def refuse_flags(values: Mapping[str, Any], what: str) -> None:
+    """Raises BadRow for a flag on a part of a turn."""
+    for name, value in values.items():
+        if (speaks_of_training(name) or name in FLAGS or name == SPANS) and not is_absent(value):
+            raise BadRow(f"{what} has {name}, which cannot be honoured: a turn is trained or not, as a whole")
+
+
+@lru_cache(maxsize=4096)
+def speaks_of_training(name: str) -> bool:
+    """Whether the name of a key has one of the words for it."""
+    return bool(_ABOUT_TRAINING.search(str(name).lower()))

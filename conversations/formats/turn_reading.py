@@ -1,0 +1,319 @@
+"""Lists of turns, as found in the wild -> lists of Turn. Raises BadRow, with a reason for who owns the file."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from conversations.formats.bad_row import BadRow, named, read_text
+from conversations.formats.media import refuse_media
+from conversations.formats.reasoning import PARTS, Reasoning, reasoning_of, reasoning_text, with_reasoning
+from conversations.formats.tools import Call, calls_text, result_text, tools_text
+from conversations.formats.training_flags import refuse_flags, turn_flag
+from conversations.formats.turn_keys import (
+    CALL_KEYS,
+    CONTENT_KEYS,
+    READ_KEYS,
+    ROLE_KEYS,
+    TOOLS_KEYS,
+    first_key,
+    role_of,
+    said_by_speakers,
+)
+from conversations.formats.turns import Turn
+from conversations.tally import Event
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_KEYS_BESIDE = frozenset((*READ_KEYS, *TOOLS_KEYS))
+_RESULT_IDS = ("tool_call_id", "call_id", "tool_use_id")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a source's turns are read. roles: the file's name for a role -> system, user, assistant or tool."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    reasoning: Reasoning = "refuse"
+
+
+class _Said(NamedTuple):
+    """A turn before tools are put in their places. calls: those it makes. answers: the call that a tool answers."""
+
+    turn: Turn
+    is_call: bool = False
+    calls: tuple[Call, ...] = ()
+    answers: Call = Call()
+
+
+class _Words(NamedTuple):
+    """What a turn says, and its calls: see _Said."""
+
+    text: str
+    is_call: bool = False
+    calls: tuple[Call, ...] = ()
+    answers: Call = Call()
+
+
+class TurnReader:
+    """Reads the turns of one row; what it does not use goes to `events`."""
+
+    def __init__(self, rules: Rules, events: list[Event]):
+        self._rules = rules
+        self._events = events
+
+    def turns(self, value: Any, what: str, flags: Sequence[tuple[str, bool]] | None = None) -> list[Turn]:
+        """A list of turns, or one turn, of a column.
+
+        flags: for each turn the name and value of its flag in the row's own mask. The results of a turn's calls become
+        one turn of the user, in the order of the calls. An empty system message says nothing and is left out.
+        """
+        if isinstance(value, dict):
+            value = _as_list(value)
+        said = []
+        for index, raw in enumerate(value):
+            if not isinstance(raw, dict):
+                raise BadRow(f"{what}[{index}] must be an object with role and content, not {named(raw)}")
+            where = f"turn {index + 1}" + ("" if what in ("messages", "conversations") else f" of {what}")
+            of_entry = self._one_or_more(raw, f"{what}[{index}]")
+            for one in of_entry:
+                flag = flags[index] if flags and one is of_entry[-1] else None
+                said.append(self._read(one, f"{what}[{index}]", where, flag))
+        turns = self._placed(said, what)
+        return turns[1:] if turns and turns[0] == Turn("system", "") and not turns[0].tools else turns
+
+    def _one_or_more(self, raw: dict[str, Any], what: str) -> list[dict[str, Any]]:
+        """The turn itself, or those of several speakers that it holds."""
+        if first_key(raw, ROLE_KEYS):
+            return [raw]
+        if found := said_by_speakers(raw):
+            return found
+        raise BadRow(f"{what} has no role: its keys are {', '.join(map(str, raw)) or 'none'}")
+
+    def _read(self, raw: dict[str, Any], what: str, where: str, row_flag: tuple[str, bool] | None) -> _Said:
+        role_key = first_key(raw, ROLE_KEYS) or ""
+        content_key = first_key(raw, CONTENT_KEYS)
+        role = role_of(raw[role_key], self._rules.roles, what)
+        rest = self._rest(raw, role, (role_key, content_key), what) if len(raw) > 2 or not content_key else {}
+        if content_key is None and _KEYS_BESIDE.isdisjoint(rest):
+            raise BadRow(f"{what} ({role}) has no content: its keys are {', '.join(map(str, raw))}")
+        words = self._words(role, rest, raw.get(content_key or ""), what)
+        role = "assistant" if role == "call" else role
+        train = self._trained(role, rest, what, row_flag) if rest or row_flag else None
+        turn = Turn(role, words.text, train, where, self._tools(rest, role, what))
+        return _Said(turn, words.is_call, words.calls, words.answers)
+
+    def _rest(self, raw: Mapping[str, Any], role: str, read: tuple[str | None, ...], what: str) -> dict[str, Any]:
+        """The turn's further keys that are known, in lower case; what else it says is told."""
+        rest = {_known_key(key): value for key, value in raw.items() if key not in read}
+        refuse_media(rest, what)
+        if rest.get("refusal"):
+            raise BadRow(f"{what} has refusal, which is not supported")
+        known = {*_KEYS_BESIDE, *(("name", *_RESULT_IDS) if role in ("tool", "call") else ())}
+        unused = [key for key, value in rest.items() if key not in known and value not in (None, "", [], {})]
+        self._unused(unused)
+        return rest
+
+    def _unused(self, keys: Iterable[str]) -> None:
+        self._events += [("turn keys", str(key)) for key in keys]
+
+    def _tools(self, rest: Mapping[str, Any], role: str, what: str) -> Any:
+        """Definitions of tools that stand in a turn."""
+        found = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)} if rest else {}
+        if found and role != "system":
+            raise BadRow(f"{what} has {next(iter(found))}: definitions belong to the row or to the system's turn")
+        return _only(found, what)
+
+    def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> _Words:
+        if role == "call":
+            words, calls = calls_text(content, what)
+            self._unused(key for call in calls for key in call.unused)
+            return _Words(self._reasoned(words, rest, None, what), True, tuple(calls))
+        made = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
+        if made and role != "assistant":
+            raise BadRow(f"{what}: the {role} makes tool calls; only an assistant can")
+        if content is None and (made or rest.get("tools")):
+            content = ""
+        said, thought = self._content(content, f"{what} ({role})")
+        if role != "assistant":
+            if found := thought or reasoning_of(rest, what, "refuse"):
+                raise BadRow(f"{what} has {found[0]}, but is the {role}'s: only an assistant reasons")
+            return _Words(result_text(said), answers=_answered_call(rest)) if role == "tool" else _Words(said)
+        words, calls = calls_text(made, what) if made else ("", [])
+        self._unused(key for call in calls for key in call.unused)
+        said = "\n".join(filter(None, (said.strip(), words))) if made else said
+        return _Words(self._reasoned(said, rest, thought, what), calls=tuple(calls))
+
+    def _content(self, value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
+        """The words of a turn (OpenAI's text parts put together; a number as text), and the reasoning among its
+        parts."""
+        if not isinstance(value, list):
+            return read_text(value, f"{what} content"), None
+        texts, thoughts = [], []
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part, str) or kind in _TEXT_PARTS:
+                texts.append(read_text(part if isinstance(part, str) else part.get("text"), what))
+            elif kind in PARTS:
+                thoughts.append("" if self._rules.reasoning == "drop" else reasoning_text(part, kind, what))
+                continue
+            else:
+                raise BadRow(f"{what} has parts that are no text: {kind or named(part)}")
+            beside = (
+                {key: item for key, item in part.items() if key not in ("type", "text")}
+                if isinstance(part, dict)
+                else {}
+            )
+            refuse_media(beside, what)
+            refuse_flags(beside, what)
+            self._unused(f"content's {key}" for key, item in beside.items() if item not in (None, "", [], {}))
+        return "".join(texts), ("reasoning", "\n".join(thoughts)) if thoughts else None
+
+    def _reasoned(self, words: str, rest: Mapping[str, Any], thought: tuple[str, str] | None, what: str) -> str:
+        """An assistant's words with its reasoning as the rules want it."""
+        found = thought or reasoning_of(rest, what, self._rules.reasoning)
+        if not found:
+            return words
+        if self._rules.reasoning == "think_tags" and not words.strip():
+            raise BadRow(f"{what} has {found[0]} and no answer")
+        if self._rules.reasoning == "drop":
+            self._events.append(("dropped reasoning", found[0]))
+        return with_reasoning(words, found, self._rules.reasoning, what)
+
+    def _trained(self, role: str, rest: Mapping[str, Any], what: str, row_flag: tuple[str, bool] | None) -> bool | None:
+        own = turn_flag(rest, what)
+        if own and row_flag and own[1] != row_flag[1]:
+            raise BadRow(f"{what} has {own[0]} {own[1]}, but the row's {row_flag[0]} says {row_flag[1]}")
+        name, flag = own or row_flag or ("", None)
+        if role != "assistant":
+            if flag:
+                raise BadRow(f"{what} has {name}, but is the {role}'s: only the assistant's turns can be trained")
+            return None
+        if flag is False:
+            self._events.append(("untrained", name))
+        return flag
+
+    def _placed(self, said: Sequence[_Said], what: str) -> list[Turn]:
+        """Calls that follow an assistant's turn join it; the results of calls become one turn of the user."""
+        turns: list[Turn] = []
+        calls: tuple[Call, ...] = ()
+        results: dict[int, Turn] = {}
+        for index, one in enumerate(said):
+            if one.turn.role == "tool":
+                results[_place(one, calls, results, f"{what}[{index}]")] = one.turn
+                continue
+            turns += self._told(calls, results)
+            if one.is_call and not results and turns and turns[-1].role == "assistant":
+                turns[-1] = _joined(turns[-1], one.turn, f"{what}[{index}]")
+                calls += one.calls
+                continue
+            if not results:
+                self._events += [("no result", "call")] * len(calls)
+            turns.append(one.turn)
+            calls, results = one.calls, {}
+        if not results:
+            self._events += [("no result", "call")] * len(calls)
+        return turns + self._told(calls, results)
+
+    def _told(self, calls: tuple[Call, ...], results: dict[int, Turn]) -> list[Turn]:
+        """The tools' results as a turn, in the order of the calls."""
+        if not results:
+            return []
+        self._events += [("no result", "call")] * (len(calls) - len(results))
+        first, words = results[min(results)], [results[number].content for number in sorted(results)]
+        return [Turn("user", "\n".join(words), where=first.where)]
+
+
+def turns_in(value: Any, key: str, always: bool) -> Any:
+    """The value with the turns that it writes as JSON text (as in a CSV file) parsed; None where it holds no turns.
+
+    always: the column can hold nothing else. Any other list is taken for turns, and refused when it is read.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        parsed = _from_json(value)
+        if always and not isinstance(parsed, list):
+            raise BadRow(f"{key} must be a list of turns, or one as JSON, not {named(value)}")
+        value = parsed if always or _have_roles(parsed) else value
+    is_list = isinstance(value, list) and key != "history"  # which may hold pairs of texts
+    return value if is_list or _are_turns(value) else None
+
+
+def _as_list(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """One turn; or turns whose columns are lists, as the library datasets once stored them."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) < len(value) or len({len(item) for item in lists}) != 1:
+        return [value]
+    return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
+
+
+def has_tools(turns: Sequence[Turn]) -> str:
+    """The text of the definitions that the first turn brings, if it is the system's."""
+    return tools_text(turns[0].tools) if turns and turns[0].tools else ""
+
+
+def _are_turns(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, dict) and bool(first_key(value, ROLE_KEYS) or said_by_speakers(value))
+
+
+def _have_roles(value: Any) -> bool:
+    """Whether JSON text in a column of words is a list of turns, and no words of its own."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(
+        isinstance(one, dict) and first_key(one, ROLE_KEYS) and first_key(one, CONTENT_KEYS) for one in turns
+    )
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _joined(turn: Turn, call: Turn, what: str) -> Turn:
+    if turn.train != call.train:
+        raise BadRow(f"{what} goes on with the turn before it, but only one of them is trained")
+    return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
+
+
+def _place(said: _Said, calls: tuple[Call, ...], results: Mapping[int, Turn], what: str) -> int:
+    """The number of the call that a result answers: by its id where both have one, else by its name, else the next."""
+    waiting = [number for number in range(len(calls)) if number not in results]
+    for part in ("id", "name"):
+        wanted, there = getattr(said.answers, part), [getattr(call, part) for call in calls]
+        if not wanted or not any(there):
+            continue
+        place = next((number for number in waiting if there[number] == wanted), None)
+        if place is None:
+            left = ", ".join(repr(there[number]) for number in waiting) or "none"
+            raise BadRow(
+                f"{what} is a tool's result for call {wanted!r}, but no call before it waits for one of this {part} "
+                f"(waiting: {left})"
+            )
+        return place
+    if not waiting:
+        raise BadRow(f"{what} is a tool's result, but no call before it waits for one")
+    return waiting[0]
+
+
+def _answered_call(rest: Mapping[str, Any]) -> Call:
+    """What a tool's turn says of the call that it answers."""
+    found = next((rest[key] for key in _RESULT_IDS if rest.get(key) not in (None, "")), None)
+    return Call(None if found is None else str(found), str(rest.get("name") or ""))
+
+
+def _only(found: Mapping[str, Any], what: str) -> Any:
+    """The one of several values for the same thing; None where there is none."""
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise BadRow(f"{what} has {' and '.join(found)}, which are not the same; keep one of them")
+    return values[0] if values else None
+
+
+@lru_cache(maxsize=4096)
+def _known_key(key: str) -> str:
+    """The key in lower case, where it is one that we know so."""
+    lower = str(key).lower()
+    return lower if lower in READ_KEYS else key

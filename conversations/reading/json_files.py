@@ -1,0 +1,253 @@
+"""JSON lines, JSON arrays and JSON objects over several lines -> records, told apart by how the file begins.
+
+A file is read piece by piece, so that memory does not grow with it. What cannot be read is a record with a
+`problem`.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Generator, Iterator
+from itertools import count
+from typing import IO, Any
+
+from conversations.reading.opening import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, RowTooLong, open_bytes
+from conversations.reading.record import Record, is_utf8
+
+_CHUNK = 1 << 20
+_SNIFFED = 1 << 16
+# Keys under which an object holds the rows of a whole file.
+_WRAPPERS = ("data", "rows", "records", "train", "dataset")
+# A file that begins with an object of rows: {"version": "1.0", "data": [{
+_SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|-?[0-9.]+|true|false|null)\s*,\s*'
+_WRAPPED = re.compile(rb'\{\s*(?:%s)*"(?:%s)"\s*:\s*\[\s*\{' % (_SCALAR, "|".join(_WRAPPERS).encode()))
+# One that begins with an object whose first line cannot be all of it.
+_OPEN = re.compile(rb'\{[^\n]*(?:(?<=[\[,:])[ \t\r]*\n|(?<=\{)[ \t\r]*\n\s*["}])')
+_DEEPEST = 80  # spaces before an element of an array
+
+
+def json_records(path: DataFile) -> Iterator[Record]:
+    """The records of a .jsonl or .json file; either may hold lines, one array, or objects over several lines."""
+    with open_bytes(path) as file:
+        start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()
+    with open_bytes(path) as file:  # again from the start: not every compressed stream can go back
+        if start.startswith(b"["):
+            yield from _array_records(file)
+        elif _WRAPPED.match(start) or _OPEN.match(start):
+            yield from _object_records(file)
+        else:
+            yield from _line_records(file)
+
+
+def _line_records(file: IO[bytes]) -> Iterator[Record]:
+    """One object a line; empty lines are passed over."""
+    lines = BoundedLines(file)
+    for line in count(1):
+        lines.taken = 0
+        try:
+            written = next(lines, None)
+        except RowTooLong as error:
+            yield Record(line, "", {}, str(error))
+            continue
+        if written is None:
+            return
+        if line == 1:
+            written = written.removeprefix(codecs.BOM_UTF8)
+        if written := written.strip():
+            yield _parsed(line, written.decode("utf-8", errors="surrogateescape"))
+
+
+def _parsed(line: int, text: str) -> Record:
+    """The record of one line's text, in which bytes that are not UTF-8 are lone surrogates."""
+    if not is_utf8(text):
+        return Record(line, text, {}, "not valid UTF-8")
+    try:
+        return _checked(line, text, json.loads(text))
+    except json.JSONDecodeError as error:
+        return Record(line, text, {}, f"broken JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        return Record(line, text, {}, f"unreadable JSON: {error}")
+
+
+def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
+    if not is_utf8(text):
+        return Record(line, text, {}, "not valid UTF-8", place)
+    if not isinstance(value, dict):
+        return Record(line, text, {}, f"not an object: {text[:40]}", place)
+    return Record(line, text, value, place=place)
+
+
+def _array_records(file: IO[bytes]) -> Iterator[Record]:
+    """The elements of one array."""
+    text = _Window(file)
+    if (yield from _elements(text)) and (rest := text.peek()):
+        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
+
+
+def _object_records(file: IO[bytes]) -> Iterator[Record]:
+    """Objects over several lines: each is a row, or holds a list of rows under one of _WRAPPERS."""
+    text = _Window(file)
+    while text.peek() == "{":
+        if not (yield from _one_object(text)):
+            return
+    if rest := text.peek():
+        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the object")
+
+
+def _one_object(text: "_Window") -> Generator[Record, None, bool]:
+    """The rows of one object; whether the text can be read on behind it."""
+    line, values, lists = text.line, {}, 0
+    text.skip("{")
+    while text.peek() != "}":
+        key, _, problem = text.element()
+        if not problem and text.peek() != ":":
+            problem = "broken JSON: an object has no colon after a key"
+        if not problem:
+            text.skip(":")
+            text.peek()  # passes over the space before the value
+            if key in _WRAPPERS and text.begins_list_of_objects():
+                lists += 1
+                if not (yield from _elements(text)):
+                    return False
+            else:
+                values[str(key)], _, problem = text.element()
+        mark = text.peek()
+        if not problem and mark == ",":
+            text.skip(",")
+        elif not problem and mark != "}":
+            problem = f"broken JSON: the object has {'no comma after a value' if mark else 'no end'}"
+        if problem:
+            yield Record(text.line, "", {}, f"{problem}; nothing after it in this file can be read")
+            return False
+    text.skip("}")
+    if lists > 1:
+        yield Record(line, "", {}, f"an object with {lists} lists of rows; write a file for each")
+    if not lists:
+        yield _checked(line, json.dumps(values, ensure_ascii=False), values)
+    elif values:
+        yield Record(line, None, {}, beside=tuple(values))
+    return True
+
+
+def _elements(text: "_Window") -> Generator[Record, None, bool]:
+    """The elements of one array. Behind a broken one it goes on where another begins a line as this one did; where
+    there is none, the broken one is the last record. Returns whether the array's end was found."""
+    text.skip("[")
+    if text.peek() == "]":
+        text.skip("]")
+        return True
+    ended = 0  # the line on which the last element ended
+    for number in count(1):
+        text.peek()  # passes over the space before the element
+        line, before, mark = text.line, text.before, ""
+        place = f"element {number}: " if line == ended else ""
+        value, written, problem = text.element()
+        ended = text.line
+        if not problem:
+            yield _checked(line, written, value, place)
+            mark = text.peek()
+            if mark in ("]", ","):
+                text.skip(mark)
+                if mark == "]":
+                    return True
+                continue
+            line, written = text.line, mark
+            problem = f"broken JSON: the array has {'no comma after an element' if mark else 'no end'}"
+        is_there = mark == "{" and text.before == before
+        goes_on = before is not None and (is_there or text.go_to(before))
+        lost = "" if goes_on or not written else "; nothing after it in this array can be read"
+        yield Record(line, written, {}, problem + lost, place)
+        if not goes_on:
+            break
+    return False
+
+
+class _Window:
+    """The part of a text file that is being looked at; it moves on and counts lines."""
+
+    def __init__(self, file: IO[bytes]):
+        # A BOM at the start is passed over; bytes that are not UTF-8 become lone surrogates.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self._file = file
+        self._text = ""
+        self._at = 0
+        self._is_whole = False
+        self.line = 1
+        self._start = ""  # of the line that is being looked at; of a long one not all
+        self._json = json.JSONDecoder()
+
+    def _read_more(self, size: int) -> None:
+        data = self._file.read(size)
+        self._is_whole = not data
+        self._text = self._text[self._at :] + self._decoder.decode(data, final=not data)
+        self._at = 0
+
+    def _move(self, to: int) -> None:
+        passed, newline, start = self._text[self._at : to].rpartition("\n")
+        self.line += passed.count("\n") + len(newline)
+        self._start = start if newline else (self._start + start)[:_DEEPEST]
+        self._at = to
+
+    @property
+    def before(self) -> str | None:
+        """The space between the start of the line and this place; None where there is more than space."""
+        return None if self._start.strip() or len(self._start) == _DEEPEST else self._start
+
+    def go_to(self, before: str) -> bool:
+        """Go to the next line that begins with an object behind just this space; False where there is none."""
+        mark = f"\n{before}{{"
+        while (found := self._text.find(mark, self._at)) < 0:
+            if self._is_whole:
+                return False
+            self._move(max(self._at, len(self._text) - len(mark)))
+            self._read_more(_CHUNK)
+        self._move(found + 1)
+        return True
+
+    def peek(self) -> str:
+        """The next character that is no space, without taking it; "" at the end."""
+        while True:
+            here = self._at
+            while here < len(self._text) and self._text[here] in " \t\r\n":
+                here += 1
+            self._move(here)
+            if here < len(self._text):
+                return self._text[here]
+            if self._is_whole:
+                return ""
+            self._read_more(_CHUNK)
+
+    def begins_list_of_objects(self) -> bool:
+        """Whether a list with an object in front comes next; nothing is taken."""
+        if self.peek() != "[":
+            return False
+        while not (rest := self._text[self._at + 1 :].lstrip()) and not self._is_whole:
+            self._read_more(_CHUNK)
+        return rest.startswith("{")
+
+    def skip(self, mark: str) -> None:
+        """Take the next character, which is known to be `mark`."""
+        assert self.peek() == mark
+        self._move(self._at + 1)
+
+    def element(self) -> tuple[Any, str, str | None]:
+        """The next JSON value, its text, and None; or None, the beginning of the text, and what is wrong."""
+        size = _CHUNK
+        while True:
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._is_whole:  # else a number may go on
+                    written = self._text[self._at : end]
+                    self._move(end)
+                    return value, written, None
+                problem = ""
+            except json.JSONDecodeError as error:
+                problem = f"broken JSON: {error.msg}"
+            except (ValueError, RecursionError) as error:
+                return None, self._text[self._at : self._at + 80], f"unreadable JSON: {error}"
+            too_long = len(self._text) - self._at > LONGEST_ROW
+            if self._is_whole or too_long:
+                problem += f", or this element is {TOO_LONG}" if too_long else ""
+                return None, self._text[self._at : self._at + 80], problem
+            self._read_more(size)
+            size *= 2  # so that a long element costs no more than twice its length

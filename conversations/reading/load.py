@@ -1,0 +1,263 @@
+"""A data file -> canonical rows, with every row that is left out accounted for."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path, PurePath
+from typing import Any, Literal, get_args
+
+from conversations.errors import ToolkitError
+from conversations.formats.bad_row import BadRow
+from conversations.formats.reasoning import Reasoning
+from conversations.formats.table import (
+    Row,
+    UnknownFormat,
+    convert_row,
+    known_formats,
+    likely_columns,
+    null_keys,
+    plain_columns,
+)
+from conversations.formats.turn_reading import Rules
+from conversations.reading.files import open_records
+from conversations.reading.locating import Located, locate
+from conversations.reading.opening import DataFile
+from conversations.reading.record import Record
+from conversations.tally import Event, counted, told
+
+OnBadRow = Literal["error", "skip"]
+
+_SHOWN = 10  # bad rows in one message
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that was left out: `file` and `line` (from 1; the row's number in a parquet file), why, and the row as it
+    was written."""
+
+    file: str
+    line: int
+    reason: str
+    row: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file of JSON: what cannot be written as UTF-8 is there as \\udcff (a byte ff) or \\ud800 (a half)."""
+        values = asdict(self)
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        return values | {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
+
+
+def load_conversations(
+    path: str | PathLike[str],
+    on_bad_row: OnBadRow = "error",
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_bad_rows: int | float | None = None,
+    on_rejected: Callable[[RejectedRow], object] | None = None,
+    refuse: Callable[[Row], str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    reasoning: Reasoning = "refuse",
+    split: str = "",
+) -> "ConversationReader":
+    """Read the canonical rows (conversations/formats/table.py) of a data file.
+
+    Args:
+        path: a file of JSON lines, one JSON array or JSON objects (told apart by how it begins), CSV, TSV, parquet or
+            Arrow, by its name; also with .gz or .zst behind; a .zip of these, a folder, or a pattern (data/*.jsonl).
+        on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
+            one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
+            rows out.
+        columns: {key of a known format: the file's name for it}, as {"prompt": "Body", "response": "Answer"}.
+        max_bad_rows: with "skip", the most rows that may be left out: a number (int), or a share of all rows
+            (float from 0 to 1, checked at the end of the file).
+        on_rejected: called with every RejectedRow, for example `list.append`.
+        refuse: says why a canonical row is of no use to the caller (None where it is); such a row is a bad row too.
+        roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
+        reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
+            counted. "think_tags": it stands before the words, between <think> and </think>.
+        split: the name of a folder's split; "" takes train where there are several.
+
+    Returns:
+        An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
+
+    Raises:
+        ToolkitError: at the call for a wrong argument, a missing file or an unknown kind of file; while
+            iterating for bad rows, too many of them, a file that cannot be read, and a file without a single
+            good row.
+    """
+    if on_bad_row not in get_args(OnBadRow):
+        raise ToolkitError(f"on_bad_row is {on_bad_row!r}; use one of {', '.join(get_args(OnBadRow))}")
+    if reasoning not in get_args(Reasoning):
+        raise ToolkitError(f"reasoning is {reasoning!r}; use one of {', '.join(get_args(Reasoning))}")
+    rules = Rules(roles or {}, reasoning)
+    located = locate(Path(path), split)
+    return ConversationReader(Path(path), located, on_bad_row, columns or {}, max_bad_rows, on_rejected, refuse, rules)
+
+
+class ConversationReader(Iterator[Row]):
+    """The rows of one path, once; and counts of what has been read so far.
+
+    formats: name of each recognised format -> rows. rejected: number of rows left out. line: where the last row stands.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        located: Located,
+        on_bad_row: OnBadRow,
+        columns: Mapping[str, str],
+        max_bad_rows: int | float | None,
+        on_rejected: Callable[[RejectedRow], object] | None,
+        refuse: Callable[[Row], str | None] | None,
+        rules: Rules,
+    ):
+        self.path = path
+        self.formats: Counter[str] = Counter()
+        self.rejected = 0
+        self.line = 0
+        self._on_bad_row = on_bad_row
+        self._columns = columns
+        self._max_bad_rows = max_bad_rows
+        self._on_rejected = on_rejected
+        self._refuse = refuse
+        self._rules = rules
+        self._events: Counter[Event] = Counter()
+        self._first_rejected: list[RejectedRow] = []
+        self._hint: dict[str, str] | None = None  # columns for rows of no known format
+        self._unread: Row = {}  # such a row
+        self._plain: dict[str, str] = {}
+        self._files = located.files
+        self._file: DataFile = path
+        self._notes = located.notes
+        self._rows = self._read()
+
+    def __iter__(self) -> "ConversationReader":
+        return self
+
+    def __next__(self) -> Row:
+        return next(self._rows)
+
+    @property
+    def rows(self) -> int:
+        """Good rows read so far."""
+        return self.formats.total()
+
+    def summary(self) -> str:
+        """One line for the user: "law.jsonl: ShareGPT, 1,200 rows; 3 rows left out"."""
+        found = "; ".join(f"{name}, {counted(number)}" for name, number in self.formats.most_common()) or "no rows"
+        return f"{self.path.name}: {found}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
+
+    def notes(self) -> list[str]:
+        """What good rows have that was not used, or was read in a way that should be known: a line for each kind."""
+        return [*self._notes, *told(self._events)]
+
+    @property
+    def place(self) -> str:
+        """Where the last row stands: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
+        names = str(self._file)
+        within = names.removeprefix(str(self.path)).strip("/\\") if self._file != self.path else ""
+        whole = f"{self.path.name}/{within}" if within != names and within else PurePath(names).name
+        return f"{whole}:{self.line}"
+
+    def _read(self) -> Iterator[Row]:
+        for file in self._files:
+            self._file = file
+            for record in open_records(file):
+                if record.beside:
+                    self._events.update(("beside", key) for key in record.beside)
+                    continue
+                row = self._converted(record)
+                if row is not None and not (self.rejected and self._on_bad_row == "error"):
+                    yield row
+        self.check()
+
+    def _converted(self, record: Record) -> Row | None:
+        events: list[Event] = []
+        try:
+            if record.problem:
+                raise BadRow(record.problem)
+            known, row = convert_row(record.value, self._columns, self._rules, events)
+            if self._refuse and (reason := self._refuse(row)):
+                null = null_keys(record.value, self._columns)
+                raise BadRow(reason + (f" ({', '.join(null)} is null)" if null else ""))
+        except BadRow as error:
+            if isinstance(error, UnknownFormat) and not self._hint:
+                self._unread = record.value
+                self._hint = self._working({**self._columns, **likely_columns(record.value)}, record.value)
+            if not self._plain and self.rejected < _SHOWN:
+                self._plain = self._working(plain_columns(record.value, self._columns), record.value)
+            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", _written(record)))
+            return None
+        self.line = record.line
+        self.formats[known.name] += 1
+        self._events.update(events)
+        return row
+
+    def _working(self, columns: dict[str, str], row: Row) -> dict[str, str]:
+        """These columns, if a row is a good one under them: a conversation whose verdict is not looked at, say."""
+        try:
+            _, converted = convert_row(row, columns, self._rules)
+        except BadRow:
+            return {}
+        return {} if self._refuse and self._refuse(converted) else columns
+
+    def _reject(self, rejected: RejectedRow) -> None:
+        self.rejected += 1
+        if len(self._first_rejected) < _SHOWN:
+            self._first_rejected.append(rejected)
+        if self._on_rejected:
+            self._on_rejected(rejected)
+        limit = self._max_bad_rows
+        if self._on_bad_row == "skip" and isinstance(limit, int) and self.rejected > limit:
+            raise ToolkitError(self._message(f"more than max_bad_rows = {limit} bad rows in {self.path}"))
+
+    def check(self) -> None:
+        """Of the rows read so far, at the end of the file by itself: raises ToolkitError when none is good, or more
+        are bad than may be. Who stops before the end asks for it."""
+        total = self.rows + self.rejected
+        limit = self._max_bad_rows
+        if self.rejected and self._on_bad_row == "error":
+            raise ToolkitError(self._message(f"{self.path}: {self.rejected:,} of {counted(total)} cannot be used"))
+        if not total:
+            raise ToolkitError(f"{self.path}: no rows: the file is empty")
+        if not self.rows:
+            raise ToolkitError(self._message(f"{self.path}: none of {counted(total)} can be used"))
+        if isinstance(limit, float) and self.rejected > limit * total:
+            share = f"{self.rejected:,} of {counted(total)}"
+            raise ToolkitError(self._message(f"{self.path}: {share} are bad, more than max_bad_rows = {limit}"))
+
+    def _message(self, head: str) -> str:
+        lines = [head, *(f"  {rejected}" for rejected in self._first_rejected)]
+        if more := self.rejected - len(self._first_rejected):
+            lines.append(f"  ... and {more:,} more")
+        if self._hint is not None:
+            lines.append(_mapping_hint(self._hint, self._unread))
+        if self._plain:
+            lines.append(_plain_hint(self._plain))
+        lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
+        return "\n".join(lines)
+
+
+def _mapping_hint(columns: Mapping[str, str], row: Row) -> str:
+    others = ", ".join(str(name) for name in row if name not in columns.values())
+    unread = f" (which leaves unread: {others})" if others else ""
+    how = f"perhaps columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
+    return f"Map the columns in the recipe: {how}. Known keys: {known_formats()}"
+
+
+def _plain_hint(columns: Mapping[str, str]) -> str:
+    what = "To read such rows as plain conversations (of a pair, its chosen answer)"
+    return f"{what}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
+
+
+def _listed(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {name}" for key, name in columns.items())
+
+
+def _written(record: Record) -> str:
+    return json.dumps(record.value, ensure_ascii=False, default=str) if record.text is None else record.text

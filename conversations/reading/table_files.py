@@ -1,0 +1,144 @@
+"""CSV, TSV, parquet and Arrow files -> records. CSV is read as it goes; of a table a batch of rows is held."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from conversations.errors import ToolkitError
+from conversations.reading.opening import LONGEST_ROW, BoundedLines, DataFile, RowTooLong, open_bytes, open_seekable
+from conversations.reading.record import Record, is_utf8, without_padding
+
+_BATCH = 512
+_BOM = "\ufeff"
+_ARROW_FILE = b"ARROW1"
+NAMELESS = "Unnamed: 0"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def csv_records(path: DataFile, kind: str) -> Iterator[Record]:
+    """The rows of a .csv or .tsv file under the names in its first line; all values are strings.
+
+    Quotes are those of CSV in both. A field may go over several lines.
+
+    Raises:
+        ToolkitError: a first line that is no UTF-8, with empty names, or with one name twice.
+    """
+    with open_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        csv.field_size_limit(LONGEST_ROW)  # its own limit is 131,072
+        yield from _csv_rows(path, BoundedLines(text), DELIMITERS[kind])
+
+
+def _csv_rows(path: DataFile, lines: BoundedLines[str], delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    too_long = 0
+    while True:
+        line = reader.line_num + too_long + 1
+        lines.taken = 0
+        try:
+            fields = next(reader)
+        except RowTooLong as error:
+            too_long += 1  # a line that the reader has not seen
+            yield Record(line, "", {}, str(error))
+            continue
+        except StopIteration:
+            return
+        except csv.Error as error:
+            span = f"; by its quotes this row ends on line {reader.line_num}" if reader.line_num > line else ""
+            yield Record(line, "", {}, f"broken quotes: {error}{span}")
+            continue
+        if not fields:
+            continue
+        if not names:
+            names = _checked_names(path, fields)
+            continue
+        written = delimiter.join(fields)
+        yield Record(line, written, dict(zip(names, fields, strict=False)), _csv_problem(names, fields, written))
+
+
+def _checked_names(path: DataFile, names: list[str]) -> list[str]:
+    if not is_utf8("".join(names)):
+        raise ToolkitError(f"{path}:1: not valid UTF-8; write the file anew as UTF-8")
+    if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
+        names = [NAMELESS, *names[1:]]
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice or "" in names:
+        wrong = f"names {twice[0]!r} twice" if twice and twice[0] else "has an empty name"
+        raise ToolkitError(f"{path}:1: the first line {wrong}; it must name the columns")
+    return names
+
+
+def _csv_problem(names: list[str], fields: list[str], written: str) -> str | None:
+    if len(fields) != len(names):
+        return f"{len(fields)} fields where the first line names {len(names)} columns"
+    if fields[0].startswith(_BOM):
+        return "a byte order mark in the middle of the file"
+    return None if is_utf8(written) else "not valid UTF-8"
+
+
+def parquet_records(path: DataFile) -> Iterator[Record]:
+    """The rows of a .parquet file, numbered from 1.
+
+    Raises:
+        OSError: it is no parquet file, or a damaged one.
+    """
+    from pyarrow import parquet
+
+    with open_seekable(path) as file:
+        yield from _table_records(lambda: parquet.ParquetFile(file).iter_batches(batch_size=_BATCH))
+
+
+def arrow_records(path: DataFile) -> Iterator[Record]:
+    """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
+
+    Raises:
+        OSError: it is no Arrow file, or a damaged one.
+    """
+    from pyarrow import ipc
+
+    with open_seekable(path) as file:
+        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+
+        def batches() -> Iterator[Any]:
+            if not is_file:
+                yield from ipc.open_stream(file)
+                return
+            reader = ipc.open_file(file)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+
+        yield from _table_records(batches)
+
+
+def _table_records(batches: Callable[[], Iterable[Any]]) -> Iterator[Record]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches():
+            for start in range(0, batch.num_rows, _BATCH):
+                for value, problem in _table_rows(batch.slice(start, _BATCH)):
+                    number += 1
+                    yield Record(number, None, value, problem)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
+
+
+def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The batch's rows; one by one where one of them is no UTF-8."""
+    try:
+        yield from ((_row(values), None) for values in batch.to_pylist(maps_as_pydicts="lossy"))
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield _row(batch.slice(index, 1).to_pylist(maps_as_pydicts="lossy")[0]), None
+            except UnicodeDecodeError:
+                yield {}, "not valid UTF-8"
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: without_padding(value) for name, value in values.items()}

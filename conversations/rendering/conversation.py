@@ -1,0 +1,113 @@
+"""Messages -> token ids and loss mask: the one place that decides what is trained.
+
+Trained are, in each assistant turn, exactly ' ' + content + end token; everything else is context. A turn is trained
+where `train_on` takes it, and its own `train` is not false.
+
+A conversation is encoded in pieces, cut where training starts and stops and at the special tokens. Two
+properties follow for every tokenizer. No token lies half in and half out of the mask. And a prompt rendered
+with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer.
+For the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places.
+
+Text cannot forge control tokens (conversations/rendering/encoding.py): only the template writes begin and end tokens.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from conversations.errors import ToolkitError
+from conversations.rendering.encoding import control_pattern, encode_pieces, special_ids_of
+from conversations.rendering.template import Part, layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["all_assistant", "last_assistant"]
+
+
+def render_conversation(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    train_on: TrainOn = "all_assistant",
+    add_generation_prompt: bool = False,
+) -> dict[str, list[int]]:
+    """Render messages with DeepSeek-V2's template, the begin and end tokens being the tokenizer's own.
+
+    Args:
+        messages: `{"role", "content"}` each; roles are system, user and assistant. A prompt is a list that
+            ends in a user turn. `train: False` leaves an assistant's turn out of the mask; true or null change
+            nothing.
+        tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
+        train_on: all assistant turns, or only the last one.
+        add_generation_prompt: end in "Assistant:", for a model to go on from.
+
+    Returns:
+        `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
+
+    Raises:
+        ToolkitError: an unknown role, a content that is no string, a `train` that is no boolean or would train
+            another's turn than the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
+            that makes its begin or end token out of plain text.
+    """
+    if train_on not in get_args(TrainOn):
+        raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
+    contents = _contents(messages)
+    parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
+    turns = {part.turn for part in parts if part.turn is not None}
+    trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
+    trained = trained - _left_out(messages)
+    special_ids = special_ids_of(tokenizer)
+    runs = _runs(parts, contents, special_ids, control_pattern(tokenizer))
+    input_ids: list[int] = []
+    assistant_mask: list[int] = []
+    for (turn, _), ids in zip(runs, encode_pieces([piece for _, piece in runs], tokenizer), strict=True):
+        input_ids += ids
+        assistant_mask += [int(turn is not None and turn in trained)] * len(ids)
+    return {"input_ids": input_ids, "assistant_mask": assistant_mask}
+
+
+def _left_out(messages: Sequence[Mapping[str, Any]]) -> set[int | None]:
+    """The numbers of the assistant's turns that say so themselves, counted from 0."""
+    flags: list[bool | None] = []
+    for number, message in enumerate(messages, start=1):
+        flag = message.get("train")
+        if flag not in (None, True, False):
+            raise ToolkitError(f"message {number}: train must be true or false, not {flag!r}")
+        if message["role"] == "assistant":
+            flags.append(flag)
+        elif flag:
+            raise ToolkitError(f"message {number}: train is true, but only the assistant's turns can be trained")
+    return {turn for turn, flag in enumerate(flags) if flag is not None and not flag}
+
+
+def _contents(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ToolkitError(f"message {number}: {key} must be a string, not {message.get(key)!r}")
+    return [message["content"] for message in messages]
+
+
+def _runs(
+    parts: Iterable[Part], contents: list[str], special_ids: dict[str, list[int]], control: re.Pattern[str]
+) -> list[tuple[int | None, str | int]]:
+    """Pieces to encode, each by itself, as (assistant turn, text); special tokens as (assistant turn, id)."""
+    runs: list[tuple[int | None, str | int]] = []
+    for part in parts:
+        if part.kind == "text":
+            _join(runs, part.turn, part.text)
+        elif part.kind == "content":
+            first, *rest = control.split(contents[part.message])
+            _join(runs, part.turn, first)
+            runs += [(part.turn, piece) for piece in rest]
+        else:
+            runs += [(part.turn, token) for token in special_ids[part.kind]]
+    return runs
+
+
+def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str) -> None:
+    """Put `text` at the end of the last piece where that is text of the same turn, else begin a new piece."""
+    if runs and runs[-1][0] == turn and isinstance(last := runs[-1][1], str):
+        runs[-1] = (turn, last + text)
+    else:
+        runs.append((turn, text))

@@ -1,0 +1,79 @@
+"""Plain text -> token ids and loss mask: language modelling, or fill-in-the-middle with DeepSeek-Coder's tokens.
+
+All tokens but the begin token are trained. In fill-in-the-middle (Bavarian et al., arXiv 2207.14255) the text is cut
+at two random characters and its middle comes last:
+
+    psm    <｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle    DeepSeek-Coder's own, half of its files
+    spm    <｜fim▁begin｜> <｜fim▁hole｜> suffix <｜fim▁end｜> prefix middle    the released models have not seen it
+"""
+
+import random
+from typing import TYPE_CHECKING, Any, Literal
+
+from conversations.errors import ToolkitError
+from conversations.rendering.encoding import control_pattern, encode_pieces, special_ids_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FimMode = Literal["psm", "spm"]
+Row = dict[str, Any]
+
+TOKENS = {"begin": "<｜fim▁begin｜>", "hole": "<｜fim▁hole｜>", "end": "<｜fim▁end｜>"}
+_ORDERS: dict[FimMode, tuple[str, ...]] = {
+    "psm": ("begin", "prefix", "hole", "suffix", "end", "middle"),
+    "spm": ("begin", "hole", "suffix", "end", "prefix", "middle"),
+}
+
+
+def with_hole(row: Row, rate: float, mode: FimMode, rng: random.Random) -> Row:
+    """The row with `fim` {mode, start, end} (the characters of its middle) in a share `rate` of calls."""
+    if rng.random() >= rate:
+        return row
+    start, end = sorted(rng.randint(0, len(row["text"])) for _ in range(2))
+    return row | {"fim": {"mode": mode, "start": start, "end": end}}
+
+
+def fim_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """The ids of "begin", "hole" and "end".
+
+    Raises:
+        ToolkitError: the tokenizer lacks one of these tokens.
+    """
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
+    missing = [TOKENS[name] for name, found in ids.items() if found in (None, tokenizer.unk_token_id)]
+    if missing:
+        raise ToolkitError(
+            f"data.fim: the tokenizer has no {', '.join(missing)}; fill-in-the-middle needs a model that knows these "
+            "tokens, such as DeepSeek-Coder-V2"
+        )
+    return ids
+
+
+def render_text(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """Render a row of plain text: begin token, the text (with its middle last where the row has `fim`), end token.
+
+    Returns:
+        `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
+
+    Raises:
+        ToolkitError: as fim_ids, where the row has `fim`; a tokenizer without an end token, or one that makes its
+            begin or end token out of plain text.
+    """
+    special = special_ids_of(tokenizer)
+    control = control_pattern(tokenizer)
+    pieces: list[str | int] = []
+    for part in _parts(row, tokenizer):
+        pieces += [part] if isinstance(part, int) else control.split(part)
+    ids = [token for piece in encode_pieces(pieces, tokenizer) for token in piece]
+    mask = [0] * len(special["bos"]) + [1] * (len(ids) + len(special["eos"]))
+    return {"input_ids": [*special["bos"], *ids, *special["eos"]], "assistant_mask": mask}
+
+
+def _parts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[str | int]:
+    text, fim = row["text"], row.get("fim")
+    if fim is None:
+        return [text]
+    start, end = fim["start"], fim["end"]
+    parts = {"prefix": text[:start], "middle": text[start:end], "suffix": text[end:], **fim_ids(tokenizer)}
+    return [parts[name] for name in _ORDERS[fim["mode"]]]

@@ -1,0 +1,117 @@
+"""A row -> the token ids and loss masks that are trained, none longer than a run allows; all of it counted."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from conversations.rendering.conversation import TrainOn, render_conversation
+from conversations.rendering.fill_in_the_middle import render_text
+from conversations.rendering.lengths import CUT_AWAY, LengthReport, TooLong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Piece = tuple[list[int], list[int]]  # token ids, loss mask
+
+NOTHING_TRAINED = "nothing in it is trained"
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """How rows become pieces.
+
+    max_length: in tokens; None lets every row be. too_long: "truncate" keeps the start; "drop" leaves the row out;
+    "split" makes parts of whole exchanges (a user's turn with its answer), each with the system message in front,
+    that see nothing of one another. An exchange that is too long by itself is truncated. Plain text has no turns: it
+    is split anywhere.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int | None
+    too_long: TooLong = "truncate"
+    train_on: TrainOn = "all_assistant"
+
+    def pieces(self, row: Row, report: LengthReport) -> Iterator[Piece]:
+        """The pieces of a row (a conversation or plain text), counted in `report`; each has a trained token.
+
+        Raises:
+            ToolkitError: as render_conversation and render_text.
+        """
+        report.rows += 1
+        ids, mask = whole = self._rendered(row)
+        report.lengths.append(len(ids))
+        if not any(mask):
+            report.reject(NOTHING_TRAINED, row)
+        elif self._fits(whole):
+            yield whole
+        elif self.too_long == "drop":
+            report.reject(f"longer than {self.max_length} tokens", row)
+        else:
+            yield from self._fitted(row, whole, report)
+
+    def _fitted(self, row: Row, whole: Piece, report: LengthReport) -> list[Piece]:
+        """What is left of a row that is too long; counted by what becomes of the row."""
+        if row.get("fim"):  # without its end the middle would be missing
+            report.unfilled += 1
+            row = {key: value for key, value in row.items() if key != "fim"}
+            whole = self._rendered(row)
+            if self._fits(whole):
+                return [whole]
+        parts = [part for part in self._parts(row, whole) if any(part[1])]  # turns may say that they are not trained
+        # The first token is never predicted: a piece in which that one alone counts would train nothing.
+        kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
+        if not kept:
+            report.reject(CUT_AWAY, row)
+            return []
+        report.truncated += not all(map(self._fits, parts))
+        report.split += parts != [whole]
+        report.cut_exchanges += (len(parts) - len(kept)) * ("messages" in row)
+        return kept
+
+    def _parts(self, row: Row, whole: Piece) -> Iterator[Piece]:
+        """The parts of a row that would be trained, before those that are still too long lose their end."""
+        if self.too_long == "truncate":
+            yield whole
+        elif "text" in row:
+            yield from self._windows(whole)
+        else:
+            answered = [part for part in self._whole_exchanges(row["messages"]) if _answered(part)]
+            for part in answered[-1:] if self.train_on == "last_assistant" else answered:
+                yield self._rendered({"messages": part})
+
+    def _whole_exchanges(self, messages: Sequence[Row]) -> Iterator[list[Row]]:
+        """Parts of as many exchanges as fit; one that does not fit by itself is a part, too."""
+        first = int(messages[0]["role"] == "system")
+        system = list(messages[:first])
+        part: list[Row] = []
+        for start in range(first, len(messages), 2):
+            exchange = list(messages[start : start + 2])
+            if part and not self._fits(self._rendered({"messages": [*system, *part, *exchange]})):
+                yield [*system, *part]
+                part = []
+            part += exchange
+        yield [*system, *part]
+
+    def _rendered(self, row: Row) -> Piece:
+        if "text" in row:
+            rendered = render_text(row, self.tokenizer)
+        else:
+            rendered = render_conversation(row["messages"], self.tokenizer, train_on=self.train_on)
+        return rendered["input_ids"], rendered["assistant_mask"]
+
+    def _fits(self, piece: Piece) -> bool:
+        return self.max_length is None or len(piece[0]) <= self.max_length
+
+    def _start_of(self, piece: Piece) -> Piece:
+        return piece[0][: self.max_length], piece[1][: self.max_length]
+
+    def _windows(self, piece: Piece) -> Iterator[Piece]:
+        ids, mask = piece
+        size = self.max_length or len(ids)
+        for start in range(0, len(ids), size):
+            yield ids[start : start + size], mask[start : start + size]
+
+
+def _answered(messages: Sequence[Row]) -> bool:
+    return any(message["role"] == "assistant" for message in messages)

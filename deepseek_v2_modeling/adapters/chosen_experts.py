@@ -1,0 +1,126 @@
+"""LoRA on chosen experts: compact factors in training, PEFT's fused layout in files.
+
+PEFT holds A [E r, in] and B [out, r E] for all E experts. Here the wrapper of an experts' weight holds them for n
+chosen ones, A [n r, in] and B [out, r n]: so are their gradients and the optimizer's state. `state_dict` gives the full
+ones, with zeros for the others, and `load_state_dict` takes them.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import safe_open
+from torch import nn
+
+from ..checkpoints.tensor_files import read_header
+from ..errors import ModelError
+from ..esft.choice import ExpertChoice
+from ..layers.moe import DeepseekV2Experts
+from .layouts import stack_down, stack_up
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.mlp\.experts\b")
+_DOWN = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(base_layer\.)?lora_A\.weight$")
+
+
+class ChosenFactor(nn.Module):
+    """A (dim 0) or B (dim 1) of the chosen experts. places: where their rows or columns are in the full one."""
+
+    places: torch.Tensor
+
+    def __init__(self, full: nn.Linear, places: torch.Tensor, dim: int):
+        super().__init__()
+        self.dim, self.full_shape = dim, tuple(full.weight.shape)
+        kept = full.weight.detach().index_select(dim, places)
+        self.weight = nn.Parameter(kept, requires_grad=full.weight.requires_grad)
+        self.register_buffer("places", places, persistent=False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight if keep_vars else self.weight.detach()
+        destination[f"{prefix}weight"] = weight.new_zeros(self.full_shape).index_copy(self.dim, self.places, weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}weight"
+        full = state_dict.get(key)
+        if full is not None and tuple(full.shape) == self.full_shape:  # else the parent names both shapes
+            places = self.places.to(full.device)
+            if full.index_fill(self.dim, places, 0).any():
+                raise ModelError(f"{key}: it was trained on experts that are not among the chosen ones")
+            state_dict[key] = full.index_select(self.dim, places)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ChosenWrapper(ParamWrapper):
+    """PEFT's wrapper of an experts' weight, whose adapters (later ones too) are for the `chosen` experts only."""
+
+    chosen: tuple[int, ...]
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.keep_chosen(adapter_name)
+
+    def keep_chosen(self, adapter: str) -> None:
+        down: Any = self.lora_A[adapter]
+        up: Any = self.lora_B[adapter]
+        chosen = torch.tensor(self.chosen, dtype=torch.long, device=down.weight.device)
+        ranks = torch.arange(self.r[adapter], device=down.weight.device)
+        rows = (chosen[:, None] * len(ranks) + ranks).flatten()  # of A: the expert is the slowest index
+        columns = (ranks[:, None] * self.num_experts + chosen).flatten()  # of B: the fastest
+        self.lora_A[adapter] = ChosenFactor(down, rows, dim=0)
+        self.lora_B[adapter] = ChosenFactor(up, columns, dim=1)
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        factors: tuple[Any, Any] = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        a, b = (factor.state_dict(keep_vars=True)["weight"].to(self.get_param().dtype) for factor in factors)
+        return stack_up(b, self.num_experts), stack_down(a, self.num_experts), self.scaling[adapter_name]
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        up, down, scaling = self.get_delta_factors(adapter_name)
+        return up @ down * scaling
+
+
+# PEFT looks for wrappers by the name of their class when a further adapter comes.
+ChosenWrapper.__name__ = ParamWrapper.__name__
+
+
+def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
+    """Leaves the adapters of the routed experts with the factors of the chosen ones.
+
+    Raises:
+        ModelError: the choice does not fit the model, or no routed experts are adapted.
+    """
+    config: Any = model.get_base_model().config  # pyright: ignore[reportCallIssue]
+    choice.check(config)
+    adapted = False
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and isinstance(module.get_base_layer(), DeepseekV2Experts):
+            found = _LAYER.search(name)
+            assert found is not None
+            module.__class__ = ChosenWrapper
+            wrapper: Any = module
+            wrapper.chosen = tuple(choice.layers[int(found[1])])
+            for adapter in list(wrapper.lora_A):
+                wrapper.keep_chosen(adapter)
+            adapted = True
+    if not adapted:
+        raise ModelError(f"{choice.where}: the LoRA targets have no routed experts; add experts to lora.targets")
+
+
+def chosen_in_file(weights: Path, experts: int) -> dict[int, tuple[int, ...]]:
+    """{layer: experts whose A is not all zeros} of an adapter in PEFT's layout; {} when no routed experts are adapted.
+
+    An untrained B is 0 as well, but A starts at random: experts without one were left out of the training.
+
+    Raises:
+        ModelError: the file is cut short.
+    """
+    read_header(weights)
+    chosen: dict[int, set[int]] = {}
+    with safe_open(weights, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            if found := _DOWN.search(name):
+                live = stack_down(file.get_tensor(name), experts).flatten(1).any(1).nonzero().flatten()
+                chosen.setdefault(int(found[1]), set()).update(live.tolist())
+    return {layer: tuple(sorted(found)) for layer, found in chosen.items()}

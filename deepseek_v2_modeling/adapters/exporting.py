@@ -1,0 +1,203 @@
+"""Exports an adapter to the layout that servers read: one 2-D pair of factors for each expert and projection.
+
+What servers read, and in which version that was seen, is in docs/adapters.md.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+
+from ..checkpoints.strict import Piece
+from ..checkpoints.tensor_files import (
+    DTYPES,
+    Progress,
+    TensorInfo,
+    base_files,
+    check_output,
+    check_space,
+    counter,
+    file_size,
+    read_header,
+    whole_directory,
+    write_tensors,
+)
+from ..errors import ModelError
+from .files import AdapterFiles, FactorReader, base_directory, open_adapter, open_factors
+from .layouts import PREFIX, LowRank, common_scaling, pad
+from .loading import WEIGHTS
+from .lora import absolute_base
+from .merge import copy_side_files
+
+LAYOUTS = ("per_expert",)
+# Projections that servers stack into one: a pair on one of them needs a pair on each.
+STACKED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+VLLM_RANK = 16
+# Last name of an adapted module: what a server is known not to do with it (docs/adapters.md).
+SERVER_NOTES = {
+    "kv_b_proj": (
+        "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and else drops it silently (vllm#48974); or: dsv2 merge"
+    ),
+    "q_proj": "SGLang fails on q_proj of a model without q_lora_rank; dsv2 merge serves it",
+    "gate": "SGLang knows no adapter on the router; dsv2 merge serves it",
+    "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; dsv2 merge serves it",
+    "lm_head": "vLLM refuses adapters on lm_head of DeepSeek-V2; dsv2 merge serves it",
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote. zeros: pairs of zeros that servers need beside others. notes: what servers cannot do."""
+
+    pairs: int
+    zeros: int
+    rank: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServedPair:
+    """A pair of the result, on a hub tensor [out, in]. pair: where it comes from, None for zeros."""
+
+    module: str
+    piece: Piece
+    pair: LowRank | None
+
+    @property
+    def names(self) -> tuple[str, str]:
+        infix, ending = ("lora_embedding_", "") if self.embedding else ("lora_", ".weight")
+        return f"{PREFIX}{self.module}.{infix}A{ending}", f"{PREFIX}{self.module}.{infix}B{ending}"
+
+    @property
+    def embedding(self) -> bool:
+        return self.pair is not None and self.pair.embedding
+
+    def factors(self, reader: FactorReader, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) as the file has them, of the wanted rank, for the wanted scaling."""
+        rows, columns = self.piece.shape
+        if self.pair is None:
+            return torch.zeros(rank, columns), torch.zeros(rows, rank)
+        down, up = reader.factors(self.pair)
+        if self.piece.place is not None:
+            down, up = down[self.piece.place[0]], up[self.piece.place]
+        if self.pair.scaling != scaling:
+            up = up.float() * (self.pair.scaling / scaling)
+        down, up = pad(down.float(), rank, 0), pad(up.float(), rank, 1)
+        return (up.T, down.T) if self.embedding else (down, up)
+
+
+def export_adapter(
+    adapter_dir: str | Path, out_dir: str | Path, layout: str = "per_expert", progress: Progress | None = None
+) -> ExportReport:
+    """Writes an adapter with one pair of factors for each expert and projection, as vLLM and SGLang read it.
+
+    adapter_dir: an adapter in PEFT's layout, or a run with one in final/.
+    All pairs get the one rank that servers read from adapter_config.json, padded with zeros; the products stay what
+    they were (`common_scaling`). Projections that servers stack get zeros where the adapter has only some of them.
+
+    Raises:
+        ModelError: no adapter or base, tensors that do not fit, an adapter with whole tensors of its own (a reward
+            model's head, changed embeddings), an unknown layout, or a directory that is not empty.
+    """
+    out_dir = Path(out_dir)
+    if layout not in LAYOUTS:
+        raise ModelError(f'unknown layout "{layout}": use {", ".join(LAYOUTS)}')
+    check_output(out_dir)
+    adapter = open_adapter(adapter_dir)
+    check_whole_tensors(adapter)
+    rank, alpha = common_scaling((pair.rank, pair.scaling) for pair in adapter.pairs)
+    served = plan_pairs(adapter)
+    infos = {name: info for pair in served for name, info in _infos(pair, rank).items()}
+    total = file_size(infos)
+    check_space(out_dir, total)
+    with whole_directory(out_dir) as directory, open_factors(adapter) as reader:
+        _write_pairs(directory / WEIGHTS, served, infos, reader, (rank, alpha / rank), counter(progress, total))
+        _server_config(adapter, served, rank, alpha).save_pretrained(str(directory))
+        copy_side_files(adapter.directory, None, directory)
+    zeros = sum(pair.pair is None for pair in served)
+    return ExportReport(len(served) - zeros, zeros, rank, total, server_notes(served, rank))
+
+
+def check_whole_tensors(adapter: AdapterFiles) -> None:
+    """Raises ModelError for whole tensors in the adapter, unless they are the base's (PEFT adds its embeddings)."""
+    if not adapter.replaced:
+        return
+    base = base_directory(adapter.base)
+    places = {name: path for path in base_files(base) for name in read_header(path)}
+    with open_factors(adapter) as reader:
+        for name, stored in adapter.replaced.items():
+            if name in places:
+                own = reader.tensor(stored)
+                with safe_open(places[name], "pt") as file:
+                    if torch.equal(file.get_tensor(name).to(own.dtype), own):
+                        continue
+            raise ModelError(f"{adapter.directory}: servers read no whole tensors ({stored}); use: dsv2 merge")
+
+
+def plan_pairs(adapter: AdapterFiles) -> list[ServedPair]:
+    """All pairs of the result, each on a tensor that the model has."""
+    pairs = {pair.parameter: pair for pair in adapter.pairs}
+    modules = {name.removesuffix(".weight"): piece for name, piece in adapter.layout.items()}
+    adapted = [m for m, piece in modules.items() if piece.parameter in pairs]
+    wanted = dict.fromkeys(name for module in adapted for name in stacked_with(module) if name in modules)
+    return [ServedPair(name, modules[name], pairs.get(modules[name].parameter)) for name in wanted]
+
+
+def stacked_with(module: str) -> list[str]:
+    """The modules that a server stacks with this one, itself included."""
+    stem, _, last = module.rpartition(".")
+    if stem.rpartition(".")[0].endswith(".experts"):
+        return [f"{stem}.{name}" for name in STACKED_EXPERTS]
+    return [f"{stem}.{name}" if stem else name for group in (*STACKED, (last,)) if last in group for name in group]
+
+
+def _infos(pair: ServedPair, rank: int) -> dict[str, TensorInfo]:
+    (rows, columns), (a, b) = pair.piece.shape, pair.names
+    shapes = ((rank, rows), (columns, rank)) if pair.embedding else ((rank, columns), (rows, rank))
+    return {a: TensorInfo("F32", shapes[0]), b: TensorInfo("F32", shapes[1])}
+
+
+def _write_pairs(
+    path: Path,
+    served: Iterable[ServedPair],
+    infos: Mapping[str, TensorInfo],
+    reader: FactorReader,
+    wanted: tuple[int, float],
+    count: Callable[[int], None],
+) -> None:
+    homes = {name: (pair, side) for pair in served for side, name in enumerate(pair.names)}
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        pair, side = homes[name]
+        tensor = pair.factors(reader, *wanted)[side]
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{reader.adapter.directory}: the factors of {pair.module} are not all finite")
+        yield tensor.to(DTYPES[infos[name].dtype])
+
+    write_tensors(path, infos, blocks, count)
+
+
+def _server_config(adapter: AdapterFiles, served: Iterable[ServedPair], rank: int, alpha: int) -> LoraConfig:
+    """Last names as targets, one rank and one alpha, plain scaling: SGLang does not read use_rslora."""
+    return LoraConfig(
+        base_model_name_or_path=absolute_base(adapter.base),
+        task_type=adapter.config.get("task_type"),
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted({pair.module.rpartition(".")[2] for pair in served}),
+    )
+
+
+def server_notes(served: Iterable[ServedPair], rank: int) -> tuple[str, ...]:
+    """What to know before serving it."""
+    last_names = {pair.module.rpartition(".")[2] for pair in served if pair.pair is not None}
+    notes = [note for name, note in SERVER_NOTES.items() if name in last_names]
+    if rank > VLLM_RANK:
+        notes.append(f"vLLM needs --max-lora-rank {rank} or more (its default is {VLLM_RANK})")
+    return tuple(notes)

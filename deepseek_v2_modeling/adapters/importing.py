@@ -1,0 +1,209 @@
+"""Imports an adapter of another layout into PEFT's own: per-expert pairs, and what PEFT before 0.19.1 wrote."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+
+from ..checkpoints.finite import check_finite
+from ..checkpoints.strict import hub_layout
+from ..checkpoints.tensor_files import (
+    DTYPES,
+    Progress,
+    TensorInfo,
+    base_files,
+    check_output,
+    check_space,
+    counter,
+    file_size,
+    read_header,
+    whole_directory,
+    write_tensors,
+)
+from ..configuration import DeepseekV2Config
+from ..errors import ModelError
+from .files import (
+    base_directory,
+    head_of,
+    meta_adapter,
+    model_shapes,
+    read_lora_config,
+    read_model_config,
+    refuse_variants,
+)
+from .layouts import hub_name, is_per_expert, is_transposed, low_rank_pairs, transpose_pair, untranspose_shapes
+from .loading import WEIGHTS, check_coverage, is_adapter
+from .lora import absolute_base
+from .merge import copy_side_files
+from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
+
+SAME = "a layout that is PEFT's as well (no experts, shared experts, dense layers or router): copied"
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import wrote. found: the layout of the file. zeros: weights of a target that the file has no pair for."""
+
+    found: str
+    tensors: int
+    zeros: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result: its config, its tensors, and what makes each of them."""
+
+    found: str
+    lora: LoraConfig
+    infos: Mapping[str, TensorInfo]
+    make: Callable[[str], torch.Tensor]
+    zeros: int = 0
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An adapter to import, and the structure of its base."""
+
+    directory: Path
+    raw: Mapping[str, Any]
+    lora: LoraConfig
+    infos: Mapping[str, TensorInfo]
+    base: str
+    model_config: DeepseekV2Config
+    head: str
+    read: Read
+
+
+def import_adapter(
+    adapter_dir: str | Path, out_dir: str | Path, base: str | None = None, progress: Progress | None = None
+) -> ImportReport:
+    """Writes an adapter with per-expert pairs, or in the layout of PEFT before 0.19.1, in PEFT's layout of today.
+
+    base: the model that it is for; None takes the adapter's own base_model_name_or_path.
+    The result gives the logits that the adapter gave where it was trained, and loads here and in stock PEFT.
+
+    Raises:
+        ModelError: no adapter or base, an adapter that is in PEFT's layout already, tensors without a place, experts
+            that the config names and the file leaves out, numbers that are not finite, or a directory that is not
+            empty.
+    """
+    out_dir = Path(out_dir)
+    check_output(out_dir)
+    with open_foreign(Path(adapter_dir), base) as foreign:
+        fused = foreign.raw.get("target_parameters") and not is_per_expert(foreign.infos, foreign.raw)
+        conversion = (convert_transposed if fused else convert_per_expert)(foreign)
+        peft_model, _ = meta_adapter(foreign.model_config, conversion.lora, foreign.head)
+        check_coverage(peft_model, {n: info.shape for n, info in conversion.infos.items()}, str(foreign.directory))
+        total = file_size(conversion.infos)
+        check_space(out_dir, total)
+        with whole_directory(out_dir) as directory:
+            write_tensors(
+                directory / WEIGHTS,
+                conversion.infos,
+                lambda name: [conversion.make(name).to(DTYPES[conversion.infos[name].dtype])],
+                counter(progress, total),
+            )
+            conversion.lora.save_pretrained(str(directory))
+            copy_side_files(foreign.directory, None, directory)
+    return ImportReport(conversion.found, len(conversion.infos), conversion.zeros, total)
+
+
+@contextmanager
+def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
+    """Reads the headers of an adapter (or a run's), whatever its layout, and keeps its tensors at hand.
+
+    Raises:
+        ModelError: no adapter, or no base.
+    """
+    directory = path / "final" if (path / "final").is_dir() else path
+    if not is_adapter(directory):
+        raise ModelError(f"{directory}: there is no adapter here (adapter_config.json)")
+    raw, lora = read_lora_config(directory)
+    refuse_variants(directory, raw)
+    base = base or raw.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{directory}/adapter_config.json names no base model; name it with --base MODEL")
+    config = read_model_config(base)
+    infos = read_header(directory / WEIGHTS)
+    head = head_of(raw, infos, config)
+    with safe_open(directory / WEIGHTS, "pt") as file:
+
+        def read(name: str) -> torch.Tensor:
+            return check_finite(name, file.get_tensor(name), directory)
+
+        yield Foreign(directory, raw, lora, infos, absolute_base(base) or base, config, head, read)
+
+
+def convert_transposed(foreign: Foreign) -> Conversion:
+    """The same adapter with its expert tensors as PEFT writes them since 0.19.1.
+
+    Raises:
+        ModelError: it is in that layout already.
+    """
+    peft_model, wanted = meta_adapter(foreign.model_config, foreign.lora, foreign.head)
+    pairs = low_rank_pairs(peft_model)
+    shapes = {name: info.shape for name, info in foreign.infos.items()}
+    if not is_transposed(pairs, shapes, wanted, foreign.raw, foreign.directory):
+        raise ModelError(f"{foreign.directory} is in PEFT's layout already; it needs no import")
+    homes = {name: pair for pair in pairs if pair.experts for name in (pair.a, pair.b)}
+
+    def make(name: str) -> torch.Tensor:
+        if name not in homes:
+            return foreign.read(name)
+        pair = homes[name]
+        return transpose_pair(foreign.read(pair.a), foreign.read(pair.b), pair.experts)[name == pair.b]
+
+    new = untranspose_shapes(pairs, shapes)
+    infos = {name: TensorInfo(info.dtype, new[name]) for name, info in foreign.infos.items()}
+    lora = foreign.lora
+    lora.base_model_name_or_path = foreign.base
+    lora.peft_version = LoraConfig().peft_version
+    return Conversion("PEFT before 0.19.1", lora, infos, make)
+
+
+def convert_per_expert(foreign: Foreign) -> Conversion:
+    """The per-expert pairs as PEFT's fused ones; without any, pairs that lie the same in both layouts."""
+    parameters = model_shapes(foreign.model_config, foreign.head)
+    layout = hub_layout(parameters)
+    sources, whole = read_sources(foreign.infos, foreign.raw, layout, foreign.directory)
+    if not sources:
+        raise ModelError(f"{foreign.directory}: there is no pair of LoRA factors in {WEIGHTS}")
+    groups = plan_groups(parameters, sources, foreign.read)
+    check_complete(groups, foreign.lora, foreign.directory)
+    targets = {target.parameter: (group, target) for group in groups for target in group.targets}
+    if lost := [name for name in sources if layout[name].parameter not in targets]:
+        raise ModelError(f"{foreign.directory}: {lost[0]} cannot be adapted here")
+    lora = fused_config(groups, foreign.raw, foreign.base)
+    peft_model, wanted = meta_adapter(foreign.model_config, lora, foreign.head)
+    pairs = low_rank_pairs(peft_model)
+    homes = {name: (*targets[pair.parameter], side) for pair in pairs for side, name in enumerate((pair.a, pair.b))}
+    others = {name: hub_name(name) for name in wanted if name not in homes}
+    if unused := whole.keys() - set(others.values()):
+        raise ModelError(f"{foreign.directory}: {whole[min(unused)]} has no place in the imported adapter")
+
+    def make(name: str) -> torch.Tensor:
+        if name in homes:
+            group, target, side = homes[name]
+            return group.factors(target, foreign.read)[side]
+        home = others[name]  # a head, or the embeddings that PEFT saves beside their adapter
+        return foreign.read(whole[home]) if home in whole else read_base_tensor(foreign.base, home)
+
+    infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
+    zeros = sum(source is None for _, t in targets.values() for parts in t.experts for _, source in parts)
+    found = "one pair for each expert" if is_per_expert(foreign.infos, foreign.raw) else SAME
+    return Conversion(found, lora, infos, make, zeros)
+
+
+def read_base_tensor(base: str, name: str) -> torch.Tensor:
+    """A tensor of a model's files. Raises ModelError when none has it."""
+    for path in base_files(base_directory(base)):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118 - no mapping
+                return check_finite(name, file.get_tensor(name), base)
+    raise ModelError(f"{base}: there is no tensor {name}")

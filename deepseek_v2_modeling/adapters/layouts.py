@@ -1,0 +1,207 @@
+"""How adapters lie in their files: PEFT's fused layout, its transpose of old, and one pair for each expert.
+
+PEFT (0.19.1 and later): a 3-D weight [E, out, in] has A [E r, in], read as (E, r, in), and B [out, r E], read as
+(out, r, E): the expert is the fastest index. Versions before 0.19.1 took dim 1 of the weight for its input: there
+A is [E r, out] and B [in, r E], so that B says what A says now and the other way round.
+
+Per expert: `mlp.experts.7.gate_proj.lora_A.weight` and so on, plain 2-D pairs. Old PEFT wrote them on the official
+remote code and on transformers before 5; vLLM and SGLang read them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
+from torch import nn
+
+from ..errors import ModelError
+
+Shapes = Mapping[str, tuple[int, ...]]
+PREFIX = "base_model.model."
+UNTRANSPOSED_SINCE = (0, 19, 1)
+PER_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One pair of factors: `parameter` += scaling * up @ down.
+
+    a, b: their names in the adapter's file. experts: E of a 3-D parameter, 0 for a 2-D one.
+    """
+
+    parameter: str
+    a: str
+    b: str
+    rank: int
+    scaling: float
+    experts: int = 0
+    embedding: bool = False
+
+    def factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down [r, in], up [out, r]), or (down [E, r, in], up [E, out, r]), as views of what the file holds."""
+        if self.embedding:
+            return b.T, a.T
+        if self.experts:
+            return stack_down(a, self.experts), stack_up(b, self.experts)
+        return a, b
+
+
+def stack_down(a: torch.Tensor, experts: int) -> torch.Tensor:
+    """PEFT's A [E r, in] as [E, r, in]."""
+    return a.reshape(experts, -1, a.shape[-1])
+
+
+def stack_up(b: torch.Tensor, experts: int) -> torch.Tensor:
+    """PEFT's B [out, r E] as [E, out, r]."""
+    return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def flatten_down(down: torch.Tensor) -> torch.Tensor:
+    """[E, r, in] as PEFT's A."""
+    return down.reshape(-1, down.shape[-1])
+
+
+def flatten_up(up: torch.Tensor) -> torch.Tensor:
+    """[E, out, r] as PEFT's B."""
+    return up.permute(1, 2, 0).reshape(up.shape[1], -1)
+
+
+def transpose_pair(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the layout of PEFT before 0.19.1 to today's, and back: it is its own inverse."""
+    return flatten_down(stack_up(b, experts).transpose(1, 2)), flatten_up(stack_down(a, experts).transpose(1, 2))
+
+
+def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[LowRank]:
+    """The pairs of a wrapped model, under the names that PEFT saves them with."""
+    pairs = []
+    for name, module in peft_model.named_modules():
+        if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
+            continue
+        wrapped = isinstance(module, ParamWrapper)
+        embedding = isinstance(module, Embedding)
+        infix, ending = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
+        pairs.append(
+            LowRank(
+                parameter=f"{hub_name(name)}.{module.parameter_name if wrapped else 'weight'}",
+                a=f"{name}.{infix}A{ending}",
+                b=f"{name}.{infix}B{ending}",
+                rank=module.r[adapter],
+                scaling=module.scaling[adapter],
+                experts=module.num_experts if wrapped and module.get_param().ndim == 3 else 0,
+                embedding=embedding,
+            )
+        )
+    return pairs
+
+
+def hub_name(name: str) -> str:
+    """A module's or saved tensor's name in the model without adapters."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def common_scaling(kinds: Iterable[tuple[int, float]]) -> tuple[int, int]:
+    """(rank, alpha) for pairs of these ranks and scalings together: the largest rank, and their scaling times it.
+
+    Where the scalings differ, or the product is no whole number (vLLM's alpha is one), alpha is the rank: each pair's
+    scaling is then put into its B.
+    """
+    kinds = list(kinds)
+    rank = max(rank for rank, _ in kinds)
+    scalings = {scaling for _, scaling in kinds}
+    alpha = scalings.pop() * rank
+    whole = not scalings and alpha >= 1 and float(alpha).is_integer()
+    return rank, int(alpha) if whole else rank
+
+
+def pad(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    """A factor with zeros after its own ranks along `dim`, so that there are `rank`."""
+    missing = rank - factor.shape[dim]
+    if not missing:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
+
+
+# --- Which layout a file has -------------------------------------------------------------------------------------
+
+
+def is_per_expert(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Whether the routed experts have a pair each, or the shared and dense ones are `target_modules`, as of old."""
+    old_target = (".gate_proj.", ".up_proj.", ".down_proj.", ".mlp.gate.")
+    return any(
+        PER_EXPERT.search(name) or (not config.get("target_parameters") and any(part in name for part in old_target))
+        for name in names
+    )
+
+
+def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: str | Path) -> None:
+    """Raises ModelError for an adapter in the per-expert layout, with the remedy."""
+    if is_per_expert(names, config):
+        raise ModelError(
+            f"{where}: this adapter has one pair for each expert (as servers and PEFT before transformers 5 have it); "
+            f"convert it first: dsv2 import {where} OUT_DIR"
+        )
+
+
+def is_transposed(
+    pairs: Iterable[LowRank], found: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
+) -> bool:
+    """Whether a file has its expert pairs in the transposed layout of PEFT before 0.19.1.
+
+    Shapes tell, unless every adapted expert weight is square; then the `peft_version` of adapter_config.json does.
+
+    Raises:
+        ModelError: both layouts in one file, or nothing that tells.
+    """
+    verdicts = {
+        _is_transposed(pair, found, wanted)
+        for pair in pairs
+        if pair.experts and pair.a in found and pair.b in found and pair.a in wanted
+    }
+    if verdicts >= {True, False}:
+        raise ModelError(f"{where}: some expert tensors are transposed (PEFT before 0.19.1), others are not")
+    if verdicts <= {False, True}:
+        return True in verdicts
+    if len(verdicts) > 1:  # the weights that are not square tell for the others
+        return True in verdicts
+    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version")))
+    if version is None:
+        raise ModelError(
+            f"{where}: the adapted expert weights are square, so that their shapes do not tell whether PEFT before or "
+            'since 0.19.1 wrote them; add "peft_version" to adapter_config.json'
+        )
+    return tuple(int(number or 0) for number in version.groups()) < UNTRANSPOSED_SINCE
+
+
+def _is_transposed(pair: LowRank, found: Shapes, wanted: Shapes) -> bool | None:
+    """None for a square weight. A pair of other shapes counts as not transposed: the coverage check names it."""
+    (rows, inner), (outer, columns) = wanted[pair.a], wanted[pair.b]
+    if inner == outer:
+        return None
+    return (found[pair.a], found[pair.b]) == ((rows, outer), (inner, columns))
+
+
+def untranspose_shapes(pairs: Iterable[LowRank], found: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes that a transposed file's tensors have after `untranspose`."""
+    shapes = dict(found)
+    for pair in pairs:
+        if pair.experts and pair.a in found and pair.b in found:
+            (rows, outer), (inner, columns) = found[pair.a], found[pair.b]
+            shapes |= {pair.a: (rows, inner), pair.b: (outer, columns)}
+    return shapes
+
+
+def untranspose(pairs: Iterable[LowRank], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a transposed file in today's layout."""
+    converted = dict(tensors)
+    for pair in pairs:
+        if pair.experts and pair.a in tensors and pair.b in tensors:
+            a, b = transpose_pair(tensors[pair.a], tensors[pair.b], pair.experts)
+            converted |= {pair.a: a.contiguous(), pair.b: b.contiguous()}
+    return converted

@@ -1,0 +1,260 @@
+"""LoRA for DeepSeek-V2: what can be adapted, a stock peft config for it, and the table of what was adapted.
+
+Attention projections are `target_modules`. Routed experts, shared experts, dense layers and the router are
+`target_parameters`: naming `gate_proj` and the like as modules makes PEFT take the routed experts and drop the
+shared ones and the dense layers without a word. Stock PEFT reloads the adapters as they are saved.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoints.strict import StrictPreTrainedModel
+from ..errors import ModelError
+from ..esft.choice import ExpertChoice
+from .chosen_experts import ChosenWrapper, train_chosen_adapters
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How one projection is named: suffixes of module names, or of parameter names."""
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS: dict[str, Projection] = {
+    "attention.q": Projection(modules=("q_proj", "q_a_proj", "q_b_proj")),
+    "attention.kv_a": Projection(modules=("kv_a_proj_with_mqa",)),
+    "attention.kv_b": Projection(modules=("kv_b_proj",)),
+    "attention.o": Projection(modules=("o_proj",)),
+    "experts.gate_up": Projection(parameters=("mlp.experts.gate_up_proj",)),
+    "experts.down": Projection(parameters=("mlp.experts.down_proj",)),
+    "shared_experts": Projection(parameters=tuple(f"mlp.shared_experts.{name}.weight" for name in _MLP)),
+    "dense": Projection(parameters=tuple(f"mlp.{name}.weight" for name in _MLP)),
+    "router": Projection(parameters=("mlp.gate.weight",)),
+    "embeddings": Projection(modules=("embed_tokens",)),
+    "lm_head": Projection(modules=("lm_head",)),
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": tuple(name for name in PROJECTIONS if name.startswith("attention.")),
+    "experts": tuple(name for name in PROJECTIONS if name.startswith("experts.")),
+}
+
+
+def expand_target(target: str) -> tuple[str, ...]:
+    """A target's projections: ("attention.q", ...) for "attention", itself for a single one."""
+    if target in GROUPS:
+        return GROUPS[target]
+    if target in PROJECTIONS:
+        return (target,)
+    raise ModelError(f'unknown LoRA target "{target}": use {", ".join([*GROUPS, *PROJECTIONS])}')
+
+
+def _per_projection(targets: Iterable[str], value: Number | Mapping[str, Number], what: str) -> dict[str, Number]:
+    """{projection: value}; a single projection's own entry wins over its group's."""
+    targets = list(targets)
+    if not isinstance(value, Mapping):
+        return {name: value for target in targets for name in expand_target(target)}
+    unknown = [key for key in value if not set(expand_target(key)) & {n for t in targets for n in expand_target(t)}]
+    if unknown:
+        raise ModelError(f'{what} names "{unknown[0]}", which is not among the LoRA targets {targets}')
+    found = {name: value[key] for key in value if key in GROUPS for name in expand_target(key)}
+    found |= {key: value[key] for key in value if key in PROJECTIONS}
+    wanted = [name for target in targets for name in expand_target(target)]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ModelError(f'{what} gives no value for the LoRA target "{missing[0]}"')
+    return {name: found[name] for name in wanted}
+
+
+def _pattern(values: Mapping[str, Number]) -> dict[str, Number]:
+    """PEFT's rank_pattern or alpha_pattern: name suffix -> value."""
+    names = {n: (*PROJECTIONS[n].modules, *PROJECTIONS[n].parameters) for n in values}
+    return {suffix: value for n, value in values.items() for suffix in names[n]}
+
+
+def lora_config(
+    targets: str | Iterable[str] = ("attention", "experts"),
+    r: int | Mapping[str, int] = 16,
+    alpha: Number | Mapping[str, Number] | None = None,
+    rslora: bool = False,
+    task_type: str = "CAUSAL_LM",
+    dropout: float = 0.0,
+) -> LoraConfig:
+    """A stock `peft.LoraConfig` for these targets.
+
+    targets: groups (attention, experts) or single projections of `PROJECTIONS`; a single one may be plain text.
+    r, alpha: a number, or one for each target; alpha defaults to 2 r. Scaling is alpha / r, or alpha / sqrt(r)
+        with rslora.
+    dropout: what `apply_lora` sets at run time. The config's own `lora_dropout` is 0, in memory and on disk, as stock
+        PEFT demands for experts.
+
+    Raises:
+        ModelError: an unknown target, a rank or alpha for something that is not a target, or a number out of bounds.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if not targets:
+        raise ModelError("LoRA needs at least one target")
+    ranks = _per_projection(targets, r, "r")
+    if bad := [n for n, v in ranks.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1]:
+        raise ModelError(f'the LoRA rank of "{bad[0]}" is {ranks[bad[0]]!r}: it must be a whole number, at least 1')
+    alphas = {n: 2 * v for n, v in ranks.items()} if alpha is None else _per_projection(targets, alpha, "alpha")
+    if bad := [n for n, v in alphas.items() if not isinstance(v, Number) or not 0 < v < math.inf]:
+        raise ModelError(f'the LoRA alpha of "{bad[0]}" is {alphas[bad[0]]!r}: it must be a number over 0')
+    check_dropout(dropout)
+    one_rank, one_alpha = len(set(ranks.values())) == 1, len(set(alphas.values())) == 1
+    config: Any = LoraConfig(
+        r=int(next(iter(ranks.values()))),
+        lora_alpha=next(iter(alphas.values())),  # pyright: ignore[reportArgumentType] - PEFT takes floats
+        rank_pattern={} if one_rank else _pattern(ranks),
+        alpha_pattern={} if one_alpha else _pattern(alphas),
+        target_modules=[suffix for n in ranks for suffix in PROJECTIONS[n].modules],
+        target_parameters=[suffix for n in ranks for suffix in PROJECTIONS[n].parameters] or None,
+        use_rslora=rslora,
+        task_type=task_type,
+    )
+    config.runtime_dropout = dropout  # no field of the config: it is neither written nor seen by PEFT
+    return config
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ModelError unless it is a share of what is dropped, that leaves something."""
+    if not isinstance(dropout, Number) or not 0 <= dropout < 1:
+        raise ModelError(f"LoRA dropout is {dropout!r}: it must be from 0 to less than 1")
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raises ModelError when one of the config's projections matches nothing in the model."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for name, projection in PROJECTIONS.items():
+        wanted_modules = set(projection.modules) & set(config.target_modules or ())
+        wanted_parameters = set(projection.parameters) & set(config.target_parameters or ())
+        if not wanted_modules and not wanted_parameters:
+            continue
+        hit = any(m.split(".")[-1] in wanted_modules for m in modules) or any(
+            p.endswith(f".{w}") for p in parameters for w in wanted_parameters
+        )
+        if not hit:
+            raise ModelError(f'the LoRA target "{name}" matches nothing in this model: leave it out')
+
+
+def apply_lora(
+    model: PreTrainedModel, config: LoraConfig, dropout: float | None = None, experts: ExpertChoice | None = None
+) -> PeftModel:
+    """A stock `PeftModel` around the model, whose expert adapters run on the routed tokens only.
+
+    dropout acts on the input of every adapter at run time; None takes that of `lora_config`. It is not written to
+        disk. Adapters on embeddings have none, as in PEFT: their input is token ids.
+    experts: the routed experts that get adapters; all without.
+
+    Raises:
+        ModelError: a model of another package or with adapters already, a target that matches nothing in it, experts
+            that are not there.
+    """
+    wanted: float = getattr(config, "runtime_dropout", 0.0) if dropout is None else dropout
+    peft_model = wrap(model, config)
+    if experts is not None:
+        train_chosen_adapters(peft_model, experts)
+    train_in_float32(peft_model)
+    set_dropout(peft_model, wanted)
+    return peft_model
+
+
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`get_peft_model` after `check_model` and `check_targets`."""
+    check_model(model)
+    check_targets(model, config)
+    for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
+        setattr(holder, name, absolute_base(getattr(holder, name)))
+    with warnings.catch_warnings():
+        # PEFT looks for the keys of rank_pattern among modules only and says that those of parameters, which it
+        # uses all the same, are ignored.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ModelError for a model that has adapters already, or is none of ours."""
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ModelError(
+            "this model has LoRA adapters already; a further one of the same targets is added with PEFT's "
+            "add_adapter(name, config), and merge_and_unload() gives a model without"
+        )
+    if not isinstance(model, StrictPreTrainedModel):
+        kind = type(model)
+        raise ModelError(
+            f"{kind.__module__}.{kind.__name__} is no model of this package; load it with "
+            "deepseek_v2_modeling.DeepseekV2ForCausalLM.from_pretrained, or use PEFT itself"
+        )
+
+
+def absolute_base(base: str | None) -> str | None:
+    """The base's name for an adapter's config: a directory from wherever it is read, a hub name as it is."""
+    return os.path.abspath(base) if base and os.path.isdir(base) else base
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """PEFT makes adapters float32 on its own, but not a score head."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Sets the run-time dropout of all LoRA adapters but those on embeddings, where PEFT's forward has none."""
+    check_dropout(dropout)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, Embedding):
+            for name in list(module.lora_dropout):
+                module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+
+@dataclass
+class AdaptedRow:
+    """One line of the table of what is adapted. experts: those that train, of all in these layers; None for all."""
+
+    projection: str
+    layers: int
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float
+    parameters: int = 0
+    experts: int | None = None
+    of_experts: int | None = None
+
+
+def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
+    """Rows {projection, layers, rank, alpha, scaling, dropout, parameters} of what LoRA adapts in this model;
+    {experts, of_experts} too where chosen ones train. dropout: at run time."""
+    rows: dict[str, AdaptedRow] = {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
+            continue
+        path = name.replace(".base_layer", "")
+        suffix = f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
+        kind = ".".join(part for part in (path + suffix).split(".layers.")[-1].split(".") if not part.isdigit())
+        kind = kind.removeprefix("base_model.model.").removeprefix("model.")
+        numbers = (module.r[adapter], float(module.lora_alpha[adapter]), float(module.scaling[adapter]))
+        row = rows.setdefault(kind, AdaptedRow(kind, 0, *numbers, getattr(module.lora_dropout[adapter], "p", 0.0)))
+        row.layers += 1
+        own = [(n.split("."), p) for n, p in module.named_parameters()]
+        row.parameters += sum(p.numel() for n, p in own if n[0] != "base_layer" and adapter in n)
+        if isinstance(module, ChosenWrapper):
+            row.experts = (row.experts or 0) + len(module.chosen)
+            row.of_experts = (row.of_experts or 0) + module.num_experts
+    return [{key: value for key, value in asdict(row).items() if value is not None} for row in rows.values()]

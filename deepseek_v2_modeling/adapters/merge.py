@@ -1,0 +1,245 @@
+"""Merges an adapter into its base on disk: a plain checkpoint in the hub's layout, file by file.
+
+Of a whole model the result is a copy, in another type if wished.
+
+First everything is planned and checked from the files' headers, then each shard of the base is streamed to its merged
+twin in pieces of a few megabytes. No model is made; memory does not grow with the checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..checkpoints.finite import check_finite, is_finite
+from ..checkpoints.strict import hub_layout
+from ..checkpoints.tensor_files import (
+    CODES,
+    DTYPES,
+    WEIGHT_FILES,
+    Progress,
+    base_headers,
+    check_output,
+    check_space,
+    counter,
+    file_size,
+    row_blocks,
+    whole_directory,
+    write_tensors,
+)
+from ..checkpoints.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
+from ..errors import ModelError
+from ..loading import HEADS, resolve_source
+from .files import (
+    AdapterFiles,
+    FactorReader,
+    base_directory,
+    head_of,
+    model_shapes,
+    open_adapter,
+    open_factors,
+    read_model_config,
+)
+from .merge_plan import Merged, Shard, plan_shards
+
+# Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "reward_stats.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote. adapted: tensors changed by factors; left_out: what the base has and the result does not."""
+
+    shards: int
+    tensors: int
+    adapted: int
+    replaced: int
+    nbytes: int
+    left_out: tuple[str, ...]
+
+
+def merge_lora(
+    adapter_dir: str | Path, out_dir: str | Path, dtype: str | None = None, progress: Progress | None = None
+) -> MergeReport:
+    """Writes the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
+
+    adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base. A whole model, or
+        the run that trained it, is written again, checked likewise.
+    dtype: "float32", "bfloat16" or "float16" for all weights; None keeps that of each tensor of the base. Sums are
+        made in float32.
+    progress: called with the bytes of each piece written, and of all.
+
+    out_dir appears when it is whole; until then the files are in a directory of another name beside it. With them go
+    tokenizer, template and generation config, and a config.json with both forms of the RoPE settings.
+
+    Raises:
+        ModelError: no adapter, base or model, tensors that do not fit, quantised weights, numbers that are not finite,
+            a directory that is not empty, or too little room on the disk.
+    """
+    out_dir = Path(out_dir)
+    check_output(out_dir)
+    adapter = open_source(adapter_dir)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ModelError(f'dtype "{dtype}" is not one of float32, bfloat16, float16')
+    base = base_directory(adapter.base)
+    shards, left_out = plan_shards(adapter, base, CODES[getattr(torch, dtype)] if dtype else None)
+    total = sum(file_size(shard.infos) for shard in shards)
+    check_space(out_dir, total + (64 << 20))
+    with whole_directory(out_dir) as directory, open_factors(adapter) as reader:
+        _write_shards(directory, shards, reader, counter(progress, total))
+        write_config(adapter, directory, dtype)
+        copy_side_files(adapter.directory, base, directory)
+    merged = [tensor for shard in shards for tensor in shard.tensors.values()]
+    return MergeReport(
+        shards=len(shards),
+        tensors=len(merged),
+        adapted=sum(tensor.pair is not None for tensor in merged),
+        replaced=sum(tensor.from_adapter for tensor in merged),
+        nbytes=total,
+        left_out=left_out,
+    )
+
+
+def open_source(path: str | Path) -> AdapterFiles:
+    """An adapter or a whole model, from its headers. Raises ModelError as `open_adapter`."""
+    if not Path(path).exists() or resolve_source(path).adapter is not None:
+        return open_adapter(path)
+    base = resolve_source(path).base
+    config: Any = read_model_config(base)
+    scores = any("SequenceClassification" in name for name in config.architectures or ())
+    infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
+    head = head_of({"task_type": HEADS["score" if scores else "causal_lm"][1]}, infos, config)
+    parameters = model_shapes(config, head)
+    return AdapterFiles(
+        directory=Path(base),
+        base=base,
+        config={},
+        model_config=config,
+        head=head,
+        pairs=(),
+        replaced={},
+        infos={},
+        parameters=parameters,
+        layout=hub_layout(parameters),
+        transposed=False,
+    )
+
+
+# --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, count: Callable[[int], None]) -> None:
+    for shard in shards:
+        with safe_open(shard.source, "pt") as file:
+            write_tensors(
+                directory / shard.name,
+                shard.infos,
+                lambda name, shard=shard, file=file: merged_blocks(name, shard.tensors[name], file, reader),
+                count,
+            )
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        size = sum(info.nbytes for shard in shards for info in shard.infos.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / WEIGHT_FILES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) -> Iterator[torch.Tensor]:
+    """A tensor of the result in pieces of rows: W + scaling * up @ down, summed in float32.
+
+    Raises:
+        ModelError: the sum, or a number in the narrower type, is not finite.
+    """
+    source = reader.tensor(merged.source) if merged.from_adapter else file.get_tensor(merged.source)
+    weight = source[merged.place]
+    dtype = DTYPES[merged.info.dtype]
+    where = reader.adapter.directory if merged.from_adapter else reader.adapter.base
+    if merged.pair is None and weight.dtype == dtype:
+        yield from (check_finite(name, block, where) for _, block in row_blocks(weight))
+        return
+    factors = None
+    if merged.pair is not None:
+        down, up = reader.factors(merged.pair)
+        place = reader.adapter.layout[name].place
+        if place is not None:
+            down, up = down[place[0]], up[place]
+        factors = merged.pair.scaling * down.float(), up
+    for rows, block in row_blocks(weight):
+        check_finite(name, block, where)
+        if factors is not None:
+            block = torch.addmm(block.float(), factors[1][rows].float(), factors[0])
+        block = block.to(dtype)
+        if not is_finite(block):
+            raise ModelError(f"{name}: the merged weights are not all finite in {str(dtype).removeprefix('torch.')}")
+        yield block
+
+
+def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:
+    """config.json with both forms of the RoPE settings; without pointers to code that is not copied."""
+    config: Any = adapter.model_config
+    config.architectures = [HEADS[adapter.head][0].__name__]
+    if dtype is not None:
+        config.dtype = getattr(torch, dtype)
+    if adapter.head == "score" and config.pad_token_id is None:
+        config.pad_token_id = _pad_token_id(adapter)
+    config.save_pretrained(directory)
+
+
+def _pad_token_id(adapter: AdapterFiles) -> int | None:
+    """Stock's classifier needs it for more than one row; the trainer set it on a model that is not saved."""
+    from transformers import AutoTokenizer
+
+    for directory in (adapter.directory, Path(adapter.base)):
+        if (directory / "tokenizer_config.json").is_file():
+            tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            return tokenizer.pad_token_id
+    return None
+
+
+def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
+    """Tokenizer and template of the adapter where it has its own, else the base's; reward statistics of the adapter
+    only, whose head they belong to; the rest from where it is."""
+    places = [own] if base is None else [own, base]
+    with_tokenizer = [place for place in places if (place / "tokenizer_config.json").is_file()][:1]
+    own_places = {"generation_config.json": places, "reward_stats.json": [own]}
+    for name in SIDE_FILES:
+        found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
+        if found:
+            copy_plain(found[0] / name, directory / name)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """A side file as it is, but for what another machine or another renderer could not use."""
+    if source.name == TEMPLATE:
+        try:
+            text = source.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ModelError(f"{source}: not UTF-8 ({error})") from error
+        target.write_text(plain_template(text), encoding="utf-8")
+    elif source.name == TOKENIZER_CONFIG:
+        config = read_object(source)
+        if isinstance(template := config.get("chat_template"), str):
+            config["chat_template"] = plain_template(template)
+        write_tokenizer_config(config, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: no JSON object")
+    return value

@@ -1,0 +1,128 @@
+"""What a merge will write, worked out and checked from the headers of the base and the adapter alone."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.strict import COMPUTED
+from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
+from ..errors import ModelError
+from .files import AdapterFiles
+from .layouts import LowRank
+
+OTHER_HEAD = {"causal_lm": "score.", "score": "lm_head."}
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One tensor of the result: `source` of the base's shard (or of the adapter), [place] of it, plus a pair."""
+
+    info: TensorInfo
+    source: str
+    place: Any = ...
+    pair: LowRank | None = None
+    from_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the base and the tensors that its merged twin holds."""
+
+    source: Path
+    name: str
+    tensors: Mapping[str, Merged]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: merged.info for name, merged in self.tensors.items()}
+
+
+def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[list[Shard], tuple[str, ...]]:
+    """(the files to write, tensors of the base that are left out), from headers alone; everything has been checked.
+
+    dtype: code of the type of all weights, None to keep them.
+    """
+    headers = base_headers(base)
+    found = {name: info for header in headers.values() for name, info in header.items()}
+    left_out = check_base(adapter, found)
+    tensors = {path: merged_tensors(adapter, header, dtype) for path, header in headers.items()}
+    tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(found))
+    filled = {path: merged for path, merged in tensors.items() if merged}
+    names = shard_names(len(filled))
+    shards = [Shard(path, name, merged) for name, (path, merged) in zip(names, filled.items(), strict=True)]
+    return shards, left_out
+
+
+def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Merged]:
+    """What one file of the base becomes. Fused experts come apart; what the adapter replaces is left to it."""
+    pairs = {pair.parameter: pair for pair in adapter.pairs}
+    tensors = {}
+    for source, info in header.items():
+        fused = source not in adapter.layout
+        for name in adapter.fused.get(source, ()) if fused else (source,):
+            piece = adapter.layout[name]
+            pair = pairs.get(piece.parameter)
+            place = piece.place if fused else ...
+            tensors[name] = Merged(merged_info(source, info, piece.shape, dtype), source, place, pair)
+    return {name: merged for name, merged in tensors.items() if name not in adapter.replaced}
+
+
+def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
+    """The tensors that the adapter has whole, with its factors on top where it has those too."""
+    pairs = {pair.parameter: pair for pair in adapter.pairs}
+    return {
+        name: Merged(TensorInfo(dtype, adapter.layout[name].shape), stored, pair=pairs.get(name), from_adapter=True)
+        for name, stored in adapter.replaced.items()
+    }
+
+
+def check_base(adapter: AdapterFiles, found: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Raises ModelError unless the base's tensors are the model's, experts single or fused.
+
+    Returns the tensors that the result goes without: another head, or what is computed from the config.
+    """
+    layout = adapter.layout
+    tied = {"lm_head.weight"} if adapter.model_config.tie_word_embeddings else set()
+    given = found.keys() | adapter.replaced.keys() | tied
+    spare = [name for name in found if name not in layout and name not in adapter.fused]
+    left_out = tuple(name for name in spare if name.startswith(OTHER_HEAD[adapter.head]) or re.search(COMPUTED, name))
+    shapes = {name: piece.shape for name, piece in layout.items() if name not in adapter.replaced}
+    shapes |= {name: adapter.parameters[name] for name in adapter.fused}
+    faults = {
+        "missing": [name for name, piece in layout.items() if name not in given and piece.parameter not in found],
+        "unexpected": [name for name in spare if name not in left_out],
+        "misshapen": [
+            f"{name} {list(found[name].shape)}, not {list(shape)}"
+            for name, shape in shapes.items()
+            if name in found and found[name].shape != shape
+        ],
+    }
+    for kind, names in faults.items():
+        if names:
+            raise ModelError(f"{adapter.base}: {len(names)} tensors are {kind}: {', '.join(sorted(names)[:SHOWN])}")
+    return left_out
+
+
+def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: str | None) -> TensorInfo:
+    """Type and shape of a tensor of the result. Raises ModelError for one that is quantised."""
+    if info.dtype not in FLOATS:
+        raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
+    return TensorInfo(dtype or info.dtype, shape)
+
+
+def main_dtype(found: Mapping[str, TensorInfo]) -> str:
+    """The type of most of the numbers."""
+    sizes: dict[str, int] = {}
+    for info in found.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(info.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHT_FILES[0]]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -1,0 +1,84 @@
+"""A disk that is full: the last whole checkpoint stays, and the message says how much room was needed."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+UNFINISHED = ".unfinished"  # directories are written in here, then moved to their name
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What safetensors (Rust) says of such an error, and what torch.save says of any write that failed.
+_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
+_NOTHING = 1 << 20  # bytes; a checkpoint has files besides its tensors
+_WRITE_FAILED = ("write failed", "unexpected pos")
+
+
+@contextmanager
+def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[None]:
+    """Around whatever writes: an error of a full disk becomes a message; what was half written is removed.
+
+    needed: bytes of what was to be written.
+
+    Raises:
+        ModelError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        room = _room(run_dir)
+        if not is_full(error, room < needed() or shutil.disk_usage(run_dir).free < _NOTHING):
+            raise
+        shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        mb, room_mb = needed() / 1e6, room / 1e6
+        raise ModelError(
+            f"the disk of {run_dir} is full: a checkpoint takes about {mb:,.1f} MB and {room_mb:,.1f} MB are free; "
+            f"{whole_checkpoints(run_dir)}. Make room and start the same command again, or lower "
+            "training.save_total_limit, or choose another output_dir"
+        ) from error
+
+
+def is_full(error: BaseException | None, short: bool) -> bool:
+    """Was the disk full? `short`: is there less room than was needed, so that a failed write counts as a sign?"""
+    while error is not None:
+        text = str(error)
+        if (isinstance(error, OSError) and error.errno in _FULL) or any(words in text for words in _WORDS):
+            return True
+        if short and any(words in text for words in _WRITE_FAILED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def checkpoint_bytes(model: Any, optimizer: Any) -> int:
+    """About what a checkpoint takes: the weights in it, and the optimizer's two numbers for each trained one."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    held = trained if hasattr(model, "peft_config") else parameters
+    size = sum(p.numel() * p.element_size() for p in held)
+    state = optimizer.state.values() if optimizer is not None else ()
+    made = sum(t.numel() * t.element_size() for entry in state for t in entry.values() if isinstance(t, torch.Tensor))
+    return size + max(made, 8 * sum(p.numel() for p in trained))
+
+
+def _room(run_dir: Path) -> int:
+    """Bytes that are free once what is half written is gone."""
+    free = shutil.disk_usage(run_dir).free if run_dir.is_dir() else 0
+    return free + sum(path.stat().st_size for path in (run_dir / UNFINISHED).rglob("*") if path.is_file())
+
+
+def whole_checkpoints(run_dir: Path) -> str:
+    """ "checkpoint-20 is whole", or that there is none yet."""
+    newest = max(run_dir.glob("checkpoint-*"), key=checkpoint_step, default=None)
+    return "there is no checkpoint yet" if newest is None else f"{newest.name} is whole"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of a directory named checkpoint-N; -1 for another name."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and number != folder.name else -1

@@ -1,0 +1,84 @@
+"""generation_config.json of a model, held against what decoding here can do, before an answer is begun."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from ..errors import ModelError
+
+FILE = "generation_config.json"
+# Fields that ask for another kind of decoding than one answer, token by token, greedy or sampled; and the values that
+# do not. transformers would fail over some, fetch code for others, or answer otherwise than an evaluation.
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "diversity_penalty": (0, 0.0),
+    "penalty_alpha": (0, 0.0), "dola_layers": (), "prompt_lookup_num_tokens": (), "guidance_scale": (1, 1.0),
+    "force_words_ids": (), "constraints": (), "stop_strings": (), "watermarking_config": (), "custom_generate": (),
+    "assistant_early_exit": (), "return_dict_in_generate": (False,), "forced_bos_token_id": (),
+    "forced_eos_token_id": (), "token_healing": (False,), "is_assistant": (False,),
+}  # fmt: skip
+NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_length",
+    "min_new_tokens",
+)  # fmt: skip
+MAKERS: dict[str, Any] = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": lambda size: NoRepeatNGramLogitsProcessor(size) if size else None,
+    "bad_words_ids": NoBadWordsLogitsProcessor,
+    "sequence_bias": SequenceBiasLogitsProcessor,
+    "suppress_tokens": SuppressTokensLogitsProcessor,
+}
+
+
+def check_generation(base: str, vocab_size: int) -> None:
+    """Look at the generation_config.json of a model directory, if there is one.
+
+    Raises:
+        ModelError: it is no JSON object, asks for a kind of decoding that there is not, or has a value that decoding
+            would fail over.
+    """
+    path = Path(base) / FILE
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable ({error}); mend it, or take it away") from error
+    for name, nothing in OTHERS.items():
+        if values.get(name) is not None and values[name] not in nothing:
+            raise ModelError(f"{path}: {name} is {values[name]!r}: there is no such decoding here; take it out")
+    for name in NUMBERS:
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise ModelError(f"{path}: {name} is {value!r}: it must be a number")
+    try:
+        GenerationConfig.from_dict(values)
+        for name, make in MAKERS.items():
+            if values.get(name) is not None:
+                make(values[name])
+    except Exception as error:  # transformers looks at some of the values only
+        raise ModelError(f"{path}: {' '.join(str(error).split())}; correct it, or take it out") from error
+    if far := [
+        i
+        for name in ("bad_words_ids", "sequence_bias", "suppress_tokens")
+        for i in ids_in(values.get(name))
+        if i >= vocab_size
+    ]:
+        raise ModelError(f"{path}: token id {far[0]} is beyond the model's vocabulary of {vocab_size:,}; take it out")
+
+
+def ids_in(value: Any) -> list[int]:
+    """The token ids in a nested list; biases are no integers."""
+    if isinstance(value, list):
+        return [i for entry in value for i in ids_in(entry)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []

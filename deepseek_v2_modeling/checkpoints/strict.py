@@ -1,0 +1,354 @@
+"""Checkpoints in the hub's layout: every tensor accounted for, experts read straight into their fused parameters.
+
+Stock transformers reports missing, unexpected and misshapen tensors in a log table and goes on with random
+numbers; here they are errors that name them as they are named on disk. Stock also holds the single experts beside
+the fused parameter that it makes of them, in the wanted dtype: 1.7 times the weights when bf16 files are loaded in
+float32. Here each expert is copied from the mapped file to its place.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..errors import ModelError, ShapeError
+from ..refusals import check_keywords, check_quantization, check_source
+from .finite import check_weights
+from .offloading import keep_readable
+from .tensor_files import CODES, FLOATS, WEIGHT_FILES, TensorInfo, check_doubled, shards_named
+
+# Fused parameter: the projections of each expert that it holds, one below the other.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# A buffer that some old checkpoints hold; it is computed from the config.
+COMPUTED = r"rotary_emb\.inv_freq$"
+LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # with the adapter's name
+SHOWN = 5
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor on disk is to the model: a whole parameter, or an expert's rows of a fused one."""
+
+    parameter: str
+    shape: Shape
+    place: tuple[int, slice] | None = None
+
+
+@dataclass
+class FusedExperts:
+    """Stands for a fused parameter in the state dict that transformers loads; it asks for [...] and then `to`."""
+
+    shape: Shape
+    pieces: list[tuple[tuple[int, slice], Any]] = field(default_factory=list)
+
+    def __getitem__(self, _: Any) -> "FusedExperts":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        fused = torch.empty(self.shape, device=device, dtype=dtype)
+        for place, source in self.pieces:
+            fused[place] = source[...]
+        return fused
+
+
+def pieces_of(parameter: str, shape: Shape) -> dict[str, Piece]:
+    """{name on disk: what it is} of one parameter."""
+    module, _, last = parameter.rpartition(".")
+    if not module.endswith(".experts") or last not in FUSED:
+        return {parameter: Piece(parameter, shape)}
+    experts, all_rows, columns = shape
+    rows = all_rows // len(FUSED[last])
+    return {
+        f"{module}.{e}.{part}.weight": Piece(parameter, (rows, columns), (e, slice(i * rows, (i + 1) * rows)))
+        for e in range(experts)
+        for i, part in enumerate(FUSED[last])
+    }
+
+
+def hub_layout(parameters: Mapping[str, Shape], found: Container[str] = ()) -> dict[str, Piece]:
+    """{name on disk: what it is} of all tensors; experts that `found` has in the fused form stay fused."""
+    layout: dict[str, Piece] = {}
+    for name, shape in parameters.items():
+        layout |= {name: Piece(name, shape)} if name in found else pieces_of(name, shape)
+    return layout
+
+
+def shape_of(source: Any) -> Shape:
+    """Of a tensor, or of one in a safetensors file that is not read yet."""
+    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A PreTrainedModel whose `from_pretrained` refuses what does not fit, and which refuses half an adapter.
+
+    new_heads: starts of the names of tensors that may be missing: they are made anew.
+    other_heads: starts of the names of tensors that may be left in the checkpoint: another model's head.
+    Both are named in one printed line. Everything else is an error.
+    """
+
+    new_heads: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    _keys_to_ignore_on_load_unexpected = {COMPUTED}  # noqa: RUF012 - read by transformers
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        use_safetensors: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', but strict: only safetensors is read, and every tensor must find its place.
+
+        `ignore_mismatched_sizes=True` makes whole tensors of another shape anew and names them; an expert of
+        another shape is always an error.
+
+        Raises:
+            ModelError: the checkpoint is another model's or quantised, there are no safetensors files, a file
+                cannot be read, or tensors are missing, unexpected, misshapen (a ShapeError) or not finite; the message
+                names them. Quantisation and parallel plans among the keywords are refused too.
+        """
+        path = pretrained_model_name_or_path
+        if use_safetensors is False or kwargs.get("gguf_file"):
+            raise ModelError(f"{path}: only safetensors is read")
+        check_keywords(path, kwargs)
+        check_source(cls.config_class, path, kwargs)
+        check_directory(path, kwargs.get("subfolder") or "")
+        try:
+            loaded: Any = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: {str(error).splitlines()[0]}") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_weights(model, path)
+        keep_readable(model)
+        return loaded
+
+    @classmethod
+    def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, *args: Any, **kwargs: Any) -> Any:
+        """What `check_source` cannot see: the base of an adapter that transformers was pointed at is quantised."""
+        if is_quantized:
+            check_quantization("the base model", {"quant_method": "its own"})
+        return super().get_init_context(dtype, is_quantized, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Torch calls it for the model and then for each of its parts: a place to look at what PEFT is loading."""
+        check_adapter_tensors(self, {name.removeprefix(prefix) for name in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Checks names and shapes before the first tensor is read, and gives transformers fused experts to load.
+
+        Parameters that are sharded or quantised while they are loaded are transformers' affair, and checked when
+        it is done; so are native adapters, which come with `expected_keys`.
+        """
+        if expected_keys is None and not changes_parameters(load_config):
+            with ExitStack() as files:
+                sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
+                matched = match_sources(model, sources, load_config)
+                if not needs_files(load_config):
+                    result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
+                    # Else a model whose experts transformers did not fuse itself would be saved with fused ones.
+                    model.__dict__.pop("_weight_conversions", None)
+                    return result
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Raises what transformers only reports, and prints the line about heads."""
+        with without_report(loading_info):
+            PreTrainedModel._finalize_model_loading(
+                model, replace(load_config, ignore_mismatched_sizes=True), loading_info
+            )
+        shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in loading_info.mismatched_keys}
+        made, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
+        notes = [f"made anew: {', '.join(made)}"] * bool(made) + [f"left out: {', '.join(left)}"] * bool(left)
+        if notes and os.environ.get("RANK", "0") == "0":
+            print(f"{name_of(load_config)}: {'; '.join(notes)}")
+        return loading_info
+
+
+def name_of(load_config: Any) -> str:
+    return str(load_config.pretrained_model_name_or_path or "state_dict")
+
+
+def judge(
+    model: Any,
+    load_config: Any,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    misshapen: Mapping[str, tuple[Shape, Shape]],
+) -> tuple[list[str], list[str]]:
+    """(tensors to be made anew, tensors left out) among those that do not fit; misshapen: {name: (found, wanted)}.
+
+    Raises:
+        ModelError: one of them may not be; the message has the first names of each kind.
+    """
+    lenient = load_config.ignore_mismatched_sizes
+    reshaped = {name for name in misshapen if lenient and ".experts." not in name}
+    made = {name for name in missing if name.startswith(model.new_heads)} | reshaped
+    left = {name for name in unexpected if name.startswith(model.other_heads)}
+    faults = {
+        "missing": set(missing) - made,
+        "unexpected": set(unexpected) - left,
+        "misshapen": {f"{k} {list(v[0])}, not {list(v[1])}" for k, v in misshapen.items() if k not in reshaped},
+    }
+    parts = []
+    for kind, names in faults.items():
+        parts += [f"{kind} tensors: {name_some(names)}"] * bool(names)
+    if parts:
+        kind = ShapeError if faults["misshapen"] else ModelError
+        raise kind(f"{name_of(load_config)}: {'; '.join(parts)}")
+    return sorted(made), sorted(left)
+
+
+def check_adapter_tensors(model: nn.Module, found: set[str]) -> None:
+    """Raises ModelError when a state dict with LoRA factors is not all of an adapter, or has more than the model.
+
+    PEFT's own loading passes over what has no place and keeps at random what it finds nothing for.
+    """
+    adapters = {factor[1] for name in found if (factor := LORA_FACTOR.search(name))}
+    parameters = {name for name, _ in model.named_parameters()} if adapters else set()
+    if not adapters or any("_fsdp_" in name for name in parameters):  # a sharded model has names of its own
+        return
+    places = parameters | {name for name, _ in model.named_buffers()}
+    wanted = {name for name in parameters if (factor := LORA_FACTOR.search(name)) and factor[1] in adapters}
+    parts = [
+        f"{kind} tensors: {name_some(names)}"
+        for kind, names in (("missing", wanted - found), ("unexpected", found - places))
+        if names
+    ]
+    if parts:
+        raise ModelError(
+            f"the adapter does not fit this model; {'; '.join(parts)}; deepseek_v2_modeling.load_adapter says more, "
+            "and an adapter with a pair for each expert is converted by: dsv2 import"
+        )
+
+
+def name_some(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def check_directory(path: Any, subfolder: str) -> None:
+    """Raises ModelError for a local directory without safetensors files (transformers would read others too), or with
+    an index of shards that cannot be read."""
+    if path is None or not Path(path).is_dir():
+        return
+    folder = Path(path) / subfolder
+    if not any(folder.glob("*.safetensors*")):
+        raise ModelError(f"{path}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    single, index = (folder / name for name in WEIGHT_FILES)
+    if index.is_file() and not single.is_file():
+        shards_named(index)
+
+
+def changes_parameters(load_config: Any) -> bool:
+    """Whether parameters are quantised or sharded while they are loaded: names and shapes are others then."""
+    quantised, sharded = load_config.hf_quantizer is not None, load_config.device_mesh is not None
+    return quantised or sharded or is_deepspeed_zero3_enabled()
+
+
+def needs_files(load_config: Any) -> bool:
+    """Whether the files must not be mapped, or stay where offloaded weights are read from later."""
+    return bool(load_config.disable_mmap) or "disk" in (load_config.device_map or {}).values()
+
+
+def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
+    """{name: a tensor not read yet} of all files, which `files` keeps open."""
+    sources: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(path, "pt"))
+        except SafetensorError as error:
+            raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        check_doubled(path, found, sources)
+        sources |= found
+    return sources
+
+
+def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
+    """Raises ModelError for tensors that hold no floating-point numbers as they are: quantised ones, without what
+    they are to be multiplied with."""
+    kinds = {name: code_of(source) for name, source in sources.items()}
+    if wrong := [name for name, code in kinds.items() if code not in FLOATS]:
+        raise ModelError(
+            f"{where}: {wrong[0]} is stored as {kinds[wrong[0]]}: the weights are quantised; name the original model, "
+            f"whose weights are one of {', '.join(FLOATS)}"
+        )
+
+
+def code_of(source: Any) -> str:
+    """The format's code of a tensor's type: of a header's entry, a slice of a file, or a tensor."""
+    if isinstance(source, torch.Tensor):
+        return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
+    return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
+
+
+def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
+    """The state dict for transformers to load: experts under the names of their fused parameters.
+
+    Raises:
+        ModelError: names or shapes do not fit.
+    """
+    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
+    parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    known = dict.fromkeys([*parameters, *hub_layout(parameters)], True)
+    names = {  # with or without the backbone's prefix, as this class has it
+        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sources
+    }
+    if doubled := sorted(sources.keys() - set(names.values())):
+        raise ModelError(
+            f"{name_of(load_config)}: tensors that are there under two names: {', '.join(doubled[:SHOWN])}"
+        )
+    layout = hub_layout(parameters, names)
+    check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
+    check_sources(model, load_config, {name: shape_of(sources[key]) for name, key in names.items()}, layout)
+    state: dict[str, Any] = {}
+    for name, key in names.items():
+        piece = layout.get(name)
+        if piece is None or piece.place is None:
+            state[key] = sources[key]
+        else:
+            fused = state.setdefault(piece.parameter, FusedExperts(parameters[piece.parameter]))
+            fused.pieces.append((piece.place, sources[key]))
+    return state
+
+
+def check_sources(model: Any, load_config: Any, found: Mapping[str, Shape], layout: Mapping[str, Piece]) -> None:
+    """Raises ModelError unless the tensors of a checkpoint are those of the layout, but for heads and tied weights."""
+    tied = {name: other for pair in model.all_tied_weights_keys.items() for name, other in (pair, pair[::-1])}
+    missing = [name for name in layout.keys() - found.keys() if tied.get(name) not in found]
+    unexpected = [name for name in found.keys() - layout.keys() if not re.search(COMPUTED, name)]
+    shapes = {name: (found[name], layout[name].shape) for name in layout.keys() & found.keys()}
+    judge(model, load_config, missing, unexpected, {name: pair for name, pair in shapes.items() if pair[0] != pair[1]})
+
+
+@contextmanager
+def without_report(loading_info: Any) -> Iterator[None]:
+    """No table in the log of what is raised or printed in a line; failed conversions have no other place."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return bool(loading_info.conversion_errors) or "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

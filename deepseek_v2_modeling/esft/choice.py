@@ -1,0 +1,102 @@
+"""Which routed experts to train (ESFT, arXiv 2407.01906): the file that names them, and how scores become a choice.
+
+The file is JSON, `{"experts": {"1": [12, 40], "2": [35]}, ...}`: the index of each MoE layer, and its experts. The
+official repository's expert configs have the same form; its switches `shared_experts` and `non_expert_modules` must be
+false here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration import DeepseekV2Config
+from ..errors import ModelError
+
+OFFICIAL_SWITCHES = ("shared_experts", "non_expert_modules")
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """layers: {index of a MoE layer: its experts to train, in ascending order}. where: the file, for messages."""
+
+    layers: Mapping[int, tuple[int, ...]]
+    where: str = "experts"
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.layers.values()))
+
+    def check(self, config: DeepseekV2Config) -> None:
+        """Raises ModelError unless the layers are the model's MoE layers and the experts are there."""
+        wanted, experts = moe_layers(config), config.n_routed_experts or 0
+        known = f"this model's MoE layers are {', '.join(map(str, wanted)) or 'none'}"
+        if unknown := sorted(set(self.layers) - set(wanted)):
+            raise ModelError(f"{self.where}: there is no MoE layer {unknown[0]}; {known}")
+        if missing := [layer for layer in wanted if layer not in self.layers]:
+            raise ModelError(f"{self.where}: layer {missing[0]} is missing (an empty list trains none); {known}")
+        for layer, chosen in self.layers.items():
+            if chosen and chosen[-1] >= experts:
+                raise ModelError(
+                    f"{self.where}: layer {layer} names expert {chosen[-1]}; this model's are 0 to {experts - 1}"
+                )
+
+
+def moe_layers(config: DeepseekV2Config) -> list[int]:
+    return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+
+
+def read_choice(path: str | Path) -> ExpertChoice:
+    """The choice that an experts file holds; whether it fits a model is for `ExpertChoice.check`.
+
+    Raises:
+        ModelError: no such file, no JSON, not of this form, or no expert in it.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such experts file; make one with: dsv2 experts RECIPE") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable experts file ({error})") from error
+    listed = content.get("experts") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f'{path}: no experts file: it needs {{"experts": {{"1": [0, 5], ...}}}}, layer by layer')
+    for switch in OFFICIAL_SWITCHES:
+        if content.get(switch):
+            raise ModelError(f"{path}: {switch} is true; only routed experts can be chosen: set it to false")
+    layers = {_layer(key, path): _experts(key, value, path) for key, value in listed.items()}
+    choice = ExpertChoice(dict(sorted(layers.items())), str(path))
+    if not choice.count:
+        raise ModelError(f"{path}: it names no expert at all")
+    return choice
+
+
+def _layer(key: str, path: str | Path) -> int:
+    if not key.isdecimal():
+        raise ModelError(f'{path}: experts has the key "{key}", which is no layer number')
+    return int(key)
+
+
+def _experts(key: str, value: Any, path: str | Path) -> tuple[int, ...]:
+    numbers = value if isinstance(value, list) else [value]
+    if bad := [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]:
+        raise ModelError(f"{path}: layer {key} names {bad[0]!r}, which is no expert's number")
+    if not isinstance(value, list) or len(set(numbers)) < len(numbers):
+        raise ModelError(f"{path}: layer {key} must be a list of different experts, not {value}")
+    return tuple(sorted(numbers))
+
+
+def smallest_set(scores_E: Sequence[float] | torch.Tensor, threshold: float) -> list[int]:
+    """The fewest experts, best first, that together have `threshold` (0 to 1) of the sum of all scores.
+
+    Of equal scores the lower number comes first. Scores must not be negative, and not all 0.
+    """
+    scores = torch.as_tensor(scores_E, dtype=torch.float64)
+    order = scores.argsort(descending=True, stable=True)
+    reached = scores[order].cumsum(0)
+    needed = threshold * reached[-1] * (1 - 1e-12)  # sums of floats miss 1 by a rounding error
+    count = int(torch.searchsorted(reached, needed)) + 1
+    return order[:count].tolist()

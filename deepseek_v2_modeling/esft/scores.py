@@ -1,0 +1,77 @@
+"""How much a data set uses each routed expert (ESFT, arXiv 2407.01906: Average Gate Score, Token Selection Ratio).
+
+    gate   g_i = 1/N sum over samples j of 1/L_j sum over its tokens of g_i(token), the expert's weight there (0 where
+           it was not chosen)
+    token  r_i = the same with 1/K for every token that was sent to the expert
+
+A sample is a row as it is trained on. The paper's samples all have one length; rows do not, and each counts the same.
+Gate scores are divided by their layer's sum: a threshold is a share of the mass for both kinds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..inference import by_length, evaluation_mode, pad_batch
+from ..layers.moe import expert_weights
+from ..routing_replay import record_routing
+from .choice import moe_layers
+
+Score = Literal["gate", "token"]
+THRESHOLDS: dict[Score, float] = {"gate": 0.1, "token": 0.2}  # the paper's
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """shares: kind of score -> [MoE layers, E] float64, each layer summing up to 1. layers: their indices."""
+
+    layers: list[int]
+    shares: dict[Score, torch.Tensor]
+    rows: int
+    tokens: int
+
+
+@torch.no_grad()
+def score_experts(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> ExpertScores:
+    """Runs the sequences of token ids through the model in evaluation mode, and scores every routed expert.
+
+    Padding is not counted. progress: called with the tokens of each batch.
+
+    Raises:
+        ModelError: the model computes numbers that are not finite.
+    """
+    backbone: Any = model.get_decoder()  # pyright: ignore[reportCallIssue] - also of a PeftModel
+    config, device = backbone.config, next(model.parameters()).device
+    layers = moe_layers(config)
+    sums = torch.zeros(2, len(layers), config.n_routed_experts, dtype=torch.float64, device=device)
+    with evaluation_mode(model):
+        for batch in by_length(sequences, batch_size):
+            ids, mask = (t.to(device) for t in pad_batch([sequences[i] for i in batch], pad_token_id, left=False))
+            with record_routing(model) as routes:
+                out = backbone(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+            share_N1 = (mask.double() / mask.sum(1, keepdim=True)).view(-1, 1)  # 1/L of the token's row, 0 for padding
+            for layer, (logits, chosen) in enumerate(zip(out.router_logits, routes[0], strict=True)):
+                experts_NK = chosen.flatten(0, 1)
+                weights = expert_weights(config, logits.softmax(-1), experts_NK)
+                _add(sums[0, layer], experts_NK, weights * share_N1)
+                _add(sums[1, layer], experts_NK, (share_N1 / experts_NK.shape[1]).expand_as(weights))
+            progress(int(mask.sum()))
+    if not sums.isfinite().all():
+        raise ModelError("the gate weights are not all finite: the model is broken, or too large for its dtype")
+    gate, token = (sums / sums.sum(-1, keepdim=True)).cpu()
+    return ExpertScores(layers, {"gate": gate, "token": token}, len(sequences), sum(map(len, sequences)))
+
+
+def _add(sums_E: torch.Tensor, experts_NK: torch.Tensor, values_NK: torch.Tensor) -> None:
+    sums_E.index_add_(0, experts_NK.flatten(), values_NK.flatten())

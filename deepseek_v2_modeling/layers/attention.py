@@ -1,0 +1,233 @@
+"""Multi-head latent attention (paper, section 2.1).
+
+B batch, T query tokens, S cached and new tokens, H heads, C kv_lora_rank, N qk_nope_head_dim,
+R qk_rope_head_dim, V v_head_dim.
+
+Two ways to the same result:
+- expanded: the latents go through kv_b_proj to keys and values (training, prefill);
+- absorbed: W_UK goes into the query and W_UV into the output, so that the cached latents are read as they
+  are (decoding). kv_b_proj and its adapters are read at each step: nothing is kept that could go stale. What
+  cannot be absorbed (an adapter that is more than W + s B A, a quantised weight) is decoded expanded, slower.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..cache import joined, with_room
+from ..configuration import DeepseekV2Config
+from ..kernels.float32_attention import wide_attention
+from ..kernels.float32_products import Linear, fastest_dtype, is_plain, widens
+from ..kernels.grouped_products import LowRank
+from .attention_plan import AttentionPlan
+from .norm import DeepseekV2RMSNorm
+from .peft_factors import beyond_lora, linear, unwrap
+from .rope import rotate, softmax_scale
+
+WORTH_A_PRODUCT = 2**16  # values
+KvB = tuple[torch.Tensor, list[LowRank]]
+SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, softmax in float32 as the official model: ([B, T, H, V], weights [B, H, T, S])."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [B, M, K] @ b [B, K, N], b a part of a cache. The CPU's bmm first copies what has room between its rows of
+    the batch: where that is much, one product a row of the batch."""
+    spaced = b.stride(0) != b.shape[1] * b.shape[2]
+    if a.device.type == "cpu" and spaced and (a.shape[0] == 1 or b[0].numel() > WORTH_A_PRODUCT):
+        return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+    return a @ b
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether W x is all that a layer does: an nn.Linear with its weight as it is, of no adapter, not quantised."""
+    if not isinstance(layer, nn.Linear) or isinstance(layer, BaseTunerLayer):
+        return False
+    return is_plain(layer.weight) and layer.weight.is_floating_point() and layer.weight.itemsize > 1
+
+
+class DeepseekV2Attention(nn.Module):
+    """Parameters under the hub's names; q_proj without q_lora_rank, else q_a_proj, q_a_layernorm, q_b_proj."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.num_heads, self.nope_dim, self.rope_dim = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_dim, self.latent_dim = config.v_head_dim, config.kv_lora_rank
+        self.qk_dim = self.nope_dim + self.rope_dim
+        self.scaling = softmax_scale(config)
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * self.qk_dim, bias=False)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV2RMSNorm(self.latent_dim)
+        self.kv_b_proj = Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = Linear(heads * self.v_dim, hidden, bias=bias)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, N + R], not yet rotated."""
+        direct = self.config.q_lora_rank is None
+        q = linear(self.q_proj, x) if direct else linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, x)))
+        return q.unflatten(-1, (self.num_heads, self.qk_dim)).transpose(1, 2)
+
+    def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised latent [B, 1, T, C], rotary key [B, 1, T, R], not yet rotated)."""
+        latent, rope_key = linear(self.kv_a_proj_with_mqa, x).split((self.latent_dim, self.rope_dim), dim=-1)
+        return self.kv_a_layernorm(latent).unsqueeze(1), rope_key.unsqueeze(1)
+
+    def expanded(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        plan: AttentionPlan,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values made from the latents: ([B, T, H, V], weights or None). Under a plan to absorb, whose mask
+        no kernel takes, by plain attention."""
+        kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
+        key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
+        key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
+        query = query.to(key.dtype)
+        if plan.absorb:
+            bias = None if plan.mask is None else torch.where(plan.mask, 0.0, torch.finfo(key.dtype).min).to(key.dtype)
+            return eager_attention(self, query, key, value, bias, self.scaling)
+        implementation = self.config._attn_implementation or "eager"
+        # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
+        pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
+        value = F.pad(value, (0, pad)) if pad > 0 else value
+        kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        if implementation == "sdpa" and widens(key, key.shape[-2]):
+            kernel = wide_attention
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = partial(kernel, self, scaling=self.scaling, dropout=dropout, **kwargs)
+        if plan.layout is None:
+            out, weights = attend(query, key, value, plan.mask)
+        else:
+            out, weights = plan.layout.attend(partial(attend, attention_mask=None), query, key, value), None
+        return out[..., : self.v_dim], weights
+
+    def kv_b_parts(self) -> KvB | None:
+        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None where they are
+        not all that kv_b_proj does, so that it cannot be absorbed."""
+        layer: Any = self.kv_b_proj
+        while isinstance(layer, LoraLayer):
+            if beyond_lora(layer):
+                return None
+            layer = layer.base_layer
+        if not is_plain_linear(layer):
+            return None
+        base, adapters = unwrap(self.kv_b_proj)
+        rows = (self.num_heads, self.nope_dim + self.v_dim)
+        parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
+        weight: torch.Tensor = base.weight
+        return weight.unflatten(0, rows), parts
+
+    def absorbed(
+        self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, kv_b: KvB
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the latents themselves: ([B, T, H, V], weights [B, H, T, S]).
+
+        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. kv_b: as
+        `kv_b_parts` gives it. All heads read the same keys, so a row's heads and queries are the rows of one product.
+        """
+        batch, heads, length, _ = query.shape
+        weight, adapters = kv_b
+        w_uk, w_uv = weight.split((self.nope_dim, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
+        q_nope, q_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        dtype, wide = q_nope.dtype, fastest_dtype(q_nope)
+        q_HMN = q_nope.transpose(0, 1).flatten(1, 2).to(wide)  # M = B*T
+        q_HMC = q_HMN @ w_uk.to(wide)
+        for a in adapters:
+            low = (q_HMN @ a.b[:, : self.nope_dim].to(wide)).contiguous()  # else a is copied once a head
+            q_HMC = q_HMC + low @ a.a.to(wide) * a.scaling
+        q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
+        q_BMW = torch.cat((q_latent, q_rope.to(wide)), dim=-1).flatten(1, 2)
+        mixed, weights = self.over_latents(q_BMW, keys, mask)
+        m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide).contiguous()
+        w_uv = w_uv.to(wide)
+        if w_uv.device.type == "cpu" and wide.itemsize < 4:
+            w_uv = w_uv.contiguous()  # one copy: the CPU's bmm of a part, transposed, takes five times as long
+        out = m_HMC @ w_uv.transpose(1, 2)
+        for a in adapters:
+            out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
+        out = out.to(dtype).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        return out, weights[..., : keys.shape[1]].unflatten(1, (heads, length))
+
+    def over_latents(
+        self, q_BMW: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax attention of a row's heads and queries (M = H*T) over its keys [B, S, W]: ([B, M, C], weights
+        [B, M, S], with room behind S)."""
+        rows, tokens = keys.shape[:2]
+        on_cpu = keys.device.type == "cpu"
+        if on_cpu and q_BMW.dtype != keys.dtype and rows > 1 and keys[0].numel() > WORTH_A_PRODUCT:
+            masks = [None] * rows if mask is None else mask.expand(rows, -1, -1, -1).split(1)
+            parts = zip(q_BMW.split(1), keys.split(1), masks, strict=True)
+            out, weights = zip(*[self.over_latents(*part) for part in parts], strict=True)
+            return torch.cat(out), torch.cat(weights)  # a row's keys in float32 stay in the CPU's cache
+        if q_BMW.dtype.itemsize < 4:  # the same shape for many steps, and an even one: see `whole_blocks`; oneDNN, too,
+            keys = with_room(keys)  # makes a primitive for each new one
+        keys = keys.to(q_BMW.dtype)
+        scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, M, S]
+        if mask is not None:
+            by_query = scores[..., :tokens].unflatten(1, (-1, mask.shape[2]))
+            by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores[..., tokens:] = -torch.inf
+        # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
+        weights = scores.softmax(-1).to(q_BMW.dtype)
+        return by_row(weights, keys)[..., : self.latent_dim], weights
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> ([B, T, D], attention weights or None)."""
+        cos, sin = position_embeddings
+        q_nope, q_rope = self.queries(x).split((self.nope_dim, self.rope_dim), dim=-1)
+        query = torch.cat((q_nope, rotate(q_rope, cos, sin)), dim=-1)
+        latent, rope_key = self.latents(x)
+        rope_key = rotate(rope_key, cos, sin)
+        if past_key_values is not None:
+            latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
+        kv_b = self.kv_b_parts() if plan.absorb else None
+        if kv_b is not None:
+            out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
+        else:
+            out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
+        eager = (self.config._attn_implementation or "eager") == "eager"  # other kernels give no weights
+        return linear(self.o_proj, out.flatten(-2)), weights if eager else None

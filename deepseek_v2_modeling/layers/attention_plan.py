@@ -1,0 +1,120 @@
+"""How a forward attends: its mask, its packed documents, and whether W_UK and W_UV are absorbed."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from ..configuration import DeepseekV2Config
+from ..packing.layouts import FlatLayout, PackedLayout, flat_layout, pack_layout
+
+LONG = 1024  # tokens; from here on padded rows are attended one by one
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """One for all layers of a forward.
+
+    mask: what the attention implementation takes; absorbed, [B, 1, T, S] with True where allowed.
+    layout: packed documents to attend one by one; None without, or where the mask keeps them apart.
+    """
+
+    mask: Any
+    layout: PackedLayout | FlatLayout | None = None
+    absorb: bool = False
+
+    def to(self, device: Any) -> "AttentionPlan":
+        """For layers on another device (accelerate's dispatch asks for it)."""
+        mask, layout = (part if part is None else part.to(device) for part in (self.mask, self.layout))
+        return AttentionPlan(mask, layout, self.absorb)
+
+
+def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
+    """Whether `queries` new tokens cost fewer products absorbed (2C + R a pair) than expanded (N + R + V a
+    pair, and C (N + V) a cached token)."""
+    narrow = config.qk_nope_head_dim + config.v_head_dim
+    return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
+
+
+def plan_attention(
+    config: DeepseekV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    documents: torch.Tensor | None,
+) -> AttentionPlan:
+    """The plan for inputs_embeds [B, T, D]; documents [B, T] are never to see one another."""
+    queries, past = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
+    if past and absorption_pays(config, queries):
+        mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
+        return AttentionPlan(mask, absorb=True)
+    implementation = config._attn_implementation or "eager"
+    if documents is not None and implementation.startswith("flash"):
+        return AttentionPlan(None, flat_layout(documents))
+    if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot wait for the lengths
+        apart = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
+        if apart is not None:
+            return AttentionPlan(None, pack_layout(apart))
+    return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
+
+
+def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, queries: int) -> torch.Tensor | None:
+    """Runs of padding and of real tokens of a batch [B, T], numbered as documents, so that no T x T mask is built.
+
+    None for a batch without padding, for short ones, for which a mask is the lesser evil, and where the mask or the
+    cache says more than that.
+    """
+    if queries < LONG or attention_mask is None or attention_mask.ndim != 2:
+        return None
+    if cache is not None and cache.get_mask_sizes(queries, 0)[0] != queries:
+        return None
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return None
+    return F.pad((real[:, 1:] != real[:, :-1]).cumsum(-1), (1, 0))
+
+
+def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int, device: torch.device):
+    """Mask for `queries` new tokens at the end of `total`: [B or 1, 1, T, S], True where allowed, or None.
+
+    attention_mask is [B, S] with 1 on real tokens, or already 4-D (bool, or float to be added).
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    causal = None
+    if queries > 1:
+        rows = torch.arange(total - queries, total, device=device)
+        causal = (torch.arange(total, device=device) <= rows.unsqueeze(1))[None, None]
+    if attention_mask is None:
+        return causal
+    allowed = attention_mask[:, None, None, :].bool()
+    return allowed if causal is None else allowed & causal
+
+
+def _same_document(documents: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return documents[batch, query] == documents[batch, key]
+
+
+def prefill_mask(
+    config: DeepseekV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    documents: torch.Tensor | None,
+) -> Any:
+    """What the attention implementation of the config takes as a mask; documents [B, T] are kept apart.
+
+    Positions are not handed on: stock takes them for packed documents on its own, with other results when a
+    mask or a cache comes along.
+    """
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=None if documents is None else partial(_same_document, documents),
+    )

@@ -1,0 +1,170 @@
+"""The feed-forward blocks: the dense one, the router, the routed experts and the block that joins them.
+
+B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from ..configuration import DeepseekV2Config
+from ..kernels.expert_training import train_experts
+from ..kernels.float32_products import Linear, compute_dtype
+from ..kernels.grouped_products import Groups, LowRank, combine, dispatch, fills_up, place_slots
+from ..kernels.swiglu import gated
+from .balance_losses import RouterOutput
+from .peft_factors import linear, unwrap
+
+TOKENS = 4096  # run through the experts at a time
+
+
+class DeepseekV2MLP(nn.Module):
+    """Dense SwiGLU block; also the shared experts, which are one block of their summed width."""
+
+    def __init__(self, config: DeepseekV2Config, width: int):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, width, bias=False)
+        self.up_proj = Linear(config.hidden_size, width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(self.down_proj, gated(self.act_fn, linear(self.gate_proj, x), linear(self.up_proj, x)))
+
+
+class DeepseekV2Router(nn.Module):
+    """Scores all experts and chooses K of them, device-limited when the config says so. float32 throughout."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size))
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, E] float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.float(), self.weight.float())
+
+
+def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
+    """Logits [N, E] float32 of a gate with or without LoRA on it."""
+    if isinstance(gate, DeepseekV2Router):
+        return gate(x_ND)
+    base, adapters = unwrap(gate)
+    logits = base(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        for adapter in adapters.get("weight", []):
+            x = adapter.dropout(x_ND.float())
+            logits = logits + F.linear(F.linear(x, adapter.a.float()), adapter.b.float()) * adapter.scaling
+    return logits
+
+
+def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.Tensor:
+    """[N, K] experts by score; group_limited_greedy keeps the groups with the best single expert first."""
+    if config.topk_method == "group_limited_greedy":
+        groups = config.n_group or 1
+        best_NG = scores_NE.unflatten(-1, (groups, -1)).amax(-1)
+        kept = best_NG.topk(config.topk_group or groups, dim=-1, sorted=False).indices
+        allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, kept, True)
+        allowed = allowed_NG.repeat_interleave(scores_NE.shape[-1] // groups, dim=1)
+        scores_NE = scores_NE.masked_fill(~allowed, 0.0)
+    return scores_NE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
+
+
+def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+    """[N, K] float32. Official: normalised (and then not scaled) with norm_topk_prob, else scaled."""
+    weights = scores_NE.gather(1, experts_NK)
+    if config.norm_topk_prob and experts_NK.shape[1] > 1:
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor
+
+
+class DeepseekV2Experts(nn.Module):
+    """The routed experts' weights, fused: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `DeepseekV2MoE` computes."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts or 0
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
+        """[S, O]: rows sorted by expert times the experts' weights of that name, adapters included."""
+        return groups.linear(x_SI, getattr(self, name), adapters)
+
+
+def _trained(
+    base: Any,
+    adapters: dict[str, list[LowRank]],
+    x_ND: torch.Tensor,
+    weights_NK: torch.Tensor,
+    experts_NK: torch.Tensor,
+) -> torch.Tensor | None:
+    """The experts' outputs as `expert_block` makes them; None where it does not apply."""
+    drops = any(not isinstance(adapter.dropout, nn.Identity) for found in adapters.values() for adapter in found)
+    own = type(base).linear is not DeepseekV2Experts.linear
+    if x_ND.device.type != "cpu" or drops or own or torch.compiler.is_compiling():
+        return None
+    weights_train = base.gate_up_proj.requires_grad or base.down_proj.requires_grad
+    outs = []
+    # Some tokens at a time: what lies between stays small. Not where weights train: each part would make a gradient.
+    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=weights_train):
+        slots, groups = place_slots(chosen, base.num_experts, fills_up(x, chosen, base.num_experts))
+        if not groups.counts:
+            return None
+        outs.append(train_experts(base, adapters, x.to(compute_dtype(x)), weights, slots, groups))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def in_parts(*tensors: torch.Tensor, whole: bool) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors, or TOKENS rows of them at a time."""
+    return zip(*([t] if whole else t.split(TOKENS) for t in tensors), strict=True)
+
+
+def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
+    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included.
+
+    Without gradients on a CPU some tokens at a time: what lies between stays small, and in the CPU's cache.
+    """
+    base, adapters = unwrap(experts)
+    if torch.is_grad_enabled() and (out := _trained(base, adapters, x_ND, weights_NK, experts_NK)) is not None:
+        return out
+    outs = []
+    whole = torch.is_grad_enabled() or x_ND.device.type != "cpu"
+    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=whole):
+        x_PD, groups, slots = dispatch(x, chosen, base.num_experts)
+        hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
+        hidden = gated(base.act_fn, *hidden.chunk(2, dim=-1))
+        y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
+        outs.append(combine(y_PD, weights, slots))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class DeepseekV2MoE(nn.Module):
+    """Routed experts plus shared experts."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config = config
+        self.experts = DeepseekV2Experts(config)
+        self.gate = DeepseekV2Router(config)
+        shared = config.n_shared_experts or 0
+        self.shared_experts = DeepseekV2MLP(config, shared * config.moe_intermediate_size) if shared else None
+
+    def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterOutput]:
+        """x [B, T, D] -> ([B, T, D], what the router saw and chose). replayed [B, T, K] overrides the choice."""
+        x_ND = x.flatten(0, 1)
+        logits = router_logits(self.gate, x_ND)
+        scores = logits.softmax(-1)
+        chosen = choose_experts(self.config, scores) if replayed is None else replayed.flatten(0, 1)
+        y_ND = run_experts(self.experts, x_ND, expert_weights(self.config, scores, chosen), chosen)
+        y = y_ND.to(x.dtype).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, RouterOutput(logits, chosen)

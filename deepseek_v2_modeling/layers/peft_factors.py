@@ -1,0 +1,84 @@
+"""Reads the LoRA adapters that PEFT put around a module, so that the model can compute them its own way.
+
+PEFT's ParamWrapper forms W + s B A for all experts at every forward. We leave the wrappers where they are, as
+the owners of the weights (saving, switching, disabling and merging stay PEFT's), read the factors of the
+active adapters, and add s (x A) B beside the base product.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import ModelError
+from ..kernels.grouped_products import LowRank
+
+
+def _factors(layer: Any, name: str) -> LowRank:
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    chosen: tuple[int, ...] | None = getattr(layer, "chosen", None)  # of chosen_lora.ChosenWrapper
+    experts = getattr(layer, "num_experts", 1)
+    if isinstance(layer, ParamWrapper) and layer.get_param().ndim == 3:
+        held, rank = experts if chosen is None else len(chosen), layer.r[name]
+        # PEFT's layout: the expert is the slowest index of A's rows and the fastest of B's columns.
+        a = a.unflatten(0, (held, rank))
+        b = b.unflatten(1, (rank, held)).permute(2, 0, 1)
+    return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name], chosen)
+
+
+def _refuse_by_row(module: Any) -> None:
+    """Raises ModelError where PEFT was given an adapter for each row: factors read past its forward are for all."""
+    for hook in module._forward_pre_hooks.values():
+        if told := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+            raise ModelError(
+                f"{told.pop()}: adapters of routed experts and of the router are for whole batches, in PEFT too; run "
+                "each adapter on a batch of its own (set_adapter), or leave experts and router out of its targets"
+            )
+
+
+def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
+    """The module under PEFT's wrappers, and by parameter name the adapters that are active on it now."""
+    adapters: dict[str, list[LowRank]] = {}
+    while isinstance(module, LoraLayer):
+        _refuse_by_row(module)
+        if module.disable_adapters and module.merged:
+            module.unmerge()  # as PEFT's own forward does
+        if not (module.disable_adapters or module.merged):
+            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            names = [name for name in module.active_adapters if name in module.lora_A]
+            adapters.setdefault(parameter, []).extend(_factors(module, name) for name in names)
+        module = module.base_layer
+    return module, adapters
+
+
+def beyond_lora(layer: Any) -> bool:
+    """Whether one of PEFT's wrappers does more than s B A x: DoRA and the like (AdaLoRA's factors are no modules), a
+    bias of B, adapter names by row."""
+    plain = isinstance(layer.lora_A, nn.ModuleDict)
+    return bool(not plain or layer._forward_pre_hooks or layer.lora_variant or any(layer.lora_bias.values()))
+
+
+def _plain_lora(module: nn.Module) -> bool:
+    """Whether these are PEFT's wrappers and all that they do is s B A x; offloading too is for their own forward."""
+    layer: Any = module
+    while isinstance(layer, LoraLayer):
+        if beyond_lora(layer) or hasattr(layer, "_hf_hook"):
+            return False
+        layer = layer.base_layer
+    return layer is not module
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed, and low-rank products are
+    in the dtype of the base product. x is made contiguous: see products.Linear."""
+    x = x.contiguous()
+    if not _plain_lora(module):
+        return module(x)
+    base, adapters = unwrap(module)
+    y = base(x)
+    for adapter in adapters.get("weight", []):
+        low = F.linear(adapter.dropout(x).to(y.dtype), adapter.a.to(y.dtype)).flatten(0, -2)
+        y = torch.addmm(y.flatten(0, -2), low, adapter.b.to(y.dtype).t(), alpha=adapter.scaling).view_as(y)
+    return y

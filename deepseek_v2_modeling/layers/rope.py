@@ -1,0 +1,105 @@
+"""Rotary position embedding with YaRN, as the official model computes it.
+
+Where stock transformers departs from the official code (so do not take its functions):
+- cos and sin are scaled by mscale(factor, mscale) / mscale(factor, mscale_all_dim) with the official defaults
+  1 and 0; stock does so only when both are set.
+- Pairs are interleaved: (0, 1), (2, 3), ... The official code first permutes them into halves; a rotation of
+  queries and keys alike leaves q.k unchanged, so this file rotates the pairs where they are.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configuration import DeepseekV2Config
+from ..errors import ModelError
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Official `yarn_get_mscale`: 0.1 * mscale * ln(factor) + 1, and 1 for factors up to 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(config: DeepseekV2Config) -> float:
+    """Factor on q.k: 1/sqrt(qk_head_dim), times mscale(factor, mscale_all_dim)^2 when mscale_all_dim is set."""
+    rope = config.rope
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    all_dim = rope.get("mscale_all_dim", 0)
+    if rope.get("rope_type") != "default" and all_dim:
+        scale *= yarn_mscale(rope["factor"], all_dim) ** 2
+    return scale
+
+
+def rope_magnitude(rope: dict[str, Any]) -> float:
+    """Factor on cos and sin: 1 without YaRN."""
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    factor = rope["factor"]
+    return yarn_mscale(factor, rope.get("mscale", 1)) / yarn_mscale(factor, rope.get("mscale_all_dim", 0))
+
+
+def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
+    """[R/2] float32. YaRN mixes interpolated and plain frequencies by a ramp over the dimensions.
+
+    The products are in the official order: at position 131,071 another rounding would show in the fourth digit.
+    """
+    rope, width = config.rope, config.qk_rope_head_dim
+    # On the CPU whatever the default device is: a model built on "meta" must still get real numbers.
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    powers = rope["rope_theta"] ** steps
+    plain = 1.0 / powers
+    if rope["rope_type"] == "default":
+        return plain
+    interpolated = 1.0 / (rope["factor"] * powers)
+    if rope["rope_type"] == "linear":
+        return interpolated
+    original = rope.get("original_max_position_embeddings", 4096)
+
+    def dimension_of(rotations: float) -> float:
+        return (width * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(rope["rope_theta"]))
+
+    low = max(math.floor(dimension_of(rope.get("beta_fast", 32))), 0)
+    high = min(math.ceil(dimension_of(rope.get("beta_slow", 1))), width - 1)
+    spread = (high - low) or 0.001
+    ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / spread).clamp(0, 1)
+    kept = 1.0 - ramp
+    return interpolated * (1 - kept) + plain * kept
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions -> (cos, sin), each [B, T, R/2] float32, YaRN magnitude included.
+
+    The frequencies are computed at the first forward and not kept as a buffer: loading through the meta
+    device and casting the model to bf16 would both spoil them.
+
+    Raises:
+        ModelError: at a forward, when the config's settings are no longer those that the model was made with.
+    """
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config, self.made_with = config, config.rope
+        self._inverse: torch.Tensor | None = None
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rope = self.config.rope
+        if rope != self.made_with:
+            raise ModelError(
+                f"rope_scaling or rope_theta was changed on a live model, from {self.made_with} to {rope}: they are "
+                "fixed when a model is made. Give them to from_pretrained, or change the config before"
+            )
+        if self._inverse is None or self._inverse.device != position_ids.device:
+            self._inverse = inverse_frequencies(self.config).to(position_ids.device)
+        angles = position_ids[..., None].float() * self._inverse
+        magnitude = rope_magnitude(rope)
+        return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates interleaved pairs, in float32. x [B, H, T, R]; cos and sin [B, T, R/2]; the dtype of x comes back."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,83 @@
+"""Which documents a forward's tokens belong to, by whatever a collator gives, and that a cache never holds several."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..errors import ModelError
+from .layouts import find_documents
+
+BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+JUMP = 2**31  # more than any position
+REMEDY = (
+    "a cache holds one sequence a row, or documents would see one another. Give packed documents with an empty cache "
+    "and go no further on it, or give each document a row of its own"
+)
+
+
+def documents_of(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    given: Mapping[str, Any],
+    shape: tuple[int, int],
+) -> torch.Tensor | None:
+    """As `find_documents`, with boundaries under the names that collators give them: cu_seq_lens_q or cu_seq_lens, or
+    seq_idx, the number of each token's document."""
+    starts, index = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    if starts is None:
+        starts = given.get("cu_seq_lens")
+    if starts is None and index is not None:
+        if position_ids is None or position_ids.ndim != 2:
+            position_ids = torch.arange(shape[1], device=index.device).unsqueeze(0)
+        position_ids = position_ids + index.long() * JUMP  # they do not follow on where the number changes
+    return find_documents(position_ids, attention_mask, starts, shape)
+
+
+def documents_with_cache(
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    given: Mapping[str, Any],
+    shape: tuple[int, int],
+) -> torch.Tensor | None:
+    """The documents of a forward; none on a cache that is filled, which goes on with one sequence a row.
+
+    A single token is not looked at: decoding never waits for a GPU here. Compiled code cannot look at all.
+
+    Raises:
+        ModelError: the cache holds packed documents, or a new one starts on it.
+    """
+    holder: Any = cache
+    if cache is None or not cache.get_seq_length():
+        documents = documents_of(position_ids, attention_mask, given, shape)
+        if cache is not None:
+            holder.holds_documents = are_several(documents)
+        return documents
+    if getattr(holder, "holds_documents", False):
+        raise ModelError(f"the cache was filled with packed documents, and this forward goes on from it: {REMEDY}")
+    if shape[1] > 1 and not torch.compiler.is_compiling():
+        documents = documents_of(position_ids, attention_mask, given, shape)
+        if are_several(documents) or starts_anew(position_ids, attention_mask, shape[1]):
+            raise ModelError(f"a new document starts (by its position_ids or boundaries) on a filled cache: {REMEDY}")
+    return None
+
+
+def are_several(documents: torch.Tensor | None) -> bool:
+    """Whether a row holds more than one document; not known in compiled code."""
+    return documents is not None and not torch.compiler.is_compiling() and bool(documents.any())
+
+
+def starts_anew(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, queries: int) -> bool:
+    """Whether a real token has position 0 in a row with real tokens in the cache. Where all of them are padding it
+    may; a 4-D mask tells on its own who sees whom."""
+    if position_ids is None or position_ids.ndim != 2:
+        return False
+    first = position_ids == 0
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            return False
+        real = attention_mask.bool()
+        first = first & real[:, -queries:] & real[:, :-queries].any(-1, keepdim=True)
+    return bool(first.any())

@@ -1,0 +1,65 @@
+"""Which tokens a score is read off: the last real one of each row, or of each packed document."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .boundaries import BOUNDARIES, documents_of
+
+Places = tuple[torch.Tensor, torch.Tensor]
+
+
+def scored_tokens(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    given: Mapping[str, Any],
+    pad_token_id: int | None,
+    shape: tuple[int, int],
+) -> Places:
+    """`last_tokens`, with the documents that positions or boundaries tell."""
+    if position_ids is None and not any(given.get(name) is not None for name in BOUNDARIES):
+        return last_tokens(input_ids, attention_mask, None, pad_token_id, shape)
+    return _looked_at(input_ids, attention_mask, position_ids, given, pad_token_id, shape)
+
+
+@torch.compiler.disable()
+def _looked_at(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    given: Mapping[str, Any],
+    pad_token_id: int | None,
+    shape: tuple[int, int],
+) -> Places:
+    """Outside of compiled code, which can tell neither whether there are documents nor how many."""
+    documents = documents_of(position_ids, attention_mask, given, shape)
+    return last_tokens(input_ids, attention_mask, documents, pad_token_id, shape)
+
+
+def last_tokens(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    pad_token_id: int | None,
+    shape: tuple[int, int],
+) -> Places:
+    """(row, place) of each scored token of a batch of shape [B, T]; documents as `documents_of` gives them.
+
+    Padding is told by the mask. Without one it is told by its id, but not in a packed batch: there a document may
+    end in it (many set pad = eos), and all tokens are real.
+    """
+    mask = attention_mask[:, -shape[1] :].bool() if attention_mask is not None and attention_mask.ndim == 2 else None
+    if documents is not None:
+        last = torch.ones_like(documents, dtype=torch.bool)
+        last[:, :-1] = documents[:, 1:] != documents[:, :-1]
+        rows, places = (last if mask is None else last & mask).nonzero(as_tuple=True)
+        return rows, places
+    if mask is None and (input_ids is None or pad_token_id is None):
+        device = input_ids.device if input_ids is not None else None
+        return torch.arange(shape[0], device=device), torch.full((shape[0],), shape[1] - 1, device=device)
+    real = mask if mask is not None else input_ids != pad_token_id
+    assert isinstance(real, torch.Tensor)
+    places = torch.arange(shape[1], device=real.device)
+    return torch.arange(shape[0], device=real.device), (places * real).argmax(-1)

@@ -1,0 +1,89 @@
+"""From a recipe's `training` section to the arguments of a TRL or transformers training config."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """on_nan: stop the run at a loss or gradient that is not finite, or leave out that update.
+    max_seconds: end training, as if the last step were reached, after so many seconds of it.
+    max_tokens: the same after so many tokens of rows that were trained on, prompts included, padding not.
+    early_stopping_patience: end it, too, after so many evaluations in a row that are no better than the best one."""
+
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_seconds: float | None = None
+    max_tokens: int | None = None
+    early_stopping_patience: int | None = None
+
+
+def training_arguments(
+    training: dict[str, Any],
+    *,
+    run_dir: Path,
+    seed: int,
+    dtype: str,
+    limits: RunLimits,
+    has_eval: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for a TRL (or transformers) training config: the recipe's, our defaults, and what we own.
+
+    Raises:
+        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
+    """
+    strategy = training.get("eval_strategy", "no")
+    if strategy != "no" and not has_eval:
+        raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
+    if strategy == "no" and limits.early_stopping_patience is not None:
+        raise ModelError("early_stopping_patience counts evaluations: give eval_data and training.eval_strategy")
+    on_cpu = bool(training.get("use_cpu", not torch.cuda.is_available()))
+    if on_cpu and dtype == "float16":
+        raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
+    defaults = {
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": not on_cpu,
+        "per_device_eval_batch_size": training.get("per_device_train_batch_size", 8),
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "metric_for_best_model": "loss" if limits.early_stopping_patience is not None else None,
+    }
+    ours = {
+        "output_dir": str(run_dir),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": limits.on_nan == "skip",
+        "restore_callback_states_from_checkpoint": True,  # how many evaluations in a row were no better
+    }
+    return {**defaults, **_with_known_names(training), **ours}
+
+
+def check_batches(arguments: TrainingArguments, rows: int) -> None:
+    """Raises ModelError where no whole batch comes out of the rows (packs, pairs) and the rest of one is dropped."""
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise ModelError(
+            f"training.dataloader_drop_last is true and {rows:,} rows are fewer than one batch of {batch:,}: nothing "
+            "would be trained; lower training.per_device_train_batch_size, or leave dataloader_drop_last out"
+        )
+
+
+def _with_known_names(training: dict[str, Any]) -> dict[str, Any]:
+    """`gradient_checkpointing` under the name that this transformers has for it; off unless the recipe says on."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    named = {key.replace(old, new) if new in known else key: value for key, value in training.items()}
+    return {new if new in known else old: False, **named}

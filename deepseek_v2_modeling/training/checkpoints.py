@@ -1,0 +1,243 @@
+"""Checkpoints and final/ that are whole under their names; going on from a checkpoint to the same numbers."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, full_disk_explained
+from ..checkpoints.tensor_files import follow_umask
+from ..checkpoints.tokenizer_files import save_tokenizer
+from ..errors import ModelError
+from ..esft.full_weights import load_trained, save_trained
+from ..loading import save_final
+from .checksums import write_sums
+from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, file_sizes, read_json, write_json
+
+RUN_STATE_FILE = "run_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+GROWING = (METRICS_FILE, SAMPLES_FILE)
+
+
+class CheckpointMixin(Trainer if TYPE_CHECKING else object):
+    """The part of `RunTrainerMixin` that writes and reads directories."""
+
+    # Of many types in transformers and TRL, whose trainers this stands before.
+    model: Any
+    args: Any
+    processing_class: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.skipped_updates = 0
+        self.seconds_before = 0.0  # of training, spent by the runs that this one goes on from
+        self.loss_sum = 0.0  # over the logged steps, those before a resume included
+        self.logged_step = 0
+        self.stopped_early = False
+        self.at_end = False  # of the last step or at a limit, so that there is nothing left to train
+        self._saving = False
+        super().__init__(*args, **kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.seconds_before
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows trained on so far, prompts included and padding not, over all processes."""
+        return int(getattr(self, "_total_train_tokens", 0))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(super()._get_output_dir(None))
+
+    def prepare_files(self, resume: Path | None) -> None:
+        """Leaves in the run directory what was there when the checkpoint was written, without one nothing."""
+        sizes: dict[str, int] = {}
+        if resume is not None:
+            saved = read_json(resume / RUN_STATE_FILE)
+            sizes = saved["files"]
+            self.seconds_before = saved["seconds"]
+            self.skipped_updates = saved["skipped_updates"]
+            self.loss_sum, self.logged_step = saved["loss_sum"], checkpoint_step(resume)
+            if hasattr(self, "_total_train_tokens"):  # TRL counts from 0 after a resume
+                self._total_train_tokens = saved["tokens"]
+        if self.is_world_process_zero():
+            shutil.rmtree(self.run_dir / UNFINISHED, ignore_errors=True)
+            for doomed in self.run_dir.glob(".checkpoint-*.old"):
+                shutil.rmtree(doomed)
+            for name in GROWING:
+                _tell_of_lost_lines(self.run_dir / name, sizes.get(name, 0))
+                cut_file(self.run_dir / name, sizes.get(name, 0))
+        self.accelerator.wait_for_everyone()
+
+    def already_trained(self, checkpoint: Path) -> TrainOutput | None:
+        """Where training had ended with this checkpoint (the Trainer would go one step too far): only load it."""
+        if not read_json(checkpoint / RUN_STATE_FILE)["ended"]:
+            return None
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+        state.is_world_process_zero, state.is_local_process_zero = (
+            self.is_world_process_zero(),
+            self.is_local_process_zero(),
+        )
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self.log({"train_runtime": self.seconds, "total_flos": state.total_flos})
+        if self.args.load_best_model_at_end and state.best_global_step:
+            self._load_best_model()
+        return TrainOutput(state.global_step, self.train_loss, {})
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss of all steps."""
+        return self.loss_sum / max(1, self.state.global_step)
+
+    def count_loss(self, mean: float) -> None:
+        """Takes a logged loss, the mean of the steps since the last log, into account."""
+        self.loss_sum += mean * (self.state.global_step - self.logged_step)
+        self.logged_step = self.state.global_step
+
+    def full_disk_explained(self) -> Any:
+        """Around what writes to the run directory; see trainer_disk.py."""
+        return full_disk_explained(self.run_dir, lambda: checkpoint_bytes(self.model, getattr(self, "optimizer", None)))
+
+    def finish(self, dtype: str, beside: dict[str, Any] | None = None) -> Path:
+        """Writes final/ (a full model in `dtype`, an adapter as it is) with the tokenizer; the main process only.
+
+        Args:
+            dtype: of the weights of a full model.
+            beside: further JSON files to put into final/, name -> content.
+
+        Returns:
+            Its path, once it is there for every process.
+        """
+        folder = self.run_dir / "final"
+        self.model.config.use_cache = True  # the Trainer turned it off, and it would be saved so
+        if self.args.should_save:
+            with self.full_disk_explained():
+                self._write_final(folder, dtype, beside or {})
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _write_final(self, folder: Path, dtype: str, beside: dict[str, Any]) -> None:
+        unfinished = folder.parent / UNFINISHED / folder.name
+        save_final(self.model, self.processing_class, unfinished, dtype=dtype)
+        for name, content in beside.items():
+            write_json(unfinished / name, content)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+        shutil.rmtree(unfinished.parent)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint under a temporary name, then renames it; old ones are removed after that."""
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                save_trained(self.model, folder)
+                if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                    save_tokenizer(self.processing_class, folder)
+            self._save_extra(folder)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        home = self.run_dir
+        best = home / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir() or best.name == folder.name:
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self._publish(folder, home)
+        self.accelerator.wait_for_everyone()
+
+    def _save_extra(self, folder: Path) -> None:
+        """What a checkpoint needs besides the Trainer's files; called on every process."""
+
+    def _publish(self, folder: Path, home: Path) -> None:
+        run_state = {
+            "seconds": self.seconds,
+            "tokens": getattr(self, "_total_train_tokens", 0),
+            "skipped_updates": self.skipped_updates,
+            "loss_sum": self.loss_sum,
+            "ended": self.control.should_training_stop and (self.at_end or not self.stopped_early),
+            "files": file_sizes(home, GROWING),
+        }
+        write_json(folder / RUN_STATE_FILE, run_state)
+        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        write_sums(folder)
+        follow_umask(folder)
+        target = home / folder.name
+        if target.exists():
+            os.replace(target, folder.with_name(f"old-{folder.name}"))
+        os.replace(folder, target)
+        shutil.rmtree(folder.parent)
+        remove_old_checkpoints(home, self.args.save_total_limit or None, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer loads a full model key by key, and would leave the experts as they are: their keys on disk
+        are the hub's, one for each expert."""
+        target: Any = self.model if model is None else model
+        if hasattr(target, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, target)
+            return
+        if load_trained(target, Path(resume_from_checkpoint)):
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, config=target.config, dtype=torch.float32)
+        target.load_state_dict(saved.state_dict())
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Where the best model is wanted at the end, each new best one is saved, whatever the next save's step."""
+        try:
+            better = super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            raise ModelError(
+                f"training.metric_for_best_model is {self.args.metric_for_best_model}, which no evaluation gives; "
+                f"there are: {', '.join(key for key in metrics if key.startswith('eval_'))}"
+            ) from None
+        if better and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return better or self.stopped_early  # save_strategy best saves when this is true
+
+    def _load_best_model(self) -> None:
+        if self.stopped_early:  # the run goes on from its newest checkpoint, which must stay
+            return
+        best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
+        self._load_from_checkpoint(str(best))
+        if self.args.should_save and self.args.save_total_limit == 1:
+            remove_old_checkpoints(self.run_dir, 0, best.name)  # else the Trainer does it, under the whole one's name
+        self.accelerator.wait_for_everyone()
+
+
+def _tell_of_lost_lines(path: Path, size: int) -> None:
+    """Say that a file has become shorter than it was at the checkpoint: training is the same, its record is not."""
+    there = path.stat().st_size if path.is_file() else 0
+    if there < size:
+        print(
+            f"{path}: {there:,} of the {size:,} bytes that it had at the checkpoint; the lines that are missing stay "
+            "missing, and training goes on as it was",
+            file=sys.stderr,
+        )
+
+
+def remove_old_checkpoints(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keeps the newest `limit` checkpoints and the best one; None keeps all."""
+    if limit is None:
+        return
+    found = sorted((path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0), key=checkpoint_step)
+    for path in found[: max(0, len(found) - limit)]:
+        if best is None or path.name != Path(best).name:
+            # Under its own name a directory is whole: rename before taking it apart.
+            doomed = path.with_name(f".{path.name}.old")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)

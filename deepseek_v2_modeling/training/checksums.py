@@ -1,0 +1,97 @@
+"""Is a checkpoint whole? It holds the size and the CRC-32 of each of its files.
+
+Without one of them, or with a part of one, the Trainer would go on to other numbers, often without a word.
+"""
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.full_disk import checkpoint_step
+from ..errors import ModelError
+from .run_files import write_json
+
+SUMS_FILE = "checksums.json"
+_CHUNK = 1 << 22
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the sizes and sums of all files of a checkpoint into it; the last thing that is written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS_FILE)
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_sum, files), strict=True))
+    write_json(folder / SUMS_FILE, sums)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None where it is whole."""
+    if not folder.is_dir():
+        return "it is not there"
+    try:
+        sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
+        wanted = {str(name): (int(entry["bytes"]), str(entry["crc32"])) for name, entry in sums.items()}
+    except FileNotFoundError:
+        return f"{SUMS_FILE} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{SUMS_FILE} is damaged"
+    if not wanted:
+        return f"{SUMS_FILE} is damaged"
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _fault(folder, name, *wanted[name]), sorted(wanted))
+        return next((fault for fault in found if fault), None)
+
+
+def check_whole(checkpoint: Path, best: bool = False) -> None:
+    """Raises ModelError unless a checkpoint can be gone on from; it names the newest one that can.
+
+    best: whether the best checkpoint is wanted at the end of training; then that one is looked at, too.
+    """
+    if fault := damage(checkpoint):
+        older = _older(checkpoint)
+        whole = next((folder for folder in older if damage(folder) is None), None)
+        broken = [checkpoint, *(older[: older.index(whole)] if whole else older)]
+        names = ", ".join(str(folder) for folder in broken)
+        then = f"goes on from {whole.name}, the newest whole one" if whole else "begins anew: no other one is whole"
+        raise ModelError(f"{checkpoint}: {fault}; delete or move {names}, and the same command {then}")
+    chosen = _best(checkpoint) if best else None
+    if chosen is not None and chosen != checkpoint and (fault := damage(chosen)):
+        raise ModelError(
+            f"{chosen}: {fault}; training.load_best_model_at_end needs this checkpoint, the best so far: put it back, "
+            "or choose another output_dir"
+        )
+
+
+def _older(checkpoint: Path) -> list[Path]:
+    """The other checkpoints of a run, newest first."""
+    steps = {folder: checkpoint_step(folder) for folder in checkpoint.parent.glob("checkpoint-*")}
+    older = [folder for folder, step in steps.items() if 0 <= step < checkpoint_step(checkpoint)]
+    return sorted(older, key=lambda folder: -steps[folder])
+
+
+def _best(checkpoint: Path) -> Path | None:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    step = state.get("best_global_step")
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def _fault(folder: Path, name: str, size: int, crc: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    there = path.stat().st_size
+    if there < size:
+        return f"{name} is cut short ({there:,} of {size:,} bytes)"
+    try:
+        return None if _sum(path) == {"bytes": size, "crc32": crc} else f"{name} is damaged"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return {"bytes": size, "crc32": f"{crc:08x}"}

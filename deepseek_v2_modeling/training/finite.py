@@ -1,0 +1,96 @@
+"""What a trainer does about a loss or a gradient that is not finite: stop and say where it came from, or skip it."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..checkpoints.full_disk import whole_checkpoints
+from ..errors import ModelError
+from ..layers.balance_losses import collect_balance
+from .arguments import RunLimits
+from .nan_source import first_bad_gradient, first_bad_module
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointMixin
+
+    Base = CheckpointMixin
+else:
+    Base = object
+
+SHOWN_ROWS = 20
+
+
+class FiniteMixin(Base):
+    """The part of `RunTrainerMixin` that looks at the numbers."""
+
+    limits: RunLimits
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._update: list[tuple[Any, Any]] = []  # the batches of the update that runs, with its number of items
+        super().__init__(*args, **kwargs)
+
+    def remember(self, inputs: Any, num_items_in_batch: Any) -> None:
+        """A batch of the update that runs, as the loss got it."""
+        if self.model.training:
+            self._update.append((inputs, num_items_in_batch))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.limits.on_nan == "stop" and not torch.isfinite(loss):
+            self._update = self._update[-1:]
+            self._stop_at(f"the loss is {loss.item()}", self._bad_module)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            if self.limits.on_nan == "stop":
+                self._stop_at(f"the gradient's norm is {float(norm)}", self._bad_gradient)
+            model.zero_grad(set_to_none=True)  # without gradients the optimizer leaves the weights alone
+            self.skipped_updates += 1
+        self._update = []
+        return norm
+
+    def _stop_at(self, what: str, find: Callable[[], str | None]) -> NoReturn:
+        """Ends the run with what is known of a number that is not finite."""
+        where = None
+        with suppress(Exception):  # what went wrong before counts, not what goes wrong in looking for it
+            where = find()
+        rows = [name for inputs, _ in self._update for name in self.rows_of(inputs)]
+        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        message = ". ".join(
+            (
+                f"{what} at step {self.state.global_step + 1}",
+                *([f"The rows of its batch: {', '.join(rows[:SHOWN_ROWS])}{more}"] if rows else []),
+                f"First: {where}" if where else "Every module gives finite numbers when it runs again",
+                "Lower training.learning_rate, look at these rows, or set on_nan: skip; "
+                f"{whole_checkpoints(self.run_dir)}",
+            )
+        )
+        if not self.is_world_process_zero():  # the main process may have no fault to tell of
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        raise ModelError(message)
+
+    def rows_of(self, inputs: Any) -> list[str]:
+        """Where the rows of a batch stand, as file:line; nothing where a stage does not know."""
+        return []
+
+    def _bad_module(self) -> str | None:
+        inputs, items = self._update[-1]
+        if self.accelerator.num_processes > 1:  # a loss may wait for all processes, and this may be the only one here
+            return first_bad_module(self.model, lambda: self.model(**inputs))
+        return first_bad_module(self.model, lambda: self._loss_again(inputs, items))
+
+    def _bad_gradient(self) -> str | None:
+        if self.accelerator.num_processes > 1:  # the other processes would have to go the same way
+            return None
+        return first_bad_gradient(self.model, lambda: [self._loss_again(*batch).backward() for batch in self._update])
+
+    def _loss_again(self, inputs: Any, items: Any) -> torch.Tensor:
+        with self.compute_loss_context_manager(), collect_balance(self.model):
+            loss: Any = super().compute_loss(self.model, inputs, num_items_in_batch=items)
+        return loss

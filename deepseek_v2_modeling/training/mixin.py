@@ -1,0 +1,217 @@
+"""What every trainer of a DeepSeek-V2 model needs, as one mixin to put before a transformers or TRL trainer.
+
+Balance losses in the loss, expert load in the log, float32 weights under bf16 computation, whole checkpoints, exact
+resume, a stop that keeps the work, limits of time and tokens. Needs transformers only.
+"""
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PrinterCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils.logging import disable_progress_bar
+
+from ..layers.balance_losses import collect_balance
+from .arguments import RunLimits, check_batches, training_arguments
+from .balance_log import BalanceLog
+from .callbacks import MetricsFile, Progress, StepControl
+from .checkpoints import CheckpointMixin
+from .finite import FiniteMixin
+
+__all__ = ["RunLimits", "RunTrainerMixin", "StopRequested", "training_arguments"]
+
+
+class StopRequested(KeyboardInterrupt):
+    """Training ended early because it was asked to; a checkpoint was written."""
+
+
+class RunTrainerMixin(FiniteMixin, CheckpointMixin):
+    """Put it first: `class OurTrainer(RunTrainerMixin, SFTTrainer)`.
+
+    Args:
+        limits: what to do about NaN, and how long to train.
+        *args, **kwargs: the trainer's own.
+    """
+
+    def __init__(self, *args: Any, limits: RunLimits | None = None, **kwargs: Any):
+        self.limits = limits or RunLimits()
+        self.stop_asked = False
+        self._began: float | None = None
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        trained_in_float32(model)
+        quiet_libraries()
+        super().__init__(*args, **kwargs)
+        self.balance_log = BalanceLog(self.accelerator)
+        self.remove_callback(PrinterCallback)
+        patience = self.limits.early_stopping_patience
+        for callback in (
+            StepControl(self._ask),
+            MetricsFile(self.balance_log.take_shares, lambda: not self.stopped_early),
+            Progress(),
+            *([EarlyStoppingCallback(patience)] if patience is not None else []),
+        ):
+            self.add_callback(callback)
+
+    # --- the loss -----------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss plus, in training, the balance losses of the forward that made it.
+
+        The Trainer sums the losses of the micro-batches of one update. Where nobody divides that sum by their
+        number (because the main loss is divided by a count over all of them), we divide the balance losses.
+        """
+        self.remember(inputs, num_items_in_batch)
+        with collect_balance(self.model) as ledger:
+            result: Any = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        self.balance_log.add(ledger, micro_batches)
+        if not ledger.losses:
+            return result
+        balance = torch.stack(ledger.losses).mean()
+        if self._loss_is_scaled(num_items_in_batch):
+            balance = balance / micro_batches
+        if return_outputs:
+            return result[0] + balance, result[1]
+        return result + balance
+
+    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Does `compute_loss` return its share of the update's loss? The rule of Trainer.training_step."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)  # transformers has it from 5.18 on
+        if said is not None:
+            return said
+        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_items or self.compute_loss_func is not None
+
+    # --- the log ------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.count_loss(logs["loss"])
+        if "train_runtime" in logs:  # of the whole run, as if it had never been broken off
+            logs.update(self._summary())
+        if "loss" in logs and self.model.training:
+            logs.update(self.balance_log.take(logs["loss"], self.model.config))
+            if self.skipped_updates:
+                logs["skipped_updates"] = self.skipped_updates
+        super().log(logs, *args, **kwargs)
+
+    def _summary(self) -> dict[str, float]:
+        steps, seconds = self.state.global_step, max(self.seconds, 1e-9)
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": steps * self.get_total_train_batch_size(self.args) / seconds,
+            "train_steps_per_second": steps / seconds,
+            "train_loss": self.train_loss,
+        }
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a README.md into the run directory at every checkpoint: the manifest is ours."""
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each trainer to its hub: nothing of a run leaves the machine."""
+
+    # --- beginning, end and resume ------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        """Trains; goes on from a checkpoint directory, to the same numbers, when one is given.
+
+        Raises:
+            StopRequested: after `request_stop` or the first SIGINT or SIGTERM; the step was finished and a
+                checkpoint was written.
+            ModelError: a loss or gradient that is not finite, where `limits.on_nan` is "stop"; a full disk; no batch.
+        """
+        rows: Any = self.train_dataset
+        check_batches(self.args, len(rows))
+        resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        with self.full_disk_explained():
+            self.prepare_files(resume)
+            if resume is not None and (done := self.already_trained(resume)):
+                return done
+            if resume is None:
+                self.on_fresh_start()
+            self._began = time.monotonic()
+            with self._stop_on_signals():
+                output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+        self.seconds_before, self._began = self.seconds, None
+        if self.stopped_early or self._stopped_late():
+            raise StopRequested(f"stopped at step {self.state.global_step}; checkpoint written")
+        return output
+
+    def on_fresh_start(self) -> None:
+        """Called before the first step of a run that goes on from no checkpoint; its files are empty by then."""
+
+    def request_stop(self) -> None:
+        """Ends training after the step that runs now, with a checkpoint; `train` then raises StopRequested."""
+        self.stop_asked = True
+
+    def _ask(self) -> tuple[bool, bool]:
+        """(stop with a checkpoint, a limit is reached), agreed on by all processes."""
+        seconds, tokens = self.limits.max_seconds, self.limits.max_tokens
+        enough = (seconds is not None and self.seconds >= seconds) or (tokens is not None and self.tokens >= tokens)
+        stop, enough = self._agreed(self.stop_asked, enough)
+        self.stopped_early = self.stopped_early or stop
+        self.at_end = enough or self.state.global_step >= self.state.max_steps
+        return stop, enough
+
+    def _agreed(self, *answers: bool) -> list[bool]:
+        """Each answer, true where it is so on any process."""
+        found = torch.tensor([float(answer) for answer in answers])
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum")
+        return [bool(answer) for answer in found]
+
+    def _stopped_late(self) -> bool:
+        """Was a stop asked for after the last step, too late for `_ask`? It counts where nothing is lost by it."""
+        return (self.run_dir / f"checkpoint-{self.state.global_step}").is_dir() and self._agreed(self.stop_asked)[0]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included; nothing that comes after it."""
+        return self.seconds_before + (time.monotonic() - self._began if self._began is not None else 0.0)
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a stop; the next one does what it usually does."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        usual = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            for which, handler in usual.items():
+                signal.signal(which, handler)
+            self.request_stop()
+
+        for which in usual:
+            signal.signal(which, ask)
+        try:
+            yield
+        finally:
+            for which, handler in usual.items():
+                signal.signal(which, handler)
+
+
+def quiet_libraries() -> None:
+    """No bars for single files, and no notes on names that the libraries use among themselves."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+
+
+def trained_in_float32(model: nn.Module) -> None:
+    """Makes trainable weights float32: bf16 ones would hardly move (DESIGN.md, "Precision")."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()

@@ -1,0 +1,83 @@
+"""The files of a run directory that grow line by line: metrics.jsonl, samples.jsonl and rejected.jsonl."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one JSON line a row; the folder is made when missing. Without rows nothing is made.
+
+    Where the disk is full nothing is appended, and the OSError names the file.
+    """
+    text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+    if not text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(path)
+    before = path.stat().st_size if path.is_file() else None
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True) if before is None else os.truncate(path, before)
+        error.filename = error.filename or str(path)
+        raise
+
+
+def refuse_link(path: Path) -> None:
+    """Raises ModelError for a symbolic link: what it points to, which is no file of the run, would be changed."""
+    if path.is_symlink():
+        raise ModelError(f"{path} is a symbolic link; remove it, or choose another output_dir")
+
+
+def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of the files that are there."""
+    return {name: path.stat().st_size for name in names if (path := folder / name).is_file()}
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Leaves the first `size` bytes, and of those no line that a crash cut short. A missing file stays missing."""
+    refuse_link(path)
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        kept = file.read(size)
+        file.truncate(kept.rfind(b"\n") + 1)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,80 @@
+"""A chain's stages before they run: each stage's recipe, looked at as far as they are known."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.chains.references import References
+from recipes.recipe.loader import Loaded, read_tree
+from recipes.recipe.overrides import merge
+from recipes.recipe.schema import ChainRecipe, ChainStage, validate
+
+PLANNED_TOKENS = 1  # stands for `${NAME.tokens}` while the stage has not run
+
+
+def plan_stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+    """Every stage with its checked recipe, as far as it is known before anything has run.
+
+    Raises:
+        ToolkitError: a wrong recipe or override, or a `${name}` that names no earlier stage.
+    """
+    chain: ChainRecipe = loaded.recipe
+    references = References(chain)
+    for entry in chain.stages:
+        stage = resolve_stage(loaded, entry, references)
+        yield entry.name, stage
+        tokens = None if stage.recipe.stage == "eval" else PLANNED_TOKENS
+        references.add(entry.name, stage.recipe.output_dir, tokens)
+
+
+def check_stages(loaded: Loaded) -> None:
+    """Look at all of every stage but its data, before the first one runs.
+
+    Raises:
+        ToolkitError, ModelError: a stage that would be refused later, as far as that is known.
+    """
+    from recipes.runs.prepare import check_recipe, will_give
+
+    earlier: dict[str, Any] = {}
+    for name, stage in plan_stages(loaded):
+        with naming_stage(name):
+            earlier |= will_give(stage.recipe, check_recipe(stage.recipe, earlier))
+
+
+@contextmanager
+def naming_stage(name: str) -> Iterator[None]:
+    """Puts the stage's name in front of what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error).__name__ not in ("ToolkitError", "ModelError"):
+            raise
+        raise type(error)(f"stages.{name}: {error}") from error
+
+
+def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> Loaded:
+    """A stage's recipe with the chain's model and seed, then the entry's overrides, then `${name}` filled in.
+
+    Raises:
+        ToolkitError: the recipe is missing, of stage chain, or wrong; keys are named as stages.NAME.KEY.
+    """
+    chain: ChainRecipe = loaded.recipe
+    path = Path(entry.recipe)
+    tree = read_tree(path)
+    prefix = f"stages.{entry.name}."
+    if tree.get("stage") == "chain":
+        raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
+    if "output_dir" in entry.overrides:
+        raise ToolkitError(f"{prefix}output_dir: a chain's stage writes to OUTPUT_DIR/NAME; leave it out")
+    defaults: dict[str, Any] = {"model": chain.model.model_dump(exclude_none=True), "seed": chain.seed}
+    if chain.on_nan is not None:
+        defaults["on_nan"] = chain.on_nan
+    tree = merge(merge(tree, defaults), entry.overrides)
+    tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
+    recipe = validate(references.fill(tree, prefix), prefix)
+    if (entry.results is None) != (recipe.stage != "eval"):
+        fault = "say where its figures go, such as stages.sft" if recipe.stage == "eval" else "for evaluations only"
+        raise ToolkitError(f"{prefix}results: {fault}")
+    return Loaded(recipe, path, loaded.smoke)

@@ -1,0 +1,130 @@
+"""`dsv2 check`: a recipe and its data, without loading weights or making a model.
+
+What it prints also goes to a page, OUTPUT_DIR.check.html: beside the run directory, which stays empty.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.chains.plan import PLANNED_TOKENS
+from recipes.check.histogram import bins, text_lines
+from recipes.check.measure import Example, Figures, Plan, encoder, measure, plan
+from recipes.check.page import DataView, StageView, write_page
+from recipes.data.sources import Mixture
+from recipes.quiet import quiet_libraries
+from recipes.recipe.loader import Loaded
+from recipes.runs.prepare import Inputs, prepare, will_give
+from recipes.runs.training_fields import setting
+
+_SHOWN = 600  # characters of an example on the terminal
+# Around trained text on the terminal.
+_TRAINED = ("\u27e6", "\u27e7")
+
+
+def check(loaded: Loaded) -> None:
+    """Print what the recipe would do, and write it as a page.
+
+    Raises:
+        ToolkitError, ModelError: whatever would stop the run before its first step.
+    """
+    quiet_libraries()
+    views, earlier = [], {}
+    for name, stage in _stages(loaded):
+        for note in stage.notes:
+            print(f"smoke: {note}")
+        inputs = prepare(stage.recipe, earlier)
+        earlier |= will_give(stage.recipe, inputs)
+        views.append(_measure_stage(name, stage, inputs))
+    page = write_page(Path(loaded.recipe.output_dir), str(loaded.path), views)
+    print(f"{loaded.path}: ok; {page}")
+
+
+def _stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+    """The recipe by its file's name, or a chain's by their own."""
+    if loaded.recipe.stage != "chain":
+        yield loaded.path.stem, loaded
+        return
+    from recipes.chains.plan import plan_stages
+
+    for name, stage in plan_stages(loaded):
+        print(f"-- {name} ({stage.path.name})")
+        yield name, stage
+
+
+def _measure_stage(name: str, loaded: Loaded, inputs: Inputs) -> StageView:
+    recipe, tokenizer = loaded.recipe, inputs.foundation.tokenizer
+    max_length = setting(recipe, "max_length") if recipe.stage in ("sft", "reward") else None
+    view = StageView(name, recipe.stage, loaded.path.name, max_length, getattr(recipe, "format", None))
+    if tokenizer is None:
+        view.missing = f"{recipe.model.path} is not on this machine; its tokens are not counted"
+        print(f"model: {view.missing}")
+    for source in inputs.sources:
+        key, mixture, figures = source.key, source.mixture, None
+        if tokenizer is not None:
+            figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, source.limit)
+            if not figures.pieces:
+                raise ToolkitError(f"{key}: {figures.report.nothing_left(max_length)}")
+        lines = [f"{key}: {line}" for line in (*mixture.lines, *_told(recipe, mixture, figures, max_length))]
+        print("\n".join(lines))
+        view.data.append(DataView(key, mixture, figures))
+        if key == "data" and recipe.stage != "eval":
+            view.plan = plan(recipe, len(mixture.rows), figures)
+            print(plan_line(recipe, view.plan, figures))
+            print("\n".join(_examples(figures.examples if figures else ())), end="")
+    return view
+
+
+def _told(recipe: Any, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
+    """The token figures in words, line by line."""
+    if figures is None:
+        return
+    if figures.step > 1:
+        yield f"many rows: tokens are those of every {figures.step}th row, times {figures.step}"
+    for source, file in enumerate(mixture.files):
+        tokens, trained = figures.tokens_of(source)
+        of_these = f", {trained:,} of them trained" if recipe.stage == "sft" else ""
+        yield f"{Path(file['path']).name}: {figures.about}{tokens:,} tokens in {file['used']:,} rows{of_these}"
+    spread = bins(figures.report.lengths, figures.scale)
+    yield length_summary(figures.report.lengths, max_length)
+    yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
+    if recipe.stage in ("sft", "reward"):
+        yield f"format.too_long: {recipe.format.too_long}: {figures.fate(max_length)}"
+
+
+def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
+    """Token lengths of rows in one line."""
+    ordered = sorted(lengths)
+    text = (
+        f"tokens of {len(ordered):,} rows: shortest {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, "
+        f"95 % up to {ordered[math.ceil(0.95 * len(ordered)) - 1]:,}, longest {ordered[-1]:,}"
+    )
+    if max_length is None:
+        return text
+    over = sum(length > max_length for length in ordered)
+    return f"{text}; {over:,} longer than max_length {max_length:,}"
+
+
+def plan_line(recipe: Any, plan: Plan, figures: Figures | None) -> str:
+    """How long the run is: "training: 500 steps of batch 64 (40 an epoch of 120,000 tokens, 12.5 epochs)"."""
+    guessed = figures is None or figures.step > 1
+    tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and recipe.stage != "rl" else ""
+    packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
+    limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
+    if recipe.max_tokens:
+        known = recipe.max_tokens != PLANNED_TOKENS
+        limit += f", or {recipe.max_tokens:,} tokens" if known else ", or as many tokens as an earlier stage"
+    return (
+        f"training: {'about ' if guessed else ''}{plan.steps:,} steps of batch {plan.batch} "
+        f"({plan.steps_per_epoch:,} an epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"
+    )
+
+
+def _examples(examples: Sequence[Example]) -> Iterator[str]:
+    """The examples as text, trained parts between marks."""
+    for number, example in enumerate(examples, start=1):
+        text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
+        more = " ..." if len(text) > _SHOWN or example.more else ""
+        yield f"example {number} ({example.title}; {_TRAINED[0]}trained{_TRAINED[1]}): {text[:_SHOWN]}{more}\n"

@@ -1,0 +1,223 @@
+"""The token figures of a mixture of rows, for `dsv2 check`: no weights, memory that does not grow with the rows."""
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+
+from conversations.rendering.fitting import Fitter, Piece, Row
+from conversations.rendering.lengths import LengthReport
+from recipes.data.row_store import MixedRows
+
+EXAMPLES = 3
+EXAMPLE_TOKENS = 1500
+_BUDGET = 8 << 20  # bytes of rows that are tokenized, a few seconds' worth; of more rows a sample is taken
+_PACKED_AT_ONCE = 1000  # rows that TRL packs together (the batch size of datasets.map)
+
+# A row -> its pieces of token ids, and a row's lengths, counted in the report.
+Encode = Callable[[Row, LengthReport], list[Piece]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it: runs of text, each with whether it is trained; `more` tokens are not shown.
+
+    part_of: tokens of the whole row, of which this is a part; 0 where it is all of it.
+    """
+
+    origin: str
+    runs: list[tuple[str, bool]]
+    more: int = 0
+    part_of: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"{self.origin}, part of {self.part_of:,} tokens" if self.part_of else self.origin
+
+
+@dataclass
+class Figures:
+    """What is known of a mixture's tokens. With `step` over 1 every step-th row was measured; `scale` times what was
+    measured stands for all rows.
+
+    pieces: tokens of each measured piece that is trained on. by_source: source -> its tokens, and those trained, as
+    measured.
+    """
+
+    step: int
+    scale: float
+    report: LengthReport = field(default_factory=LengthReport)
+    pieces: list[int] = field(default_factory=list)
+    by_source: dict[int, list[int]] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one epoch."""
+        return round(sum(self.pieces) * self.scale)
+
+    def tokens_of(self, source: int) -> tuple[int, int]:
+        """(tokens, trained tokens) of one epoch's rows of a source."""
+        tokens, trained = self.by_source.get(source, (0, 0))
+        return round(tokens * self.scale), round(trained * self.scale)
+
+    def fate(self, max_length: int | None) -> str:
+        """What becomes of the rows, or of the sample's."""
+        return f"{'of the sample: ' if self.step > 1 else ''}{self.report.summary(max_length)}"
+
+    @property
+    def about(self) -> str:
+        """What a scaled figure is called."""
+        return "about " if self.step > 1 else ""
+
+
+def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None = None) -> Figures:
+    """Tokenize the rows (the first `limit` of them), or an even sample where they are too many for a quick answer.
+
+    Raises:
+        ToolkitError: rows that the stage cannot render.
+    """
+    total = len(rows) if limit is None else min(limit, len(rows))
+    step = max(1, math.ceil(total * rows.mean_bytes / _BUDGET))
+    numbers = range(0, total, step)
+    figures = Figures(step, total / len(numbers))
+    examples: dict[int, list[Example]] = {}
+    for index in numbers:
+        row, source = rows[index], rows.source_of(index)
+        pieces = encode(row, figures.report)
+        of_source = figures.by_source.setdefault(source, [0, 0])
+        for ids, mask in pieces:
+            figures.pieces.append(len(ids))
+            of_source[0] += len(ids)
+            of_source[1] += sum(mask)
+        shown = examples.setdefault(source, [])
+        for piece in pieces[: EXAMPLES - len(shown)]:
+            whole = figures.report.lengths[-1]
+            shown.append(_example(row, *piece, tokenizer, whole if whole > max(len(ids) for ids, _ in pieces) else 0))
+    in_turn = chain.from_iterable(zip_longest(*examples.values()))  # so that each source is shown
+    figures.examples = [example for example in in_turn if example][:EXAMPLES]
+    return figures
+
+
+def encoder(recipe: Any, tokenizer: Any, max_length: int | None) -> Encode:
+    """What the recipe's stage makes of a row."""
+    if recipe.stage == "sft":
+        fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
+        return lambda row, report: list(fitter.pieces(row, report))
+    if recipe.stage == "reward":
+        return _judged_encoder(recipe, tokenizer, max_length)
+    return _prompt_encoder(tokenizer)
+
+
+def _judged_encoder(recipe: Any, tokenizer: Any, max_length: int | None) -> Encode:
+    from reward.data import answer_ids, fitted
+
+    def encode(row: Row, report: LengthReport) -> list[Piece]:
+        report.rows += 1
+        answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
+        sequences = [answer_ids(row["prompt"], answer, tokenizer, None) for answer in answers]
+        report.lengths.append(max(map(len, sequences)))
+        return [(ids, [0] * len(ids)) for ids in fitted(sequences, max_length, recipe.format.too_long, report)]
+
+    return encode
+
+
+def _prompt_encoder(tokenizer: Any) -> Encode:
+    from conversations.answers.prompts import prompt_of
+    from conversations.rendering.conversation import render_conversation
+
+    def encode(row: Row, report: LengthReport) -> list[Piece]:
+        report.rows += 1
+        ids = render_conversation(prompt_of(row, report.rows), tokenizer, add_generation_prompt=True)["input_ids"]
+        report.lengths.append(len(ids))
+        return [(ids, [0] * len(ids))]
+
+    return encode
+
+
+def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any, part_of: int) -> Example:
+    runs: list[tuple[str, bool]] = []
+    start, end = 0, min(len(ids), EXAMPLE_TOKENS)
+    for here in range(1, end + 1):
+        if here == end or mask[here] != mask[start]:
+            text = tokenizer.decode(ids[start:here], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            runs.append((text, bool(mask[start])))
+            start = here
+    return Example(row.get("origin", ""), runs, len(ids) - end, part_of)
+
+
+def packs(lengths: Sequence[int], capacity: int) -> int:
+    """How many packs of `capacity` tokens best fit makes of rows (longest first), as TRL does it, 1,000 at a time."""
+    return sum(
+        _best_fit(lengths[start : start + _PACKED_AT_ONCE], capacity)
+        for start in range(0, len(lengths), _PACKED_AT_ONCE)
+    )
+
+
+def _best_fit(lengths: Sequence[int], capacity: int) -> int:
+    """Each row goes to the pack with the least room that still holds it."""
+    rooms: Counter[int] = Counter()
+    sizes: list[int] = []  # those of rooms, in order
+    found = 0
+    for length in sorted(lengths, reverse=True):
+        at = bisect_left(sizes, length)
+        if at < len(sizes):
+            room = sizes[at]
+            rooms[room] -= 1
+            if not rooms[room]:
+                del sizes[at]
+        else:
+            found += 1
+            room = capacity
+        left = room - length
+        if left and not rooms[left]:
+            insort(sizes, left)
+        rooms[left] += 1
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is. samples: what one epoch's batches are made of; passes: how often the run goes through them."""
+
+    steps: int
+    steps_per_epoch: int
+    batch: int
+    passes: float
+    packs: int | None = None
+    fill: float | None = None
+
+
+def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
+    """The updates of a run of sft, reward or rl; an estimate where rows were sampled, or packed but not measured.
+
+    Raises:
+        ModelError: no batch comes out of the rows.
+    """
+    from deepseek_v2_modeling.training.arguments import check_batches
+    from recipes.processes import world_size
+    from recipes.runs.training_fields import setting, trl_config
+
+    def of(name: str) -> Any:
+        return setting(recipe, name)
+
+    batch = of("per_device_train_batch_size") * of("gradient_accumulation_steps") * world_size()
+    samples, packed = float(rows), None
+    if recipe.stage == "rl":
+        samples *= of("num_generations") * of("num_iterations")
+    elif recipe.stage == "sft" and figures:
+        samples = len(figures.pieces) * figures.scale
+        if of("packing") and of("max_length"):
+            samples = packed = round(packs(figures.pieces, of("max_length")) * figures.scale)
+    elif recipe.stage == "reward" and figures:
+        samples = (figures.report.rows - len(figures.report.rejected)) * figures.scale
+    check_batches(trl_config(recipe), round(samples))
+    per_epoch = max(1, math.ceil(samples / batch))
+    steps = of("max_steps")
+    if steps is None or steps <= 0:
+        steps = math.ceil(per_epoch * of("num_train_epochs"))
+    fill = figures.tokens / (packed * of("max_length")) if figures and packed else None
+    return Plan(steps, per_epoch, batch, steps / per_epoch, packed, fill)

@@ -1,0 +1,63 @@
+"""`dsv2 merge`, `dsv2 export` and `dsv2 import`: adapters on their way out and in."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from deepseek_v2_modeling.adapters.exporting import export_adapter
+from deepseek_v2_modeling.adapters.importing import import_adapter
+from deepseek_v2_modeling.adapters.merge import merge_lora
+from deepseek_v2_modeling.checkpoints.tensor_files import Progress
+from recipes.lock import hold_path
+from recipes.quiet import quiet_libraries
+
+
+@contextmanager
+def _bar(command: str) -> Iterator[Progress]:
+    """A bar of the bytes written; none when the output is no terminal."""
+    from tqdm import tqdm
+
+    quiet_libraries()
+    with tqdm(
+        desc=command, unit="B", unit_scale=True, disable=None, file=sys.__stderr__, leave=False, dynamic_ncols=True
+    ) as bar:
+
+        def advance(nbytes: int, total: int) -> None:
+            bar.total = total
+            bar.update(nbytes)
+
+        yield advance
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _merge(arguments: argparse.Namespace) -> str:
+    with hold_path(arguments.out_dir), _bar("merge") as progress:
+        report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
+    files = "1 file" if report.shards == 1 else f"{report.shards} files"
+    adapted = f"{report.adapted} adapted" if report.adapted else "copied from a whole model, which has no adapter"
+    parts = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
+    parts += [f"{report.replaced} the adapter's own"] * bool(report.replaced)
+    parts += [f"without the base's {', '.join(report.left_out)}"] * bool(report.left_out)
+    return f"{arguments.out_dir}: {', '.join(parts)}"
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    with hold_path(arguments.out_dir), _bar("export") as progress:
+        report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress)
+    zeros = f" and {report.zeros} of zeros" if report.zeros else ""
+    lines = [f"{arguments.out_dir}: {report.pairs} pairs{zeros}, rank {report.rank}, {_size(report.nbytes)}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _import(arguments: argparse.Namespace) -> str:
+    with hold_path(arguments.out_dir), _bar("import") as progress:
+        report = import_adapter(arguments.adapter, arguments.out_dir, arguments.base, progress)
+    zeros = f", {report.zeros} weights without a pair got zeros" if report.zeros else ""
+    return f"{arguments.out_dir}: {report.tensors} tensors from {report.found}, {_size(report.nbytes)}{zeros}"
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {"merge": _merge, "export": _export, "import": _import}

@@ -1,0 +1,174 @@
+"""`dsv2 experts`: which routed experts a data set uses (ESFT), as an experts file and a page with a heat map."""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversations.errors import ToolkitError
+from conversations.rendering.fitting import Fitter
+from conversations.rendering.lengths import LengthReport
+from deepseek_v2_modeling.esft.choice import OFFICIAL_SWITCHES, smallest_set
+from deepseek_v2_modeling.esft.scores import THRESHOLDS, ExpertScores, Score, score_experts
+from recipes.data.sources import Mixture
+from recipes.files import write_json, write_text
+from recipes.html import render_page
+from recipes.lock import hold_path
+from recipes.processes import say
+from recipes.quiet import quiet_libraries
+from recipes.recipe.loader import load_recipe
+from recipes.report.charts import LOAD_CLASSES, heat_map
+from recipes.report.report import UNPRINTABLE
+from recipes.runs.models import load_frozen, open_source
+from recipes.runs.prepare import prepare
+from recipes.runs.training_fields import setting
+
+BATCH_SIZE = 8
+
+
+def find_experts(arguments: argparse.Namespace) -> str:
+    """Score and choose the experts of an SFT recipe's data; writes FILE.json and FILE.html, returns a line about them.
+
+    Raises:
+        ToolkitError, ModelError: the recipe, the data, the model or a setting is wrong.
+    """
+    kind: Score = arguments.score
+    threshold = check_threshold(kind, arguments.threshold)
+    if arguments.tokens < 1:
+        raise ToolkitError(f"--tokens is {arguments.tokens}; it must be at least 1")
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="sft")
+    recipe = loaded.recipe
+    output = output_file(recipe, arguments.output)
+    with hold_path(output):
+        content = _score(recipe, kind, threshold, arguments.tokens)
+        page = output.with_suffix(".html")
+        try:
+            write_json(output, content)
+            write_page(page, content)
+        except OSError as error:
+            raise ToolkitError(f"{output}: {error.strerror or error}; choose another file with --output") from error
+    return f"{output}: {summary(content)}; {page}"
+
+
+def _score(recipe: Any, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
+    """The experts file of a recipe's data."""
+    quiet_libraries()
+    mixture = prepare(recipe, ask_hub=True).sources[0].mixture
+    source, tokenizer = open_source(recipe.model, recipe.seed)
+    for line in mixture.lines:
+        say(f"data: {line}")
+    sequences = sample(recipe, mixture, tokenizer, tokens)
+    model = load_frozen(recipe.model, source, "causal_lm")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with _bar(sum(map(len, sequences))) as advance:
+        scores = score_experts(
+            model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=BATCH_SIZE, progress=advance
+        )
+    return experts_file(kind, threshold, scores, recipe.model.path, mixture.files)
+
+
+def check_threshold(kind: Score, given: float | None) -> float:
+    """The share of the scores that the chosen experts must have; the paper's where none is given."""
+    threshold = THRESHOLDS[kind] if given is None else given
+    if not 0 < threshold <= 1:
+        raise ToolkitError(f"--threshold is {threshold:g}; it is a share of the scores: over 0, up to 1")
+    return threshold
+
+
+def output_file(recipe: Any, given: Path | None) -> Path:
+    """Where the file goes: where it is asked for, where the recipe looks for it, or beside the run directory."""
+    named = recipe.lora.experts_file if recipe.lora else recipe.experts_file
+    folder = Path(recipe.output_dir)
+    output = given or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
+    if output.suffix != ".json" or output.is_dir():
+        raise ToolkitError(f"{output}: an experts file must be named FILE.json; choose one with --output FILE.json")
+    return output
+
+
+def sample(recipe: Any, mixture: Mixture, tokenizer: Any, tokens: int) -> list[list[int]]:
+    """Rows as they would be trained on, in a random order, until there are enough tokens.
+
+    Raises:
+        ToolkitError: there is nothing to train on in any row.
+    """
+    max_length = setting(recipe, "max_length")
+    fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
+    report = LengthReport()
+    order = list(range(len(mixture.rows)))
+    random.Random(f"{recipe.seed}/experts").shuffle(order)
+    found: list[list[int]] = []
+    count = 0
+    for row in order:
+        for ids, _ in fitter.pieces(mixture.rows[row], report):
+            found.append(ids)
+            count += len(ids)
+        if count >= tokens:
+            break
+    told = report.summary(max_length)
+    if not found:
+        raise ToolkitError(f"data: no row is left to score on: {told}")
+    say(f"data: {told}")
+    return found
+
+
+def experts_file(
+    kind: Score, threshold: float, scores: ExpertScores, model: str, files: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the file holds: `experts`, best first, and the switches are as in the official repository's configs."""
+    shares = dict(zip(scores.layers, scores.shares[kind].tolist(), strict=True))
+    return {
+        "experts": {str(layer): smallest_set(values, threshold) for layer, values in shares.items()},
+        **dict.fromkeys(OFFICIAL_SWITCHES, False),
+        "score": kind,
+        "threshold": threshold,
+        "rows": scores.rows,
+        "tokens": scores.tokens,
+        "model": model,
+        "data": [{key: file[key] for key in ("path", "sha256")} for file in files],
+        "scores": {str(layer): [float(f"{value:.6g}") for value in values] for layer, values in shares.items()},
+    }
+
+
+def summary(content: dict[str, Any]) -> str:
+    """The choice in one line."""
+    sizes = [len(chosen) for chosen in content["experts"].values()]
+    experts = sum(map(len, content["scores"].values()))
+    share = f"{100 * content['threshold']:.4g} %"
+    return (
+        f"{sum(sizes):,} of {experts:,} experts ({min(sizes)} to {max(sizes)} a layer) have {share} of the "
+        f"{content['score']} scores of {content['rows']:,} rows, {content['tokens']:,} tokens"
+    )
+
+
+def write_page(page: Path, content: dict[str, Any]) -> None:
+    """The heat map and the chosen experts as one HTML file: no scripts, no network."""
+    experts: dict[str, list[int]] = content["experts"]
+    scores: dict[str, list[float]] = content["scores"]
+    columns = [str(expert) for expert in range(len(next(iter(scores.values()))))]
+    loads = [(layer, [value * len(columns) for value in values]) for layer, values in scores.items()]
+    marked = [(row, expert) for row, chosen in enumerate(experts.values()) for expert in chosen]
+    text = render_page(
+        "experts.html.jinja",
+        content=content,
+        summary=summary(content),
+        drawing=heat_map(loads, columns, "expert", f"Scores of experts by layer: {summary(content)}", marked),
+        chosen=[(layer, chosen, sum(scores[layer][e] for e in chosen)) for layer, chosen in experts.items()],
+        load_classes=LOAD_CLASSES,
+    )
+    write_text(page, UNPRINTABLE.sub("\ufffd", text))
+
+
+@contextmanager
+def _bar(tokens: int) -> Iterator[Any]:
+    """A bar of the tokens read; none when the output is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc="experts", total=tokens, unit=" tokens", disable=None, file=sys.__stderr__, leave=False, dynamic_ncols=True
+    ) as bar:
+        yield bar.update

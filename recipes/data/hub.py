@@ -1,0 +1,59 @@
+"""Data sets of the Hugging Face hub: their rows are streamed, once, to a file of JSON lines."""
+
+import json
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from conversations.reading.record import without_padding
+from recipes.data.splits import Split
+from recipes.files import atomic_path
+
+
+def hub_file(path: str, split: Split, folder: Path, key: str) -> Path:
+    """The file with the rows of OWNER/NAME or OWNER/NAME:CONFIG; written when it is not there.
+
+    Memory does not grow with the data set. Of a split of rows by number no more than those are fetched.
+
+    Raises:
+        ToolkitError: there is no such data set, or it cannot be fetched.
+    """
+    name, _, config = path.partition(":")
+    named = split.name or "train"
+    numbers = "" if split.rows is None else "-".join(str(end) for end in ("", *split.rows) if end is not None)
+    label = "-".join(part for part in (name, config, named) if part) + numbers
+    exact = sha256(json.dumps([name, config, named, split.rows]).encode()).hexdigest()[:8]
+    file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)}-{exact}.jsonl"
+    if not file.exists():
+        _write(file, _rows(name, config or None, named, split, key), name, key)
+    return file
+
+
+def _rows(name: str, config: str | None, named: str, split: Split, key: str) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=named, streaming=True)
+    except Exception as error:  # whatever the hub, the network or a missing name raises, the user has to mend it
+        raise ToolkitError(
+            f"{key}.path: no file {name}, and no hub data set of this name can be loaded: {_one_line(error)}"
+        ) from error
+    return rows if split.rows is None else islice(rows, *split.rows)
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]], name: str, key: str) -> None:
+    with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as out:
+        try:
+            for row in rows:
+                row = {name: without_padding(value) for name, value in row.items()}
+                out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        except Exception as error:  # as above; the rows come over the network
+            raise ToolkitError(f"{key}.path: the hub data set {name} broke off: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,213 @@
+"""Data entries of a recipe -> rows: files, generated data and hub data sets, mixed by weight."""
+
+import hashlib
+import os
+import random
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from conversations.errors import ToolkitError
+from conversations.formats.reasoning import Reasoning
+from conversations.reading.load import RejectedRow, load_conversations
+from conversations.reading.locating import locate, names_files
+from conversations.rendering.fill_in_the_middle import with_hole
+from conversations.sections import DataSource
+from recipes.data.hub import hub_file
+from recipes.data.mixing import chosen, rows_used
+from recipes.data.row_store import MixedRows, RowStore
+from recipes.data.splits import Split, parse_split
+from recipes.processes import is_main, wait_for_all
+from recipes.recipe.paths import GENERATED, is_hub_name
+from recipes.runs.manifest import file_sha256
+
+CACHE = Path("runs")
+_GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
+
+Row = dict[str, Any]
+Refuse = Callable[[Row], str | None]
+
+
+@dataclass
+class Mixture:
+    """The rows of a list of sources, and how they came to be.
+
+    rows: canonical rows with their `origin` (file:line); shuffled when there is more than one source, else in the
+    file's order. rejected: rows left out. files: for each source {path, sha256, formats, rows, left_out, used}.
+    lines: what to tell the user.
+    """
+
+    rows: MixedRows
+    rejected: list[RejectedRow] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source with the local file that holds its rows, and which of the file's rows it takes. key: data.0"""
+
+    entry: DataSource
+    file: Path
+    split: Split
+    key: str
+
+
+def read_sources(
+    entries: Sequence[DataSource],
+    seed: int,
+    key: str = "data",
+    refuse: Refuse | None = None,
+    reasoning: Reasoning = "drop",
+) -> Mixture:
+    """Read all sources and mix them.
+
+    Args:
+        entries: the recipe's data entries.
+        seed: of generated data without a seed of its own, of samples by weight, of fill-in-the-middle, and of the
+            order.
+        key: where in the recipe the entries stand, for errors and for the order of each list.
+        refuse: says why a row is of no use to the stage, which makes it a bad row.
+        reasoning: what becomes of reasoning beside an answer.
+
+    Raises:
+        ToolkitError: a missing file, an unreadable row, an empty source.
+    """
+    sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
+    store, starts = RowStore(), []
+    mixture = Mixture(MixedRows(store, array("Q"), ()))
+    for source in sources:
+        starts.append(len(store))
+        rng = random.Random(f"{seed}/{source.key}/fim")
+        for row in _read(source, mixture, refuse, reasoning):
+            store.append(with_hole(row, source.entry.fim.rate, source.entry.fim.mode, rng) if source.entry.fim else row)
+        mixture.files[-1]["rows"] = len(store) - starts[-1]
+        if len(store) == starts[-1]:
+            raise ToolkitError(f"{source.key}.split: no row of {source.entry.path} falls into {source.entry.split!r}")
+    order = _mixed(mixture, [entry.weight for entry in entries], starts, f"{seed}/{key}")
+    mixture.rows = MixedRows(store, order, starts)
+    mixture.lines += _shares(mixture)
+    return mixture
+
+
+def source_hash(entry: DataSource, seed: int, key: str) -> str:
+    """SHA-256 of what holds a source's rows; generated data and hub data sets are written to a file first.
+
+    Raises:
+        ToolkitError: no such file, generator or data set, or a split that it does not have.
+    """
+    return _sha256(_find(entry, seed, key))
+
+
+def _sha256(source: _Source) -> str:
+    """That of the one file; of several, that of their names and hashes."""
+    paths = locate(source.file, source.split.name if source.file.is_dir() else "").paths
+    if paths == (source.file,):
+        return file_sha256(source.file)
+    lines = [f"{file_sha256(path)}  {os.path.relpath(path, source.file)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _mixed(mixture: Mixture, weights: Sequence[float | None], starts: Sequence[int], seed: str) -> array:
+    """The order of the mixture, as numbers of rows in the store."""
+    order = array("Q")
+    counts = rows_used([file["rows"] for file in mixture.files], weights)
+    for index, (file, start, count) in enumerate(zip(mixture.files, starts, counts, strict=True)):
+        file["used"] = count
+        order.extend(start + row for row in chosen(file["rows"], count, random.Random(f"{seed}/{index}")))
+    if len(starts) > 1:
+        random.Random(seed).shuffle(order)
+    return order
+
+
+def _find(entry: DataSource, seed: int, key: str) -> _Source:
+    split = parse_split(entry.split, f"{key}.split")
+    path = Path(entry.path)
+    if not entry.path.startswith(GENERATED) and not names_files(path):
+        if not is_hub_name(entry.path):
+            raise ToolkitError(f"{key}.path: no such file: {entry.path}")
+        file = _on_main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
+        return _Source(entry, file, Split(shares=split.shares), key)
+    if split.name not in ("", "train") and not path.is_dir():
+        raise ToolkitError(
+            f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets and folders. "
+            "Write train[:90%] and train[90%:]"
+        )
+    return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
+
+
+def _read(source: _Source, mixture: Mixture, refuse: Refuse | None, reasoning: Reasoning) -> Iterator[Row]:
+    """The source's rows with their origin; what was read goes to `mixture` at the end."""
+    entry = source.entry
+    reader = load_conversations(
+        source.file,
+        entry.on_bad_row,
+        columns=entry.columns,
+        max_bad_rows=entry.max_bad_rows,
+        on_rejected=mixture.rejected.append if entry.on_bad_row == "skip" else None,
+        refuse=_without_text(refuse) if entry.fim else refuse,
+        roles=entry.roles,
+        reasoning=reasoning,
+        split=source.split.name if source.file.is_dir() else "",
+    )
+    yield from source.split.select(row | {"origin": reader.place} for row in reader)
+    reader.check()  # a split by number stops before the end
+    mixture.lines += [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
+    mixture.files.append(
+        {
+            "path": entry.path,
+            "sha256": _sha256(source),
+            "formats": dict(reader.formats),
+            "left_out": reader.rejected,
+        }
+    )
+
+
+def _without_text(refuse: Refuse | None) -> Refuse:
+    def refused(row: Row) -> str | None:
+        if "text" not in row:
+            return "fim is for rows of plain text, which have a key text"
+        return refuse(row) if refuse else None
+
+    return refused
+
+
+def _shares(mixture: Mixture) -> list[str]:
+    """One line for each source of a mixture of several, or of one that is not used as it is."""
+    total = len(mixture.rows)
+    return [_share(file, total) for file in mixture.files] if len(mixture.files) > 1 else []
+
+
+def _share(file: dict[str, Any], total: int) -> str:
+    rows, used = file["rows"], file["used"]
+    often = f"{used:,} of {rows:,} rows used" if used <= rows else f"{rows:,} rows used {used / rows:.3g} times each"
+    return f"{Path(file['path']).name}: {often}, {100 * used / total:.1f} % of the mixture"
+
+
+def _generated(path: str, seed: int, key: str) -> Path:
+    """Make `tiny:NAME?seed=&n=` and say where it is."""
+    from recipes.tiny.world import materialize
+
+    match = _GENERATED.fullmatch(path)
+    settings = dict(parse_qsl(match["settings"] or "", keep_blank_values=True)) if match else {}
+    numbers = {name: int(value) for name, value in settings.items() if value.isdecimal()}
+    if match is None or not {"seed", "n"}.issuperset(settings) or len(numbers) != len(settings):
+        raise ToolkitError(f"{key}.path: {path!r} is not tiny:NAME, tiny:NAME?seed=7 or tiny:NAME?seed=7&n=1000")
+    chosen = numbers.get("seed", seed)
+    count = numbers.get("n")
+    folder = CACHE / "tiny" / "data" / f"seed-{chosen}"
+    return _on_main_first(lambda: materialize(match["name"], chosen, count, folder))
+
+
+def _on_main_first(make: Any) -> Path:
+    """Let the main process make a file; the others find it."""
+    if is_main():
+        made = make()
+        wait_for_all()
+        return made
+    wait_for_all()
+    return make()

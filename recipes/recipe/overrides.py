@@ -1,0 +1,103 @@
+"""Overrides on the command line: `key.path=value`, the value being YAML.
+
+A number in the path is an index of a list; entries with a `name` may be addressed by it
+(`stages.sft.training.max_steps=2`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.recipe.yaml_text import parse_yaml
+from recipes.terminal import is_unicode
+
+
+@dataclass(frozen=True)
+class Override:
+    """One parsed override: `keys` is the path, `value` the parsed YAML."""
+
+    keys: tuple[str, ...]
+    value: Any
+
+    @property
+    def path(self) -> str:
+        return ".".join(self.keys)
+
+
+def parse_override(text: str) -> Override:
+    """Parse `key.path=value`.
+
+    Raises:
+        ToolkitError: no `=`, an empty key, bytes that are not UTF-8, or a value that is not YAML. Values stay out of
+            the message: one may be a secret.
+    """
+    path, equals, value = text.partition("=")
+    keys = tuple(path.strip().split("."))
+    if not equals or not all(keys):
+        raise ToolkitError(f'"{text}" is not an override; write key.path=value, such as model.path=runs/sft')
+    if not is_unicode(text):
+        raise ToolkitError(f'override "{path.strip()}" is not valid UTF-8')
+    return Override(keys, parse_yaml(value, f'override "{path.strip()}"'))
+
+
+def apply_override(tree: dict[str, Any], override: Override) -> None:
+    """Set one value in `tree`, in place; missing sections are made, lists are never grown.
+
+    Raises:
+        ToolkitError: the path leads through a value that has no keys, or past the end of a list.
+    """
+    node: Any = tree
+    for depth, key in enumerate(override.keys[:-1]):
+        child = _get(node, key, override, depth)
+        if child is None:
+            child = {}
+            _set(node, key, child, override, depth)
+        node = child
+    _set(node, override.keys[-1], override.value, override, len(override.keys) - 1)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`: mappings merge key by key, anything else replaces. Neither is changed."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _get(node: Any, key: str, override: Override, depth: int) -> Any:
+    if isinstance(node, dict):
+        return node.get(key)
+    if isinstance(node, list):
+        return node[_index(node, key, override, depth)]
+    raise _not_a_section(node, override, depth)
+
+
+def _set(node: Any, key: str, value: Any, override: Override, depth: int) -> None:
+    if isinstance(node, dict):
+        node[key] = value
+    elif isinstance(node, list):
+        node[_index(node, key, override, depth)] = value
+    else:
+        raise _not_a_section(node, override, depth)
+
+
+def _index(items: Sequence[Any], key: str, override: Override, depth: int) -> int:
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    where = ".".join(override.keys[:depth])
+    named = ", ".join(str(name) for name in names if name)
+    known = f"0 to {len(items) - 1}" if items else "none, it is empty"
+    raise ToolkitError(
+        f'override "{override.path}": {where} has no entry "{key}"; its entries are {known}'
+        + (f" ({named})" if named else "")
+    )
+
+
+def _not_a_section(node: Any, override: Override, depth: int) -> ToolkitError:
+    where = ".".join(override.keys[:depth])
+    return ToolkitError(f'override "{override.path}": {where} is {node!r}, not a section with keys')

@@ -1,0 +1,185 @@
+"""Which charts a stage gets: a table of figures over TRL's log names, and what it leaves over."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from recipes.report.charts import Chart, Line, heat_map, short
+from recipes.report.metrics import Metrics, Point
+
+MAX_LAYER_LINES = 6
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: `keys` are (pattern of a log name, legend; {0} is the pattern's group, or the key)."""
+
+    title: str
+    unit: str
+    keys: tuple[tuple[str, str], ...]
+    log_ok: bool = False
+    note: str = ""
+
+
+FIGURES = (
+    Figure(
+        "Loss",
+        "loss",
+        ((r"loss", "train"), (r"task_loss", "train, without balance"), (r"eval_loss", "held-out")),
+    ),
+    Figure("Reward", "reward", ((r"reward", "total, weighted"), (r"eval_reward", "total, held-out"))),
+    Figure("Reward components", "mean reward", ((r"rewards/(.+)/mean", "{0}"),)),
+    Figure(
+        "Spread of rewards",
+        "standard deviation",
+        ((r"reward_std", "total"), (r"rewards/(.+)/std", "{0}")),
+        note="Without spread a group of completions teaches nothing.",
+    ),
+    Figure("Groups with equal rewards", "share of groups", ((r"frac_reward_zero_std", "no spread"),)),
+    Figure("KL to the reference", "nats per token", ((r"kl", "KL"),)),
+    Figure(
+        "Completion length",
+        "tokens",
+        (
+            (r"completions/mean_length", "mean"),
+            (r"completions/mean_terminated_length", "mean of the finished"),
+            (r"completions/max_length", "longest"),
+        ),
+    ),
+    Figure("Completions cut off", "share", ((r"completions/clipped_ratio", "cut at the limit"),)),
+    Figure(
+        "Pairs ranked right",
+        "share of pairs",
+        ((r"accuracy", "train"), (r"eval_accuracy", "held-out"), (r"pair_accuracy", "pairs")),
+    ),
+    Figure("Margin of chosen over rejected", "score", ((r"margin", "train"), (r"eval_margin", "held-out"))),
+    Figure(
+        "Scores of the reward model",
+        "score",
+        ((r"mean_reward", "mean"), (r"min_reward", "lowest"), (r"max_reward", "highest")),
+    ),
+    Figure(
+        "Token accuracy",
+        "share of tokens",
+        ((r"mean_token_accuracy", "train"), (r"eval_mean_token_accuracy", "held-out")),
+    ),
+    Figure("Entropy", "nats per token", ((r"entropy", "train"), (r"eval_entropy", "held-out"))),
+    Figure("Learning rate", "per step", ((r"learning_rate", "learning rate"),)),
+    Figure("Gradient norm", "L2 norm before clipping", ((r"grad_norm", "gradient norm"),), log_ok=True),
+    Figure(
+        "Balance losses",
+        "loss, coefficients included",
+        ((r"balance/(.+)", "{0}"), (r"aux_loss", "auxiliary")),
+        log_ok=True,
+    ),
+    Figure(
+        "Busiest expert, all layers",
+        "times an equal share",
+        ((r"expert_load/max_over_mean", "max / mean"),),
+        note="1 is perfect balance.",
+    ),
+    Figure("Dead experts", "experts without a token", ((r"expert_load/dead", "dead"),)),
+)
+LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
+LAYER_LOAD = re.compile(r"expert_load/layer_(\d+)/max_over_mean")
+# Constant along the run or told elsewhere: of no use as a curve.
+NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
+
+
+def charts(metrics: Metrics) -> tuple[list[Chart], list[Chart]]:
+    """The charts of FIGURES that have data, and one plain chart for every other logged key."""
+    used: set[str] = set()
+    main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
+    main += _layer_lines(metrics)
+    for pattern in (LAYER_LOAD, LAYER_DEAD, NOT_DRAWN):
+        used.update(filter(pattern.fullmatch, metrics.series))
+    other = [
+        Chart(key, "as logged", (_line(key, key, metrics),))
+        for key, points in sorted(metrics.series.items())
+        if points and key not in used
+    ]
+    return main, other
+
+
+def expert_maps(metrics: Metrics) -> list[tuple[str, Markup]]:
+    """Titled heat maps: each expert's load when first and last logged, and each layer's busiest over time."""
+    maps = []
+    for index in (0, -1):
+        logged = {layer: values[index] for layer, values in metrics.shares.items()}
+        rows = [(str(layer), _relative(shares)) for layer, (_, shares) in logged.items() if shares]
+        title = f"Load of each expert, step {max((step for step, _ in logged.values()), default=0):g}"
+        if rows and title not in [known for known, _ in maps]:
+            experts = [str(expert) for expert in range(max(len(values) for _, values in rows))]
+            maps.append((title, heat_map(rows, experts, "expert", f"{title}. {_busiest(rows)}")))
+    layers = _layer_loads(metrics)
+    if len(layers) > MAX_LAYER_LINES:
+        title = "Busiest expert of each layer over time"
+        rows, steps = _binned(layers)
+        maps.append((title, heat_map(rows, steps, "optimizer step", f"{title}. {_busiest(rows)}")))
+    return maps
+
+
+def _chart(figure: Figure, metrics: Metrics, used: set[str]) -> Chart | None:
+    lines = []
+    for pattern, legend in figure.keys:
+        for key in sorted(metrics.series):
+            match = re.fullmatch(pattern, key)
+            if match and metrics.series[key]:
+                used.add(key)
+                lines.append(_line(legend.format(*match.groups()), key, metrics))
+    note = _dead_layers(metrics) if figure.title == "Dead experts" else figure.note
+    return Chart(figure.title, figure.unit, lines, figure.log_ok, note) if lines else None
+
+
+def _dead_layers(metrics: Metrics) -> str:
+    """Where the dead experts of the last logged step are."""
+    last = {int(m[1]): p[-1][1] for key, p in metrics.series.items() if p and (m := LAYER_DEAD.fullmatch(key))}
+    dead = [f"layer {layer}: {number:g}" for layer, number in sorted(last.items()) if number]
+    return f"At the last step {', '.join(dead) or 'none in any layer'}." if last else ""
+
+
+def _line(label: str, key: str, metrics: Metrics) -> Line:
+    # The schedule and held-out values are exact: a moving average would bend them.
+    noisy = not key.startswith("eval_") and key != "learning_rate"
+    return Line(label, metrics.series[key], noisy)
+
+
+def _layer_loads(metrics: Metrics) -> dict[int, list[Point]]:
+    found = {int(m[1]): points for key, points in metrics.series.items() if (m := LAYER_LOAD.fullmatch(key))}
+    return {layer: points for layer, points in sorted(found.items()) if points}
+
+
+def _layer_lines(metrics: Metrics) -> list[Chart]:
+    """A few layers are drawn as lines; many are a heat map (expert_maps)."""
+    layers = _layer_loads(metrics)
+    if not 0 < len(layers) <= MAX_LAYER_LINES:
+        return []
+    lines = [Line(f"layer {layer}", points) for layer, points in layers.items()]
+    return [Chart("Busiest expert by layer", "times an equal share", lines, note="1 is perfect balance.")]
+
+
+def _binned(layers: dict[int, list[Point]], most: int = 40) -> tuple[list[tuple[str, list[float]]], list[str]]:
+    """Layers x spans of steps, the mean of each span, and the first step of each span."""
+    n = max(len(points) for points in layers.values())
+    spans = [range(k * n // min(n, most), (k + 1) * n // min(n, most)) for k in range(min(n, most))]
+    rows = []
+    for layer, points in layers.items():
+        parts = [[points[i][1] for i in span if i < len(points)] for span in spans]
+        rows.append((str(layer), [sum(part) / len(part) for part in parts if part]))
+    longest = max(layers.values(), key=len)
+    return rows, [short(longest[span.start][0]) for span in spans]
+
+
+def _relative(shares: list[float]) -> list[float]:
+    """Shares (or counts) as multiples of an equal share."""
+    total = sum(shares)
+    return [share * len(shares) / total if total else 0.0 for share in shares]
+
+
+def _busiest(rows: list[tuple[str, list[float]]]) -> str:
+    load, layer = max((max(values), name) for name, values in rows)
+    dead = sum(value == 0 for _, values in rows for value in values)
+    return f"Highest: {short(load)} times an equal share in layer {layer}; cells without a token: {dead}."

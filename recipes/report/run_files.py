@@ -1,0 +1,245 @@
+"""Read run directories for the report: whatever is missing or broken becomes a note, never an exception."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from recipes.lock import owner_of
+from recipes.recipe.yaml_text import parse_yaml
+from recipes.report.metrics import Metrics, collect, count, number
+from recipes.runs.manifest import seconds_so_far
+
+RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
+# What a finished run of each stage holds; `final` is a directory.
+EXPECTED = {
+    "chain": ("recipe.yaml", "manifest.json", "results.json"),
+    "sft": ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "final"),
+    "reward": ("recipe.yaml", "manifest.json", "metrics.jsonl", "final"),
+    "rl": ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "final"),
+    "eval": ("recipe.yaml", "manifest.json", "samples.jsonl"),
+}
+# The order of the usual stages, for a chain whose recipe does not tell.
+USUAL_ORDER = (
+    "base",
+    "sft",
+    "sft_control",
+    "reward_helpful",
+    "reward_safety",
+    "rl_reasoning",
+    "rl_preference",
+)
+MAX_SAMPLES = 20_000
+_NESTING = 2
+
+
+@dataclass
+class Run:
+    """One run directory as read. `name` is unique on the page; `notes` say what is missing or broken."""
+
+    path: Path
+    name: str
+    kind: str = "unknown"
+    recipe_text: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.kind == "chain"
+
+
+def open_runs(path: Path) -> list[Run]:
+    """The run at `path`, if it is one, and the runs inside it (a chain's stages) in the order of their chain.
+
+    Raises ToolkitError when `path` is no directory or holds no run.
+    """
+    if not path.is_dir():
+        raise ToolkitError(f"{path}: no such run directory; give the output_dir of a stage or of a chain")
+    found = [path] if _looks_like_run(path) else []
+    found += _inner_runs(path, _NESTING)
+    if not found:
+        raise ToolkitError(
+            f"{path}: not a run directory (none of {', '.join(RUN_FILES)} in it or below it); "
+            "give the output_dir of a stage or of a chain"
+        )
+    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in found}
+    runs = [read_run(at, name) for at, name in names.items()]
+    for run in runs:
+        _note_missing(run)
+    for chain in runs:
+        if chain.is_chain and chain.manifest.get("status") != "finished":
+            stages = [run.manifest.get("seconds") for run in runs if run.path.parent == chain.path]
+            chain.manifest["seconds"] = sum(seconds for seconds in map(number, stages) if seconds is not None)
+    orders = {run.path: _stage_order(run.recipe) for run in runs if run.is_chain}
+
+    def place(run: Run) -> tuple[str, bool, int, str]:
+        home = next((at for at in (run.path, *run.path.parents) if at in orders), path)
+        rank = _rank(run.path.relative_to(home).as_posix(), orders.get(home, []))
+        return str(home), run.path != home, rank, run.name
+
+    return sorted(runs, key=place)
+
+
+def directory_name(path: Path) -> str:
+    """The directory's own name, also of `.` and the like."""
+    return path.resolve().name or str(path)
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one run directory; nothing in it need exist."""
+    run = Run(path, name)
+    run.recipe_text = _read_text(path / "recipe.yaml")
+    run.recipe = _parse_recipe(run)
+    run.manifest = _read_json(path / "manifest.json", run.notes)
+    run.manifest |= _how_it_stands(run)
+    run.results = _read_json(path / "results.json", run.notes)
+    _note_odd_results(run)
+    run.metrics = collect(_read_lines(path / "metrics.jsonl", run.notes), run.notes)
+    run.samples = _keep_ends(list(_read_lines(path / "samples.jsonl", run.notes)), run.notes)
+    rejected = _read_lines(path / "rejected.jsonl", run.notes)
+    run.rejected = Counter(str(row.get("reason", "no reason given")) for row in rejected)
+    run.kind = _kind(run)
+    return run
+
+
+def _how_it_stands(run: Run) -> dict[str, Any]:
+    """Status and seconds of a run whose manifest was not closed: it runs now, or it was killed."""
+    if run.manifest.get("status") != "running":
+        return {}
+    owner = owner_of(run.path)
+    killed = "stopped: it was killed, or its machine went down; the same command goes on"
+    seconds = seconds_so_far(run.path, run.manifest)
+    return {"status": f"running: {owner}" if owner else killed, "seconds": seconds}
+
+
+def _looks_like_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def _inner_runs(path: Path, depth: int) -> Iterator[Path]:
+    if depth == 0:
+        return
+    for child in sorted(path.iterdir()):
+        if not child.is_dir() or child.name == "final":
+            continue
+        if child.name.startswith((".", "checkpoint-")):
+            continue
+        if _looks_like_run(child):
+            yield child
+        yield from _inner_runs(child, depth - 1)
+
+
+def _stage_order(recipe: dict[str, Any]) -> list[str]:
+    stages = recipe.get("stages")
+    if isinstance(stages, dict):
+        return [str(name) for name in stages]
+    if not isinstance(stages, list):
+        return []
+    return [str(stage["name"]) for stage in stages if isinstance(stage, dict) and "name" in stage]
+
+
+def _rank(name: str, order: list[str]) -> int:
+    parts = name.split("/")
+    known = order or list(USUAL_ORDER)
+    return next((known.index(part) for part in parts if part in known), len(known))
+
+
+def _kind(run: Run) -> str:
+    stated = run.recipe.get("stage")
+    if isinstance(stated, str):
+        return stated
+    if isinstance(run.results.get("stages"), dict):
+        return "chain"
+    signs = {"rl": ("reward", "kl"), "reward": ("margin", "eval_margin"), "sft": ("loss", "eval_loss")}
+    logged = run.metrics.series.keys()
+    return next((kind for kind, keys in signs.items() if not logged.isdisjoint(keys)), "unknown")
+
+
+def _note_odd_results(run: Run) -> None:
+    """Entries of results.json that no table can hold."""
+    for section in ("stages", "reward_models"):
+        found = run.results.get(section, {})
+        if not isinstance(found, dict):
+            run.notes.append(f"results.json: {section} is no object")
+            continue
+        run.notes += [f"results.json: {section}.{k} is no object" for k, v in found.items() if not isinstance(v, dict)]
+
+
+def _note_missing(run: Run) -> None:
+    for name in EXPECTED.get(run.kind, RUN_FILES[:3]):
+        if (run.path / name).exists():
+            continue
+        unfinished = ": the run has not finished" if name in ("final", "results.json") else ""
+        run.notes.append(f"{name} is missing{unfinished}")
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _parse_recipe(run: Run) -> dict[str, Any]:
+    try:
+        parsed = parse_yaml(run.recipe_text, "recipe.yaml")
+    except ToolkitError as error:
+        run.notes.append(str(error))
+        return {}
+    if parsed is not None and not isinstance(parsed, dict):
+        run.notes.append(f"recipe.yaml holds a {type(parsed).__name__}, not a mapping")
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        parsed = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return {}
+    if not isinstance(parsed, dict):
+        notes.append(f"{path.name} holds a {type(parsed).__name__}, not an object")
+        return {}
+    return parsed
+
+
+def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. What cannot be read is counted in one note."""
+    if not path.is_file():
+        return
+    broken: list[int] = []
+    with path.open("rb") as lines:
+        for line_number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield row
+            else:
+                broken.append(line_number)
+    if broken:
+        where = ", ".join(map(str, islice(broken, 5))) + (", ..." if len(broken) > 5 else "")
+        notes.append(f"{count(len(broken), 'unreadable line')} in {path.name} (line {where})")
+
+
+def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
+    """At most MAX_SAMPLES samples, half from each end, so that a long RL run still makes a page."""
+    if len(samples) <= MAX_SAMPLES:
+        return samples
+    half = MAX_SAMPLES // 2
+    notes.append(f"samples.jsonl: only the first and last {half:,} of {len(samples):,} are looked at")
+    return samples[:half] + samples[-half:]

@@ -1,0 +1,164 @@
+"""A run directory before a run: new, to be gone on with, finished, or somebody else's."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from conversations.errors import ToolkitError
+from recipes.files import read_json
+from recipes.recipe.yaml_text import parse_yaml, read_mapping
+
+RECIPE = "recipe.yaml"
+MANIFEST = "manifest.json"
+RESULTS = "results.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run directory holds: nothing of worth, a run to go on with from a checkpoint, or a finished one.
+
+    fault: why a run that had finished has to go on nevertheless."""
+
+    status: Literal["new", "resume", "finished"]
+    checkpoint: Path | None = None
+    fault: str | None = None
+
+
+def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
+    """Compare a run directory with the recipe that wants it. Writes nothing.
+
+    Args:
+        run_dir: the recipe's output_dir.
+        resolved: the recipe as recipe.yaml would hold it.
+
+    Raises:
+        ToolkitError: it is no directory, holds other files or symbolic links, or the run of another recipe.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ToolkitError(f"output_dir {run_dir} is a file; choose another output_dir")
+    visible = _visible(run_dir)
+    if not visible:
+        return State("new")
+    if RECIPE not in visible:
+        raise ToolkitError(
+            f"output_dir {run_dir} holds other files ({', '.join(visible[:3])}) and no run; choose another output_dir"
+        )
+    if links := [path.name for path in run_dir.iterdir() if path.is_symlink()]:
+        raise ToolkitError(
+            f"{run_dir / min(links)} is a symbolic link; a run cuts and removes its own files only: put what it points "
+            "to in its place, or choose another output_dir"
+        )
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():
+        return State("new")
+    different = differences(read_mapping(run_dir / RECIPE), parse_yaml(dump_text(resolved), RECIPE))
+    if different:
+        raise ToolkitError(
+            f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
+            "choose another output_dir, or move that run away"
+        )
+    if not has_ended(run_dir):
+        return State("resume" if checkpoint else "new", checkpoint)
+    fault = missing_of_result(run_dir)
+    return State("resume" if checkpoint else "new", checkpoint, fault) if fault else State("finished")
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint-N directory with the highest N; these are whole, since they are written atomically."""
+    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _number(path))]
+    return max(found)[1] if found else None
+
+
+def differences(there: Any, here: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two recipes, with both values; a missing key counts as None."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in dict.fromkeys([*there, *here]):
+            found |= differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        found = {}
+        for index, (old, new) in enumerate(zip(there, here, strict=True)):
+            found |= differences(old, new, f"{path}.{index}")
+        return found
+    return {} if there == here else {path: (there, here)}
+
+
+def describe(different: dict[str, tuple[Any, Any]]) -> str:
+    """Differing keys in words: `seed is 1 there and 2 here`."""
+    parts = [f"{key} is {_short(there)} there and {_short(here)} here" for key, (there, here) in different.items()]
+    more = len(parts) - _SHOWN
+    return ", ".join(parts[:_SHOWN]) + (f", and {more} more" if more > 0 else "")
+
+
+def dump_text(resolved: dict[str, Any]) -> str:
+    """The text of recipe.yaml."""
+    import yaml
+
+    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has ended well and its result is there, whole."""
+    return has_ended(run_dir) and missing_of_result(run_dir) is None
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether its manifest says that a run has ended well."""
+    manifest = read_json(run_dir / MANIFEST)
+    return isinstance(manifest, dict) and manifest.get("status") == "finished"
+
+
+def missing_of_result(run_dir: Path) -> str | None:
+    """What is missing of a run's result, final/ or an evaluation's results.json, or broken in it; None when it is
+    whole. Weights are looked at by their headers and sizes."""
+    final = run_dir / "final"
+    if not final.is_dir():
+        return None if _is_json(run_dir / RESULTS) else "final/ is missing"
+    adapter = (final / "adapter_config.json").exists()
+    texts = ["adapter_config.json" if adapter else "config.json", "tokenizer_config.json"]
+    index = final / "model.safetensors.index.json"
+    if index.exists() and not adapter:
+        texts.append(index.name)
+    if "reward_stats" in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
+        texts.append("reward_stats.json")
+    for name in texts:
+        if not _is_json(final / name):
+            return f"final/{name} is missing or broken"
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.name in texts else set()
+    single = "adapter_model.safetensors" if adapter else "model.safetensors"
+    broken = (name for name in sorted(shards or {single}) if not _is_safetensors(final / name))
+    return next((f"final/{name} is missing or broken" for name in broken), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(read_json(path), dict)
+    except (OSError, ToolkitError):
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def _visible(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")) if run_dir.is_dir() else []
+
+
+def _number(path: Path) -> re.Match[str] | None:
+    return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,138 @@
+"""What a run depends on besides its recipe and data, as fingerprints: a run goes on with the same, or not at all."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from deepseek_v2_modeling.adapters.loading import WEIGHTS
+from deepseek_v2_modeling.loading import ModelSource, read_settings
+from recipes.processes import world_size
+from recipes.runs.manifest import file_sha256
+from recipes.runs.models import MERGE_DIR, expert_choice, reward_source
+from recipes.runs.training_fields import setting
+
+WHOLE = 64 << 20  # files up to this size are read whole, of larger ones a piece of each STRIDE
+PIECE, STRIDE = 1 << 20, 16 << 20
+ADAPTER = (WEIGHTS, "adapter_config.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip
+# Keys that say where a file came from, not what it holds.
+ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "chat_template")
+EXTENT = ("processes", "global batch")
+MERGED = "merged base model"
+
+
+def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
+    """{part: {path, sha256 of its content}} of all that a training run starts from, but for its data."""
+    base, folder = source.base, Path(source.tokenizer_dir)
+    found = {"base model": (base, _model(base))}
+    if source.adapter:
+        found["adapter"] = (source.adapter, _files(Path(source.adapter), ADAPTER))
+    found["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
+    found["chat template"] = (str(folder), _template(folder))
+    for index, entry in enumerate(getattr(recipe, "rewards", ())):
+        if entry.model is not None and (reward := reward_source(entry)) is not None:
+            found[f"reward model rewards.{index}"] = (entry.model, _reward(reward, entry.normalize))
+    if (choice := expert_choice(recipe)) is not None:
+        file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
+        found["experts file"] = (str(file), _hash(sorted(choice.layers.items())))
+    return {part: {"path": path, "sha256": content} for part, (path, content) in found.items()}
+
+
+def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:
+    """That of the base and adapter merged for a run; empty where it has none, or none yet."""
+    folder = run_dir / MERGE_DIR
+    return {MERGED: {"path": str(folder), "sha256": _model(str(folder))}} if folder.is_dir() else {}
+
+
+def extent(recipe: Any) -> dict[str, int]:
+    """How many processes share an update, and its rows."""
+    batch = setting(recipe, "per_device_train_batch_size") * setting(recipe, "gradient_accumulation_steps")
+    return dict(zip(EXTENT, (world_size(), batch * world_size()), strict=True))
+
+
+def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what a run began with and what it would go on with.
+
+    Raises:
+        ToolkitError: a model, a tokenizer, a template, an experts file or the number of processes is another one.
+    """
+    processes, batch = EXTENT
+    if (before.get(processes) or now[processes]) != now[processes]:
+        raise ToolkitError(
+            f"{run_dir} cannot go on: it began with {before[processes]} processes (global batch "
+            f"{before.get(batch, 'unknown')}) and there are {now[processes]} now (global batch {now[batch]}); start it "
+            f"with {before[processes]} again, or choose another output_dir"
+        )
+    old, new = before.get("files"), now["files"]
+    if not old or not new:  # a process that does not look at files, or a run of a toolkit that did not
+        return
+    remade = {MERGED} - (old.keys() & new.keys())  # what is merged again comes out the same
+    parts = [part for part in {**old, **new} if part not in remade]
+    changed = [part for part in parts if _content_of(old, part) != _content_of(new, part)]
+    if changed:
+        path = {**old, **new}[changed[0]]["path"]
+        others = f", and so are: {', '.join(changed[1:])}" if changed[1:] else ""
+        raise ToolkitError(
+            f"{run_dir} cannot go on: the {changed[0]} ({path}) is another one than when the run began{others}; put "
+            "the old one back, or choose another output_dir"
+        )
+
+
+def _content_of(files: Mapping[str, Any], part: str) -> str | None:
+    return files.get(part, {}).get("sha256")
+
+
+def _reward(source: ModelSource, normalized: bool) -> str:
+    own = Path(source.adapter or source.base)
+    adapter = _files(own, ADAPTER) if source.adapter else None
+    return _hash([_model(source.base), adapter, _files(own, ["reward_stats.json"] * normalized)])
+
+
+def _model(base: str) -> str:
+    """A model directory's weights and config; of a hub name the commit."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return str(getattr(read_settings(base), "_commit_hash", None))
+    return _files(folder, [*sorted(path.name for path in folder.glob("*.safetensors")), "config.json"])
+
+
+def _template(folder: Path) -> str:
+    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    texts = [file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "" for file in files]
+    return _hash(texts[0] or (_object(files[1]).get("chat_template") if texts[1] else ""))
+
+
+def _files(folder: Path, names: Iterable[str]) -> str:
+    """A hash over those of the files that are there; configs count without what says where they came from."""
+    return _hash([[name, _content(folder / name)] for name in names if (folder / name).is_file()])
+
+
+def _content(path: Path) -> Any:
+    if path.name.endswith("config.json"):
+        return {key: value for key, value in _object(path).items() if key not in ORIGINS}
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return file_sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in (*range(0, size, STRIDE), size - PIECE):
+            file.seek(start)
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ToolkitError(f"{path}: not readable JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

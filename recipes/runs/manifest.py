@@ -1,0 +1,149 @@
+"""manifest.json: what made a run. The command, versions, code, data, seeds, and how it ended."""
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from recipes.files import read_json, write_json
+from recipes.processes import is_main, world_size
+from recipes.recipe.secret_keys import without_secrets
+from recipes.runs.directory import MANIFEST, RESULTS
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+_CHUNK = 1 << 20
+_HOME = Path(__file__).resolve().parents[2]
+_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", "chain.json", "checkpoint-*", "final")  # what a run writes on its way
+
+
+def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
+    """What is known when a run starts; `status` is "running" until it ends."""
+    return {
+        "status": "running",
+        "command": command_line(),
+        "recipe": str(recipe_file.absolute()),
+        "started": now(),
+        "seed": seed,
+        "processes": world_size(),
+        "versions": versions(),
+        "code": code_state(),
+        "data": [],
+        "seconds": 0.0,
+        "training_seconds": 0.0,
+        "peak_memory_gb": 0.0,
+        "metrics": {},
+    }
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run, empty when there is none."""
+    found = read_json(run_dir / MANIFEST)
+    return found if isinstance(found, dict) else {}
+
+
+def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, by the main process only."""
+    if is_main():
+        write_json(run_dir / MANIFEST, manifest)
+
+
+def seconds_so_far(run_dir: Path, manifest: dict[str, Any]) -> float:
+    """Seconds of work in a run: those that its manifest counts and, where that still says "running", those from its
+    last start to the last thing that it wrote."""
+    counted = manifest.get("seconds")
+    counted = counted if isinstance(counted, int | float) else 0.0
+    start = _last_start(manifest)
+    if manifest.get("status") != "running" or start is None:
+        return counted
+    written = [path.stat().st_mtime for pattern in _WRITTEN for path in run_dir.glob(pattern)]
+    return counted + max(0.0, max(written, default=start) - start)
+
+
+def _last_start(manifest: dict[str, Any]) -> float | None:
+    """The time of the last start or resume, in seconds; None where the manifest tells none."""
+    resumed = manifest.get("resumed")
+    last = resumed[-1] if isinstance(resumed, list) and resumed else None
+    try:
+        text = last["at"] if last else manifest["started"]
+        return datetime.fromisoformat(text).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def command_line() -> str:
+    """The command as it could be typed again, without the directory of the program and without secrets."""
+    program = Path(sys.argv[0]).name
+    program = "dsv2" if program == "cli.py" else program
+    return without_secrets(" ".join([program, *(shlex.quote(word) for word in sys.argv[1:])]))
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Installed versions of what trains; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@cache
+def code_state() -> dict[str, str | None]:
+    """Commit of the toolkit's own code and a hash of what differs from it; None where it is in no repository of its
+    own: a virtual environment may lie in somebody else's."""
+    top = _git("rev-parse", "--show-toplevel")
+    own = (
+        top is not None and Path(top.rstrip("\n")).resolve() == _HOME and _git("ls-files", "--error-unmatch", __file__)
+    )
+    commit = _git("rev-parse", "HEAD") if own else None
+    diff = _git("diff", "--no-ext-diff", "HEAD") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process or one of its children has held, in GB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit / 1e9
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},  # a hook's
+            capture_output=True, text=True, errors="replace", timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,46 @@
+"""`dsv2 init`: a seeded random model with its tokenizer, in hub layout."""
+
+from pathlib import Path
+
+from conversations.errors import ToolkitError
+from recipes.lock import hold_path
+
+
+def make_model(directory: Path, preset: str, seed: int) -> None:
+    """Write a random model of a preset, whole or not at all.
+
+    Raises:
+        ToolkitError: the directory is not empty, or another process writes it.
+        ModelError: no such preset, a full disk.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ToolkitError(f"{directory} is there already and not empty; choose another directory")
+    from conversations.rendering.template import install_template
+    from deepseek_v2_modeling.loading import save_directory
+    from deepseek_v2_modeling.presets import PRESETS, build_model
+    from recipes.quiet import quiet_libraries
+    from recipes.tiny.tokenizer import build_tokenizer
+
+    quiet_libraries()
+    if preset not in PRESETS:
+        build_model(preset, seed)  # raises with the names of the presets
+    tokenizer = build_tokenizer(preset)
+    install_template(tokenizer)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = build_model(preset, seed, **ids)
+    assert len(tokenizer) <= model.config.vocab_size, (preset, len(tokenizer))
+    with hold_path(directory):
+        save_directory(model, tokenizer, directory)
+
+
+def describe_model(directory: Path) -> str:
+    """One line about a model directory: its size and structure."""
+    from deepseek_v2_modeling.loading import load_base
+
+    model = load_base(str(directory))
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{directory}: {count:,} parameters, {config.num_hidden_layers} layers, {config.n_routed_experts} routed "
+        f"and {config.n_shared_experts} shared experts, vocabulary {config.vocab_size}"
+    )

@@ -1,0 +1,233 @@
+"""One stage from its recipe to a finished run directory.
+
+Reads everything first, so that a wrong recipe, model or data set leaves no trace; then makes the run directory, loads
+the model and calls the stage. Only the main process writes.
+"""
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
+from recipes.allocation import keep_freed_memory
+from recipes.files import write_json, write_jsonl, write_text
+from recipes.lock import Lock, hold_directory
+from recipes.processes import is_main, say, wait_for_all
+from recipes.quiet import quiet_libraries
+from recipes.recipe.loader import Loaded
+from recipes.runs.directory import MANIFEST, RECIPE, RESULTS, State, dump_text, inspect
+from recipes.runs.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
+from recipes.runs.results import figures, table_text
+
+if TYPE_CHECKING:
+    from deepseek_v2_modeling.loading import ModelSource
+    from recipes.runs.prepare import Inputs
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclass
+class Outcome:
+    """How a stage ended. `manifest` is that of its run directory."""
+
+    status: Literal["finished", "done_before"]
+    manifest: dict[str, Any]
+
+
+def run_stage(loaded: Loaded) -> Outcome:
+    """Run a stage, go on with it, or find it finished.
+
+    Raises:
+        ToolkitError, ModelError: the recipe, the data, the model or the run directory is wrong.
+        KeyboardInterrupt: stopped; the run directory holds a checkpoint where training had begun.
+    """
+    for note in loaded.notes:
+        say(f"smoke: {note}")
+    run_dir = Path(loaded.recipe.output_dir)
+    if done := _done_before(run_dir, loaded):  # asked first without the lock, which a read-only disk does not give
+        return done
+    with hold_directory(run_dir) as lock:
+        return _done_before(run_dir, loaded) or _run(loaded, run_dir, lock)
+
+
+def _done_before(run_dir: Path, loaded: Loaded) -> Outcome | None:
+    if inspect(run_dir, loaded.resolved).status != "finished":
+        return None
+    say(f"{run_dir}: this run is finished; nothing to do")
+    return Outcome("done_before", read_manifest(run_dir))
+
+
+def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
+    recipe: StageRecipe = loaded.recipe
+    state = inspect(run_dir, loaded.resolved)
+    if state.fault:
+        say(f"{run_dir}: this run was finished, but {state.fault}; it is made again")
+    began = time.monotonic()
+    quiet_libraries()
+    keep_freed_memory()
+    if state.checkpoint is not None and is_main():
+        _check_checkpoint(recipe, state.checkpoint)
+    inputs = _load_inputs(recipe)
+    _seed(recipe.seed)
+    manifest = _open_run(loaded, run_dir, state, inputs)
+    try:
+        manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
+        if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
+            write_json(run_dir / RESULTS, figures(metrics))
+        lock.make_room()
+        _close(run_dir, manifest, "finished", began)
+    except BaseException as error:
+        lock.make_room()
+        with suppress(OSError):  # of a disk that is broken the error itself says more
+            _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
+        raise
+    wait_for_all()
+    return Outcome("finished", manifest)
+
+
+def _check_checkpoint(recipe: Any, checkpoint: Path) -> None:
+    from deepseek_v2_modeling.training.checksums import check_whole
+
+    check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
+
+
+def _load_inputs(recipe: Any) -> "Inputs":
+    """What `dsv2 check` prepares, with a model of a preset made where it is missing."""
+    from recipes.runs.models import open_source
+    from recipes.runs.prepare import prepare
+
+    inputs = prepare(recipe, ask_hub=True)
+    for listed in inputs.sources:
+        for line in listed.mixture.lines:
+            say(f"{listed.key}: {line}")
+    source, tokenizer = open_source(recipe.model, recipe.seed)
+    inputs.foundation = replace(inputs.foundation, source=source, tokenizer=tokenizer)
+    return inputs
+
+
+def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> dict[str, Any]:
+    """Make the run directory with what is known before the stage begins; returns the manifest."""
+    before = read_manifest(run_dir) if state.status == "resume" else {}
+    recipe: Any = loaded.recipe
+    manifest = new_manifest(loaded.path, recipe.seed)
+    manifest["data"] = [file for listed in inputs.sources for file in listed.mixture.files]
+    if recipe.stage != "eval":
+        if state.status == "new":
+            _remove_merged(run_dir, inputs.source)
+        manifest["start"] = _start(recipe, inputs, run_dir)
+    if state.status == "resume":
+        _check_same_start(run_dir, before, manifest)
+        for key in ("started", "peak_memory_gb"):
+            manifest[key] = before.get(key, manifest[key])
+        manifest["seconds"] = seconds_so_far(run_dir, before)
+        manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
+        say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
+    wait_for_all()
+    try:
+        if is_main():
+            write_text(run_dir / RECIPE, dump_text(loaded.resolved))
+            if state.status == "new":  # the stage adds what it leaves out itself
+                rejected = (row.as_dict() for listed in inputs.sources for row in listed.mixture.rejected)
+                write_jsonl(run_dir / REJECTED, rejected)
+        write_manifest(run_dir, manifest)
+    except OSError:
+        for name in (RECIPE, REJECTED, MANIFEST) if state.status == "new" else ():
+            (run_dir / name).unlink(missing_ok=True)
+        raise
+    wait_for_all()
+    return manifest
+
+
+def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
+    """What an earlier run that left no checkpoint has merged may be of another model."""
+    from recipes.runs.models import MERGE_DIR
+
+    merged = run_dir / MERGE_DIR
+    used = any(Path(path).resolve().is_relative_to(merged.resolve()) for path in (source.base, source.adapter) if path)
+    if is_main() and merged.is_dir() and not used:
+        shutil.rmtree(merged)
+
+
+def _start(recipe: Any, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
+    """What the run starts from and how many processes share it; files are looked at by the main process only."""
+    from recipes.runs.identity import extent, fingerprints, merged_base
+
+    files = {**fingerprints(recipe, inputs.source), **merged_base(run_dir)} if is_main() else {}
+    return {**extent(recipe), "files": files}
+
+
+def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    from recipes.runs.identity import check_same_start
+
+    if not before:
+        raise ToolkitError(
+            f"{run_dir} cannot go on: {MANIFEST} is missing, which says what the run began with; put it back, "
+            "or choose another output_dir"
+        )
+    for old, new in zip(before.get("data", []), manifest["data"], strict=False):
+        if old.get("sha256") != new["sha256"]:
+            raise ToolkitError(
+                f"{run_dir} cannot go on: {new['path']} has changed since the run began; "
+                "put the old file back, or choose another output_dir"
+            )
+    check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
+
+
+def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: dict[str, Any]) -> dict[str, Any]:
+    """Load the model and call the stage's own function, by the stage's name."""
+    from recipes.runs import models
+    from recipes.runs.identity import merged_base
+
+    source = inputs.source
+    stage = import_module(f"{recipe.stage}.stage")
+    if recipe.stage == "eval":
+        model = models.load_frozen(recipe.model, source, recipe.head)
+        arguments = {"rows_by_task": inputs.rows_by_task}
+        function = stage.evaluate
+    else:
+        model = models.load_for_training(recipe, source, run_dir)
+        if is_main():
+            manifest["start"]["files"].update(merged_base(run_dir))
+        manifest["trained"] = models.adapted_table(model)
+        for line in models.table_lines(manifest["trained"]):
+            say(line)
+        write_manifest(run_dir, manifest)
+        arguments = {"rows": inputs.rows, "resume_from": state.checkpoint}
+        if recipe.stage == "rl":
+            arguments["rewards"] = models.load_rewards(recipe, source)
+        else:
+            arguments["eval_rows"] = inputs.eval_rows or None
+        function = stage.train
+    began = time.monotonic()
+    metrics = function(recipe, model=model, tokenizer=inputs.foundation.tokenizer, run_dir=run_dir, **arguments)
+    manifest["training_seconds"] = metrics.get("seconds", time.monotonic() - began)
+    return metrics
+
+
+def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -> None:
+    manifest["status"] = status
+    manifest["ended"] = now()
+    manifest["seconds"] += time.monotonic() - began
+    manifest["peak_memory_gb"] = max(manifest["peak_memory_gb"], peak_memory_gb())
+    write_manifest(run_dir, manifest)
+
+
+def report_outcome(recipe: Any, outcome: Outcome) -> None:
+    """Say where the result is, and an evaluation's figures."""
+    if recipe.stage == "eval":
+        name = Path(recipe.model.path).name
+        say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
+    result = Path(recipe.output_dir) / (RESULTS if recipe.stage == "eval" else "final")
+    say(f"{result} ({outcome.manifest['seconds']:.0f} s)")
+
+
+def _seed(seed: int) -> None:
+    """Seed what loading draws from: new adapters and new heads."""
+    from transformers import set_seed
+
+    set_seed(seed)

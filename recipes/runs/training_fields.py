@@ -1,0 +1,190 @@
+"""What is under `training` and `model.config`, checked against the classes they feed. Imports torch and trl."""
+
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from conversations.errors import ToolkitError
+from deepseek_v2_modeling.errors import ModelError
+from recipes.data.mixing import source_names
+from recipes.runs.training_bounds import check_bounds
+
+CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
+
+# Fields of the TRL configs that this toolkit sets itself, and where the recipe says the same.
+OWNED = {
+    "output_dir": "write output_dir at the recipe's top level",
+    "seed": "write seed at the recipe's top level",
+    "data_seed": "write seed at the recipe's top level",
+    "full_determinism": "runs are seeded by the recipe's seed",
+    "router_aux_loss_coef": "write model.config.aux_loss_alpha: the balance losses are the model's own",
+    "model_init_kwargs": "write model.dtype, model.attn_implementation and model.config",
+    "trust_remote_code": "the model's code is part of the toolkit",
+    "bf16": "write model.dtype",
+    "fp16": "write model.dtype",
+    "bf16_full_eval": "write model.dtype",
+    "fp16_full_eval": "write model.dtype",
+    "chat_template_path": "the template is the tokenizer's; dsv2 init writes it",
+    "eos_token": "the tokenizer's eos token is used",
+    "pad_token": "the tokenizer's pad token is used",
+    "assistant_only_loss": "write format.train_on",
+    "completion_only_loss": "write format.train_on",
+    "dataset_text_field": "write data.0.columns",
+    "dataset_kwargs": "rows are rendered before the trainer sees them; see data and format",
+    "remove_unused_columns": "rows are rendered before the trainer sees them; see data and format",
+    "truncation_mode": "write format.too_long",
+    "reward_weights": "write rewards.0.weight, and so on",
+    "resume_from_checkpoint": "start the same command again: it goes on from the newest checkpoint",
+    "local_rank": "torchrun and accelerate launch set it",
+    "use_liger_kernel": "Liger's DeepSeek-V2 kernels are for transformers' own class: in this one they would put dense "
+    "blocks in the place of the experts; leave it out",
+    "liger_kernel_config": "Liger's kernels do not fit this model's classes; leave it out",
+    "restore_callback_states_from_checkpoint": "a resumed run goes on exactly; leave it out",
+    "do_train": "the stage trains; leave it out",
+    "do_eval": "give eval_data",
+    "do_predict": "use dsv2 eval",
+}
+
+
+def check_training(recipe: Any) -> None:
+    """Check the `training` section of a recipe of sft, reward or rl.
+
+    Raises:
+        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
+        ToolkitError: a field that the TRL config does not have, that is ours, or with a wrong value.
+    """
+    fields = _fields(recipe.stage)
+    config_name = CONFIG_CLASSES[recipe.stage]
+    for key, value in recipe.training.items():
+        if key in OWNED:
+            raise ToolkitError(f"training.{key} is set by the toolkit; {OWNED[key]}")
+        if key not in fields and key in type(recipe).model_fields:
+            raise ToolkitError(f'unknown key "training.{key}"; write {key} at the recipe\'s top level')
+        if key not in fields:
+            raise ToolkitError(_unknown(f"training.{key}", key, fields, f"{config_name} has no such field"))
+        try:
+            TypeAdapter(fields[key], config=_LENIENT).validate_python(value, strict=True)
+        except ValidationError as error:
+            reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
+            raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
+    check_bounds(recipe.training)
+    _check_trackers(recipe.training.get("report_to"))
+    _try_config(recipe)
+    _check_metric(recipe)
+
+
+def check_model_config(config: dict[str, Any]) -> None:
+    """Check the keys under `model.config`; their values are checked when the config is made.
+
+    Raises:
+        ToolkitError: a key that DeepseekV2Config does not have.
+    """
+    if not config:
+        return
+    from deepseek_v2_modeling import DeepseekV2Config
+
+    known = set(DeepseekV2Config().to_dict())
+    for key in config:
+        if key not in known:
+            raise ToolkitError(_unknown(f"model.config.{key}", key, known, "DeepseekV2Config has no such field"))
+
+
+def config_class(stage: str) -> Any:
+    """The TRL config class that a stage's `training` feeds."""
+    import trl
+
+    return getattr(trl, CONFIG_CLASSES[stage])
+
+
+def setting(recipe: Any, name: str) -> Any:
+    """The recipe's value of a field of its TRL config, or that config's default; None where it has no such field."""
+    return recipe.training.get(name, getattr(config_class(recipe.stage), name, None))
+
+
+_LENIENT = ConfigDict(arbitrary_types_allowed=True)
+
+
+@cache
+def _fields(stage: str) -> dict[str, Any]:
+    import dataclasses
+
+    cls = config_class(stage)
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _try_config(recipe: Any) -> None:
+    """Make the config once: TRL and transformers check how fields fit together when it is made."""
+    try:
+        trl_config(recipe)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a field that they cannot use
+        raise ToolkitError(f"{_culprit(recipe)}: {' '.join(str(error).split())}") from None
+
+
+def trl_config(recipe: Any) -> Any:
+    """The TRL config of a recipe, made as its stage makes it."""
+    run_dir = Path(recipe.output_dir)
+    if recipe.stage == "rl":
+        from rl.stage import grpo_config, run_limits
+
+        return grpo_config(recipe, run_dir, run_limits(recipe), recipe.rewards)
+    if recipe.stage == "sft":
+        from sft.stage import sft_config as config
+    else:
+        from reward.stage import reward_config as config
+    return config(recipe, run_dir, bool(recipe.eval_data))
+
+
+def _culprit(recipe: Any) -> str:
+    """The field without which TRL takes the rest; all of `training` where there is none."""
+    for key, value in recipe.training.items():
+        without = {name: other for name, other in recipe.training.items() if name != key}
+        with suppress(Exception):
+            trl_config(recipe.model_copy(update={"training": without}))
+            return f"training.{key} is {value!r}"
+    return "training"
+
+
+def _check_trackers(report_to: Any) -> None:
+    """TRL would find out when the model is loaded already."""
+    from transformers.integrations import integration_utils as trackers
+
+    named = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    names = sorted(named - {"none", "all"})
+    if not names:
+        return
+    known, installed = sorted(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise ToolkitError(f"training.report_to: {name!r} is none of none, all, {', '.join(known)}")
+        if name not in (*installed, "flyte", "azure_ml"):  # of these two transformers does not say it
+            raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
+
+
+def _check_metric(recipe: Any) -> None:
+    """Does every evaluation give the metric that chooses the best checkpoint?"""
+    metric = recipe.training.get("metric_for_best_model")
+    if recipe.stage != "sft" or metric is None:
+        return
+    paths = [entry.path for entry in recipe.eval_data]
+    losses = [f"{name}_loss" for name in source_names(paths)] if len(paths) > 1 else []
+    known = ["loss", *losses, "mean_token_accuracy", "entropy"]
+    if metric.removeprefix("eval_") not in known:
+        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is none of {', '.join(known)}")
+
+
+def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:
+    near = get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if near:
+        return f'unknown key "{path}", did you mean "{path.removesuffix(key)}{near[0]}"?'
+    return f'unknown key "{path}": {otherwise}'
+
+
+def _plain(message: str) -> str:
+    return message.replace("Input should be ", "must be ")
