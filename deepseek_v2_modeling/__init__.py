@@ -6,16 +6,13 @@ classes stay importable from transformers.models.deepseek_v2.
 
 from typing import TYPE_CHECKING, Any
 
-from .adapters.exporting import export_adapter
-from .adapters.importing import import_adapter
-from .adapters.loading import load_adapter
-from .adapters.lora import apply_lora, lora_config
-from .adapters.merge import merge_lora
+from .adapters import apply_lora, export_adapter, import_adapter, load_adapter, lora_config, merge_lora
 from .cache import LatentCache
 from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .layers.balance_losses import collect_balance
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
+from .presets import PRESETS, build_model
 from .registration import register
 from .routing_replay import record_routing, replay_routing
 
@@ -35,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PRESETS",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForSequenceClassification",
@@ -43,6 +41,7 @@ __all__ = [
     "ModelError",
     "RunTrainerMixin",
     "apply_lora",
+    "build_model",
     "collect_balance",
     "export_adapter",
     "import_adapter",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
@@ -17,6 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import LatentCache
+from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
@@ -386,3 +388,9 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+HEADS: dict[Head, type[PreTrainedModel]] = {
+    "causal_lm": DeepseekV2ForCausalLM,
+    "score": DeepseekV2ForSequenceClassification,
+}

@@ -19,7 +19,7 @@ from conversations.answers.rules import check_reference
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import generate_answers, score_sequences, token_losses
-from deepseek_v2_modeling.training.run_files import SAMPLES_FILE, append_lines, cut_file
+from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
 from eval.decoding import adjustment, obeyed
 

@@ -13,8 +13,7 @@ from trl.trainer.reward_config import RewardConfig
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
 from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling.inference import score_sequences
-from deepseek_v2_modeling.training.mixin import RunLimits, RunTrainerMixin, training_arguments
-from deepseek_v2_modeling.training.run_files import REJECTED_FILE, append_lines
+from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
 from reward.data import Row, answer_ids, encode_judged, encode_pairs
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer

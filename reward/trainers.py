@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from trl.trainer.reward_trainer import RewardTrainer
 
 from deepseek_v2_modeling.inference import pad_batch
-from deepseek_v2_modeling.training.mixin import RunTrainerMixin
+from deepseek_v2_modeling.training import RunTrainerMixin
 
 
 class PairTrainer(RunTrainerMixin, RewardTrainer):

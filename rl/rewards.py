@@ -16,7 +16,7 @@ from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.answers.rules import find_rule
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import score_sequences
-from deepseek_v2_modeling.training.run_files import read_json
+from deepseek_v2_modeling.training import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

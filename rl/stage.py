@@ -11,7 +11,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from conversations.answers.prompts import Row, prompt_of
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.training.mixin import RunLimits, training_arguments
+from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RewardEntry, RlRecipe
 from rl.rewards import Reward, RewardModelReward, check_references
 from rl.trainer import PolicyTrainer

@@ -17,9 +17,7 @@ from conversations import render_conversation
 from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training.adapted_head import score_labels, trains_adapted_head
-from deepseek_v2_modeling.training.mixin import RunTrainerMixin
-from deepseek_v2_modeling.training.run_files import SAMPLES_FILE, append_lines
+from deepseek_v2_modeling.training import SAMPLES_FILE, RunTrainerMixin, append_lines, score_labels, trains_adapted_head
 from rl.rewards import Reward
 
 IGNORED = -100  # a label that is not scored

@@ -12,8 +12,7 @@ from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
 from conversations.rendering.lengths import LengthReport
-from deepseek_v2_modeling.training.mixin import RunLimits, training_arguments
-from deepseek_v2_modeling.training.run_files import REJECTED_FILE, append_lines
+from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, append_lines, training_arguments
 from sft.config import SftRecipe
 from sft.data import Row, check_row, encode_rows
 from sft.trainer import ChatTrainer

@@ -13,9 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text, split_prompt
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training.adapted_head import trains_adapted_head
-from deepseek_v2_modeling.training.mixin import RunTrainerMixin
-from deepseek_v2_modeling.training.run_files import SAMPLES_FILE, append_lines
+from deepseek_v2_modeling.training import SAMPLES_FILE, RunTrainerMixin, append_lines, trains_adapted_head
 from sft.data import IGNORED, Row, origins_of
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
 from deepseek_v2_modeling import lora_config
-from deepseek_v2_modeling.adapters.loading import CONFIG, WEIGHTS
+from deepseek_v2_modeling.checkpoints.adapter_config import CONFIG, WEIGHTS
 from deepseek_v2_modeling.loading import load_base, save_final
 
 from .model_helpers import logits_of, random_adapter, random_ids, small_model, tokenizer

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from trl.trainer.utils import add_fused_lm_head
 
 from deepseek_v2_modeling import apply_lora, lora_config
-from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_model, prepare_trainable
+from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_model, prepare_trainable, read_adapter
 from deepseek_v2_modeling.training.adapted_head import score_tokens, trains_adapted_head
 
 from .model_helpers import logits_of, random_adapter, random_ids, small_model
@@ -38,12 +38,14 @@ def test_the_head_trains_and_resumes(tmp_path: Path, run: Any, monkeypatch: pyte
     monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 4)
     before = {name: value.clone() for name, value in head_factors(start(tmp_path)).items()}
     run(tmp_path / "whole", model=start(tmp_path))
-    trained = load_model(ModelSource(str(tmp_path / "base"), str(tmp_path / "whole" / "final")))
+    trained = load_model(ModelSource(str(tmp_path / "base"), read_adapter(tmp_path / "whole" / "final")))
     after = head_factors(trained)
     assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
     checkpoint = stopped_after(tmp_path / "whole" / "checkpoint-2", tmp_path / "again")
     run(tmp_path / "again", model=start(tmp_path), resume_from=checkpoint)
-    assert_same_weights(trained, load_model(ModelSource(str(tmp_path / "base"), str(tmp_path / "again" / "final"))))
+    assert_same_weights(
+        trained, load_model(ModelSource(str(tmp_path / "base"), read_adapter(tmp_path / "again" / "final")))
+    )
 
 
 def test_the_first_loss_is_that_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

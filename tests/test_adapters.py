@@ -11,14 +11,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from deepseek_v2_modeling import ModelError, apply_lora, export_adapter, load_adapter, lora_config
-from deepseek_v2_modeling.adapters.loading import read_adapter_config
+from deepseek_v2_modeling.checkpoints.adapter_config import read_adapter_config
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,
     load_base,
     load_model,
     prepare_trainable,
-    same_experts,
+    read_adapter,
     save_final,
 )
 
@@ -83,7 +83,7 @@ def test_trainable(base: Path, adapter: Path):
 def test_missing_tensor(base: Path, adapter: Path):
     edit(adapter, drop=EXPERT_B)
     with pytest.raises(ModelError, match="missing") as caught:
-        load_model(ModelSource(str(base), str(adapter)))
+        load_model(ModelSource(str(base), read_adapter(adapter)))
     assert EXPERT_B in str(caught.value) and str(adapter) in str(caught.value)
 
 
@@ -91,14 +91,14 @@ def test_missing_tensor(base: Path, adapter: Path):
 def test_extra_tensor(base: Path, adapter: Path, extra: str):
     edit(adapter, put={extra: torch.zeros(2, 2)})
     with pytest.raises(ModelError, match="unexpected") as caught:
-        load_model(ModelSource(str(base), str(adapter)))
+        load_model(ModelSource(str(base), read_adapter(adapter)))
     assert extra in str(caught.value)
 
 
 def test_misshapen_tensor(base: Path, adapter: Path):
     edit(adapter, put={EXPERT_B: load_file(adapter / "adapter_model.safetensors")[EXPERT_B].t().contiguous()})
     with pytest.raises(ModelError, match="shape") as caught:
-        load_model(ModelSource(str(base), str(adapter)))
+        load_model(ModelSource(str(base), read_adapter(adapter)))
     assert EXPERT_B in str(caught.value)
 
 
@@ -115,14 +115,14 @@ def test_misshapen_tensor(base: Path, adapter: Path):
 def test_adapter_of_another_model(tmp_path: Path, adapter: Path, changes: dict[str, Any]):
     small_model(**changes).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=re.escape(str(adapter))):
-        load_model(ModelSource(str(tmp_path / "other"), str(adapter)))
+        load_model(ModelSource(str(tmp_path / "other"), read_adapter(adapter)))
 
 
 def test_another_rank_in_the_config(base: Path, adapter: Path):
     config = read_adapter_config(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     with pytest.raises(ModelError, match="shape"):
-        load_model(ModelSource(str(base), str(adapter)))
+        load_model(ModelSource(str(base), read_adapter(adapter)))
 
 
 def test_unusable_directories(tmp_path: Path, adapter: Path):
@@ -144,7 +144,7 @@ def test_a_file_cut_short(base: Path, adapter: Path, size: int):
     path.write_bytes(path.read_bytes()[:size])
     for use in (
         lambda: load_adapter(load_base(str(base)), adapter),
-        lambda: same_experts(str(adapter), str(base), None),
+        lambda: read_adapter(adapter),
     ):
         with pytest.raises(ModelError, match=re.escape(f"{path}: not a readable safetensors file")):
             use()
@@ -165,7 +165,9 @@ def test_numbers_that_are_not_finite(base: Path, adapter: Path, value: float):
 def test_peft_loads_what_fits(base: Path, adapter: Path):
     loaded = PeftModel.from_pretrained(load_base(str(base)), adapter)
     ids = random_ids(2, 8)
-    assert torch.equal(logits_of(loaded.eval(), ids), logits_of(load_model(ModelSource(str(base), str(adapter))), ids))
+    assert torch.equal(
+        logits_of(loaded.eval(), ids), logits_of(load_model(ModelSource(str(base), read_adapter(adapter))), ids)
+    )
     loaded.load_adapter(str(adapter), "second")
     loaded.load_state_dict({"base_model.model.model.norm.weight": torch.ones(32)}, strict=False)  # of no adapter
 
@@ -204,7 +206,7 @@ def test_adapted_embeddings_are_saved_without_a_warning(base: Path, tmp_path: Pa
 
 
 def test_reward_model_starts_from_the_sft_adapter(base: Path, adapter: Path, tmp_path: Path):
-    source = ModelSource(str(base), str(adapter))
+    source = ModelSource(str(base), read_adapter(adapter))
     sft = load_model(source)
     model = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged", head="score")
     assert not (tmp_path / "merged").exists()
@@ -225,14 +227,14 @@ def test_reward_model_starts_from_the_sft_adapter(base: Path, adapter: Path, tmp
                 parameter.add_(0.05)
     save_final(model, tokenizer(), tmp_path / "reward")
     assert read_adapter_config(tmp_path / "reward")["task_type"] == "SEQ_CLS"
-    again = load_model(ModelSource(str(base), str(tmp_path / "reward")), head="score")
+    again = load_model(ModelSource(str(base), read_adapter(tmp_path / "reward")), head="score")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert logits_of(again, ids).shape == (2, 1)
 
 
 def test_reward_model_on_a_bfloat16_base(base: Path, adapter: Path, tmp_path: Path):
     """Its head trains in float32 like the adapter."""
-    source = ModelSource(str(base), str(adapter))
+    source = ModelSource(str(base), read_adapter(adapter))
     model = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "m", head="score", dtype="bfloat16")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -241,10 +243,10 @@ def test_reward_model_on_a_bfloat16_base(base: Path, adapter: Path, tmp_path: Pa
 
 def test_reward_model_without_its_head(base: Path, adapter: Path, tmp_path: Path):
     """Once it is a reward model, the head is a tensor like any other."""
-    source = ModelSource(str(base), str(adapter))
+    source = ModelSource(str(base), read_adapter(adapter))
     model = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged", head="score")
     save_final(model, tokenizer(), tmp_path / "reward")
     name = next(key for key in load_file(tmp_path / "reward" / "adapter_model.safetensors") if "score" in key)
     edit(tmp_path / "reward", drop=name)
     with pytest.raises(ModelError, match=re.escape(name)):
-        load_model(ModelSource(str(base), str(tmp_path / "reward")), head="score")
+        load_model(ModelSource(str(base), read_adapter(tmp_path / "reward")), head="score")

@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config, merge_lora
-from deepseek_v2_modeling.adapters.loading import WEIGHTS
 from deepseek_v2_modeling.adapters.lora import adapted_modules
+from deepseek_v2_modeling.checkpoints.adapter_config import WEIGHTS
 from deepseek_v2_modeling.esft.choice import ExpertChoice, read_choice
 from deepseek_v2_modeling.esft.full_weights import _grouped, _looped, train_chosen_experts, trained_rows
 from deepseek_v2_modeling.kernels.grouped_products import Groups

@@ -22,8 +22,8 @@ from deepseek_v2_modeling.adapters.layouts import (
     stack_up,
     transpose_pair,
 )
-from deepseek_v2_modeling.adapters.loading import WEIGHTS
-from deepseek_v2_modeling.loading import ModelSource, load_base, load_model
+from deepseek_v2_modeling.checkpoints.adapter_config import WEIGHTS
+from deepseek_v2_modeling.loading import ModelSource, load_base, load_model, read_adapter
 
 from .adapter_helpers import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter
 from .model_helpers import logits_of, stock_twin
@@ -127,7 +127,7 @@ def test_the_products_stay(tmp_path: Path, targets: Any, arguments: Any, changes
 
     report = import_adapter(tmp_path / "served", tmp_path / "back")
     assert report.zeros == 0
-    back = load_model(ModelSource(str(base), str(tmp_path / "back")))
+    back = load_model(ModelSource(str(base), read_adapter(tmp_path / "back")))
     torch.testing.assert_close(logits_of(back, IDS), ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(stock_adapter(base, tmp_path / "back"), ours, rtol=0, atol=1e-5)
     sizes = [sum(t.numel() for t in load_file(tmp_path / d / WEIGHTS).values()) for d in ("adapter", "back")]
@@ -232,10 +232,10 @@ def test_legacy_adapter(base: Path, tmp_path: Path, skip: str, config: Any, scal
     legacy_adapter(tmp_path / "legacy", base, skip, **config)
     wanted = served(base, tmp_path / "legacy", scaling, tmp_path / "added")
     with pytest.raises(ModelError, match=f"dsv2 import {re.escape(str(tmp_path))}/legacy OUT_DIR"):
-        load_model(ModelSource(str(base), str(tmp_path / "legacy")))
+        load_model(ModelSource(str(base), read_adapter(tmp_path / "legacy")))
     report = import_adapter(tmp_path / "legacy", tmp_path / "imported")
     assert report.zeros == zeros
-    model = load_model(ModelSource(str(base), str(tmp_path / "imported")))
+    model = load_model(ModelSource(str(base), read_adapter(tmp_path / "imported")))
     torch.testing.assert_close(logits_of(model, IDS), wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(stock_adapter(base, tmp_path / "imported"), wanted, rtol=0, atol=1e-5)
 
@@ -256,7 +256,7 @@ def test_layouts_that_are_the_same(base: Path, tmp_path: Path):
     ours = make_adapter(tmp_path / "adapter", base, ("attention", "embeddings", "lm_head"))
     export_adapter(tmp_path / "adapter", tmp_path / "served")
     assert "copied" in import_adapter(tmp_path / "served", tmp_path / "back").found
-    assert torch.equal(logits_of(load_model(ModelSource(str(base), str(tmp_path / "back"))), IDS), ours)
+    assert torch.equal(logits_of(load_model(ModelSource(str(base), read_adapter(tmp_path / "back"))), IDS), ours)
 
 
 @pytest.mark.parametrize("target", ["experts", "attention.o"])
@@ -285,7 +285,7 @@ def test_shared_and_dense_as_modules_are_legacy_too(base: Path, tmp_path: Path):
     """Current PEFT would take such targets for the routed experts."""
     legacy_adapter(tmp_path / "legacy", base, skip=r"\.experts\.|gate$", target_modules=["gate_proj", "up_proj"])
     with pytest.raises(ModelError, match="dsv2 import"):
-        load_model(ModelSource(str(base), str(tmp_path / "legacy")))
+        load_model(ModelSource(str(base), read_adapter(tmp_path / "legacy")))
     import_adapter(tmp_path / "legacy", tmp_path / "imported")
     assert not [name for name in load_file(tmp_path / "imported" / WEIGHTS) if ".mlp.experts." in name]
 
@@ -336,7 +336,9 @@ def test_the_transposed_layout_is_converted(tmp_path: Path, changes: dict[str, A
     ours = make_adapter(tmp_path / "adapter", base)
     untouched = load_file(tmp_path / "adapter" / WEIGHTS)
     transpose_file(tmp_path / "adapter", None)
-    torch.testing.assert_close(logits_of(load_model(ModelSource(str(base), str(tmp_path / "adapter"))), IDS), ours)
+    torch.testing.assert_close(
+        logits_of(load_model(ModelSource(str(base), read_adapter(tmp_path / "adapter"))), IDS), ours
+    )
     import_adapter(tmp_path / "adapter", tmp_path / "imported")
     imported = load_file(tmp_path / "imported" / WEIGHTS)
     assert imported.keys() == untouched.keys() and all(torch.equal(imported[n], untouched[n]) for n in imported)
@@ -349,22 +351,25 @@ def test_the_transposed_layout_is_converted(tmp_path: Path, changes: dict[str, A
 def test_square_experts_need_the_version(tmp_path: Path):
     base = make_base(tmp_path / "base", hidden_size=24)
     ours = make_adapter(tmp_path / "adapter", base, ("experts.gate_up",))
-    source = ModelSource(str(base), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits_of(load_model(source), IDS), ours)
+
+    def loaded() -> Any:
+        return logits_of(load_model(ModelSource(str(base), read_adapter(tmp_path / "adapter"))), IDS)
+
+    torch.testing.assert_close(loaded(), ours)
     transpose_file(tmp_path / "adapter", "0.19.0")
-    torch.testing.assert_close(logits_of(load_model(source), IDS), ours)
+    torch.testing.assert_close(loaded(), ours)
     edit_config(tmp_path / "adapter", peft_version="0.19.1")
-    assert (logits_of(load_model(source), IDS) - ours).abs().max() > 1e-3
+    assert (loaded() - ours).abs().max() > 1e-3
     edit_config(tmp_path / "adapter", peft_version=None)
     with pytest.raises(ModelError, match=r'square.*"peft_version"'):
-        load_model(source)
+        loaded()
 
 
 def test_half_a_transposed_file(base: Path, tmp_path: Path):
     make_adapter(tmp_path / "adapter", base)
     transpose_file(tmp_path / "adapter", "0.18.1", only="layers.1.")
     with pytest.raises(ModelError, match="some expert tensors are transposed"):
-        load_model(ModelSource(str(base), str(tmp_path / "adapter")))
+        load_model(ModelSource(str(base), read_adapter(tmp_path / "adapter")))
 
 
 def test_logits_of_the_base_differ(base: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ from deepseek_v2_modeling.loading import (
     load_model,
     load_tokenizer,
     prepare_trainable,
+    read_adapter,
     resolve_source,
     save_final,
 )
@@ -51,9 +52,9 @@ def test_model_directory(base: Path):
 
 
 def test_run_final_and_adapter(base: Path, run: Path):
-    final = ModelSource(str(base), str(run / "final"))
+    final = ModelSource(str(base), read_adapter(run / "final"))
     assert resolve_source(run) == resolve_source(run / "final") == final
-    assert resolve_source(run / "checkpoint-2") == ModelSource(str(base), str(run / "checkpoint-2"))
+    assert resolve_source(run / "checkpoint-2") == ModelSource(str(base), read_adapter(run / "checkpoint-2"))
 
 
 def test_run_of_full_fine_tuning(tmp_path: Path):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
 from deepseek_v2_modeling import ModelError, export_adapter, lora_config, merge_lora
-from deepseek_v2_modeling.adapters.merge import copy_side_files
 from deepseek_v2_modeling.checkpoints import tensor_files
+from deepseek_v2_modeling.checkpoints.sources import copy_side_files
 from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_base, load_model, prepare_trainable, save_final
 
 from .adapter_helpers import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import TextStreamer
 
 from conversations.reading import opening
-from deepseek_v2_modeling.adapters.patterns import pattern_fault
-from deepseek_v2_modeling.checkpoints.hub_names import is_hub_name
+from deepseek_v2_modeling.checkpoints.adapter_config import pattern_fault
+from deepseek_v2_modeling.checkpoints.sources import is_hub_name
 from recipes.cli import main
 from recipes.recipe.secret_keys import refuse_secrets, without_secrets
 from recipes.terminal import printable, safe_terminal

@@ -19,7 +19,7 @@ from deepseek_v2_modeling import (
     DeepseekV2Model,
     ModelError,
 )
-from deepseek_v2_modeling.checkpoints.strict import hub_layout
+from deepseek_v2_modeling.checkpoints.hub_layout import hub_layout
 from deepseek_v2_modeling.modeling import DeepseekV2PreTrainedModel
 
 from .model_helpers import SMALL, logits_of, random_ids, small_config, small_model

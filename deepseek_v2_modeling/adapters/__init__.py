@@ -1,0 +1,25 @@
+"""LoRA adapters: made, loaded, merged into their base, and written in the layouts of others."""
+
+from ..checkpoints.adapter_config import CONFIG, WEIGHTS
+from ..checkpoints.tensor_files import Progress
+from .exporting import export_adapter
+from .files import match_adapter
+from .importing import import_adapter
+from .loading import load_adapter
+from .lora import adapted_modules, apply_lora, check_targets, lora_config
+from .merge import merge_lora
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Progress",
+    "adapted_modules",
+    "apply_lora",
+    "check_targets",
+    "export_adapter",
+    "import_adapter",
+    "load_adapter",
+    "lora_config",
+    "match_adapter",
+    "merge_lora",
+]

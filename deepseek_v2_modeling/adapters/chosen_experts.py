@@ -6,7 +6,6 @@ ones, with zeros for the others, and `load_state_dict` takes them.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import nn
 
-from ..checkpoints.tensor_files import read_header
+from ..checkpoints.sources import AdapterSource
 from ..errors import ModelError
 from ..esft.choice import ExpertChoice
 from ..layers.moe import DeepseekV2Experts
@@ -108,19 +107,15 @@ def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
         raise ModelError(f"{choice.where}: the LoRA targets have no routed experts; add experts to lora.targets")
 
 
-def chosen_in_file(weights: Path, experts: int) -> dict[int, tuple[int, ...]]:
+def chosen_in(source: AdapterSource, experts: int) -> dict[int, tuple[int, ...]]:
     """{layer: experts whose A is not all zeros} of an adapter in PEFT's layout; {} when no routed experts are adapted.
 
     An untrained B is 0 as well, but A starts at random: experts without one were left out of the training.
-
-    Raises:
-        ModelError: the file is cut short.
     """
-    read_header(weights)
     chosen: dict[int, set[int]] = {}
-    with safe_open(weights, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - no mapping
-            if found := _DOWN.search(name):
-                live = stack_down(file.get_tensor(name), experts).flatten(1).any(1).nonzero().flatten()
-                chosen.setdefault(int(found[1]), set()).update(live.tolist())
+    layers = {name: int(found[1]) for name in source.header if (found := _DOWN.search(name))}
+    with safe_open(source.weights, "pt") as file:
+        for name, layer in layers.items():
+            live = stack_down(file.get_tensor(name), experts).flatten(1).any(1).nonzero().flatten()
+            chosen.setdefault(layer, set()).update(live.tolist())
     return {layer: tuple(sorted(found)) for layer, found in chosen.items()}

@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
-from ..checkpoints.strict import Piece
+from ..checkpoints.adapter_config import WEIGHTS
+from ..checkpoints.hub_layout import Piece
+from ..checkpoints.sources import base_directory, copy_side_files
 from ..checkpoints.tensor_files import (
     DTYPES,
     Progress,
@@ -26,11 +28,9 @@ from ..checkpoints.tensor_files import (
     write_tensors,
 )
 from ..errors import ModelError
-from .files import AdapterFiles, FactorReader, base_directory, open_adapter, open_factors
+from .files import AdapterFiles, FactorReader, open_adapter, open_factors
 from .layouts import PREFIX, LowRank, common_scaling, pad
-from .loading import WEIGHTS
 from .lora import absolute_base
-from .merge import copy_side_files
 
 LAYOUTS = ("per_expert",)
 # Projections that servers stack into one: a pair on one of them needs a pair on each.

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
+from ..checkpoints.adapter_config import WEIGHTS, is_adapter
 from ..checkpoints.finite import check_finite
-from ..checkpoints.strict import hub_layout
+from ..checkpoints.hub_layout import hub_layout
+from ..checkpoints.sources import AdapterSource, Head, base_directory, copy_side_files, read_adapter, read_model_config
 from ..checkpoints.tensor_files import (
     DTYPES,
     Progress,
@@ -21,25 +22,16 @@ from ..checkpoints.tensor_files import (
     check_space,
     counter,
     file_size,
-    read_header,
     whole_directory,
     write_tensors,
 )
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
-from .files import (
-    base_directory,
-    head_of,
-    meta_adapter,
-    model_shapes,
-    read_lora_config,
-    read_model_config,
-    refuse_variants,
-)
+from ..outline import model_shapes
+from .files import meta_adapter, read_plain_lora, refuse_variants, with_labels
 from .layouts import hub_name, is_per_expert, is_transposed, low_rank_pairs, transpose_pair, untranspose_shapes
-from .loading import WEIGHTS, check_coverage, is_adapter
+from .loading import check_coverage
 from .lora import absolute_base
-from .merge import copy_side_files
 from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
 
 SAME = "a layout that is PEFT's as well (no experts, shared experts, dense layers or router): copied"
@@ -70,13 +62,11 @@ class Conversion:
 class Foreign:
     """An adapter to import, and the structure of its base."""
 
-    directory: Path
-    raw: Mapping[str, Any]
+    source: AdapterSource
     lora: LoraConfig
-    infos: Mapping[str, TensorInfo]
     base: str
     model_config: DeepseekV2Config
-    head: str
+    head: Head
     read: Read
 
 
@@ -96,10 +86,11 @@ def import_adapter(
     out_dir = Path(out_dir)
     check_output(out_dir)
     with open_foreign(Path(adapter_dir), base) as foreign:
-        fused = foreign.raw.get("target_parameters") and not is_per_expert(foreign.infos, foreign.raw)
+        source = foreign.source
+        fused = source.config.get("target_parameters") and not is_per_expert(source.header, source.config)
         conversion = (convert_transposed if fused else convert_per_expert)(foreign)
-        peft_model, _ = meta_adapter(foreign.model_config, conversion.lora, foreign.head)
-        check_coverage(peft_model, {n: info.shape for n, info in conversion.infos.items()}, str(foreign.directory))
+        _, wanted = meta_adapter(foreign.model_config, conversion.lora, foreign.head, foreign.source)
+        check_coverage(wanted, {n: info.shape for n, info in conversion.infos.items()}, foreign.source.directory)
         total = file_size(conversion.infos)
         check_space(out_dir, total)
         with whole_directory(out_dir) as directory:
@@ -110,7 +101,7 @@ def import_adapter(
                 counter(progress, total),
             )
             conversion.lora.save_pretrained(str(directory))
-            copy_side_files(foreign.directory, None, directory)
+            copy_side_files(foreign.source.directory, None, directory)
     return ImportReport(conversion.found, len(conversion.infos), conversion.zeros, total)
 
 
@@ -124,20 +115,19 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     directory = path / "final" if (path / "final").is_dir() else path
     if not is_adapter(directory):
         raise ModelError(f"{directory}: there is no adapter here (adapter_config.json)")
-    raw, lora = read_lora_config(directory)
-    refuse_variants(directory, raw)
-    base = base or raw.get("base_model_name_or_path")
+    source = read_adapter(directory)
+    lora = read_plain_lora(source)
+    refuse_variants(source)
+    base = base or source.base
     if not base:
         raise ModelError(f"{directory}/adapter_config.json names no base model; name it with --base MODEL")
-    config = read_model_config(base)
-    infos = read_header(directory / WEIGHTS)
-    head = head_of(raw, infos, config)
-    with safe_open(directory / WEIGHTS, "pt") as file:
+    settings = with_labels(read_model_config(base), source.header)
+    with safe_open(source.weights, "pt") as file:
 
         def read(name: str) -> torch.Tensor:
             return check_finite(name, file.get_tensor(name), directory)
 
-        yield Foreign(directory, raw, lora, infos, absolute_base(base) or base, config, head, read)
+        yield Foreign(source, lora, absolute_base(base) or base, settings, source.head, read)
 
 
 def convert_transposed(foreign: Foreign) -> Conversion:
@@ -146,11 +136,11 @@ def convert_transposed(foreign: Foreign) -> Conversion:
     Raises:
         ModelError: it is in that layout already.
     """
-    peft_model, wanted = meta_adapter(foreign.model_config, foreign.lora, foreign.head)
+    peft_model, wanted = meta_adapter(foreign.model_config, foreign.lora, foreign.head, foreign.source)
     pairs = low_rank_pairs(peft_model)
-    shapes = {name: info.shape for name, info in foreign.infos.items()}
-    if not is_transposed(pairs, shapes, wanted, foreign.raw, foreign.directory):
-        raise ModelError(f"{foreign.directory} is in PEFT's layout already; it needs no import")
+    shapes = foreign.source.shapes
+    if not is_transposed(pairs, shapes, wanted, foreign.source.config, foreign.source.directory):
+        raise ModelError(f"{foreign.source.directory} is in PEFT's layout already; it needs no import")
     homes = {name: pair for pair in pairs if pair.experts for name in (pair.a, pair.b)}
 
     def make(name: str) -> torch.Tensor:
@@ -160,7 +150,7 @@ def convert_transposed(foreign: Foreign) -> Conversion:
         return transpose_pair(foreign.read(pair.a), foreign.read(pair.b), pair.experts)[name == pair.b]
 
     new = untranspose_shapes(pairs, shapes)
-    infos = {name: TensorInfo(info.dtype, new[name]) for name, info in foreign.infos.items()}
+    infos = {name: TensorInfo(info.dtype, new[name]) for name, info in foreign.source.header.items()}
     lora = foreign.lora
     lora.base_model_name_or_path = foreign.base
     lora.peft_version = LoraConfig().peft_version
@@ -171,21 +161,21 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
     """The per-expert pairs as PEFT's fused ones; without any, pairs that lie the same in both layouts."""
     parameters = model_shapes(foreign.model_config, foreign.head)
     layout = hub_layout(parameters)
-    sources, whole = read_sources(foreign.infos, foreign.raw, layout, foreign.directory)
+    sources, whole = read_sources(foreign.source.header, foreign.source.config, layout, foreign.source.directory)
     if not sources:
-        raise ModelError(f"{foreign.directory}: there is no pair of LoRA factors in {WEIGHTS}")
+        raise ModelError(f"{foreign.source.directory}: there is no pair of LoRA factors in {WEIGHTS}")
     groups = plan_groups(parameters, sources, foreign.read)
-    check_complete(groups, foreign.lora, foreign.directory)
+    check_complete(groups, foreign.lora, foreign.source.directory)
     targets = {target.parameter: (group, target) for group in groups for target in group.targets}
     if lost := [name for name in sources if layout[name].parameter not in targets]:
-        raise ModelError(f"{foreign.directory}: {lost[0]} cannot be adapted here")
-    lora = fused_config(groups, foreign.raw, foreign.base)
-    peft_model, wanted = meta_adapter(foreign.model_config, lora, foreign.head)
+        raise ModelError(f"{foreign.source.directory}: {lost[0]} cannot be adapted here")
+    lora = fused_config(groups, foreign.source.config, foreign.base)
+    peft_model, wanted = meta_adapter(foreign.model_config, lora, foreign.head, foreign.source)
     pairs = low_rank_pairs(peft_model)
     homes = {name: (*targets[pair.parameter], side) for pair in pairs for side, name in enumerate((pair.a, pair.b))}
     others = {name: hub_name(name) for name in wanted if name not in homes}
     if unused := whole.keys() - set(others.values()):
-        raise ModelError(f"{foreign.directory}: {whole[min(unused)]} has no place in the imported adapter")
+        raise ModelError(f"{foreign.source.directory}: {whole[min(unused)]} has no place in the imported adapter")
 
     def make(name: str) -> torch.Tensor:
         if name in homes:
@@ -196,7 +186,7 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
 
     infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
     zeros = sum(source is None for _, t in targets.values() for parts in t.experts for _, source in parts)
-    found = "one pair for each expert" if is_per_expert(foreign.infos, foreign.raw) else SAME
+    found = "one pair for each expert" if is_per_expert(foreign.source.header, foreign.source.config) else SAME
     return Conversion(found, lora, infos, make, zeros)
 
 

@@ -130,6 +130,20 @@ def lora_config(
     return config
 
 
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a recipe's `lora` section says."""
+
+    targets: tuple[str, ...]
+    r: int | Mapping[str, int] = 16
+    alpha: Number | Mapping[str, Number] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def config(self, task_type: str) -> LoraConfig:
+        return lora_config(self.targets, self.r, self.alpha, self.rslora, task_type, self.dropout)
+
+
 def check_dropout(dropout: float) -> None:
     """Raises ModelError unless it is a share of what is dropped, that leaves something."""
     if not isinstance(dropout, Number) or not 0 <= dropout < 1:

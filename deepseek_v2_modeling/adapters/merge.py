@@ -7,7 +7,6 @@ twin in pieces of a few megabytes. No model is made; memory does not grow with t
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoints.finite import check_finite, is_finite
-from ..checkpoints.strict import hub_layout
+from ..checkpoints.hub_layout import hub_layout
+from ..checkpoints.sources import base_directory, copy_side_files, resolve_source
 from ..checkpoints.tensor_files import (
     CODES,
     DTYPES,
@@ -32,27 +32,11 @@ from ..checkpoints.tensor_files import (
     whole_directory,
     write_tensors,
 )
-from ..checkpoints.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
 from ..errors import ModelError
-from ..loading import HEADS, resolve_source
-from .files import (
-    AdapterFiles,
-    FactorReader,
-    base_directory,
-    head_of,
-    model_shapes,
-    open_adapter,
-    open_factors,
-    read_model_config,
-)
+from ..modeling import HEADS
+from ..outline import model_shapes
+from .files import AdapterFiles, FactorReader, open_adapter, open_factors, with_labels
 from .merge_plan import Merged, Shard, plan_shards
-
-# Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
-SIDE_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "reward_stats.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,19 +95,19 @@ def merge_lora(
 
 def open_source(path: str | Path) -> AdapterFiles:
     """An adapter or a whole model, from its headers. Raises ModelError as `open_adapter`."""
-    if not Path(path).exists() or resolve_source(path).adapter is not None:
+    model = resolve_source(path)
+    if model.adapter is not None:
         return open_adapter(path)
-    base = resolve_source(path).base
-    config: Any = read_model_config(base)
-    scores = any("SequenceClassification" in name for name in config.architectures or ())
-    infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
-    head = head_of({"task_type": HEADS["score" if scores else "causal_lm"][1]}, infos, config)
-    parameters = model_shapes(config, head)
+    settings = model.settings
+    infos = {name: info for header in base_headers(Path(model.base)).values() for name, info in header.items()}
+    head = "score" if any("SequenceClassification" in name for name in settings.architectures or ()) else "causal_lm"
+    settings = with_labels(settings, infos)
+    parameters = model_shapes(settings, head)
     return AdapterFiles(
-        directory=Path(base),
-        base=base,
+        directory=Path(model.base),
+        base=model.base,
         config={},
-        model_config=config,
+        model_config=settings,
         head=head,
         pairs=(),
         replaced={},
@@ -186,7 +170,7 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
 def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:
     """config.json with both forms of the RoPE settings; without pointers to code that is not copied."""
     config: Any = adapter.model_config
-    config.architectures = [HEADS[adapter.head][0].__name__]
+    config.architectures = [HEADS[adapter.head].__name__]
     if dtype is not None:
         config.dtype = getattr(torch, dtype)
     if adapter.head == "score" and config.pad_token_id is None:
@@ -203,43 +187,3 @@ def _pad_token_id(adapter: AdapterFiles) -> int | None:
             tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             return tokenizer.pad_token_id
     return None
-
-
-def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
-    """Tokenizer and template of the adapter where it has its own, else the base's; reward statistics of the adapter
-    only, whose head they belong to; the rest from where it is."""
-    places = [own] if base is None else [own, base]
-    with_tokenizer = [place for place in places if (place / "tokenizer_config.json").is_file()][:1]
-    own_places = {"generation_config.json": places, "reward_stats.json": [own]}
-    for name in SIDE_FILES:
-        found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
-        if found:
-            copy_plain(found[0] / name, directory / name)
-
-
-def copy_plain(source: Path, target: Path) -> None:
-    """A side file as it is, but for what another machine or another renderer could not use."""
-    if source.name == TEMPLATE:
-        try:
-            text = source.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise ModelError(f"{source}: not UTF-8 ({error})") from error
-        target.write_text(plain_template(text), encoding="utf-8")
-    elif source.name == TOKENIZER_CONFIG:
-        config = read_object(source)
-        if isinstance(template := config.get("chat_template"), str):
-            config["chat_template"] = plain_template(template)
-        write_tokenizer_config(config, target)
-    else:
-        shutil.copyfile(source, target)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: no JSON object")
-    return value

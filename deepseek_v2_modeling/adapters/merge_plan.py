@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.strict import COMPUTED
+from ..checkpoints.hub_layout import COMPUTED
 from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
 from ..errors import ModelError
 from .files import AdapterFiles

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from ..checkpoints.strict import Piece, hub_layout, name_some
+from ..checkpoints.hub_layout import Piece, hub_layout
+from ..checkpoints.strict import name_some
 from ..checkpoints.tensor_files import TensorInfo
 from ..errors import ModelError
 from .layouts import common_scaling, flatten_down, flatten_up, hub_name, pad

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .hub_layout import pieces_of
 
 CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,8 +33,6 @@ def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Te
 
 def check_weights(model: nn.Module, where: Any) -> None:
     """Raises ModelError for a weight of a model, read from `where`, that is not finite; an expert's by its own name."""
-    from .strict import pieces_of  # which loads through this file
-
     for name, parameter in model.named_parameters():
         if is_finite(parameter.detach()):
             continue

@@ -1,0 +1,47 @@
+"""Training with transformers' Trainer and TRL's: a mixin that puts the balance losses back, checkpoints that resume
+exactly, and the files of a run. What is here by name is imported when it is asked for: the Trainer takes its time."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .run_files import REJECTED_FILE, SAMPLES_FILE, append_lines, cut_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from .adapted_head import score_labels, trains_adapted_head
+    from .arguments import RunLimits, check_batches, training_arguments
+    from .checksums import check_whole
+    from .mixin import RunTrainerMixin, StopRequested
+
+_HOMES = {
+    "RunLimits": "arguments",
+    "RunTrainerMixin": "mixin",
+    "StopRequested": "mixin",
+    "check_batches": "arguments",
+    "check_whole": "checksums",
+    "score_labels": "adapted_head",
+    "training_arguments": "arguments",
+    "trains_adapted_head": "adapted_head",
+}
+
+__all__ = [
+    "REJECTED_FILE",
+    "SAMPLES_FILE",
+    "RunLimits",
+    "RunTrainerMixin",
+    "StopRequested",
+    "append_lines",
+    "check_batches",
+    "check_whole",
+    "cut_file",
+    "read_json",
+    "score_labels",
+    "training_arguments",
+    "trains_adapted_head",
+    "write_json",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -197,7 +197,7 @@ def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
     Raises:
         ModelError: no batch comes out of the rows.
     """
-    from deepseek_v2_modeling.training.arguments import check_batches
+    from deepseek_v2_modeling.training import check_batches
     from recipes.processes import world_size
     from recipes.runs.training_fields import setting, trl_config
 

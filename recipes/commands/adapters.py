@@ -5,10 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from deepseek_v2_modeling.adapters.exporting import export_adapter
-from deepseek_v2_modeling.adapters.importing import import_adapter
-from deepseek_v2_modeling.adapters.merge import merge_lora
-from deepseek_v2_modeling.checkpoints.tensor_files import Progress
+from deepseek_v2_modeling.adapters import Progress, export_adapter, import_adapter, merge_lora
 from recipes.lock import hold_path
 from recipes.quiet import quiet_libraries
 

@@ -13,8 +13,7 @@ import torch
 from conversations.errors import ToolkitError
 from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport
-from deepseek_v2_modeling.esft.choice import OFFICIAL_SWITCHES, smallest_set
-from deepseek_v2_modeling.esft.scores import THRESHOLDS, ExpertScores, Score, score_experts
+from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
 from recipes.data.sources import Mixture
 from recipes.files import write_json, write_text
 from recipes.html import render_page

@@ -12,24 +12,22 @@ from typing import Any
 from conversations.errors import ToolkitError
 from conversations.rendering.template import has_other_template, install_template
 from conversations.sections import LoraSection, ModelSection, TrainingRecipe
-from deepseek_v2_modeling.adapters.files import match_adapter, read_lora_config
-from deepseek_v2_modeling.adapters.loading import read_adapter_config
-from deepseek_v2_modeling.checkpoints.generation_files import check_generation
-from deepseek_v2_modeling.configuration import DeepseekV2Config
-from deepseek_v2_modeling.esft.choice import ExpertChoice, read_choice
+from deepseek_v2_modeling import PRESETS, DeepseekV2Config
+from deepseek_v2_modeling.adapters import check_targets, match_adapter
+from deepseek_v2_modeling.esft import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
+    TASKS,
     Head,
     LoraSettings,
     ModelSource,
     apply_settings,
-    check_lora_targets,
+    check_generation,
     check_vocabulary,
     check_weights,
     load_tokenizer,
-    read_settings,
+    meta_model,
     resolve_source,
 )
-from deepseek_v2_modeling.presets import PRESETS
 from recipes.processes import say
 from recipes.tiny.tokenizer import build_tokenizer
 from reward.config import RewardRecipe
@@ -91,9 +89,8 @@ def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
     """What the files say; nothing where they are on a hub that is not to be asked."""
     if not (ask_hub or Path(source.base).exists()):
         return Foundation()
-    settings = read_settings(source.base)
-    check_generation(source.base, settings.vocab_size)
-    return Foundation(source, settings, load_tokenizer(source), kind_of(source))
+    check_generation(source.base, source.settings.vocab_size)
+    return Foundation(source, source.settings, load_tokenizer(source), kind_of(source))
 
 
 def check_model(recipe: Any, found: Foundation) -> DeepseekV2Config | None:
@@ -113,7 +110,7 @@ def check_model(recipe: Any, found: Foundation) -> DeepseekV2Config | None:
     if experts is not None:
         experts.check(settings)
     if recipe.stage != "eval" and recipe.lora is not None:
-        check_lora_targets(settings, lora_settings(recipe.lora), head)
+        check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
     return settings
 
 
@@ -130,8 +127,7 @@ def check_files(found: Foundation, head: Head, path: str) -> None:
         return
     check_weights(source.base, apply_settings(copy.deepcopy(found.settings), head, None), head)
     if source.adapter:
-        raw, lora = read_lora_config(Path(source.adapter))
-        match_adapter(Path(source.adapter), raw, lora, copy.deepcopy(found.settings))
+        match_adapter(source.adapter, found.settings)
 
 
 def check_rewards(recipe: RlRecipe, earlier: Earlier, ask_hub: bool) -> None:
@@ -176,7 +172,7 @@ def reward_source(entry: RewardEntry) -> ModelSource | None:
 
 def reward_stats(entry: RewardEntry, source: ModelSource) -> RewardStats | None:
     """The statistics of a reward model's scores, where the recipe wants them normalised."""
-    return RewardStats.read(Path(source.adapter or source.base)) if entry.normalize else None
+    return RewardStats.read(source.own_dir) if entry.normalize else None
 
 
 def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = False) -> None:
@@ -198,8 +194,8 @@ def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = Fals
 def kind_of(source: ModelSource) -> Head:
     """The head that the files hold. A hub name that is not on this machine counts as a chat model."""
     if source.adapter:
-        return "score" if read_adapter_config(source.adapter).get("task_type") == "SEQ_CLS" else "causal_lm"
-    kinds = (read_settings(source.base).architectures if Path(source.base).is_dir() else None) or []
+        return source.adapter.head
+    kinds = (source.settings.architectures if Path(source.base).is_dir() else None) or []
     return "score" if any("SequenceClassification" in kind for kind in kinds) else "causal_lm"
 
 

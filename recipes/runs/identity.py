@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.adapters.loading import WEIGHTS
+from deepseek_v2_modeling.adapters import CONFIG, WEIGHTS
 from deepseek_v2_modeling.loading import ModelSource, read_settings
 from recipes.processes import world_size
 from recipes.runs.manifest import file_sha256
@@ -16,7 +16,7 @@ from recipes.runs.training_fields import setting
 
 WHOLE = 64 << 20  # files up to this size are read whole, of larger ones a piece of each STRIDE
 PIECE, STRIDE = 1 << 20, 16 << 20
-ADAPTER = (WEIGHTS, "adapter_config.json")
+ADAPTER = (WEIGHTS, CONFIG)
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
 )  # fmt: skip
@@ -31,7 +31,7 @@ def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
     base, folder = source.base, Path(source.tokenizer_dir)
     found = {"base model": (base, _model(base))}
     if source.adapter:
-        found["adapter"] = (source.adapter, _files(Path(source.adapter), ADAPTER))
+        found["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
     found["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
     found["chat template"] = (str(folder), _template(folder))
     for index, entry in enumerate(getattr(recipe, "rewards", ())):
@@ -88,7 +88,7 @@ def _content_of(files: Mapping[str, Any], part: str) -> str | None:
 
 
 def _reward(source: ModelSource, normalized: bool) -> str:
-    own = Path(source.adapter or source.base)
+    own = source.own_dir
     adapter = _files(own, ADAPTER) if source.adapter else None
     return _hash([_model(source.base), adapter, _files(own, ["reward_stats.json"] * normalized)])
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from conversations.rendering.template import install_template
 from conversations.sections import ModelSection, TrainingRecipe
-from deepseek_v2_modeling.adapters.lora import adapted_modules
-from deepseek_v2_modeling.esft.full_weights import trained_rows
+from deepseek_v2_modeling.adapters import adapted_modules
+from deepseek_v2_modeling.esft import trained_rows
 from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,

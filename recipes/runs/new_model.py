@@ -16,8 +16,8 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ToolkitError(f"{directory} is there already and not empty; choose another directory")
     from conversations.rendering.template import install_template
+    from deepseek_v2_modeling import PRESETS, build_model
     from deepseek_v2_modeling.loading import save_directory
-    from deepseek_v2_modeling.presets import PRESETS, build_model
     from recipes.quiet import quiet_libraries
     from recipes.tiny.tokenizer import build_tokenizer
 

@@ -13,7 +13,7 @@ from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
-from deepseek_v2_modeling.configuration import DeepseekV2Config
+from deepseek_v2_modeling import DeepseekV2Config
 from deepseek_v2_modeling.loading import ModelSource
 from recipes.data.mixing import source_names
 from recipes.data.row_store import MixedRows

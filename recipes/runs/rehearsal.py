@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 from conversations.errors import ToolkitError
 from conversations.scratch import scratch_directory
-from deepseek_v2_modeling.adapters.lora import apply_lora
-from deepseek_v2_modeling.configuration import DeepseekV2Config
-from deepseek_v2_modeling.loading import HEADS
-from deepseek_v2_modeling.training.mixin import StopRequested
+from deepseek_v2_modeling import DeepseekV2Config
+from deepseek_v2_modeling.adapters import apply_lora
+from deepseek_v2_modeling.loading import HEADS, TASKS
+from deepseek_v2_modeling.training import StopRequested
 from recipes.disk import disk_fault
 from recipes.processes import world_size
 from recipes.runs.foundation import head_of, lora_settings
@@ -114,12 +114,12 @@ def toy_model(recipe: Any, settings: DeepseekV2Config) -> Any:
     values = {**settings.to_dict(), **_SIZES, "q_lora_rank": settings.q_lora_rank and 8}
     values |= {"n_routed_experts": settings.n_routed_experts and 4, "n_shared_experts": settings.n_shared_experts and 1}
     config = DeepseekV2Config(**{**values, "num_labels": settings.num_labels})
-    cls: Any = HEADS[head][0]
+    cls: Any = HEADS[head]
     model = cls._from_config(
         config, attn_implementation=recipe.model.attn_implementation, dtype=getattr(torch, recipe.model.dtype)
     )
     if recipe.stage != "eval" and recipe.lora is not None:
-        return apply_lora(model, lora_settings(recipe.lora).config(HEADS[head][1]))
+        return apply_lora(model, lora_settings(recipe.lora).config(TASKS[head]))
     return model
 
 

@@ -91,7 +91,7 @@ def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
 
 
 def _check_checkpoint(recipe: Any, checkpoint: Path) -> None:
-    from deepseek_v2_modeling.training.checksums import check_whole
+    from deepseek_v2_modeling.training import check_whole
 
     check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
 
@@ -148,7 +148,7 @@ def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
     from recipes.runs.models import MERGE_DIR
 
     merged = run_dir / MERGE_DIR
-    used = any(Path(path).resolve().is_relative_to(merged.resolve()) for path in (source.base, source.adapter) if path)
+    used = any(Path(path).resolve().is_relative_to(merged.resolve()) for path in (source.base, source.own_dir))
     if is_main() and merged.is_dir() and not used:
         shutil.rmtree(merged)
 

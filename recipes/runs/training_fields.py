@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.errors import ModelError
+from deepseek_v2_modeling import ModelError
 from recipes.data.mixing import source_names
 from recipes.runs.training_bounds import check_bounds
 

@@ -1,0 +1,77 @@
+"""A model's outline, made of its config alone: what can be checked before a weight is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from .checkpoints.hub_layout import Shape
+from .checkpoints.sources import Head
+from .checkpoints.strict import match_sources
+from .checkpoints.tensor_files import base_headers
+from .configuration import DeepseekV2Config, check_config, check_sizes
+from .errors import ModelError
+from .modeling import HEADS
+
+
+def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None) -> DeepseekV2Config:
+    """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones."""
+    unknown = [key for key in config or {} if not hasattr(settings, key)]
+    if unknown:
+        raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
+    changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
+    try:
+        check_sizes(changes)
+        for key, value in changes.items():
+            setattr(settings, key, value)
+        check_config(settings)
+    except (ModelError, StrictDataclassError) as error:
+        raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
+    return settings
+
+
+def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
+    """The model's structure without weights. Raises ModelError where the settings make none."""
+    try:
+        with torch.device("meta"):
+            return HEADS[head](settings)
+    except Exception as error:  # an unknown hidden_act, a pad_token_id beyond the words, ...
+        raise ModelError(
+            f"{settings.name_or_path}/config.json: no model can be made of it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def model_shapes(settings: DeepseekV2Config, head: Head) -> dict[str, Shape]:
+    """{name: shape} of a model's parameters. Raises ModelError as `meta_model`."""
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(settings, head).state_dict().items()}
+
+
+def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
+    """Match the tensors of a model directory to the model, from the headers of its files alone, as loading does.
+
+    Raises:
+        ModelError: a file that is missing or cut short, or tensors that are missing, unexpected or misshapen.
+    """
+    model = meta_model(settings, head)
+    found = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
+    mapping = get_model_conversion_mapping(model)
+    match_sources(
+        model,
+        found,
+        SimpleNamespace(weight_mapping=mapping, ignore_mismatched_sizes=False, pretrained_model_name_or_path=base),
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: DeepseekV2Config, where: str) -> None:
+    """Raises ModelError for a tokenizer with ids that the embeddings have no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= settings.vocab_size:
+        raise ModelError(
+            f"{where}: the tokenizer has ids up to {largest:,}, and the model's embeddings have "
+            f"{settings.vocab_size:,} rows (vocab_size in config.json); use the model's own tokenizer"
+        )
