@@ -21,10 +21,9 @@ from .modeling import HEADS
 
 def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None) -> DeepseekV2Config:
     """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones."""
-    unknown = [key for key in config or {} if not hasattr(settings, key)]
-    if unknown:
-        raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
     changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
+    if unknown := [key for key in changes if not hasattr(settings, key)]:
+        raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
     try:
         check_sizes(changes)
         for key, value in changes.items():

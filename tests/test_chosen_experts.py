@@ -15,6 +15,7 @@ from deepseek_v2_modeling.checkpoints.adapter_config import WEIGHTS
 from deepseek_v2_modeling.esft.choice import ExpertChoice, read_choice
 from deepseek_v2_modeling.esft.full_weights import _grouped, _looped, train_chosen_experts, trained_rows
 from deepseek_v2_modeling.kernels.grouped_products import Groups
+from deepseek_v2_modeling.layers.moe import WAYS
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     load_base,
@@ -139,6 +140,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts, self.ends = (), sizes_E.cumsum(0).to(torch.int32)
 
     monkeypatch.setattr(Groups, "__init__", init)
+    monkeypatch.delitem(WAYS, "training on a CPU")
 
 
 def test_lora_trains_nothing_else(base: Path) -> None:

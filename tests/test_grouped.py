@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v2_modeling.kernels.grouped_products import (
+    ActiveAdapter,
     Groups,
-    LowRank,
     Slots,
     _Dispatch,
     combine,
@@ -18,7 +18,14 @@ from deepseek_v2_modeling.kernels.grouped_products import (
     place_slots,
 )
 from deepseek_v2_modeling.layers import moe as moe_file
-from deepseek_v2_modeling.layers.moe import _trained, choose_experts, expert_weights, run_experts
+from deepseek_v2_modeling.layers.moe import (
+    Routed,
+    choose_experts,
+    expert_weights,
+    one_function,
+    run_experts,
+    trains_plainly,
+)
 
 from .model_helpers import small_model
 
@@ -219,7 +226,9 @@ def test_adapters_beside_the_product(case: str, dropout: float):
     ]
 
     def product(x: torch.Tensor, w: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any) -> torch.Tensor:
-        return grouped(rows).linear(x, w, [LowRank(a1, b1, 2.0, torch.nn.Identity()), LowRank(a2, b2, 0.5, drop)])
+        return grouped(rows).linear(
+            x, w, [ActiveAdapter(a1, b1, 2.0, torch.nn.Identity()), ActiveAdapter(a2, b2, 0.5, drop)]
+        )
 
     a1, b1, a2, b2 = factors
     wanted = looped(x, w + 2.0 * b1 @ a1, rows) + looped(x * keep, 0.5 * b2 @ a2, rows)
@@ -245,7 +254,7 @@ def test_the_ragged_kernel_gives_the_same(rank: int):
     rows = [0, 0, 1, 3, 3, 3]
     x, w = torch.randn(len(rows), 16, requires_grad=True), torch.randn(EXPERTS, 8, 16)
     a, b = torch.randn(2, rank, 16, requires_grad=True), torch.randn(2, 8, rank, requires_grad=True)
-    adapters = [LowRank(a, b, 2.0, torch.nn.Identity(), experts=(0, 3))]
+    adapters = [ActiveAdapter(a, b, 2.0, torch.nn.Identity(), experts=(0, 3))]
     on_cpu, ragged = grouped(rows), grouped(rows)
     ragged.ends, ragged.counts = torch.tensor(on_cpu.counts).cumsum(0).to(torch.int32), ()
     found, wanted = (groups.linear(x, w, adapters) for groups in (ragged, on_cpu))
@@ -276,7 +285,9 @@ def test_experts_in_training(trains: str, dtype: torch.dtype):
         "adapters": factors,
     }
     leaves = [t.requires_grad_() for name, found in sets.items() if trains in (name, "everything") for t in found]
-    adapters = {name: [LowRank(*factors[2 * i : 2 * i + 2], 1.5, torch.nn.Identity())] for i, name in enumerate(shapes)}
+    adapters = {
+        name: [ActiveAdapter(*factors[2 * i : 2 * i + 2], 1.5, torch.nn.Identity())] for i, name in enumerate(shapes)
+    }
 
     def block(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any):
         gate_up, down = gate_up + 1.5 * b1 @ a1, down + 1.5 * b2 @ a2
@@ -287,10 +298,12 @@ def test_experts_in_training(trains: str, dtype: torch.dtype):
             out.append(sum(w * (down[e] @ h) for w, e, h in zip(weights[n], row, hidden, strict=True)))
         return torch.stack(out)
 
-    found = _trained(experts, adapters, x, weights, chosen)
+    routed = Routed(experts, adapters, x, weights, chosen)
+    assert trains_plainly(routed)
+    found = one_function(routed)
     wanted = block(experts.gate_up_proj.float(), experts.down_proj.float(), x.float(), *factors)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    assert found is not None and found.dtype == torch.float32
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, **close)
     upstream = torch.randn_like(wanted)
     ours, theirs = (torch.autograd.grad(y, leaves, upstream) for y in (found, wanted))

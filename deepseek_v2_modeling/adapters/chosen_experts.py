@@ -116,6 +116,6 @@ def chosen_in(source: AdapterSource, experts: int) -> dict[int, tuple[int, ...]]
     layers = {name: int(found[1]) for name in source.header if (found := _DOWN.search(name))}
     with safe_open(source.weights, "pt") as file:
         for name, layer in layers.items():
-            live = stack_down(file.get_tensor(name), experts).flatten(1).any(1).nonzero().flatten()
+            live = file.get_tensor(name).view(experts, -1).any(1).nonzero().flatten()
             chosen.setdefault(layer, set()).update(live.tolist())
     return {layer: tuple(sorted(found)) for layer, found in chosen.items()}

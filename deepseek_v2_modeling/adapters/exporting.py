@@ -29,7 +29,7 @@ from ..checkpoints.tensor_files import (
 )
 from ..errors import ModelError
 from .files import AdapterFiles, FactorReader, open_adapter, open_factors
-from .layouts import PREFIX, LowRank, common_scaling, pad
+from .layouts import PREFIX, FactorPair, common_scaling, pad
 from .lora import absolute_base
 
 LAYOUTS = ("per_expert",)
@@ -66,7 +66,7 @@ class ServedPair:
 
     module: str
     piece: Piece
-    pair: LowRank | None
+    pair: FactorPair | None
 
     @property
     def names(self) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..outline import meta_model, model_shapes
 from .layouts import (
-    LowRank,
+    FactorPair,
     hub_name,
     is_transposed,
     low_rank_pairs,
@@ -64,7 +64,7 @@ class AdapterFiles:
     config: Mapping[str, Any]
     model_config: DeepseekV2Config
     head: Head
-    pairs: tuple[LowRank, ...]
+    pairs: tuple[FactorPair, ...]
     replaced: Mapping[str, str]
     infos: Mapping[str, TensorInfo]
     parameters: Mapping[str, Shape]
@@ -90,13 +90,13 @@ class FactorReader:
 
     def __init__(self, adapter: AdapterFiles, file: Any):
         self.adapter, self.file = adapter, file
-        self.latest: dict[LowRank, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.latest: dict[FactorPair, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
         return check_finite(name, self.file.get_tensor(name), self.adapter.directory)
 
-    def factors(self, pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down, up) as `LowRank.factors`."""
+    def factors(self, pair: FactorPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down, up) as `FactorPair.factors`."""
         if pair not in self.latest:  # a layer's experts ask for the same two, one after the other
             a, b = self.tensor(pair.a), self.tensor(pair.b)
             if pair.experts and self.adapter.transposed:
@@ -151,7 +151,7 @@ def with_labels(settings: DeepseekV2Config, infos: Mapping[str, TensorInfo]) -> 
     return settings
 
 
-def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[list[LowRank], bool]:
+def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[list[FactorPair], bool]:
     """(pairs, whether they are transposed) of an adapter on a model of these settings, from its header.
 
     Raises:

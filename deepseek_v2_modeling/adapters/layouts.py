@@ -28,7 +28,7 @@ PER_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class FactorPair:
     """One pair of factors: `parameter` += scaling * up @ down.
 
     a, b: their names in the adapter's file. experts: E of a 3-D parameter, 0 for a 2-D one.
@@ -76,7 +76,7 @@ def transpose_pair(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torc
     return flatten_down(stack_up(b, experts).transpose(1, 2)), flatten_up(stack_down(a, experts).transpose(1, 2))
 
 
-def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[LowRank]:
+def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[FactorPair]:
     """The pairs of a wrapped model, under the names that PEFT saves them with."""
     pairs = []
     for name, module in peft_model.named_modules():
@@ -86,7 +86,7 @@ def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[LowR
         embedding = isinstance(module, Embedding)
         infix, ending = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
         pairs.append(
-            LowRank(
+            FactorPair(
                 parameter=f"{hub_name(name)}.{module.parameter_name if wrapped else 'weight'}",
                 a=f"{name}.{infix}A{ending}",
                 b=f"{name}.{infix}B{ending}",
@@ -150,7 +150,7 @@ def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: st
 
 
 def is_transposed(
-    pairs: Iterable[LowRank], found: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
+    pairs: Iterable[FactorPair], found: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
 ) -> bool:
     """Whether a file has its expert pairs in the transposed layout of PEFT before 0.19.1.
 
@@ -179,7 +179,7 @@ def is_transposed(
     return tuple(int(number or 0) for number in version.groups()) < UNTRANSPOSED_SINCE
 
 
-def _is_transposed(pair: LowRank, found: Shapes, wanted: Shapes) -> bool | None:
+def _is_transposed(pair: FactorPair, found: Shapes, wanted: Shapes) -> bool | None:
     """None for a square weight. A pair of other shapes counts as not transposed: the coverage check names it."""
     (rows, inner), (outer, columns) = wanted[pair.a], wanted[pair.b]
     if inner == outer:
@@ -187,7 +187,7 @@ def _is_transposed(pair: LowRank, found: Shapes, wanted: Shapes) -> bool | None:
     return (found[pair.a], found[pair.b]) == ((rows, outer), (inner, columns))
 
 
-def untranspose_shapes(pairs: Iterable[LowRank], found: Shapes) -> dict[str, tuple[int, ...]]:
+def untranspose_shapes(pairs: Iterable[FactorPair], found: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes that a transposed file's tensors have after `untranspose`."""
     shapes = dict(found)
     for pair in pairs:
@@ -197,7 +197,7 @@ def untranspose_shapes(pairs: Iterable[LowRank], found: Shapes) -> dict[str, tup
     return shapes
 
 
-def untranspose(pairs: Iterable[LowRank], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def untranspose(pairs: Iterable[FactorPair], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a transposed file in today's layout."""
     converted = dict(tensors)
     for pair in pairs:

@@ -68,7 +68,10 @@ def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict
 
 def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
     """All tensors of an adapter. Raises ModelError when numbers are not finite."""
-    return {name: check_finite(name, tensor, source.directory) for name, tensor in load_file(source.weights).items()}
+    tensors = load_file(source.weights)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, source.directory)
+    return tensors
 
 
 def _name_some(names: set[str]) -> str:

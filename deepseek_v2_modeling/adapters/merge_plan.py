@@ -11,7 +11,7 @@ from ..checkpoints.hub_layout import COMPUTED
 from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
 from ..errors import ModelError
 from .files import AdapterFiles
-from .layouts import LowRank
+from .layouts import FactorPair
 
 OTHER_HEAD = {"causal_lm": "score.", "score": "lm_head."}
 SHOWN = 5
@@ -24,7 +24,7 @@ class Merged:
     info: TensorInfo
     source: str
     place: Any = ...
-    pair: LowRank | None = None
+    pair: FactorPair | None = None
     from_adapter: bool = False
 
 

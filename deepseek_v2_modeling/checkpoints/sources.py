@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration import DeepseekV2Config, check_file_values
 from ..errors import ModelError
-from .adapter_config import WEIGHTS, is_adapter, read_adapter_config
+from .adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from .tensor_files import WEIGHT_FILES, TensorInfo, read_header
 from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
 
@@ -40,35 +40,33 @@ _LONGEST_NAME = 96  # the hub's own limit
 class AdapterSource:
     """An adapter in PEFT's layout, or in another, as its config and its header have it; no tensor is read.
 
-    config: adapter_config.json. header: {tensor: type and shape} of the weights.
+    config: adapter_config.json. base: the model that it names. weights: the file of the tensors. header: {tensor: type
+    and shape}, shapes: {tensor: shape} of it.
     """
 
     directory: Path
     config: Mapping[str, Any]
+    base: str | None
+    head: Head
+    weights: Path
     header: Mapping[str, TensorInfo]
-
-    @property
-    def weights(self) -> Path:
-        return self.directory / WEIGHTS
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self.header.items()}
-
-    @property
-    def base(self) -> str | None:
-        """The model that the config names."""
-        return self.config.get("base_model_name_or_path")
-
-    @property
-    def head(self) -> Head:
-        return "score" if self.config.get("task_type") == TASKS["score"] else "causal_lm"
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def read_adapter(directory: str | Path) -> AdapterSource:
     """Raises ModelError when the config or the header of the weights cannot be used."""
+    directory = Path(directory)
     config = read_adapter_config(directory)
-    return AdapterSource(Path(directory), config, read_header(Path(directory) / WEIGHTS))
+    header = read_header(directory / WEIGHTS)
+    return AdapterSource(
+        directory,
+        config,
+        base=config.get("base_model_name_or_path"),
+        head="score" if config.get("task_type") == TASKS["score"] else "causal_lm",
+        weights=directory / WEIGHTS,
+        header=header,
+        shapes={name: info.shape for name, info in header.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         raise ModelError(f"{path} is a chain's directory: name one of its stages, such as {directory / stages[0]}")
     elif (directory / "manifest.json").is_file():
         raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
-    if is_adapter(directory):
+    if (directory / CONFIG).is_file():
         adapter = read_adapter(directory)
         base = adapter.base
         if not base:
@@ -134,7 +132,7 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
                 f"{directory}: its base model {base} is not there; put it back, or correct base_model_name_or_path in "
                 "adapter_config.json"
             )
-        if Path(base).is_dir() and is_adapter(base):
+        if (Path(base) / CONFIG).is_file():
             raise ModelError(f"{directory}: its base {base} is an adapter itself; merge that one first")
         return ModelSource(base, adapter)
     if not (directory / "config.json").is_file():
@@ -150,7 +148,7 @@ def read_settings(base: str) -> DeepseekV2Config:
     try:
         values, _ = DeepseekV2Config.get_config_dict(base)
         check_file_values(values, DeepseekV2Config)
-        quantised = any(values.get(key) is not None for key in ("quantization_config", "compression_config"))
+        quantised = values.get("quantization_config") or values.get("compression_config")
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
     except OSError as error:

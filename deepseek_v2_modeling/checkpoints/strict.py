@@ -256,7 +256,8 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     """
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
     parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    known = dict.fromkeys([*parameters, *hub_layout(parameters)], True)
+    layout = hub_layout(parameters)
+    known = dict.fromkeys([*parameters, *layout], True)
     names = {  # with or without the backbone's prefix, as this class has it
         rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sources
     }
@@ -264,7 +265,8 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
         raise ModelError(
             f"{name_of(load_config)}: tensors that are there under two names: {', '.join(doubled[:SHOWN])}"
         )
-    layout = hub_layout(parameters, names)
+    if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk as well
+        layout = hub_layout(parameters, names)
     check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
     check_sources(model, load_config, {name: shape_of(sources[key]) for name, key in names.items()}, layout)
     state: dict[str, Any] = {}

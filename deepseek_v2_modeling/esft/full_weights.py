@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..kernels.grouped_products import Groups, LowRank, blocks
+from ..kernels.grouped_products import ActiveAdapter, Groups, blocks
 from ..layers.moe import DeepseekV2Experts, DeepseekV2MoE
 from .choice import ExpertChoice
 
@@ -37,7 +37,7 @@ class ChosenExperts(DeepseekV2Experts):
             copy = getattr(self, name).detach()[self.chosen].float()
             self.register_parameter(f"chosen_{name}", nn.Parameter(copy))
 
-    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: list[LowRank]) -> torch.Tensor:
+    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: list[ActiveAdapter]) -> torch.Tensor:
         self.put_back(name)
         y_SO = super().linear(name, groups, x_SI, adapters)
         return _WithGradient.apply(y_SO, x_SI.detach(), getattr(self, f"chosen_{name}"), groups, self.chosen)

@@ -5,8 +5,9 @@ expert that has rows, into a shared output. Neither builds anything of the size 
 those weights train.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
 
 
 @dataclass
-class LowRank:
+class ActiveAdapter:
     """One active adapter of one weight: scaling * (dropout(x) a^T) b^T. a [r, I] and b [O, r], or a [E, r, I] and
     b [E, O, r] for experts.
 
@@ -41,6 +42,10 @@ class LowRank:
         places = dict(zip(self.experts, range(count), strict=False))
         return [places.get(expert, -1) for expert in range(count)]
 
+    def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The adapter's own input; None where that is x as it is."""
+        return None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
+
     def spread(self, factor: torch.Tensor, count: int) -> torch.Tensor:
         """a or b for all of `count` experts, zeros for those without."""
         if self.experts is None:
@@ -58,18 +63,34 @@ def blocks(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
             start += count
 
 
-class Share(NamedTuple):
-    """An adapter beside a product: scaling * (z a^T) b^T on the rows of each expert that has a place in a and b (not
-    -1); z is None where it is the product's own input."""
+class Factors(NamedTuple):
+    """The tensors of an adapter beside a product: a [E, r, I] and b [E, O, r], and z [S, I], its input, None where that
+    is the product's own. Or their gradients."""
 
-    scaling: float
-    places: Sequence[int]
     z: torch.Tensor | None
     a: torch.Tensor
     b: torch.Tensor
 
 
-Gradients = list[torch.Tensor | None]  # of z, a and b of one adapter after the other
+class Share(NamedTuple):
+    """An adapter beside a product: scaling * (z a^T) b^T on the rows of each expert that has a place in a and b (not
+    -1)."""
+
+    scaling: float
+    places: Sequence[int]
+    factors: Factors
+
+
+def flattened(factors: Iterable[Factors]) -> Iterator[torch.Tensor | None]:
+    """The tensors of one adapter after the other: what an autograd function takes and gives."""
+    return chain.from_iterable(factors)
+
+
+def shares_of(kinds: Sequence[tuple[float, Sequence[int]]], tensors: Sequence[torch.Tensor | None]) -> list[Share]:
+    """The shares of adapters, from (scaling, places) of each and their `flattened` tensors."""
+    given: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    factors = zip(*[iter(given)] * len(Factors._fields), strict=True)
+    return [Share(*kind, Factors(*laid)) for kind, laid in zip(kinds, factors, strict=True)]
 
 
 def looped_product(
@@ -82,7 +103,7 @@ def looped_product(
         target = y_SO[rows]
         x = x_SI[rows].to(dtype)
         y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
-        for scaling, places, z, a, b in shares:
+        for scaling, places, (z, a, b) in shares:
             if (place := places[expert]) >= 0:
                 low = torch.mm(x if z is None else z[rows].to(dtype), a[place].to(dtype).t())
                 y.addmm_(low, b[place].to(dtype).t(), alpha=scaling)
@@ -98,18 +119,22 @@ def looped_gradient(
     w_EOI: torch.Tensor,
     shares: Sequence[Share],
     needs: tuple[bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, Gradients]:
-    """The gradients of x, w (each where `needs` says so) and the shares of `looped_product`."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
+    """The gradients of x, w (each where `needs` says so) and the factors of the shares of `looped_product`."""
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
     dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
-    made: list[Any] = [tuple(None if t is None else torch.zeros_like(t) for t in share[2:]) for share in shares]
+    gradients: list[Factors] = []
+    for share in shares:
+        z, a, b = share.factors
+        dz = None if z is None else torch.zeros_like(z)
+        gradients.append(Factors(dz, torch.zeros_like(a), torch.zeros_like(b)))
     dtype = product_dtype(x_SI, len(counts))
     for expert, rows in blocks(counts):
         g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
         dx = None if dx_SI is None else torch.mm(g, w_EOI[expert].to(dtype))
         if dw_EOI is not None:
             dw_EOI[expert] = torch.mm(g.t(), x)
-        for (scaling, places, z, a, b), (dz, da, db) in zip(shares, made, strict=True):
+        for (scaling, places, (z, a, b)), (dz, da, db) in zip(shares, gradients, strict=True):
             if (place := places[expert]) < 0:
                 continue
             own, a_e = x if z is None else z[rows].to(dtype), a[place].to(dtype)
@@ -122,37 +147,31 @@ def looped_gradient(
                 dx.addmm_(g_low, a_e)
         if dx_SI is not None and dx is not None:
             dx_SI[rows] = dx
-    return dx_SI, dw_EOI, [grad for grads in made for grad in grads]
+    return dx_SI, dw_EOI, gradients
 
 
 class _LoopedLinear(torch.autograd.Function):
-    """`looped_product`; `tensors` are z, a and b of each adapter, `told` are its scaling and places."""
+    """`looped_product`; kinds: (scaling, places) of each adapter, tensors: their `flattened` factors."""
 
     @staticmethod
     def forward(
         ctx: Any,
         counts: tuple[int, ...],
-        told: tuple[tuple[float, Sequence[int]], ...],
+        kinds: tuple[tuple[float, Sequence[int]], ...],
         x_SI: torch.Tensor,
         w_EOI: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_SI, w_EOI, *tensors)
-        ctx.counts, ctx.told = counts, told
-        return looped_product(counts, x_SI, w_EOI, shares_of(told, tensors))
+        ctx.counts, ctx.kinds = counts, kinds
+        return looped_product(counts, x_SI, w_EOI, shares_of(kinds, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_SI, w_EOI, *tensors = ctx.saved_tensors
-        shares = shares_of(ctx.told, tensors)
-        dx, dw, made = looped_gradient(ctx.counts, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
-        return None, None, dx, dw, *made
-
-
-def shares_of(told: Sequence[tuple[float, Sequence[int]]], tensors: Sequence[torch.Tensor | None]) -> list[Share]:
-    """The shares of adapters from (scaling, places) of each, and z, a and b of one after the other."""
-    given: list[Any] = [None if t is None else t.contiguous() for t in tensors]
-    return [Share(*about, *given[3 * i : 3 * i + 3]) for i, about in enumerate(told)]
+        shares = shares_of(ctx.kinds, tensors)
+        dx, dw, factors = looped_gradient(ctx.counts, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
+        return None, None, dx, dw, *flattened(factors)
 
 
 def product_dtype(x_SI: torch.Tensor, num_experts: int) -> torch.dtype:
@@ -180,19 +199,16 @@ class Groups:
         if not looped:
             self.ends = sizes_E.cumsum(0).to(torch.int32)
 
-    def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[LowRank] = ()) -> torch.Tensor:
+    def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[ActiveAdapter] = ()) -> torch.Tensor:
         """[S, O]: each row times its expert's matrix, and beside it the adapters' share, in the dtype of autocast or
         of x."""
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
         if self.counts:
-            told = tuple((adapter.scaling, adapter.places(len(w_EOI))) for adapter in adapters)
-            tensors: list[torch.Tensor | None] = []
-            for adapter in adapters:
-                z = None if isinstance(adapter.dropout, nn.Identity) else adapter.dropout(x_SI)
-                tensors += [z, adapter.a, adapter.b]
+            kinds = tuple((adapter.scaling, adapter.places(len(w_EOI))) for adapter in adapters)
+            factors = [Factors(adapter.dropped(x_SI), adapter.a, adapter.b) for adapter in adapters]
             with torch.autocast("cpu", enabled=False):
-                return _LoopedLinear.apply(self.counts, told, x_SI, w_EOI, *tensors)
+                return _LoopedLinear.apply(self.counts, kinds, x_SI, w_EOI, *flattened(factors))
         product = compiled.grouped_mm if x_SI.device.type == "cpu" and torch.compiler.is_compiling() else F.grouped_mm
         y_SO = product(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
         for adapter in adapters:

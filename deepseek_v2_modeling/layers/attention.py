@@ -26,14 +26,15 @@ from ..cache import joined, with_room
 from ..configuration import DeepseekV2Config
 from ..kernels.float32_attention import wide_attention
 from ..kernels.float32_products import Linear, fastest_dtype, is_plain, widens
-from ..kernels.grouped_products import LowRank
+from ..kernels.grouped_products import ActiveAdapter
 from .attention_plan import AttentionPlan
 from .norm import DeepseekV2RMSNorm
 from .peft_factors import beyond_lora, linear, unwrap
 from .rope import rotate, softmax_scale
 
 WORTH_A_PRODUCT = 2**16  # values
-KvB = tuple[torch.Tensor, list[LowRank]]
+LATENT_EPS = 1e-6  # official: of the norms on latents, whatever rms_norm_eps is
+KvB = tuple[torch.Tensor, list[ActiveAdapter]]
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
 
 
@@ -87,10 +88,10 @@ class DeepseekV2Attention(nn.Module):
             self.q_proj = Linear(hidden, heads * self.qk_dim, bias=False)
         else:
             self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_dim, bias=False)
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rope_dim, bias=bias)
-        self.kv_a_layernorm = DeepseekV2RMSNorm(self.latent_dim)
+        self.kv_a_layernorm = DeepseekV2RMSNorm(self.latent_dim, LATENT_EPS)
         self.kv_b_proj = Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = Linear(heads * self.v_dim, hidden, bias=bias)
 
@@ -149,7 +150,7 @@ class DeepseekV2Attention(nn.Module):
             return None
         base, adapters = unwrap(self.kv_b_proj)
         rows = (self.num_heads, self.nope_dim + self.v_dim)
-        parts = [LowRank(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
+        parts = [ActiveAdapter(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
         weight: torch.Tensor = base.weight
         return weight.unflatten(0, rows), parts
 

@@ -3,8 +3,8 @@
 B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from ..configuration import DeepseekV2Config
 from ..kernels.expert_training import train_experts
 from ..kernels.float32_products import Linear, compute_dtype
-from ..kernels.grouped_products import Groups, LowRank, combine, dispatch, fills_up, place_slots
+from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch, fills_up, place_slots
 from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
 from .peft_factors import linear, unwrap
@@ -94,55 +94,80 @@ class DeepseekV2Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
+    def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[ActiveAdapter]) -> torch.Tensor:
         """[S, O]: rows sorted by expert times the experts' weights of that name, adapters included."""
         return groups.linear(x_SI, getattr(self, name), adapters)
 
 
-def _trained(
-    base: Any,
-    adapters: dict[str, list[LowRank]],
-    x_ND: torch.Tensor,
-    weights_NK: torch.Tensor,
-    experts_NK: torch.Tensor,
-) -> torch.Tensor | None:
-    """The experts' outputs as `expert_block` makes them; None where it does not apply."""
-    drops = any(not isinstance(adapter.dropout, nn.Identity) for found in adapters.values() for adapter in found)
-    own = type(base).linear is not DeepseekV2Experts.linear
-    if x_ND.device.type != "cpu" or drops or own or torch.compiler.is_compiling():
-        return None
-    weights_train = base.gate_up_proj.requires_grad or base.down_proj.requires_grad
-    outs = []
-    # Some tokens at a time: what lies between stays small. Not where weights train: each part would make a gradient.
-    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=weights_train):
-        slots, groups = place_slots(chosen, base.num_experts, fills_up(x, chosen, base.num_experts))
-        if not groups.counts:
-            return None
-        outs.append(train_experts(base, adapters, x.to(compute_dtype(x)), weights, slots, groups))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+class Routed(NamedTuple):
+    """Tokens on their way through the experts. experts: without PEFT's wrappers; adapters: those active on each of its
+    weights."""
+
+    experts: Any
+    adapters: dict[str, list[ActiveAdapter]]
+    x_ND: torch.Tensor
+    weights_NK: torch.Tensor
+    experts_NK: torch.Tensor
+
+    def parts(self) -> Iterator["Routed"]:
+        """TOKENS rows at a time: what lies between the tokens and the outputs stays small."""
+        for x, weights, chosen in zip(*(t.split(TOKENS) for t in self[2:]), strict=True):
+            yield self._replace(x_ND=x, weights_NK=weights, experts_NK=chosen)
 
 
-def in_parts(*tensors: torch.Tensor, whole: bool) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors, or TOKENS rows of them at a time."""
-    return zip(*([t] if whole else t.split(TOKENS) for t in tensors), strict=True)
+def one_function(routed: Routed) -> torch.Tensor:
+    """Both products and what lies between as one autograd function (`kernels.expert_training`)."""
+    experts, adapters, x_ND, weights_NK, experts_NK = routed
+    slots, groups = place_slots(experts_NK, experts.num_experts, fills_up(x_ND, experts_NK, experts.num_experts))
+    return train_experts(experts, adapters, x_ND.to(compute_dtype(x_ND)), weights_NK, slots, groups)
+
+
+def one_by_one(routed: Routed) -> torch.Tensor:
+    """Product after product, by the experts' own `linear`."""
+    experts, adapters, x_ND, weights_NK, experts_NK = routed
+    x_PD, groups, slots = dispatch(x_ND, experts_NK, experts.num_experts)
+    hidden = experts.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
+    hidden = gated(experts.act_fn, *hidden.chunk(2, dim=-1))
+    return combine(experts.linear("down_proj", groups, hidden, adapters.get("down_proj", [])), weights_NK, slots)
+
+
+def trains_plainly(routed: Routed) -> bool:
+    """Whether gradients are wanted on a CPU, of experts with this file's `linear`, whose adapters have no dropout."""
+    if not torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    adapters = [adapter for found in routed.adapters.values() for adapter in found]
+    own = type(routed.experts).linear is DeepseekV2Experts.linear
+    return own and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
+
+
+def weights_train(routed: Routed) -> bool:
+    """Each part of the tokens would make a gradient of the size of all experts' weights."""
+    return routed.experts.gate_up_proj.requires_grad or routed.experts.down_proj.requires_grad
+
+
+class Way(NamedTuple):
+    """applies: whether it may be taken. whole: whether all tokens run at once, not some at a time. The results are the
+    same."""
+
+    applies: Callable[[Routed], bool]
+    run: Callable[[Routed], torch.Tensor]
+    whole: Callable[[Routed], bool]
+
+
+# The first that applies is taken.
+WAYS = {
+    "training on a CPU": Way(trains_plainly, one_function, weights_train),
+    "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
+    "a GPU": Way(lambda routed: routed.x_ND.device.type != "cpu", one_by_one, lambda _: True),
+    "a CPU": Way(lambda _: True, one_by_one, lambda _: False),
+}
 
 
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
-    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included.
-
-    Without gradients on a CPU some tokens at a time: what lies between stays small, and in the CPU's cache.
-    """
-    base, adapters = unwrap(experts)
-    if torch.is_grad_enabled() and (out := _trained(base, adapters, x_ND, weights_NK, experts_NK)) is not None:
-        return out
-    outs = []
-    whole = torch.is_grad_enabled() or x_ND.device.type != "cpu"
-    for x, weights, chosen in in_parts(x_ND, weights_NK, experts_NK, whole=whole):
-        x_PD, groups, slots = dispatch(x, chosen, base.num_experts)
-        hidden = base.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
-        hidden = gated(base.act_fn, *hidden.chunk(2, dim=-1))
-        y_PD = base.linear("down_proj", groups, hidden, adapters.get("down_proj", []))
-        outs.append(combine(y_PD, weights, slots))
+    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included."""
+    routed = Routed(*unwrap(experts), x_ND, weights_NK, experts_NK)
+    way = next(way for way in WAYS.values() if way.applies(routed))
+    outs = [way.run(part) for part in ([routed] if way.whole(routed) else routed.parts())]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -23,13 +23,10 @@ class _Normed(torch.autograd.Function):
         return ((g - normed * (g * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), None
 
 
-class DeepseekV2RMSNorm(nn.Module):
+class DeepseekV2RMSNorm(nn.RMSNorm):
     """weight * x / rms(x); the mean is taken in float32, the dtype of x comes back (official behaviour)."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+    eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * _Normed.apply(x, self.eps)

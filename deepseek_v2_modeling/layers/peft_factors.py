@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from ..kernels.grouped_products import LowRank
+from ..kernels.grouped_products import ActiveAdapter
 
 
-def _factors(layer: Any, name: str) -> LowRank:
+def _factors(layer: Any, name: str) -> ActiveAdapter:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     chosen: tuple[int, ...] | None = getattr(layer, "chosen", None)  # of chosen_lora.ChosenWrapper
     experts = getattr(layer, "num_experts", 1)
@@ -25,7 +25,7 @@ def _factors(layer: Any, name: str) -> LowRank:
         # PEFT's layout: the expert is the slowest index of A's rows and the fastest of B's columns.
         a = a.unflatten(0, (held, rank))
         b = b.unflatten(1, (rank, held)).permute(2, 0, 1)
-    return LowRank(a, b, layer.scaling[name], layer.lora_dropout[name], chosen)
+    return ActiveAdapter(a, b, layer.scaling[name], layer.lora_dropout[name], chosen)
 
 
 def _refuse_by_row(module: Any) -> None:
@@ -38,9 +38,9 @@ def _refuse_by_row(module: Any) -> None:
             )
 
 
-def unwrap(module: Any) -> tuple[Any, dict[str, list[LowRank]]]:
+def unwrap(module: Any) -> tuple[Any, dict[str, list[ActiveAdapter]]]:
     """The module under PEFT's wrappers, and by parameter name the adapters that are active on it now."""
-    adapters: dict[str, list[LowRank]] = {}
+    adapters: dict[str, list[ActiveAdapter]] = {}
     while isinstance(module, LoraLayer):
         _refuse_by_row(module)
         if module.disable_adapters and module.merged:
