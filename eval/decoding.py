@@ -1,14 +1,19 @@
 """What a model's generation_config asks of decoding besides the temperature, for batches of our own loop.
 
-`dsv2 chat` goes through transformers' `generate`, which obeys generation_config; so does evaluation, by the same
-processors in the same order. Greedy or sampled, and at which temperature, is the task's to say.
+Its end tokens are added to the tokenizer's by `end_tokens`. `dsv2 chat` goes through transformers' `generate`, which
+obeys generation_config; so does evaluation, by the same processors in the same order. Greedy or sampled, and at which
+temperature, is the task's to say.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -17,29 +22,55 @@ from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
-# field -> (values that change nothing, (value, prompt's length, end tokens) -> processor), in transformers' order.
-Make = Callable[[Any, int, Any], Any]
+
+@dataclass(frozen=True)
+class Setting:
+    """Where an answer is decoded: after how many tokens of prompt, which ids end it, and on which device."""
+
+    prompt: int
+    ends: Any
+    device: Any
+
+
+# field -> (values that change nothing, (value, setting) -> processor), in transformers' order.
+Make = Callable[[Any, Setting], Any]
 _ALWAYS: dict[str, tuple[tuple[Any, ...], Make]] = {
-    "sequence_bias": ((None,), lambda value, prompt, ends: SequenceBiasLogitsProcessor(value)),
-    "repetition_penalty": ((None, 1.0), lambda value, prompt, ends: RepetitionPenaltyLogitsProcessor(value)),
-    "no_repeat_ngram_size": ((None, 0), lambda value, prompt, ends: NoRepeatNGramLogitsProcessor(value)),
-    "bad_words_ids": ((None,), lambda value, prompt, ends: NoBadWordsLogitsProcessor(value, ends)),
-    "min_length": ((None, 0), lambda value, prompt, ends: MinLengthLogitsProcessor(value, ends)),
-    "min_new_tokens": ((None, 0), lambda value, prompt, ends: MinNewTokensLengthLogitsProcessor(prompt, value, ends)),
-    "suppress_tokens": ((None,), lambda value, prompt, ends: SuppressTokensLogitsProcessor(value)),
+    "sequence_bias": ((None,), lambda value, at: SequenceBiasLogitsProcessor(value)),
+    "repetition_penalty": ((None, 1.0), lambda value, at: RepetitionPenaltyLogitsProcessor(value)),
+    "no_repeat_ngram_size": ((None, 0), lambda value, at: NoRepeatNGramLogitsProcessor(value)),
+    "bad_words_ids": ((None,), lambda value, at: NoBadWordsLogitsProcessor(value, at.ends)),
+    "min_length": ((None, 0), lambda value, at: MinLengthLogitsProcessor(value, at.ends, device=at.device)),
+    "min_new_tokens": (
+        (None, 0),
+        lambda value, at: MinNewTokensLengthLogitsProcessor(at.prompt, value, at.ends, device=at.device),
+    ),
+    "exponential_decay_length_penalty": (
+        (None,),
+        lambda value, at: ExponentialDecayLengthPenalty(tuple(value), at.ends, at.prompt),
+    ),
+    "suppress_tokens": ((None,), lambda value, at: SuppressTokensLogitsProcessor(value, device=at.device)),
+    "begin_suppress_tokens": (
+        (None,),
+        lambda value, at: SuppressTokensAtBeginLogitsProcessor(value, at.prompt, device=at.device),
+    ),
 }
 _SAMPLED: dict[str, tuple[tuple[Any, ...], Make]] = {
-    "top_k": ((None, 0), lambda value, prompt, ends: TopKLogitsWarper(value)),
-    "top_p": ((None, 1.0), lambda value, prompt, ends: TopPLogitsWarper(value)),
-    "min_p": ((None, 0.0), lambda value, prompt, ends: MinPLogitsWarper(value)),
-    "typical_p": ((None, 1.0), lambda value, prompt, ends: TypicalLogitsWarper(value)),
+    "top_h": ((None,), lambda value, at: TopHLogitsWarper(value)),
+    "top_k": ((None, 0), lambda value, at: TopKLogitsWarper(value)),
+    "top_p": ((None, 1.0), lambda value, at: TopPLogitsWarper(value)),
+    "min_p": ((None, 0.0), lambda value, at: MinPLogitsWarper(value)),
+    "typical_p": ((None, 1.0), lambda value, at: TypicalLogitsWarper(value)),
+    "epsilon_cutoff": ((None, 0.0), lambda value, at: EpsilonLogitsWarper(value)),
+    "eta_cutoff": ((None, 0.0), lambda value, at: EtaLogitsWarper(value, device=at.device)),
 }
 
 
@@ -63,10 +94,11 @@ def adjustment(model: Any, temperature: float, end_tokens: Any) -> Callable[...,
         return None
 
     def adjust(ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        made = [_ALWAYS[field][1](value, prompt_length, end_tokens) for field, value in always.items()]
+        at = Setting(prompt_length, end_tokens, logits.device)
+        made = [_ALWAYS[field][1](value, at) for field, value in always.items()]
         if temperature > 0:
             made += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-            made += [_SAMPLED[field][1](value, prompt_length, end_tokens) for field, value in sampled.items()]
+            made += [_SAMPLED[field][1](value, at) for field, value in sampled.items()]
         tokens: Any = ids
         scores: Any = logits.float()
         return LogitsProcessorList(made)(tokens, scores)

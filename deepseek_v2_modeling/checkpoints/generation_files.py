@@ -1,16 +1,26 @@
 """generation_config.json of a model, held against what decoding here can do, before an answer is begun."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from ..errors import ModelError
@@ -23,18 +33,32 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0, 0.0), "dola_layers": (), "prompt_lookup_num_tokens": (), "guidance_scale": (1, 1.0),
     "force_words_ids": (), "constraints": (), "stop_strings": (), "watermarking_config": (), "custom_generate": (),
     "assistant_early_exit": (), "return_dict_in_generate": (False,), "forced_bos_token_id": (),
-    "forced_eos_token_id": (), "token_healing": (False,), "is_assistant": (False,),
+    "forced_eos_token_id": (), "max_time": (), "remove_invalid_values": (False,),
+    "token_healing": (False,), "is_assistant": (False,),
 }  # fmt: skip
 NUMBERS = (
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_length",
-    "min_new_tokens",
+    "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens",
 )  # fmt: skip
-MAKERS: dict[str, Any] = {
+TOKENS = ("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")
+MAKERS: dict[str, Callable[[Any], object]] = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "no_repeat_ngram_size": lambda size: NoRepeatNGramLogitsProcessor(size) if size else None,
-    "bad_words_ids": NoBadWordsLogitsProcessor,
+    "min_length": lambda least: MinNewTokensLengthLogitsProcessor(0, least, 0),
+    "min_new_tokens": lambda least: MinNewTokensLengthLogitsProcessor(0, least, 0),
+    "bad_words_ids": lambda words: NoBadWordsLogitsProcessor(words, 0),
     "sequence_bias": SequenceBiasLogitsProcessor,
     "suppress_tokens": SuppressTokensLogitsProcessor,
+    "begin_suppress_tokens": SuppressTokensLogitsProcessor,
+    "exponential_decay_length_penalty": lambda pair: ExponentialDecayLengthPenalty((int(pair[0]), pair[1] + 0.0), 0, 0),
+    "eos_token_id": lambda ids: ExponentialDecayLengthPenalty((0, 1.0), ids, 0),
+    "top_h": TopHLogitsWarper,
+    "top_k": lambda most: TopKLogitsWarper(most) if most else None,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": lambda mass: TypicalLogitsWarper(mass) if mass != 1 else None,
+    "epsilon_cutoff": lambda least: EpsilonLogitsWarper(least) if least else None,
+    "eta_cutoff": lambda least: EtaLogitsWarper(least) if least else None,
 }
 
 
@@ -68,12 +92,7 @@ def check_generation(base: str, vocab_size: int) -> None:
                 make(values[name])
     except Exception as error:  # transformers looks at some of the values only
         raise ModelError(f"{path}: {' '.join(str(error).split())}; correct it, or take it out") from error
-    if far := [
-        i
-        for name in ("bad_words_ids", "sequence_bias", "suppress_tokens")
-        for i in ids_in(values.get(name))
-        if i >= vocab_size
-    ]:
+    if far := [i for name in TOKENS for i in ids_in(values.get(name)) if i >= vocab_size]:
         raise ModelError(f"{path}: token id {far[0]} is beyond the model's vocabulary of {vocab_size:,}; take it out")
 
 
@@ -82,3 +101,14 @@ def ids_in(value: Any) -> list[int]:
     if isinstance(value, list):
         return [i for entry in value for i in ids_in(entry)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those that generation_config.json adds.
+
+    What transformers fills in from config.json, where there is no such file, is the tokenizer's to say.
+    """
+    config = model.generation_config
+    stated = None if config._from_model_config else config.eos_token_id
+    listed = [[tokenizer.eos_token_id], stated if isinstance(stated, list) else [stated]]
+    return sorted({i for ids in listed for i in ids if i is not None and i < model.config.vocab_size})

@@ -95,6 +95,8 @@ class _Partner:
         """Print the model's answer as it comes, and remember it."""
         import torch
 
+        from deepseek_v2_modeling.checkpoints.generation_files import end_tokens
+
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt_ids()
         ids = torch.tensor([prompt], device=self.model.device)
@@ -107,7 +109,7 @@ class _Partner:
             temperature=self.settings.temperature if sampled else None,
             top_k=(self.model.generation_config.top_k or 0) if sampled else None,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
             streamer=_streamer(self.tokenizer),
             logits_processor=[partial(_only_numbers, self.model)],
         )
