@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,17 @@ from deepseek_v2_modeling.inference import generate_answers, score_sequences, to
 from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
 from eval.decoding import adjustment, obeyed
+from eval.samples import (
+    Place,
+    Sample,
+    file_of,
+    finish_task,
+    gather_samples,
+    kept_samples,
+    place_of,
+    remove_parts,
+)
 
-Sample = dict[str, Any]
 Numbered = Sequence[tuple[int, Row]]  # rows with their number in the task, from 0
 UNSAMPLED = "value"
 LOSS = "loss"
@@ -35,13 +44,15 @@ CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
 class Subject:
     """The model under evaluation. seed: of sampling, the same in all processes (each row makes its own from it).
 
+    kept: samples of this evaluation from before it was stopped.
     said: its answers so far, by all that they depend on, so that tasks on the same rows judge the same answers.
     """
 
     model: Any
     tokenizer: Any
     seed: int
-    said: dict[tuple[Any, ...], list[tuple[str, bool]]] = field(default_factory=dict)
+    kept: Mapping[Place, Sample] = field(default_factory=dict)
+    said: dict[tuple[Any, ...], tuple[str, bool]] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
@@ -60,6 +71,7 @@ def evaluate(
     tokenizer: Any,
     rows_by_task: dict[str, Sequence[Row]],
     run_dir: Path,
+    resume: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measures a model on every task; each answer, with its verdict, goes to samples.jsonl.
 
@@ -69,6 +81,8 @@ def evaluate(
     Args:
         model: with a score head where the metric is pair_accuracy, else a language model; frozen.
         rows_by_task: canonical rows, by the task's name.
+        resume: go on with the answers that an earlier, stopped evaluation of the same left in run_dir; they are judged
+            again. Without it they are removed.
 
     Returns:
         Task name -> {"n": rows, "greedy": ..., "greedy_truncated": ..., "t1": ..., ...}, one value for each
@@ -81,13 +95,28 @@ def evaluate(
     # torch.distributed is up already when the caller waited for the others; on CPUs this must not look for GPUs.
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
     model.to(state.device)
-    subject = Subject(model, tokenizer, recipe.seed)
     _say_what_is_obeyed(recipe, model, state)
     for task in recipe.tasks:
         check_rows(task, rows_by_task[task.name])
-    if state.is_main_process:
-        cut_file(run_dir / SAMPLES_FILE, 0)
+    subject = Subject(model, tokenizer, recipe.seed, _kept(run_dir, state, resume))
     return {task.name: _measure(task, rows_by_task[task.name], subject, state, run_dir) for task in recipe.tasks}
+
+
+def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sample]:
+    """What an evaluation goes on with: the same for all processes, whichever of them wrote it."""
+    if state.is_main_process:
+        if resume:
+            gather_samples(run_dir)
+        else:
+            cut_file(run_dir / SAMPLES_FILE, 0)
+            remove_parts(run_dir)
+    state.wait_for_everyone()
+    kept = kept_samples(run_dir)
+    answers = sum("completion" in sample for sample in kept.values())
+    if resume and state.is_main_process:
+        print(f"eval: {answers:,} answers that were written before are kept", file=sys.stderr, flush=True)
+    state.wait_for_everyone()  # before the first appends to what the others read
+    return kept
 
 
 def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
@@ -117,21 +146,18 @@ def _measure(
     began = time.monotonic()
     rows = list(rows)[: task.limit]
     numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
-    path = run_dir / SAMPLES_FILE
-    part = path if state.is_main_process else path.with_name(f"samples.{state.process_index}.jsonl")
-    written = part.stat().st_size if part.exists() else 0
     samples: list[Sample] = []
     for chunk in METRICS[task.metric](task, numbered, subject):
-        append_lines(part, ({"task": task.name, **sample} for sample in chunk))
-        samples += chunk
+        named = [{"task": task.name, **sample} for sample in chunk]
+        append_lines(file_of(run_dir, state.process_index), (s for s in named if place_of(s) not in subject.kept))
+        samples += named
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
     if state.is_main_process:
-        cut_file(path, written)
-        append_lines(path, ({"task": task.name, **sample} for sample in samples))
+        finish_task(run_dir, task.name, samples)
+        remove_parts(run_dir)
         seconds = time.monotonic() - began
         print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s", file=sys.stderr, flush=True)
-    else:
-        part.unlink(missing_ok=True)
+    state.wait_for_everyone()  # before the next task's first answer
     return figures(samples, len(rows))
 
 
@@ -179,28 +205,27 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
         render_conversation(prompt_of(row, number + 1), subject.tokenizer, add_generation_prompt=True)["input_ids"]
         for number, row in rows
     ]
-    asked = (
-        temperature,
-        task.max_new_tokens,
-        *((number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)),
-    )
-    if asked in subject.said:
-        return subject.said[asked]
-    ends = subject.end_token_ids
+    said = subject.said
+    asked = [(temperature, task.max_new_tokens, number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)]
+    for key, (number, _) in zip(asked, rows, strict=True):
+        if before := subject.kept.get((task.name, decoding_name(temperature), number)):
+            said[key] = before["completion"], before["truncated"]
+    new = [place for place, key in enumerate(asked) if key not in said]
+    ends, decode = subject.end_token_ids, subject.tokenizer.decode
     answers = generate_answers(
         subject.model,
-        prompts,
+        [prompts[place] for place in new],
         pad_token_id=subject.pad_token_id,
         eos_token_id=ends,
         max_new_tokens=task.max_new_tokens,
         temperature=temperature,
         batch_size=task.batch_size,
-        seeds=[row_seed(subject.seed, number, temperature) for number, _ in rows],
+        seeds=[row_seed(subject.seed, rows[place][0], temperature) for place in new],
         adjust=adjustment(subject.model, temperature, ends),
     )
-    decode = subject.tokenizer.decode
-    subject.said[asked] = [(answer_text(decode(ids, skip_special_tokens=True)), ids[-1] not in ends) for ids in answers]
-    return subject.said[asked]
+    for place, ids in zip(new, answers, strict=True):
+        said[asked[place]] = answer_text(decode(ids, skip_special_tokens=True)), ids[-1] not in ends
+    return [said[key] for key in asked]
 
 
 def _sample(number: int, row: Row, decoding: str, text: str, truncated: bool, verdict: Verdict) -> Sample:

@@ -1,10 +1,12 @@
 """What tests/test_data_parallel.py runs under torchrun: every stage, with two processes on the CPU."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 import sft.stage
 from eval.config import EvalRecipe
@@ -22,7 +24,16 @@ sft.stage.SAMPLE_TOKENS = 4  # a random model does not stop by itself
 SFT = {"max_steps": 4, "learning_rate": 1e-2, "max_length": 64, "save_steps": 2}
 REWARD = {"max_steps": 2, "learning_rate": 1e-2, "max_length": 64, "save_strategy": "no"}
 RL = {"max_steps": 2, "num_generations": 4, "max_completion_length": 4, "beta": 0.1, "save_strategy": "no"}
-TASK = {"name": "right", "metric": "exact_match", "max_new_tokens": 4}
+SAID = {"max_new_tokens": 4, "temperatures": [0, 1]}
+ONE = {"limit": 1, "max_new_tokens": 3}  # row: one of the processes has none
+TASKS = [
+    {"name": "right", "metric": "exact_match", **SAID},
+    {"name": "one_right", "metric": "exact_match", **ONE},
+    {"name": "one_refused", "metric": "refusal", **ONE},
+    {"name": "one_formed", "metric": "format", **ONE},
+    {"name": "one_nats", "metric": "loss", **ONE},
+]
+PAIRS = [{"name": "ranked", "metric": "pair_accuracy"}, {"name": "one_ranked", "metric": "pair_accuracy", **ONE}]
 
 
 def recipe(cls: Any, stage: str, folder: Path, processes: int, training: dict[str, Any] | None = None) -> Any:
@@ -68,15 +79,29 @@ def rl(folder: Path, processes: int) -> dict[str, Any]:
     )
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    sections = {**SECTIONS, "stage": "eval", "output_dir": str(folder), "tasks": [TASK]}
+def measure(folder: Path, tasks: list[dict[str, Any]], resume: bool = False) -> dict[str, Any]:
+    sections = {**SECTIONS, "stage": "eval", "output_dir": str(folder), "tasks": tasks}
+    ranked = tasks is PAIRS
     return evaluate(
         EvalRecipe(**sections),
-        model=chat_model().eval(),
+        model=(score_model if ranked else chat_model)().eval(),
         tokenizer=byte_tokenizer(),
-        rows_by_task={"right": conversations(5)},
+        rows_by_task={task["name"]: pairs(5) if ranked else conversations(5) for task in tasks},
         run_dir=folder,
+        resume=resume,
     )
+
+
+def evaluations(folder: Path) -> dict[str, Any]:
+    """The figures of every metric, and those of an evaluation that goes on with the half of its samples."""
+    found = {"eval": measure(folder / "eval", TASKS), "pairs": measure(folder / "pairs", PAIRS)}
+    lines = (folder / "eval" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "again").mkdir(exist_ok=True)
+    for name, part in (("samples", lines[:4]), ("samples.1", lines[5:8]), ("samples.3", lines[9:10])):
+        (folder / "again" / f"{name}.jsonl").write_text("".join(part))
+    PartialState().wait_for_everyone()
+    found["again"] = measure(folder / "again", TASKS, resume=True)
+    return found
 
 
 def main(folder: Path) -> None:
@@ -86,7 +111,8 @@ def main(folder: Path) -> None:
     train_sft_model(folder / "straight", 2)
     reward(folder / "reward", 2)
     rl(folder / "rl", 2)
-    assert measure(folder / "eval")["right"]["n"] == 5
+    found = evaluations(folder)
+    (folder / f"figures.{PartialState().process_index}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

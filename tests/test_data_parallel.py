@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU do what one does with the same global batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     stage_launch.train_sft_model(folder / "sft", 1)
     stage_launch.reward(folder / "reward", 1)
+    (folder / "figures.json").write_text(json.dumps(stage_launch.evaluations(folder)))
     return folder
 
 
@@ -79,7 +81,6 @@ def test_one_process_writes(parallel):
         numbers = [line["step"] for line in steps(parallel / stage)]
         assert numbers == sorted(set(numbers))
     assert len(lines(parallel / "straight" / "samples.jsonl")) == 12
-    assert len(lines(parallel / "eval" / "samples.jsonl")) == 5
     assert not list(parallel.glob("*/.*"))
 
 
@@ -93,5 +94,22 @@ def test_both_processes_contribute_to_rl(parallel):
     assert len([line for line in said if line["step"] == 1]) == 4
 
 
-def test_each_row_is_evaluated_once(parallel):
-    assert [line["row"] for line in lines(parallel / "eval" / "samples.jsonl")] == [0, 1, 2, 3, 4]
+def test_an_evaluation_does_not_depend_on_the_number_of_processes(parallel, alone):
+    """Greedy and sampled, with more and with fewer rows than processes, and where it goes on."""
+    figures = json.loads((alone / "figures.json").read_text())
+    for process in range(2):
+        found = json.loads((parallel / f"figures.{process}.json").read_text())
+        for run, tasks in figures.items():
+            for task, values in tasks.items():
+                assert found[run][task] == pytest.approx(values, rel=1e-5), (run, task)
+    assert figures["again"] == figures["eval"]
+    for run in figures:
+        one, two = lines(alone / run / "samples.jsonl"), lines(parallel / run / "samples.jsonl")
+        for a, b in zip(one, two, strict=True):
+            assert {**a, "value": 0, "scores": 0} == {**b, "value": 0, "scores": 0}
+            assert a["value"] == pytest.approx(b["value"], rel=1e-5)
+        assert [path.name for path in (parallel / run).iterdir()] == ["samples.jsonl"]
+    said = lines(alone / "eval" / "samples.jsonl")
+    assert [(line["decoding"], line["row"]) for line in said[:10]] == [
+        (k, n) for k in ("greedy", "t1") for n in range(5)
+    ]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,7 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def greedy(made: Path) -> list[int]:
     """The model's own answer, token by token."""
-    model, tokenizer = load_model(resolve_source(str(made))), load_tokenizer(resolve_source(str(made)))
+    source = resolve_source(str(made))
+    model, tokenizer = cast(Any, load_model(source)), load_tokenizer(source)
     message = {"role": "user", "content": QUESTION}
     prompt = torch.tensor([render_conversation([message], tokenizer, add_generation_prompt=True)["input_ids"]])
     ids = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()

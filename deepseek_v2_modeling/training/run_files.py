@@ -28,12 +28,16 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends one JSON line a row; the folder is made when missing. Without rows nothing is made.
 
     Where the disk is full nothing is appended, and the OSError names the file.
     """
-    text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+    text = _as_lines(rows)
     if not text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +74,37 @@ def cut_file(path: Path, size: int) -> None:
         file.truncate(kept.rfind(b"\n") + 1)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, without lines that a crash cut short. A missing file has none."""
+    refuse_link(path)
+    found: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line.decode("utf-8"))
+            found += [row] if isinstance(row, dict) else []
+    return found
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON line a row, atomically."""
+    _write(path, _as_lines(rows))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, atomically."""
+    _write(path, json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def read_json(path: Path) -> Any:

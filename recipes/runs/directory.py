@@ -12,13 +12,15 @@ from recipes.recipe.yaml_text import parse_yaml, read_mapping
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
+SAMPLES = "samples.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SHOWN = 6
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory holds: nothing of worth, a run to go on with from a checkpoint, or a finished one.
+    """What a run directory holds: nothing of worth, a run to go on with (from a checkpoint, or with the answers that
+    an evaluation has written), or a finished one.
 
     fault: why a run that had finished has to go on nevertheless."""
 
@@ -51,19 +53,25 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             f"{run_dir / min(links)} is a symbolic link; a run cuts and removes its own files only: put what it points "
             "to in its place, or choose another output_dir"
         )
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():
+    checkpoint, there = newest_checkpoint(run_dir), read_mapping(run_dir / RECIPE)
+    goes_on = checkpoint is not None or (there.get("stage") == "eval" and _has_answers(run_dir))
+    if not goes_on and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():
         return State("new")
-    different = differences(read_mapping(run_dir / RECIPE), parse_yaml(dump_text(resolved), RECIPE))
+    different = differences(there, parse_yaml(dump_text(resolved), RECIPE))
     if different:
         raise ToolkitError(
             f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
             "choose another output_dir, or move that run away"
         )
     if not has_ended(run_dir):
-        return State("resume" if checkpoint else "new", checkpoint)
+        return State("resume" if goes_on else "new", checkpoint)
     fault = missing_of_result(run_dir)
-    return State("resume" if checkpoint else "new", checkpoint, fault) if fault else State("finished")
+    return State("resume" if goes_on else "new", checkpoint, fault) if fault else State("finished")
+
+
+def _has_answers(run_dir: Path) -> bool:
+    """Whether an evaluation has written what the model said; each of its processes has a file."""
+    return any(path.stat().st_size for path in run_dir.glob(f"{Path(SAMPLES).stem}*.jsonl"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

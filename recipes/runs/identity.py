@@ -27,17 +27,19 @@ MERGED = "merged base model"
 
 
 def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
-    """{part: {path, sha256 of its content}} of all that a training run starts from, but for its data."""
+    """{part: {path, sha256 of its content}} of all that a run starts from, but for its data."""
     base, folder = source.base, Path(source.tokenizer_dir)
     found = {"base model": (base, _model(base))}
     if source.adapter:
         found["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
     found["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
     found["chat template"] = (str(folder), _template(folder))
+    if recipe.stage == "eval":
+        found["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
     for index, entry in enumerate(getattr(recipe, "rewards", ())):
         if entry.model is not None and (reward := reward_source(entry)) is not None:
             found[f"reward model rewards.{index}"] = (entry.model, _reward(reward, entry.normalize))
-    if (choice := expert_choice(recipe)) is not None:
+    if recipe.stage != "eval" and (choice := expert_choice(recipe)) is not None:
         file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
         found["experts file"] = (str(file), _hash(sorted(choice.layers.items())))
     return {part: {"path": path, "sha256": content} for part, (path, content) in found.items()}
@@ -59,10 +61,11 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
     """Compare what a run began with and what it would go on with.
 
     Raises:
-        ToolkitError: a model, a tokenizer, a template, an experts file or the number of processes is another one.
+        ToolkitError: a model, a tokenizer, a template, an experts file or (unless `now` says nothing of it) the number
+            of processes is another one.
     """
     processes, batch = EXTENT
-    if (before.get(processes) or now[processes]) != now[processes]:
+    if processes in now and (before.get(processes) or now[processes]) != now[processes]:
         raise ToolkitError(
             f"{run_dir} cannot go on: it began with {before[processes]} processes (global batch "
             f"{before.get(batch, 'unknown')}) and there are {now[processes]} now (global batch {now[batch]}); start it "

@@ -20,7 +20,7 @@ from recipes.lock import Lock, hold_directory
 from recipes.processes import is_main, say, wait_for_all
 from recipes.quiet import quiet_libraries
 from recipes.recipe.loader import Loaded
-from recipes.runs.directory import MANIFEST, RECIPE, RESULTS, State, dump_text, inspect
+from recipes.runs.directory import MANIFEST, RECIPE, RESULTS, SAMPLES, State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
 from recipes.runs.results import figures, table_text
 
@@ -116,17 +116,17 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> 
     recipe: Any = loaded.recipe
     manifest = new_manifest(loaded.path, recipe.seed)
     manifest["data"] = [file for listed in inputs.sources for file in listed.mixture.files]
-    if recipe.stage != "eval":
-        if state.status == "new":
-            _remove_merged(run_dir, inputs.source)
-        manifest["start"] = _start(recipe, inputs, run_dir)
+    if state.status == "new" and recipe.stage != "eval":
+        _remove_merged(run_dir, inputs.source)
+    manifest["start"] = _start(recipe, inputs, run_dir)
     if state.status == "resume":
         _check_same_start(run_dir, before, manifest)
         for key in ("started", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["seconds"] = seconds_so_far(run_dir, before)
-        manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(state.checkpoint)}]
-        say(f"{run_dir}: going on from {state.checkpoint.name if state.checkpoint else 'the beginning'}")
+        origin = state.checkpoint or run_dir / SAMPLES
+        manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(origin)}]
+        say(f"{run_dir}: going on from {origin.name}")
     wait_for_all()
     try:
         if is_main():
@@ -154,11 +154,12 @@ def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
 
 
 def _start(recipe: Any, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
-    """What the run starts from and how many processes share it; files are looked at by the main process only."""
+    """What the run starts from and, where it matters, how many processes share it; files are looked at by the main
+    process only."""
     from recipes.runs.identity import extent, fingerprints, merged_base
 
     files = {**fingerprints(recipe, inputs.source), **merged_base(run_dir)} if is_main() else {}
-    return {**extent(recipe), "files": files}
+    return {**({} if recipe.stage == "eval" else extent(recipe)), "files": files}
 
 
 def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -187,7 +188,7 @@ def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: 
     stage = import_module(f"{recipe.stage}.stage")
     if recipe.stage == "eval":
         model = models.load_frozen(recipe.model, source, recipe.head)
-        arguments = {"rows_by_task": inputs.rows_by_task}
+        arguments = {"rows_by_task": inputs.rows_by_task, "resume": state.status == "resume"}
         function = stage.evaluate
     else:
         model = models.load_for_training(recipe, source, run_dir)
