@@ -6,11 +6,14 @@ is called "t" + T; "greedy_truncated", "t1_truncated" are the shares of answers 
 has "value" instead, and loss "loss", in nats.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from conversations.sections import DataSource, Section, StageRecipe
+
+_RESERVED = re.compile(r"(^|_)(n|truncated|t\d+)$")
 
 
 class EvalTask(Section):
@@ -49,6 +52,12 @@ class EvalRecipe(StageRecipe):
     @model_validator(mode="after")
     def _tasks_fit_together(self) -> "EvalRecipe":
         names = [task.name for task in self.tasks]
+        for task in self.tasks:
+            if _RESERVED.search(task.name) or (task.name.endswith("loss") and task.metric != "loss"):
+                raise ValueError(
+                    f"a task cannot be called {task.name}: names that end in _n, _truncated, _t1 and the like, or in "
+                    "loss where the metric is another one, stand for other figures in results.json"
+                )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks share a name: {', '.join(twice)}")

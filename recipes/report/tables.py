@@ -13,6 +13,7 @@ from recipes.report.charts import short
 from recipes.report.metrics import number
 from recipes.report.run_files import Run
 from recipes.report.words import NOT_STATED, flatten, plain
+from recipes.runs.results import TRUNCATED
 
 Z95 = NormalDist().inv_cdf(0.975)
 STAGE_NAMES = {
@@ -78,7 +79,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 def sample_size(entry: dict[str, Any], key: str) -> float | None:
     """How many prompts stand behind `key`: `TASK_n` or `n_TASK`; plain `n` is that of the first task."""
-    task = SAMPLED.sub("", key)
+    task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
     first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known)), None)
     names += ["n"] if task == first else []
@@ -119,6 +120,8 @@ def shares_table(title: str, found: dict[str, dict[str, Any]], names: dict[str, 
     keys = [key for key in dict.fromkeys(key for entry in found.values() for key in entry) if not _is_size(key)]
     if not keys:
         return None
+    cut = {key: any(entry.get(key) for entry in found.values()) for key in keys if key.endswith(TRUNCATED)}
+    keys = [key for key in keys if cut.get(key, True)]
     shares = [key for key in SHARES if key in keys]
     shares += [key for key in keys if key not in SHARES and _is_share(key, found)]
     other = [key for key in keys if key not in shares]
@@ -130,10 +133,17 @@ def shares_table(title: str, found: dict[str, dict[str, Any]], names: dict[str, 
         ]
         for name in _in_order(found, names)
     ]
-    columns = [*(SHARES.get(key, key) for key in shares), *other]
+    columns = [_heading(key) for key in (*shares, *other)]
     notes = ["Below each share: its 95 % interval (Wilson) in per cent."] if shares else []
+    notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut.values()) else []
     notes += [CONTROL] if "sft_control" in found else []
     return Table(title, ["", *columns], rows, " ".join(notes))
+
+
+def _heading(key: str) -> str:
+    if key.endswith(TRUNCATED):
+        return f"{_heading(key.removesuffix(TRUNCATED))}: cut at max_new_tokens"
+    return SHARES.get(key, f"{key}, nats" if key.endswith("loss") else key)
 
 
 def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -146,7 +156,7 @@ def _is_share(key: str, found: dict[str, dict[str, Any]]) -> bool:
     """Whether a figure of unknown name is a share: its n is known and it lies in [0, 1]. A loss is none."""
     values = [value for entry in found.values() if (value := number(entry.get(key))) is not None]
     sized = any(sample_size(entry, key) for entry in found.values() if key in entry)
-    return sized and "loss" not in key and all(0 <= value <= 1 for value in values)
+    return sized and not key.endswith("loss") and all(0 <= value <= 1 for value in values)
 
 
 def changes(results: dict[str, Any]) -> Table | None:

@@ -99,7 +99,7 @@ def prepare(recipe: Any, earlier: Earlier | None = None, ask_hub: bool = False) 
             key = f"tasks.{index}.data" if task.data else "data"
             mixture = _read(inputs, recipe, task.data or recipe.data, key, task)
             inputs.rows_by_task[task.name] = rows = mixture.rows[: task.limit]
-            if task.metric in ("exact_match", "refusal"):
+            if task.metric not in ("pair_accuracy", "loss"):
                 check_positions(rows, tokenizer, inputs.settings, task.max_new_tokens, f"tasks.{index}.max_new_tokens")
         return inputs
     inputs.rows = _read(inputs, recipe, recipe.data, "data").rows

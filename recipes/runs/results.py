@@ -145,7 +145,7 @@ def _heading(column: str) -> str:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if column.endswith("loss") else f"{100 * value:.1f} %"
+    return f"{value:.3f} nats" if column.endswith("loss") else f"{100 * value:.1f} %"
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:

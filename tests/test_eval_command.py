@@ -1,7 +1,9 @@
-"""A killed evaluation goes on with the answers that it has written, to the figures and samples of an unbroken one."""
+"""dsv2 eval: a killed one goes on with the answers that it has written, to the figures and samples of an unbroken one;
+what stands in results, samples and report; what is refused before anything is generated."""
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import eval.samples
 import eval.stage
+from deepseek_v2_modeling.presets import PRESETS
 from recipes.cli import main
 from recipes.files import read_json
 from recipes.init import make_model
@@ -31,6 +33,7 @@ RECIPE: dict[str, Any] = {
     ],
     "output_dir": "run",
 }
+VOCABULARY = PRESETS["tiny"]["vocab_size"]
 ANSWERS = 2 * ROWS + ROWS  # `formed` judges those of `right`
 
 
@@ -215,3 +218,78 @@ def test_an_evaluation_whose_result_is_gone_is_judged_again(
     assert main(["eval", "e.yaml"]) == 0
     assert sum(asked) == 0
     assert_the_same(unbroken, Path("run"))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_cut_answers_and_nats_stand_everywhere(home: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the answers end by themselves: with tokens that generation_config.json names."""
+    rewrite("generation_config.json", {"eos_token_id": list(range(4, VOCABULARY // 4))})
+    assert main(["eval", "e.yaml"]) == 0
+    said = [line for line in lines(Path("run/samples.jsonl")) if "completion" in line]
+    assert all(isinstance(line["truncated"], bool) for line in said)
+    results, table = read_json(Path("run/results.json")), capsys.readouterr().out
+    for task, decoding, figure in (
+        ("right", "greedy", "right_truncated"),
+        ("right", "t1", "right_t1_truncated"),
+        ("formed", "greedy", "formed_truncated"),
+        ("refused", "t0.5", "refused_t0.5_truncated"),
+    ):
+        cut = [line["truncated"] for line in said if (line["task"], line["decoding"]) == (task, decoding)]
+        assert results[figure] == sum(cut) / len(cut)
+    assert 0 < results["right_truncated"] < 1
+    assert f"right {100 * results['right_truncated']:.1f} %" in table.split("cut at max_new_tokens")[1]
+    assert f"{results['nats_loss']:.3f} nats" in table and f"{100 * results['nats_loss']:.1f} %" not in table
+    assert main(["report", "run", "--output", "page.html"]) == 0
+    words = " ".join(re.sub(r"<[^>]*>", " ", Path("page.html").read_text()).split())
+    assert "right: cut at max_new_tokens" in words and f"{100 * results['right_truncated']:.1f} %" in words
+    assert "nats_loss, nats" in words and f"{100 * results['nats_loss']:.1f} %" not in words
+
+
+def test_a_report_says_that_no_answer_was_cut(home: Path) -> None:
+    """And has no column for each nothing."""
+    rewrite("generation_config.json", {"eos_token_id": list(range(4, VOCABULARY))})
+    assert main(["eval", "e.yaml"]) == 0
+    assert read_json(Path("run/results.json"))["right_truncated"] == 0
+    assert main(["report", "run", "--output", "page.html"]) == 0
+    page = Path("page.html").read_text()
+    assert "No answer was cut at max_new_tokens." in page and "right: cut" not in page
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [("number", "about four"), ("number", ""), ("math", ""), ("math", "\\frac{1}{")],
+)
+def test_an_unreadable_reference_is_refused_before_anything_is_generated(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str, reference: str
+) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    rows[6]["reference"] = reference
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = count_answers(monkeypatch)
+    for command in ("eval", "check"):
+        assert main([command, "e.yaml", f"tasks.0.rule={rule}"]) == 2
+        assert "rows.jsonl:7: " in capsys.readouterr().err
+    assert not asked and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "fits"),
+    [
+        ({"name": "right_t1", "metric": "exact_match"}, False),
+        ({"name": "right_n", "metric": "exact_match"}, False),
+        ({"name": "n", "metric": "format"}, False),
+        ({"name": "right_truncated", "metric": "format"}, False),
+        ({"name": "no_loss", "metric": "refusal"}, False),
+        ({"name": "test_loss", "metric": "loss"}, True),
+        ({"name": "t", "metric": "format"}, True),
+        ({"name": "part1", "metric": "format"}, True),
+        ({"name": "lossless", "metric": "format"}, True),
+    ],
+)
+def test_no_task_is_called_like_another_figure(
+    home: Path, capsys: pytest.CaptureFixture[str], task: dict[str, Any], fits: bool
+) -> None:
+    code = main(["check", "e.yaml", f"tasks={json.dumps([task])}"])
+    assert code == (0 if fits else 2), capsys.readouterr().err
