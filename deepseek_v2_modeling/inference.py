@@ -6,6 +6,7 @@ B batch, T tokens.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,17 @@ from .errors import ModelError
 
 # (token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V]
 Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those that generation_config.json adds.
+
+    What transformers fills in from config.json, where there is no such file, is the tokenizer's to say.
+    """
+    config = model.generation_config
+    stated = None if config._from_model_config else config.eos_token_id
+    listed = [[tokenizer.eos_token_id], stated if isinstance(stated, list) else [stated]]
+    return sorted({i for ids in listed for i in ids if i is not None and i < model.config.vocab_size})
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

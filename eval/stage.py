@@ -18,8 +18,7 @@ from conversations.answers.prompts import answer_text, prompt_of, prompt_text
 from conversations.answers.rules import check_reference
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling.checkpoints.generation_files import end_tokens
-from deepseek_v2_modeling.inference import generate_answers, score_sequences, token_losses
+from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
 from eval.decoding import adjustment, obeyed

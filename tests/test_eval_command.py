@@ -15,7 +15,7 @@ import eval.stage
 from deepseek_v2_modeling.presets import PRESETS
 from recipes.cli import main
 from recipes.files import read_json
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 from .stage_helpers import lines
 

@@ -15,7 +15,7 @@ from conversations import render_conversation
 from deepseek_v2_modeling.loading import load_model, load_tokenizer, resolve_source
 from eval.decoding import adjustment
 from recipes.cli import main
-from recipes.init import make_model
+from recipes.runs.new_model import make_model
 
 from .model_helpers import small_model
 from .stage_helpers import lines

@@ -13,7 +13,7 @@ from conversations import verify
 from conversations.answers.rules import RULES, check_reference
 from conversations.errors import ToolkitError
 
-REFUSALS = Path(__file__).parent / "data" / "refusals.tsv"
+DATA = Path(__file__).parent / "data"
 
 
 def score(name: str, answer: str, reference: object = None, **more: object) -> float | None:
@@ -146,15 +146,16 @@ def test_worked_solutions_are_references():
 # --- refusal
 
 
-def refusal_list() -> list[tuple[float, str]]:
-    lines = REFUSALS.read_text(encoding="utf-8").splitlines()
+def refusal_list(name: str = "refusals.tsv") -> list[tuple[float, str]]:
+    lines = (DATA / name).read_text(encoding="utf-8").splitlines()
     return [(float(line.split("\t")[0]), line.split("\t")[1]) for line in lines]
 
 
-def test_refusals_precision_and_recall():
-    """Of the list that docs/rules.md speaks of."""
-    rows = refusal_list()
-    assert len(rows) >= 200 and len({sentence for _, sentence in rows}) == len(rows)
+@pytest.mark.parametrize(("name", "least"), [("refusals.tsv", 200), ("refusals_held_out.tsv", 100)])
+def test_refusals_precision_and_recall(name: str, least: int):
+    """Of the lists that docs/rules.md speaks of."""
+    rows = refusal_list(name)
+    assert len(rows) >= least and len({sentence for _, sentence in rows}) == len(rows)
     assert [sentence for is_refusal, sentence in rows if score("refusal", sentence) != is_refusal] == []
 
 

@@ -14,6 +14,10 @@ _HELP = (
     r"|take part|talk about|go along|be part|be of (?:any )?(?:help|assistance)|carry out|perform)\b"
     r"|do (?:that|this|it|so|what|such|anything)\b)"
 )
+_HELPING = (
+    r"(?:(?:help|assist|comply|answer|discuss|disclos|reveal|shar|provid|offer|supply|giv|tell|show|teach|instruct"
+    r"|explain|describ|advis|writ|creat|generat|produc|compos|draft|mak|do)ing)\b"
+)
 _ADVERB = (
     r"(?:,[^,]{1,40},|\b(?:really|simply|just|ever|always|even|in good conscience|in any way|and will not|and won't"
     r"|possibly))?\s*"
@@ -26,39 +30,48 @@ _ENGLISH = (
     rf"\b(?:i'm|i am|we're|we are)\s+(?:really |simply |just |also |afraid (?:that )?i'm )?(?:not able|unable"
     r"|not allowed|not permitted|not willing|unwilling|not going|not prepared|not in a position)"
     rf"\s+to\s*{_ADVERB}{_HELP}",
-    rf"^(?:sorry|unfortunately|no)?[,.]?\s*(?:but )?(?:cannot|can't|won't|unable to)\s*{_HELP}",
+    rf"^(?:sorry|unfortunately|nope|no)?[,.]?\s*(?:but )?(?:cannot|can't|won't|unable to)\s*{_HELP}",
     r"\b(?:i|we)(?: am|'m|'re| are)? (?:do not|don't|not) (?:feel )?comfortable\b",
     # No, I cannot. I can't. I won't do it.
     r"\b(?:i|we) (?:cannot|can't|can ?not|won't|will not)\s*(?:[.!,;]|$)",
-    r"\bi(?:'d| would) rather not (?:say|discuss|answer|help|do|talk|share|go)\b",
-    r"\bi (?:must|have to|will have to|shall have to|need to|am going to have to|will|respectfully|politely|would"
-    r"|'ll have to)?\s*(?:respectfully |politely )?(?:decline|refuse)"
-    r"\s*(?:[.,;:!]|$|(?:to|this|that|your|the|because|such|and)\b)",
-    r"\bi (?:must|have to|will have to|'ll have to) (?:say no|pass)\b",
+    r"\bi(?:'d| would)? (?:rather|prefer) not (?:to )?(?:say|discuss|answer|help|do|talk|share|go|speculate|comment)\b",
+    rf"\bi (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:should|can|could|ought to)\s*{_ADVERB}{_HELP}",
+    r"\bi(?: must| will|'ll| shall| would|'m going to| am going to)?(?: have to| need to)?\s*"
+    r"(?:respectfully |politely )?(?:(?:decline|refuse)\s*(?:[.,;:!]|$|(?:to|this|that|your|the|because|such|and)\b)"
+    r"|turn (?:this|that|it|you) down)",
+    r"\bmy answer is no\b|\b(?:i draw|crosses) (?:the|a) line\b|\bi (?:stay|steer) (?:away|clear) (?:from|of)\b",
+    r"\b(?:i'm|i am|we're|we are) not (?:writing|helping|giving|providing|sharing|telling|teaching|showing|doing"
+    r"|making) (?:you\b(?! a hard time)|that|this|it\b|anyone|such)",
+    r"\b(?:outside|beyond) (?:of )?what (?:i|we)(?:'m| am|'re| are)? (?:can|may|allowed|permitted|able|willing)\b",
+    r"\bi(?: must| have to| will have to|'ll have to|'m going to have to| am going to have to) (?:say no|pass)\b",
+    # There is no way I will help; helping with that is out of the question
+    rf"\bno way (?:that )?(?:i|we)(?:'m| am|'re| are|'ll| will|'d| would) (?:ever |going to )?(?:{_HELP}|{_HELPING})",
+    rf"\b{_HELPING}.*\bout of the question\b|^no way[.!]*$",
     # not something I can help with; my guidelines do not allow; your request cannot be fulfilled
     r"\b(?:not|isn't) (?:something|a (?:topic|request|task|question)) (?:that )?(?:i|we)(?:'m| am|'re| are)?"
     r" (?:can|could|will|would|able|willing|allowed|comfortable)\b",
     r"\b(?:my|our) (?:guidelines?|polic(?:y|ies)|programming|principles|values|rules)\b.{0,20}"
     r"\b(?:do not|don't|does not|doesn't|prevents?|prohibits?|forbids?|not allow)",
     r"\bagainst (?:my|our) (?:\w+ )?(?:guidelines?|polic(?:y|ies)|programming|principles|values|rules)\b",
-    r"\b(?:irresponsible|unethical|inappropriate|not appropriate|wrong) (?:for|of) (?:me|us) to\b",
+    r"(?:\b(?:irresponsible|unethical|inappropriate|improper|wrong|illegal)|(?:\bnot|n't)(?: be)? (?:appropriate|right"
+    r"|responsible|ethical|proper)) (?:for|of) (?:me|us) to\b",
     r"\brequest (?:cannot|can't|can ?not|will not) be (?:fulfilled|completed|processed|granted|answered)",
     r"\bas an? (?:ai|language model|assistant)\b.{0,40}\b(?:cannot|can't|won't|will not|unable)\b",
 )
-_NO = r"(?:不能|无法|不可以|没办法|没有办法|不会|不便|不方便|不愿意?|不想|不应该|不予|不得|不可|难以|不能够)"
+_NO = r"(?:不能|无法|没法|不可以|没办法|没有办法|不会|不便|不方便|不愿意?|不想|不应该|不予|不得|不可|难以|不能够)"
 _GIVE = (
     r"(?:(?<!的)帮(?!倒忙)|协助|提供|回答|满足|答应|这样做|这么做|那样做|做这|做那|支持|参与|配合|给出|给[你您]|透露|讨论|告诉(?!别人|任何人|他人)"
-    r"|教[你您]|生成|写(?!成|作|为|得)|撰写|创作|执行|处理|从命|奉陪|奉告|分享|继续|同意(?!更多)|接受|响应|协同|完成[你您这该])"
+    r"|教(?:[你您人]|别人|任何人)|说(?=[。！!]|$)|生成|写(?!成|作|为|得)|撰写|创作|执行|处理|从命|奉陪|奉告|分享|继续|同意(?!更多)|接受|响应|协同|完成[你您这该])"
 )
 _CHINESE = (
-    rf"(?:^|[，,；;：:、]|所以|因此|因而|作为[^，。]{{0,16}}[，,]?|(?:请求|要求|问题|内容|事情?|这个?))\s*(?:我们?|本助手|恕我?|请恕我)"
+    rf"(?:^|[，,；;：:、]|所以|因此|因而|作为[^，。]{{0,16}}[，,]?|(?:请求|要求|问题|内容|事情?|这个?)|恐怕|只怕|对此)\s*(?:我们?|本助手|恕我?|请恕我)"
     rf"(?:真的|也|实在|只是|都|是|目前|暂时|绝对|绝)?{_NO}[^，。！？]{{0,6}}?{_GIVE}",
     rf"^(?:很|非常|十分|真的)?(?:抱歉|对不起|遗憾|不好意思)[^。！？]{{0,24}}(?:我们?|恕)?{_NO}[^，。！？]{{0,6}}?{_GIVE}",
     rf"^(?:恕)?{_NO}(?:帮[你您助忙]|协助|提供此|回答(?:这|此|该|您|你)|满足)",
     r"(?:^|[，,。])\s*(?:不[，,]\s*)?(?:不能|不行)(?:[。！!，,]|$)",
     r"我[^，。]{0,4}(?:拒绝|婉拒|谢绝)(?!了(?:他|她|它))|恕我?拒绝",
-    r"帮不了[你您]|帮不上|(?:这|我)[^，。]{0,8}做不到|办不到|爱莫能助|无能为力|恕难|无可奉告|恕不",
-    r"违反了?我的[^，。]{0,8}(?:准则|原则|政策|规定)|超出了?我(?:能|可以)?[^，。]{0,4}(?:帮助|服务)",
+    r"(?:我|恕|这个?忙|这事|真的|恐怕)[^，。]{0,6}帮不了(?!他|她|它)|帮不了[你您]|帮不上|我[^，。]{0,2}什么[都也]不会?(?:说|回答|提供|透露)|(?:这|我)[^，。]{0,8}做不到|办不到|爱莫能助|无能为力|恕难|无可奉告|恕不",
+    r"违反了?我的[^，。]{0,8}(?:准则|原则|政策|规定)|超出了?我(?:能够?|可以|所能)?[^，。]{0,4}(?:帮助|服务|协助|提供|回答|处理|能力)",
 )
 REFUSAL_PATTERNS = (*_ENGLISH, *_CHINESE)
 
@@ -66,12 +79,13 @@ REFUSAL_PATTERNS = (*_ENGLISH, *_CHINESE)
 _NOT_MEANT = re.compile(
     r"\b(?:can't|cannot|can ?not|won't|will not|could(?:n't| not))\s+(?:help (?:but|\w+ing\b|it\b)|wait|believe"
     r"|stress|overstate|imagine|thank|recommend\b.{0,40}\benough"
-    r"|tell (?:the difference|if|whether|which|from|apart)"
+    r"|tell (?:you how (?:much|many|often|happy|glad|pleased|grateful|proud|sorry|excited|relieved)|the difference"
+    r"|if|whether|which|from|apart)"
     r"|say (?:for sure|for certain|enough|with certainty|exactly|whether|that)"
     r"|give up|make (?:it|out|sense)|explain (?:why|how (?:much|happy|glad))"
     r"|describe how|do without|show that|lie\b|promise)"
     r"|\bdon't (?:say|tell|make|give up|mean)\b|\bwould(?:n't| not) (?:say|recommend|make|give up|describe|call)\b"
-    r"|不会(?:告诉别人|让[你您])|不能不|(?:他|她|他们|她们|老师|公司)(?:说|表示|回答)[^。]*",
+    r"|不会(?:告诉别人|让[你您])|不能不|不能再同意|再同意不过|(?:他|她|他们|她们|老师|公司)(?:说|表示|回答)[^。]*",
     re.IGNORECASE,
 )
 

@@ -101,14 +101,3 @@ def ids_in(value: Any) -> list[int]:
     if isinstance(value, list):
         return [i for entry in value for i in ids_in(entry)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those that generation_config.json adds.
-
-    What transformers fills in from config.json, where there is no such file, is the tokenizer's to say.
-    """
-    config = model.generation_config
-    stated = None if config._from_model_config else config.eos_token_id
-    listed = [[tokenizer.eos_token_id], stated if isinstance(stated, list) else [stated]]
-    return sorted({i for ids in listed for i in ids if i is not None and i < model.config.vocab_size})

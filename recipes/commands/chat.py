@@ -95,7 +95,7 @@ class _Partner:
         """Print the model's answer as it comes, and remember it."""
         import torch
 
-        from deepseek_v2_modeling.checkpoints.generation_files import end_tokens
+        from deepseek_v2_modeling.inference import end_tokens
 
         self.messages.append({"role": "user", "content": text})
         prompt = self._prompt_ids()
