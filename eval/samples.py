@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_v2_modeling.training.run_files import SAMPLES_FILE, read_lines, write_lines
+from deepseek_v2_modeling.training import SAMPLES_FILE, read_lines, write_lines
 
 Sample = dict[str, Any]
 Place = tuple[str, str, int]  # task, way of decoding, number of the row

@@ -4,7 +4,16 @@ exactly, and the files of a run. What is here by name is imported when it is ask
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .run_files import REJECTED_FILE, SAMPLES_FILE, append_lines, cut_file, read_json, write_json
+from .run_files import (
+    REJECTED_FILE,
+    SAMPLES_FILE,
+    append_lines,
+    cut_file,
+    read_json,
+    read_lines,
+    write_json,
+    write_lines,
+)
 
 if TYPE_CHECKING:
     from .adapted_head import score_labels, trains_adapted_head
@@ -34,10 +43,12 @@ __all__ = [
     "check_whole",
     "cut_file",
     "read_json",
+    "read_lines",
     "score_labels",
     "training_arguments",
     "trains_adapted_head",
     "write_json",
+    "write_lines",
 ]
 
 
