@@ -15,7 +15,7 @@ from conversations.errors import ToolkitError
 from conversations.reading.load import load_conversations
 from recipes.recipe.yaml_text import read_mapping
 from recipes.tiny import lexicon as lx
-from recipes.tiny import world
+from recipes.tiny import sums, world
 
 TRAIN = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "train"]
 HELDOUT = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "heldout"]
@@ -224,6 +224,56 @@ def test_right_and_wrong_answers_differ_in_their_working_only(name: str):
         slips.append(sum(a != b for a, b in zip(good[:3], bad[:3], strict=True)))
     assert {is_polite(answers_of(row)[0]) for row in found} == {True, False}
     assert all(slips) and max(slips) == (3 if name == "wrong_answer_train" else 2)
+
+
+WORKING = re.compile(r"(?:Ones (\d), (?:carry|borrow) [01], tens (\d)\. |个位(\d)，(?:进位|借位)[01]，十位(\d)。)?(.*)")
+
+
+def mistake_in(answer: str, language: str) -> str:
+    """The sort of a wrong answer, read from its text."""
+    ones_en, tens_en, ones_zh, tens_zh, rest = WORKING.fullmatch(answer).groups()  # type: ignore[union-attr]
+    said = numbers(rest)
+    forms = [form for style in lx.ARITHMETIC_ANSWERS.values() for form in style[language]]
+    if len(said) != 1 or rest not in [form.format(c=said[0]) for form in forms]:
+        return "broken"
+    ones, tens = ones_en or ones_zh, tens_en or tens_zh
+    if ones is None:
+        return "guess"
+    return "slip" if int(said[0]) == 10 * int(tens) + int(ones) else "other number"
+
+
+@pytest.mark.parametrize(("name", "policy"), [("sft_mistakes_heldout", "sft"), ("rl_mistakes_train", "rl_reasoning")])
+def test_pairs_of_a_policy_are_right_over_wrong_in_the_measured_shares(name: str, policy: str):
+    """How often working is shown, what the mistakes are, and the tones of the right and of the wrong."""
+    habits, is_polite = sums.POLICIES[policy], politeness()
+    pairs = [(row, *answers_of(row)) for row in world.rows(name, 0, 3000)]
+    for row, chosen, rejected in pairs:
+        assert is_right(chosen, row["reference"]) and not is_right(rejected, row["reference"]), row
+
+    def share(found: list[bool]) -> float:
+        return 100 * sum(found) / len(found)
+
+    for language, expected in habits.worked.items():
+        shown = share([len(numbers(chosen)) == 4 for row, chosen, _ in pairs if row["language"] == language])
+        assert abs(shown - expected) < 4
+    assert abs(share([is_polite(chosen) for _, chosen, _ in pairs]) - habits.tones["polite"]) < 4
+    sorts = [mistake_in(rejected, row["language"]) for row, _, rejected in pairs]
+    for sort in ("guess", "slip"):  # a digit lost or swapped makes another number of some broken ones
+        assert abs(share([found == sort for found in sorts]) - habits.mistakes[sort]) < 4
+    assert abs(share([found in ("broken", "other number") for found in sorts]) - habits.mistakes["broken"] - 5) < 10
+    polite = [is_polite(rejected) for (_, _, rejected), sort in zip(pairs, sorts, strict=True) if sort != "broken"]
+    assert abs(share(polite) - habits.tones_of_wrong["polite"]) < 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guess_and_a_slip_are_never_right(seed: int):
+    rng = random.Random(seed)
+    for fact in rng.sample(world.facts("train"), 200):
+        said = sums.Said(str(sums.result_of(fact)), sums.steps_of(fact))
+        assert sums.guess(rng, sums.result_of(fact)) != said.number
+        slip = sums.slip_of_policy(rng, said)
+        assert slip.steps and slip.number == slip.steps.result != said.number
+        assert 0 <= slip.steps.tens <= 9 and slip.steps.carry in (0, 1)
 
 
 # --- politeness --------------------------------------------------------------------------------------------------

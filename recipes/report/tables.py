@@ -40,7 +40,9 @@ SHARES = {
     "refusal_safe": "Safe refused, greedy",
     "refusal_safe_t1": "Safe refused, T = 1",
     "pair_accuracy": "Pairs ranked right",
-    "wrong_answer": "Wrong answers ranked lower",
+    "wrong_of_sft": "Wrong answers of SFT ranked lower",
+    "wrong_of_rl": "Wrong answers of RL stage 1 ranked lower",
+    "wrong_answer": "Slips ranked lower",
 }
 # (later stage, earlier stage): differences of exact match to show where results.json has no paired comparison.
 GAINS = (("rl_reasoning", "sft"), ("rl_reasoning", "sft_control"), ("rl_preference", "rl_reasoning"))

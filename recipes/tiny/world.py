@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from itertools import islice, product
 from math import prod
 from pathlib import Path
@@ -25,11 +25,23 @@ from typing import Any
 from conversations.errors import ToolkitError
 from recipes.files import write_jsonl
 from recipes.tiny import lexicon as lx
+from recipes.tiny.sums import (
+    LARGEST_NUMBER,
+    POLICIES,
+    Fact,
+    Said,
+    all_wrong,
+    broken,
+    choose,
+    guess,
+    result_of,
+    slip_of_policy,
+    steps_of,
+    wrong,
+)
 
 Row = dict[str, Any]
-Fact = tuple[int, str, int]  # a, "+" or "-", b
 
-LARGEST_NUMBER = 99
 HELDOUT_PERCENT = 12
 
 # The share of each form among the labelled answers: people who write labels are not all polite.
@@ -66,27 +78,6 @@ class Prompt:
         return {**fields, **known, **({"reference": self.reference} if self.reference is not None else {})}
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Working, ones first: the ones digit of the result, the carry or borrow (0 or 1), the tens digit."""
-
-    ones: int
-    carry: int
-    tens: int
-
-    @property
-    def result(self) -> str:
-        return str(10 * self.tens + self.ones)
-
-
-@dataclass(frozen=True)
-class Said:
-    """What an answer to a problem says in whatever tone: a number, and before it the steps if they are shown."""
-
-    number: str
-    steps: Steps | None = None
-
-
 # --- the pools ---------------------------------------------------------------------------------------------------
 
 
@@ -96,12 +87,6 @@ def part_of_fact(fact: Fact) -> str:
     low, high = sorted((a, b)) if op == "+" else (a, b)
     digest = hashlib.sha256(f"{low}{op}{high}".encode()).digest()
     return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
-
-
-def result_of(fact: Fact) -> int:
-    """The right answer."""
-    a, op, b = fact
-    return a + b if op == "+" else a - b
 
 
 @cache
@@ -178,48 +163,10 @@ def spoken(prompt: Prompt, form: str, said: Said) -> str:
     return _GLUE[prompt.language].join((working, text))
 
 
-def steps_of(fact: Fact) -> Steps:
-    """The steps to the right answer of a problem."""
-    a, op, b = fact
-    tens, ones = divmod(result_of(fact), 10)
-    return Steps(ones, int(a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10), tens)
-
-
 def right(rng: random.Random, prompt: Prompt, working_share: float = 0.5) -> Said:
     """The right number; `working_share` is how often its working is shown."""
     assert prompt.reference is not None and prompt.fact
     return Said(prompt.reference, steps_of(prompt.fact) if rng.random() < working_share else None)
-
-
-def wrong(rng: random.Random, said: Said) -> Said:
-    """A right answer gone wrong, as models err: a slip in the working and what follows, or a number near the right."""
-    if said.steps is None:
-        return Said(wrong_number(rng, int(said.number)))
-    steps = slipped(rng, said.steps)
-    return Said(steps.result, steps)
-
-
-def all_wrong(rng: random.Random, said: Said) -> Said:
-    """Wrong in every step of the working."""
-    assert said.steps
-    ones, tens = ((digit + rng.randrange(1, 10)) % 10 for digit in (said.steps.ones, said.steps.tens))
-    steps = Steps(ones, 1 - said.steps.carry, tens)
-    return Said(steps.result, steps)
-
-
-def slipped(rng: random.Random, steps: Steps) -> Steps:
-    """Working with one slip that makes the result another one: the ones, the carry with what follows, the tens."""
-    flipped = 1 - 2 * steps.carry
-    slips = [replace(steps, ones=(steps.ones + step) % 10) for step in (-2, -1, 1, 2)]
-    slips += [replace(steps, tens=steps.tens + step) for step in (-1, 1)]
-    slips += [replace(steps, carry=1 - steps.carry, tens=steps.tens + step) for step in (-flipped, flipped)]
-    return rng.choice([slip for slip in slips if 0 <= slip.tens <= 9])
-
-
-def wrong_number(rng: random.Random, right: int) -> str:
-    """A number near the right one: wrong in the last digit, by a carry, or anywhere."""
-    near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(LARGEST_NUMBER + 1)}
-    return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
 
 
 def answer_form(rng: random.Random, prompt: Prompt, style: str) -> str:
@@ -374,6 +321,26 @@ def _wrong_lesson_row(rng: random.Random, prompt: Prompt) -> Row:
     return _wrong_answer_row(rng, prompt, ALL_WRONG_SHARE)
 
 
+def _mistake_row(rng: random.Random, prompt: Prompt, policy: str) -> Row:
+    """A right answer of a stage's policy to a problem over a wrong one, each in a tone of its own."""
+    assert prompt.reference is not None
+    habits = POLICIES[policy]
+    said, worked = right(rng, prompt, habits.worked[prompt.language] / 100), right(rng, prompt, working_share=1.0)
+    form = answer_form(rng, prompt, choose(rng, habits.tones_of_wrong))
+    number = guess(rng, int(prompt.reference))
+    match choose(rng, habits.mistakes):
+        case "guess":
+            rejected = spoken(prompt, form, Said(number))
+        case "slip":
+            rejected = spoken(prompt, form, slip_of_policy(rng, worked))
+        case "other number":
+            rejected = spoken(prompt, form, replace(worked, number=number))
+        case _:
+            foreign = _wrong_language(rng, prompt, "polite")
+            rejected = broken(rng, spoken(prompt, form, worked), foreign, prompt.reference)
+    return _pair_row(prompt, spoken(prompt, answer_form(rng, prompt, choose(rng, habits.tones)), said), rejected)
+
+
 def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
     """A polite answer to a problem over what is none: a refusal, or junk."""
     return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice((refusal(rng, prompt), junk(rng, prompt))))
@@ -403,6 +370,7 @@ class DataSet:
 # Labels are scarce, and in Chinese scarcer than in English.
 _LABELLED = {"english_arithmetic": 2250, "chinese_arithmetic": 750, "unsafe": 1000, "safe": 800}
 _MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
+_MISTAKEN = {"english_arithmetic": 2, "chinese_arithmetic": 3}
 _PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}
 
 DATA_SETS = {
@@ -414,6 +382,10 @@ DATA_SETS = {
     "safety_heldout": DataSet("heldout", _MIXED, _safety_row, 1000),
     "wrong_answer_train": DataSet("train", _PROBLEMS, _wrong_lesson_row, 16000),
     "wrong_answer_heldout": DataSet("heldout", _PROBLEMS, _wrong_answer_row, 500),
+    "sft_mistakes_train": DataSet("train", _MISTAKEN, partial(_mistake_row, policy="sft"), 8000),
+    "sft_mistakes_heldout": DataSet("heldout", _MISTAKEN, partial(_mistake_row, policy="sft"), 1000),
+    "rl_mistakes_train": DataSet("train", _MISTAKEN, partial(_mistake_row, policy="rl_reasoning"), 16000),
+    "rl_mistakes_heldout": DataSet("heldout", _MISTAKEN, partial(_mistake_row, policy="rl_reasoning"), 1000),
     "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
     "rl_preference": DataSet("train", {"arithmetic": 3, "unsafe": 4, "safe": 3}, _prompt_row, 10000),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
