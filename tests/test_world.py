@@ -246,7 +246,7 @@ def mistake_in(answer: str, language: str) -> str:
 def test_pairs_of_a_policy_are_right_over_wrong_in_the_measured_shares(name: str, policy: str):
     """How often working is shown, what the mistakes are, and the tones of the right and of the wrong."""
     habits, is_polite = sums.POLICIES[policy], politeness()
-    pairs = [(row, *answers_of(row)) for row in world.rows(name, 0, 3000)]
+    pairs = [(row, *answers_of(row)) for row in world.rows(name, 0, 1500)]
     for row, chosen, rejected in pairs:
         assert is_right(chosen, row["reference"]) and not is_right(rejected, row["reference"]), row
 
