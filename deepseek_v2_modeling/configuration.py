@@ -307,7 +307,7 @@ def check_file_values(values: Any, config_class: type) -> None:
         found = inspect.getattr_static(config_class, key, None)
         no_setting = isinstance(found, property) and found.fset is None
         if no_setting or inspect.isroutine(found) or isinstance(found, classmethod | staticmethod):
-            raise ModelError(f'"{key}" is no setting of a model; take it out')
+            raise ModelError(f'"{key}" is not a model setting; remove it')
     for key, kind in TYPES.items():
         if not isinstance(values.get(key), kind | None):
             raise ModelError(f"{key} is {values[key]!r}: it must be {'a number' if kind is int else 'an object'}")
@@ -320,12 +320,12 @@ def check_file_values(values: Any, config_class: type) -> None:
         raise ModelError(f"{parts[0]}: the settings of a part: this is a larger model, of which DeepSeek-V2 is a part")
     for key, only in OF_A_CALL.items():
         if values.get(key) not in (None, only):
-            raise ModelError(f"{key} is {values[key]!r}: it belongs to a call, not to a model; take it out")
+            raise ModelError(f"{key} is {values[key]!r}: it belongs to a call, not to a model; remove it")
     for key in ("attn_implementation", "_attn_implementation"):
         name = values.get(key)
         if name is not None and "/" in str(name):
             raise ModelError(
-                f"attn_implementation {name} is a kernel of the hub, whose code is never run here; take it out"
+                f"attn_implementation {name} is a kernel of the hub, whose code is never run here; remove it"
             )
         if name not in (None, *ATTENTION):
             raise ModelError(f"{key} is {name!r}: use one of {', '.join(ATTENTION)}")

@@ -1,4 +1,4 @@
-"""Errors of the model's floor that a user can mend."""
+"""Errors of the model's floor that a user can fix."""
 
 
 class ModelError(ValueError):

@@ -38,7 +38,7 @@ def encode_pairs(
         report.rows += 1
         if not is_pair(row):
             raise ToolkitError(
-                f"row {report.rows} is no pair (it has {', '.join(sorted(row))}); it needs {', '.join(PAIR)}, "
+                f"row {report.rows} is not a pair (it has {', '.join(sorted(row))}); it needs {', '.join(PAIR)}, "
                 "or loss: pointwise for judged answers"
             )
         pair = [answer_ids(row["prompt"], row[key], tokenizer, None) for key in PAIR[1:]]
@@ -62,7 +62,7 @@ def encode_judged(
         verdict = next((name for name in VERDICTS if name in row), None)
         if verdict is None or not all(key in row for key in JUDGED):
             raise ToolkitError(
-                f"row {report.rows} is no judged answer (it has {', '.join(sorted(row))}); loss: pointwise needs "
+                f"row {report.rows} is not a judged answer (it has {', '.join(sorted(row))}); loss: pointwise needs "
                 "prompt, completion and a label or a score"
             )
         verdicts.add(verdict)

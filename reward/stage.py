@@ -42,7 +42,7 @@ def train(
     Args:
         rows: pairs (loss: pairwise) or judged answers (loss: pointwise).
         eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
-        resume_from: a checkpoint of the same run to go on from.
+        resume_from: a checkpoint of the same run to resume from.
 
     Returns:
         steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,

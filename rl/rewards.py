@@ -138,7 +138,7 @@ class RewardStats:
             if not (math.isfinite(found.mean) and math.isfinite(found.std) and found.std >= 0):
                 raise ValueError(f"mean is {found.mean} and std {found.std}")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ToolkitError(f"{path}: no readable statistics ({error}); train the reward model again") from error
+            raise ToolkitError(f"{path}: unreadable statistics ({error}); train the reward model again") from error
         return found
 
 

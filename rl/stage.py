@@ -37,7 +37,7 @@ def train(
     Args:
         rows: canonical rows; the prompt is what comes before the last answer, `reference` goes to the rewards.
         rewards: the terms of the reward, with their weights.
-        resume_from: a checkpoint of the same run to go on from.
+        resume_from: a checkpoint of the same run to resume from.
 
     Returns:
         steps, seconds, and the last logged reward, each of its terms, KL, entropy and length.

@@ -177,7 +177,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         silent = values.isnan().all(0).tolist()
         if all(silent):
             raise ToolkitError(
-                f"no reward said anything about any of {len(values)} completions (step {self.state.global_step + 1}); "
+                f"no reward gave a score for any of {len(values)} completions (step {self.state.global_step + 1}); "
                 "look at the rewards' on_error and at the references of the data"
             )
         for i, is_silent in enumerate(silent):
@@ -185,7 +185,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             self.silent_batches[i] = -1 if spoke_before or not is_silent else self.silent_batches[i] + 1
             if self.silent_batches[i] >= PATIENCE:
                 raise ToolkitError(
-                    f"the reward {self.reward_func_names[i]} said nothing about any completion of the first "
+                    f"the reward {self.reward_func_names[i]} gave no score for any completion of the first "
                     f"{PATIENCE} batches; leave it out, or give the data what it needs"
                 )
 

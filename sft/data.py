@@ -25,7 +25,7 @@ def check_row(row: Row, number: int) -> Row:
     """The row, which holds a conversation or plain text. Raises ToolkitError for a row of another form."""
     if "messages" not in row and "text" not in row:
         raise ToolkitError(
-            f"row {number} is no conversation (it has {', '.join(sorted(row))}); supervised fine-tuning needs "
+            f"row {number} is not a conversation (it has {', '.join(sorted(row))}); supervised fine-tuning needs "
             "messages or text: use `dsv2 reward` for preferences"
         )
     return row

@@ -39,7 +39,7 @@ def train(
     Args:
         rows: canonical rows with `messages` or `text`; so are `eval_rows`, which give `eval_loss` and the samples'
             prompts. Several sources of them go by name, and give an `eval_NAME_loss` each.
-        resume_from: a checkpoint of the same run to go on from.
+        resume_from: a checkpoint of the same run to resume from.
 
     Returns:
         steps, seconds, what became of the rows, and the held-out losses of final/ where there are eval_rows.

@@ -384,8 +384,8 @@ def test_an_official_expert_config_is_read(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "not a readable experts file"),
-        ([1], "no experts file"),
-        ({"experts": {}}, "no experts file"),
+        ([1], "not an experts file"),
+        ({"experts": {}}, "not an experts file"),
         ({"experts": {"1": [0], "x": [1]}}, 'the key "x"'),
         ({"experts": {"1": [0, 0]}}, "list of different experts"),
         ({"experts": {"1": 3}}, "list of different experts"),

@@ -101,7 +101,7 @@ def test_each_file_of_a_checkpoint_is_missed(
         assert begun(name) == 2, (file, way)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {checkpoint}: {file} is "), (line, way)
-        assert f"delete or move {checkpoint}, and the same command goes on from checkpoint-1" in line
+        assert f"delete or move {checkpoint}, and the same command resumes from checkpoint-1" in line
         (checkpoint / file).write_bytes(whole)
     assert damage(checkpoint) is None
     assert Path(name, "manifest.json").read_bytes() == manifest and not Path(name, "final").exists()
@@ -126,7 +126,7 @@ def test_without_a_whole_checkpoint_all_are_named(
     for number in (1, 2):
         Path(f"lora/checkpoint-{number}/scheduler.pt").unlink()
     assert begun("lora") == 2
-    assert "delete or move lora/checkpoint-2, lora/checkpoint-1, and the same command begins anew" in (
+    assert "delete or move lora/checkpoint-2, lora/checkpoint-1, and the same command starts over" in (
         capsys.readouterr().err
     )
     for number in (1, 2):

@@ -388,7 +388,7 @@ def test_models_that_cannot_be_adapted(base: Path):
     for adapted in (model, model.get_base_model()):
         with pytest.raises(ModelError, match="adapters already"):
             apply_lora(adapted, config)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ModelError, match=r"modeling_deepseek_v2\.DeepseekV2ForCausalLM is no model of this package"):
+    with pytest.raises(ModelError, match=r"modeling_deepseek_v2\.DeepseekV2ForCausalLM is not a model of this package"):
         apply_lora(stock_twin(base), config)
 
 

@@ -262,7 +262,7 @@ def test_nan_names_step_rows_and_module(tmp_path: Path, packing: bool) -> None:
     assert "law.jsonl:8" in rows_named and len(rows_named) == (2 if packing else 1)
     assert "First: model.layers.1.post_attention_layernorm (Overflowing)" in message
     assert "its input and its weights are finite" in message
-    assert (f"checkpoint-{step - 1} is whole" if step > 1 else "no checkpoint yet") in message
+    assert (f"checkpoint-{step - 1} is complete" if step > 1 else "no checkpoint yet") in message
     assert not (tmp_path / "final").exists()
 
 
@@ -303,7 +303,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir()) / 1e6
     needed = float(str(caught.value).split("takes about ")[1].split(" MB")[0])
     assert needed == pytest.approx(size, abs=0.1)
-    assert "checkpoint-2 is whole" in str(caught.value) and f"the disk of {tmp_path} is full" in str(caught.value)
+    assert "checkpoint-2 is complete" in str(caught.value) and f"the disk of {tmp_path} is full" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
 
 

@@ -170,9 +170,9 @@ def test_long_rows_lose_their_beginning_or_are_left_out():
 
 def test_rows_of_the_wrong_kind_are_refused():
     tokenizer, settings = byte_tokenizer(), {"max_length": 64, "too_long": "drop"}
-    with pytest.raises(ToolkitError, match=r"row 2 is no pair.*pointwise"):
+    with pytest.raises(ToolkitError, match=r"row 2 is not a pair.*pointwise"):
         encode_pairs([*pairs(1), *judged(1)], tokenizer, **settings)
-    with pytest.raises(ToolkitError, match="row 1 is no judged answer"):
+    with pytest.raises(ToolkitError, match="row 1 is not a judged answer"):
         encode_judged(pairs(1), tokenizer, **settings)
     with pytest.raises(ToolkitError, match="some rows have a label and some a score"):
         encode_judged([*judged(1), *judged(1, "score")], tokenizer, **settings)

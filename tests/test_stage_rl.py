@@ -287,12 +287,12 @@ def test_resume_of_an_adapter_keeps_its_reference(tmp_path):
 
 
 def test_a_reward_that_is_none_for_all_stops_the_run(tmp_path):
-    with pytest.raises(ToolkitError, match=r"no reward said anything about any of 8 completions \(step 1\)"):
+    with pytest.raises(ToolkitError, match=r"no reward gave a score for any of 8 completions \(step 1\)"):
         run(tmp_path, rewards=[Silent("silent")])
 
 
 def test_a_reward_that_never_speaks_beside_others_stops_the_run(tmp_path):
-    with pytest.raises(ToolkitError, match=f"silent said nothing.*first {PATIENCE} batches"):
+    with pytest.raises(ToolkitError, match=f"silent gave no score.*first {PATIENCE} batches"):
         run(tmp_path, rewards=[Vowels("vowels"), Silent("silent")], training={"max_steps": PATIENCE + 1})
 
 

@@ -87,7 +87,7 @@ def test_rows_left_out_are_counted_and_told():
 
 def test_wrong_rows_are_refused():
     settings = {"train_on": "all_assistant", "max_length": 64, "too_long": "drop"}
-    with pytest.raises(ToolkitError, match=r"row 1 is no conversation.*dsv2 reward"):
+    with pytest.raises(ToolkitError, match=r"row 1 is not a conversation.*dsv2 reward"):
         encode_rows(pairs(1), byte_tokenizer(), **settings)
     with pytest.raises(ToolkitError, match="no row is left"):
         encode_rows([{"messages": user("no answer")}], byte_tokenizer(), **settings)

@@ -289,7 +289,7 @@ def test_ignore_mismatched_sizes(saved: Path, capsys: Any):
     """A new vocabulary, say. An expert of another shape stays an error."""
     edit(saved, put={name: torch.zeros(9, 32) for name in ("lm_head.weight", "model.embed_tokens.weight")})
     model = DeepseekV2ForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=True)
-    assert "made anew: lm_head.weight, model.embed_tokens.weight" in capsys.readouterr().out
+    assert "newly initialised: lm_head.weight, model.embed_tokens.weight" in capsys.readouterr().out
     assert model.lm_head.weight.shape == (61, 32) and model.lm_head.weight.std() > 0.01
     assert torch.equal(model.model.norm.weight, small_model().model.norm.weight)
     edit(saved, put={PLACES[-1]: torch.zeros(9, 32)})

@@ -211,7 +211,7 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, StrictPreTrainedModel):
         kind = type(model)
         raise ModelError(
-            f"{kind.__module__}.{kind.__name__} is no model of this package; load it with "
+            f"{kind.__module__}.{kind.__name__} is not a model of this package; load it with "
             "deepseek_v2_modeling.DeepseekV2ForCausalLM.from_pretrained, or use PEFT itself"
         )
 

@@ -191,7 +191,7 @@ def check_complete(groups: Iterable[Group], lora: LoraConfig, where: str | Path)
     if missing:
         raise ModelError(
             f"{where}: no pair for {len(missing)} of the experts' weights, though others of their layers have one: "
-            f"{name_some(missing)}; the file is not whole. If these were left out on purpose, let target_modules in "
+            f"{name_some(missing)}; the file is incomplete. If these were left out on purpose, let target_modules in "
             "adapter_config.json name the trained experts only"
         )
 

@@ -75,7 +75,7 @@ def _room(run_dir: Path) -> int:
 def whole_checkpoints(run_dir: Path) -> str:
     """ "checkpoint-20 is whole", or that there is none yet."""
     newest = max(run_dir.glob("checkpoint-*"), key=checkpoint_step, default=None)
-    return "there is no checkpoint yet" if newest is None else f"{newest.name} is whole"
+    return "there is no checkpoint yet" if newest is None else f"{newest.name} is complete"
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -66,7 +66,7 @@ def check_generation(base: str, vocab_size: int) -> None:
     """Look at the generation_config.json of a model directory, if there is one.
 
     Raises:
-        ModelError: it is no JSON object, asks for a kind of decoding that there is not, or has a value that decoding
+        ModelError: it is not a JSON object, asks for a kind of decoding that there is not, or has a value that decoding
             would fail over.
     """
     path = Path(base) / FILE
@@ -75,12 +75,12 @@ def check_generation(base: str, vocab_size: int) -> None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable ({error}); mend it, or take it away") from error
+        raise ModelError(f"{path}: not readable ({error}); fix it or delete it") from error
     for name, nothing in OTHERS.items():
         if values.get(name) is not None and values[name] not in nothing:
-            raise ModelError(f"{path}: {name} is {values[name]!r}: there is no such decoding here; take it out")
+            raise ModelError(f"{path}: {name} is {values[name]!r}: this kind of decoding is not supported; remove it")
     for name in NUMBERS:
         value = values.get(name)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
@@ -91,9 +91,9 @@ def check_generation(base: str, vocab_size: int) -> None:
             if values.get(name) is not None:
                 make(values[name])
     except Exception as error:  # transformers looks at some of the values only
-        raise ModelError(f"{path}: {' '.join(str(error).split())}; correct it, or take it out") from error
+        raise ModelError(f"{path}: {' '.join(str(error).split())}; correct or remove it") from error
     if far := [i for name in TOKENS for i in ids_in(values.get(name)) if i >= vocab_size]:
-        raise ModelError(f"{path}: token id {far[0]} is beyond the model's vocabulary of {vocab_size:,}; take it out")
+        raise ModelError(f"{path}: token id {far[0]} is beyond the model's vocabulary of {vocab_size:,}; remove it")
 
 
 def ids_in(value: Any) -> list[int]:

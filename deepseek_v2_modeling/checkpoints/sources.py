@@ -185,7 +185,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{where}: auto_map names code for the tokenizer that comes with the model; such code "
-                "is never run here. Save the tokenizer as a tokenizer.json, and take auto_map out of its config"
+                "is never run here. Save the tokenizer as a tokenizer.json, and remove auto_map from its config"
             ) from error
         raise ModelError(f"{where}: no tokenizer can be loaded ({reason(error)})") from error
     if tokenizer.eos_token_id is None:
@@ -211,7 +211,7 @@ def base_directory(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: not to be had from the hub ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{base}: it cannot be fetched from the hub ({str(error).splitlines()[0]})") from error
 
 
 def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
@@ -250,5 +250,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: no JSON object")
+        raise ModelError(f"{path}: not a JSON object")
     return value

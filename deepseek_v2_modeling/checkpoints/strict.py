@@ -41,7 +41,7 @@ def shape_of(source: Any) -> Shape:
 class StrictPreTrainedModel(PreTrainedModel):
     """A PreTrainedModel whose `from_pretrained` refuses what does not fit, and which refuses half an adapter.
 
-    new_heads: starts of the names of tensors that may be missing: they are made anew.
+    new_heads: starts of the names of tensors that may be missing: they are newly initialised.
     other_heads: starts of the names of tensors that may be left in the checkpoint: another model's head.
     Both are named in one printed line. Everything else is an error.
     """
@@ -60,7 +60,7 @@ class StrictPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As transformers', but strict: only safetensors is read, and every tensor must find its place.
 
-        `ignore_mismatched_sizes=True` makes whole tensors of another shape anew and names them; an expert of
+        `ignore_mismatched_sizes=True` initialises whole tensors of another shape and names them; an expert of
         another shape is always an error.
 
         Raises:
@@ -124,7 +124,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             )
         shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in loading_info.mismatched_keys}
         made, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
-        notes = [f"made anew: {', '.join(made)}"] * bool(made) + [f"left out: {', '.join(left)}"] * bool(left)
+        notes = [f"newly initialised: {', '.join(made)}"] * bool(made) + [f"left out: {', '.join(left)}"] * bool(left)
         if notes and os.environ.get("RANK", "0") == "0":
             print(f"{name_of(load_config)}: {'; '.join(notes)}")
         return loading_info

@@ -107,7 +107,7 @@ def shards_named(index: Path) -> list[str]:
         raise ModelError(f"{index}: its weight_map is empty: it names no shards")
     for name in names:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is no safetensors file beside it")
+            raise ModelError(f"{index}: {name!r} is not a safetensors file in the same directory")
     return names
 
 

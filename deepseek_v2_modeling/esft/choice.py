@@ -63,7 +63,7 @@ def read_choice(path: str | Path) -> ExpertChoice:
         raise ModelError(f"{path}: not a readable experts file ({error})") from error
     listed = content.get("experts") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
-        raise ModelError(f'{path}: no experts file: it needs {{"experts": {{"1": [0, 5], ...}}}}, layer by layer')
+        raise ModelError(f'{path}: not an experts file: it needs {{"experts": {{"1": [0, 5], ...}}}}, layer by layer')
     for switch in OFFICIAL_SWITCHES:
         if content.get(switch):
             raise ModelError(f"{path}: {switch} is true; only routed experts can be chosen: set it to false")
@@ -76,14 +76,14 @@ def read_choice(path: str | Path) -> ExpertChoice:
 
 def _layer(key: str, path: str | Path) -> int:
     if not key.isdecimal():
-        raise ModelError(f'{path}: experts has the key "{key}", which is no layer number')
+        raise ModelError(f'{path}: experts has the key "{key}", which is not a layer number')
     return int(key)
 
 
 def _experts(key: str, value: Any, path: str | Path) -> tuple[int, ...]:
     numbers = value if isinstance(value, list) else [value]
     if bad := [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]:
-        raise ModelError(f"{path}: layer {key} names {bad[0]!r}, which is no expert's number")
+        raise ModelError(f"{path}: layer {key} names {bad[0]!r}, which is not an expert's number")
     if not isinstance(value, list) or len(set(numbers)) < len(numbers):
         raise ModelError(f"{path}: layer {key} must be a list of different experts, not {value}")
     return tuple(sorted(numbers))

@@ -56,7 +56,7 @@ def documents_with_cache(
             holder.holds_documents = are_several(documents)
         return documents
     if getattr(holder, "holds_documents", False):
-        raise ModelError(f"the cache was filled with packed documents, and this forward goes on from it: {REMEDY}")
+        raise ModelError(f"the cache was filled with packed documents, and this forward continues it: {REMEDY}")
     if shape[1] > 1 and not torch.compiler.is_compiling():
         documents = documents_of(position_ids, attention_mask, given, shape)
         if are_several(documents) or starts_anew(position_ids, attention_mask, shape[1]):

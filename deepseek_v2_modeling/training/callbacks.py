@@ -89,7 +89,7 @@ class Progress(TrainerCallback):
 
 
 class StepControl(TrainerCallback):
-    """Ends the run after a step when asked to, and sees to it that a checkpoint is a point to go on from exactly.
+    """Ends the run after a step when asked to, and sees to it that a checkpoint is a point to resume from exactly.
 
     There is a log before every checkpoint, so no average over steps spans one. After the last step of an epoch, or of
     the run, the Trainer may still evaluate: the checkpoint is written after that.

@@ -35,7 +35,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.skipped_updates = 0
-        self.seconds_before = 0.0  # of training, spent by the runs that this one goes on from
+        self.seconds_before = 0.0  # of training, spent by the runs that this one resumes from
         self.loss_sum = 0.0  # over the logged steps, those before a resume included
         self.logged_step = 0
         self.stopped_early = False
@@ -210,7 +210,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return better or self.stopped_early  # save_strategy best saves when this is true
 
     def _load_best_model(self) -> None:
-        if self.stopped_early:  # the run goes on from its newest checkpoint, which must stay
+        if self.stopped_early:  # the run resumes from its newest checkpoint, which must stay
             return
         best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
         self._load_from_checkpoint(str(best))

@@ -53,7 +53,7 @@ def check_whole(checkpoint: Path, best: bool = False) -> None:
         whole = next((folder for folder in older if damage(folder) is None), None)
         broken = [checkpoint, *(older[: older.index(whole)] if whole else older)]
         names = ", ".join(str(folder) for folder in broken)
-        then = f"goes on from {whole.name}, the newest whole one" if whole else "begins anew: no other one is whole"
+        then = f"resumes from {whole.name}, the newest complete one" if whole else "starts over: no other is complete"
         raise ModelError(f"{checkpoint}: {fault}; delete or move {names}, and the same command {then}")
     chosen = _best(checkpoint) if best else None
     if chosen is not None and chosen != checkpoint and (fault := damage(chosen)):

@@ -126,7 +126,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
     # --- beginning, end and resume ------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
-        """Trains; goes on from a checkpoint directory, to the same numbers, when one is given.
+        """Trains; resumes from a checkpoint directory, to the same numbers, when one is given.
 
         Raises:
             StopRequested: after `request_stop` or the first SIGINT or SIGTERM; the step was finished and a
@@ -151,7 +151,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         return output
 
     def on_fresh_start(self) -> None:
-        """Called before the first step of a run that goes on from no checkpoint; its files are empty by then."""
+        """Called before the first step of a run that resumes from no checkpoint; its files are empty by then."""
 
     def request_stop(self) -> None:
         """Ends training after the step that runs now, with a checkpoint; `train` then raises StopRequested."""
