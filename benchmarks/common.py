@@ -36,19 +36,20 @@ def seconds(run: Callable[[], Any], repeats: int = 5, warm_up: int = 2) -> float
     return statistics.median(times)
 
 
-def anonymous_gb() -> float:
+def memory_gb(field: str) -> float:
+    """Memory of this process: RssAnon (anonymous, now) or VmHWM (the most that was resident)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e9
 
 
 @contextmanager
 def peak_of_memory() -> Iterator[list[float]]:
     """In one entry, at the end: the highest anonymous memory meanwhile above that of the start, in GB."""
-    before, done, peaks = anonymous_gb(), threading.Event(), [0.0]
+    before, done, peaks = memory_gb("RssAnon"), threading.Event(), [0.0]
 
     def watch() -> None:
         while not done.wait(0.005):
-            peaks[0] = max(peaks[0], anonymous_gb() - before)
+            peaks[0] = max(peaks[0], memory_gb("RssAnon") - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

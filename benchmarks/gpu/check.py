@@ -64,11 +64,11 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """The device, the sizes that go with it, and the one large model that several checks share."""
+    """The device, a model's sizes (by default those that go with it), and the one large model that checks share."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, shape: Figures | None = None):
         self.device, self.on_gpu = torch.device(device), device == "cuda"
-        self.shape = V2_LITE if self.on_gpu else TOY
+        self.shape = shape or (V2_LITE if self.on_gpu else TOY)
         self._large: Any = None
 
     def config(self, cls: Any, **changes: Any) -> Any:
@@ -322,6 +322,17 @@ def step_flops(config: Any, tokens: int, context: int) -> float:
     return 4 * active * tokens + 3 * heads * (qk + v) * context * tokens * layers
 
 
+def checkpoint(model: Any) -> None:
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def lora_step(bench: Bench) -> Figures:
     """A LoRA step (attention and experts, r = 16, bf16, AdamW), with and without checkpointing, stock beside."""
     rate, found = bench.matrix_rate(), {"matrix_tflops": 0.0}
@@ -333,15 +344,10 @@ def lora_step(bench: Bench) -> Figures:
         base = bench.large()
         model, trained = adapted(base if own else bench.twin(base), own)
         if "checkpointed" in side:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint(model)
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
 
-        def step(model: Any = model, optimizer: Any = optimizer) -> None:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+        step = partial(training_step, model, optimizer, ids)
         try:
             seconds, peak = bench.peak_gb(lambda step=step: bench.seconds(step, repeats=3))
             flops = step_flops(bench.config(DeepseekV2Config), batch * context, context)
@@ -380,9 +386,13 @@ def decoding(bench: Bench) -> Figures:
     return found
 
 
+def new_cache(model: Any, side: str) -> Any:
+    return DynamicCache(config=model.config) if side == "stock" else LatentCache(model.config)
+
+
 def decode_seconds(bench: Bench, model: Any, side: str, ids: torch.Tensor, steps: int = 23) -> tuple[float, float]:
     """Of the prefill and of one step after it."""
-    cache = DynamicCache(config=model.config) if side == "stock" else LatentCache(model.config)
+    cache = new_cache(model, side)
     if side == "captured":
         cache.reserve(steps)
     keep: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
