@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or a name that `dsv2 recipes` lists")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to replace, as YAML")
     parser.add_argument("--smoke", action="store_true", help="the recipe at toy size: 2 steps, batch 1")
 
@@ -96,6 +96,10 @@ def _experts_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, metavar="P", help="share of the scores to choose (0.1; token: 0.2)")
     parser.add_argument("--tokens", type=int, default=131072, metavar="N", help="rows for about N tokens (131072)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the recipe's experts_file, or by output_dir")
+
+
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("copy", nargs="*", metavar="copy NAME FILE", help="write a recipe to a file of your own")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +183,23 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _recipes(arguments: argparse.Namespace) -> int:
+    from recipes.recipe.shipped import copy_recipe, headline, shipped_recipes
+
+    if not arguments.copy:
+        recipes = shipped_recipes()
+        width = max(map(len, recipes))
+        for name, path in recipes.items():
+            print(f"{name:<{width}}  {headline(path)}")
+        return 0
+    if len(arguments.copy) != 3 or arguments.copy[0] != "copy":
+        raise ToolkitError("write: dsv2 recipes, or: dsv2 recipes copy NAME FILE")
+    _, name, target = arguments.copy
+    copy_recipe(name, Path(target))
+    print(f"written: {target}")
+    return 0
+
+
 COMMANDS = {
     "init": Command(
         "DIR --preset NAME", "make a seeded random model with tokenizer, in hub layout", _init_arguments, _init
@@ -214,6 +235,9 @@ COMMANDS = {
         "which experts a data set uses, to train just those",
         _experts_arguments,
         _experts,
+    ),
+    "recipes": Command(
+        "[copy NAME FILE]", "the recipes that come with the toolkit, a line each", _recipes_arguments, _recipes
     ),
     "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
 }

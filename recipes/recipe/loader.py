@@ -11,6 +11,7 @@ from recipes.recipe.overrides import Override, apply_override, parse_override
 from recipes.recipe.paths import absolute_paths
 from recipes.recipe.schema import dump, validate
 from recipes.recipe.secret_keys import refuse_secrets
+from recipes.recipe.shipped import by_name, find_recipe, recipe_name
 from recipes.recipe.smoke import shrink, shrink_chain
 from recipes.recipe.yaml_text import read_mapping
 
@@ -33,11 +34,17 @@ class Loaded:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping of a recipe file with its relative files made absolute. Raises ToolkitError as `read_mapping`, and
-    for secrets in it."""
-    tree = read_mapping(path)
+    """The mapping of a recipe file, or of a shipped recipe by its name, with its relative files made absolute.
+
+    Raises:
+        ToolkitError: as `read_mapping`, and for secrets in it.
+    """
+    file, name = find_recipe(path), recipe_name(path)
+    tree = read_mapping(file)
     refuse_secrets(tree)
-    return absolute_paths(tree, path.absolute().parent)
+    if name is None:
+        return absolute_paths(tree, file.absolute().parent)
+    return absolute_paths(by_name(tree, name), Path.cwd())  # data files are the user's, not the toolkit's
 
 
 def override_tree(tree: dict[str, Any], overrides: Sequence[Override], cwd: Path) -> dict[str, Any]:

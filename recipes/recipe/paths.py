@@ -1,8 +1,9 @@
 """Which strings of a recipe are files, and what they are relative to.
 
 Data files (`data`, `eval_data`, also inside tasks and a chain's stages) and a chain's stage recipes are relative to the
-recipe file; the same keys in an override to the working directory. Everything else (models, runs,
-output_dir) is relative to the working directory wherever it stands. In all of them a leading `~` is the home directory.
+recipe file; the same keys in an override, and in a shipped recipe that is given by name, to the working directory.
+Everything else (models, runs, output_dir) is relative to the working directory wherever it stands. In all of them a
+leading `~` is the home directory.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.reading.opening import KINDS
+from recipes.recipe.shipped import recipe_name
 
 GENERATED = "tiny:"
 DATA_SUFFIXES = (*KINDS, ".zip", ".gz", ".zst", ".txt")
@@ -67,6 +69,8 @@ def _absolute(text: str, base: Path, *, data: bool, key: str) -> str:
     if text.startswith((GENERATED, "${")):
         return text
     path = base / from_home(text, key)
+    if not data and not path.exists() and recipe_name(text):
+        return text
     if data and is_hub_name(text) and not path.parent.is_dir():  # else a file that is missing in a folder of ours
         return text
     return os.path.normpath(path.absolute())

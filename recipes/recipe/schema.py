@@ -29,7 +29,7 @@ class ChainStage(Section):
     model_config = ConfigDict(extra="allow", strict=True)
 
     name: str = Field(pattern=NAME, description="Name of the stage and of its directory.")
-    recipe: str = Field(min_length=1, description="The stage's recipe, relative to the chain's file.")
+    recipe: str = Field(min_length=1, description="The stage's recipe, relative to the chain's file, or a name.")
     results: str | None = Field(
         default=None,
         pattern=r"^(stages|reward_models)\.[a-z][a-z0-9_]*$",

@@ -1,0 +1,77 @@
+"""The recipes that come with the toolkit, by name: `v2_lite/sft_lora` is recipes/v2_lite/sft_lora.yaml. No torch.
+
+A name is for an installed toolkit, whose sources are not in the working directory. A file of the working directory
+always comes first.
+"""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path, PurePath
+from typing import Any
+
+from conversations.errors import ToolkitError
+
+_HOME = Path(__file__).resolve().parents[1]
+_STAGE_RECIPE = re.compile(r"(\brecipe: )([\w-]+)\.yaml\b")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """{name: file} of all of them."""
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(_HOME.glob("*/*.yaml"))}
+
+
+def recipe_name(path: str | PurePath) -> str | None:
+    """The name of the shipped recipe that a path stands for; None where there is a file of it, or no such recipe."""
+    name = PurePath(path).as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    return name if not Path(path).exists() and name in shipped_recipes() else None
+
+
+def find_recipe(path: Path) -> Path:
+    """The file that a path, or the name of a shipped recipe, stands for.
+
+    Raises:
+        ToolkitError: there is neither.
+    """
+    if path.exists():
+        return path
+    shipped = shipped_recipes()
+    if (name := recipe_name(path)) is not None:
+        return shipped[name]
+    near = get_close_matches(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`dsv2 recipes` lists those that come with the toolkit"
+    raise ToolkitError(f"no such recipe: {path}; {hint}")
+
+
+def by_name(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A shipped recipe with the recipes of its stages, which lie beside it, by name too."""
+    stages, folder = tree.get("stages"), PurePath(name).parent
+    if not isinstance(stages, list):
+        return tree
+    return {**tree, "stages": [{**stage, "recipe": str(folder / PurePath(stage["recipe"]).stem)} for stage in stages]}
+
+
+def headline(path: Path) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in lines[: _end_of_paragraph(lines)])
+    return comment.split(". ")[0].rstrip(".")
+
+
+def _end_of_paragraph(lines: list[str]) -> int:
+    return next((i for i, line in enumerate(lines) if line.strip() in ("", "#") or not line.startswith("#")), 0)
+
+
+def copy_recipe(name: str, target: Path) -> None:
+    """Write a shipped recipe to a file, to be changed there. A chain's stages stay the shipped ones, by name.
+
+    Raises:
+        ToolkitError: there is no such recipe, or `target` is there already.
+    """
+    source = shipped_recipes().get(recipe_name(name) or "") or find_recipe(Path(name))
+    if target.exists():
+        raise ToolkitError(f"{target} exists already; choose another file")
+    folder, text = source.parent.name, source.read_text(encoding="utf-8")
+    text = _STAGE_RECIPE.sub(rf"\g<1>{folder}/\g<2>", text)
+    text = text.replace(f"recipes/{folder}/{source.name}", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
