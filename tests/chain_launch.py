@@ -3,6 +3,7 @@
     python -m tests.chain_launch DIR                   one stop in each stage (tests/test_chain_resume.py does this)
     python -m tests.chain_launch DIR --every           SIGINT, SIGTERM, SIGKILL and a full disk in each stage
     python -m tests.chain_launch DIR --kills 5         the demo itself, not at smoke size, killed at random moments
+    python -m tests.chain_launch DIR --kills 5 stages.sft.training.max_steps=70     a shorter one, by overrides
 
 Every run is a process of its own, forked from this one when the libraries are imported, and goes the whole way of
 `dsv2 run recipes/tiny/chain.yaml`.
@@ -170,18 +171,18 @@ def stop_in_stages(folder: Path, stops: Sequence[tuple[str, str]]) -> None:
     print("the same", flush=True)
 
 
-def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+def kill_at_random(folder: Path, kills: int, seed: int, overrides: Sequence[str]) -> None:
     """The demo, killed at random moments of its whole length, against one that was not."""
     rng, began = random.Random(seed), time.monotonic()
-    finish(folder, "unbroken", [])
+    finish(folder, "unbroken", overrides)
     length = time.monotonic() - began
     for at in sorted(rng.uniform(0, length) for _ in range(kills)):
-        pid = start(folder, "broken", [])
+        pid = start(folder, "broken", overrides)
         time.sleep(at / kills)  # what was done stays, so that the kills together reach about the end
         way = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
         os.kill(pid, way)
         print(f"{way.name} after {at / kills:.0f} s: ended with {ended(pid)}", flush=True)
-    finish(folder, "broken", [])
+    finish(folder, "broken", overrides)
     compare(folder / "unbroken", folder / "broken")
     print("the same", flush=True)
 
@@ -192,12 +193,13 @@ def main() -> None:
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="with --kills: of the chain")
+    args = parser.parse_intermixed_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     gc.freeze()  # what is imported is not looked through again at the end of each stage
     if args.kills:
-        kill_at_random(folder, args.kills, args.seed)
+        kill_at_random(folder, args.kills, args.seed, args.overrides)
         return
     ways = list(WAYS)
     one = [(stage, ways[number % len(ways)]) for number, stage in enumerate(STAGES)]
