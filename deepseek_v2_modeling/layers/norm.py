@@ -14,7 +14,9 @@ class _Normed(torch.autograd.Function):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, scale)
-        return (wide * scale).to(x.dtype)
+        normed = wide * scale
+        # Compiled by torch 2.11, a result that `to` has passed on as it is has no gradient.
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
