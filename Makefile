@@ -1,11 +1,19 @@
 # Needs Python 3.11 (or newer) and make, nothing else: each target sets up what it needs in .venv.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of them that runs: a version manager has names for Pythons that are not switched on.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+    $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+# The newest Python that is promised, where there is one.
+NEWEST := 3.13
+NEWEST_PYTHON = $(shell for p in python$(NEWEST) $$HOME/.pyenv/versions/$(NEWEST)*/bin/python; do \
+    $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 BIN := .venv/bin
 READY := .venv/.installed
 READY_OLDEST := .venv-oldest/.installed
+READY_NEWEST := .venv-newest/.installed
 
-.PHONY: demo test check format test-oldest gpu-check clean
+.PHONY: demo test check format test-oldest test-newest gpu-check clean
 
 # The chain of recipes/tiny on the CPU: base -> SFT -> reward models -> two RL stages -> table, answer, report page.
 demo: $(READY)
@@ -34,14 +42,19 @@ MODEL_TESTS = $(shell grep -l deepseek_v2_modeling $$(grep -LE '$(OTHER_FLOORS)'
 test-oldest: $(READY_OLDEST)
 	.venv-oldest/bin/python -m pytest $(MODEL_TESTS)
 
+# All but the tests that are marked slow: few, of many seconds each, in processes of their own.
+test-newest: $(if $(NEWEST_PYTHON),$(READY_NEWEST))
+	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest -m "not slow",\
+	    @echo "NOT TESTED on Python $(NEWEST): there is no python$(NEWEST) here")
+
 # On a machine with a GPU whose Python has torch, transformers and peft; nothing is installed.
 gpu-check:
 	$(PYTHON) benchmarks/gpu/check.py --device cuda --output benchmarks/results/gpu.json
 
 # Built again when what is to be installed has changed, and when an installation was broken off.
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 found; install Python 3.11" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install Python 3.11" >&2; exit 2; }
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
 	    { echo "error: $(PYTHON) is older than Python 3.11; give another one: make PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -53,6 +66,11 @@ $(READY_OLDEST): Makefile
 	    'torch==2.11.*' 'transformers==5.17.*' 'peft==0.21.*' hypothesis pytest
 	@touch $@
 
+$(READY_NEWEST): pyproject.toml constraints.txt
+	test -x .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

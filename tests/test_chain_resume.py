@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .chain_launch import STAGES
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_chain_that_was_stopped_in_every_stage_ends_with_the_same_figures(tmp_path: Path) -> None:
     """In a process of its own, since it forks: this one may have threads."""
     done = subprocess.run(

@@ -15,6 +15,7 @@ from . import stage_launch
 from .stage_helpers import assert_same_weights, lines, weights
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

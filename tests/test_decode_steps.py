@@ -67,6 +67,7 @@ def test_nothing_is_captured_on_a_cpu():
     assert isinstance(decode_step(model, cache, torch.ones_like(ids), 100), EagerStep)
 
 
+@pytest.mark.slow
 def test_the_gpu_check_runs_at_toy_size(tmp_path: Path):
     """The same code on a CPU: what is left unknown of `make gpu-check` is the GPU."""
     command = [sys.executable, ROOT / "benchmarks/gpu/check.py", "--device", "cpu", "--output", tmp_path / "out.json"]

@@ -54,6 +54,19 @@ def test_constraints_pin_every_dependency_exactly():
     assert {normal(name) for name in wanted} <= {normal(pin) for pin in pins}
 
 
+def test_the_versions_that_are_promised_are_those_that_are_tested():
+    """`make test` and `make test-oldest` take Python 3.11, `make test-newest` the newest one."""
+    makefile = (ROOT / "Makefile").read_text()
+    newest = re.search(r"^NEWEST := (.*)$", makefile, re.MULTILINE)
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
+    named = [line.split(" :: ")[-1] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    assert newest and named == [oldest, newest[1]]
+    assert f"PYTHON ?= $(shell for p in python{oldest} " in makefile
+    floors = dict(re.findall(r"'(torch|transformers|peft)==([0-9.]+)\.\*'", makefile))
+    wanted = (re.match(r"(torch|transformers|peft)>=([0-9.]+)", line) for line in PROJECT["project"]["dependencies"])
+    assert floors == dict(found.groups() for found in wanted if found)
+
+
 def test_every_package_is_installed_and_checked():
     found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
     assert found == set(PACKAGES)

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .resume_launch import MOMENTS
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights_and_lines(tmp_path: Path) -> None:
     """In a process of its own, since it forks: this one may have threads."""
     done = subprocess.run(
