@@ -30,6 +30,7 @@ READ = {
     "_data_files": "datasets.arrow_dataset",
     "_forward_pre_hooks": "torch.nn.modules.module",
     "_from_config": "transformers.modeling_utils",
+    "_from_model_config": "transformers.generation.configuration_utils",
     "_fsdp_": "torch.distributed.fsdp._common_utils",
     "_hf_hook": "accelerate.hooks",
     "_is_amx_tile_supported": "torch.cpu",
