@@ -82,7 +82,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
-    parser.add_argument("--layout", choices=("per_expert",), default="per_expert", help="per_expert: vLLM and SGLang")
+    parser.add_argument("--layout", default="per_expert", help="per_expert, for vLLM and SGLang (per_expert)")
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:

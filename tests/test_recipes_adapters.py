@@ -54,7 +54,7 @@ def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFix
         (["merge", "nowhere", "out"], "nowhere: there is no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["merge", "run"], "the following arguments are required: OUT_DIR"),
-        (["export", "run", "out", "--layout", "fused"], "argument --layout: invalid choice"),
+        (["export", "run", "out", "--layout", "fused"], 'unknown layout "fused": use per_expert'),
         (["import", "run", "out"], "run/final is in PEFT's layout already"),
         (["import", "run", "out", "--base", "a/b/c"], "a/b/c: this base model is not there"),
     ],

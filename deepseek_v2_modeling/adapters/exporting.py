@@ -32,7 +32,14 @@ from .files import AdapterFiles, FactorReader, open_adapter, open_factors
 from .layouts import PREFIX, FactorPair, common_scaling, pad
 from .lora import absolute_base
 
-LAYOUTS = ("per_expert",)
+
+def peft_name(module: str, factor: str) -> str:
+    return f"{PREFIX}{module}.{factor}"
+
+
+# Layout -> (module, "lora_A.weight" or another factor) -> the name of its tensor.
+LAYOUTS: dict[str, Callable[[str, str], str]] = {"per_expert": peft_name}
+
 # Projections that servers stack into one: a pair on one of them needs a pair on each.
 STACKED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
 STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
@@ -68,10 +75,11 @@ class ServedPair:
     piece: Piece
     pair: FactorPair | None
 
-    @property
-    def names(self) -> tuple[str, str]:
+    def names(self, layout: str) -> tuple[str, str]:
+        """Of its two factors in the file."""
         infix, ending = ("lora_embedding_", "") if self.embedding else ("lora_", ".weight")
-        return f"{PREFIX}{self.module}.{infix}A{ending}", f"{PREFIX}{self.module}.{infix}B{ending}"
+        name = LAYOUTS[layout]
+        return name(self.module, f"{infix}A{ending}"), name(self.module, f"{infix}B{ending}")
 
     @property
     def embedding(self) -> bool:
@@ -96,7 +104,7 @@ def export_adapter(
 ) -> ExportReport:
     """Writes an adapter with one pair of factors for each expert and projection, as vLLM and SGLang read it.
 
-    adapter_dir: an adapter in PEFT's layout, or a run with one in final/.
+    adapter_dir: an adapter in PEFT's layout, or a run with one in final/. layout: a name of LAYOUTS.
     All pairs get the one rank that servers read from adapter_config.json, padded with zeros; the products stay what
     they were (`common_scaling`). Projections that servers stack get zeros where the adapter has only some of them.
 
@@ -112,11 +120,12 @@ def export_adapter(
     check_whole_tensors(adapter)
     rank, alpha = common_scaling((pair.rank, pair.scaling) for pair in adapter.pairs)
     served = plan_pairs(adapter)
-    infos = {name: info for pair in served for name, info in _infos(pair, rank).items()}
+    infos = {name: info for pair in served for name, info in _infos(pair, pair.names(layout), rank).items()}
     total = file_size(infos)
     check_space(out_dir, total)
     with whole_directory(out_dir) as directory, open_factors(adapter) as reader:
-        _write_pairs(directory / WEIGHTS, served, infos, reader, (rank, alpha / rank), counter(progress, total))
+        homes = {name: (pair, side) for pair in served for side, name in enumerate(pair.names(layout))}
+        _write_pairs(directory / WEIGHTS, homes, infos, reader, (rank, alpha / rank), counter(progress, total))
         _server_config(adapter, served, rank, alpha).save_pretrained(str(directory))
         copy_side_files(adapter.directory, None, directory)
     zeros = sum(pair.pair is None for pair in served)
@@ -156,21 +165,21 @@ def stacked_with(module: str) -> list[str]:
     return [f"{stem}.{name}" if stem else name for group in (*STACKED, (last,)) if last in group for name in group]
 
 
-def _infos(pair: ServedPair, rank: int) -> dict[str, TensorInfo]:
-    (rows, columns), (a, b) = pair.piece.shape, pair.names
+def _infos(pair: ServedPair, names: tuple[str, str], rank: int) -> dict[str, TensorInfo]:
+    (rows, columns), (a, b) = pair.piece.shape, names
     shapes = ((rank, rows), (columns, rank)) if pair.embedding else ((rank, columns), (rows, rank))
     return {a: TensorInfo("F32", shapes[0]), b: TensorInfo("F32", shapes[1])}
 
 
 def _write_pairs(
     path: Path,
-    served: Iterable[ServedPair],
+    homes: Mapping[str, tuple[ServedPair, int]],
     infos: Mapping[str, TensorInfo],
     reader: FactorReader,
     wanted: tuple[int, float],
     count: Callable[[int], None],
 ) -> None:
-    homes = {name: (pair, side) for pair in served for side, name in enumerate(pair.names)}
+    """homes: tensor -> its pair, and 0 for A or 1 for B."""
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         pair, side = homes[name]
