@@ -13,7 +13,7 @@ READY := .venv/.installed
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
 
-.PHONY: demo test check format test-oldest test-newest gpu-check clean
+.PHONY: demo test check format api test-oldest test-newest gpu-check clean
 
 # The chain of recipes/tiny on the CPU: base -> SFT -> reward models -> two RL stages -> table, answer, report page.
 demo: $(READY)
@@ -33,6 +33,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/api.md, from signatures and docstrings; a test holds that it is up to date.
+api: $(READY)
+	$(BIN)/python docs/make_api.py
 
 # The model's floor on the oldest torch and transformers that pyproject.toml allows: the tests that import no other
 # floor. The project itself is not installed here, since this floor must do without TRL; it is found from its root.
