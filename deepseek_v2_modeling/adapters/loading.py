@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.adapter_config import CONFIG
 from ..checkpoints.finite import check_finite
 from ..checkpoints.sources import AdapterSource, read_adapter
+from ..checkpoints.strict import name_some
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..esft.choice import ExpertChoice
@@ -74,11 +75,6 @@ def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _name_some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def check_coverage(wanted: Shapes, tensors: Shapes, where: str | Path, head: str = "") -> None:
     """Raises ModelError unless the file's tensors (name -> shape) are exactly those wanted: what PEFT saves.
 
@@ -88,7 +84,7 @@ def check_coverage(wanted: Shapes, tensors: Shapes, where: str | Path, head: str
     unexpected = set(tensors) - set(wanted)
     misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
     faults = [
-        f"{what}: {_name_some(names)}"
+        f"{what}: {name_some(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]

@@ -33,11 +33,6 @@ LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # with the ada
 SHOWN = 5
 
 
-def shape_of(source: Any) -> Shape:
-    """Of a tensor, or of one in a safetensors file that is not read yet."""
-    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
-
-
 class StrictPreTrainedModel(PreTrainedModel):
     """A PreTrainedModel whose `from_pretrained` refuses what does not fit, and which refuses half an adapter.
 
@@ -108,7 +103,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             with ExitStack() as files:
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
                 matched = match_sources(model, sources, load_config)
-                if not needs_files(load_config):
+                offloaded = "disk" in (load_config.device_map or {}).values()  # such weights are read later as well
+                if not (load_config.disable_mmap or offloaded):
                     result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
                     # Else a model whose experts transformers did not fuse itself would be saved with fused ones.
                     model.__dict__.pop("_weight_conversions", None)
@@ -211,11 +207,6 @@ def changes_parameters(load_config: Any) -> bool:
     return quantised or sharded or is_deepspeed_zero3_enabled()
 
 
-def needs_files(load_config: Any) -> bool:
-    """Whether the files must not be mapped, or stay where offloaded weights are read from later."""
-    return bool(load_config.disable_mmap) or "disk" in (load_config.device_map or {}).values()
-
-
 def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
     """{name: a tensor not read yet} of all files, which `files` keeps open."""
     sources: dict[str, Any] = {}
@@ -268,7 +259,11 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk as well
         layout = hub_layout(parameters, names)
     check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
-    check_sources(model, load_config, {name: shape_of(sources[key]) for name, key in names.items()}, layout)
+    shapes = {}
+    for name, key in names.items():  # of tensors, or of slices of a file
+        source = sources[key]
+        shapes[name] = tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+    check_sources(model, load_config, shapes, layout)
     state: dict[str, Any] = {}
     for name, key in names.items():
         piece = layout.get(name)

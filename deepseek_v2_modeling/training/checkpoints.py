@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..esft.full_weights import load_trained, save_trained
 from ..loading import save_final
 from .checksums import write_sums
-from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, file_sizes, read_json, write_json
+from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, read_json, write_json
 
 RUN_STATE_FILE = "run_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -171,7 +171,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             "skipped_updates": self.skipped_updates,
             "loss_sum": self.loss_sum,
             "ended": self.control.should_training_stop and (self.at_end or not self.stopped_early),
-            "files": file_sizes(home, GROWING),
+            "files": {name: (home / name).stat().st_size for name in GROWING if (home / name).is_file()},
         }
         write_json(folder / RUN_STATE_FILE, run_state)
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))

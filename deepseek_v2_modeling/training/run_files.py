@@ -59,11 +59,6 @@ def refuse_link(path: Path) -> None:
         raise ModelError(f"{path} is a symbolic link; remove it, or choose another output_dir")
 
 
-def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of the files that are there."""
-    return {name: path.stat().st_size for name in names if (path := folder / name).is_file()}
-
-
 def cut_file(path: Path, size: int) -> None:
     """Leaves the first `size` bytes, and of those no line that a crash cut short. A missing file stays missing."""
     refuse_link(path)
