@@ -23,6 +23,8 @@ def test_the_api_page_is_made_from_todays_docstrings(tmp_path: Path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_are_there(page: Path):
     text = page.read_text(encoding="utf-8")
+    if page.name == "extending.md":  # its blocks write files that are not there; tests/test_extending.py follows them
+        text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     missing = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
     links = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link)
     missing |= {link for link in links if link and not (page.parent / link).exists()}
