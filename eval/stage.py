@@ -13,11 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from conversations import render_conversation, verify
-from conversations.answers.judging import Row, is_pair, judge
+from conversations.answers.judging import is_pair, judge
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
 from conversations.answers.rules import check_reference
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 
 from conversations import render_conversation
-from conversations.answers.judging import PAIR, Row, is_pair
+from conversations.answers.judging import is_pair
 from conversations.errors import ToolkitError
 from conversations.rendering.lengths import LengthReport, TooLong
+from conversations.row import JUDGED, PAIR, VERDICTS, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-JUDGED = ("prompt", "completion")
-VERDICTS = ("label", "score")
 
 
 def answer_ids(

@@ -12,10 +12,11 @@ from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
 from conversations.rendering.lengths import LengthReport
+from conversations.row import Row
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
-from reward.data import Row, answer_ids, encode_judged, encode_pairs
+from reward.data import answer_ids, encode_judged, encode_pairs
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
 
 if TYPE_CHECKING:

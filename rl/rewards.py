@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation, verify
-from conversations.answers.prompts import Row, answer_text, prompt_text
+from conversations.answers.prompts import answer_text, prompt_text
 from conversations.answers.rules import find_rule
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import read_json
 

@@ -9,8 +9,9 @@ import datasets
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
-from conversations.answers.prompts import Row, prompt_of
+from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RewardEntry, RlRecipe
 from rl.rewards import Reward, RewardModelReward, check_references

@@ -14,8 +14,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from conversations import render_conversation
-from conversations.answers.prompts import Row, answer_text, prompt_text
+from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.training import SAMPLES_FILE, RunTrainerMixin, append_lines, score_labels, trains_adapted_head
 from rl.rewards import Reward

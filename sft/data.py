@@ -11,12 +11,12 @@ from conversations.errors import ToolkitError
 from conversations.rendering.conversation import TrainOn
 from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport, TooLong
+from conversations.row import Row
 from conversations.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 IGNORED = -100  # torch's cross-entropy leaves out labels of this value
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "origin": Value("string")})
 

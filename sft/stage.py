@@ -12,9 +12,10 @@ from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
 from conversations.rendering.lengths import LengthReport
+from conversations.row import Row
 from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, append_lines, training_arguments
 from sft.config import SftRecipe
-from sft.data import Row, check_row, encode_rows
+from sft.data import check_row, encode_rows
 from sft.trainer import ChatTrainer
 
 if TYPE_CHECKING:

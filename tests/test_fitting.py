@@ -68,7 +68,9 @@ def test_nothing_is_lost_uncounted_and_nothing_empty_is_trained(messages, limit,
     else:
         lost = trained(pieces) != everything
         assert everything.startswith(trained(pieces)) or too_long == "split"
-        assert report.truncated == (lost and bool(pieces))  # of a row that is dropped nothing is truncated
+        # A row that is dropped is not truncated; one that is may lose nothing but a question that stands last.
+        assert report.truncated >= (lost and bool(pieces))
+        assert report.truncated == bool(pieces) or too_long == "split"
         assert pieces or report.rejected[0]["reason"] == CUT_AWAY
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from conversations.answers.prompts import prompt_of
 from conversations.formats.bad_row import BadRow
-from conversations.formats.table import FORMATS, UnknownFormat, convert_row, likely_columns, plain_columns
+from conversations.formats.hints import likely_columns, plain_columns
+from conversations.formats.table import FORMATS, UnknownFormat, convert_row
 
 
 def user(text: str) -> dict[str, str]:

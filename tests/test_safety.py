@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TextStreamer
 
-from conversations.reading import opening
+from conversations.reading import data_file
 from deepseek_v2_modeling.checkpoints.adapter_config import pattern_fault
 from deepseek_v2_modeling.checkpoints.sources import is_hub_name
 from recipes.cli import main
@@ -380,7 +380,7 @@ def test_a_row_has_a_bound(
 ) -> None:
     file: Any = gzip.open if name.endswith(".gz") else open
     with file(tmp_path / name, "wt") as out:
-        out.write(before + "a" * (3 * opening.LONGEST_ROW) + after)
+        out.write(before + "a" * (3 * data_file.LONGEST_ROW) + after)
     capsys.readouterr()
     assert main(["check", *recipe(tiny, tmp_path / "o"), f"data=[{{path: {tmp_path / name}}}]"]) == 2
     assert "longer than 16,777,216" in capsys.readouterr().err

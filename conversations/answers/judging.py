@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-Row = dict[str, Any]
-PAIR = ("prompt", "chosen", "rejected")
+from conversations.row import PAIR, Message, Row
+
 # (prompt, answer), each a list of messages, for each of which it gives a score.
-Scorer = Callable[[Sequence[tuple[list[Row], list[Row]]]], list[float]]
+Scorer = Callable[[Sequence[tuple[list[Message], list[Message]]]], list[float]]
 
 
 @dataclass(frozen=True)

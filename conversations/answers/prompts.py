@@ -1,21 +1,19 @@
 """What a row asks, for stages that let a model answer."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.row import Message, Row
 
-Row = dict[str, Any]
 
-
-def split_prompt(messages: Sequence[Row]) -> tuple[list[Row], str | None]:
+def split_prompt(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
     """A conversation without its last answer, and that answer (None when a user has the last word)."""
     if messages and messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]["content"]
     return list(messages), None
 
 
-def prompt_of(row: Row, number: int) -> list[Row]:
+def prompt_of(row: Row, number: int) -> list[Message]:
     """The messages of a row that come before its last answer.
 
     Raises:
@@ -30,7 +28,7 @@ def prompt_of(row: Row, number: int) -> list[Row]:
     return prompt
 
 
-def prompt_text(messages: Sequence[Row]) -> str:
+def prompt_text(messages: Sequence[Message]) -> str:
     """A prompt to read: the user's words alone, or each turn with its role where there are several."""
     if len(messages) == 1:
         return messages[0]["content"]

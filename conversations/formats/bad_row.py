@@ -1,7 +1,10 @@
 """The error of a row that cannot be used, and the reading of its values."""
 
+import json
 import math
 from typing import Any
+
+from conversations.row import is_utf8
 
 
 class BadRow(ValueError):
@@ -22,9 +25,14 @@ def read_text(value: Any, what: str) -> str:
         raise BadRow(f"{what} must be a string, not {named(value)}")
     if "\0" in value:
         raise BadRow(f"{what} contains a NUL character")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow(f"{what} contains half of a surrogate pair") from None
+    if not value.isascii() and not is_utf8(value):
+        raise BadRow(f"{what} contains half of a surrogate pair")
     return value
+
+
+def from_json(text: str, otherwise: Any = None) -> Any:
+    """The value that JSON text holds (a list in a CSV file, say); `otherwise` where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # also thousands of digits or brackets
+        return otherwise

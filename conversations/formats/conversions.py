@@ -1,23 +1,19 @@
-"""What turns a row of a known format into its canonical form (conversations/formats/table.py), one function a kind.
+"""What turns a row of a known format into its canonical form (conversations/row.py), one function a kind.
 
 Each takes the source row, in which columns that hold turns have been read (lists of Turn), and names of its keys, and
 raises BadRow with the reason where the row cannot be used.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from conversations.formats.bad_row import BadRow, named, read_text
+from conversations.formats.bad_row import BadRow, from_json, named, read_text
 from conversations.formats.tools import calls_text, tools_text
-from conversations.formats.turn_reading import has_tools
 from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
-
-Row = dict[str, Any]
+from conversations.row import Row
 
 # GSM8K writes the result behind the reasoning, on a last line of its own.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
@@ -54,8 +50,7 @@ def _history(row: Row) -> list[Turn]:
     """The exchanges before: a list of [question, answer] (ms-swift, LLaMA-Factory; also as JSON text), or of turns."""
     value = row.get("history") or []
     if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        value = from_json(value, otherwise=value)
     if isinstance(value, list) and value and isinstance(value[0], Turn):
         return value
     if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
@@ -70,8 +65,8 @@ def _history(row: Row) -> list[Turn]:
 def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     """The turns behind the row's own system text and tools."""
     first = turns[0] if turns and turns[0].role == "system" else None
-    system = read_text(row.get("system") or "", "system")
-    own = has_tools(turns)
+    system = read_text(row["system"], "system") if row.get("system") else ""
+    own = tools_text(turns[0].tools) if turns and turns[0].tools else ""
     tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
     if own and tools and own != tools:
         raise BadRow("tools stand in the row and in the system's turn, and are not the same")
@@ -245,7 +240,7 @@ def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
     messages = converted.pop("messages")
     if messages[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end in an answer of the assistant")
-    judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: VERDICTS[verdict](row[verdict])}
+    judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: READ_VERDICT[verdict](row[verdict])}
     return converted | judgement  # a reference, if there is one
 
 
@@ -270,4 +265,4 @@ def reference_text(value: Any) -> str:
     return read_text(value, "reference")
 
 
-VERDICTS = {"label": _label, "score": _score}
+READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": _score}

@@ -1,21 +1,5 @@
-"""The known formats of rows, as a table, and a row's way from one of them to its canonical form.
+"""The known formats of rows, as a table, and how a row of one of them becomes canonical (conversations/row.py)."""
 
-Canonical rows (`Row`) have one of these sets of keys:
-
-    messages                     a conversation; a prompt where it ends in a user turn
-    prompt, chosen, rejected     a preference pair; all three are lists of messages
-    prompt, completion, label    a judged answer (true or false), both lists of messages
-    prompt, completion, score    a scored answer (a number)
-    text                         plain text, for language modelling
-
-A turn of an assistant that the file's own flags leave out of the training (conversations/formats/training_flags.py) has
-`train: false` beside role and content.
-
-And, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of
-all the source's other keys).
-"""
-
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -24,8 +8,6 @@ from typing import Any
 from conversations.formats.bad_row import BadRow
 from conversations.formats.conversions import (
     MORE,
-    VERDICTS,
-    Row,
     conversation,
     esft_test,
     gsm8k_question,
@@ -47,15 +29,15 @@ from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import KEYS as REASONING_KEYS
 from conversations.formats.reasoning import column_reasoning, with_reasoning
 from conversations.formats.training_flags import ROW_FLAGS, row_flags
-from conversations.formats.turn_keys import ROLE_KEYS
 from conversations.formats.turn_reading import Rules, TurnReader, turns_in
+from conversations.row import VERDICTS, Row
 from conversations.tally import Event
 
 # Keys that every format may have beside its own.
-_COMMON_KEYS = ("system", "tools", "reference", "meta")
+COMMON_KEYS = ("system", "tools", "reference", "meta")
 
 # Other names of a key -> ours, which they are where the row has none of its own.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "system_prompt": "system",
     "system_message": "system",
     "functions": "tools",
@@ -64,17 +46,6 @@ _OTHER_NAMES = {
 }
 
 _OPENAI_PAIR = {"input": "", "preferred_output": "chosen", "non_preferred_output": "rejected"}
-
-# Our key -> words that columns for it often end in.
-_LIKELY = {
-    "prompt": {"prompt", "question", "query", "instruction", "request", "problem", "body", "input", "user"},
-    "response": {"response", "answer", "reply", "completion", "output", "solution", "assistant", "target"},
-}
-# Further columns of words, where a guess has found a question.
-_LIKELY_MORE = {
-    "system": {"system", "persona", "sys"},
-    "context": {"context", "passage", "document", "article", "background", "paragraph"},
-}
 
 
 class UnknownFormat(BadRow):
@@ -183,7 +154,7 @@ _ANSWERED = (
       if (prompt_key, key) != ("question", "answer")),
 )  # fmt: skip
 
-_JUDGED = tuple(
+JUDGED_FORMATS = tuple(
     Format(
         f"{source.name} with {verdict}",
         (*source.keys, verdict),
@@ -199,7 +170,7 @@ _JUDGED = tuple(
 FORMATS: tuple[Format, ...] = (
     *_PAIRS,
     *_RANKED,
-    *_JUDGED,
+    *JUDGED_FORMATS,
     Format("Self-Instruct tasks", ("instruction", "instances"), self_instruct),
     *_ANSWERED,
     Format("questions with tool calls", ("query", "answers"), partial(tool_calls, prompt_key="query", key="answers")),
@@ -244,19 +215,18 @@ def convert_row(
     """
     rules, events = rules or Rules(), [] if events is None else events
     columns = columns or {}
-    row = _with_our_names(_renamed(row, columns))
+    row = _with_our_names(renamed(row, columns))
     known = recognise(row)
     if known is None:
         raise _unknown(row)
-    others = {key: row[key] for key in row if key not in (*known.keys, *known.optional, *_COMMON_KEYS)}
+    others = {key: row[key] for key in row if key not in (*known.keys, *known.optional, *COMMON_KEYS)}
     others = {key: value for key, value in others.items() if value is not None}
-    refuse_media({key: value for key, value in others.items() if key not in columns}, "the row")
-    flags = row_flags(others, _turns_of(row, known))
-    readable = _with_turns(row, known, TurnReader(rules, events), flags)
-    converted = known.convert(readable)
-    said = converted.get("messages") or converted.get("completion") or []
-    answers = sum(message["role"] == "assistant" for message in said)
-    thought = column_reasoning(others, answers, rules.reasoning) if "text" not in converted else None
+    flags = None
+    if others:
+        refuse_media({key: value for key, value in others.items() if key not in columns}, "the row")
+        flags = row_flags(others, _turns_of(row, known))
+    converted = known.convert(_with_turns(row, known, flags, rules, events))
+    thought = _thought(converted, others, rules) if others else None
     _apply(converted, flags, thought, rules, events)
     if row.get("reference") not in (None, "") and "reference" not in known.optional:
         converted["reference"] = reference_text(row["reference"])
@@ -274,14 +244,27 @@ def _turns_of(row: Row, known: Format) -> int | None:
     return len(turns) if isinstance(turns, list) else None
 
 
-def _with_turns(row: Row, known: Format, reader: TurnReader, flags: list[tuple[str, bool]] | None) -> Row:
+def _with_turns(
+    row: Row, known: Format, flags: list[tuple[str, bool]] | None, rules: Rules, events: list[Event]
+) -> Row:
     """The row with its turns read, in the columns that its format reads."""
-    found = {}
+    reader = TurnReader(rules, events)
+    read = {}
     for key in (*known.keys, *known.optional):
-        value = None if key in _NO_TURNS else turns_in(row.get(key), key, key in _CONVERSATIONS)
-        if value is not None:
-            found[key] = reader.turns(value, key, flags if key in _CONVERSATIONS else None)
-    return row | found
+        if row.get(key) is None or key in _NO_TURNS:
+            continue
+        turns = turns_in(row[key], key, key in _CONVERSATIONS)
+        if turns is not None:
+            read[key] = reader.turns(turns, key, flags if key in _CONVERSATIONS else None)
+    return row | read
+
+
+def _thought(converted: Row, others: Row, rules: Rules) -> tuple[str, str] | None:
+    """The column of the row that holds the reasoning of its answer, and its text."""
+    if "text" in converted:
+        return None
+    said = converted.get("messages") or converted.get("completion") or []
+    return column_reasoning(others, sum(message["role"] == "assistant" for message in said), rules.reasoning)
 
 
 def _apply(
@@ -328,7 +311,7 @@ def null_keys(row: Row, columns: Mapping[str, str] | None = None) -> list[str]:
     """Keys without a value that would make the row one of another format, under the file's names for them."""
     columns = columns or {}
     try:
-        row = _with_our_names(_renamed(row, columns))
+        row = _with_our_names(renamed(row, columns))
     except BadRow:
         return []
     wanted = _with_keys(frozenset(row))
@@ -344,7 +327,7 @@ def _with_our_names(row: Row) -> Row:
         rest = {key: value for key, value in row.items() if key not in _OPENAI_PAIR}
         prompt = {"prompt": row["input"].get("messages"), "tools": row["input"].get("tools")}
         return rest | prompt | {ours: row.get(theirs) for theirs, ours in _OPENAI_PAIR.items() if ours}
-    named = {theirs: ours for theirs, ours in _OTHER_NAMES.items() if row.get(theirs) not in (None, "", [])}
+    named = {theirs: ours for theirs, ours in OTHER_NAMES.items() if row.get(theirs) not in (None, "", [])}
     named = {theirs: ours for theirs, ours in named.items() if row.get(ours) in (None, "", [], row[theirs])}
     if "chosen" in named.values() and row.get("rejected") is None and row.get("rejected_response") is not None:
         named["rejected_response"] = "rejected"
@@ -354,66 +337,7 @@ def _with_our_names(row: Row) -> Row:
     return rest | {ours: row[theirs] for theirs, ours in named.items()}
 
 
-def plain_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
-    """The `columns` under which a row with a verdict is a conversation without one; empty for any other row.
-
-    columns: those under which it has the verdict.
-    """
-    known = recognise(_renamed(row, columns))
-    if known is None or not known.plain:
-        return {}
-    kept = {key: name for key, name in columns.items() if key not in known.plain.values()}
-    return kept | {key: columns.get(name, name) for key, name in known.plain.items() if columns.get(name, name) != key}
-
-
-def known_formats() -> str:
-    """The keys of the formats on one line, for messages."""
-    told: dict[tuple[str, ...], list[str]] = {}  # the first keys -> the last ones
-    for known in FORMATS:
-        if known not in _JUDGED:
-            told.setdefault(known.keys[:-1], []).append(known.keys[-1])
-    return "; ".join(" + ".join(filter(None, (*first, " or ".join(last)))) for first, last in told.items())
-
-
-def likely_columns(row: Row) -> dict[str, str]:
-    """A guess at `columns` for a row of no known format, from the names of its columns; may be empty."""
-    turns = [str(name) for name, value in row.items() if isinstance(value, list) and _has_roles(value)]
-    if turns:
-        return {"messages": turns[0]} if len(turns) == 1 else {}
-    found: dict[str, str] = {}
-    for key, words in _LIKELY.items():
-        names = [name for name in _columns_of_text(row) if name not in found.values()]
-        names = [name for name in names if "system" not in _words(name)]
-        near = [name for name in names if _words(name)[-1] in words]
-        near += [name for name in names if key == "prompt" and not words.isdisjoint(_words(name))]
-        found |= {key: near[0]} if near else {}
-    if "prompt" not in found:
-        return {}
-    for key, words in _LIKELY_MORE.items():
-        names = [
-            name for name in _columns_of_text(row) if name not in (*found.values(), *_COMMON_KEYS, *MORE, *_OTHER_NAMES)
-        ]
-        near = [name for name in names if not words.isdisjoint(_words(name))]
-        found |= {key: near[0]} if near and key not in row else {}
-    return found
-
-
-def _columns_of_text(row: Row) -> list[str]:
-    return [
-        str(name) for name, value in row.items() if isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    ]
-
-
-def _has_roles(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in value)
-
-
-def _words(name: str) -> list[str]:
-    """user_question, userQuestion, "User question" -> user, question."""
-    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) or [""]
-
-
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     nested = {source: found for source in columns.values() if source not in row and (found := _inside(row, source))}
     row = row | {source: found[0] for source, found in nested.items()}
     for source in columns.values():

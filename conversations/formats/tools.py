@@ -13,11 +13,15 @@ Every function here raises BadRow, with a reason for the person who owns the fil
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from conversations.formats.bad_row import BadRow, named
 from conversations.formats.training_flags import refuse_flags
+from conversations.formats.turns import Turn
+from conversations.row import without_nulls
+from conversations.tally import Event
 
 # Where a call has its arguments: OpenAI and Hermes, ToolAlpaca, Anthropic.
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -26,6 +30,9 @@ _CALL_KEYS = {"name", "id", "type", "index", "function"}
 
 # Keywords of JSON Schema whose value may be null.
 _MAY_BE_NULL = ("default", "const")
+
+# Where a tool's turn names the call that it answers.
+RESULT_IDS = ("tool_call_id", "call_id", "tool_use_id")
 
 _CALL_FORM = '{"name": <name of the tool>, "arguments": <object of its arguments>}'
 
@@ -36,6 +43,19 @@ class Call(NamedTuple):
     id: str | None = None
     name: str = ""
     unused: tuple[str, ...] = ()
+
+
+class ToolUse(NamedTuple):
+    """What a turn has to do with tools. is_call: it holds nothing but calls. calls: those it makes. answers: the call
+    whose result it is."""
+
+    is_call: bool = False
+    calls: tuple[Call, ...] = ()
+    answers: Call = Call()
+
+
+NO_TOOLS = ToolUse()
+_NO_RESULT: Event = ("no result", "call")
 
 
 def tools_text(value: Any) -> str:
@@ -81,6 +101,67 @@ def result_text(content: str) -> str:
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
+def answered_call(values: Mapping[str, Any]) -> Call:
+    """The call that a tool's turn answers, by the keys that the turn has beside its content."""
+    found = next((values[key] for key in RESULT_IDS if values.get(key) not in (None, "")), None)
+    return Call(None if found is None else str(found), str(values.get("name") or ""))
+
+
+def place_results(read: Sequence[tuple[Turn, ToolUse]], what: str, events: list[Event]) -> list[Turn]:
+    """Calls that follow an assistant's turn join it; the results of calls become one turn of the user."""
+    turns: list[Turn] = []
+    calls: tuple[Call, ...] = ()
+    results: dict[int, Turn] = {}
+    for index, (turn, use) in enumerate(read):
+        if turn.role == "tool":
+            results[_place(use.answers, calls, results, f"{what}[{index}]")] = turn
+            continue
+        turns += _results_turn(results)
+        if use.is_call and not results and turns and turns[-1].role == "assistant":
+            turns[-1] = _joined(turns[-1], turn, f"{what}[{index}]")
+            calls += use.calls
+            continue
+        events += [_NO_RESULT] * (len(calls) - len(results))
+        turns.append(turn)
+        calls, results = use.calls, {}
+    events += [_NO_RESULT] * (len(calls) - len(results))
+    return turns + _results_turn(results)
+
+
+def _results_turn(results: Mapping[int, Turn]) -> list[Turn]:
+    """One turn of the results, by the numbers of their calls; none where there is no result."""
+    if not results:
+        return []
+    words = [results[number].content for number in sorted(results)]
+    return [Turn("user", "\n".join(words), where=results[min(results)].where)]
+
+
+def _joined(turn: Turn, call: Turn, what: str) -> Turn:
+    if turn.train != call.train:
+        raise BadRow(f"{what} goes on with the turn before it, but only one of them is trained")
+    return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
+
+
+def _place(answered: Call, calls: tuple[Call, ...], results: Mapping[int, Turn], what: str) -> int:
+    """The number of the call that a result answers: by its id where both have one, else by its name, else the next."""
+    waiting = [number for number in range(len(calls)) if number not in results]
+    for part in ("id", "name"):
+        wanted, there = getattr(answered, part), [getattr(call, part) for call in calls]
+        if not wanted or not any(there):
+            continue
+        place = next((number for number in waiting if there[number] == wanted), None)
+        if place is None:
+            left = ", ".join(repr(there[number]) for number in waiting) or "none"
+            raise BadRow(
+                f"{what} is a tool's result for call {wanted!r}, but no call before it waits for one of this {part} "
+                f"(waiting: {left})"
+            )
+        return place
+    if not waiting:
+        raise BadRow(f"{what} is a tool's result, but no call before it waits for one")
+    return waiting[0]
+
+
 def _definition(tool: Any, index: int) -> dict[str, Any]:
     """In OpenAI's form, with what stands beside the function (such as strict)."""
     tool = _parsed(tool, f"tools[{index}]")
@@ -90,7 +171,8 @@ def _definition(tool: Any, index: int) -> dict[str, Any]:
     function = {key: value for key, value in function.items() if (key, value) != ("type", "function")}
     if schema := function.get("parameters"):
         function["parameters"] = _parsed(schema, f"tools[{index}].parameters")
-    return _without_padding({"type": "function", "function": function, **beside})
+    # No schema has nulls, except as defaults, but tables that were written as lines do.
+    return without_nulls({"type": "function", "function": function, **beside}, keep=_MAY_BE_NULL)
 
 
 def _function(value: Any) -> tuple[Any, dict[str, Any]]:
@@ -98,15 +180,6 @@ def _function(value: Any) -> tuple[Any, dict[str, Any]]:
     if not isinstance(value, dict) or "function" not in value:
         return value, {}
     return value["function"], {key: item for key, item in value.items() if key not in ("type", "function")}
-
-
-def _without_padding(value: Any) -> Any:
-    """A definition without its nulls, which no schema has (but for defaults), but tables that were written as lines."""
-    if isinstance(value, list):
-        return [_without_padding(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_padding(item) for key, item in value.items() if item is not None or key in _MAY_BE_NULL}
 
 
 def _call(call: Any, what: str) -> tuple[str, Call]:

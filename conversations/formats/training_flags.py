@@ -5,15 +5,13 @@ with a 1 is, where format.train_on takes it; with names such as `masked` it is t
 such as a weight of 0.5 or spans of characters, is a BadRow that names it.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from conversations.formats.bad_row import BadRow, named
+from conversations.formats.bad_row import BadRow, from_json, named
 
 REVERSED = ("masked", "no_loss", "ignore_loss")  # where 1 is what is not trained
 FLAGS = (
@@ -75,8 +73,7 @@ def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
     if name == SPANS:
         raise BadRow(f"the row has {SPANS}: spans of characters cannot be honoured")
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV file
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        value = from_json(value, otherwise=value)
     if not isinstance(value, list):
         return None if _flag(value, name, "the row") else [False] * (turns or 1)
     if turns is None:

@@ -1,32 +1,69 @@
 """Lists of turns, as found in the wild -> lists of Turn. Raises BadRow, with a reason for who owns the file."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from conversations.formats.bad_row import BadRow, named, read_text
+from conversations.formats.bad_row import BadRow, from_json, named, read_text
 from conversations.formats.media import refuse_media
+from conversations.formats.reasoning import KEYS as REASONING_KEYS
 from conversations.formats.reasoning import PARTS, Reasoning, reasoning_of, reasoning_text, with_reasoning
-from conversations.formats.tools import Call, calls_text, result_text, tools_text
-from conversations.formats.training_flags import refuse_flags, turn_flag
-from conversations.formats.turn_keys import (
-    CALL_KEYS,
-    CONTENT_KEYS,
-    READ_KEYS,
-    ROLE_KEYS,
-    TOOLS_KEYS,
-    first_key,
-    role_of,
-    said_by_speakers,
+from conversations.formats.tools import (
+    NO_TOOLS,
+    RESULT_IDS,
+    ToolUse,
+    answered_call,
+    calls_text,
+    place_results,
+    result_text,
 )
+from conversations.formats.training_flags import FLAGS, REVERSED, SPANS, refuse_flags, turn_flag
 from conversations.formats.turns import Turn
 from conversations.tally import Event
 
+Role = Literal["system", "user", "assistant", "tool"]  # what a source's own names of roles can be mapped to
+
+# Names of the roles in OpenAI messages, ShareGPT and ms-swift -> ours; "call" and "tool" end as assistant and user.
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+# What a role of another name probably is, for the hint.
+_LIKELY = {
+    **dict.fromkeys(
+        ("bot", "ai", "model", "chatgpt", "chatbot", "agent", "claude", "bing", "bard", "llm"), "assistant"
+    ),
+    **dict.fromkeys(("prompter", "customer", "client", "person", "q", "question", "instruction"), "user"),
+    **dict.fromkeys(("a", "answer", "response", "output", "teacher", "expert", "doctor"), "assistant"),
+    **dict.fromkeys(("ipython", "tool_result", "function_response", "tool_output", "environment"), "tool"),
+}
+
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
+TOOLS_KEYS = ("tools", "functions")
+CALL_KEYS = ("tool_calls", "function_call")
+READ_KEYS = frozenset((*CALL_KEYS, *FLAGS, *REVERSED, SPANS, *REASONING_KEYS))
+
+# A turn without a role that holds what several speakers said: {user, assistant}, {input, output}.
+_SPEAKERS = {
+    **{name: role for name, role in ROLES.items() if role in ("system", "user", "assistant")},
+    **dict.fromkeys(("question", "prompt", "query", "input", "instruction"), "user"),
+    **dict.fromkeys(("answer", "response", "output", "completion", "bot"), "assistant"),
+}
+_ORDER = ("system", "user", "assistant")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _KEYS_BESIDE = frozenset((*READ_KEYS, *TOOLS_KEYS))
-_RESULT_IDS = ("tool_call_id", "call_id", "tool_use_id")
 
 
 @dataclass(frozen=True)
@@ -35,24 +72,6 @@ class Rules:
 
     roles: Mapping[str, str] = field(default_factory=dict)
     reasoning: Reasoning = "refuse"
-
-
-class _Said(NamedTuple):
-    """A turn before tools are put in their places. calls: those it makes. answers: the call that a tool answers."""
-
-    turn: Turn
-    is_call: bool = False
-    calls: tuple[Call, ...] = ()
-    answers: Call = Call()
-
-
-class _Words(NamedTuple):
-    """What a turn says, and its calls: see _Said."""
-
-    text: str
-    is_call: bool = False
-    calls: tuple[Call, ...] = ()
-    answers: Call = Call()
 
 
 class TurnReader:
@@ -70,7 +89,7 @@ class TurnReader:
         """
         if isinstance(value, dict):
             value = _as_list(value)
-        said = []
+        read: list[tuple[Turn, ToolUse]] = []
         for index, raw in enumerate(value):
             if not isinstance(raw, dict):
                 raise BadRow(f"{what}[{index}] must be an object with role and content, not {named(raw)}")
@@ -78,8 +97,9 @@ class TurnReader:
             of_entry = self._one_or_more(raw, f"{what}[{index}]")
             for one in of_entry:
                 flag = flags[index] if flags and one is of_entry[-1] else None
-                said.append(self._read(one, f"{what}[{index}]", where, flag))
-        turns = self._placed(said, what)
+                read.append(self._read(one, f"{what}[{index}]", where, flag))
+        uses_tools = any(use.calls or turn.role == "tool" for turn, use in read)
+        turns = place_results(read, what, self._events) if uses_tools else [turn for turn, _ in read]
         return turns[1:] if turns and turns[0] == Turn("system", "") and not turns[0].tools else turns
 
     def _one_or_more(self, raw: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -90,18 +110,19 @@ class TurnReader:
             return found
         raise BadRow(f"{what} has no role: its keys are {', '.join(map(str, raw)) or 'none'}")
 
-    def _read(self, raw: dict[str, Any], what: str, where: str, row_flag: tuple[str, bool] | None) -> _Said:
+    def _read(
+        self, raw: dict[str, Any], what: str, where: str, row_flag: tuple[str, bool] | None
+    ) -> tuple[Turn, ToolUse]:
         role_key = first_key(raw, ROLE_KEYS) or ""
         content_key = first_key(raw, CONTENT_KEYS)
         role = role_of(raw[role_key], self._rules.roles, what)
         rest = self._rest(raw, role, (role_key, content_key), what) if len(raw) > 2 or not content_key else {}
         if content_key is None and _KEYS_BESIDE.isdisjoint(rest):
             raise BadRow(f"{what} ({role}) has no content: its keys are {', '.join(map(str, raw))}")
-        words = self._words(role, rest, raw.get(content_key or ""), what)
+        words, use = self._words(role, rest, raw.get(content_key or ""), what)
         role = "assistant" if role == "call" else role
         train = self._trained(role, rest, what, row_flag) if rest or row_flag else None
-        turn = Turn(role, words.text, train, where, self._tools(rest, role, what))
-        return _Said(turn, words.is_call, words.calls, words.answers)
+        return Turn(role, words, train, where, self._tools(rest, role, what) if rest else None), use
 
     def _rest(self, raw: Mapping[str, Any], role: str, read: tuple[str | None, ...], what: str) -> dict[str, Any]:
         """The turn's further keys that are known, in lower case; what else it says is told."""
@@ -109,40 +130,43 @@ class TurnReader:
         refuse_media(rest, what)
         if rest.get("refusal"):
             raise BadRow(f"{what} has refusal, which is not supported")
-        known = {*_KEYS_BESIDE, *(("name", *_RESULT_IDS) if role in ("tool", "call") else ())}
+        known = {*_KEYS_BESIDE, *(("name", *RESULT_IDS) if role in ("tool", "call") else ())}
         unused = [key for key, value in rest.items() if key not in known and value not in (None, "", [], {})]
         self._unused(unused)
         return rest
 
     def _unused(self, keys: Iterable[str]) -> None:
-        self._events += [("turn keys", str(key)) for key in keys]
+        self._events.extend(("turn keys", str(key)) for key in keys)
 
     def _tools(self, rest: Mapping[str, Any], role: str, what: str) -> Any:
         """Definitions of tools that stand in a turn."""
-        found = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)} if rest else {}
+        found = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)}
         if found and role != "system":
             raise BadRow(f"{what} has {next(iter(found))}: definitions belong to the row or to the system's turn")
         return _only(found, what)
 
-    def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> _Words:
+    def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> tuple[str, ToolUse]:
+        """What a turn says, and the calls that it makes or answers."""
         if role == "call":
             words, calls = calls_text(content, what)
             self._unused(key for call in calls for key in call.unused)
-            return _Words(self._reasoned(words, rest, None, what), True, tuple(calls))
+            return self._reasoned(words, rest, None, what), ToolUse(True, tuple(calls))
         made = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
         if made and role != "assistant":
             raise BadRow(f"{what}: the {role} makes tool calls; only an assistant can")
         if content is None and (made or rest.get("tools")):
             content = ""
         said, thought = self._content(content, f"{what} ({role})")
+        if not rest and not thought and role != "tool":
+            return said, NO_TOOLS
         if role != "assistant":
             if found := thought or reasoning_of(rest, what, "refuse"):
                 raise BadRow(f"{what} has {found[0]}, but is the {role}'s: only an assistant reasons")
-            return _Words(result_text(said), answers=_answered_call(rest)) if role == "tool" else _Words(said)
+            return (result_text(said), ToolUse(answers=answered_call(rest))) if role == "tool" else (said, NO_TOOLS)
         words, calls = calls_text(made, what) if made else ("", [])
         self._unused(key for call in calls for key in call.unused)
         said = "\n".join(filter(None, (said.strip(), words))) if made else said
-        return _Words(self._reasoned(said, rest, thought, what), calls=tuple(calls))
+        return self._reasoned(said, rest, thought, what), ToolUse(calls=tuple(calls))
 
     def _content(self, value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
         """The words of a turn (OpenAI's text parts put together; a number as text), and the reasoning among its
@@ -193,36 +217,6 @@ class TurnReader:
             self._events.append(("untrained", name))
         return flag
 
-    def _placed(self, said: Sequence[_Said], what: str) -> list[Turn]:
-        """Calls that follow an assistant's turn join it; the results of calls become one turn of the user."""
-        turns: list[Turn] = []
-        calls: tuple[Call, ...] = ()
-        results: dict[int, Turn] = {}
-        for index, one in enumerate(said):
-            if one.turn.role == "tool":
-                results[_place(one, calls, results, f"{what}[{index}]")] = one.turn
-                continue
-            turns += self._told(calls, results)
-            if one.is_call and not results and turns and turns[-1].role == "assistant":
-                turns[-1] = _joined(turns[-1], one.turn, f"{what}[{index}]")
-                calls += one.calls
-                continue
-            if not results:
-                self._events += [("no result", "call")] * len(calls)
-            turns.append(one.turn)
-            calls, results = one.calls, {}
-        if not results:
-            self._events += [("no result", "call")] * len(calls)
-        return turns + self._told(calls, results)
-
-    def _told(self, calls: tuple[Call, ...], results: dict[int, Turn]) -> list[Turn]:
-        """The tools' results as a turn, in the order of the calls."""
-        if not results:
-            return []
-        self._events += [("no result", "call")] * (len(calls) - len(results))
-        first, words = results[min(results)], [results[number].content for number in sorted(results)]
-        return [Turn("user", "\n".join(words), where=first.where)]
-
 
 def turns_in(value: Any, key: str, always: bool) -> Any:
     """The value with the turns that it writes as JSON text (as in a CSV file) parsed; None where it holds no turns.
@@ -230,7 +224,7 @@ def turns_in(value: Any, key: str, always: bool) -> Any:
     always: the column can hold nothing else. Any other list is taken for turns, and refused when it is read.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        parsed = _from_json(value)
+        parsed = from_json(value)
         if always and not isinstance(parsed, list):
             raise BadRow(f"{key} must be a list of turns, or one as JSON, not {named(value)}")
         value = parsed if always or _have_roles(parsed) else value
@@ -244,11 +238,6 @@ def _as_list(value: dict[str, Any]) -> list[dict[str, Any]]:
     if len(lists) < len(value) or len({len(item) for item in lists}) != 1:
         return [value]
     return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
-
-
-def has_tools(turns: Sequence[Turn]) -> str:
-    """The text of the definitions that the first turn brings, if it is the system's."""
-    return tools_text(turns[0].tools) if turns and turns[0].tools else ""
 
 
 def _are_turns(value: Any) -> bool:
@@ -265,45 +254,6 @@ def _have_roles(value: Any) -> bool:
     )
 
 
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _joined(turn: Turn, call: Turn, what: str) -> Turn:
-    if turn.train != call.train:
-        raise BadRow(f"{what} goes on with the turn before it, but only one of them is trained")
-    return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
-
-
-def _place(said: _Said, calls: tuple[Call, ...], results: Mapping[int, Turn], what: str) -> int:
-    """The number of the call that a result answers: by its id where both have one, else by its name, else the next."""
-    waiting = [number for number in range(len(calls)) if number not in results]
-    for part in ("id", "name"):
-        wanted, there = getattr(said.answers, part), [getattr(call, part) for call in calls]
-        if not wanted or not any(there):
-            continue
-        place = next((number for number in waiting if there[number] == wanted), None)
-        if place is None:
-            left = ", ".join(repr(there[number]) for number in waiting) or "none"
-            raise BadRow(
-                f"{what} is a tool's result for call {wanted!r}, but no call before it waits for one of this {part} "
-                f"(waiting: {left})"
-            )
-        return place
-    if not waiting:
-        raise BadRow(f"{what} is a tool's result, but no call before it waits for one")
-    return waiting[0]
-
-
-def _answered_call(rest: Mapping[str, Any]) -> Call:
-    """What a tool's turn says of the call that it answers."""
-    found = next((rest[key] for key in _RESULT_IDS if rest.get(key) not in (None, "")), None)
-    return Call(None if found is None else str(found), str(rest.get("name") or ""))
-
-
 def _only(found: Mapping[str, Any], what: str) -> Any:
     """The one of several values for the same thing; None where there is none."""
     values = list(found.values())
@@ -317,3 +267,39 @@ def _known_key(key: str) -> str:
     """The key in lower case, where it is one that we know so."""
     lower = str(key).lower()
     return lower if lower in READ_KEYS else key
+
+
+def role_of(value: Any, roles: Mapping[str, str], what: str) -> str:
+    """Our name of a role: system, user, assistant, tool, or call (an assistant's that holds nothing but a call)."""
+    if not isinstance(value, str):
+        raise BadRow(f"{what}: the role must be a string, not {named(value)}")
+    role = roles.get(value) or ROLES.get(value.lower())
+    if role is None:
+        likely = _LIKELY.get(value.lower(), "assistant")
+        raise BadRow(
+            f"{what}: unknown role {value!r} (known: {', '.join(ROLES)}); say in the data entry what it is, such as "
+            f"roles: {{{value}: {likely}}}"
+        )
+    return role
+
+
+def first_key(value: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of these keys that holds something; else the first that is there."""
+    there = [key for key in keys if key in value]
+    return next((key for key in there if value[key] is not None), there[0] if there else None)
+
+
+def said_by_speakers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Turns of {user: ..., assistant: ...}: one for each speaker in the turn's keys, none where it has no such key.
+
+    What else it says (flags, reasoning) belongs to the assistant's turn.
+    """
+    spoken = {key: _SPEAKERS[key] for key in value if key in _SPEAKERS and value[key] not in (None, "")}
+    if len(set(spoken.values())) != len(spoken):
+        return []
+    rest = {key: words for key, words in value.items() if key not in _SPEAKERS}
+    keys = sorted(spoken, key=lambda key: _ORDER.index(spoken[key]))
+    turns = [{"role": spoken[key], "content": value[key]} for key in keys]
+    if turns:
+        turns[-1] |= rest
+    return turns

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conversations.formats.bad_row import BadRow
-
-Message = dict[str, Any]
+from conversations.row import Message
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Turn:
     where: str = field(default="", compare=False)
     tools: Any = field(default=None, compare=False)
 
-    def as_message(self) -> Message:
-        """The canonical turn. Only what is not trained says so: `train` is false."""
-        return {"role": self.role, "content": self.content} | ({"train": False} if self.train is False else {})
-
 
 def as_messages(turns: Sequence[Turn]) -> list[Message]:
-    return [turn.as_message() for turn in turns]
+    """The canonical messages. Only one that is not trained says so: `train` is false."""
+    return [
+        {"role": turn.role, "content": turn.content} | ({"train": False} if turn.train is False else {})
+        for turn in turns
+    ]
 
 
 @dataclass(frozen=True)

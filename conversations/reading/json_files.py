@@ -11,8 +11,8 @@ from collections.abc import Generator, Iterator
 from itertools import count
 from typing import IO, Any
 
-from conversations.reading.opening import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, RowTooLong, open_bytes
-from conversations.reading.record import Record, is_utf8
+from conversations.reading.data_file import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, Record, RowTooLong
+from conversations.row import is_utf8
 
 _CHUNK = 1 << 20
 _SNIFFED = 1 << 16
@@ -23,20 +23,21 @@ _SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|-?[0-9.]+|true|false|null)\s*,\s*'
 _WRAPPED = re.compile(rb'\{\s*(?:%s)*"(?:%s)"\s*:\s*\[\s*\{' % (_SCALAR, "|".join(_WRAPPERS).encode()))
 # One that begins with an object whose first line cannot be all of it.
 _OPEN = re.compile(rb'\{[^\n]*(?:(?<=[\[,:])[ \t\r]*\n|(?<=\{)[ \t\r]*\n\s*["}])')
+_NOT_UTF8 = "not valid UTF-8"
 _DEEPEST = 80  # spaces before an element of an array
 
 
-def json_records(path: DataFile) -> Iterator[Record]:
+def json_records(file: DataFile) -> Iterator[Record]:
     """The records of a .jsonl or .json file; either may hold lines, one array, or objects over several lines."""
-    with open_bytes(path) as file:
-        start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()
-    with open_bytes(path) as file:  # again from the start: not every compressed stream can go back
+    with file.open() as content:
+        start = content.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()
+    with file.open() as content:  # again from the start: not every compressed stream can go back
         if start.startswith(b"["):
-            yield from _array_records(file)
+            yield from _array_records(content)
         elif _WRAPPED.match(start) or _OPEN.match(start):
-            yield from _object_records(file)
+            yield from _object_records(content)
         else:
-            yield from _line_records(file)
+            yield from _line_records(content)
 
 
 def _line_records(file: IO[bytes]) -> Iterator[Record]:
@@ -54,27 +55,31 @@ def _line_records(file: IO[bytes]) -> Iterator[Record]:
         if line == 1:
             written = written.removeprefix(codecs.BOM_UTF8)
         if written := written.strip():
-            yield _parsed(line, written.decode("utf-8", errors="surrogateescape"))
+            yield _parsed(line, written)
 
 
-def _parsed(line: int, text: str) -> Record:
-    """The record of one line's text, in which bytes that are not UTF-8 are lone surrogates."""
-    if not is_utf8(text):
-        return Record(line, text, {}, "not valid UTF-8")
+def _parsed(line: int, written: bytes) -> Record:
     try:
-        return _checked(line, text, json.loads(text))
+        text = written.decode()
+    except UnicodeDecodeError:  # in the text of the record such bytes are lone surrogates
+        return Record(line, written.decode(errors="surrogateescape"), {}, _NOT_UTF8)
+    try:
+        return _object(line, text, json.loads(text))
     except json.JSONDecodeError as error:
         return Record(line, text, {}, f"broken JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         return Record(line, text, {}, f"unreadable JSON: {error}")
 
 
-def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
-    if not is_utf8(text):
-        return Record(line, text, {}, "not valid UTF-8", place)
+def _object(line: int, text: str, value: Any, place: str = "") -> Record:
     if not isinstance(value, dict):
         return Record(line, text, {}, f"not an object: {text[:40]}", place)
     return Record(line, text, value, place=place)
+
+
+def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
+    """The record of a value whose text may hold lone surrogates, for bytes that are not UTF-8."""
+    return _object(line, text, value, place) if is_utf8(text) else Record(line, text, {}, _NOT_UTF8, place)
 
 
 def _array_records(file: IO[bytes]) -> Iterator[Record]:

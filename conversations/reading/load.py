@@ -1,6 +1,9 @@
 """A data file -> canonical rows, with every row that is left out accounted for."""
 
+import gzip
 import json
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,26 +13,28 @@ from typing import Any, Literal, get_args
 
 from conversations.errors import ToolkitError
 from conversations.formats.bad_row import BadRow
+from conversations.formats.hints import likely_columns, mapping_hint, plain_columns, plain_hint
 from conversations.formats.reasoning import Reasoning
-from conversations.formats.table import (
-    Row,
-    UnknownFormat,
-    convert_row,
-    known_formats,
-    likely_columns,
-    null_keys,
-    plain_columns,
-)
+from conversations.formats.table import UnknownFormat, convert_row, null_keys
 from conversations.formats.turn_reading import Rules
-from conversations.reading.files import open_records
+from conversations.reading.data_file import DataFile, Record
+from conversations.reading.json_files import json_records
 from conversations.reading.locating import Located, locate
-from conversations.reading.opening import DataFile
-from conversations.reading.record import Record
+from conversations.reading.table_files import arrow_records, csv_records, parquet_records
+from conversations.row import Row
 from conversations.tally import Event, counted, told
 
 OnBadRow = Literal["error", "skip"]
 
 _SHOWN = 10  # bad rows in one message
+
+# Kind of file -> its reader.
+_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_records),
+    **dict.fromkeys((".csv", ".tsv"), csv_records),
+    ".parquet": parquet_records,
+    ".arrow": arrow_records,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def load_conversations(
     reasoning: Reasoning = "refuse",
     split: str = "",
 ) -> "ConversationReader":
-    """Read the canonical rows (conversations/formats/table.py) of a data file.
+    """Read the canonical rows (conversations/row.py) of a data file.
 
     Args:
         path: a file of JSON lines, one JSON array or JSON objects (told apart by how it begins), CSV, TSV, parquet or
@@ -132,7 +137,7 @@ class ConversationReader(Iterator[Row]):
         self._unread: Row = {}  # such a row
         self._plain: dict[str, str] = {}
         self._files = located.files
-        self._file: DataFile = path
+        self._file: Path | zipfile.Path = path
         self._notes = located.notes
         self._rows = self._read()
 
@@ -166,8 +171,8 @@ class ConversationReader(Iterator[Row]):
 
     def _read(self) -> Iterator[Row]:
         for file in self._files:
-            self._file = file
-            for record in open_records(file):
+            self._file = file.path
+            for record in _records(file):
                 if record.beside:
                     self._events.update(("beside", key) for key in record.beside)
                     continue
@@ -236,27 +241,26 @@ class ConversationReader(Iterator[Row]):
         if more := self.rejected - len(self._first_rejected):
             lines.append(f"  ... and {more:,} more")
         if self._hint is not None:
-            lines.append(_mapping_hint(self._hint, self._unread))
+            lines.append(mapping_hint(self._hint, self._unread))
         if self._plain:
-            lines.append(_plain_hint(self._plain))
+            lines.append(plain_hint(self._plain))
         lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
 
 
-def _mapping_hint(columns: Mapping[str, str], row: Row) -> str:
-    others = ", ".join(str(name) for name in row if name not in columns.values())
-    unread = f" (which leaves unread: {others})" if others else ""
-    how = f"perhaps columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
-    return f"Map the columns in the recipe: {how}. Known keys: {known_formats()}"
+def _records(file: DataFile) -> Iterator[Record]:
+    """The records of a file, read as they are asked for; what cannot be read is a record with a `problem`.
 
-
-def _plain_hint(columns: Mapping[str, str]) -> str:
-    what = "To read such rows as plain conversations (of a pair, its chosen answer)"
-    return f"{what}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
-
-
-def _listed(columns: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}: {name}" for key, name in columns.items())
+    Raises ToolkitError for a file that cannot be opened or decompressed.
+    """
+    try:
+        yield from _READERS[file.kind](file)
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+        raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
+    except RuntimeError as error:  # of a member of a .zip that is encrypted
+        if not isinstance(file.path, zipfile.Path):
+            raise
+        raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
 
 
 def _written(record: Record) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.opening import KINDS, DataFile, file_kind, has_known_kind
+from conversations.reading.data_file import KINDS, DataFile, data_file, has_known_kind
 
 _ZIP = ".zip"
 _LARGEST_RATIO, _LARGE = 1000, 1 << 30  # unpacked to packed, of members of more than so many bytes
@@ -32,7 +32,7 @@ _SPLIT = re.compile(rf"(?:^|[^a-z])({'|'.join(_SPLITS)})(?=$|[^a-z])")
 
 @dataclass(frozen=True)
 class Located:
-    """paths: the files on disk, for a hash. files: what is read, in order. notes: what should be told."""
+    """paths: the files on disk, for a hash. files: what is read, in order. notes: what the user should know."""
 
     paths: tuple[Path, ...]
     files: tuple[DataFile, ...]
@@ -74,8 +74,7 @@ def _is_data(path: Path) -> bool:
 def _members(path: Path) -> Iterable[DataFile]:
     """The file itself, or what a .zip holds."""
     if path.suffix.lower() != _ZIP or not path.exists():
-        file_kind(path)
-        return [path]
+        return [data_file(path)]
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -87,10 +86,10 @@ def _members(path: Path) -> Iterable[DataFile]:
                 f"{path}: {info.filename} unpacks to more than {_LARGEST_RATIO:,} times its size; unpack it yourself"
             )
     names = [info.filename for info in entries if not _is_hidden(Path(info.filename))]
-    members = [zipfile.Path(archive, name) for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
-    if not members:
+    found = [name for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
+    if not found:
         raise ToolkitError(f"{path} holds no file of a known kind ({', '.join(KINDS)}), but {_listed(names)}")
-    return members
+    return [data_file(zipfile.Path(archive, name)) for name in found]
 
 
 def _folder(path: Path, split: str) -> Located:
@@ -101,9 +100,7 @@ def _folder(path: Path, split: str) -> Located:
         return _noted(_folder(path / chosen, ""), path, chosen, [name for name in names if name != chosen])
     if (path / "state.json").is_file() and (files := _json(path / "state.json").get("_data_files")):
         paths = tuple(path / str(file.get("filename")) for file in files)
-        for each in paths:
-            file_kind(each)
-        return Located(paths, paths)
+        return Located(paths, tuple(map(data_file, paths)))
     everything = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
     data = [file for file in everything if _is_data(file) and _has_rows(file)]
     others = [str(file.relative_to(path)) for file in everything if file not in data and file.name not in _QUIET]

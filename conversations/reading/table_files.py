@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.opening import LONGEST_ROW, BoundedLines, DataFile, RowTooLong, open_bytes, open_seekable
-from conversations.reading.record import Record, is_utf8, without_padding
+from conversations.reading.data_file import LONGEST_ROW, BoundedLines, DataFile, Record, RowTooLong
+from conversations.row import is_utf8, without_nulls
 
 _BATCH = 512
 _BOM = "\ufeff"
@@ -17,7 +17,7 @@ NAMELESS = "Unnamed: 0"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def csv_records(path: DataFile, kind: str) -> Iterator[Record]:
+def csv_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .csv or .tsv file under the names in its first line; all values are strings.
 
     Quotes are those of CSV in both. A field may go over several lines.
@@ -25,13 +25,13 @@ def csv_records(path: DataFile, kind: str) -> Iterator[Record]:
     Raises:
         ToolkitError: a first line that is no UTF-8, with empty names, or with one name twice.
     """
-    with open_bytes(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with file.open() as content:
+        text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(LONGEST_ROW)  # its own limit is 131,072
-        yield from _csv_rows(path, BoundedLines(text), DELIMITERS[kind])
+        yield from _csv_rows(str(file.path), BoundedLines(text), DELIMITERS[file.kind])
 
 
-def _csv_rows(path: DataFile, lines: BoundedLines[str], delimiter: str) -> Iterator[Record]:
+def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[Record]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     too_long = 0
@@ -59,7 +59,7 @@ def _csv_rows(path: DataFile, lines: BoundedLines[str], delimiter: str) -> Itera
         yield Record(line, written, dict(zip(names, fields, strict=False)), _csv_problem(names, fields, written))
 
 
-def _checked_names(path: DataFile, names: list[str]) -> list[str]:
+def _checked_names(path: str, names: list[str]) -> list[str]:
     if not is_utf8("".join(names)):
         raise ToolkitError(f"{path}:1: not valid UTF-8; write the file anew as UTF-8")
     if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
@@ -79,7 +79,7 @@ def _csv_problem(names: list[str], fields: list[str], written: str) -> str | Non
     return None if is_utf8(written) else "not valid UTF-8"
 
 
-def parquet_records(path: DataFile) -> Iterator[Record]:
+def parquet_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
@@ -87,11 +87,11 @@ def parquet_records(path: DataFile) -> Iterator[Record]:
     """
     from pyarrow import parquet
 
-    with open_seekable(path) as file:
-        yield from _table_records(lambda: parquet.ParquetFile(file).iter_batches(batch_size=_BATCH))
+    with file.open_seekable() as content:
+        yield from _table_records(lambda: parquet.ParquetFile(content).iter_batches(batch_size=_BATCH))
 
 
-def arrow_records(path: DataFile) -> Iterator[Record]:
+def arrow_records(file: DataFile) -> Iterator[Record]:
     """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
 
     Raises:
@@ -99,15 +99,15 @@ def arrow_records(path: DataFile) -> Iterator[Record]:
     """
     from pyarrow import ipc
 
-    with open_seekable(path) as file:
-        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-        file.seek(0)
+    with file.open_seekable() as content:
+        is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
+        content.seek(0)
 
         def batches() -> Iterator[Any]:
             if not is_file:
-                yield from ipc.open_stream(file)
+                yield from ipc.open_stream(content)
                 return
-            reader = ipc.open_file(file)
+            reader = ipc.open_file(content)
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
 
@@ -141,4 +141,4 @@ def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: without_padding(value) for name, value in values.items()}
+    return {name: without_nulls(value) for name, value in values.items()}

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
 from conversations.rendering.encoding import control_pattern, encode_pieces, special_ids_of
+from conversations.row import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FimMode = Literal["psm", "spm"]
-Row = dict[str, Any]
 
 TOKENS = {"begin": "<｜fim▁begin｜>", "hole": "<｜fim▁hole｜>", "end": "<｜fim▁end｜>"}
 _ORDERS: dict[FimMode, tuple[str, ...]] = {

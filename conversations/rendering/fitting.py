@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conversations.rendering.conversation import TrainOn, render_conversation
 from conversations.rendering.fill_in_the_middle import render_text
 from conversations.rendering.lengths import CUT_AWAY, LengthReport, TooLong
+from conversations.row import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 Piece = tuple[list[int], list[int]]  # token ids, loss mask
 
 NOTHING_TRAINED = "nothing in it is trained"
@@ -80,11 +80,11 @@ class Fitter:
             for part in answered[-1:] if self.train_on == "last_assistant" else answered:
                 yield self._rendered({"messages": part})
 
-    def _whole_exchanges(self, messages: Sequence[Row]) -> Iterator[list[Row]]:
+    def _whole_exchanges(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
         """Parts of as many exchanges as fit; one that does not fit by itself is a part, too."""
         first = int(messages[0]["role"] == "system")
         system = list(messages[:first])
-        part: list[Row] = []
+        part: list[Message] = []
         for start in range(first, len(messages), 2):
             exchange = list(messages[start : start + 2])
             if part and not self._fits(self._rendered({"messages": [*system, *part, *exchange]})):
@@ -113,5 +113,5 @@ class Fitter:
             yield ids[start : start + size], mask[start : start + size]
 
 
-def _answered(messages: Sequence[Row]) -> bool:
+def _answered(messages: Sequence[Message]) -> bool:
     return any(message["role"] == "assistant" for message in messages)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from conversations.rendering.fitting import Fitter, Piece, Row
+from conversations.rendering.fitting import Fitter, Piece
 from conversations.rendering.lengths import LengthReport
+from conversations.row import Row
 from recipes.data.row_store import MixedRows
 
 EXAMPLES = 3

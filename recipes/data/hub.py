@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.record import without_padding
+from conversations.row import without_nulls
 from recipes.data.splits import Split
 from recipes.files import atomic_path
 
@@ -49,7 +49,7 @@ def _write(file: Path, rows: Iterable[dict[str, Any]], name: str, key: str) -> N
     with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as out:
         try:
             for row in rows:
-                row = {name: without_padding(value) for name, value in row.items()}
+                row = {name: without_nulls(value) for name, value in row.items()}
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         except Exception as error:  # as above; the rows come over the network
             raise ToolkitError(f"{key}.path: the hub data set {name} broke off: {_one_line(error)}") from error

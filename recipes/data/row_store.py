@@ -5,9 +5,10 @@ import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
-Row = dict[str, Any]
+from conversations.row import Row
+
 _IN_MEMORY = 32 << 20  # bytes; more goes to the temporary directory
 
 

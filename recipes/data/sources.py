@@ -16,6 +16,7 @@ from conversations.formats.reasoning import Reasoning
 from conversations.reading.load import RejectedRow, load_conversations
 from conversations.reading.locating import locate, names_files
 from conversations.rendering.fill_in_the_middle import with_hole
+from conversations.row import Row
 from conversations.sections import DataSource
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
@@ -28,7 +29,6 @@ from recipes.runs.manifest import file_sha256
 CACHE = Path("runs")
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
-Row = dict[str, Any]
 Refuse = Callable[[Row], str | None]
 
 

@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.row import Row
 
-Row = dict[str, Any]
 _END = r"\d+(?:\.\d+)?%|\d+|"
 _SPLIT = re.compile(rf"(?P<name>[\w.-]*)(?:\[(?P<start>{_END}):(?P<end>{_END})\])?")
 

@@ -8,9 +8,7 @@ from conversations.answers.prompts import split_prompt
 from conversations.answers.rules import check_reference, needs_reference
 from conversations.errors import ToolkitError
 from conversations.formats.reasoning import Reasoning
-
-Row = dict[str, Any]
-
+from conversations.row import Row
 
 Refuse = Callable[[Row], str | None]
 _MAP_REFERENCE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.opening import KINDS
+from conversations.reading.data_file import KINDS
 from recipes.recipe.shipped import recipe_name
 
 GENERATED = "tiny:"

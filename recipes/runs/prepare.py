@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conversations.answers.judging import Row
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
+from conversations.row import Row
 from deepseek_v2_modeling import DeepseekV2Config
 from deepseek_v2_modeling.loading import ModelSource
 from recipes.data.mixing import source_names

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from recipes.files import write_jsonl
 from recipes.tiny import lexicon as lx
 from recipes.tiny.sums import (
@@ -39,8 +40,6 @@ from recipes.tiny.sums import (
     steps_of,
     wrong,
 )
-
-Row = dict[str, Any]
 
 HELDOUT_PERCENT = 12
 

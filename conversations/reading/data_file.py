@@ -1,0 +1,138 @@
+"""What every reader of files shares: a data file, its bytes (decompressed as they are read) and lines, and a record."""
+
+import gzip
+import io
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar, cast
+
+from conversations.errors import ToolkitError
+
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+LONGEST_ROW = 16 << 20  # bytes or characters; the longest context of a model is a hundredth of it
+TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the most that a row may have"
+_BUFFER = 1 << 20
+Text = TypeVar("Text", bytes, str)
+
+
+class RowTooLong(Exception):
+    """A line or row is longer than LONGEST_ROW."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a file as an object.
+
+    line: where it begins, from 1; the row's number in a parquet file. value: the object, where problem is None.
+    text: as written, for those who fix it; None where the file holds no text of its own (parquet). place: what comes
+    before a reason where the line says too little ("element 17: ", of an array on one line). beside: not a row, but
+    keys that stand beside a list of rows.
+    """
+
+    line: int
+    text: str | None
+    value: dict[str, Any]
+    problem: str | None = None
+    place: str = ""
+    beside: tuple[str, ...] = ()
+
+
+def _plain(path: Path | zipfile.Path) -> IO[bytes]:
+    return cast("IO[bytes]", path.open("rb"))
+
+
+def _gzip(path: Path | zipfile.Path) -> IO[bytes]:
+    file = gzip.GzipFile(fileobj=_plain(path))
+    file.myfileobj = cast(Any, file.fileobj)  # so that it is closed with it
+    return cast("IO[bytes]", file)
+
+
+def _zstd(path: Path | zipfile.Path) -> IO[bytes]:
+    import pyarrow
+
+    stream: Any = pyarrow.input_stream(pyarrow.PythonFile(_plain(path)), compression="zstd", buffer_size=_BUFFER)
+    return io.BufferedReader(stream, _BUFFER)
+
+
+_COMPRESSIONS: dict[str, Callable[[Path | zipfile.Path], IO[bytes]]] = {"": _plain, ".gz": _gzip, ".zst": _zstd}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows. path: on disk, or of a member of a .zip. kind: one of KINDS. compression: "", ".gz" or ".zst"."""
+
+    path: Path | zipfile.Path
+    kind: str
+    compression: str
+
+    def open(self) -> IO[bytes]:
+        """The content, decompressed on the way; it can be read once, from the start to the end."""
+        return _COMPRESSIONS[self.compression](self.path)
+
+    def open_seekable(self) -> IO[bytes]:
+        """The content for readers that jump about: a compressed file is unpacked to a temporary one first."""
+        if not self.compression and isinstance(self.path, Path):
+            return _plain(self.path)
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        with self.open() as packed:
+            shutil.copyfileobj(packed, unpacked, _BUFFER)
+        unpacked.seek(0)
+        return cast("IO[bytes]", unpacked)
+
+
+def has_known_kind(path: Path) -> bool:
+    """Whether the name ends like a data file's."""
+    return _suffixes(path)[0] in KINDS
+
+
+def data_file(path: Path | zipfile.Path) -> DataFile:
+    """The file, by its name.
+
+    Raises:
+        ToolkitError: no such file, or a name that ends in none of KINDS.
+    """
+    if not path.exists():
+        raise ToolkitError(f"{path}: no such file")
+    kind, compression = _suffixes(path)
+    if kind not in KINDS:
+        raise ToolkitError(
+            f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also with .gz or .zst behind, and .zip"
+        )
+    return DataFile(path, kind, compression)
+
+
+def _suffixes(path: Path | zipfile.Path) -> tuple[str, str]:
+    """(kind, compression) as the name has them, in lower case: (".jsonl", ".gz")."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
+    return (suffixes[-1] if suffixes else ""), compression
+
+
+class BoundedLines(Generic[Text]):
+    """The lines of a file, none of them longer than a row may be, so that memory does not grow with a line.
+
+    `taken` counts what has been read since it was last set to 0: a row of CSV may span several lines.
+    """
+
+    def __init__(self, file: IO[Text]):
+        self._file = file
+        self.taken = 0
+
+    def __iter__(self) -> "BoundedLines[Text]":
+        return self
+
+    def __next__(self) -> Text:
+        """The next line. Raises RowTooLong once it has skipped one that is too long."""
+        line = self._file.readline(LONGEST_ROW + 1)
+        self.taken += len(line)
+        if self.taken > LONGEST_ROW:
+            while line and line[-1:] not in (b"\n", "\n"):
+                line = self._file.readline(_BUFFER)
+            raise RowTooLong(TOO_LONG)
+        if not line:
+            raise StopIteration
+        return line

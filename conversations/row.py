@@ -1,0 +1,46 @@
+"""Canonical rows: what every room of this package and every stage knows of a row.
+
+A canonical row has one of these sets of keys:
+
+    messages                     a conversation; a prompt where it ends in a user turn
+    prompt, chosen, rejected     a preference pair; all three are lists of messages
+    prompt, completion, label    a judged answer (true or false), both lists of messages
+    prompt, completion, score    a scored answer (a number)
+    text                         plain text, for language modelling
+
+And, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of all the
+source's other keys). A message has `role` (system, user or assistant) and `content`; an assistant's that the file's own
+flags exclude from training has `train: false` beside them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+PAIR = ("prompt", "chosen", "rejected")
+JUDGED = ("prompt", "completion")
+VERDICTS = ("label", "score")  # one of them stands beside JUDGED
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text that was decoded with "surrogateescape" was UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
+    """A value without the keys that are null in its objects, except those in `keep`.
+
+    In a table all objects of a column have the same keys: those that a row does not have are there as null. A null that
+    a file had before it became a table cannot be told from these.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item, keep) for key, item in value.items() if item is not None or key in keep}
+    return [without_nulls(item, keep) for item in value] if isinstance(value, list) else value
