@@ -56,6 +56,15 @@ def test_array_and_lines_are_told_apart_by_content(tmp_path, name, lines):
     assert questions(load_conversations(written(tmp_path / name, *lines))) == ["1", "2"]
 
 
+@pytest.mark.parametrize("line", ["{broken", {"Title": "T", "Answer": "A"}])
+def test_a_bad_row_beside_mapped_columns(tmp_path, line):
+    path = written(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"}, line)
+    columns = {"prompt": "Body", "response": "Answer"}
+    assert f"{path}:2: " in failure(path, columns=columns)
+    reader = load_conversations(path, "skip", columns=columns)
+    assert questions(reader) == ["Q"] and reader.rejected == 1
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
 def test_gzip(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(json.dumps(row("1")).encode()))
