@@ -8,6 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from conversations.formats.reasoning import Reasoning
+from conversations.formats.turn_reading import Role
+from conversations.reading.load import OnBadRow
+from conversations.rendering.conversation import TrainOn
+from conversations.rendering.fill_in_the_middle import FimMode
+from conversations.rendering.lengths import TooLong
+
 # The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
 # together).
 Target = Literal[
@@ -100,7 +107,7 @@ class FimSection(Section):
     """Fill-in-the-middle on plain text, with DeepSeek-Coder's tokens."""
 
     rate: float = Field(default=0.5, gt=0, le=1, description="Share of the rows that are turned into it.")
-    mode: Literal["psm", "spm"] = Field(
+    mode: FimMode = Field(
         default="psm", description="Prefix, suffix, middle (as DeepSeek-Coder was trained), or suffix, prefix, middle."
     )
 
@@ -127,10 +134,10 @@ class DataSource(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name: the file's name, for files in a form of their own."
     )
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+    roles: dict[str, Role] = Field(
         default_factory=dict, description="The file's names of roles: system, user, assistant or tool."
     )
-    on_bad_row: Literal["error", "skip"] = Field(
+    on_bad_row: OnBadRow = Field(
         default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and go on."
     )
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -148,13 +155,11 @@ class DataSource(Section):
 class FormatSection(Section):
     """How conversations become token ids and loss masks."""
 
-    train_on: Literal["all_assistant", "last_assistant"] = Field(
+    train_on: TrainOn = Field(
         default="all_assistant", description="Train on every assistant turn, or on the last one only."
     )
-    too_long: Literal["truncate", "drop", "split"] = Field(
-        default="truncate", description="What happens to rows longer than training.max_length."
-    )
-    reasoning: Literal["refuse", "drop", "think_tags"] = Field(
+    too_long: TooLong = Field(default="truncate", description="What happens to rows longer than training.max_length.")
+    reasoning: Reasoning = Field(
         default="refuse",
         description="Reasoning that rows keep beside an answer: a bad row, left out, or trained before the answer "
         "between <think> and </think>.",
