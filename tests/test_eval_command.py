@@ -239,22 +239,22 @@ def test_cut_answers_and_nats_stand_everywhere(home: Path, unbroken: Path, capsy
         cut = [line["truncated"] for line in said if (line["task"], line["decoding"]) == (task, decoding)]
         assert results[figure] == sum(cut) / len(cut)
     assert 0 < results["right_truncated"] < 1
-    assert f"right {100 * results['right_truncated']:.1f} %" in table.split("cut at max_new_tokens")[1]
+    assert f"{100 * results['right_truncated']:.1f} % cut" in table and "cut at max_new_tokens" in table
     assert f"{results['nats_loss']:.3f} nats" in table and f"{100 * results['nats_loss']:.1f} %" not in table
     assert main(["report", "run", "--output", "page.html"]) == 0
     words = " ".join(re.sub(r"<[^>]*>", " ", Path("page.html").read_text()).split())
-    assert "right: cut at max_new_tokens" in words and f"{100 * results['right_truncated']:.1f} %" in words
-    assert "nats_loss, nats" in words and f"{100 * results['nats_loss']:.1f} %" not in words
+    assert f"{100 * results['right_truncated']:.1f} % cut" in words and "cut at max_new_tokens" in words
+    assert f"{results['nats_loss']:.3f} nats" in words and f"{100 * results['nats_loss']:.1f} %" not in words
 
 
 def test_a_report_says_that_no_answer_was_cut(home: Path) -> None:
-    """And has no column for each nothing."""
+    """And nothing of it in each cell."""
     rewrite("generation_config.json", {"eos_token_id": list(range(4, VOCABULARY))})
     assert main(["eval", "e.yaml"]) == 0
     assert read_json(Path("run/results.json"))["right_truncated"] == 0
     assert main(["report", "run", "--output", "page.html"]) == 0
     page = Path("page.html").read_text()
-    assert "No answer was cut at max_new_tokens." in page and "right: cut" not in page
+    assert "No answer was cut at max_new_tokens." in page and "% cut" not in page
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,6 @@ def test_each_source_has_an_example_and_one_that_was_cut_says_so(
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
 def test_every_row_is_in_the_histogram(lengths: list[int]) -> None:
     found = bins(lengths)
-    assert sum(each.count for each in found) == len(lengths) and len(found) <= 13
-    assert all(each.count == sum(each.low <= length <= each.high for length in lengths) for each in found)
+    assert sum(each.rows for each in found) == len(lengths) and len(found) <= 13
+    assert all(each.rows == sum(each.low <= length <= each.high for length in lengths) for each in found)
     assert len({line.rindex(" ") for line in text_lines(found)}) == 1

@@ -1,12 +1,17 @@
-"""Figures, paired comparisons and the table."""
+"""Figures, paired comparisons, and their tables for page and terminal."""
 
 import math
+import re
+from itertools import zip_longest
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.files import write_jsonl
+from recipes.files import write_json, write_jsonl
+from recipes.report.layout import Cell, Table, as_text
+from recipes.report.report import write_report
+from recipes.report.tables import headline
 from recipes.runs.results import chain_results, figures, outcome_pairs, paired, table_text
 
 
@@ -57,8 +62,63 @@ def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> Non
     )
     assert list(results) == ["seed", "stages", "reward_models", "alignment_tax", "seconds", "peak_memory_gb"]
     assert results["reward_models"] == {"helpful": {"pair_accuracy": 0.975, "n": 400}}
-    lines = table_text(results).splitlines()
-    assert any(line.split() == ["rl", "reasoning", "87.6", "%", "50.0", "%"] for line in lines)
-    assert "n: exact match 1,000" in lines and "n: pair accuracy 400" in lines
-    assert any(line.startswith("helpful") and "97.5 %" in line for line in lines)
-    assert any(line.startswith("alignment tax (exact_match, before -> after, paired): T = 1 -100.0") for line in lines)
+    text = table_text(results)
+    words = [line.split() for line in text.splitlines()]
+    for line in (
+        "RL stage 1: reasoning 87.6 % 50.0 %",
+        "n = 1,000 n = 1,000",
+        "greedy T = 1",
+        "helpful 97.5 %",
+        "n = 400",
+        "Alignment tax of RL stage 2 -100.0",
+        "Exact match -100.0 to -100.0",
+        "before -> after n = 2",
+    ):
+        assert line.split() in words
+    assert max(map(ord, text)) < 128
+
+
+def test_page_and_terminal_show_the_same_cells(tmp_path: Path) -> None:
+    entry = {
+        "exact_match": 0.5,
+        "exact_match_truncated": 0.25,
+        "n": 100,
+        "held_out_loss": 1.23456,
+        "held_out_loss_n": 7,
+    }
+    other = {"exact_match": 0.4, "exact_match_t0.7": 0.3, "n": 90, "odd_truncated": 0.125}
+    results = {"stages": {"sft": entry, "mine": other}, "targets": {"half": {"target": 0.5, "value": 0.5, "met": True}}}
+    write_json(tmp_path / "results.json", results)
+    page = re.sub(r"<[^>]*>", " ", write_report([tmp_path]).read_text(encoding="utf-8").split("</style>")[1])
+    terminal = table_text(results)
+    cells = [cell for table in headline(results) for row in (table.columns, *table.rows) for cell in row]
+    shown = [text for cell in cells for text in (cell.text, *cell.minor)]
+    for text in (
+        "50.0 %",
+        "25.0 % cut",
+        "n = 100",
+        "n = 90",
+        "held out loss",
+        "1.235 nats",
+        "n = 7",
+        "T = 0.7",
+        "0.125",
+        "met",
+    ):
+        assert text in shown
+    assert all(text in page and text.replace("\u2013", "-") in terminal for text in shown)
+
+
+CELL = st.tuples(st.text("abc% ", min_size=1, max_size=9).map(str.strip), st.lists(st.text("xyz"), max_size=3))
+
+
+@given(st.lists(st.tuples(CELL, CELL), max_size=4))
+def test_the_columns_of_a_table_as_text_are_straight(rows: list[tuple[tuple[str, list[str]], ...]]) -> None:
+    table = Table("t", [Cell("a"), Cell("b")], [[Cell(text, tuple(minor)) for text, minor in row] for row in rows])
+    _, _, rule, *lines = as_text(table).split("\n")
+    for left, right in rows:
+        for before, after in zip_longest((left[0], *left[1]), (right[0], *right[1]), fillvalue=""):
+            # What stands on the right ends where the rule ends.
+            wanted = before.ljust(len(rule) - len(after)) + after if after else before
+            assert lines.pop(0) == wanted and len(wanted) <= len(rule)
+    assert not lines

@@ -146,13 +146,30 @@ def test_a_value_that_is_no_share_is_marked(chain: Path) -> None:
     (chain / "results.json").write_text(json.dumps({"stages": {"sft": {"exact_match": 61.2, "n": 10}, "odd": 3}}))
     text = visible(page_of(chain))
     assert "61.2 not a share of 1" in text
-    assert "stages.odd is no object" in text
+    assert "stages.odd is not an object" in text
 
 
 def test_samples_of_one_prompt_stand_side_by_side_under_stage_names(chain: Path) -> None:
     text = visible(page_of(chain))
     assert re.search(r"What is 1 \+ 2\? SFT the SFT answer exact_match 1 .*the RL answer", text)
     assert "1 of 1 prompt that 2 runs answered" in text
+
+
+def test_the_contents_list_each_stage_with_its_training_and_its_evaluation(chain: Path) -> None:
+    make_stage(chain / "reward_helpful", "reward", [{"step": 1, "margin": 1}])
+    make_stage(chain / "eval_reward_helpful", "eval", [])
+    recipe = json.loads((chain / "recipe.yaml").read_text())
+    recipe["stages"] += [
+        {"name": "reward_helpful", "recipe": "x"},
+        {"name": "eval_reward_helpful", "results": "reward_models.helpful", "model": {"path": "${reward_helpful}"}},
+    ]
+    (chain / "recipe.yaml").write_text(json.dumps(recipe))
+    page = page_of(chain)
+    contents = visible(page[page.index("<style>") : page.index("</nav>")])
+    assert "chain chain SFT supervised fine-tuning evaluation reward_helpful reward model evaluation" in contents
+    links = re.findall(r'<a href="#([^"]+)"', page[: page.index("</nav>")])
+    assert len(links) == len(set(links)) and all(f'id="{link}"' in page for link in links)
+    assert page.count('<section class="run"') == len([link for link in links if link.startswith("run-")]) == 6
 
 
 def test_nothing_is_fetched_and_nothing_runs(chain: Path) -> None:
@@ -269,8 +286,8 @@ def test_a_folder_of_runs_is_no_chain_but_its_chains_are(chain: Path, tmp_path: 
     make_stage(tmp_path / "a_run", "sft", [{"step": 1, "loss": 1}])
     text = visible(write_report([tmp_path]).read_text(encoding="utf-8"))
     assert "5 runs" in text and "results.json is missing" not in text
-    names = ["a_run", "chain", "chain/sft", "chain/eval_sft", "chain/eval_rl_reasoning"]
-    assert " ".join(names) in text, "the navigation follows the order of the chain"
+    contents = text[text.index("the files they wrote") : text.index("Seed")]
+    assert "a_run supervised fine-tuning chain chain SFT supervised fine-tuning evaluation" in contents
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
@@ -316,7 +333,7 @@ def test_a_killed_run_is_said_to_have_stopped_with_the_time_it_took(tmp_path: Pa
         for path in folder.iterdir():
             os.utime(path, (0, 1767225690))  # half a minute after the resume
     text = visible(page_of(chain))
-    assert text.count("stopped: it was killed, or its machine went down; the same command goes on") >= 2
+    assert text.count("stopped: it was killed, or its machine went down; the same command resumes it") >= 2
     assert "Time 35.0 s" in text and "Time 0.0 s" not in text
     with hold_directory(run):
         live = visible(page_of(chain))

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recipes.report.charts import Chart, Line, line_chart, load_class, moving_average, short, tag, thin, ticks
+from recipes.report.charts import Chart, Line, moving_average, thin
+from recipes.report.svg import draw, load_class, tag, ticks
 from recipes.report.tables import sample_size, wilson
+from recipes.report.words import short
 
 FINITE = st.floats(min_value=-1e299, max_value=1e299)
 
@@ -20,7 +22,7 @@ FINITE = st.floats(min_value=-1e299, max_value=1e299)
 @example([-7.0, -7.0], False)
 def test_any_finite_values_make_a_chart_inside_its_frame(values: list[float], log_ok: bool) -> None:
     points = [(float(step), value) for step, value in enumerate(values)]
-    drawing = line_chart(Chart("t", "u", (Line("l", points), Line("m", points[:1])), log_ok))
+    drawing = draw(Chart("t", "u", (Line("l", points), Line("m", points[:1])), log_ok)).drawing
     assert "nan" not in drawing and "inf" not in drawing
     heights = [float(y) for y in re.findall(r"M[\d.-]+ ([\d.-]+)h0", drawing)]
     assert heights and all(24 - 1 <= y <= 232 - 36 + 1 for y in heights)
@@ -56,8 +58,8 @@ def test_elements_escape_text_and_attributes() -> None:
 
 def test_a_log_scale_where_values_span_decades() -> None:
     points = [(1.0, 0.01), (2.0, 1.0), (3.0, 100.0)]
-    assert "log scale" in line_chart(Chart("t", "u", [Line("l", points)], log_ok=True))
-    assert "log scale" not in line_chart(Chart("t", "u", [Line("l", points)]))
+    assert "log scale" in draw(Chart("t", "u", [Line("l", points)], log_ok=True)).drawing
+    assert "log scale" not in draw(Chart("t", "u", [Line("l", points)])).drawing
 
 
 @pytest.mark.parametrize(

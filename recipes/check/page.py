@@ -7,14 +7,14 @@ from typing import Any
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
-from recipes.check.histogram import bins, drawing
+from recipes.check.histogram import bins
 from recipes.check.measure import Figures, Plan
 from recipes.data.sources import Mixture
-from recipes.files import write_text
-from recipes.html import render_page
-from recipes.report.report import UNPRINTABLE
+from recipes.html import write_html
+from recipes.report.layout import Cell, Table
+from recipes.report.svg import histogram
 
-NUMBERS = ("Rows", "Left out", "Used", "Share", "Tokens", "Trained")
+HEADINGS = ("Source", "Rows", "Left out", "Used", "Share", "Tokens", "Trained")
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,27 @@ class DataView:
     mixture: Mixture
     figures: Figures | None
 
-    def table(self) -> list[tuple[str, str, list[str]]]:
-        """(source, its formats, NUMBERS) for each source."""
-        total = len(self.mixture.rows)
-        found = []
+    @property
+    def table(self) -> Table:
+        """A row for each source."""
+        rows = []
         for index, file in enumerate(self.mixture.files):
             tokens, trained = self.figures.tokens_of(index) if self.figures else (0, 0)
-            counts = [f"{count:,}" if count else "-" for count in (tokens, trained)]
-            numbers = [f"{file['rows']:,}", f"{file['left_out']:,}", f"{file['used']:,}"]
-            name = Path(file["path"]).name
-            found.append((name, ", ".join(file["formats"]), [*numbers, f"{100 * file['used'] / total:.1f} %", *counts]))
-        return found
+            share = f"{100 * file['used'] / len(self.mixture.rows):.1f} %"
+            cells = [f"{file['rows']:,}", f"{file['left_out']:,}", f"{file['used']:,}", share]
+            cells += [f"{count:,}" if count else "–" for count in (tokens, trained)]
+            rows.append([Cell(Path(file["path"]).name, tuple(file["formats"])), *map(Cell, cells)])
+        return Table(f"Sources of {self.key}", [*map(Cell, HEADINGS)], rows)
 
-    def histogram(self, max_length: int | None) -> Markup:
-        """The lengths as a drawing."""
+    def histogram(self, max_length: int | None) -> tuple[Markup, str]:
+        """The lengths as a drawing, and where max_length stands in it."""
         assert self.figures is not None
         spread = bins(self.figures.report.lengths, self.figures.scale)
-        return drawing(spread, max_length, f"Lengths of the rows of {self.key}, in tokens")
+        drawing = histogram(spread, max_length, f"Lengths of the rows of {self.key}, in tokens")
+        if max_length is None:
+            return drawing, ""
+        place = "The line is" if max_length <= spread[-1].high + 1 else "Every row is shorter than"
+        return drawing, f"{place} max_length, {max_length:,}."
 
 
 @dataclass
@@ -70,10 +74,9 @@ def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
     Raises:
         ToolkitError: it cannot be written there.
     """
-    page = render_page("check.html.jinja", recipe=recipe, stages=stages, numbers=NUMBERS)
     target = page_path(output_dir)
     try:
-        write_text(target, UNPRINTABLE.sub("\ufffd", page))
+        write_html(target, "check.html.jinja", recipe=recipe, stages=stages)
     except OSError as error:
         raise ToolkitError(f"{target}: {error.strerror or error}") from error
     return target

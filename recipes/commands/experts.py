@@ -15,14 +15,14 @@ from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
 from recipes.data.sources import Mixture
-from recipes.files import write_json, write_text
-from recipes.html import render_page
+from recipes.files import write_json
+from recipes.html import write_html
 from recipes.lock import hold_path
 from recipes.processes import say
 from recipes.quiet import quiet_libraries
 from recipes.recipe.loader import load_recipe
-from recipes.report.charts import LOAD_CLASSES, heat_map
-from recipes.report.report import UNPRINTABLE
+from recipes.report.layout import Cell, Table
+from recipes.report.svg import LOAD_CLASSES, heat_map
 from recipes.runs.models import load_frozen, open_source
 from recipes.runs.prepare import prepare
 from recipes.runs.training_fields import setting
@@ -151,15 +151,30 @@ def write_page(page: Path, content: dict[str, Any]) -> None:
     columns = [str(expert) for expert in range(len(next(iter(scores.values()))))]
     loads = [(layer, [value * len(columns) for value in values]) for layer, values in scores.items()]
     marked = [(row, expert) for row, chosen in enumerate(experts.values()) for expert in chosen]
-    text = render_page(
+    chosen = [
+        [
+            Cell(layer),
+            Cell(", ".join(map(str, of_layer))),
+            Cell(f"{100 * sum(scores[layer][e] for e in of_layer):.1f} %"),
+        ]
+        for layer, of_layer in experts.items()
+    ]
+    write_html(
+        page,
         "experts.html.jinja",
         content=content,
         summary=summary(content),
+        facts=[
+            ("Score", content["score"]),
+            ("Threshold", f"{content['threshold']:g}"),
+            ("Rows", f"{content['rows']:,}"),
+            ("Tokens", f"{content['tokens']:,}"),
+            ("Data", ", ".join(file["path"] for file in content["data"])),
+        ],
         drawing=heat_map(loads, columns, "expert", f"Scores of experts by layer: {summary(content)}", marked),
-        chosen=[(layer, chosen, sum(scores[layer][e] for e in chosen)) for layer, chosen in experts.items()],
+        chosen=Table("Chosen experts, best first", [Cell("Layer"), Cell("Experts"), Cell("Their share")], chosen),
         load_classes=LOAD_CLASSES,
     )
-    write_text(page, UNPRINTABLE.sub("\ufffd", text))
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes.report.words import count, number
+
 Point = tuple[float, float]
 
 
@@ -18,16 +20,6 @@ class Metrics:
     series: dict[str, list[Point]] = field(default_factory=dict)
     shares: dict[int, list[tuple[float, list[float]]]] = field(default_factory=dict)
     loose: dict[str, Any] = field(default_factory=dict)
-
-
-def number(value: Any) -> float | None:
-    """`value` as a float (NaN and infinity included), or None when it is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
@@ -48,10 +40,9 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             metrics.loose.update(row)
             continue
         for key, value in row.items():
-            layer = _share_layer(key)
-            # A null stands for NaN or infinity, which JSON has not.
+            # A null stands for NaN or infinity, which JSON does not have.
             as_number = math.nan if value is None else number(value)
-            if layer is not None and isinstance(value, list):
+            if isinstance(value, list) and (layer := _share_layer(key)) is not None:
                 found = [share for item in value if (share := number(item)) is not None and math.isfinite(share)]
                 bad_shares += len(found) < len(value)
                 shares.setdefault(layer, {}).update({step: found} if len(found) == len(value) else {})
@@ -91,8 +82,3 @@ def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point
         values = count(len(bad), "value")
         notes.append(f"{key}: {values} NaN or infinite, first at step {bad[0]:g}; not drawn")
     return [(step, value) for step, value in points if abs(value) < HUGE]
-
-
-def count(n: int, noun: str) -> str:
-    """`3 lines`, `1 line`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from recipes.report.charts import Chart, Line, heat_map, short
+from recipes.report.charts import Chart, Line
 from recipes.report.metrics import Metrics, Point
+from recipes.report.svg import Drawn, draw, heat_map
+from recipes.report.words import short
 
 MAX_LAYER_LINES = 6
 
@@ -85,12 +87,12 @@ FIGURES = (
 )
 LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
 LAYER_LOAD = re.compile(r"expert_load/layer_(\d+)/max_over_mean")
-# Constant along the run or told elsewhere: of no use as a curve.
+# Constant along the run, or shown elsewhere: of no use as a curve.
 NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
 
 
-def charts(metrics: Metrics) -> tuple[list[Chart], list[Chart]]:
-    """The charts of FIGURES that have data, and one plain chart for every other logged key."""
+def figures(metrics: Metrics) -> tuple[list[Drawn], list[Drawn]]:
+    """The figures of FIGURES that have data, and one plain figure for every other logged key."""
     used: set[str] = set()
     main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
     main += _layer_lines(metrics)
@@ -101,7 +103,7 @@ def charts(metrics: Metrics) -> tuple[list[Chart], list[Chart]]:
         for key, points in sorted(metrics.series.items())
         if points and key not in used
     ]
-    return main, other
+    return [draw(chart) for chart in main], [draw(chart) for chart in other]
 
 
 def expert_maps(metrics: Metrics) -> list[tuple[str, Markup]]:

@@ -6,22 +6,22 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count as count_up
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
-from recipes.files import write_text
-from recipes.html import render_page
+from recipes.html import write_html
 from recipes.lock import hold_path
 from recipes.report import tables, words
-from recipes.report.charts import COLOURS, LOAD_CLASSES, Chart, caption, drawn, line_chart, short
-from recipes.report.metrics import count
-from recipes.report.plots import charts, expert_maps
+from recipes.report.layout import Table
+from recipes.report.plots import expert_maps, figures
 from recipes.report.run_files import Run, directory_name, open_runs
-from recipes.report.samples import Gallery, across_runs, within_run
+from recipes.report.samples import Answers, Gallery, across_runs, answers, within_run
+from recipes.report.svg import LOAD_CLASSES, Drawn
+from recipes.report.words import count
 
 KINDS = {
     "sft": "supervised fine-tuning",
@@ -32,18 +32,6 @@ KINDS = {
 }
 LONG_TEXT = 300
 REASONS = 12
-# Characters that HTML or UTF-8 forbids, and those that reorder the text around them.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn chart with its legend: (number of the colour, dashed, label, where the curve ends)."""
-
-    title: str
-    drawing: Markup
-    legend: Sequence[tuple[int, bool, str, str]]
-    note: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class ChainView:
 
     run: Run
     facts: list[tuple[str, str]]
-    tables: list[tables.Table]
+    tables: list[Table]
     rest: list[tuple[str, str]]
 
 
@@ -61,13 +49,14 @@ class RunView:
     """One run as the page shows it. Of its manifest: the `brief`, and all of it as short `facts` and long `texts`."""
 
     run: Run
+    anchor: str
     heading: str
     kind: str
-    figures: list[Figure]
+    figures: list[Drawn]
     maps: list[tuple[str, Markup]]
-    other: list[Figure]
+    other: list[Drawn]
     loose: list[tuple[str, str]]
-    table: tables.Table | None
+    table: Table | None
     rejected: list[tuple[str, str]]
     brief: list[tuple[str, str]]
     facts: list[tuple[str, str]]
@@ -82,7 +71,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     the same bytes. Whatever is missing or unreadable in a run is said on the page.
 
     Raises:
-        ToolkitError: no run given, a directory that is no run, or `out` cannot be written.
+        ToolkitError: there are no runs, a directory does not hold one, or `out` cannot be written.
     """
     if not runs:
         raise ToolkitError("no run given; name the output_dir of a stage or of a chain")
@@ -92,29 +81,32 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     try:
         groups = {path: open_runs(path) for path in runs}
         with hold_path(target):
-            page = render(_unique_names(groups), " and ".join(map(directory_name, groups)))
-            write_text(target, UNPRINTABLE.sub("\ufffd", page))
+            write_html(target, "report.html.jinja", **_content(groups))
     except OSError as error:
         raise ToolkitError(f"{error.filename or target}: {error.strerror or error}") from error
     return target
 
 
-def render(runs: Sequence[Run], heading: str) -> str:
-    """The page's HTML about `runs`, whose names are unique."""
+def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
+    """What the page's template shows."""
+    runs = _unique_names(groups)
     chains = [run for run in runs if run.is_chain]
-    titles = _titles(runs)
-    return render_page(
-        "report.html.jinja",
-        heading=heading,
-        chains=[_chain_view(run) for run in chains],
-        across=tables.across(chains),
-        runs=[_run_view(run, titles[run.name]) for run in runs],
-        notes=[(run.name, titles[run.name], note) for run in runs for note in run.notes],
-        gallery=across_runs(runs, titles),
-        load_classes=LOAD_CLASSES,
-        anchor=partial(_anchor, [run.name for run in runs]),
-        count=count,
-    )
+    subjects = _subjects(runs)
+    titles = _titles(runs, subjects)
+    anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # which no name can break out of
+    said = {run.name: answers(run.samples) for run in runs}
+    views = [_run_view(run, titles[run.name], anchors[run.name], said[run.name]) for run in runs]
+    return {
+        "heading": " and ".join(map(directory_name, groups)),
+        "contents": _contents(views, subjects),
+        "chains": [_chain_view(run) for run in chains],
+        "across": tables.across([run.results for run in chains]),
+        "runs": views,
+        "notes": [(view, note) for view in views for note in view.run.notes],
+        "gallery": across_runs([(titles[name], found) for name, found in said.items()]),
+        "load_classes": LOAD_CLASSES,
+        "count": count,
+    }
 
 
 def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
@@ -129,54 +121,67 @@ def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
     return [run for group in groups.values() for run in group]
 
 
-def _titles(runs: Sequence[Run]) -> dict[str, str]:
-    """Each run's name for the eye. An evaluation whose figures go to `stages.sft` is titled after that stage."""
-    told = {}
+def _subjects(runs: Sequence[Run]) -> dict[str, str]:
+    """What each run is about, for the eye: its stage; of an evaluation in a chain the stage that it measures."""
+    about: dict[Path, str] = {}
     for chain in runs:
         stages = chain.recipe.get("stages")
         for stage in stages if isinstance(stages, list) else []:
-            section, _, entry = str(stage.get("results", "") if isinstance(stage, dict) else "").partition(".")
-            if section == "stages":
-                told[chain.path / str(stage.get("name"))] = tables.stage_name(entry)
-    found = [(run, told.get(run.path, tables.stage_name(run.name))) for run in runs]
-    shared = Counter((run.kind, title) for run, title in found)
-    return {run.name: title if shared[run.kind, title] == 1 else f"{title} ({run.name})" for run, title in found}
+            if isinstance(stage, dict):
+                about[chain.path / str(stage.get("name"))] = _measured(stage) or str(stage.get("name"))
+    return {run.name: tables.stage_name(about.get(run.path, run.name)) for run in runs}
 
 
-def _anchor(names: Sequence[str], name: str) -> str:
-    """An id that no name can break out of."""
-    return f"run-{names.index(name)}"
+def _measured(stage: Mapping[str, Any]) -> str:
+    """The stage that an evaluation of a chain measures: the one that made its model, or what its figures are for."""
+    place, model = stage.get("results"), stage.get("model")
+    if not isinstance(place, str):
+        return ""
+    made = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
+    return made[1] if made else place.partition(".")[2]
+
+
+def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
+    """Subjects; with the run's name where several runs of a kind have the same."""
+    shared = Counter((run.kind, subjects[run.name]) for run in runs)
+
+    def title(run: Run) -> str:
+        subject = subjects[run.name]
+        return f"{subject} ({run.name})" if shared[run.kind, subject] > 1 else subject
+
+    return {run.name: title(run) for run in runs}
+
+
+def _contents(views: Sequence[RunView], subjects: Mapping[str, str]) -> list[tuple[str, list[RunView]]]:
+    """The runs by what they are about, in their order: training and evaluation of a stage stand together."""
+    found: dict[tuple[Path, str], list[RunView]] = {}
+    for view in views:
+        found.setdefault((view.run.path.parent, subjects[view.run.name]), []).append(view)
+    return [(subject, about) for (_, subject), about in found.items()]
 
 
 def _chain_view(run: Run) -> ChainView:
-    results = run.results
-    stages, models = (tables.entries(results, section) for section in ("stages", "reward_models"))
-    found = [
-        tables.shares_table("Stages", stages, tables.STAGE_NAMES),
-        tables.changes(results),
-        tables.shares_table("Reward models", models, {}),
-        tables.targets(results),
-    ]
-    return ChainView(run, words.facts(results), [t for t in found if t], tables.other_results(results))
+    return ChainView(run, words.facts(run.results), tables.headline(run.results), tables.other_results(run.results))
 
 
-def _run_view(run: Run, title: str) -> RunView:
-    main, other = charts(run.metrics)
+def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
+    main, other = figures(run.metrics)
     flat = words.flatten(run.manifest)
     return RunView(
         run=run,
+        anchor=anchor,
         heading=f"Evaluation: {title}" if run.kind == "eval" else title,
         kind=KINDS.get(run.kind, run.kind),
-        figures=[_figure(chart) for chart in main],
+        figures=main,
         maps=expert_maps(run.metrics),
-        other=[_figure(chart) for chart in other],
+        other=other,
         loose=words.flatten(run.metrics.loose),
-        table=None if run.is_chain else tables.shares_table("Figures", {title: run.results}, {}),
+        table=None if run.is_chain else tables.figures_table("Figures", {title: run.results}, {}),
         rejected=_rejected(run),
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
-        samples=within_run(run),
+        samples=within_run(said),
     )
 
 
@@ -187,11 +192,3 @@ def _rejected(run: Run) -> list[tuple[str, str]]:
     rest = found[REASONS:]
     more = [(f"{count(len(rest), 'other reason')}", count(sum(n for _, n in rest), "row"))] if rest else []
     return listed + more
-
-
-def _figure(chart: Chart) -> Figure:
-    legend = [
-        (index % COLOURS, index >= COLOURS, line.label, short(drawn(line)[-1][1]))
-        for index, line in enumerate(chart.lines)
-    ]
-    return Figure(chart.title, line_chart(chart), legend, caption(chart))

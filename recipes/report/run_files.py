@@ -13,7 +13,8 @@ from typing import Any
 from conversations.errors import ToolkitError
 from recipes.lock import owner_of
 from recipes.recipe.yaml_text import parse_yaml
-from recipes.report.metrics import Metrics, collect, count, number
+from recipes.report.metrics import Metrics, collect
+from recipes.report.words import count, number
 from recipes.runs.manifest import seconds_so_far
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
@@ -25,7 +26,7 @@ EXPECTED = {
     "rl": ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "final"),
     "eval": ("recipe.yaml", "manifest.json", "samples.jsonl"),
 }
-# The order of the usual stages, for a chain whose recipe does not tell.
+# The order of the usual stages, for a chain whose recipe does not state one.
 USUAL_ORDER = (
     "base",
     "sft",
@@ -63,7 +64,8 @@ class Run:
 def open_runs(path: Path) -> list[Run]:
     """The run at `path`, if it is one, and the runs inside it (a chain's stages) in the order of their chain.
 
-    Raises ToolkitError when `path` is no directory or holds no run.
+    Raises:
+        ToolkitError: `path` is not a directory, or no run is in it or below it.
     """
     if not path.is_dir():
         raise ToolkitError(f"{path}: no such run directory; give the output_dir of a stage or of a chain")
@@ -115,11 +117,11 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _how_it_stands(run: Run) -> dict[str, Any]:
-    """Status and seconds of a run whose manifest was not closed: it runs now, or it was killed."""
+    """Status and seconds of a run whose manifest says that it runs: it does, or it was killed."""
     if run.manifest.get("status") != "running":
         return {}
     owner = owner_of(run.path)
-    killed = "stopped: it was killed, or its machine went down; the same command goes on"
+    killed = "stopped: it was killed, or its machine went down; the same command resumes it"
     seconds = seconds_so_far(run.path, run.manifest)
     return {"status": f"running: {owner}" if owner else killed, "seconds": seconds}
 
@@ -168,13 +170,15 @@ def _kind(run: Run) -> str:
 
 
 def _note_odd_results(run: Run) -> None:
-    """Entries of results.json that no table can hold."""
+    """Note the entries of results.json that no table can show."""
     for section in ("stages", "reward_models"):
         found = run.results.get(section, {})
         if not isinstance(found, dict):
-            run.notes.append(f"results.json: {section} is no object")
+            run.notes.append(f"results.json: {section} is not an object")
             continue
-        run.notes += [f"results.json: {section}.{k} is no object" for k, v in found.items() if not isinstance(v, dict)]
+        run.notes += [
+            f"results.json: {section}.{k} is not an object" for k, v in found.items() if not isinstance(v, dict)
+        ]
 
 
 def _note_missing(run: Run) -> None:
@@ -241,5 +245,5 @@ def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str
     if len(samples) <= MAX_SAMPLES:
         return samples
     half = MAX_SAMPLES // 2
-    notes.append(f"samples.jsonl: only the first and last {half:,} of {len(samples):,} are looked at")
+    notes.append(f"samples.jsonl: only the first and last {half:,} of {len(samples):,} are read")
     return samples[:half] + samples[-half:]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from recipes.report.charts import short
-from recipes.report.metrics import count, number
-from recipes.report.run_files import Run
+from recipes.report.words import count, number, plain
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200
@@ -18,15 +17,15 @@ MAX_CHARACTERS = 1200
 _PLACED = {"step", "prompt", "completion", "reference", "rewards", "task", "meta", "row", "when", "value", "decoding"}
 
 Key = tuple[str, str]  # task, prompt
+Answers = dict[Key, dict[float, dict[str, Any]]]  # of each prompt, the sample at each step, in their order
 
 
 @dataclass(frozen=True)
 class Said:
-    """One completion: its text, what it scored, and at which step (None: not stated)."""
+    """One completion: its text, and what it scored."""
 
     text: str
     marks: Sequence[str]
-    step: float | None
 
 
 @dataclass(frozen=True)
@@ -48,37 +47,50 @@ class Gallery:
     note: str
 
 
-def across_runs(runs: Sequence[Run], titles: dict[str, str]) -> Gallery | None:
-    """The prompts that the most runs answered (two at least), the latest step of each; as many of each task."""
-    answers = {run.name: _by_prompt(run.samples) for run in runs}
-    counts = Counter(key for found in answers.values() for key in found)
+def answers(samples: Iterable[dict[str, Any]]) -> Answers:
+    """What was said to each prompt, step by step (0 where none is stated). Of several at one step the first counts."""
+    said = [row for row in samples if "completion" in row]  # others are pairs that were scored, or losses
+    steps = [*map(number, [row.get("step") for row in said])]
+    found: Answers = {}
+    for row, step in zip(said, steps, strict=True):
+        key = (text_of(row.get("task")), text_of(row.get("prompt")))
+        found.setdefault(key, {}).setdefault(step if step is not None and math.isfinite(step) else 0.0, row)
+    return {key: {step: rows[step] for step in sorted(rows)} for key, rows in found.items()}
+
+
+def across_runs(said: Sequence[tuple[str, Answers]]) -> Gallery | None:
+    """The prompts that the most runs (two at least) answered, the latest step of each; as many of each task.
+
+    said: the title of each run, and its answers.
+    """
+    counts = Counter(key for _, found in said for key in found)
     most = max(counts.values(), default=0)
     if most < 2:
         return None
     shared = [key for key in counts if counts[key] == most]
-    columns = [name for name, found in answers.items() if any(key in found for key in shared)]
-    chosen = _spread_over_tasks(shared)
-    rows = [_comparison(key, [answers[name].get(key, [])[-1:] for name in columns]) for key in chosen]
+    columns = [(title, found) for title, found in said if any(key in found for key in shared)]
+    rows = [
+        _comparison(key, [[*found.get(key, {}).values()][-1:] for _, found in columns])
+        for key in _spread_over_tasks(shared)
+    ]
     note = f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task."
-    return Gallery([titles.get(name, name) for name in columns], rows, note)
+    return Gallery([title for title, _ in columns], rows, note)
 
 
-def within_run(run: Run) -> Gallery | None:
+def within_run(found: Answers) -> Gallery | None:
     """The same prompts at the first and the last step; where none recurs, some of the first and of the last."""
-    steps = [step for row in run.samples if (step := number(row.get("step"))) is not None]
+    steps = [step for rows in found.values() for step in rows]
     if not steps or min(steps) == max(steps):
         return None
-    first, last = (
-        _by_prompt(row for row in run.samples if number(row.get("step")) == step) for step in (min(steps), max(steps))
-    )
+    first, last = ({key: rows[at] for key, rows in found.items() if at in rows} for at in (min(steps), max(steps)))
     columns = [f"step {min(steps):g}", f"step {max(steps):g}"]
     both = [key for key in first if key in last]
     if both:
-        rows = [_comparison(key, [first[key][:1], last[key][:1]]) for key in _spread_over_tasks(both)]
+        rows = [_comparison(key, [[first[key]], [last[key]]]) for key in _spread_over_tasks(both)]
         return Gallery(columns, rows, f"{len(rows)} of {count(len(both), 'prompt')} asked at both steps.")
     few = MAX_PROMPTS // 4
-    rows = [_comparison(key, [first[key][:1], []]) for key in list(first)[:few]]
-    rows += [_comparison(key, [[], last[key][:1]]) for key in list(last)[:few]]
+    rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:few]]
+    rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:few]]
     return Gallery(columns, rows, "No prompt was asked at both steps: the first prompts of each.")
 
 
@@ -91,17 +103,6 @@ def text_of(value: Any) -> str:
             return str(value[0].get("content", ""))
         return "\n".join(f"{item.get('role', '?')}: {item.get('content', '')}" for item in value)
     return "" if value is None else str(value)
-
-
-def _by_prompt(samples: Iterable[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
-    """Samples of each prompt in the order of their steps. Of several at one step the first counts."""
-    found: dict[Key, dict[float, dict[str, Any]]] = {}
-    for row in samples:
-        if "completion" not in row:  # pairs that were scored, losses: nothing was said
-            continue
-        key = (text_of(row.get("task")), text_of(row.get("prompt")))
-        found.setdefault(key, {}).setdefault(number(row.get("step")) or 0.0, row)
-    return {key: [rows[step] for step in sorted(rows)] for key, rows in found.items()}
 
 
 def _spread_over_tasks(keys: Sequence[Key]) -> list[Key]:
@@ -127,15 +128,8 @@ def _said(row: dict[str, Any]) -> Said:
     marks |= rewards if isinstance(rewards, dict) else {}
     marks |= {k: v for k, v in row.items() if k not in _PLACED and not isinstance(v, dict | list)}
     words = [str(row["decoding"])] if "decoding" in row else []
-    words += [f"{name} {_mark(value)}" for name, value in marks.items()]
-    return Said(_cut(text_of(row.get("completion"))), words, number(row.get("step")))
-
-
-def _mark(value: Any) -> str:
-    as_number = number(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return short(as_number) if as_number is not None else str(value)
+    words += map(" ".join, zip(marks, map(plain, marks.values()), strict=True))
+    return Said(_cut(text_of(row.get("completion"))), words)
 
 
 def _cut(text: str) -> str:

@@ -1,19 +1,18 @@
-"""The report's tables of figures: results.json with intervals, gains between stages, manifests, all as plain cells."""
+"""The tables of results.json and of evaluations: one layout (layout.py) for the page and for the terminal."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
 
-from recipes.report.charts import short
-from recipes.report.metrics import number
-from recipes.report.run_files import Run
-from recipes.report.words import NOT_STATED, flatten, plain
-from recipes.runs.results import TRUNCATED
+from recipes.report.layout import Cell, Table
+from recipes.report.words import NOT_STATED, flatten, number, plain, short
+
+Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 Z95 = NormalDist().inv_cdf(0.975)
 STAGE_NAMES = {
@@ -28,17 +27,13 @@ COMPARISONS = {
     "rl_gain_over_control": "RL stage 1 over the control",
     "alignment_tax": "Alignment tax of RL stage 2",
 }
-CONTROL = "The control goes on with SFT for as many tokens as RL stage 1 trains on."
-# Shares of the headline, in order, with their heading; further keys of a stage follow under their own names.
-SHARES = {
-    "exact_match": "Exact match, greedy",
-    "exact_match_t1": "Exact match, T = 1",
-    "polite": "Polite, greedy",
-    "polite_t1": "Polite, T = 1",
-    "refusal_unsafe": "Unsafe refused, greedy",
-    "refusal_unsafe_t1": "Unsafe refused, T = 1",
-    "refusal_safe": "Safe refused, greedy",
-    "refusal_safe_t1": "Safe refused, T = 1",
+CONTROL = "The control continues SFT for as many tokens as RL stage 1 trains on."
+# Headings of tasks, in their order; further tasks of a stage follow under their own names.
+TASKS = {
+    "exact_match": "Exact match",
+    "polite": "Polite",
+    "refusal_unsafe": "Unsafe refused",
+    "refusal_safe": "Safe refused",
     "pair_accuracy": "Pairs ranked right",
     "wrong_of_sft": "Wrong answers of SFT ranked lower",
     "wrong_of_rl": "Wrong answers of RL stage 1 ranked lower",
@@ -46,30 +41,112 @@ SHARES = {
 }
 # (later stage, earlier stage): differences of exact match to show where results.json has no paired comparison.
 GAINS = (("rl_reasoning", "sft"), ("rl_reasoning", "sft_control"), ("rl_preference", "rl_reasoning"))
-SAMPLED = re.compile(r"_t[0-9.]+$")
-DECODINGS = {"greedy": "Greedy", "t1": "T = 1"}
+TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
+SAMPLED = re.compile(r"_t([0-9.]+)$")
 OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What stands in a table; `minor` in smaller type below; `bar` is a share with its interval, drawn;
-    `tone` is good, bad or nothing."""
+class Column:
+    """A figure of several entries. kind: of FORMATS; sizes: how many prompts stand behind it, each number once."""
 
-    text: str
-    minor: str = ""
-    tone: str = ""
-    bar: tuple[float, float, float] | None = None
+    key: str
+    kind: str
+    decoding: str
+    sizes: frozenset[float | None]
+
+    @property
+    def heading(self) -> Cell:
+        stated = len(self.sizes) == 1 and (self.kind == SHARE or self.sizes != {None})
+        size = _size(next(iter(self.sizes))) if stated else ()
+        return Cell(_task(SAMPLED.sub("", self.key)), (*((self.decoding,) if self.decoding else ()), *size))
+
+    def cell(self, entry: Figures) -> Cell:
+        size = _size(sample_size(entry, self.key)) if len(self.sizes) > 1 and self.key in entry else ()
+        cut = number(entry.get(self.key + TRUNCATED))
+        shown = FORMATS[self.kind](entry, self.key)
+        return replace(shown, minor=(*shown.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
 
 
-@dataclass(frozen=True)
-class Table:
-    """The first cell of each row is its heading."""
+def headline(results: Mapping[str, Any]) -> list[Table]:
+    """The tables of a chain's results.json, or of {"stages": {name: figures}}: those that have something to show."""
+    found = [
+        figures_table("Stages", entries(results, "stages"), STAGE_NAMES),
+        changes(results),
+        figures_table("Reward models", entries(results, "reward_models"), {}),
+        targets(results),
+    ]
+    return [table for table in found if table]
 
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
+
+def figures_table(title: str, found: Mapping[str, Figures], names: Mapping[str, str]) -> Table | None:
+    """Rows are entries (those in `names` first, in its order); columns are their shares, then their other figures."""
+    shown = columns_of(list(found.values()))
+    if not shown:
+        return None
+    rows = [
+        [Cell(names.get(name, name)), *(column.cell(found[name]) for column in shown)]
+        for name in _in_order(found, names)
+    ]
+    shares = any(column.kind == SHARE for column in shown)
+    cut = [number(entry[key]) for entry in found.values() for key in entry if _is_cut(key)]
+    notes = ["Below a share: its 95 % interval (Wilson), in per cent."] if shares else []
+    notes += ["Cut: answers that were cut at max_new_tokens; none were where it does not stand."] if any(cut) else []
+    notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
+    notes += [CONTROL] if "sft_control" in found else []
+    return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)
+
+
+def columns_of(found: Sequence[Figures]) -> list[Column]:
+    """The figures of entries: the shares of TASKS in their order, other shares, what else there is."""
+    keys = dict.fromkeys(key for entry in found for key in entry)
+    shown = [key for key in keys if not _is_size(key) and not (_is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
+    columns = [_column(key, [entry for entry in found if key in entry]) for key in shown]
+    order = [*TASKS]
+
+    def place(column: Column) -> tuple[bool, int]:
+        task = SAMPLED.sub("", column.key)
+        return column.kind != SHARE, order.index(task) if task in order else len(order)
+
+    return sorted(columns, key=place)
+
+
+def _column(key: str, found: Sequence[Figures]) -> Column:
+    """The column of a figure that all of `found` have."""
+    task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
+    generated = any(other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for e in found for other in e)
+    decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
+    sizes = frozenset(sample_size(entry, key) for entry in found)
+    values = [value for entry in found if (value := number(entry.get(key))) is not None]
+    # A figure of unknown name is a share where its n is known and it lies in [0, 1].
+    known = task in TASKS or (sizes != {None} and all(0 <= value <= 1 for value in values))
+    return Column(key, LOSS if task.endswith(LOSS) else SHARE if known else OTHER, decoding, sizes)
+
+
+def share_cell(entry: Figures, key: str) -> Cell:
+    """A share in per cent with its interval. What is not a share is shown as it is, marked."""
+    share = number(entry.get(key))
+    if share is None:
+        return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), ("not a number",), "bad")
+    if not 0 <= share <= 1:
+        return Cell(short(share) if math.isfinite(share) else str(share), ("not a share of 1",), "bad")
+    n = sample_size(entry, key)
+    low, high = wilson(share, n) if n else (share, share)
+    interval = (f"{100 * low:.1f} to {100 * high:.1f}",) if n else ()
+    return Cell(f"{100 * share:.1f} %", interval, bar=(low, share, high))
+
+
+def _loss_cell(entry: Figures, key: str) -> Cell:
+    loss = number(entry.get(key))
+    return plain_cell(entry.get(key)) if loss is None or not math.isfinite(loss) else Cell(f"{loss:.3f} nats")
+
+
+SHARE, LOSS, OTHER = "share", "loss", "other"
+FORMATS: dict[str, Callable[[Figures, str], Cell]] = {
+    SHARE: share_cell,
+    LOSS: _loss_cell,
+    OTHER: lambda entry, key: plain_cell(entry.get(key)),
+}
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -79,11 +156,11 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def sample_size(entry: dict[str, Any], key: str) -> float | None:
+def sample_size(entry: Figures, key: str) -> float | None:
     """How many prompts stand behind `key`: `TASK_n` or `n_TASK`; plain `n` is that of the first task."""
     task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
-    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known)), None)
+    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not _is_cut(known)), None)
     names += ["n"] if task == first else []
     found = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
     return found[0] if found else None
@@ -93,59 +170,26 @@ def _is_size(key: str) -> bool:
     return key == "n" or key.startswith("n_") or key.endswith("_n")
 
 
-def share_cell(entry: dict[str, Any], key: str) -> Cell:
-    """A share in per cent with its interval and n. What is no share is shown as it is, marked."""
-    share = number(entry.get(key))
-    if share is None:
-        return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), "not a number", "bad")
-    if not 0 <= share <= 1:
-        return Cell(short(share) if math.isfinite(share) else str(share), "not a share of 1", "bad")
-    n = sample_size(entry, key)
-    if n is None:
-        return Cell(f"{100 * share:.1f} %", "n not stated", bar=(share, share, share))
-    low, high = wilson(share, n)
-    return Cell(f"{100 * share:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}, n = {n:,.0f}", bar=(low, share, high))
+def _is_cut(key: str) -> bool:
+    return key.endswith(TRUNCATED)
+
+
+def _size(n: float | None) -> tuple[str]:
+    return (f"n = {n:,.0f}" if n else "n not stated",)
+
+
+def _task(name: str) -> str:
+    return TASKS.get(name, name.replace("_", " "))
 
 
 def stage_name(name: str) -> str:
     return STAGE_NAMES.get(name, name)
 
 
-def entries(results: dict[str, Any], section: str) -> dict[str, dict[str, Any]]:
+def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
     """The well-formed entries of `stages` or `reward_models`."""
     found = results.get(section)
     return {str(k): v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
-
-
-def shares_table(title: str, found: dict[str, dict[str, Any]], names: dict[str, str]) -> Table | None:
-    """Rows are entries (those in `names` first, in its order); columns their shares, then what else they hold."""
-    keys = [key for key in dict.fromkeys(key for entry in found.values() for key in entry) if not _is_size(key)]
-    if not keys:
-        return None
-    cut = {key: any(entry.get(key) for entry in found.values()) for key in keys if key.endswith(TRUNCATED)}
-    keys = [key for key in keys if cut.get(key, True)]
-    shares = [key for key in SHARES if key in keys]
-    shares += [key for key in keys if key not in SHARES and _is_share(key, found)]
-    other = [key for key in keys if key not in shares]
-    rows = [
-        [
-            Cell(names.get(name, name)),
-            *(share_cell(found[name], key) for key in shares),
-            *(plain_cell(found[name].get(key)) for key in other),
-        ]
-        for name in _in_order(found, names)
-    ]
-    columns = [_heading(key) for key in (*shares, *other)]
-    notes = ["Below each share: its 95 % interval (Wilson) in per cent."] if shares else []
-    notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut.values()) else []
-    notes += [CONTROL] if "sft_control" in found else []
-    return Table(title, ["", *columns], rows, " ".join(notes))
-
-
-def _heading(key: str) -> str:
-    if key.endswith(TRUNCATED):
-        return f"{_heading(key.removesuffix(TRUNCATED))}: cut at max_new_tokens"
-    return SHARES.get(key, f"{key}, nats" if key.endswith("loss") else key)
 
 
 def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -154,28 +198,19 @@ def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*(name for name in known if name in there), *there]))
 
 
-def _is_share(key: str, found: dict[str, dict[str, Any]]) -> bool:
-    """Whether a figure of unknown name is a share: its n is known and it lies in [0, 1]. A loss is none."""
-    values = [value for entry in found.values() if (value := number(entry.get(key))) is not None]
-    sized = any(sample_size(entry, key) for entry in found.values() if key in entry)
-    return sized and not key.endswith("loss") and all(0 <= value <= 1 for value in values)
-
-
-def changes(results: dict[str, Any]) -> Table | None:
+def changes(results: Mapping[str, Any]) -> Table | None:
     """The paired comparisons of results.json, in points; where it has none, plain differences of exact match."""
     found = {name: value for name, value in results.items() if is_comparison(value)}
     if not found:
         return _unpaired(results)
     kinds = list(dict.fromkeys(str(kind) for value in found.values() for kind in value["change"]))
     rows = [
-        [
-            Cell(COMPARISONS.get(name, name), f"{_of_eval(value['before'])} → {_of_eval(value['after'])}"),
-            *(_paired_cell(value["change"].get(kind)) for kind in kinds),
-        ]
+        [_compared(name, value), *(_paired_cell(value["change"].get(kind)) for kind in kinds)]
         for name, value in found.items()
     ]
-    note = "Points of exact match, later less earlier, on the same prompts; below: 95 % interval of the paired mean."
-    return Table("Changes, paired", ["", *(DECODINGS.get(kind, kind) for kind in kinds)], rows, note)
+    note = "Percentage points, after less before, on the same prompts; below: the 95 % interval of the mean difference."
+    headings = [Cell(re.sub(r"^t(?=[0-9.]+$)", "T = ", kind)) for kind in kinds]
+    return Table("Changes, paired", [Cell(""), *headings], rows, (note,))
 
 
 def is_comparison(value: Any) -> bool:
@@ -183,35 +218,40 @@ def is_comparison(value: Any) -> bool:
     return isinstance(value, dict) and {"before", "after"} <= set(value) and isinstance(value.get("change"), dict)
 
 
-def _of_eval(name: Any) -> str:
-    return stage_name(str(name).removeprefix("eval_"))
+def _compared(name: str, value: Mapping[str, Any]) -> Cell:
+    before, after = (stage_name(str(value[side]).removeprefix("eval_")) for side in ("before", "after"))
+    task = (_task(str(value["task"])),) if "task" in value else ()
+    return Cell(COMPARISONS.get(name, name.replace("_", " ")), (*task, f"{before} → {after}"))
 
 
 def _paired_cell(change: Any) -> Cell:
     found = change if isinstance(change, dict) else {}
     mean, error, n = (number(found.get(key)) for key in ("difference", "standard_error", "n"))
     if mean is None or error is None or n is None or not math.isfinite(mean + error):
-        return Cell("–", "no prompts in common" if found else "")
+        return Cell("–", ("no prompts in common",) if found else ())
     low, high = 100 * (mean - Z95 * error), 100 * (mean + Z95 * error)
-    return Cell(_signed(100 * mean), f"{_signed(low)} to {_signed(high)}, n = {n:,.0f}")
+    return Cell(_signed(100 * mean), (f"{_signed(low)} to {_signed(high)}", f"n = {n:,.0f}"))
 
 
-def _unpaired(results: dict[str, Any]) -> Table | None:
+def _unpaired(results: Mapping[str, Any]) -> Table | None:
     stages = entries(results, "stages")
     keys = ("exact_match", "exact_match_t1")
     rows = [
         [
-            Cell(stage_name(later), f"less {stage_name(earlier)}"),
+            Cell(stage_name(later), (f"less {stage_name(earlier)}",)),
             *(_difference(stages[later], stages[earlier], key) for key in keys),
         ]
         for later, earlier in GAINS
         if later in stages and earlier in stages
     ]
-    note = "Points of exact match; below: 95 % interval of two independent samples, too wide where prompts are shared."
-    return Table("Changes, not paired", ["", "Greedy", "T = 1"], rows, note) if rows else None
+    note = (
+        "Percentage points of exact match; below: the 95 % interval of two independent samples, "
+        "too wide where prompts are shared."
+    )
+    return Table("Changes, not paired", [Cell(""), Cell("greedy"), Cell("T = 1")], rows, (note,)) if rows else None
 
 
-def targets(results: dict[str, Any]) -> Table | None:
+def targets(results: Mapping[str, Any]) -> Table | None:
     """The `targets` of results.json: a list, or a mapping by name, of {target, value, met}; a bare bool is `met`."""
     stated = results.get("targets")
     if isinstance(stated, dict):
@@ -226,27 +266,33 @@ def targets(results: dict[str, Any]) -> Table | None:
         verdict = verdict if isinstance(met, bool) else Cell(NOT_STATED)
         cells = [plain_cell(found.get("target")), plain_cell(found.get("value")), verdict]
         rows.append([Cell(str(found.get("name", "–"))), *cells])
-    return Table("Targets", ["", "Target", "Reached", ""], rows) if rows else None
+    return Table("Targets", [Cell(""), Cell("Target"), Cell("Reached"), Cell("")], rows) if rows else None
 
 
-def other_results(results: dict[str, Any]) -> list[tuple[str, str]]:
+def other_results(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Everything in results.json that no table above shows."""
     return flatten({key: value for key, value in results.items() if key not in OF_RESULTS and not is_comparison(value)})
 
 
-def across(chains: Sequence[Run]) -> Table | None:
-    """Mean and range of every share over several chains (seeds)."""
+def across(chains: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Mean and range of every share over the results of several chains (seeds)."""
     if len(chains) < 2:
         return None
-    by_stage = [entries(chain.results, "stages") for chain in chains]
+    by_stage = [entries(results, "stages") for results in chains]
     names = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), STAGE_NAMES)
-    keys = [key for key in SHARES if any(key in entry for stages in by_stage for entry in stages.values())]
+    shares = [
+        column for column in columns_of([e for stages in by_stage for e in stages.values()]) if column.kind == SHARE
+    ]
     rows = [
-        [Cell(stage_name(name)), *(_spread([stages.get(name, {}).get(key) for stages in by_stage]) for key in keys)]
+        [
+            Cell(stage_name(name)),
+            *(_spread([stages.get(name, {}).get(column.key) for stages in by_stage]) for column in shares),
+        ]
         for name in names
     ]
-    seeds = ", ".join(str(chain.results.get("seed", "not stated")) for chain in chains)
-    return Table("All chains", ["", *(SHARES[key] for key in keys)], rows, f"Mean and range; seeds: {seeds}.")
+    seeds = ", ".join(str(results.get("seed", NOT_STATED)) for results in chains)
+    headings = [Cell(""), *(column.heading for column in shares)]
+    return Table("All chains", headings, rows, (f"Mean and range; seeds: {seeds}.",))
 
 
 def plain_cell(value: Any) -> Cell:
@@ -259,20 +305,21 @@ def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "\u2212")
 
 
-def _difference(later: dict[str, Any], earlier: dict[str, Any], key: str) -> Cell:
+def _difference(later: Figures, earlier: Figures, key: str) -> Cell:
     a, b = number(later.get(key)), number(earlier.get(key))
     if a is None or b is None:
         return Cell("–")
     points = 100 * (a - b)
     n_a, n_b = sample_size(later, key), sample_size(earlier, key)
     if not n_a or not n_b or not (0 <= a <= 1 and 0 <= b <= 1):
-        return Cell(_signed(points), "n not stated")
+        return Cell(_signed(points), _size(None))
     half = 100 * Z95 * math.sqrt(a * (1 - a) / n_a + b * (1 - b) / n_b)
-    return Cell(_signed(points), f"{_signed(points - half)} to {_signed(points + half)}")
+    return Cell(_signed(points), (f"{_signed(points - half)} to {_signed(points + half)}",))
 
 
 def _spread(values: Sequence[Any]) -> Cell:
     found = [v for value in values if (v := number(value)) is not None and math.isfinite(v)]
     if not found:
         return Cell("–")
-    return Cell(f"{100 * fmean(found):.1f} %", f"{100 * min(found):.1f} to {100 * max(found):.1f}, {len(found)} chains")
+    spread = f"{100 * min(found):.1f} to {100 * max(found):.1f}"
+    return Cell(f"{100 * fmean(found):.1f} %", (spread, f"{len(found)} chains"))

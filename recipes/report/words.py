@@ -1,31 +1,56 @@
-"""JSON values of a run in words: numbers, durations, the facts of a manifest."""
+"""Values in words: numbers, counts, durations, nested JSON, and the facts of a manifest."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from recipes.report.charts import short
-from recipes.report.metrics import number
-
 NOT_STATED = "not stated"
 
 
+def number(value: Any) -> float | None:
+    """`value` as a float (NaN and infinity included), or None when it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def short(value: float) -> str:
+    """Four significant digits at most, in few characters: 1.234, 12.5k, 3e-5."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    return f"{value:.4g}"
+
+
+def count(n: int, noun: str) -> str:
+    """`3 lines`, `1 line`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a manifest that a reader wants first; one that is not stated is left out."""
+    """The facts of a manifest that a reader wants first, those that it states."""
     code = manifest.get("code") if isinstance(manifest.get("code"), dict) else {}
     versions = manifest.get("versions")
     stated = {
         "Status": manifest.get("status"),
         "Started": str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
-        "Time": _known(duration(manifest.get("seconds"))),
-        "of it training": _known(duration(manifest.get("training_seconds"))),
-        "Peak memory": _known(_gigabytes(manifest.get("peak_memory_gb"))),
+        "Time": duration(manifest.get("seconds")),
+        "Training time": duration(manifest.get("training_seconds")),
+        "Peak memory": _gigabytes(manifest.get("peak_memory_gb")),
         "Seed": manifest.get("seed"),
         "Commit": _commit(code or manifest),
         "Versions": _versions(versions) if isinstance(versions, dict) else None,
     }
-    return [(key, str(value)) for key, value in stated.items() if value not in (None, "")]
+    return [(key, str(value)) for key, value in stated.items() if value not in (None, "", NOT_STATED)]
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -65,10 +90,6 @@ def duration(value: Any) -> str:
 def _gigabytes(value: Any) -> str:
     gigabytes = number(value)
     return NOT_STATED if gigabytes is None else f"{gigabytes:.2f} GB"
-
-
-def _known(words: str) -> str | None:
-    return None if words == NOT_STATED else words
 
 
 def _commit(code: dict[str, Any]) -> str | None:

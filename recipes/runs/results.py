@@ -1,4 +1,4 @@
-"""Figures of evaluations: flat names, the results of a chain, and the table that the user sees."""
+"""Figures of evaluations: flat names, the results of a chain, paired comparisons, and all of it as text."""
 
 import json
 import math
@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.report.layout import as_text
+from recipes.report.tables import TRUNCATED, headline
+
 Figures = dict[str, float | int | None]
 Metrics = Mapping[str, Mapping[str, Any]]
 
 # What stands behind a task's name for each value that eval.stage.evaluate returns.
-_SUFFIX = {"greedy": "", "value": "", "greedy_truncated": "_truncated"}
-TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
+_SUFFIX = {"greedy": "", "value": "", "greedy_truncated": TRUNCATED}
 
 
 def figures(metrics: Metrics) -> Figures:
@@ -74,78 +76,8 @@ def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, float]]:
 
 
 def table_text(results: Mapping[str, Any]) -> str:
-    """The stages' figures, the reward models' and the comparisons as text that is never wrapped."""
-    parts = [
-        _table(title, results[section])
-        for section, title in (("stages", "Stages"), ("reward_models", "Reward models, held-out pairs ranked right"))
-        if results.get(section)
-    ]
-    lines = [_comparison_line(name, value) for name, value in results.items() if _is_comparison(value)]
-    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
-
-
-def _table(title: str, rows: Mapping[str, Figures]) -> str:
-    """Names on the left, figures on the right of their columns, and the numbers of prompts below."""
-    keys = list(dict.fromkeys(name for row in rows.values() for name in row))
-    shown = [key for key in keys if not _is_count(key) and not key.endswith(TRUNCATED)]
-    cells = [["", *map(_heading, shown)]]
-    cells += [[name.replace("_", " "), *(_cell(key, row.get(key)) for key in shown)] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    return "\n".join([title, lines[0], rule, *lines[1:], _counts(keys, rows), *_cut(keys, rows)])
-
-
-def _cut(keys: Sequence[str], rows: Mapping[str, Figures]) -> list[str]:
-    """What share of answers was cut, of the tasks where some were: the most of any row."""
-    most = {key: max(row.get(key) or 0 for row in rows.values()) for key in keys if key.endswith(TRUNCATED)}
-    told = [f"{_heading(key.removesuffix(TRUNCATED))} {100 * share:.1f} %" for key, share in most.items() if share]
-    return [f"cut at max_new_tokens, at most: {'; '.join(told)}"] if told else []
-
-
-def _counts(keys: Sequence[str], rows: Mapping[str, Figures]) -> str:
-    """How many prompts (or pairs) stand behind each task: `n: exact match 1,000; refusal safe 500`."""
-    first = next(key for key in keys if not _is_count(key) and not key.endswith(TRUNCATED))
-    parts = []
-    for key in filter(_is_count, keys):
-        task = first if key == "n" else key.removesuffix("_n")
-        counts = sorted({row[key] or 0 for row in rows.values() if key in row})
-        parts.append(f"{_heading(task)} {' or '.join(f'{count:,}' for count in counts)}")
-    return f"n: {'; '.join(parts)}"
-
-
-def _is_count(key: str) -> bool:
-    return key == "n" or key.endswith("_n")
-
-
-def _is_comparison(value: Any) -> bool:
-    return isinstance(value, dict) and "before" in value and "after" in value
-
-
-def _comparison_line(name: str, value: Mapping[str, Any]) -> str:
-    changes = [
-        f"{_decoding(kind)} {100 * change['difference']:+.1f} points (standard error "
-        f"{100 * change['standard_error']:.1f}, {change['n']:,} prompts)"
-        for kind, change in value["change"].items()
-        if change["n"]
-    ]
-    pair = f"{value['task']}, {value['before']} -> {value['after']}"
-    return f"{name.replace('_', ' ')} ({pair}, paired): {'; '.join(changes) or 'no prompts in common'}"
-
-
-def _decoding(kind: str) -> str:
-    return {"greedy": "greedy", "t1": "T = 1"}.get(kind, kind)
-
-
-def _heading(column: str) -> str:
-    name = f"{column[:-3]}, T = 1" if column.endswith("_t1") else column
-    return name.replace("_", " ")
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f} nats" if column.endswith("loss") else f"{100 * value:.1f} %"
+    """The tables of results.json as text that is never wrapped."""
+    return "\n\n".join(as_text(table) for table in headline(results))
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:

@@ -1,0 +1,49 @@
+"""A table as data, for a page and for the terminal alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+# Signs of the page that a reader of the terminal's text, or a program, may not expect.
+_ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2192": "->"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a table; each of `minor` in smaller type below; `bar` is a share with its interval, drawn on a
+    page; `tone` is good, bad or nothing."""
+
+    text: str
+    minor: tuple[str, ...] = ()
+    tone: str = ""
+    bar: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """`columns` are the headings, the first of them above the headings of the rows; `notes` are sentences."""
+
+    title: str
+    columns: Sequence[Cell]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+
+
+def as_text(table: Table) -> str:
+    """The table for a terminal, never wrapped: headings of rows on the left, all else on the right of its column."""
+    rows = [_lines(row) for row in (table.columns, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*(line for lines in rows for line in lines), strict=True)]
+    texts = [
+        ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+        for lines in rows
+    ]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    body = [line for lines in texts[1:] for line in lines]
+    return "\n".join([table.title, *texts[0], rule, *body, *table.notes]).translate(_ASCII)
+
+
+def _lines(row: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """The row's lines of text: one for what its cells say, and one for each part of what is minor."""
+    return list(zip_longest(*((cell.text, *cell.minor) for cell in row), fillvalue=""))
