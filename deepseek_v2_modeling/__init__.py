@@ -19,6 +19,8 @@ from .routing_replay import record_routing, replay_routing
 if TYPE_CHECKING:
     from .training.mixin import RunTrainerMixin
 
+__version__ = "0.1.0"  # of the whole toolkit: the one place
+
 register()
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from setuptools.config import pyprojecttoml
 
 import dsv2_start
 
@@ -74,3 +75,11 @@ def test_every_package_is_installed_and_checked():
     assert set(dsv2_start.PACKAGES) == found
     installed = {pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert installed == found
+
+
+def test_the_version_stands_in_one_place_and_has_its_section_of_changes():
+    text = (ROOT / "deepseek_v2_modeling" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(\d+\.\d+\.\d+)"', text, re.MULTILINE)
+    assert found and "version" not in PROJECT["project"]
+    assert pyprojecttoml.read_configuration(ROOT / "pyproject.toml")["project"]["version"] == found[1]
+    assert f"\n## {found[1]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
