@@ -1,4 +1,4 @@
-"""How data travels through the house: files entered and changes of file, on five trips. No timing.
+"""How data travels through the house: files entered and changes of file, trip by trip. No timing.
 
     python benchmarks/trips.py [--trip NAME] [--show]
 
@@ -61,6 +61,30 @@ def row_trip(folder: Path) -> Callable[[], Any]:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(PLAIN) + "\n")
     return lambda: list(load_conversations(path))
+
+
+def render_trip(folder: Path) -> Callable[[], Any]:
+    from transformers import AutoTokenizer
+
+    from conversations import render_conversation
+
+    tokenizer = AutoTokenizer.from_pretrained(make_model(folder))
+    return lambda: render_conversation(PLAIN["messages"], tokenizer)
+
+
+def reward_trip(folder: Path) -> Callable[[], Any]:
+    from rl.rewards import RuleReward
+
+    reward = RuleReward("number")
+    prompts, answers = [PLAIN["messages"][:1]], [PLAIN["messages"][1:]]
+    return lambda: reward(prompts=prompts, completions=answers, reference=["42"])
+
+
+def loading_trip(folder: Path) -> Callable[[], Any]:
+    from deepseek_v2_modeling import DeepseekV2ForCausalLM
+
+    model = make_model(folder)
+    return lambda: DeepseekV2ForCausalLM.from_pretrained(model)
 
 
 def make_model(folder: Path) -> Path:
@@ -133,6 +157,9 @@ def forward_trip(folder: Path) -> Callable[[], Any]:
 
 TRIPS = {
     "row -> canonical row": row_trip,
+    "messages -> ids and loss mask": render_trip,
+    "completion -> reward": reward_trip,
+    "hub files -> fused parameters": loading_trip,
     "adapter -> trainable model": adapter_trip,
     "training forward": forward_trip,
     "merge": merge_trip,
