@@ -1,4 +1,5 @@
-"""HTML pages: jinja templates of the folder templates, escaped, an unknown name an error. One file, nothing fetched."""
+"""The HTML pages of reports: jinja templates of the folder templates, escaped, an unknown name an error,
+unprintable characters replaced."""
 
 import re
 from pathlib import Path
@@ -6,18 +7,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from recipes.files import write_text
-
 # Characters that HTML or UTF-8 forbids, and those that reorder the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def write_html(path: Path, template: str, **values: Any) -> None:
-    """Write the page of `template`, a file name such as "report.html.jinja", whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def render_page(template: str, **values: Any) -> str:
+    """The page of `template`, a file name such as "report.html.jinja"."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -25,4 +20,4 @@ def write_html(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_text(path, _UNPRINTABLE.sub("\ufffd", environment.get_template(template).render(**values)))
+    return _UNPRINTABLE.sub("\ufffd", environment.get_template(template).render(**values))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.files import write_json, write_jsonl
-from recipes.report.layout import Cell, Table, as_text
 from recipes.report.report import write_report
-from recipes.report.tables import headline
-from recipes.runs.results import chain_results, figures, outcome_pairs, paired, table_text
+from recipes.results.figures import chain_results, figures, outcome_pairs, paired
+from recipes.results.layout import Cell, Table, as_text
+from recipes.results.tables import headline, table_text
 
 
 def test_figures_have_the_names_of_results_json() -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from recipes.report.charts import Chart, Line, moving_average, thin
 from recipes.report.svg import draw, load_class, tag, ticks
-from recipes.report.tables import sample_size, wilson
-from recipes.report.words import short
+from recipes.results.columns import sample_size, wilson
+from recipes.results.words import short
 
 FINITE = st.floats(min_value=-1e299, max_value=1e299)
 

@@ -19,9 +19,10 @@ from recipes.processes import is_main, say, wait_for_all
 from recipes.recipe.loader import Loaded
 from recipes.recipe.schema import ChainRecipe, ChainStage
 from recipes.recipe.yaml_text import read_mapping
+from recipes.results.figures import chain_results, outcome_pairs
+from recipes.results.tables import table_text
 from recipes.runs.directory import RECIPE, RESULTS, dump_text, is_finished
 from recipes.runs.manifest import new_manifest, now, read_manifest, write_manifest
-from recipes.runs.results import chain_results, outcome_pairs, table_text
 from recipes.runs.stage import run_stage
 
 SUPERSEDED = ".superseded"

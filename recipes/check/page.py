@@ -10,9 +10,10 @@ from conversations.errors import ToolkitError
 from recipes.check.histogram import bins
 from recipes.check.measure import Figures, Plan
 from recipes.data.sources import Mixture
-from recipes.html import write_html
-from recipes.report.layout import Cell, Table
+from recipes.files import write_text
+from recipes.html import render_page
 from recipes.report.svg import histogram
+from recipes.results.layout import Cell, Table
 
 HEADINGS = ("Source", "Rows", "Left out", "Used", "Share", "Tokens", "Trained")
 
@@ -76,7 +77,7 @@ def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
     """
     target = page_path(output_dir)
     try:
-        write_html(target, "check.html.jinja", recipe=recipe, stages=stages)
+        write_text(target, render_page("check.html.jinja", recipe=recipe, stages=stages))
     except OSError as error:
         raise ToolkitError(f"{target}: {error.strerror or error}") from error
     return target

@@ -15,14 +15,14 @@ from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
 from recipes.data.sources import Mixture
-from recipes.files import write_json
-from recipes.html import write_html
+from recipes.files import write_json, write_text
+from recipes.html import render_page
 from recipes.lock import hold_path
 from recipes.processes import say
 from recipes.quiet import quiet_libraries
 from recipes.recipe.loader import load_recipe
-from recipes.report.layout import Cell, Table
 from recipes.report.svg import LOAD_CLASSES, heat_map
+from recipes.results.layout import Cell, Table
 from recipes.runs.models import load_frozen, open_source
 from recipes.runs.prepare import prepare
 from recipes.runs.training_fields import setting
@@ -159,8 +159,7 @@ def write_page(page: Path, content: dict[str, Any]) -> None:
         ]
         for layer, of_layer in experts.items()
     ]
-    write_html(
-        page,
+    text = render_page(
         "experts.html.jinja",
         content=content,
         summary=summary(content),
@@ -175,6 +174,7 @@ def write_page(page: Path, content: dict[str, Any]) -> None:
         chosen=Table("Chosen experts, best first", [Cell("Layer"), Cell("Experts"), Cell("Their share")], chosen),
         load_classes=LOAD_CLASSES,
     )
+    write_text(page, text)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from recipes.report.metrics import Point
-from recipes.report.words import short
+from recipes.results.words import short
 
 SMOOTH_FROM = 30  # logged values; shorter curves are drawn as they are
 MAX_DRAWN = 240  # points of one line; more are thinned, extremes kept

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.report.words import count, number
+from recipes.results.words import count, number
 
 Point = tuple[float, float]
 

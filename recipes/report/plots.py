@@ -10,7 +10,7 @@ from markupsafe import Markup
 from recipes.report.charts import Chart, Line
 from recipes.report.metrics import Metrics, Point
 from recipes.report.svg import Drawn, draw, heat_map
-from recipes.report.words import short
+from recipes.results.words import short
 
 MAX_LAYER_LINES = 6
 

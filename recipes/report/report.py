@@ -13,15 +13,16 @@ from typing import Any
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
-from recipes.html import write_html
+from recipes.files import write_text
+from recipes.html import render_page
 from recipes.lock import hold_path
-from recipes.report import tables, words
-from recipes.report.layout import Table
 from recipes.report.plots import expert_maps, figures
 from recipes.report.run_files import Run, directory_name, open_runs
 from recipes.report.samples import Answers, Gallery, across_runs, answers, within_run
 from recipes.report.svg import LOAD_CLASSES, Drawn
-from recipes.report.words import count
+from recipes.results import tables, words
+from recipes.results.layout import Table
+from recipes.results.words import count
 
 KINDS = {
     "sft": "supervised fine-tuning",
@@ -81,7 +82,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     try:
         groups = {path: open_runs(path) for path in runs}
         with hold_path(target):
-            write_html(target, "report.html.jinja", **_content(groups))
+            write_text(target, render_page("report.html.jinja", **_content(groups)))
     except OSError as error:
         raise ToolkitError(f"{error.filename or target}: {error.strerror or error}") from error
     return target

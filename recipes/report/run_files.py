@@ -14,7 +14,7 @@ from conversations.errors import ToolkitError
 from recipes.lock import owner_of
 from recipes.recipe.yaml_text import parse_yaml
 from recipes.report.metrics import Metrics, collect
-from recipes.report.words import count, number
+from recipes.results.words import count, number
 from recipes.runs.manifest import seconds_so_far
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")

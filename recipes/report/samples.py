@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from recipes.report.words import count, number, plain
+from recipes.results.words import count, number, plain
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from recipes.report.charts import SMOOTH_FROM, Chart, Line, thin
 from recipes.report.metrics import Point
-from recipes.report.words import short
+from recipes.results.words import short
 
 WIDTH, HEIGHT = 400, 232
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 24, 36

@@ -20,9 +20,10 @@ from recipes.lock import Lock, hold_directory
 from recipes.processes import is_main, say, wait_for_all
 from recipes.quiet import quiet_libraries
 from recipes.recipe.loader import Loaded
+from recipes.results.figures import figures
+from recipes.results.tables import table_text
 from recipes.runs.directory import MANIFEST, RECIPE, RESULTS, SAMPLES, State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
-from recipes.runs.results import figures, table_text
 
 if TYPE_CHECKING:
     from deepseek_v2_modeling.loading import ModelSource

@@ -1,4 +1,4 @@
-"""Figures of evaluations: flat names, the results of a chain, paired comparisons, and all of it as text."""
+"""Figures of evaluations: their flat names, the results of a chain, paired comparisons."""
 
 import json
 import math
@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.report.layout import as_text
-from recipes.report.tables import TRUNCATED, headline
+from recipes.results.columns import TRUNCATED
 
 Figures = dict[str, float | int | None]
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -73,11 +72,6 @@ def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, float]]:
             if row.get("task") == task and row.get("value") is not None:
                 found.setdefault(row["decoding"], {})[row["row"]] = float(row["value"])
     return found
-
-
-def table_text(results: Mapping[str, Any]) -> str:
-    """The tables of results.json as text that is never wrapped."""
-    return "\n\n".join(as_text(table) for table in headline(results))
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
+
+from recipes.results.words import flatten, plain
 
 # Signs of the page that a reader of the terminal's text, or a program, may not expect.
 _ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2192": "->"})
@@ -29,6 +32,12 @@ class Table:
     columns: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
+
+
+def plain_cell(value: Any) -> Cell:
+    if isinstance(value, dict | list):
+        return Cell("; ".join(f"{key} {text}".strip() for key, text in flatten(value)))
+    return Cell("–" if value is None else plain(value))
 
 
 def as_text(table: Table) -> str:

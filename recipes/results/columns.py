@@ -1,0 +1,137 @@
+"""Figures of evaluations as columns of a table: headings, shares with their intervals, sample sizes, answers cut."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+from recipes.results.layout import Cell, plain_cell
+from recipes.results.words import number, short
+
+Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
+
+Z95 = NormalDist().inv_cdf(0.975)
+# Headings of tasks, in their order; further tasks of a stage follow under their own names.
+TASKS = {
+    "exact_match": "Exact match",
+    "polite": "Polite",
+    "refusal_unsafe": "Unsafe refused",
+    "refusal_safe": "Safe refused",
+    "pair_accuracy": "Pairs ranked right",
+    "wrong_of_sft": "Wrong answers of SFT ranked lower",
+    "wrong_of_rl": "Wrong answers of RL stage 1 ranked lower",
+    "wrong_answer": "Slips ranked lower",
+}
+TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
+SAMPLED = re.compile(r"_t([0-9.]+)$")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of several entries. kind: of FORMATS; sizes: how many prompts stand behind it, each number once."""
+
+    key: str
+    kind: str
+    decoding: str
+    sizes: frozenset[float | None]
+
+    @property
+    def heading(self) -> Cell:
+        stated = len(self.sizes) == 1 and (self.kind == SHARE or self.sizes != {None})
+        size = _size(next(iter(self.sizes))) if stated else ()
+        return Cell(heading_of(SAMPLED.sub("", self.key)), (*((self.decoding,) if self.decoding else ()), *size))
+
+    def cell(self, entry: Figures) -> Cell:
+        size = _size(sample_size(entry, self.key)) if len(self.sizes) > 1 and self.key in entry else ()
+        cut = number(entry.get(self.key + TRUNCATED))
+        shown = FORMATS[self.kind](entry, self.key)
+        return replace(shown, minor=(*shown.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
+
+
+def columns_of(found: Sequence[Figures]) -> list[Column]:
+    """The figures of entries: the shares of TASKS in their order, other shares, what else there is."""
+    keys = dict.fromkeys(key for entry in found for key in entry)
+    shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
+    columns = [_column(key, [entry for entry in found if key in entry]) for key in shown]
+    order = [*TASKS]
+
+    def place(column: Column) -> tuple[bool, int]:
+        task = SAMPLED.sub("", column.key)
+        return column.kind != SHARE, order.index(task) if task in order else len(order)
+
+    return sorted(columns, key=place)
+
+
+def _column(key: str, found: Sequence[Figures]) -> Column:
+    """The column of a figure that all of `found` have."""
+    task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
+    generated = any(other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for e in found for other in e)
+    decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
+    sizes = frozenset(sample_size(entry, key) for entry in found)
+    values = [value for entry in found if (value := number(entry.get(key))) is not None]
+    # A figure of unknown name is a share where its n is known and it lies in [0, 1].
+    known = task in TASKS or (sizes != {None} and all(0 <= value <= 1 for value in values))
+    return Column(key, LOSS if task.endswith(LOSS) else SHARE if known else OTHER, decoding, sizes)
+
+
+def share_cell(entry: Figures, key: str) -> Cell:
+    """A share in per cent with its interval. What is not a share is shown as it is, marked."""
+    share = number(entry.get(key))
+    if share is None:
+        return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), ("not a number",), "bad")
+    if not 0 <= share <= 1:
+        return Cell(short(share) if math.isfinite(share) else str(share), ("not a share of 1",), "bad")
+    n = sample_size(entry, key)
+    low, high = wilson(share, n) if n else (share, share)
+    interval = (f"{100 * low:.1f} to {100 * high:.1f}",) if n else ()
+    return Cell(f"{100 * share:.1f} %", interval, bar=(low, share, high))
+
+
+def _loss_cell(entry: Figures, key: str) -> Cell:
+    loss = number(entry.get(key))
+    return plain_cell(entry.get(key)) if loss is None or not math.isfinite(loss) else Cell(f"{loss:.3f} nats")
+
+
+SHARE, LOSS, OTHER = "share", "loss", "other"
+FORMATS: dict[str, Callable[[Figures, str], Cell]] = {
+    SHARE: share_cell,
+    LOSS: _loss_cell,
+    OTHER: lambda entry, key: plain_cell(entry.get(key)),
+}
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share out of n (Wilson 1927), inside [0, 1] also at 0 % and 100 %."""
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def sample_size(entry: Figures, key: str) -> float | None:
+    """How many prompts stand behind `key`: `TASK_n` or `n_TASK`; plain `n` is that of the first task."""
+    task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
+    names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
+    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not is_cut(known)), None)
+    names += ["n"] if task == first else []
+    found = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
+    return found[0] if found else None
+
+
+def _is_size(key: str) -> bool:
+    return key == "n" or key.startswith("n_") or key.endswith("_n")
+
+
+def is_cut(key: str) -> bool:
+    return key.endswith(TRUNCATED)
+
+
+def _size(n: float | None) -> tuple[str]:
+    return (f"n = {n:,.0f}" if n else "n not stated",)
+
+
+def heading_of(name: str) -> str:
+    return TASKS.get(name, name.replace("_", " "))
