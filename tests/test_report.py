@@ -145,7 +145,7 @@ def test_what_no_table_knows_is_listed(chain: Path) -> None:
 def test_a_value_that_is_no_share_is_marked(chain: Path) -> None:
     (chain / "results.json").write_text(json.dumps({"stages": {"sft": {"exact_match": 61.2, "n": 10}, "odd": 3}}))
     text = visible(page_of(chain))
-    assert "61.2 not a share of 1" in text
+    assert "61.2 not between 0 and 1" in text
     assert "stages.odd is not an object" in text
 
 
@@ -232,7 +232,7 @@ def test_expert_load_is_drawn_layer_by_layer(tmp_path: Path) -> None:
     ]
     page = page_of(make_stage(tmp_path / "run", "sft", rows))
     assert "Load of each expert, step 9. Highest: 2.8 times an equal share in layer 2; cells without a token: 1" in page
-    assert "At the last step layer 2: 1." in page
+    assert "At the last step: 1 in layer 2." in page
     assert page.count('class="load dead"') == 3  # one in the legend, one in each map
 
 
@@ -253,8 +253,8 @@ def test_broken_pieces_are_counted(tmp_path: Path) -> None:
     (run / "manifest.json").write_text("{")
     (run / "recipe.yaml").write_text("stage: [\n")
     text = visible(page_of(run))
-    assert "3 unreadable lines in metrics.jsonl (line 2, 3, 4)" in text
-    assert "loss: 2 values NaN or infinite, first at step 3" in text
+    assert "3 unreadable lines in metrics.jsonl (lines 2, 3, 4)" in text
+    assert "loss: 2 NaN or infinite values not drawn, the first at step 3" in text
     assert "1 line without a step in metrics.jsonl" in text
     assert "manifest.json cannot be read" in text
     assert "recipe.yaml:" in text

@@ -43,16 +43,16 @@ class Chart:
 
     @property
     def in_words(self) -> str:
-        """The chart for those who cannot see it."""
-        told = []
+        """The chart as a sentence, for those who cannot see it."""
+        curves = []
         for line in self.lines:
             (first, start), (last, end) = line.points[0], line.curve[-1]
-            told.append(f"{line.label} from {short(start)} to {short(end)} over steps {first:g} to {last:g}")
-        return f"{self.title} ({self.unit}): {'; '.join(told)}"
+            curves.append(f"{line.label} from {short(start)} to {short(end)} over steps {first:g} to {last:g}")
+        return f"{self.title} ({self.unit}): {'; '.join(curves)}"
 
     @property
     def caption(self) -> str:
-        """What the reader must know about the drawing: the chart's own note, smoothing, dots left out."""
+        """What a reader needs to know about the drawing: its note, how curves are smoothed, which dots are left out."""
         smoothed = max((len(line.points) for line in self.lines if line.is_smoothed), default=0)
         parts = [self.note] if self.note else []
         if smoothed > MAX_DRAWN:

@@ -55,9 +55,9 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
     if stepless:
         notes.append(f"{count(stepless, 'line')} without a step in metrics.jsonl: listed, not plotted")
     if bad_shares:
-        notes.append(f"{count(bad_shares, 'list')} of expert shares left out: not all numbers")
+        notes.append(f"{count(bad_shares, 'list')} of expert shares left out: not all items are numbers")
     if repeated:
-        notes.append(f"{count(len(repeated), 'step')} logged more than once (a resume): the last line counts")
+        notes.append(f"{count(len(repeated), 'step')} logged more than once, after a resume: the last line counts")
     metrics.series = {key: _finite(key, known, notes) for key, known in values.items()}
     metrics.shares = {layer: sorted(known.items()) for layer, known in sorted(shares.items()) if known}
     return metrics
@@ -79,6 +79,6 @@ def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point
     points = sorted(known.items())
     bad = [step for step, value in points if not abs(value) < HUGE]
     if bad:
-        values = count(len(bad), "value")
-        notes.append(f"{key}: {values} NaN or infinite, first at step {bad[0]:g}; not drawn")
+        values = count(len(bad), "NaN or infinite value")
+        notes.append(f"{key}: {values} not drawn, the first at step {bad[0]:g}")
     return [(step, value) for step, value in points if abs(value) < HUGE]

@@ -1,4 +1,4 @@
-"""Which charts a stage gets: a table of figures over TRL's log names, and what it leaves over."""
+"""Which figures a run gets: a table of them by TRL's log names, and a plain one for every other key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIGURES = (
         "Spread of rewards",
         "standard deviation",
         ((r"reward_std", "total"), (r"rewards/(.+)/std", "{0}")),
-        note="Without spread a group of completions teaches nothing.",
+        note="A group of completions with equal rewards teaches nothing.",
     ),
     Figure("Groups with equal rewards", "share of groups", ((r"frac_reward_zero_std", "no spread"),)),
     Figure("KL to the reference", "nats per token", ((r"kl", "KL"),)),
@@ -51,9 +51,9 @@ FIGURES = (
             (r"completions/max_length", "longest"),
         ),
     ),
-    Figure("Completions cut off", "share", ((r"completions/clipped_ratio", "cut at the limit"),)),
+    Figure("Completions cut off", "share", ((r"completions/clipped_ratio", "cut off at the limit"),)),
     Figure(
-        "Pairs ranked right",
+        "Pairs ranked correctly",
         "share of pairs",
         ((r"accuracy", "train"), (r"eval_accuracy", "held-out"), (r"pair_accuracy", "pairs")),
     ),
@@ -139,8 +139,8 @@ def _chart(figure: Figure, metrics: Metrics, used: set[str]) -> Chart | None:
 def _dead_layers(metrics: Metrics) -> str:
     """Where the dead experts of the last logged step are."""
     last = {int(m[1]): p[-1][1] for key, p in metrics.series.items() if p and (m := LAYER_DEAD.fullmatch(key))}
-    dead = [f"layer {layer}: {number:g}" for layer, number in sorted(last.items()) if number]
-    return f"At the last step {', '.join(dead) or 'none in any layer'}." if last else ""
+    dead = [f"{experts:g} in layer {layer}" for layer, experts in sorted(last.items()) if experts]
+    return f"At the last step: {', '.join(dead) or 'none'}." if last else ""
 
 
 def _line(label: str, key: str, metrics: Metrics) -> Line:

@@ -104,14 +104,14 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
         "across": tables.across([run.results for run in chains]),
         "runs": views,
         "notes": [(view, note) for view in views for note in view.run.notes],
-        "gallery": across_runs([(titles[name], found) for name, found in said.items()]),
+        "gallery": across_runs([(titles[name], answered) for name, answered in said.items()]),
         "load_classes": LOAD_CLASSES,
         "count": count,
     }
 
 
 def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
-    """All runs. With several directories a run inside one is named with it; equal names get numbers."""
+    """All runs, renamed apart: those inside one of several directories carry its name; equal names get numbers."""
     taken: set[str] = set()
     for path, group in groups.items():
         for run in group:
@@ -123,7 +123,7 @@ def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
 
 
 def _subjects(runs: Sequence[Run]) -> dict[str, str]:
-    """What each run is about, for the eye: its stage; of an evaluation in a chain the stage that it measures."""
+    """What the page says each run is about: its stage; an evaluation in a chain, the stage that it measures."""
     about: dict[Path, str] = {}
     for chain in runs:
         stages = chain.recipe.get("stages")
@@ -143,7 +143,7 @@ def _measured(stage: Mapping[str, Any]) -> str:
 
 
 def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
-    """Subjects; with the run's name where several runs of a kind have the same."""
+    """What the page calls each run: its subject, with its name where several runs of a kind have the same."""
     shared = Counter((run.kind, subjects[run.name]) for run in runs)
 
     def title(run: Run) -> str:
@@ -154,11 +154,11 @@ def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
 
 
 def _contents(views: Sequence[RunView], subjects: Mapping[str, str]) -> list[tuple[str, list[RunView]]]:
-    """The runs by what they are about, in their order: training and evaluation of a stage stand together."""
-    found: dict[tuple[Path, str], list[RunView]] = {}
+    """The runs by subject, in their order: the training and the evaluation of a stage stand together."""
+    by_subject: dict[tuple[Path, str], list[RunView]] = {}
     for view in views:
-        found.setdefault((view.run.path.parent, subjects[view.run.name]), []).append(view)
-    return [(subject, about) for (_, subject), about in found.items()]
+        by_subject.setdefault((view.run.path.parent, subjects[view.run.name]), []).append(view)
+    return [(subject, about) for (_, subject), about in by_subject.items()]
 
 
 def _chain_view(run: Run) -> ChainView:
@@ -187,9 +187,9 @@ def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
 
 
 def _rejected(run: Run) -> list[tuple[str, str]]:
-    """Reasons why rows were left out, the most frequent first; what is beyond REASONS is summed up."""
-    found = run.rejected.most_common()
-    listed = [(reason, count(n, "row")) for reason, n in found[:REASONS]]
-    rest = found[REASONS:]
+    """Why rows were left out, the most frequent reasons first; those beyond REASONS are added up."""
+    reasons = run.rejected.most_common()
+    listed = [(reason, count(n, "row")) for reason, n in reasons[:REASONS]]
+    rest = reasons[REASONS:]
     more = [(f"{count(len(rest), 'other reason')}", count(sum(n for _, n in rest), "row"))] if rest else []
     return listed + more

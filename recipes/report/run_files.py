@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,15 @@ def open_runs(path: Path) -> list[Run]:
         ToolkitError: `path` is not a directory, or no run is in it or below it.
     """
     if not path.is_dir():
-        raise ToolkitError(f"{path}: no such run directory; give the output_dir of a stage or of a chain")
-    found = [path] if _looks_like_run(path) else []
-    found += _inner_runs(path, _NESTING)
-    if not found:
+        raise ToolkitError(f"{path}: no such directory; pass the output_dir of a stage or of a chain")
+    places = [path] if _looks_like_run(path) else []
+    places += _inner_runs(path, _NESTING)
+    if not places:
         raise ToolkitError(
             f"{path}: not a run directory (none of {', '.join(RUN_FILES)} in it or below it); "
-            "give the output_dir of a stage or of a chain"
+            "pass the output_dir of a stage or of a chain"
         )
-    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in found}
+    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in places}
     runs = [read_run(at, name) for at, name in names.items()]
     for run in runs:
         _note_missing(run)
@@ -100,7 +99,7 @@ def directory_name(path: Path) -> str:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one run directory; nothing in it need exist."""
+    """Read one run directory; any file may be missing."""
     run = Run(path, name)
     run.recipe_text = _read_text(path / "recipe.yaml")
     run.recipe = _parse_recipe(run)
@@ -236,8 +235,9 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             else:
                 broken.append(line_number)
     if broken:
-        where = ", ".join(map(str, islice(broken, 5))) + (", ..." if len(broken) > 5 else "")
-        notes.append(f"{count(len(broken), 'unreadable line')} in {path.name} (line {where})")
+        where = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+        noun = "line" if len(broken) == 1 else "lines"
+        notes.append(f"{count(len(broken), 'unreadable line')} in {path.name} ({noun} {where})")
 
 
 def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:

@@ -51,11 +51,11 @@ def answers(samples: Iterable[dict[str, Any]]) -> Answers:
     """What was said to each prompt, step by step (0 where none is stated). Of several at one step the first counts."""
     said = [row for row in samples if "completion" in row]  # others are pairs that were scored, or losses
     steps = [*map(number, [row.get("step") for row in said])]
-    found: Answers = {}
+    answered: Answers = {}
     for row, step in zip(said, steps, strict=True):
         key = (text_of(row.get("task")), text_of(row.get("prompt")))
-        found.setdefault(key, {}).setdefault(step if step is not None and math.isfinite(step) else 0.0, row)
-    return {key: {step: rows[step] for step in sorted(rows)} for key, rows in found.items()}
+        answered.setdefault(key, {}).setdefault(step if step is not None and math.isfinite(step) else 0.0, row)
+    return {key: {step: rows[step] for step in sorted(rows)} for key, rows in answered.items()}
 
 
 def across_runs(said: Sequence[tuple[str, Answers]]) -> Gallery | None:
@@ -63,26 +63,26 @@ def across_runs(said: Sequence[tuple[str, Answers]]) -> Gallery | None:
 
     said: the title of each run, and its answers.
     """
-    counts = Counter(key for _, found in said for key in found)
+    counts = Counter(key for _, answered in said for key in answered)
     most = max(counts.values(), default=0)
     if most < 2:
         return None
     shared = [key for key in counts if counts[key] == most]
-    columns = [(title, found) for title, found in said if any(key in found for key in shared)]
+    columns = [(title, answered) for title, answered in said if any(key in answered for key in shared)]
     rows = [
-        _comparison(key, [[*found.get(key, {}).values()][-1:] for _, found in columns])
+        _comparison(key, [[*answered.get(key, {}).values()][-1:] for _, answered in columns])
         for key in _spread_over_tasks(shared)
     ]
     note = f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task."
     return Gallery([title for title, _ in columns], rows, note)
 
 
-def within_run(found: Answers) -> Gallery | None:
+def within_run(answered: Answers) -> Gallery | None:
     """The same prompts at the first and the last step; where none recurs, some of the first and of the last."""
-    steps = [step for rows in found.values() for step in rows]
+    steps = [step for rows in answered.values() for step in rows]
     if not steps or min(steps) == max(steps):
         return None
-    first, last = ({key: rows[at] for key, rows in found.items() if at in rows} for at in (min(steps), max(steps)))
+    first, last = ({key: rows[at] for key, rows in answered.items() if at in rows} for at in (min(steps), max(steps)))
     columns = [f"step {min(steps):g}", f"step {max(steps):g}"]
     both = [key for key in first if key in last]
     if both:
@@ -91,7 +91,7 @@ def within_run(found: Answers) -> Gallery | None:
     few = MAX_PROMPTS // 4
     rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:few]]
     rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:few]]
-    return Gallery(columns, rows, "No prompt was asked at both steps: the first prompts of each.")
+    return Gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
 
 
 def text_of(value: Any) -> str:
@@ -116,7 +116,7 @@ def _spread_over_tasks(keys: Sequence[Key]) -> list[Key]:
 
 def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Comparison:
     task, prompt = key
-    samples = [found[0] if found else None for found in columns]
+    samples = [rows[0] if rows else None for rows in columns]
     references = [text_of(row["reference"]) for row in samples if row and row.get("reference") is not None]
     said = [_said(row) if row else None for row in samples]
     return Comparison(task, _cut(prompt), _cut(references[0]) if references else "", said)

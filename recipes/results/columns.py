@@ -21,7 +21,7 @@ TASKS = {
     "polite": "Polite",
     "refusal_unsafe": "Unsafe refused",
     "refusal_safe": "Safe refused",
-    "pair_accuracy": "Pairs ranked right",
+    "pair_accuracy": "Pairs ranked correctly",
     "wrong_of_sft": "Wrong answers of SFT ranked lower",
     "wrong_of_rl": "Wrong answers of RL stage 1 ranked lower",
     "wrong_answer": "Slips ranked lower",
@@ -52,11 +52,11 @@ class Column:
         return replace(shown, minor=(*shown.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
 
 
-def columns_of(found: Sequence[Figures]) -> list[Column]:
-    """The figures of entries: the shares of TASKS in their order, other shares, what else there is."""
-    keys = dict.fromkeys(key for entry in found for key in entry)
+def columns_of(evaluations: Sequence[Figures]) -> list[Column]:
+    """The columns of evaluations: the shares of TASKS in their order, other shares, what else there is."""
+    keys = dict.fromkeys(key for entry in evaluations for key in entry)
     shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
-    columns = [_column(key, [entry for entry in found if key in entry]) for key in shown]
+    columns = [_column(key, [entry for entry in evaluations if key in entry]) for key in shown]
     order = [*TASKS]
 
     def place(column: Column) -> tuple[bool, int]:
@@ -66,13 +66,15 @@ def columns_of(found: Sequence[Figures]) -> list[Column]:
     return sorted(columns, key=place)
 
 
-def _column(key: str, found: Sequence[Figures]) -> Column:
-    """The column of a figure that all of `found` have."""
+def _column(key: str, evaluations: Sequence[Figures]) -> Column:
+    """The column of a figure that all of these evaluations have."""
     task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
-    generated = any(other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for e in found for other in e)
+    generated = any(
+        other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for entry in evaluations for other in entry
+    )
     decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
-    sizes = frozenset(sample_size(entry, key) for entry in found)
-    values = [value for entry in found if (value := number(entry.get(key))) is not None]
+    sizes = frozenset(sample_size(entry, key) for entry in evaluations)
+    values = [value for entry in evaluations if (value := number(entry.get(key))) is not None]
     # A figure of unknown name is a share where its n is known and it lies in [0, 1].
     known = task in TASKS or (sizes != {None} and all(0 <= value <= 1 for value in values))
     return Column(key, LOSS if task.endswith(LOSS) else SHARE if known else OTHER, decoding, sizes)
@@ -84,7 +86,7 @@ def share_cell(entry: Figures, key: str) -> Cell:
     if share is None:
         return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), ("not a number",), "bad")
     if not 0 <= share <= 1:
-        return Cell(short(share) if math.isfinite(share) else str(share), ("not a share of 1",), "bad")
+        return Cell(short(share) if math.isfinite(share) else str(share), ("not between 0 and 1",), "bad")
     n = sample_size(entry, key)
     low, high = wilson(share, n) if n else (share, share)
     interval = (f"{100 * low:.1f} to {100 * high:.1f}",) if n else ()
@@ -117,8 +119,8 @@ def sample_size(entry: Figures, key: str) -> float | None:
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
     first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not is_cut(known)), None)
     names += ["n"] if task == first else []
-    found = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
-    return found[0] if found else None
+    stated = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
+    return stated[0] if stated else None
 
 
 def _is_size(key: str) -> bool:

@@ -37,30 +37,30 @@ def table_text(results: Mapping[str, Any]) -> str:
 
 def headline(results: Mapping[str, Any]) -> list[Table]:
     """The tables of a chain's results.json, or of {"stages": {name: figures}}: those that have something to show."""
-    found = [
+    tables = [
         figures_table("Stages", entries(results, "stages"), STAGE_NAMES),
         changes(results),
         figures_table("Reward models", entries(results, "reward_models"), {}),
         targets(results),
     ]
-    return [table for table in found if table]
+    return [table for table in tables if table]
 
 
-def figures_table(title: str, found: Mapping[str, Figures], names: Mapping[str, str]) -> Table | None:
+def figures_table(title: str, evaluations: Mapping[str, Figures], names: Mapping[str, str]) -> Table | None:
     """Rows are entries (those in `names` first, in its order); columns are their shares, then their other figures."""
-    shown = columns_of(list(found.values()))
+    shown = columns_of(list(evaluations.values()))
     if not shown:
         return None
     rows = [
-        [Cell(names.get(name, name)), *(column.cell(found[name]) for column in shown)]
-        for name in _in_order(found, names)
+        [Cell(names.get(name, name)), *(column.cell(evaluations[name]) for column in shown)]
+        for name in _in_order(evaluations, names)
     ]
     shares = any(column.kind == SHARE for column in shown)
-    cut = [number(entry[key]) for entry in found.values() for key in entry if is_cut(key)]
+    cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
     notes = ["Below a share: its 95 % interval (Wilson), in per cent."] if shares else []
-    notes += ["Cut: answers that were cut at max_new_tokens; none were where it does not stand."] if any(cut) else []
+    notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
     notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
-    notes += [CONTROL] if "sft_control" in found else []
+    notes += [CONTROL] if "sft_control" in evaluations else []
     return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)
 
 
@@ -70,8 +70,8 @@ def stage_name(name: str) -> str:
 
 def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
     """The well-formed entries of `stages` or `reward_models`."""
-    found = results.get(section)
-    return {str(k): v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+    listed = results.get(section)
+    return {str(k): v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
 
 
 def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -82,15 +82,17 @@ def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
 
 def changes(results: Mapping[str, Any]) -> Table | None:
     """The paired comparisons of results.json, in points; where it has none, plain differences of exact match."""
-    found = {name: value for name, value in results.items() if is_comparison(value)}
-    if not found:
+    comparisons = {name: value for name, value in results.items() if is_comparison(value)}
+    if not comparisons:
         return _unpaired(results)
-    kinds = list(dict.fromkeys(str(kind) for value in found.values() for kind in value["change"]))
+    kinds = list(dict.fromkeys(str(kind) for value in comparisons.values() for kind in value["change"]))
     rows = [
         [_compared(name, value), *(_paired_cell(value["change"].get(kind)) for kind in kinds)]
-        for name, value in found.items()
+        for name, value in comparisons.items()
     ]
-    note = "Percentage points, after less before, on the same prompts; below: the 95 % interval of the mean difference."
+    note = (
+        "Percentage points, after minus before, on the same prompts; below: the 95 % interval of the mean difference."
+    )
     headings = [Cell(re.sub(r"^t(?=[0-9.]+$)", "T = ", kind)) for kind in kinds]
     return Table("Changes, paired", [Cell(""), *headings], rows, (note,))
 
@@ -107,10 +109,10 @@ def _compared(name: str, value: Mapping[str, Any]) -> Cell:
 
 
 def _paired_cell(change: Any) -> Cell:
-    found = change if isinstance(change, dict) else {}
-    mean, error, n = (number(found.get(key)) for key in ("difference", "standard_error", "n"))
+    stated = change if isinstance(change, dict) else {}
+    mean, error, n = (number(stated.get(key)) for key in ("difference", "standard_error", "n"))
     if mean is None or error is None or n is None or not math.isfinite(mean + error):
-        return Cell("–", ("no prompts in common",) if found else ())
+        return Cell("–", ("no prompts in common",) if stated else ())
     low, high = 100 * (mean - Z95 * error), 100 * (mean + Z95 * error)
     return Cell(_signed(100 * mean), (f"{_signed(low)} to {_signed(high)}", f"n = {n:,.0f}"))
 
@@ -120,7 +122,7 @@ def _unpaired(results: Mapping[str, Any]) -> Table | None:
     keys = ("exact_match", "exact_match_t1")
     rows = [
         [
-            Cell(stage_name(later), (f"less {stage_name(earlier)}",)),
+            Cell(stage_name(later), (f"minus {stage_name(earlier)}",)),
             *(_difference(stages[later], stages[earlier], key) for key in keys),
         ]
         for later, earlier in GAINS
@@ -142,12 +144,12 @@ def targets(results: Mapping[str, Any]) -> Table | None:
         return None
     rows = []
     for item in stated:
-        found = item if isinstance(item, dict) else {"name": str(item)}
-        met = found.get("met")
+        target = item if isinstance(item, dict) else {"name": str(item)}
+        met = target.get("met")
         verdict = Cell("met", tone="good") if met is True else Cell("not met", tone="bad")
         verdict = verdict if isinstance(met, bool) else Cell(NOT_STATED)
-        cells = [plain_cell(found.get("target")), plain_cell(found.get("value")), verdict]
-        rows.append([Cell(str(found.get("name", "–"))), *cells])
+        cells = [plain_cell(target.get("target")), plain_cell(target.get("value")), verdict]
+        rows.append([Cell(str(target.get("name", "–"))), *cells])
     return Table("Targets", [Cell(""), Cell("Target"), Cell("Reached"), Cell("")], rows) if rows else None
 
 
@@ -194,8 +196,8 @@ def _difference(later: Figures, earlier: Figures, key: str) -> Cell:
 
 
 def _spread(values: Sequence[Any]) -> Cell:
-    found = [v for value in values if (v := number(value)) is not None and math.isfinite(v)]
-    if not found:
+    shares = [v for value in values if (v := number(value)) is not None and math.isfinite(v)]
+    if not shares:
         return Cell("–")
-    spread = f"{100 * min(found):.1f} to {100 * max(found):.1f}"
-    return Cell(f"{100 * fmean(found):.1f} %", (spread, f"{len(found)} chains"))
+    spread = f"{100 * min(shares):.1f} to {100 * max(shares):.1f}"
+    return Cell(f"{100 * fmean(shares):.1f} %", (spread, f"{len(shares)} chains"))
