@@ -171,17 +171,38 @@ def stop_in_stages(folder: Path, stops: Sequence[tuple[str, str]]) -> None:
     print("the same", flush=True)
 
 
+def moments(unbroken: Path, kills: int, rng: random.Random) -> list[tuple[str, float]]:
+    """Random moments of a chain's whole length, in order: a stage, and how many seconds after its start."""
+    found, lengths = (
+        [],
+        {name: stage["seconds"] for name, stage in read_json(unbroken / "chain.json")["stages"].items()},
+    )
+    for at in sorted(rng.uniform(0, sum(lengths.values())) for _ in range(kills)):
+        for name, length in lengths.items():
+            if at < length:
+                found.append((name, at))
+                break
+            at -= length
+    return found
+
+
+def kill(pid: int, stage: Path, after: float, way: signal.Signals) -> None:
+    """Stop a chain some seconds after a stage has begun, be it anew or again."""
+    while not (stage / "manifest.json").exists():
+        time.sleep(0.01)
+        assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, f"ended before {stage.name}"
+    time.sleep(after)
+    os.kill(pid, way)
+
+
 def kill_at_random(folder: Path, kills: int, seed: int, overrides: Sequence[str]) -> None:
     """The demo, killed at random moments of its whole length, against one that was not."""
-    rng, began = random.Random(seed), time.monotonic()
+    rng = random.Random(seed)
     finish(folder, "unbroken", overrides)
-    length = time.monotonic() - began
-    for at in sorted(rng.uniform(0, length) for _ in range(kills)):
-        pid = start(folder, "broken", overrides)
-        time.sleep(at / kills)  # what was done stays, so that the kills together reach about the end
-        way = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-        os.kill(pid, way)
-        print(f"{way.name} after {at / kills:.0f} s: ended with {ended(pid)}", flush=True)
+    for stage, after in moments(folder / "unbroken", kills, rng):
+        pid, way = start(folder, "broken", overrides), rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+        kill(pid, folder / "broken" / stage, after, way)
+        print(f"{stage}: {way.name} after {after:.1f} s: ended with {ended(pid)}", flush=True)
     finish(folder, "broken", overrides)
     compare(folder / "unbroken", folder / "broken")
     print("the same", flush=True)
