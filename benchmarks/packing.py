@@ -34,8 +34,8 @@ from conversations import load_conversations
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, apply_lora, lora_config
 from deepseek_v2_modeling.presets import PRESETS
 from deepseek_v2_modeling.training.mixin import RunLimits, training_arguments
-from recipes.allocation import keep_freed_memory
-from recipes.tiny.tokenizer import build_tokenizer
+from recipes.process_settings import keep_freed_memory
+from recipes.runs.preset_tokenizer import build_tokenizer
 from sft.data import encode_rows
 from sft.trainer import ChatTrainer
 

@@ -4,7 +4,9 @@ Every field has a type, its bounds and one sentence. Types are strict: `seed: "7
 """
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +16,10 @@ from conversations.reading.load import OnBadRow
 from conversations.rendering.conversation import TrainOn
 from conversations.rendering.fill_in_the_middle import FimMode
 from conversations.rendering.lengths import TooLong
+from conversations.row import Row
+
+Refuse = Callable[[Row], str | None]  # says why a canonical row is of no use; None where it is
+Head = Literal["causal_lm", "score"]  # that of deepseek_v2_modeling.loading, which imports torch
 
 # The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
 # together).
@@ -166,15 +172,76 @@ class FormatSection(Section):
     )
 
 
+@dataclass(frozen=True)
+class RowList:
+    """A list of data of a recipe, and what the stage wants of its rows.
+
+    Args:
+        name: what the stage calls it.
+        key: where it stands in the recipe.
+        limit: how many of its rows are used; None uses all.
+        answer: the key that says how many tokens an answer to a row may have; None where nothing is generated.
+        apart: whether the rows of each source are used on their own.
+    """
+
+    name: str
+    key: str
+    entries: Sequence[DataSource]
+    refuse: Refuse
+    limit: int | None = None
+    answer: str | None = None
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A model that a stage uses beside the one that it starts from, as a recipe names it.
+
+    Args:
+        kind: what it is, in words.
+        key: where its path stands in the recipe.
+        remedy: what to do where it is missing.
+        stand_in: where it is missing, the stage's own model with a random head takes its place.
+        stats: whether the statistics of its scores are used.
+    """
+
+    kind: str
+    key: str
+    path: str
+    head: Head
+    remedy: str
+    stand_in: bool = False
+    stats: bool = False
+
+
 class StageRecipe(Section):
     """What every stage's recipe has. `output_dir` is relative to the working directory."""
 
+    stage: str = Field(description="Which stage this is.")
     model: ModelSection = Field(description="The model the stage starts from.")
     output_dir: str = Field(min_length=1, description="The run directory, made when missing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random in the stage.")
     on_nan: Literal["stop", "skip"] = Field(
         default="stop", description="A loss or gradient that is not finite: stop the run, or leave out that update."
     )
+
+    @property
+    def head(self) -> Head:
+        """The head that a stage's model is loaded with, where the stage trains none."""
+        return "causal_lm"
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """What becomes of reasoning beside an answer. Prompts leave it out: a model is not shown its old reasoning."""
+        return "drop"
+
+    def row_lists(self) -> list[RowList]:
+        """All lists of data."""
+        raise NotImplementedError
+
+    def other_models(self) -> list[ModelUse]:
+        """The models that are used beside `model`."""
+        return []
 
 
 class TrainingRecipe(StageRecipe):
@@ -204,6 +271,11 @@ class TrainingRecipe(StageRecipe):
             raise ValueError("experts_file is for full fine-tuning (lora: null); with adapters write lora.experts_file")
         return self
 
+    @property
+    def chosen_experts_file(self) -> str | None:
+        """The file that names the routed experts to train, with adapters or without."""
+        return self.lora.experts_file if self.lora else self.experts_file
+
 
 class SupervisedRecipe(TrainingRecipe):
     """What the recipes of sft and reward share."""
@@ -220,3 +292,19 @@ class SupervisedRecipe(TrainingRecipe):
     format: FormatSection = Field(
         default_factory=lambda: FormatSection(), description="What is trained and what happens to long rows."
     )
+
+    held_out_apart: ClassVar[bool] = False  # whether each source of eval_data is evaluated on its own
+
+    @property
+    def reasoning(self) -> Reasoning:
+        return self.format.reasoning
+
+    def refusal(self) -> Refuse:
+        """Says why a row is of no use; one for each list, since it may look at rows before."""
+        raise NotImplementedError
+
+    def row_lists(self) -> list[RowList]:
+        trained = RowList("data", "data", self.data, self.refusal())
+        apart = self.held_out_apart and len(self.eval_data) > 1
+        held_out = RowList("eval_data", "eval_data", self.eval_data, self.refusal(), apart=apart)
+        return [trained, held_out] if self.eval_data else [trained]

@@ -11,7 +11,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from conversations.sections import DataSource, Section, StageRecipe
+from conversations.answers.usable_rows import (
+    first_of,
+    no_conversation,
+    no_pair_or_verdict,
+    no_question,
+    no_reference,
+    unreadable_reference,
+)
+from conversations.sections import DataSource, Head, Refuse, RowList, Section, StageRecipe
+from conversations.stage import Shrink, Stage
 
 _RESERVED = re.compile(r"(^|_)(n|truncated|t\d+)$")
 
@@ -40,6 +49,17 @@ class EvalTask(Section):
     max_new_tokens: int = Field(default=64, ge=1, description="Longest answer, in tokens.")
     batch_size: int = Field(default=32, ge=1, description="Prompts (or pairs) that run at once.")
     limit: int | None = Field(default=None, ge=1, description="Use the first so many rows; null uses all.")
+
+    def refusal(self) -> Refuse:
+        """Says why a row is of no use to the task."""
+        if self.metric == "exact_match":
+            return first_of(no_reference, unreadable_reference([self.rule]))
+        return {
+            "refusal": no_question,
+            "format": no_question,
+            "pair_accuracy": no_pair_or_verdict,
+            "loss": no_conversation,
+        }[self.metric]
 
 
 class EvalRecipe(StageRecipe):
@@ -70,6 +90,32 @@ class EvalRecipe(StageRecipe):
         return self
 
     @property
-    def head(self) -> Literal["causal_lm", "score"]:
-        """Which head the model is loaded with."""
+    def head(self) -> Head:
         return "score" if self.tasks[0].metric == "pair_accuracy" else "causal_lm"
+
+    def row_lists(self) -> list[RowList]:
+        return [
+            RowList(
+                task.name,
+                f"tasks.{index}.data" if task.data else "data",
+                task.data or self.data,
+                task.refusal(),
+                limit=task.limit,
+                answer=f"tasks.{index}.max_new_tokens" if task.metric not in ("pair_accuracy", "loss") else None,
+            )
+            for index, task in enumerate(self.tasks)
+        ]
+
+
+STAGE = Stage(
+    name="eval",
+    recipe=EvalRecipe,
+    help="measure a model",
+    title="evaluation",
+    run="eval.stage:run",
+    result="results.json",
+    measures=True,
+    continues="samples.jsonl",
+    writes=("samples.jsonl",),
+    smoke=(Shrink("tasks", {"batch_size": 1, "max_new_tokens": 16, "limit": 2}),),
+)

@@ -19,6 +19,7 @@ from conversations.answers.rules import check_reference
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.row import Row
+from conversations.stage import Work
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask
@@ -62,6 +63,18 @@ class Subject:
     @property
     def end_token_ids(self) -> list[int]:
         return end_tokens(self.model, self.tokenizer)
+
+
+def run(recipe: EvalRecipe, work: Work) -> dict[str, dict[str, Any]]:
+    """`evaluate` on what `dsv2` has read and loaded."""
+    return evaluate(
+        recipe,
+        model=work.model,
+        tokenizer=work.tokenizer,
+        rows_by_task=dict(work.rows),
+        run_dir=work.run_dir,
+        resume=work.resume,
+    )
 
 
 def evaluate(

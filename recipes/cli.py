@@ -22,7 +22,8 @@ from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
 from recipes.disk import disk_fault
 from recipes.processes import is_main, rank
-from recipes.recipe.secret_keys import without_secrets
+from recipes.secret_keys import without_secrets
+from recipes.stages import stages
 from recipes.terminal import safe_terminal
 
 
@@ -132,9 +133,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        from recipes.recipe.loader import load_recipe
+        from recipes.recipe.loader import load_recipe, of_stage
 
-        loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage=stage)
+        loaded = of_stage(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke), [stage])
         from recipes.runs.stage import report_outcome, run_stage
 
         report_outcome(loaded.recipe, run_stage(loaded))
@@ -144,9 +145,9 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    from recipes.recipe.loader import load_recipe
+    from recipes.recipe.loader import load_recipe, of_chain
 
-    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="chain")
+    loaded = of_chain(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke))
     from recipes.chains.chain import run_chain
 
     run_chain(loaded)
@@ -159,14 +160,25 @@ def _chat(arguments: argparse.Namespace) -> int:
     return chat(arguments)
 
 
-def _adapter(command: str) -> Callable[[argparse.Namespace], int]:
-    def run(arguments: argparse.Namespace) -> int:
-        from recipes.commands.adapters import COMMANDS
+def _merge(arguments: argparse.Namespace) -> int:
+    from recipes.commands.adapters import merge
 
-        print(COMMANDS[command](arguments))
-        return 0
+    print(merge(arguments))
+    return 0
 
-    return run
+
+def _export(arguments: argparse.Namespace) -> int:
+    from recipes.commands.adapters import export
+
+    print(export(arguments))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from recipes.commands.adapters import import_
+
+    print(import_(arguments))
+    return 0
 
 
 def _experts(arguments: argparse.Namespace) -> int:
@@ -200,53 +212,50 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {
-    "init": Command(
-        "DIR --preset NAME", "make a seeded random model with tokenizer, in hub layout", _init_arguments, _init
-    ),
-    "check": Command("RECIPE", "validate a recipe and its data, load no weights", _recipe_arguments, _check),
-    **{
-        name: Command("RECIPE [--smoke] [key.path=value ...]", text, _recipe_arguments, _stage(name), name != "eval")
-        for name, text in (
-            ("sft", "supervised fine-tuning"),
-            ("reward", "train a reward model"),
-            ("rl", "reinforcement learning (GRPO)"),
-            ("eval", "measure a model"),
-        )
-    },
-    "run": Command(
-        "RECIPE [--smoke] [key.path=value ...]", "a chain of stages, resumable", _recipe_arguments, _chain, True
-    ),
-    "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
-    "merge": Command(
-        "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _adapter("merge")
-    ),
-    "export": Command(
-        "ADAPTER_OR_RUN OUT_DIR --layout per_expert",
-        "an adapter for vLLM and SGLang",
-        _export_arguments,
-        _adapter("export"),
-    ),
-    "import": Command(
-        "ADAPTER OUT_DIR", "a per-expert or old adapter to PEFT's layout", _import_arguments, _adapter("import")
-    ),
-    "experts": Command(
-        "RECIPE [key.path=value ...]",
-        "which experts a data set uses, to train just those",
-        _experts_arguments,
-        _experts,
-    ),
-    "recipes": Command(
-        "[copy NAME FILE]", "the recipes that come with the toolkit, a line each", _recipes_arguments, _recipes
-    ),
-    "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
-}
+_ON_RECIPE = "RECIPE [--smoke] [key.path=value ...]"
+
+
+def commands() -> dict[str, Command]:
+    """All commands by name, in the order of the help."""
+    stage_commands = {
+        stage.name: Command(_ON_RECIPE, stage.help, _recipe_arguments, _stage(stage.name), stage.training is not None)
+        for stage in stages().values()
+    }
+    return {
+        "init": Command(
+            "DIR --preset NAME", "make a seeded random model with tokenizer, in hub layout", _init_arguments, _init
+        ),
+        "check": Command("RECIPE", "validate a recipe and its data, load no weights", _recipe_arguments, _check),
+        **stage_commands,
+        "run": Command(_ON_RECIPE, "a chain of stages, resumable", _recipe_arguments, _chain, True),
+        "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
+        "merge": Command(
+            "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _merge
+        ),
+        "export": Command(
+            "ADAPTER_OR_RUN OUT_DIR --layout per_expert", "an adapter for vLLM and SGLang", _export_arguments, _export
+        ),
+        "import": Command(
+            "ADAPTER OUT_DIR", "a per-expert or old adapter to PEFT's layout", _import_arguments, _import
+        ),
+        "experts": Command(
+            "RECIPE [key.path=value ...]",
+            "which experts a data set uses, to train just those",
+            _experts_arguments,
+            _experts,
+        ),
+        "recipes": Command(
+            "[copy NAME FILE]", "the recipes that come with the toolkit, a line each", _recipes_arguments, _recipes
+        ),
+        "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
+    }
 
 
 def help_text() -> str:
     """The text of `dsv2 --help`."""
-    width = max(len(f"{name} {command.usage}") for name, command in COMMANDS.items())
-    lines = [f"  dsv2 {f'{name} {command.usage}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    usages = {f"{name} {command.usage}": command.help for name, command in commands().items()}
+    width = max(map(len, usages))
+    lines = [f"  dsv2 {usage:<{width}}  {text}" for usage, text in usages.items()]
     return "\n".join(
         [
             "dsv2: a DeepSeek-V2 base checkpoint becomes chat variants.",
@@ -276,12 +285,12 @@ def dispatch(argv: Sequence[str]) -> int:
 
         print(version("deepseek-v2-toolkit"))
         return 0
-    name = argv[0]
-    if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(COMMANDS)}"
+    name, known = argv[0], commands()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(known)}"
         raise ToolkitError(f'unknown command "{name}"; {hint}')
-    command = COMMANDS[name]
+    command = known[name]
     parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)
     command.arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -298,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ToolkitError(message)
             return dispatch(argv)
         except KeyboardInterrupt as interrupt:
-            command = COMMANDS.get(argv[0] if argv else "")
+            command = commands().get(argv[0] if argv else "")
             then = "the same command goes on from there" if command and command.resumes else "nothing was finished"
             if is_main():
                 _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")

@@ -1,6 +1,7 @@
-"""Writing files so that a reader never sees half of one, and that a crash leaves the old one."""
+"""Files: written so that a reader never sees half of one and a crash leaves the old one; read; known by a hash."""
 
 import contextlib
+import hashlib
 import json
 import math
 import secrets
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+
+_CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
@@ -51,6 +54,15 @@ def read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise ToolkitError(f"{path}: not readable JSON ({error}); put the file back, or move it away") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _finite(value: Any) -> Any:

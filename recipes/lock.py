@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversations.errors import ToolkitError
-from recipes.processes import is_main
-from recipes.runs.manifest import command_line, now
+from recipes.processes import command_line, is_main, now
 
 LOCK = ".lock"
 ROOM = 64 << 10  # bytes; enough for a manifest

@@ -1,7 +1,17 @@
-"""Which of the processes of a launch this is. `torchrun` and `accelerate launch` tell by environment variables."""
+"""Which of the processes of a launch this is, and how it was started. `torchrun` and `accelerate launch` tell by
+environment variables."""
 
 import os
-from typing import Any
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from recipes.secret_keys import without_secrets
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -35,3 +45,25 @@ def wait_for_all() -> None:
     if not torch.distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available())
     torch.distributed.barrier()
+
+
+def main_first(do: Callable[[], T]) -> T:
+    """Let the main process go first: what it writes on the way, the others find."""
+    if is_main():
+        done = do()
+        wait_for_all()
+        return done
+    wait_for_all()
+    return do()
+
+
+def command_line() -> str:
+    """The command as it could be typed again, without the directory of the program and without secrets."""
+    program = Path(sys.argv[0]).name
+    program = "dsv2" if program == "cli.py" else program
+    return without_secrets(" ".join([program, *(shlex.quote(word) for word in sys.argv[1:])]))
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

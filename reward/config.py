@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from conversations.sections import SupervisedRecipe
+from conversations.answers.usable_rows import no_pair, other_verdict
+from conversations.sections import Refuse, SupervisedRecipe
+from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
 
 class RewardRecipe(SupervisedRecipe):
@@ -14,3 +16,25 @@ class RewardRecipe(SupervisedRecipe):
     loss: Literal["pairwise", "pointwise"] = Field(
         default="pairwise", description="Pairs of chosen and rejected, or single answers with a label or score."
     )
+
+    def refusal(self) -> Refuse:
+        return other_verdict() if self.loss == "pointwise" else no_pair
+
+
+STAGE = Stage(
+    name="reward",
+    recipe=RewardRecipe,
+    help="train a reward model",
+    title="reward model",
+    run="reward.stage:run",
+    training=Training(
+        config="RewardConfig",
+        head="score",
+        planned_config="reward.stage:planned_config",
+        rehearsal="reward.stage:rehearsal",
+    ),
+    encode="reward.data:encoder",
+    writes=("metrics.jsonl",),
+    signs=("margin", "eval_margin"),
+    smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
+)

@@ -8,11 +8,28 @@ from datasets import Dataset
 from conversations import render_conversation
 from conversations.answers.judging import is_pair
 from conversations.errors import ToolkitError
+from conversations.rendering.fitting import Encode, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import JUDGED, PAIR, VERDICTS, Row
+from reward.config import RewardRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ANSWERS = (*PAIR[1:], "completion")
+
+
+def encoder(recipe: RewardRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
+    """What becomes of one row: its answers, a pair or one, are trained on together."""
+
+    def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
+        report.rows += 1
+        sequences = [answer_ids(row["prompt"], row[key], tokenizer, None) for key in ANSWERS if key in row]
+        report.lengths.append(max(map(len, sequences)))
+        kept = fitted(sequences, max_length, recipe.format.too_long, report)
+        return [[(ids, [0] * len(ids)) for ids in kept]] if kept else []
+
+    return encode
 
 
 def answer_ids(

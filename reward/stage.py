@@ -1,9 +1,9 @@
 """Reward models: trained on pairs or judged answers, measured on held-out ones, with statistics for RL."""
 
 import random
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,32 @@ import datasets
 from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
+from conversations.answers.reward_stats import STATS_FILE, RewardStats
 from conversations.rendering.lengths import LengthReport
-from conversations.row import Row
+from conversations.stage import Work
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
-from reward.data import answer_ids, encode_judged, encode_pairs
+from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STATS_FILE = "reward_stats.json"
 STATS_ROWS = 500  # training rows whose scores make the statistics
+
+
+def run(recipe: RewardRecipe, work: Work) -> dict[str, Any]:
+    """`train` on what `dsv2` has read and loaded."""
+    return train(
+        recipe,
+        model=work.model,
+        tokenizer=work.tokenizer,
+        rows=work.rows["data"],
+        eval_rows=work.rows.get("eval_data"),
+        run_dir=work.run_dir,
+        resume_from=work.resume_from,
+    )
 
 
 def train(
@@ -107,6 +120,18 @@ def build_trainer(
     return trainer, report
 
 
+def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> RunTrainerMixin:
+    """The trainer of a toy run."""
+    question, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    row = {"prompt": question, "chosen": answer, "rejected": answer}
+    if recipe.loss == "pointwise":
+        row = {"prompt": question, "completion": answer, "label": True}
+    rows = [row] * 2
+    held_out = rows if recipe.eval_data else ()
+    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
+    return build_trainer(recipe, **given, run_dir=run_dir)[0]
+
+
 def run_limits(recipe: RewardRecipe) -> RunLimits:
     """When the recipe's run ends early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
@@ -123,6 +148,11 @@ def reward_config(recipe: RewardRecipe, run_dir: Path, has_eval: bool = False) -
         has_eval=has_eval,
     )
     return RewardConfig(**arguments)
+
+
+def planned_config(recipe: RewardRecipe) -> RewardConfig:
+    """That of the recipe's own run."""
+    return reward_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
 def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Scorer:
@@ -143,9 +173,8 @@ def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase
 
 def score_stats(scorer: Scorer, rows: Sequence[Row]) -> dict[str, float]:
     """{mean, std, n} over every answer in these rows, chosen and rejected alike."""
-    answers = [(row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected", "completion") if key in row]
-    scores = scorer(answers)
-    return {"mean": statistics.fmean(scores), "std": statistics.pstdev(scores), "n": len(scores)}
+    answers = [(row["prompt"], row[key]) for row in rows for key in ANSWERS if key in row]
+    return asdict(RewardStats.of(scorer(answers)))
 
 
 def judge_rows(scorer: Scorer, rows: Sequence[Row]) -> dict[str, Any]:

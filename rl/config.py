@@ -4,7 +4,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from conversations.sections import Section, TrainingRecipe
+from conversations.answers.usable_rows import Row, first_of, no_question, unreadable_reference
+from conversations.sections import ModelUse, Refuse, RowList, Section, TrainingRecipe
+from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
+
+_MAP_REFERENCE = (
+    "name the columns of the prompt and of the right answer, such as data.0.columns: "
+    "{prompt: question, reference: answer} (a nested one: reference: reward_model.ground_truth)"
+)
 
 
 class RewardEntry(Section):
@@ -34,6 +41,10 @@ class RewardEntry(Section):
             raise ValueError("clip belongs to a reward model, not to a rule")
         if self.weight == 0:
             raise ValueError("weight is 0: leave the reward out instead")
+        if self.rule is not None:
+            from conversations.answers.rules import find_rule
+
+            find_rule(self.rule)
         return self
 
 
@@ -48,3 +59,76 @@ class RlRecipe(TrainingRecipe):
         if self.training.get("cast_lm_head_to_fp32") and self.lora and "lm_head" in self.lora.targets:
             raise ValueError("training.cast_lm_head_to_fp32 does not go with lm_head in lora.targets; leave one out")
         return self
+
+    def row_lists(self) -> list[RowList]:
+        return [RowList("data", "data", self.data, self._refusal(), answer="training.max_completion_length")]
+
+    def other_models(self) -> list[ModelUse]:
+        return [
+            ModelUse(
+                kind="reward model",
+                key=f"rewards.{index}.model",
+                path=entry.model,
+                head="score",
+                remedy="train it with: dsv2 reward RECIPE, or set if_missing: random",
+                stand_in=entry.if_missing == "random",
+                stats=entry.normalize,
+            )
+            for index, entry in enumerate(self.rewards)
+            if entry.model is not None
+        ]
+
+    def _refusal(self) -> Refuse:
+        """A row must ask something, and one of the rewards must have something to say."""
+        from conversations.answers.rules import needs_reference
+
+        rules = [entry.rule for entry in self.rewards if entry.rule and needs_reference(entry.rule)]
+
+        def unjudged(row: Row) -> str | None:
+            if "reference" in row or len(rules) < len(self.rewards):
+                return None
+            return f"has no reference, which every reward needs ({', '.join(rules)}); {_MAP_REFERENCE}"
+
+        strict = [entry.rule for entry in self.rewards if entry.rule in rules and entry.on_error == "error"]
+        return first_of(no_question, unjudged, unreadable_reference(strict))
+
+
+STAGE = Stage(
+    name="rl",
+    recipe=RlRecipe,
+    help="reinforcement learning (GRPO)",
+    title="reinforcement learning",
+    run="rl.stage:run",
+    training=Training(
+        config="GRPOConfig",
+        planned_config="rl.stage:planned_config",
+        rehearsal="rl.stage:rehearsal",
+        rehearsal_training={
+            "per_device_train_batch_size": 2,
+            "num_generations": 2,
+            "max_completion_length": 2,
+            "steps_per_generation": 1,
+            "generation_batch_size": None,
+            "num_generations_eval": None,
+        },
+        row_uses=("num_generations", "num_iterations"),
+        check_rows="rl.stage:check_prompts",
+    ),
+    writes=("metrics.jsonl", "samples.jsonl"),
+    signs=("reward", "kl"),
+    smoke=(
+        Shrink(
+            "training",
+            {
+                **SMOKE_TRAINING,
+                "num_generations": 2,
+                "max_completion_length": 16,
+                # TRL wants both answers to a prompt in one generation batch: two steps' worth of batches of 1.
+                "steps_per_generation": 2,
+                "generation_batch_size": None,
+                "num_generations_eval": None,
+            },
+        ),
+        Shrink("rewards", {"if_missing": "random"}, where="model"),
+    ),
+)

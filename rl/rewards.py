@@ -6,25 +6,24 @@ each, or None where it has nothing to say (a rule that needs a reference, and a 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation, verify
-from conversations.answers.prompts import answer_text, prompt_text
+from conversations.answers.prompts import Row, answer_text, prompt_text
+from conversations.answers.reward_stats import RewardStats
 from conversations.answers.rules import find_rule
 from conversations.errors import ToolkitError
-from conversations.row import Row
+from conversations.stage import OtherModel
 from deepseek_v2_modeling.inference import score_sequences
-from deepseek_v2_modeling.training import read_json
+from rl.config import RewardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OnError = Literal["error", "zero", "skip"]
 Values = list[float | None]
-STATS_FILE = "reward_stats.json"
 MIN_STD = 1e-6
 
 
@@ -115,34 +114,6 @@ class RuleReward(Reward):
             return math.nan
 
 
-@dataclass(frozen=True)
-class RewardStats:
-    """Mean and spread of a reward model's scores of its training pairs, and how many scores they are from."""
-
-    mean: float
-    std: float
-    n: int
-
-    @classmethod
-    def read(cls, folder: Path) -> "RewardStats":
-        """From reward_stats.json in a reward model's final/.
-
-        Raises:
-            ToolkitError: it is missing, or damaged.
-        """
-        path = folder / STATS_FILE
-        if not path.is_file():
-            raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
-        try:
-            values = read_json(path)
-            found = cls(mean=float(values["mean"]), std=float(values["std"]), n=int(values["n"]))
-            if not (math.isfinite(found.mean) and math.isfinite(found.std) and found.std >= 0):
-                raise ValueError(f"mean is {found.mean} and std {found.std}")
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ToolkitError(f"{path}: unreadable statistics ({error}); train the reward model again") from error
-        return found
-
-
 class RewardModelReward(Reward):
     """A reward model's score of the conversation that ends in the answer; normalised, then cut.
 
@@ -181,6 +152,23 @@ class RewardModelReward(Reward):
         scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         found = dict(zip(places, scores, strict=True))
         return [normalised(found[prompt_text(a.prompt), a.text], self.stats, self.clip) for a in answers]
+
+
+def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherModel]) -> list[Reward]:
+    """The terms of a recipe's reward, by names that differ. models: the reward models, by their keys in the recipe."""
+    rewards: list[Reward] = []
+    for index, entry in enumerate(entries):
+        if entry.rule is not None:
+            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
+            continue
+        other = models[f"rewards.{index}.model"]
+        given: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
+        rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **given))
+    names = [reward.name for reward in rewards]
+    for index, reward in enumerate(rewards):
+        if names.count(names[index]) > 1:  # TRL logs by name
+            reward.__name__ = f"{names[index]}_{index}"
+    return rewards
 
 
 def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:

@@ -12,15 +12,29 @@ from trl.trainer.grpo_config import GRPOConfig
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
 from conversations.row import Row
+from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RewardEntry, RlRecipe
-from rl.rewards import Reward, RewardModelReward, check_references
+from rl.rewards import Answer, Reward, RewardModelReward, Values, build_rewards, check_references
 from rl.trainer import PolicyTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
+
+
+def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
+    """`train` on what `dsv2` has read and loaded."""
+    return train(
+        recipe,
+        model=work.model,
+        tokenizer=work.tokenizer,
+        rows=work.rows["data"],
+        rewards=build_rewards(recipe.rewards, work.others),
+        run_dir=work.run_dir,
+        resume_from=work.resume_from,
+    )
 
 
 def train(
@@ -80,6 +94,21 @@ def build_trainer(
     return PolicyTrainer(model, arguments, rewards, train_dataset=data, processing_class=tokenizer, limits=limits)
 
 
+class Indifferent(Reward):
+    """Likes all answers alike, in a rehearsal; the recipe's own rewards are looked at elsewhere."""
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        return [1.0] * len(answers)
+
+
+def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> PolicyTrainer:
+    """The trainer of a toy run."""
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": asked, "reference": "1"}] * 2
+    rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
+    return build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
+
+
 def run_limits(recipe: RlRecipe) -> RunLimits:
     """When the recipe's run ends early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
@@ -127,6 +156,11 @@ def grpo_config(
         limits=limits,
     )
     return GRPOConfig(**arguments, reward_weights=[reward.weight for reward in rewards])
+
+
+def planned_config(recipe: RlRecipe) -> GRPOConfig:
+    """That of the recipe's own run."""
+    return grpo_config(recipe, Path(recipe.output_dir), run_limits(recipe), recipe.rewards)
 
 
 def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,16 +1,22 @@
 """The recipe of supervised fine-tuning. No torch."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from conversations.sections import SupervisedRecipe
+from conversations.answers.usable_rows import no_answer
+from conversations.sections import Refuse, SupervisedRecipe
+from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
 
 class SftRecipe(SupervisedRecipe):
     """Supervised fine-tuning on conversations; `training` feeds trl.SFTConfig."""
 
     stage: Literal["sft"] = Field(description="Which stage this is.")
+    held_out_apart: ClassVar[bool] = True
+
+    def refusal(self) -> Refuse:
+        return no_answer
 
     @model_validator(mode="after")
     def _packed_documents_stay_apart(self) -> "SftRecipe":
@@ -22,3 +28,23 @@ class SftRecipe(SupervisedRecipe):
         if training.get("packing") and training.get("max_length", 0) is None:
             raise ValueError("training.packing needs training.max_length, the size of a pack")
         return self
+
+
+STAGE = Stage(
+    name="sft",
+    recipe=SftRecipe,
+    help="supervised fine-tuning",
+    title="supervised fine-tuning",
+    run="sft.stage:run",
+    training=Training(
+        config="SFTConfig",
+        planned_config="sft.stage:planned_config",
+        rehearsal="sft.stage:rehearsal",
+        evaluated=("loss", "mean_token_accuracy", "entropy"),
+    ),
+    encode="sft.data:encoder",
+    marks_tokens=True,
+    writes=("metrics.jsonl", "samples.jsonl"),
+    signs=("loss", "eval_loss"),
+    smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
+)

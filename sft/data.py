@@ -9,16 +9,23 @@ from datasets.arrow_writer import ArrowWriter
 
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import TrainOn
-from conversations.rendering.fitting import Fitter
+from conversations.rendering.fitting import Encode, Fitter
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import Row
 from conversations.scratch import scratch_directory
+from sft.config import SftRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # torch's cross-entropy leaves out labels of this value
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "origin": Value("string")})
+
+
+def encoder(recipe: SftRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
+    """What becomes of one row: each piece is trained on by itself."""
+    fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
+    return lambda row, report: [[piece] for piece in fitter.pieces(row, report)]
 
 
 def check_row(row: Row, number: int) -> Row:

@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from conversations.rendering.lengths import LengthReport
 from conversations.row import Row
+from conversations.stage import Work
 from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, append_lines, training_arguments
 from sft.config import SftRecipe
 from sft.data import check_row, encode_rows
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 
 SAMPLES = 6
 SAMPLE_TOKENS = 64
+
+
+def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:
+    """`train` on what `dsv2` has read and loaded."""
+    return train(
+        recipe,
+        model=work.model,
+        tokenizer=work.tokenizer,
+        rows=work.rows["data"],
+        eval_rows=work.rows.get("eval_data"),
+        run_dir=work.run_dir,
+        resume_from=work.resume_from,
+    )
 
 
 def train(
@@ -104,6 +118,14 @@ def build_trainer(
     return trainer, {"": report, **{f"eval_data {name}".strip(): found for name, (_, found) in held_out.items()}}
 
 
+def rehearsal(recipe: SftRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> ChatTrainer:
+    """The trainer of a toy run. Its rows ask nothing, so that no samples are written."""
+    rows = [{"text": "a b"}] * 2
+    held_out = rows if recipe.eval_data else ()
+    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
+    return build_trainer(recipe, **given, run_dir=run_dir)[0]
+
+
 def run_limits(recipe: SftRecipe) -> RunLimits:
     """When the recipe's run ends early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
@@ -120,6 +142,11 @@ def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTC
         has_eval=has_eval,
     )
     return SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": not arguments.get("packing")})
+
+
+def planned_config(recipe: SftRecipe) -> SFTConfig:
+    """That of the recipe's own run."""
+    return sft_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
 def _datasets(held_out: Mapping[str, tuple[Dataset, LengthReport]]) -> Any:

@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import torch
-from recipes.allocation import keep_freed_memory
+from recipes.process_settings import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

@@ -8,7 +8,7 @@ from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import render_text
 from conversations.rendering.fitting import CUT_AWAY, NOTHING_TRAINED, Fitter
 from conversations.rendering.lengths import LengthReport
-from recipes.tiny.tokenizer import build_tokenizer
+from recipes.runs.preset_tokenizer import build_tokenizer
 
 from .stage_helpers import assistant, byte_tokenizer, user
 

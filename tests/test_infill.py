@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.rendering.fill_in_the_middle import TOKENS, fim_ids, render_text, with_hole
-from recipes.tiny.tokenizer import build_tokenizer
+from recipes.runs.preset_tokenizer import build_tokenizer
 
 from .stage_helpers import byte_tokenizer
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conversations.answers.reward_stats import STATS_FILE, RewardStats
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.checkpoints.tensor_files import base_files, read_header
 from deepseek_v2_modeling.errors import ModelError
 from deepseek_v2_modeling.loading import resolve_source
 from recipes.runs.foundation import check_files, read_foundation
 from recipes.runs.new_model import make_model
-from rl.rewards import STATS_FILE, RewardStats
 
 JUNK: list[Any] = [None, True, -1, 0, 1.5, 10**12, float("nan"), "text", "", [], [1], {}, {"a": {"b": [1]}}]
 PLACES = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")

@@ -17,7 +17,7 @@ from recipes.chains.chain import run_chain
 from recipes.chains.plan import check_stages, plan_stages, resolve_stage
 from recipes.chains.references import References
 from recipes.files import write_json, write_text
-from recipes.recipe.loader import Loaded, load_recipe
+from recipes.recipe.loader import Loaded, load_recipe, of_chain
 from recipes.runs.directory import dump_text
 
 SFT = "stage: sft\nmodel: {path: base}\ndata: [{path: rows.jsonl}]\ntraining: {max_steps: 5}\noutput_dir: alone\n"
@@ -97,7 +97,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     for name, text in (("sft", SFT), ("eval", EVAL), ("chain", CHAIN)):
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
-    return lambda *overrides: run_chain(load_recipe(Path("chain.yaml"), overrides, stage="chain"))
+    return lambda *overrides: run_chain(of_chain(load_recipe(Path("chain.yaml"), overrides)))
 
 
 ALL = ["sft", "eval_sft", "more", "eval_more"]
@@ -186,7 +186,7 @@ def test_a_directory_of_another_run_is_refused(stages: FakeStages, start: Any, t
     before = Path("out/recipe.yaml").read_text()
     Path("other.yaml").write_text(CHAIN)
     with pytest.raises(ToolkitError, match=r"out holds the run of another chain, .*chain\.yaml"):
-        run_chain(load_recipe(Path("other.yaml"), stage="chain"))
+        run_chain(of_chain(load_recipe(Path("other.yaml"))))
     with pytest.raises(ToolkitError, match="holds a run of stage sft, not a chain"):
         start("output_dir=out/sft")
     assert Path("out/recipe.yaml").read_text() == before
@@ -241,7 +241,7 @@ def test_a_plan_knows_the_shape_of_models_that_are_still_to_be_made(start: Any) 
         assert [name for name, _ in plan_stages(load_recipe(Path("chain.yaml"), new))] == ALL
         check_stages(load_recipe(Path("chain.yaml"), new))
         for wrong, fault in (
-            ("stages.more.model.path=${eval_sft}", "stages.more: out/eval_sft will be an evaluation; name a stage"),
+            ("stages.more.model.path=${eval_sft}", "stages.more: out/eval_sft will hold no model; name a stage"),
             ("stages.more.model.config={n_group: 3}", "stages.more: model.config: n_group is 3"),
             (
                 "stages.more.model.config={n_routed_experts: 0}",

@@ -19,7 +19,7 @@ from recipes.check.measure import packs
 from recipes.cli import main
 from recipes.data.sources import read_sources
 from recipes.recipe.loader import load_recipe
-from recipes.tiny.tokenizer import build_tokenizer
+from recipes.runs.preset_tokenizer import build_tokenizer
 from sft.data import IGNORED, encode_rows
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from conversations.errors import ToolkitError
 from recipes import cli
-from recipes.cli import COMMANDS, main
+from recipes.cli import commands, main
 
 ROOT = Path(__file__).parents[1]
 SFT = ROOT / "recipes" / "v2_lite" / "sft_lora.yaml"
@@ -48,7 +48,7 @@ def test_help_and_the_schema_need_no_torch_and_no_time() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("seconds")[1]) < 0.5
-    for name in COMMANDS:
+    for name in commands():
         assert f"dsv2 {name} " in done.stdout
 
 
@@ -82,7 +82,8 @@ def test_wrong_commands_end_with_2(
 
 def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setitem(cli.COMMANDS, "sft", cli.Command("", "", cli._recipe_arguments, lambda a: seen.append(a) or 0))
+    command = cli.Command("", "", cli._recipe_arguments, lambda a: seen.append(a) or 0)
+    monkeypatch.setattr(cli, "commands", lambda: {"sft": command})
     for words in (
         ["r.yaml", "--smoke", "a=1", "b=2"],
         ["--smoke", "r.yaml", "a=1", "b=2"],

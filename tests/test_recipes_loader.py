@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conversations.errors import ToolkitError
 from conversations.sections import Target
 from deepseek_v2_modeling.adapters.lora import GROUPS, PROJECTIONS
-from recipes.recipe.loader import load_recipe
+from recipes.recipe.loader import load_recipe, of_stage
 from recipes.recipe.overrides import Override, apply_override, merge, parse_override
 from recipes.recipe.paths import absolute_paths, is_hub_name
 from recipes.recipe.yaml_text import parse_yaml, read_mapping
@@ -267,7 +267,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (SFT, "lora.target=[attention]", 'unknown key "lora.target", did you mean "lora.targets"?'),
         (SFT, "data.1.wieght=2", 'unknown key "data.1.wieght", did you mean "data.1.weight"?'),
         (SFT, "format.train=all", 'unknown key "format.train", did you mean "format.train_on"?'),
-        (SFT, "rewards=[]", 'unknown key "rewards"; known here: model, output_dir'),
+        (SFT, "rewards=[]", 'unknown key "rewards"; known here: stage, model, output_dir'),
         (SFT, "learning_rate=1", "fields of the TRL config go under training"),
         (EVAL, "tasks.0.metrc=loss", 'unknown key "tasks.0.metrc", did you mean "tasks.0.metric"?'),
         (EVAL, "tasks.refusals.data.0.pth=a", 'unknown key "tasks.1.data.0.pth", did you mean "tasks.1.data.0.path"?'),
@@ -328,7 +328,7 @@ def test_a_file_without_stage_or_of_another_stage_is_refused(tmp_path: Path, rec
     with pytest.raises(ToolkitError, match='missing key "stage"'):
         load_recipe(write(tmp_path, "model: {path: x}"))
     with pytest.raises(ToolkitError, match=r"is a recipe of stage sft, not reward; run: dsv2 sft .*recipe\.yaml"):
-        load_recipe(recipe, stage="reward")
+        of_stage(load_recipe(recipe), ["reward"])
 
 
 # --- --smoke

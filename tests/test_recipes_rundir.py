@@ -46,10 +46,13 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+    evaluation = {**RECIPE_TREE, "stage": "eval"}
     run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
-    assert inspect(run_dir, RECIPE_TREE).status == "resume"  # its result is gone
+    write_text(run_dir / RECIPE, dump_text(evaluation))
+    state = inspect(run_dir, evaluation)
+    assert (state.status, state.fault) == ("resume", "results.json is missing or broken")
     write_json(run_dir / "results.json", {})
-    assert inspect(run_dir, RECIPE_TREE).status == "finished"
+    assert inspect(run_dir, evaluation).status == "finished"
 
 
 @pytest.mark.parametrize("kind", ["model", "shards", "adapter"])

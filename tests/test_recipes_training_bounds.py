@@ -8,13 +8,16 @@ import pytest
 from conversations.errors import ToolkitError
 from recipes.recipe.loader import load_recipe
 from recipes.runs.training_bounds import BOUNDS, check_bounds
-from recipes.runs.training_fields import CONFIG_CLASSES, OWNED, config_class
+from recipes.runs.training_fields import OWNED, config_class
+from recipes.stages import stages
+
+CONFIGS = [stage.training.config for stage in stages().values() if stage.training]
 
 
 def numeric_fields() -> set[str]:
     found = set()
-    for stage in CONFIG_CLASSES:
-        cls = config_class(stage)
+    for name in CONFIGS:
+        cls = config_class(name)
         hints = get_type_hints(cls)
         names = {field.name for field in dataclasses.fields(cls) if field.init}
         found |= {name for name in names if {int, float} & {hints[name], *getattr(hints[name], "__args__", ())}}
@@ -26,8 +29,8 @@ def test_every_number_of_the_configs_has_bounds() -> None:
 
 
 def test_the_configs_own_defaults_are_inside() -> None:
-    for stage in CONFIG_CLASSES:
-        defaults = {f.name: f.default for f in dataclasses.fields(config_class(stage)) if f.name in BOUNDS}
+    for name in CONFIGS:
+        defaults = {f.name: f.default for f in dataclasses.fields(config_class(name)) if f.name in BOUNDS}
         check_bounds({name: value for name, value in defaults.items() if value is not dataclasses.MISSING})
 
 

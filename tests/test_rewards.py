@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conversations import render_conversation
+from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
 from rl.rewards import (
     Answer,
     Reward,
     RewardModelReward,
-    RewardStats,
     RuleReward,
     check_references,
     normalised,

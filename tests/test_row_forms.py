@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from conversations import load_conversations
+from conversations.answers.usable_rows import no_answer
 from conversations.errors import ToolkitError
 from conversations.formats.bad_row import BadRow
 from conversations.formats.table import convert_row
@@ -197,18 +198,13 @@ HINTED = [
 
 @pytest.mark.parametrize("row", HINTED)
 def test_a_hint_that_is_followed_loads_the_file(tmp_path, row):
-    from recipes.data.usable_rows import refusal_of
-
-    class Sft:
-        stage = "sft"
-
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(ToolkitError) as caught:
-        list(load_conversations(path, refuse=refusal_of(Sft)))
+        list(load_conversations(path, refuse=no_answer))
     hints = re.findall(r"columns: (\{.*?\})", str(caught.value))
     columns = yaml.safe_load(hints[-1])
-    (loaded,) = load_conversations(path, refuse=refusal_of(Sft), columns=columns)
+    (loaded,) = load_conversations(path, refuse=no_answer, columns=columns)
     text = " ".join(turn["content"] for turn in loaded["messages"])
     for value in row.values():
         if isinstance(value, str) and value != "no":
@@ -223,12 +219,7 @@ def test_without_a_column_that_works_there_is_no_hint(tmp_path):
 
 
 def test_what_is_null_is_named(tmp_path):
-    from recipes.data.usable_rows import refusal_of
-
-    class Sft:
-        stage = "sft"
-
     path = tmp_path / "a.jsonl"
     path.write_text('{"Ask": "Q", "Tell": null}')
     with pytest.raises(ToolkitError, match=r"has no answer to train on.* \(Tell is null\)"):
-        list(load_conversations(path, refuse=refusal_of(Sft), columns={"prompt": "Ask", "response": "Tell"}))
+        list(load_conversations(path, refuse=no_answer, columns={"prompt": "Ask", "response": "Tell"}))

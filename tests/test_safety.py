@@ -20,7 +20,7 @@ from conversations.reading import data_file
 from deepseek_v2_modeling.checkpoints.adapter_config import pattern_fault
 from deepseek_v2_modeling.checkpoints.sources import is_hub_name
 from recipes.cli import main
-from recipes.recipe.secret_keys import refuse_secrets, without_secrets
+from recipes.secret_keys import refuse_secrets, without_secrets
 from recipes.terminal import printable, safe_terminal
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conversations import render_conversation
+from recipes.runs.preset_tokenizer import BOS, EOS, OTHER_SPECIAL, PAD, build_tokenizer
 from recipes.tiny import world
-from recipes.tiny.tokenizer import BOS, EOS, OTHER_SPECIAL, PAD, build_tokenizer
 
 PRESETS = ("tiny", "v2-lite-mini", "v2-mini")
 tokenizer_of = cache(build_tokenizer)

@@ -1,6 +1,6 @@
 """A row -> the token ids and loss masks that are trained, none longer than a run allows; all of it counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Piece = tuple[list[int], list[int]]  # token ids, loss mask
+# (row, the report that counts it) -> what is trained on of it: samples, of one piece or (answers compared) several
+Encode = Callable[[Row, LengthReport], list[list[Piece]]]
 
 NOTHING_TRAINED = "nothing in it is trained"
 

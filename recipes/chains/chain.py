@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
 from recipes.chains.plan import check_stages, resolve_stage
 from recipes.chains.references import References
 from recipes.chains.state import ChainState, fingerprint
 from recipes.files import write_json, write_text
 from recipes.lock import hold_directory, owner_of
-from recipes.processes import is_main, say, wait_for_all
+from recipes.processes import is_main, now, say, wait_for_all
 from recipes.recipe.loader import Loaded
-from recipes.recipe.schema import ChainRecipe, ChainStage
+from recipes.recipe.schema import CHAIN, ChainRecipe, ChainStage
 from recipes.recipe.yaml_text import read_mapping
 from recipes.results.figures import chain_results, outcome_pairs
 from recipes.results.tables import table_text
 from recipes.runs.directory import RECIPE, RESULTS, dump_text, is_finished
-from recipes.runs.manifest import new_manifest, now, read_manifest, write_manifest
+from recipes.runs.manifest import new_manifest, read_manifest, write_manifest
 from recipes.runs.stage import run_stage
 
 SUPERSEDED = ".superseded"
 
 
-def run_chain(loaded: Loaded) -> dict[str, Any]:
+def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
     """Run a chain, or go on with it; returns and writes results.json.
 
     Raises:
@@ -54,8 +55,8 @@ def run_chain(loaded: Loaded) -> dict[str, Any]:
     return results
 
 
-def _run_stages(loaded: Loaded, state: ChainState) -> dict[str, Any]:
-    chain: ChainRecipe = loaded.recipe
+def _run_stages(loaded: Loaded[ChainRecipe], state: ChainState) -> dict[str, Any]:
+    chain = loaded.recipe
     references = References(chain)
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
@@ -64,7 +65,7 @@ def _run_stages(loaded: Loaded, state: ChainState) -> dict[str, Any]:
     return _collect(chain, state)
 
 
-def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: References) -> None:
+def _run_entry(entry: ChainStage, stage: Loaded[StageRecipe], state: ChainState, references: References) -> None:
     """Run one stage unless it has been run as it is now."""
     from recipes.runs.models import ensure_model
 
@@ -73,7 +74,7 @@ def _run_entry(entry: ChainStage, stage: Loaded, state: ChainState, references: 
     used = references.used(stage.recipe)
     now_is = fingerprint(stage, {run_dir: state.stages[name]["fingerprint"] for name, run_dir in used.items()})
     before = state.stages.get(entry.name)
-    if before and before["fingerprint"] == now_is and before["status"] == "finished" and is_finished(run_dir):
+    if before and before["fingerprint"] == now_is and before["status"] == "finished" and is_finished(stage.recipe):
         say(f"-- {entry.name}: finished before, not run again")
         return
     if before and before["fingerprint"] != now_is:
@@ -104,7 +105,7 @@ def _set_aside(run_dir: Path, name: str) -> None:
     wait_for_all()
 
 
-def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
+def _refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
     """A chain's directory may hold this chain's stages, or nothing that is a run of its own.
 
     Raises:
@@ -114,7 +115,7 @@ def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
         return
     there = read_mapping(output / RECIPE)
     remedy = "choose another output_dir, or move that run away"
-    if there.get("stage") != "chain":
+    if there.get("stage") != CHAIN:
         raise ToolkitError(f"output_dir {output} holds a run of stage {there.get('stage')}, not a chain; {remedy}")
     file = read_manifest(output).get("recipe", str(loaded.path.absolute()))  # a kill may have come before it
     names = [stage.get("name") for stage in there.get("stages", [])]
@@ -123,7 +124,7 @@ def _refuse_other_chain(loaded: Loaded, output: Path) -> None:
         raise ToolkitError(f"output_dir {output} holds the run of another chain, {file}; {remedy}")
 
 
-def _open_chain(loaded: Loaded, output: Path) -> ChainState:
+def _open_chain(loaded: Loaded[ChainRecipe], output: Path) -> ChainState:
     state = ChainState.read(output)
     if state.stages:
         say(f"{output}: going on with this chain")

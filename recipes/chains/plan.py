@@ -6,30 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe, TrainingRecipe
 from recipes.chains.references import References
 from recipes.recipe.loader import Loaded, read_tree
 from recipes.recipe.overrides import merge
-from recipes.recipe.schema import ChainRecipe, ChainStage, validate
+from recipes.recipe.schema import CHAIN, ChainRecipe, ChainStage, validate
+from recipes.stages import stage_of
 
 PLANNED_TOKENS = 1  # stands for `${NAME.tokens}` while the stage has not run
 
 
-def plan_stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
     """Every stage with its checked recipe, as far as it is known before anything has run.
 
     Raises:
         ToolkitError: a wrong recipe or override, or a `${name}` that names no earlier stage.
     """
-    chain: ChainRecipe = loaded.recipe
+    chain = loaded.recipe
     references = References(chain)
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
         yield entry.name, stage
-        tokens = None if stage.recipe.stage == "eval" else PLANNED_TOKENS
+        tokens = PLANNED_TOKENS if isinstance(stage.recipe, TrainingRecipe) else None
         references.add(entry.name, stage.recipe.output_dir, tokens)
 
 
-def check_stages(loaded: Loaded) -> None:
+def check_stages(loaded: Loaded[ChainRecipe]) -> None:
     """Look at all of every stage but its data, before the first one runs.
 
     Raises:
@@ -54,17 +56,17 @@ def naming_stage(name: str) -> Iterator[None]:
         raise type(error)(f"stages.{name}: {error}") from error
 
 
-def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> Loaded:
+def resolve_stage(loaded: Loaded[ChainRecipe], entry: ChainStage, references: References) -> Loaded[StageRecipe]:
     """A stage's recipe with the chain's model and seed, then the entry's overrides, then `${name}` filled in.
 
     Raises:
         ToolkitError: the recipe is missing, of stage chain, or wrong; keys are named as stages.NAME.KEY.
     """
-    chain: ChainRecipe = loaded.recipe
+    chain = loaded.recipe
     path = Path(entry.recipe)
     tree = read_tree(path)
     prefix = f"stages.{entry.name}."
-    if tree.get("stage") == "chain":
+    if tree.get("stage") == CHAIN:
         raise ToolkitError(f"{prefix}recipe: {path} is a chain itself; name the recipe of one stage")
     if "output_dir" in entry.overrides:
         raise ToolkitError(f"{prefix}output_dir: a chain's stage writes to OUTPUT_DIR/NAME; leave it out")
@@ -74,7 +76,9 @@ def resolve_stage(loaded: Loaded, entry: ChainStage, references: References) -> 
     tree = merge(merge(tree, defaults), entry.overrides)
     tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
     recipe = validate(references.fill(tree, prefix), prefix)
-    if (entry.results is None) != (recipe.stage != "eval"):
-        fault = "say where its figures go, such as stages.sft" if recipe.stage == "eval" else "for evaluations only"
+    assert isinstance(recipe, StageRecipe)
+    measures = stage_of(recipe).measures
+    if (entry.results is not None) != measures:
+        fault = "say where its figures go, such as stages.sft" if measures else "for evaluations only"
         raise ToolkitError(f"{prefix}results: {fault}")
     return Loaded(recipe, path, loaded.smoke)

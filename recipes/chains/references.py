@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
 from recipes.recipe.schema import ChainRecipe
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -42,7 +43,7 @@ class References:
             return self._value(whole[1], where)
         return _REFERENCE.sub(lambda match: str(self._value(match[1], where)), value)
 
-    def used(self, recipe: Any) -> dict[str, str]:
+    def used(self, recipe: StageRecipe) -> dict[str, str]:
         """The stages that a filled-in recipe names: their run directories, by name."""
         texts = list(_texts(recipe.model_dump(mode="json", exclude={"output_dir"})))
         return {

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
 from recipes.data.sources import source_hash
-from recipes.files import read_json, write_json
+from recipes.files import file_sha256, read_json, write_json
 from recipes.processes import is_main
 from recipes.recipe.loader import Loaded
-from recipes.runs.manifest import file_sha256
 
 STATE = "chain.json"
 _SMALL = 1 << 20
@@ -66,7 +66,7 @@ class ChainState:
             write_json(self.file, {"stages": self.stages})
 
 
-def fingerprint(stage: Loaded, used: Mapping[str, str]) -> str:
+def fingerprint(stage: Loaded[StageRecipe], used: Mapping[str, str]) -> str:
     """A hash of all that a stage's result depends on.
 
     Args:
@@ -74,33 +74,24 @@ def fingerprint(stage: Loaded, used: Mapping[str, str]) -> str:
         used: fingerprints of the chain's stages that it names, by their run directories.
     """
     recipe = stage.recipe
+    paths = [recipe.model.path, *(other.path for other in recipe.other_models())]
+    outside = [path for path in paths if not any(Path(path).is_relative_to(run_dir) for run_dir in used)]
     content = {
         "recipe": stage.resolved,
         "stages": dict(used),
         "data": _data_hashes(recipe),
-        "models": {path: _model_hash(Path(path)) for path in _model_paths(recipe) if not _inside(path, used)},
+        "models": {path: _model_hash(Path(path)) for path in outside},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _data_hashes(recipe: Any) -> list[str]:
+def _data_hashes(recipe: StageRecipe) -> list[str]:
     """Those of all data entries; generated ones are made."""
-    lists = {"data": recipe.data, "eval_data": getattr(recipe, "eval_data", [])}
-    lists |= {f"tasks.{i}.data": task.data for i, task in enumerate(getattr(recipe, "tasks", []))}
     return [
         source_hash(entry, recipe.seed, f"{key}.{index}")
-        for key, entries in lists.items()
+        for key, entries in {each.key: each.entries for each in recipe.row_lists()}.items()
         for index, entry in enumerate(entries)
     ]
-
-
-def _model_paths(recipe: Any) -> list[str]:
-    rewards = [reward.model for reward in getattr(recipe, "rewards", []) if reward.model]
-    return [recipe.model.path, *rewards]
-
-
-def _inside(path: str, folders: Iterable[str]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
 def _model_hash(path: Path) -> dict[str, Any]:

@@ -6,25 +6,27 @@ What it prints also goes to a page, OUTPUT_DIR.check.html: beside the run direct
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from conversations.errors import ToolkitError
-from recipes.chains.plan import PLANNED_TOKENS
+from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
+from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
 from recipes.check.measure import Example, Figures, Plan, encoder, measure, plan
 from recipes.check.page import DataView, StageView, write_page
 from recipes.data.sources import Mixture
-from recipes.quiet import quiet_libraries
-from recipes.recipe.loader import Loaded
+from recipes.process_settings import quiet_libraries
+from recipes.recipe.loader import Loaded, of_chain, of_stage
+from recipes.recipe.schema import ChainRecipe, Recipe
 from recipes.runs.prepare import Inputs, prepare, will_give
 from recipes.runs.training_fields import setting
+from recipes.stages import stage_of, stages
 
 _SHOWN = 600  # characters of an example on the terminal
 # Around trained text on the terminal.
 _TRAINED = ("\u27e6", "\u27e7")
 
 
-def check(loaded: Loaded) -> None:
+def check(loaded: Loaded[Recipe]) -> None:
     """Print what the recipe would do, and write it as a page.
 
     Raises:
@@ -42,55 +44,56 @@ def check(loaded: Loaded) -> None:
     print(f"{loaded.path}: ok; {page}")
 
 
-def _stages(loaded: Loaded) -> Iterator[tuple[str, Loaded]]:
+def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
     """The recipe by its file's name, or a chain's by their own."""
-    if loaded.recipe.stage != "chain":
-        yield loaded.path.stem, loaded
+    if not isinstance(loaded.recipe, ChainRecipe):
+        yield loaded.path.stem, of_stage(loaded, stages())
         return
-    from recipes.chains.plan import plan_stages
-
-    for name, stage in plan_stages(loaded):
+    for name, stage in plan_stages(of_chain(loaded)):
         print(f"-- {name} ({stage.path.name})")
         yield name, stage
 
 
-def _measure_stage(name: str, loaded: Loaded, inputs: Inputs) -> StageView:
+def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> StageView:
     recipe, tokenizer = loaded.recipe, inputs.foundation.tokenizer
-    max_length = setting(recipe, "max_length") if recipe.stage in ("sft", "reward") else None
-    view = StageView(name, recipe.stage, loaded.path.name, max_length, getattr(recipe, "format", None))
+    max_length = setting(recipe, "max_length") if isinstance(recipe, SupervisedRecipe) else None
+    form = recipe.format if isinstance(recipe, SupervisedRecipe) else None
+    view = StageView(name, loaded.path.name, max_length, form, stage_of(recipe))
     if tokenizer is None:
         view.missing = f"{recipe.model.path} is not on this machine; its tokens are not counted"
         print(f"model: {view.missing}")
-    for source in inputs.sources:
-        key, mixture, figures = source.key, source.mixture, None
+    for read in inputs.lists:
+        key, mixture, figures = read.listed.key, read.mixture, None
         if tokenizer is not None:
-            figures = measure(mixture.rows, encoder(recipe, tokenizer, max_length), tokenizer, source.limit)
+            encode = encoder(recipe, tokenizer, max_length)
+            figures = measure(mixture.rows, encode, tokenizer, read.listed.limit)
             if not figures.pieces:
                 raise ToolkitError(f"{key}: {figures.report.nothing_left(max_length)}")
         lines = [f"{key}: {line}" for line in (*mixture.lines, *_told(recipe, mixture, figures, max_length))]
         print("\n".join(lines))
         view.data.append(DataView(key, mixture, figures))
-        if key == "data" and recipe.stage != "eval":
+        if isinstance(recipe, TrainingRecipe) and key == "data":
             view.plan = plan(recipe, len(mixture.rows), figures)
             print(plan_line(recipe, view.plan, figures))
             print("\n".join(_examples(figures.examples if figures else ())), end="")
     return view
 
 
-def _told(recipe: Any, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
+def _told(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
     """The token figures in words, line by line."""
     if figures is None:
         return
     if figures.step > 1:
         yield f"many rows: tokens are those of every {figures.step}th row, times {figures.step}"
+    marked = stage_of(recipe).marks_tokens
     for source, file in enumerate(mixture.files):
         tokens, trained = figures.tokens_of(source)
-        of_these = f", {trained:,} of them trained" if recipe.stage == "sft" else ""
+        of_these = f", {trained:,} of them trained" if marked else ""
         yield f"{Path(file['path']).name}: {figures.about}{tokens:,} tokens in {file['used']:,} rows{of_these}"
     spread = bins(figures.report.lengths, figures.scale)
     yield length_summary(figures.report.lengths, max_length)
     yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
-    if recipe.stage in ("sft", "reward"):
+    if isinstance(recipe, SupervisedRecipe):
         yield f"format.too_long: {recipe.format.too_long}: {figures.fate(max_length)}"
 
 
@@ -107,10 +110,10 @@ def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
     return f"{text}; {over:,} longer than max_length {max_length:,}"
 
 
-def plan_line(recipe: Any, plan: Plan, figures: Figures | None) -> str:
+def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> str:
     """How long the run is: "training: 500 steps of batch 64 (40 an epoch of 120,000 tokens, 12.5 epochs)"."""
     guessed = figures is None or figures.step > 1
-    tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and recipe.stage != "rl" else ""
+    tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and stage_of(recipe).encode else ""
     packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
     limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
     if recipe.max_tokens:

@@ -3,23 +3,22 @@
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from conversations.rendering.fitting import Fitter, Piece
+from conversations.rendering.fitting import Encode, Piece, Row
 from conversations.rendering.lengths import LengthReport
-from conversations.row import Row
+from conversations.sections import StageRecipe, TrainingRecipe
+from conversations.stage import provided
 from recipes.data.row_store import MixedRows
+from recipes.stages import stage_of, training_of
 
 EXAMPLES = 3
 EXAMPLE_TOKENS = 1500
 _BUDGET = 8 << 20  # bytes of rows that are tokenized, a few seconds' worth; of more rows a sample is taken
 _PACKED_AT_ONCE = 1000  # rows that TRL packs together (the batch size of datasets.map)
-
-# A row -> its pieces of token ids, and a row's lengths, counted in the report.
-Encode = Callable[[Row, LengthReport], list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,15 @@ class Figures:
     """What is known of a mixture's tokens. With `step` over 1 every step-th row was measured; `scale` times what was
     measured stands for all rows.
 
-    pieces: tokens of each measured piece that is trained on. by_source: source -> its tokens, and those trained, as
-    measured.
+    pieces: tokens of each measured piece that is trained on. samples: how many these make together.
+    by_source: source -> its tokens, and those trained, as measured.
     """
 
     step: int
     scale: float
     report: LengthReport = field(default_factory=LengthReport)
     pieces: list[int] = field(default_factory=list)
+    samples: int = 0
     by_source: dict[int, list[int]] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
@@ -88,7 +88,9 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
     examples: dict[int, list[Example]] = {}
     for index in numbers:
         row, source = rows[index], rows.source_of(index)
-        pieces = encode(row, figures.report)
+        samples = encode(row, figures.report)
+        figures.samples += len(samples)
+        pieces = [piece for sample in samples for piece in sample]
         of_source = figures.by_source.setdefault(source, [0, 0])
         for ids, mask in pieces:
             figures.pieces.append(len(ids))
@@ -103,38 +105,22 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
     return figures
 
 
-def encoder(recipe: Any, tokenizer: Any, max_length: int | None) -> Encode:
+def encoder(recipe: StageRecipe, tokenizer: Any, max_length: int | None) -> Encode:
     """What the recipe's stage makes of a row."""
-    if recipe.stage == "sft":
-        fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
-        return lambda row, report: list(fitter.pieces(row, report))
-    if recipe.stage == "reward":
-        return _judged_encoder(recipe, tokenizer, max_length)
+    if encode := stage_of(recipe).encode:
+        return provided(encode)(recipe, tokenizer, max_length)
     return _prompt_encoder(tokenizer)
-
-
-def _judged_encoder(recipe: Any, tokenizer: Any, max_length: int | None) -> Encode:
-    from reward.data import answer_ids, fitted
-
-    def encode(row: Row, report: LengthReport) -> list[Piece]:
-        report.rows += 1
-        answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
-        sequences = [answer_ids(row["prompt"], answer, tokenizer, None) for answer in answers]
-        report.lengths.append(max(map(len, sequences)))
-        return [(ids, [0] * len(ids)) for ids in fitted(sequences, max_length, recipe.format.too_long, report)]
-
-    return encode
 
 
 def _prompt_encoder(tokenizer: Any) -> Encode:
     from conversations.answers.prompts import prompt_of
     from conversations.rendering.conversation import render_conversation
 
-    def encode(row: Row, report: LengthReport) -> list[Piece]:
+    def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
         report.rows += 1
         ids = render_conversation(prompt_of(row, report.rows), tokenizer, add_generation_prompt=True)["input_ids"]
         report.lengths.append(len(ids))
-        return [(ids, [0] * len(ids))]
+        return [[(ids, [0] * len(ids))]]
 
     return encode
 
@@ -192,8 +178,8 @@ class Plan:
     fill: float | None = None
 
 
-def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
-    """The updates of a run of sft, reward or rl; an estimate where rows were sampled, or packed but not measured.
+def plan(recipe: TrainingRecipe, rows: int, figures: Figures | None) -> Plan:
+    """The updates of a run that trains; an estimate where rows were sampled, or packed but not measured.
 
     Raises:
         ModelError: no batch comes out of the rows.
@@ -207,14 +193,11 @@ def plan(recipe: Any, rows: int, figures: Figures | None) -> Plan:
 
     batch = of("per_device_train_batch_size") * of("gradient_accumulation_steps") * world_size()
     samples, packed = float(rows), None
-    if recipe.stage == "rl":
-        samples *= of("num_generations") * of("num_iterations")
-    elif recipe.stage == "sft" and figures:
-        samples = len(figures.pieces) * figures.scale
+    if stage_of(recipe).encode and figures:
+        samples = figures.samples * figures.scale
         if of("packing") and of("max_length"):
             samples = packed = round(packs(figures.pieces, of("max_length")) * figures.scale)
-    elif recipe.stage == "reward" and figures:
-        samples = (figures.report.rows - len(figures.report.rejected)) * figures.scale
+    samples *= math.prod(map(of, training_of(recipe).row_uses))
     check_batches(trl_config(recipe), round(samples))
     per_epoch = max(1, math.ceil(samples / batch))
     steps = of("max_steps")

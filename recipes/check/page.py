@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
+from conversations.sections import FormatSection
+from conversations.stage import Stage
 from recipes.check.histogram import bins
 from recipes.check.measure import Figures, Plan
 from recipes.data.sources import Mixture
@@ -54,10 +55,10 @@ class StageView:
     """A stage on the page. format: the recipe's section; missing: why there are no token figures."""
 
     name: str
-    kind: str
     recipe: str
     max_length: int | None
-    format: Any
+    format: FormatSection | None
+    stage: Stage
     missing: str = ""
     data: list[DataView] = field(default_factory=list)
     plan: Plan | None = None

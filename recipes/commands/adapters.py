@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deepseek_v2_modeling.adapters import Progress, export_adapter, import_adapter, merge_lora
 from recipes.lock import hold_path
-from recipes.quiet import quiet_libraries
+from recipes.process_settings import quiet_libraries
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _merge(arguments: argparse.Namespace) -> str:
+def merge(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("merge") as progress:
         report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
@@ -42,7 +42,7 @@ def _merge(arguments: argparse.Namespace) -> str:
     return f"{arguments.out_dir}: {', '.join(parts)}"
 
 
-def _export(arguments: argparse.Namespace) -> str:
+def export(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("export") as progress:
         report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress)
     zeros = f" and {report.zeros} of zeros" if report.zeros else ""
@@ -50,11 +50,8 @@ def _export(arguments: argparse.Namespace) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
-def _import(arguments: argparse.Namespace) -> str:
+def import_(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("import") as progress:
         report = import_adapter(arguments.adapter, arguments.out_dir, arguments.base, progress)
     zeros = f", {report.zeros} weights without a pair got zeros" if report.zeros else ""
     return f"{arguments.out_dir}: {report.tensors} tensors from {report.found}, {_size(report.nbytes)}{zeros}"
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {"merge": _merge, "export": _export, "import": _import}

@@ -11,21 +11,23 @@ from typing import Any
 import torch
 
 from conversations.errors import ToolkitError
-from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport
+from conversations.sections import TrainingRecipe
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
+from recipes.check.measure import encoder
 from recipes.data.sources import Mixture
 from recipes.files import write_json, write_text
 from recipes.html import render_page
 from recipes.lock import hold_path
+from recipes.process_settings import quiet_libraries
 from recipes.processes import say
-from recipes.quiet import quiet_libraries
-from recipes.recipe.loader import load_recipe
+from recipes.recipe.loader import load_recipe, of_stage
 from recipes.report.svg import LOAD_CLASSES, heat_map
 from recipes.results.layout import Cell, Table
 from recipes.runs.models import load_frozen, open_source
 from recipes.runs.prepare import prepare
 from recipes.runs.training_fields import setting
+from recipes.stages import stages
 
 BATCH_SIZE = 8
 
@@ -40,8 +42,10 @@ def find_experts(arguments: argparse.Namespace) -> str:
     threshold = check_threshold(kind, arguments.threshold)
     if arguments.tokens < 1:
         raise ToolkitError(f"--tokens is {arguments.tokens}; it must be at least 1")
-    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, stage="sft")
-    recipe = loaded.recipe
+    scored = [stage.name for stage in stages().values() if stage.training and stage.marks_tokens]
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke)
+    recipe = of_stage(loaded, scored).recipe
+    assert isinstance(recipe, TrainingRecipe)
     output = output_file(recipe, arguments.output)
     with hold_path(output):
         content = _score(recipe, kind, threshold, arguments.tokens)
@@ -54,10 +58,10 @@ def find_experts(arguments: argparse.Namespace) -> str:
     return f"{output}: {summary(content)}; {page}"
 
 
-def _score(recipe: Any, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
+def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
     """The experts file of a recipe's data."""
     quiet_libraries()
-    mixture = prepare(recipe, ask_hub=True).sources[0].mixture
+    mixture = prepare(recipe, ask_hub=True).lists[0].mixture
     source, tokenizer = open_source(recipe.model, recipe.seed)
     for line in mixture.lines:
         say(f"data: {line}")
@@ -79,33 +83,32 @@ def check_threshold(kind: Score, given: float | None) -> float:
     return threshold
 
 
-def output_file(recipe: Any, given: Path | None) -> Path:
+def output_file(recipe: TrainingRecipe, given: Path | None) -> Path:
     """Where the file goes: where it is asked for, where the recipe looks for it, or beside the run directory."""
-    named = recipe.lora.experts_file if recipe.lora else recipe.experts_file
-    folder = Path(recipe.output_dir)
+    named, folder = recipe.chosen_experts_file, Path(recipe.output_dir)
     output = given or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
     if output.suffix != ".json" or output.is_dir():
         raise ToolkitError(f"{output}: an experts file must be named FILE.json; choose one with --output FILE.json")
     return output
 
 
-def sample(recipe: Any, mixture: Mixture, tokenizer: Any, tokens: int) -> list[list[int]]:
+def sample(recipe: TrainingRecipe, mixture: Mixture, tokenizer: Any, tokens: int) -> list[list[int]]:
     """Rows as they would be trained on, in a random order, until there are enough tokens.
 
     Raises:
         ToolkitError: there is nothing to train on in any row.
     """
     max_length = setting(recipe, "max_length")
-    fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
+    encode = encoder(recipe, tokenizer, max_length)
     report = LengthReport()
     order = list(range(len(mixture.rows)))
     random.Random(f"{recipe.seed}/experts").shuffle(order)
     found: list[list[int]] = []
     count = 0
     for row in order:
-        for ids, _ in fitter.pieces(mixture.rows[row], report):
-            found.append(ids)
-            count += len(ids)
+        for sample in encode(mixture.rows[row], report):
+            found += [ids for ids, _ in sample]
+            count += sum(len(ids) for ids, _ in sample)
         if count >= tokens:
             break
     told = report.summary(max_length)

@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from conversations.sections import DataSource
+
 
 def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]:
     """How many rows each source gives, from how many it has.
@@ -28,11 +30,11 @@ def chosen(rows: int, count: int, rng: random.Random) -> array:
     return found
 
 
-def source_names(paths: Sequence[str]) -> list[str]:
+def source_names(entries: Sequence[DataSource]) -> list[str]:
     """A short name of each source, for metrics: that of its file, data set or generator; `_2` behind a second one."""
     names: list[str] = []
-    for path in paths:
-        stem = PurePath(path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]
+    for entry in entries:
+        stem = PurePath(entry.path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]
         name = re.sub(r"\W+", "_", stem).strip("_") or "source"
         before = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", other) is not None for other in names)
         names.append(f"{name}_{before + 1}" if before else name)

@@ -5,7 +5,7 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,17 @@ from conversations.reading.load import RejectedRow, load_conversations
 from conversations.reading.locating import locate, names_files
 from conversations.rendering.fill_in_the_middle import with_hole
 from conversations.row import Row
-from conversations.sections import DataSource
+from conversations.sections import DataSource, Refuse
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
 from recipes.data.row_store import MixedRows, RowStore
 from recipes.data.splits import Split, parse_split
-from recipes.processes import is_main, wait_for_all
+from recipes.files import file_sha256
+from recipes.processes import main_first
 from recipes.recipe.paths import GENERATED, is_hub_name
-from recipes.runs.manifest import file_sha256
 
 CACHE = Path("runs")
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
-
-Refuse = Callable[[Row], str | None]
 
 
 @dataclass
@@ -130,7 +128,7 @@ def _find(entry: DataSource, seed: int, key: str) -> _Source:
     if not entry.path.startswith(GENERATED) and not names_files(path):
         if not is_hub_name(entry.path):
             raise ToolkitError(f"{key}.path: no such file: {entry.path}")
-        file = _on_main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
+        file = main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
         return _Source(entry, file, Split(shares=split.shares), key)
     if split.name not in ("", "train") and not path.is_dir():
         raise ToolkitError(
@@ -200,14 +198,4 @@ def _generated(path: str, seed: int, key: str) -> Path:
     chosen = numbers.get("seed", seed)
     count = numbers.get("n")
     folder = CACHE / "tiny" / "data" / f"seed-{chosen}"
-    return _on_main_first(lambda: materialize(match["name"], chosen, count, folder))
-
-
-def _on_main_first(make: Any) -> Path:
-    """Let the main process make a file; the others find it."""
-    if is_main():
-        made = make()
-        wait_for_all()
-        return made
-    wait_for_all()
-    return make()
+    return main_first(lambda: materialize(match["name"], chosen, count, folder))

@@ -1,28 +1,29 @@
 """A recipe file, `--smoke` and overrides, in this order, to a checked recipe. No torch."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
 from recipes.recipe.overrides import Override, apply_override, parse_override
 from recipes.recipe.paths import absolute_paths
-from recipes.recipe.schema import dump, validate
-from recipes.recipe.secret_keys import refuse_secrets
+from recipes.recipe.schema import CHAIN, ChainRecipe, Recipe, dump, validate
 from recipes.recipe.shipped import by_name, find_recipe, recipe_name
 from recipes.recipe.smoke import shrink, shrink_chain
 from recipes.recipe.yaml_text import read_mapping
+from recipes.secret_keys import refuse_secrets
 
-COMMANDS = {"sft": "sft", "reward": "reward", "rl": "rl", "eval": "eval", "chain": "run"}
+R = TypeVar("R", bound=Recipe, covariant=True)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[R]):
     """A checked recipe with where it came from. `notes` say what `--smoke` replaced."""
 
-    recipe: Any
+    recipe: R
     path: Path
     smoke: bool = False
     notes: list[str] = field(default_factory=list)
@@ -56,14 +57,13 @@ def override_tree(tree: dict[str, Any], overrides: Sequence[Override], cwd: Path
     return tree
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, stage: str | None = None) -> Loaded:
-    """Read, shrink, override and check a recipe.
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = False) -> Loaded[Recipe]:
+    """Read, shrink, override and check a recipe of any kind.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value` texts.
         smoke: shrink to toy size before the overrides.
-        stage: the stage the recipe must be of; None takes any.
 
     Raises:
         ToolkitError: the file, an override, a key or a value is wrong.
@@ -72,12 +72,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = Fals
     tree = read_tree(path)
     notes: list[str] = []
     if smoke:
-        tree, notes = shrink_chain(tree, read_tree) if tree.get("stage") == "chain" else shrink(tree)
+        tree, notes = shrink_chain(tree, read_tree) if tree.get("stage") == CHAIN else shrink(tree)
     tree = override_tree(tree, parsed, Path.cwd())
     refuse_secrets(tree)
-    recipe = validate(tree)
-    if stage is not None and recipe.stage != stage:
-        raise ToolkitError(
-            f"{path} is a recipe of stage {recipe.stage}, not {stage}; run: dsv2 {COMMANDS[recipe.stage]} {path}"
-        )
-    return Loaded(recipe, path, smoke, notes)
+    return Loaded(validate(tree), path, smoke, notes)
+
+
+def of_stage(loaded: Loaded[Recipe], names: Collection[str]) -> Loaded[StageRecipe]:
+    """The recipe, which is of one of these stages. Raises ToolkitError for any other, with the command for it."""
+    recipe = loaded.recipe
+    if isinstance(recipe, StageRecipe) and recipe.stage in names:
+        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes)
+    raise _other(loaded, " or ".join(names))
+
+
+def of_chain(loaded: Loaded[Recipe]) -> Loaded[ChainRecipe]:
+    """The recipe, which is a chain. Raises as `of_stage`."""
+    recipe = loaded.recipe
+    if isinstance(recipe, ChainRecipe):
+        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes)
+    raise _other(loaded, CHAIN)
+
+
+def _other(loaded: Loaded[Recipe], wanted: str) -> ToolkitError:
+    stage = loaded.recipe.stage
+    command = "run" if stage == CHAIN else stage
+    return ToolkitError(f"{loaded.path} is a recipe of stage {stage}, not {wanted}; run: dsv2 {command} {loaded.path}")

@@ -1,7 +1,6 @@
 """All recipes by their stage, and the errors that name a wrong key. No torch."""
 
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,6 +8,7 @@ from pydantic_core import ErrorDetails
 
 from conversations.errors import ToolkitError
 from conversations.sections import AttentionName, Section, StageRecipe
+from recipes.stages import stages
 
 NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -40,6 +40,9 @@ class ChainStage(Section):
     def overrides(self) -> dict[str, Any]:
         """The keys that replace keys of the stage's recipe."""
         return dict(self.model_extra or {})
+
+
+ENTRY_KEYS = frozenset(ChainStage.model_fields)  # of a chain's entry, which are none of its stage's recipe
 
 
 class Comparison(Section):
@@ -79,34 +82,26 @@ class ChainRecipe(Section):
         return self
 
 
+CHAIN = "chain"
 Recipe = StageRecipe | ChainRecipe
-RECIPES = {
-    "sft": "sft.config:SftRecipe",
-    "reward": "reward.config:RewardRecipe",
-    "rl": "rl.config:RlRecipe",
-    "eval": "eval.config:EvalRecipe",
-    "chain": "recipes.recipe.schema:ChainRecipe",
-}
 
 
-def recipe_class(stage: str) -> type[Recipe]:
-    """The class of a stage's recipe."""
-    module, _, name = RECIPES[stage].partition(":")
-    return getattr(import_module(module), name)
-
-
-def validate(tree: dict[str, Any], prefix: str = "") -> Any:
+def validate(tree: dict[str, Any], prefix: str = "") -> Recipe:
     """A checked recipe from a mapping. `prefix` stands before every key in errors.
 
     Raises:
         ToolkitError: unknown or missing keys, wrong types or values, each on a line of its own.
     """
+    classes: dict[str, type[Recipe]] = {name: stage.recipe for name, stage in stages().items()}
+    classes[CHAIN] = ChainRecipe
     stage = tree.get("stage")
     if "stage" not in tree:
-        raise ToolkitError(f'missing key "{prefix}stage"; it is one of {", ".join(RECIPES)}')
-    if not isinstance(stage, str) or stage not in RECIPES:
-        raise ToolkitError(f"{prefix}stage: {stage!r} is none of {', '.join(RECIPES)}{_guess(stage, RECIPES)}")
-    cls = recipe_class(stage)
+        raise ToolkitError(f'missing key "{prefix}stage"; it is one of {", ".join(classes)}')
+    if not isinstance(stage, str) or stage not in classes:
+        near = get_close_matches(str(stage), list(classes), n=1)
+        guess = f', did you mean "{near[0]}"?' if near else ""
+        raise ToolkitError(f"{prefix}stage: {stage!r} is none of {', '.join(classes)}{guess}")
+    cls = classes[stage]
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -223,8 +218,3 @@ def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
             index = "0." if "list" in str(field.annotation) else ""
             keys += _all_keys(section, f"{prefix}{name}.{index}")
     return keys
-
-
-def _guess(value: Any, known: Any) -> str:
-    near = get_close_matches(str(value), list(known), n=1)
-    return f', did you mean "{near[0]}"?' if near else ""

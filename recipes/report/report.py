@@ -23,14 +23,8 @@ from recipes.report.svg import LOAD_CLASSES, Drawn
 from recipes.results import tables, words
 from recipes.results.layout import Table
 from recipes.results.words import count
+from recipes.stages import stages
 
-KINDS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward model",
-    "rl": "reinforcement learning",
-    "eval": "evaluation",
-    "chain": "chain",
-}
 LONG_TEXT = 300
 REASONS = 12
 
@@ -167,12 +161,12 @@ def _chain_view(run: Run) -> ChainView:
 
 def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
     main, other = figures(run.metrics)
-    flat = words.flatten(run.manifest)
+    flat, stage = words.flatten(run.manifest), stages().get(run.kind)
     return RunView(
         run=run,
         anchor=anchor,
-        heading=f"Evaluation: {title}" if run.kind == "eval" else title,
-        kind=KINDS.get(run.kind, run.kind),
+        heading=f"{stage.title.capitalize()}: {title}" if stage and stage.measures else title,
+        kind=stage.title if stage else run.kind,
         figures=main,
         maps=expert_maps(run.metrics),
         other=other,

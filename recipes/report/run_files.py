@@ -11,20 +11,14 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 from recipes.lock import owner_of
+from recipes.recipe.schema import CHAIN
 from recipes.recipe.yaml_text import parse_yaml
 from recipes.report.metrics import Metrics, collect
 from recipes.results.words import count, number
 from recipes.runs.manifest import seconds_so_far
+from recipes.stages import stages
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
-# What a finished run of each stage holds; `final` is a directory.
-EXPECTED = {
-    "chain": ("recipe.yaml", "manifest.json", "results.json"),
-    "sft": ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "final"),
-    "reward": ("recipe.yaml", "manifest.json", "metrics.jsonl", "final"),
-    "rl": ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "final"),
-    "eval": ("recipe.yaml", "manifest.json", "samples.jsonl"),
-}
 # The order of the usual stages, for a chain whose recipe does not state one.
 USUAL_ORDER = (
     "base",
@@ -57,7 +51,7 @@ class Run:
 
     @property
     def is_chain(self) -> bool:
-        return self.kind == "chain"
+        return self.kind == CHAIN
 
 
 def open_runs(path: Path) -> list[Run]:
@@ -162,10 +156,10 @@ def _kind(run: Run) -> str:
     if isinstance(stated, str):
         return stated
     if isinstance(run.results.get("stages"), dict):
-        return "chain"
-    signs = {"rl": ("reward", "kl"), "reward": ("margin", "eval_margin"), "sft": ("loss", "eval_loss")}
+        return CHAIN
     logged = run.metrics.series.keys()
-    return next((kind for kind, keys in signs.items() if not logged.isdisjoint(keys)), "unknown")
+    told = [stage.name for stage in stages().values() if not logged.isdisjoint(stage.signs)]
+    return told[-1] if told else "unknown"  # all log a loss, which is the sign of the first
 
 
 def _note_odd_results(run: Run) -> None:
@@ -180,8 +174,18 @@ def _note_odd_results(run: Run) -> None:
         ]
 
 
+def _expected(kind: str) -> tuple[str, ...]:
+    """What a finished run holds; `final` is a directory."""
+    always, stage = ("recipe.yaml", "manifest.json"), stages().get(kind)
+    if kind == CHAIN:
+        return (*always, "results.json")
+    if stage is None:
+        return (*always, "metrics.jsonl")
+    return (*always, *stage.writes, *([] if stage.measures else [stage.result]))
+
+
 def _note_missing(run: Run) -> None:
-    for name in EXPECTED.get(run.kind, RUN_FILES[:3]):
+    for name in _expected(run.kind):
         if (run.path / name).exists():
             continue
         unfinished = ": the run has not finished" if name in ("final", "results.json") else ""

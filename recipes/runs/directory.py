@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from conversations.answers.reward_stats import STATS_FILE
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe
+from conversations.stage import FINAL
 from recipes.files import read_json
 from recipes.recipe.yaml_text import parse_yaml, read_mapping
+from recipes.stages import stage_of, stages
 
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
-SAMPLES = "samples.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SHOWN = 6
 
@@ -54,8 +57,9 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             "to in its place, or choose another output_dir"
         )
     checkpoint, there = newest_checkpoint(run_dir), read_mapping(run_dir / RECIPE)
-    goes_on = checkpoint is not None or (there.get("stage") == "eval" and _has_answers(run_dir))
-    if not goes_on and not (run_dir / "final").exists() and not (run_dir / RESULTS).exists():
+    goes_on = checkpoint is not None or _has_begun(run_dir, there.get("stage"))
+    results = {stage.result for stage in stages().values()}
+    if not goes_on and not any((run_dir / result).exists() for result in results):
         return State("new")
     different = differences(there, parse_yaml(dump_text(resolved), RECIPE))
     if different:
@@ -65,13 +69,16 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
         )
     if not has_ended(run_dir):
         return State("resume" if goes_on else "new", checkpoint)
-    fault = missing_of_result(run_dir)
+    fault = missing_of_result(run_dir, stages()[resolved["stage"]].result)
     return State("resume" if goes_on else "new", checkpoint, fault) if fault else State("finished")
 
 
-def _has_answers(run_dir: Path) -> bool:
-    """Whether an evaluation has written what the model said; each of its processes has a file."""
-    return any(path.stat().st_size for path in run_dir.glob(f"{Path(SAMPLES).stem}*.jsonl"))
+def _has_begun(run_dir: Path, name: Any) -> bool:
+    """Whether a stage that goes on without checkpoints has written something; each of its processes has a file."""
+    stage = stages().get(name)
+    if stage is None or stage.continues is None:
+        return False
+    return any(path.stat().st_size for path in run_dir.glob(f"{Path(stage.continues).stem}*.jsonl"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -109,9 +116,10 @@ def dump_text(resolved: dict[str, Any]) -> str:
     return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run has ended well and its result is there, whole."""
-    return has_ended(run_dir) and missing_of_result(run_dir) is None
+def is_finished(recipe: StageRecipe) -> bool:
+    """Whether a recipe's run has ended well and its result is there, whole."""
+    run_dir = Path(recipe.output_dir)
+    return has_ended(run_dir) and missing_of_result(run_dir, stage_of(recipe).result) is None
 
 
 def has_ended(run_dir: Path) -> bool:
@@ -120,19 +128,22 @@ def has_ended(run_dir: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("status") == "finished"
 
 
-def missing_of_result(run_dir: Path) -> str | None:
-    """What is missing of a run's result, final/ or an evaluation's results.json, or broken in it; None when it is
-    whole. Weights are looked at by their headers and sizes."""
-    final = run_dir / "final"
+def missing_of_result(run_dir: Path, result: str) -> str | None:
+    """What is missing of a run's result, final/ or a file, or broken in it; None when it is whole. Weights are looked
+    at by their headers and sizes."""
+    if result != FINAL:
+        whole = _is_json(run_dir / result) if result.endswith(".json") else (run_dir / result).is_file()
+        return None if whole else f"{result} is missing or broken"
+    final = run_dir / FINAL
     if not final.is_dir():
-        return None if _is_json(run_dir / RESULTS) else "final/ is missing"
+        return "final/ is missing"
     adapter = (final / "adapter_config.json").exists()
     texts = ["adapter_config.json" if adapter else "config.json", "tokenizer_config.json"]
     index = final / "model.safetensors.index.json"
     if index.exists() and not adapter:
         texts.append(index.name)
-    if "reward_stats" in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
-        texts.append("reward_stats.json")
+    if Path(STATS_FILE).stem in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
+        texts.append(STATS_FILE)
     for name in texts:
         if not _is_json(final / name):
             return f"final/{name} is missing or broken"

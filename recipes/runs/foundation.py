@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
 from conversations.rendering.template import has_other_template, install_template
-from conversations.sections import LoraSection, ModelSection, TrainingRecipe
+from conversations.sections import LoraSection, ModelSection, ModelUse, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling import PRESETS, DeepseekV2Config
 from deepseek_v2_modeling.adapters import check_targets, match_adapter
 from deepseek_v2_modeling.esft import ExpertChoice, read_choice
@@ -29,10 +30,8 @@ from deepseek_v2_modeling.loading import (
     resolve_source,
 )
 from recipes.processes import say
-from recipes.tiny.tokenizer import build_tokenizer
-from reward.config import RewardRecipe
-from rl.config import RewardEntry, RlRecipe
-from rl.rewards import RewardStats, RuleReward
+from recipes.runs.preset_tokenizer import build_tokenizer
+from recipes.stages import stages, training_of
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,24 @@ def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
     return Foundation(source, source.settings, load_tokenizer(source), kind_of(source))
 
 
-def check_model(recipe: Any, found: Foundation) -> DeepseekV2Config | None:
+def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | None:
     """Hold the model against the recipe; returns its settings as the stage has them, None where they are not known.
 
     Raises:
         ToolkitError, ModelError: whatever loading it, or putting the recipe's adapters on it, would refuse.
     """
-    experts = None if recipe.stage == "eval" else expert_choice(recipe)
+    trained = isinstance(recipe, TrainingRecipe)
+    experts = expert_choice(recipe) if trained else None
     head = head_of(recipe)
     if found.settings is not None or found.kind is None:
-        check_kind(recipe.model.path, found.kind, head, new_head=recipe.stage == "reward")
+        check_kind(recipe.model.path, found.kind, head, new_head=trained)
     if found.settings is None:
         return None
     check_files(found, head, recipe.model.path)
     settings = apply_settings(copy.deepcopy(found.settings), head, recipe.model.config)
     if experts is not None:
         experts.check(settings)
-    if recipe.stage != "eval" and recipe.lora is not None:
+    if trained and recipe.lora is not None:
         check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
     return settings
 
@@ -130,49 +130,44 @@ def check_files(found: Foundation, head: Head, path: str) -> None:
         match_adapter(source.adapter, found.settings)
 
 
-def check_rewards(recipe: RlRecipe, earlier: Earlier, ask_hub: bool) -> None:
-    """Look at the reward models and rules.
+def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> None:
+    """Look at the models that the stage uses beside its own.
 
     Raises:
-        ToolkitError, ModelError: no such rule, no such model, or one that is no reward model or cannot be loaded.
+        ToolkitError, ModelError: no such model, or one that has another head or cannot be loaded.
     """
-    for index, entry in enumerate(recipe.rewards):
-        if entry.rule is not None:
-            RuleReward(entry.rule)
-            continue
-        assert entry.model is not None
-        if found := coming(entry.model, earlier):
-            check_kind(entry.model, found.kind, "score")
+    for use in recipe.other_models():
+        if found := coming(use.path, earlier):
+            check_kind(use.path, found.kind, use.head)
             continue
         try:
-            source = reward_source(entry)
+            source = source_of(use)
         except ValueError as error:  # ToolkitError and ModelError
-            raise type(error)(f"rewards.{index}.model: {error}") from None
+            raise type(error)(f"{use.key}: {error}") from None
         found = read_foundation(source, ask_hub) if source else None
         if source and found and found.settings is not None:
-            check_files(found, "score", entry.model)
-            reward_stats(entry, source)
+            check_files(found, use.head, use.path)
+            stats_of(use, source)
 
 
-def reward_source(entry: RewardEntry) -> ModelSource | None:
-    """The files of a reward model; None where a random one stands in for it.
+def source_of(use: ModelUse) -> ModelSource | None:
+    """The files of a model that is used beside the stage's own; None where a random one stands in for it.
 
     Raises:
-        ToolkitError, ModelError: it is missing, or no reward model.
+        ToolkitError, ModelError: it is missing, or has another head.
     """
-    path = entry.model or ""
-    if not Path(path).exists():
-        if entry.if_missing == "random":
+    if not Path(use.path).exists():
+        if use.stand_in:
             return None
-        raise ToolkitError(f"{path} is not there; train it with: dsv2 reward RECIPE, or set if_missing: random")
-    source = resolve_source(path)
-    check_kind(path, kind_of(source), "score")
+        raise ToolkitError(f"{use.path} is not there; {use.remedy}")
+    source = resolve_source(use.path)
+    check_kind(use.path, kind_of(source), use.head)
     return source
 
 
-def reward_stats(entry: RewardEntry, source: ModelSource) -> RewardStats | None:
-    """The statistics of a reward model's scores, where the recipe wants them normalised."""
-    return RewardStats.read(source.own_dir) if entry.normalize else None
+def stats_of(use: ModelUse, source: ModelSource) -> RewardStats | None:
+    """The statistics of the model's scores, where the recipe wants them."""
+    return RewardStats.read(source.own_dir) if use.stats else None
 
 
 def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = False) -> None:
@@ -184,11 +179,12 @@ def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = Fals
         ToolkitError: the path is a model of the other kind.
     """
     if kind is None:
-        raise ToolkitError(f"{path} will be an evaluation; name a stage that makes a model")
+        raise ToolkitError(f"{path} will hold no model; name a stage that makes one")
     if kind == "score" and wanted == "causal_lm":
         raise ToolkitError(f"{path} is a reward model: it scores answers and writes none; name a chat model")
     if kind == "causal_lm" and wanted == "score" and not new_head:
-        raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 reward RECIPE")
+        makes = next(stage.name for stage in stages().values() if stage.training and stage.training.head == wanted)
+        raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 {makes} RECIPE")
 
 
 def kind_of(source: ModelSource) -> Head:
@@ -199,11 +195,9 @@ def kind_of(source: ModelSource) -> Head:
     return "score" if any("SequenceClassification" in kind for kind in kinds) else "causal_lm"
 
 
-def head_of(recipe: Any) -> Head:
+def head_of(recipe: StageRecipe) -> Head:
     """The head that a stage needs."""
-    if recipe.stage == "eval":
-        return recipe.head
-    return "score" if isinstance(recipe, RewardRecipe) else "causal_lm"
+    return training_of(recipe).head if isinstance(recipe, TrainingRecipe) else recipe.head
 
 
 def lora_settings(section: LoraSection) -> LoraSettings:
@@ -214,5 +208,4 @@ def lora_settings(section: LoraSection) -> LoraSettings:
 
 def expert_choice(recipe: TrainingRecipe) -> ExpertChoice | None:
     """The routed experts that the recipe wants to train; None for all. Raises ModelError for a file of no use."""
-    file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
-    return read_choice(file) if file else None
+    return read_choice(recipe.chosen_experts_file) if recipe.chosen_experts_file else None

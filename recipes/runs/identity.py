@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from conversations.answers.reward_stats import STATS_FILE
 from conversations.errors import ToolkitError
+from conversations.sections import StageRecipe, TrainingRecipe
 from deepseek_v2_modeling.adapters import CONFIG, WEIGHTS
 from deepseek_v2_modeling.loading import ModelSource, read_settings
+from recipes.files import file_sha256
 from recipes.processes import world_size
-from recipes.runs.manifest import file_sha256
-from recipes.runs.models import MERGE_DIR, expert_choice, reward_source
+from recipes.runs.foundation import expert_choice, source_of
+from recipes.runs.models import MERGE_DIR
 from recipes.runs.training_fields import setting
 
 WHOLE = 64 << 20  # files up to this size are read whole, of larger ones a piece of each STRIDE
@@ -26,7 +29,7 @@ EXTENT = ("processes", "global batch")
 MERGED = "merged base model"
 
 
-def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
+def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str, str]]:
     """{part: {path, sha256 of its content}} of all that a run starts from, but for its data."""
     base, folder = source.base, Path(source.tokenizer_dir)
     found = {"base model": (base, _model(base))}
@@ -34,14 +37,13 @@ def fingerprints(recipe: Any, source: ModelSource) -> dict[str, dict[str, str]]:
         found["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
     found["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
     found["chat template"] = (str(folder), _template(folder))
-    if recipe.stage == "eval":
+    if not isinstance(recipe, TrainingRecipe):
         found["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
-    for index, entry in enumerate(getattr(recipe, "rewards", ())):
-        if entry.model is not None and (reward := reward_source(entry)) is not None:
-            found[f"reward model rewards.{index}"] = (entry.model, _reward(reward, entry.normalize))
-    if recipe.stage != "eval" and (choice := expert_choice(recipe)) is not None:
-        file = recipe.lora.experts_file if recipe.lora else recipe.experts_file
-        found["experts file"] = (str(file), _hash(sorted(choice.layers.items())))
+    for use in recipe.other_models():
+        if (other := source_of(use)) is not None:
+            found[f"{use.kind} {use.key.removesuffix('.model')}"] = (use.path, _other(other, use.stats))
+    if isinstance(recipe, TrainingRecipe) and (choice := expert_choice(recipe)) is not None:
+        found["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
     return {part: {"path": path, "sha256": content} for part, (path, content) in found.items()}
 
 
@@ -51,7 +53,7 @@ def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:
     return {MERGED: {"path": str(folder), "sha256": _model(str(folder))}} if folder.is_dir() else {}
 
 
-def extent(recipe: Any) -> dict[str, int]:
+def extent(recipe: TrainingRecipe) -> dict[str, int]:
     """How many processes share an update, and its rows."""
     batch = setting(recipe, "per_device_train_batch_size") * setting(recipe, "gradient_accumulation_steps")
     return dict(zip(EXTENT, (world_size(), batch * world_size()), strict=True))
@@ -90,10 +92,10 @@ def _content_of(files: Mapping[str, Any], part: str) -> str | None:
     return files.get(part, {}).get("sha256")
 
 
-def _reward(source: ModelSource, normalized: bool) -> str:
+def _other(source: ModelSource, with_stats: bool) -> str:
     own = source.own_dir
     adapter = _files(own, ADAPTER) if source.adapter else None
-    return _hash([_model(source.base), adapter, _files(own, ["reward_stats.json"] * normalized)])
+    return _hash([_model(source.base), adapter, _files(own, [STATS_FILE] * with_stats)])
 
 
 def _model(base: str) -> str:

@@ -3,22 +3,19 @@
 import hashlib
 import os
 import platform
-import shlex
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from recipes.files import read_json, write_json
-from recipes.processes import is_main, world_size
-from recipes.recipe.secret_keys import without_secrets
+from recipes.processes import command_line, is_main, now, world_size
 from recipes.runs.directory import MANIFEST, RESULTS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-_CHUNK = 1 << 20
 _HOME = Path(__file__).resolve().parents[2]
 _WRITTEN = (MANIFEST, RESULTS, "*.jsonl", "chain.json", "checkpoint-*", "final")  # what a run writes on its way
 
@@ -77,13 +74,6 @@ def _last_start(manifest: dict[str, Any]) -> float | None:
         return None
 
 
-def command_line() -> str:
-    """The command as it could be typed again, without the directory of the program and without secrets."""
-    program = Path(sys.argv[0]).name
-    program = "dsv2" if program == "cli.py" else program
-    return without_secrets(" ".join([program, *(shlex.quote(word) for word in sys.argv[1:])]))
-
-
 @cache
 def versions() -> dict[str, str | None]:
     """Installed versions of what trains; None for a package that is not installed."""
@@ -110,20 +100,6 @@ def code_state() -> dict[str, str | None]:
         "commit": commit.strip() if commit else None,
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def peak_memory_gb() -> float:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from conversations.rendering.template import install_template
-from conversations.sections import ModelSection, TrainingRecipe
+from conversations.sections import ModelSection, StageRecipe, TrainingRecipe
+from conversations.stage import FINAL, OtherModel
 from deepseek_v2_modeling.adapters import adapted_modules
 from deepseek_v2_modeling.esft import trained_rows
 from deepseek_v2_modeling.loading import (
@@ -17,20 +18,18 @@ from deepseek_v2_modeling.loading import (
     prepare_trainable,
     resolve_source,
 )
-from recipes.processes import is_main, say, wait_for_all
+from recipes.processes import is_main, main_first, say, wait_for_all
 from recipes.runs.foundation import (
     check_kind,
     expert_choice,
     head_of,
     kind_of,
     lora_settings,
-    reward_source,
-    reward_stats,
+    source_of,
+    stats_of,
 )
 from recipes.runs.new_model import make_model
-from rl.config import RewardEntry, RlRecipe
-from rl.rewards import Reward, RewardModelReward, RuleReward
-from sft.config import SftRecipe
+from recipes.runs.training_fields import trl_config
 
 MERGE_DIR = "base"  # in a run directory: the model that the run starts from, where an adapter had to be merged
 
@@ -57,8 +56,7 @@ def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
 def runtime_lora(recipe: TrainingRecipe) -> LoraSettings | None:
     """The recipe's adapters as they train: without dropout where the trainer turns all of it off, which is told."""
     lora = lora_settings(recipe.lora) if recipe.lora else None
-    off = recipe.training.get("disable_dropout", not isinstance(recipe, SftRecipe))  # on in TRL's reward trainer
-    if lora is None or not (lora.dropout and off):
+    if lora is None or not lora.dropout or not getattr(trl_config(recipe), "disable_dropout", False):
         return lora
     say(f"lora.dropout is {lora.dropout:g} but training.disable_dropout is true: there is no dropout")
     return replace(lora, dropout=0.0)
@@ -80,7 +78,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             config=section.config,
         )
 
-    return _main_first(load)
+    return main_first(load)
 
 
 def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
@@ -95,42 +93,24 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     )
 
 
-def load_rewards(recipe: RlRecipe, policy: ModelSource) -> list[Reward]:
-    """The terms of a recipe's reward, its reward models loaded and frozen.
+def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherModel]:
+    """The models that a stage uses beside its own, loaded and frozen, by their keys in the recipe.
 
     Raises:
-        ToolkitError, ModelError: as `reward_source`, or a rule that is not known.
+        ToolkitError, ModelError: as `source_of`.
     """
-    rewards: list[Reward] = []
-    for index, entry in enumerate(recipe.rewards):
-        if entry.rule is not None:
-            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
-        else:
-            rewards.append(_reward_model(recipe, entry, policy, f"rewards.{index}"))
-    names = [reward.name for reward in rewards]
-    for index, reward in enumerate(rewards):
-        if names.count(names[index]) > 1:  # TRL logs by name
-            reward.__name__ = f"{names[index]}_{index}"
-    return rewards
-
-
-def _reward_model(recipe: RlRecipe, entry: RewardEntry, policy: ModelSource, key: str) -> Reward:
-    path = Path(entry.model or "")
-    source = reward_source(entry)
-    if source is None:
-        say(f"{key}.model: {path} is not there; a random score head on {recipe.model.path} stands in for it")
-    model = load_model(
-        source or policy, head="score", dtype=recipe.model.dtype, attn_implementation=recipe.model.attn_implementation
-    )
-    return RewardModelReward(
-        path.parent.name if path.name == "final" else path.name,
-        model,
-        load_tokenizer(source or policy),
-        stats=reward_stats(entry, source) if source else None,
-        clip=entry.clip,
-        weight=entry.weight,
-        on_error=entry.on_error,
-    )
+    section, found = recipe.model, {}
+    for use in recipe.other_models():
+        path, source = Path(use.path), source_of(use)
+        if source is None:
+            say(f"{use.key}: {path} is not there; a random score head on {section.path} stands in for it")
+        model = load_model(
+            source or own, head=use.head, dtype=section.dtype, attn_implementation=section.attn_implementation
+        )
+        stats = stats_of(use, source) if source else None
+        name = path.parent.name if path.name == FINAL else path.name
+        found[use.key] = OtherModel(name, model, load_tokenizer(source or own), stats)
+    return found
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:
@@ -157,13 +137,3 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
         experts = f"{row['experts']:,} of {row['of_experts']:,} experts, " if "experts" in row else ""
         lines.append(f"  {row['projection']}: {rank}{dropout}{experts}{row['parameters']:,} weights")
     return [f"trains {sum(row['parameters'] for row in rows):,} weights", *lines]
-
-
-def _main_first(load: Any) -> Any:
-    """The main process loads first: what it writes on the way, the others find."""
-    if is_main():
-        loaded = load()
-        wait_for_all()
-        return loaded
-    wait_for_all()
-    return load()

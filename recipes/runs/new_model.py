@@ -18,8 +18,8 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     from conversations.rendering.template import install_template
     from deepseek_v2_modeling import PRESETS, build_model
     from deepseek_v2_modeling.loading import save_directory
-    from recipes.quiet import quiet_libraries
-    from recipes.tiny.tokenizer import build_tokenizer
+    from recipes.process_settings import quiet_libraries
+    from recipes.runs.preset_tokenizer import build_tokenizer
 
     quiet_libraries()
     if preset not in PRESETS:

@@ -9,7 +9,6 @@ import gc
 import io
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from transformers.utils import logging
 
 from conversations.errors import ToolkitError
 from conversations.scratch import scratch_directory
+from conversations.sections import StageRecipe, TrainingRecipe
+from conversations.stage import provided
 from deepseek_v2_modeling import DeepseekV2Config
 from deepseek_v2_modeling.adapters import apply_lora
 from deepseek_v2_modeling.loading import HEADS, TASKS
@@ -25,7 +26,7 @@ from deepseek_v2_modeling.training import StopRequested
 from recipes.disk import disk_fault
 from recipes.processes import world_size
 from recipes.runs.foundation import head_of, lora_settings
-from rl.rewards import Answer, Reward, Values
+from recipes.stages import training_of
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
@@ -34,30 +35,10 @@ _SIZES: dict[str, Any] = {
     "topk_method": "greedy", "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _BATCH = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-_TRAINING: dict[str, dict[str, Any]] = {
-    "sft": _BATCH,
-    "reward": _BATCH,
-    "rl": {
-        **_BATCH,
-        "per_device_train_batch_size": 2,
-        "num_generations": 2,
-        "max_completion_length": 2,
-        "steps_per_generation": 1,
-        "generation_batch_size": None,
-        "num_generations_eval": None,
-    },
-}
 _NOTHING = 50  # above every level of the log
-_QUESTION, _ANSWER = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-_ROWS: dict[str, list[dict[str, Any]]] = {
-    "sft": [{"text": "a b"}] * 2,  # which has no question to be asked for samples
-    "pairwise": [{"prompt": _QUESTION, "chosen": _ANSWER, "rejected": _ANSWER}] * 2,
-    "pointwise": [{"prompt": _QUESTION, "completion": _ANSWER, "label": True}] * 2,
-    "rl": [{"messages": [*_QUESTION, *_ANSWER], "reference": "1"}] * 2,
-}
 
 
-def rehearse(recipe: Any, settings: DeepseekV2Config | None, tokenizer: Any) -> None:
+def rehearse(recipe: StageRecipe, settings: DeepseekV2Config | None, tokenizer: Any) -> None:
     """Make a toy of the model and train it for a step as the recipe says, with its batch at the least size.
 
     Nothing is rehearsed in a launch of several processes, or with vLLM, which needs a model on disk.
@@ -79,36 +60,31 @@ def rehearse(recipe: Any, settings: DeepseekV2Config | None, tokenizer: Any) -> 
         raise ToolkitError(f"{_culprit(recipe, settings, tokenizer)}: {' '.join(str(error).split())}") from error
 
 
-def _culprit(recipe: Any, settings: DeepseekV2Config, tokenizer: Any) -> str:
+def _culprit(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> str:
     """The field without which it works."""
-    for key, value in getattr(recipe, "training", {}).items():
+    if not isinstance(recipe, TrainingRecipe):
+        return "model"
+    for key, value in recipe.training.items():
         without = {name: other for name, other in recipe.training.items() if name != key}
         with contextlib.suppress(Exception):
             _try(recipe.model_copy(update={"training": without}), settings, tokenizer)
             return f"training.{key} is {value!r}"
-    return "training" if recipe.stage != "eval" else "model"
+    return "training"
 
 
-def _try(recipe: Any, settings: DeepseekV2Config, tokenizer: Any) -> None:
+def _try(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> None:
     with _unnoticed():
         model = toy_model(recipe, settings)
-        if recipe.stage == "eval":
+        if not isinstance(recipe, TrainingRecipe):
             return
-        training = {**recipe.training, **_TRAINING[recipe.stage]}
-        small = recipe.model_copy(update={"training": training})
-        rows = _ROWS[recipe.loss if recipe.stage == "reward" else recipe.stage]
-        given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "run_dir": scratch_directory()}
-        if recipe.stage == "rl":
-            given["rewards"] = [_Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
-        else:
-            given["eval_rows"] = rows if recipe.eval_data else ()
-        made = import_module(f"{recipe.stage}.stage").build_trainer(small, **given)
-        trainer = made[0] if isinstance(made, tuple) else made
+        training = training_of(recipe)
+        small = recipe.model_copy(update={"training": {**recipe.training, **_BATCH, **training.rehearsal_training}})
+        trainer = provided(training.rehearsal)(small, model, tokenizer, scratch_directory())
         trainer.add_callback(_OneStep())
         trainer.train()
 
 
-def toy_model(recipe: Any, settings: DeepseekV2Config) -> Any:
+def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
     """A model of the same kind of layers and as many words, with random weights, and the recipe's adapters on it."""
     head = head_of(recipe)
     values = {**settings.to_dict(), **_SIZES, "q_lora_rank": settings.q_lora_rank and 8}
@@ -118,7 +94,7 @@ def toy_model(recipe: Any, settings: DeepseekV2Config) -> Any:
     model = cls._from_config(
         config, attn_implementation=recipe.model.attn_implementation, dtype=getattr(torch, recipe.model.dtype)
     )
-    if recipe.stage != "eval" and recipe.lora is not None:
+    if isinstance(recipe, TrainingRecipe) and recipe.lora is not None:
         return apply_lora(model, lora_settings(recipe.lora).config(TASKS[head]))
     return model
 
@@ -128,13 +104,6 @@ class _OneStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = True
-
-
-class _Indifferent(Reward):
-    """A reward that likes all answers alike; the recipe's own are looked at elsewhere."""
-
-    def judge(self, answers: list[Answer]) -> Values:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return [1.0] * len(answers)
 
 
 @contextlib.contextmanager

@@ -8,22 +8,22 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
-from conversations.sections import StageRecipe
-from recipes.allocation import keep_freed_memory
+from conversations.sections import StageRecipe, TrainingRecipe
+from conversations.stage import Work, provided
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.lock import Lock, hold_directory
-from recipes.processes import is_main, say, wait_for_all
-from recipes.quiet import quiet_libraries
+from recipes.process_settings import keep_freed_memory, quiet_libraries
+from recipes.processes import is_main, now, say, wait_for_all
 from recipes.recipe.loader import Loaded
 from recipes.results.figures import figures
 from recipes.results.tables import table_text
-from recipes.runs.directory import MANIFEST, RECIPE, RESULTS, SAMPLES, State, dump_text, inspect
-from recipes.runs.manifest import new_manifest, now, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
+from recipes.runs.directory import MANIFEST, RECIPE, State, dump_text, inspect
+from recipes.runs.manifest import new_manifest, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
+from recipes.stages import stage_of
 
 if TYPE_CHECKING:
     from deepseek_v2_modeling.loading import ModelSource
@@ -40,7 +40,7 @@ class Outcome:
     manifest: dict[str, Any]
 
 
-def run_stage(loaded: Loaded) -> Outcome:
+def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
     """Run a stage, go on with it, or find it finished.
 
     Raises:
@@ -56,30 +56,30 @@ def run_stage(loaded: Loaded) -> Outcome:
         return _done_before(run_dir, loaded) or _run(loaded, run_dir, lock)
 
 
-def _done_before(run_dir: Path, loaded: Loaded) -> Outcome | None:
+def _done_before(run_dir: Path, loaded: Loaded[StageRecipe]) -> Outcome | None:
     if inspect(run_dir, loaded.resolved).status != "finished":
         return None
     say(f"{run_dir}: this run is finished; nothing to do")
     return Outcome("done_before", read_manifest(run_dir))
 
 
-def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
-    recipe: StageRecipe = loaded.recipe
+def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
+    recipe, stage = loaded.recipe, stage_of(loaded.recipe)
     state = inspect(run_dir, loaded.resolved)
     if state.fault:
         say(f"{run_dir}: this run was finished, but {state.fault}; it is made again")
     began = time.monotonic()
     quiet_libraries()
     keep_freed_memory()
-    if state.checkpoint is not None and is_main():
+    if state.checkpoint is not None and isinstance(recipe, TrainingRecipe) and is_main():
         _check_checkpoint(recipe, state.checkpoint)
     inputs = _load_inputs(recipe)
     _seed(recipe.seed)
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
-        if recipe.stage == "eval" and is_main():  # pyright: ignore[reportAttributeAccessIssue]
-            write_json(run_dir / RESULTS, figures(metrics))
+        if stage.measures and is_main():
+            write_json(run_dir / stage.result, figures(metrics))
         lock.make_room()
         _close(run_dir, manifest, "finished", began)
     except BaseException as error:
@@ -91,33 +91,32 @@ def _run(loaded: Loaded, run_dir: Path, lock: Lock) -> Outcome:
     return Outcome("finished", manifest)
 
 
-def _check_checkpoint(recipe: Any, checkpoint: Path) -> None:
+def _check_checkpoint(recipe: TrainingRecipe, checkpoint: Path) -> None:
     from deepseek_v2_modeling.training import check_whole
 
     check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
 
 
-def _load_inputs(recipe: Any) -> "Inputs":
+def _load_inputs(recipe: StageRecipe) -> "Inputs":
     """What `dsv2 check` prepares, with a model of a preset made where it is missing."""
     from recipes.runs.models import open_source
     from recipes.runs.prepare import prepare
 
     inputs = prepare(recipe, ask_hub=True)
-    for listed in inputs.sources:
-        for line in listed.mixture.lines:
-            say(f"{listed.key}: {line}")
+    for read in inputs.lists:
+        for line in read.mixture.lines:
+            say(f"{read.listed.key}: {line}")
     source, tokenizer = open_source(recipe.model, recipe.seed)
-    inputs.foundation = replace(inputs.foundation, source=source, tokenizer=tokenizer)
-    return inputs
+    return replace(inputs, foundation=replace(inputs.foundation, source=source, tokenizer=tokenizer))
 
 
-def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> dict[str, Any]:
+def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: "Inputs") -> dict[str, Any]:
     """Make the run directory with what is known before the stage begins; returns the manifest."""
     before = read_manifest(run_dir) if state.status == "resume" else {}
-    recipe: Any = loaded.recipe
+    recipe = loaded.recipe
     manifest = new_manifest(loaded.path, recipe.seed)
-    manifest["data"] = [file for listed in inputs.sources for file in listed.mixture.files]
-    if state.status == "new" and recipe.stage != "eval":
+    manifest["data"] = [file for read in inputs.lists for file in read.mixture.files]
+    if state.status == "new" and isinstance(recipe, TrainingRecipe):
         _remove_merged(run_dir, inputs.source)
     manifest["start"] = _start(recipe, inputs, run_dir)
     if state.status == "resume":
@@ -125,7 +124,7 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> 
         for key in ("started", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["seconds"] = seconds_so_far(run_dir, before)
-        origin = state.checkpoint or run_dir / SAMPLES
+        origin = state.checkpoint or run_dir / str(stage_of(recipe).continues)
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(origin)}]
         say(f"{run_dir}: going on from {origin.name}")
     wait_for_all()
@@ -133,7 +132,7 @@ def _open_run(loaded: Loaded, run_dir: Path, state: State, inputs: "Inputs") -> 
         if is_main():
             write_text(run_dir / RECIPE, dump_text(loaded.resolved))
             if state.status == "new":  # the stage adds what it leaves out itself
-                rejected = (row.as_dict() for listed in inputs.sources for row in listed.mixture.rejected)
+                rejected = (row.as_dict() for read in inputs.lists for row in read.mixture.rejected)
                 write_jsonl(run_dir / REJECTED, rejected)
         write_manifest(run_dir, manifest)
     except OSError:
@@ -154,13 +153,13 @@ def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
         shutil.rmtree(merged)
 
 
-def _start(recipe: Any, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
+def _start(recipe: StageRecipe, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
     """What the run starts from and, where it matters, how many processes share it; files are looked at by the main
     process only."""
     from recipes.runs.identity import extent, fingerprints, merged_base
 
     files = {**fingerprints(recipe, inputs.source), **merged_base(run_dir)} if is_main() else {}
-    return {**({} if recipe.stage == "eval" else extent(recipe)), "files": files}
+    return {**(extent(recipe) if isinstance(recipe, TrainingRecipe) else {}), "files": files}
 
 
 def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -180,33 +179,38 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
     check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
 
 
-def _work(recipe: Any, run_dir: Path, state: State, inputs: "Inputs", manifest: dict[str, Any]) -> dict[str, Any]:
-    """Load the model and call the stage's own function, by the stage's name."""
+def _load_model(recipe: StageRecipe, source: "ModelSource", run_dir: Path, manifest: dict[str, Any]) -> Any:
+    """The stage's own model; the manifest and the user are told what of it trains."""
     from recipes.runs import models
     from recipes.runs.identity import merged_base
 
-    source = inputs.source
-    stage = import_module(f"{recipe.stage}.stage")
-    if recipe.stage == "eval":
-        model = models.load_frozen(recipe.model, source, recipe.head)
-        arguments = {"rows_by_task": inputs.rows_by_task, "resume": state.status == "resume"}
-        function = stage.evaluate
-    else:
-        model = models.load_for_training(recipe, source, run_dir)
-        if is_main():
-            manifest["start"]["files"].update(merged_base(run_dir))
-        manifest["trained"] = models.adapted_table(model)
-        for line in models.table_lines(manifest["trained"]):
-            say(line)
-        write_manifest(run_dir, manifest)
-        arguments = {"rows": inputs.rows, "resume_from": state.checkpoint}
-        if recipe.stage == "rl":
-            arguments["rewards"] = models.load_rewards(recipe, source)
-        else:
-            arguments["eval_rows"] = inputs.eval_rows or None
-        function = stage.train
+    if not isinstance(recipe, TrainingRecipe):
+        return models.load_frozen(recipe.model, source, recipe.head)
+    model = models.load_for_training(recipe, source, run_dir)
+    if is_main():
+        manifest["start"]["files"].update(merged_base(run_dir))
+    manifest["trained"] = models.adapted_table(model)
+    for line in models.table_lines(manifest["trained"]):
+        say(line)
+    write_manifest(run_dir, manifest)
+    return model
+
+
+def _work(recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", manifest: dict[str, Any]) -> Any:
+    """Load the models and let the stage work; returns its metrics."""
+    from recipes.runs.models import load_other_models
+
+    work = Work(
+        model=_load_model(recipe, inputs.source, run_dir, manifest),
+        tokenizer=inputs.foundation.tokenizer,
+        run_dir=run_dir,
+        rows={read.listed.name: read.handed for read in inputs.lists},
+        others=load_other_models(recipe, inputs.source),
+        resume=state.status == "resume",
+        resume_from=state.checkpoint,
+    )
     began = time.monotonic()
-    metrics = function(recipe, model=model, tokenizer=inputs.foundation.tokenizer, run_dir=run_dir, **arguments)
+    metrics = provided(stage_of(recipe).run)(recipe, work)
     manifest["training_seconds"] = metrics.get("seconds", time.monotonic() - began)
     return metrics
 
@@ -219,13 +223,13 @@ def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -
     write_manifest(run_dir, manifest)
 
 
-def report_outcome(recipe: Any, outcome: Outcome) -> None:
+def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
     """Say where the result is, and an evaluation's figures."""
-    if recipe.stage == "eval":
+    stage = stage_of(recipe)
+    if stage.measures:
         name = Path(recipe.model.path).name
         say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
-    result = Path(recipe.output_dir) / (RESULTS if recipe.stage == "eval" else "final")
-    say(f"{result} ({outcome.manifest['seconds']:.0f} s)")
+    say(f"{Path(recipe.output_dir) / stage.result} ({outcome.manifest['seconds']:.0f} s)")
 
 
 def _seed(seed: int) -> None:

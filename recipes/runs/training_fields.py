@@ -3,17 +3,17 @@
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from conversations.errors import ToolkitError
+from conversations.sections import TrainingRecipe
+from conversations.stage import provided
 from deepseek_v2_modeling import ModelError
 from recipes.data.mixing import source_names
 from recipes.runs.training_bounds import check_bounds
-
-CONFIG_CLASSES = {"sft": "SFTConfig", "reward": "RewardConfig", "rl": "GRPOConfig"}
+from recipes.stages import training_of
 
 # Fields of the TRL configs that this toolkit sets itself, and where the recipe says the same.
 OWNED = {
@@ -50,15 +50,15 @@ OWNED = {
 }
 
 
-def check_training(recipe: Any) -> None:
-    """Check the `training` section of a recipe of sft, reward or rl.
+def check_training(recipe: TrainingRecipe) -> None:
+    """Check the `training` section of a recipe.
 
     Raises:
         ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
         ToolkitError: a field that the TRL config does not have, that is ours, or with a wrong value.
     """
-    fields = _fields(recipe.stage)
-    config_name = CONFIG_CLASSES[recipe.stage]
+    config_name = training_of(recipe).config
+    fields = config_fields(config_name)
     for key, value in recipe.training.items():
         if key in OWNED:
             raise ToolkitError(f"training.{key} is set by the toolkit; {OWNED[key]}")
@@ -93,31 +93,32 @@ def check_model_config(config: dict[str, Any]) -> None:
             raise ToolkitError(_unknown(f"model.config.{key}", key, known, "DeepseekV2Config has no such field"))
 
 
-def config_class(stage: str) -> Any:
-    """The TRL config class that a stage's `training` feeds."""
+def config_class(name: str) -> Any:
+    """A config class of TRL."""
     import trl
 
-    return getattr(trl, CONFIG_CLASSES[stage])
+    return getattr(trl, name)
 
 
-def setting(recipe: Any, name: str) -> Any:
+def setting(recipe: TrainingRecipe, name: str) -> Any:
     """The recipe's value of a field of its TRL config, or that config's default; None where it has no such field."""
-    return recipe.training.get(name, getattr(config_class(recipe.stage), name, None))
+    return recipe.training.get(name, getattr(config_class(training_of(recipe).config), name, None))
 
 
 _LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 
 @cache
-def _fields(stage: str) -> dict[str, Any]:
+def config_fields(name: str) -> dict[str, Any]:
+    """The fields of a config class of TRL, with their types."""
     import dataclasses
 
-    cls = config_class(stage)
+    cls = config_class(name)
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _try_config(recipe: Any) -> None:
+def _try_config(recipe: TrainingRecipe) -> None:
     """Make the config once: TRL and transformers check how fields fit together when it is made."""
     try:
         trl_config(recipe)
@@ -127,21 +128,12 @@ def _try_config(recipe: Any) -> None:
         raise ToolkitError(f"{_culprit(recipe)}: {' '.join(str(error).split())}") from None
 
 
-def trl_config(recipe: Any) -> Any:
+def trl_config(recipe: TrainingRecipe) -> Any:
     """The TRL config of a recipe, made as its stage makes it."""
-    run_dir = Path(recipe.output_dir)
-    if recipe.stage == "rl":
-        from rl.stage import grpo_config, run_limits
-
-        return grpo_config(recipe, run_dir, run_limits(recipe), recipe.rewards)
-    if recipe.stage == "sft":
-        from sft.stage import sft_config as config
-    else:
-        from reward.stage import reward_config as config
-    return config(recipe, run_dir, bool(recipe.eval_data))
+    return provided(training_of(recipe).planned_config)(recipe)
 
 
-def _culprit(recipe: Any) -> str:
+def _culprit(recipe: TrainingRecipe) -> str:
     """The field without which TRL takes the rest; all of `training` where there is none."""
     for key, value in recipe.training.items():
         without = {name: other for name, other in recipe.training.items() if name != key}
@@ -167,14 +159,13 @@ def _check_trackers(report_to: Any) -> None:
             raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
 
 
-def _check_metric(recipe: Any) -> None:
+def _check_metric(recipe: TrainingRecipe) -> None:
     """Does every evaluation give the metric that chooses the best checkpoint?"""
-    metric = recipe.training.get("metric_for_best_model")
-    if recipe.stage != "sft" or metric is None:
+    metric, evaluated = recipe.training.get("metric_for_best_model"), training_of(recipe).evaluated
+    if not evaluated or metric is None:
         return
-    paths = [entry.path for entry in recipe.eval_data]
-    losses = [f"{name}_loss" for name in source_names(paths)] if len(paths) > 1 else []
-    known = ["loss", *losses, "mean_token_accuracy", "entropy"]
+    apart = [source_names(each.entries) for each in recipe.row_lists() if each.apart]
+    known = [evaluated[0], *(f"{name}_loss" for names in apart for name in names), *evaluated[1:]]
     if metric.removeprefix("eval_") not in known:
         raise ToolkitError(f"training.metric_for_best_model: {metric!r} is none of {', '.join(known)}")
 

@@ -1,0 +1,98 @@
+"""Why a canonical row is of no use to a stage: each function returns the reason, or None where the row can be used.
+
+A row that a stage cannot use is a bad row, told before any weight is loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from conversations.answers.prompts import split_prompt
+from conversations.errors import ToolkitError
+from conversations.row import Row
+
+Refuse = Callable[[Row], str | None]
+
+
+def first_of(*refusals: Refuse) -> Refuse:
+    """The first reason of several."""
+    return lambda row: next((why for refuse in refusals if (why := refuse(row))), None)
+
+
+def no_answer(row: Row) -> str | None:
+    """Neither a conversation with an answer nor plain text."""
+    if "text" in row:
+        return None
+    if "messages" not in row:
+        return f"is {_kind(row)}, where a conversation or plain text is needed; for preferences use dsv2 reward"
+    answered = any(message["role"] == "assistant" for message in row["messages"])
+    return None if answered else "has no answer to train on; for prompts use dsv2 rl or dsv2 eval"
+
+
+def no_conversation(row: Row) -> str | None:
+    """No conversation with an answer."""
+    return "is plain text, where a conversation is needed" if "text" in row else no_answer(row)
+
+
+def no_question(row: Row) -> str | None:
+    """Nothing that a model could answer."""
+    if "text" in row:
+        return "is plain text, which asks nothing"
+    return None if split_prompt(row.get("prompt") or row["messages"])[0] else "has no question before its answer"
+
+
+def no_reference(row: Row) -> str | None:
+    """No question, or no right answer to it."""
+    return no_question(row) or (None if "reference" in row else "has no reference to compare an answer with")
+
+
+def no_pair(row: Row) -> str | None:
+    """No pair of answers."""
+    return None if "chosen" in row else f"is {_kind(row)}, where a pair of chosen and rejected is needed"
+
+
+def no_verdict(row: Row) -> str | None:
+    """No judged answer."""
+    judged = "completion" in row
+    return None if judged else f"is {_kind(row)}, where an answer with a label or a score is needed (loss: pointwise)"
+
+
+def no_pair_or_verdict(row: Row) -> str | None:
+    """Neither a pair of answers nor a judged one."""
+    return None if "chosen" in row else no_verdict(row)
+
+
+def other_verdict() -> Refuse:
+    """No judged answer, or one with a score where rows before have labels: those are trained differently."""
+    kinds: list[str] = []
+
+    def refuse(row: Row) -> str | None:
+        if why := no_verdict(row):
+            return why
+        kind = "label" if "label" in row else "score"
+        kinds.append(kind)
+        if kind != kinds[0]:
+            return f"has a {kind}, and rows before it have a {kinds[0]}; train on one kind at a time"
+        return None
+
+    return refuse
+
+
+def unreadable_reference(rules: Sequence[str]) -> Refuse:
+    """A reference that one of the rules cannot read, before any answer is judged."""
+    from conversations.answers.rules import check_reference
+
+    @cache
+    def fault(reference: str) -> str | None:
+        for rule in rules:
+            try:
+                check_reference(rule, reference)
+            except ToolkitError as error:
+                return f"cannot be judged by the rule {rule}: {error}"
+        return None
+
+    return lambda row: fault(row["reference"]) if row.get("reference") is not None else None
+
+
+def _kind(row: Row) -> str:
+    kinds = {"text": "plain text", "messages": "a conversation", "chosen": "a pair", "completion": "a judged answer"}
+    return next(name for key, name in kinds.items() if key in row)

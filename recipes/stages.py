@@ -1,0 +1,26 @@
+"""The stages there are. Everything else about a stage stands in its own folder, in the STAGE of its config.py."""
+
+from importlib import import_module
+
+from conversations.sections import StageRecipe, TrainingRecipe
+from conversations.stage import Stage, Training
+
+FOLDERS = ("sft", "reward", "rl", "eval")
+
+
+def stages() -> dict[str, Stage]:
+    """All stages by name."""
+    found: list[Stage] = [import_module(f"{folder}.config").STAGE for folder in FOLDERS]
+    return {stage.name: stage for stage in found}
+
+
+def stage_of(recipe: StageRecipe) -> Stage:
+    """The stage that a recipe is for."""
+    return stages()[recipe.stage]
+
+
+def training_of(recipe: TrainingRecipe) -> Training:
+    """How the stage of a recipe with `training` trains."""
+    training = stage_of(recipe).training
+    assert training is not None, recipe.stage
+    return training
