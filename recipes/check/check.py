@@ -11,8 +11,9 @@ from conversations.errors import ToolkitError
 from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
 from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
-from recipes.check.measure import Example, Figures, Plan, encoder, measure, plan
+from recipes.check.measure import Example, Figures, Plan, measure, plan
 from recipes.check.page import DataView, StageView, write_page
+from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
 from recipes.process_settings import quiet_libraries
 from recipes.recipe.loader import Loaded, of_chain, of_stage

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from conversations.rendering.fitting import Encode, Piece, Row
+from conversations.rendering.fitting import Encode, Row
 from conversations.rendering.lengths import LengthReport
-from conversations.sections import StageRecipe, TrainingRecipe
-from conversations.stage import provided
+from conversations.sections import TrainingRecipe
 from recipes.data.row_store import MixedRows
 from recipes.stages import stage_of, training_of
 
@@ -103,26 +102,6 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
     in_turn = chain.from_iterable(zip_longest(*examples.values()))  # so that each source is shown
     figures.examples = [example for example in in_turn if example][:EXAMPLES]
     return figures
-
-
-def encoder(recipe: StageRecipe, tokenizer: Any, max_length: int | None) -> Encode:
-    """What the recipe's stage makes of a row."""
-    if encode := stage_of(recipe).encode:
-        return provided(encode)(recipe, tokenizer, max_length)
-    return _prompt_encoder(tokenizer)
-
-
-def _prompt_encoder(tokenizer: Any) -> Encode:
-    from conversations.answers.prompts import prompt_of
-    from conversations.rendering.conversation import render_conversation
-
-    def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
-        report.rows += 1
-        ids = render_conversation(prompt_of(row, report.rows), tokenizer, add_generation_prompt=True)["input_ids"]
-        report.lengths.append(len(ids))
-        return [[(ids, [0] * len(ids))]]
-
-    return encode
 
 
 def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any, part_of: int) -> Example:

@@ -14,7 +14,7 @@ from conversations.errors import ToolkitError
 from conversations.rendering.lengths import LengthReport
 from conversations.sections import TrainingRecipe
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
-from recipes.check.measure import encoder
+from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
 from recipes.files import write_json, write_text
 from recipes.html import render_page
