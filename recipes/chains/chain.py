@@ -45,7 +45,10 @@ def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
         state = _open_chain(loaded, output)
         try:
             results = _run_stages(loaded, state)
-            _close_chain(output, results)
+            if is_main():
+                write_json(output / RESULTS, results)
+            costs = {key: results[key] for key in ("seconds", "peak_memory_gb")}
+            _say_how_it_ended(output, "finished", **costs)
         except BaseException as error:
             lock.make_room()
             with suppress(OSError):  # of a disk that is broken the error itself says more
@@ -155,12 +158,6 @@ def _collect(chain: ChainRecipe, state: ChainState) -> dict[str, Any]:
     }
     names = [entry.name for entry in chain.stages]
     return chain_results(chain.seed, evaluations, comparisons, state.seconds(names), state.peak_memory_gb(names))
-
-
-def _close_chain(output: Path, results: dict[str, Any]) -> None:
-    if is_main():
-        write_json(output / RESULTS, results)
-    _say_how_it_ended(output, "finished", seconds=results["seconds"], peak_memory_gb=results["peak_memory_gb"])
 
 
 def _say_how_it_ended(output: Path, status: str, **more: Any) -> None:

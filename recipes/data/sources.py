@@ -5,8 +5,9 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -30,19 +31,19 @@ CACHE = Path("runs")
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mixture:
     """The rows of a list of sources, and how they came to be.
 
     rows: canonical rows with their `origin` (file:line); shuffled when there is more than one source, else in the
-    file's order. rejected: rows left out. files: for each source {path, sha256, formats, rows, left_out, used}.
+    file's order. rejected: rows left out. files: for each source {path, sha256, formats, left_out, rows, used}.
     lines: what to tell the user.
     """
 
     rows: MixedRows
-    rejected: list[RejectedRow] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+    rejected: list[RejectedRow]
+    files: list[dict[str, Any]]
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class _Source:
     file: Path
     split: Split
     key: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a source gave: `rows` rows of the store, and what there is to tell of it."""
+
+    rows: int
+    file: dict[str, Any]
+    rejected: list[RejectedRow]
+    lines: list[str]
 
 
 def read_sources(
@@ -76,20 +87,23 @@ def read_sources(
         ToolkitError: a missing file, an unreadable row, an empty source.
     """
     sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
-    store, starts = RowStore(), []
-    mixture = Mixture(MixedRows(store, array("Q"), ()))
-    for source in sources:
-        starts.append(len(store))
-        rng = random.Random(f"{seed}/{source.key}/fim")
-        for row in _read(source, mixture, refuse, reasoning):
-            store.append(with_hole(row, source.entry.fim.rate, source.entry.fim.mode, rng) if source.entry.fim else row)
-        mixture.files[-1]["rows"] = len(store) - starts[-1]
-        if len(store) == starts[-1]:
-            raise ToolkitError(f"{source.key}.split: no row of {source.entry.path} falls into {source.entry.split!r}")
-    order = _mixed(mixture, [entry.weight for entry in entries], starts, f"{seed}/{key}")
-    mixture.rows = MixedRows(store, order, starts)
-    mixture.lines += _shares(mixture)
-    return mixture
+    store = RowStore()
+    parts = [_read(source, store, seed, refuse, reasoning) for source in sources]
+    used = rows_used([part.rows for part in parts], [entry.weight for entry in entries])
+    starts = list(accumulate((part.rows for part in parts), initial=0))[:-1]
+    order = array("Q")
+    for index, (start, part, count) in enumerate(zip(starts, parts, used, strict=True)):
+        order.extend(start + row for row in chosen(part.rows, count, random.Random(f"{seed}/{key}/{index}")))
+    if len(parts) > 1:
+        random.Random(f"{seed}/{key}").shuffle(order)
+    files = [{**part.file, "rows": part.rows, "used": count} for part, count in zip(parts, used, strict=True)]
+    shares = [_share(file, len(order)) for file in files] if len(files) > 1 else []
+    return Mixture(
+        rows=MixedRows(store, order, starts),
+        rejected=[row for part in parts for row in part.rejected],
+        files=files,
+        lines=[*(line for part in parts for line in part.lines), *shares],
+    )
 
 
 def source_hash(entry: DataSource, seed: int, key: str) -> str:
@@ -110,18 +124,6 @@ def _sha256(source: _Source) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _mixed(mixture: Mixture, weights: Sequence[float | None], starts: Sequence[int], seed: str) -> array:
-    """The order of the mixture, as numbers of rows in the store."""
-    order = array("Q")
-    counts = rows_used([file["rows"] for file in mixture.files], weights)
-    for index, (file, start, count) in enumerate(zip(mixture.files, starts, counts, strict=True)):
-        file["used"] = count
-        order.extend(start + row for row in chosen(file["rows"], count, random.Random(f"{seed}/{index}")))
-    if len(starts) > 1:
-        random.Random(seed).shuffle(order)
-    return order
-
-
 def _find(entry: DataSource, seed: int, key: str) -> _Source:
     split = parse_split(entry.split, f"{key}.split")
     path = Path(entry.path)
@@ -138,31 +140,34 @@ def _find(entry: DataSource, seed: int, key: str) -> _Source:
     return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
 
 
-def _read(source: _Source, mixture: Mixture, refuse: Refuse | None, reasoning: Reasoning) -> Iterator[Row]:
-    """The source's rows with their origin; what was read goes to `mixture` at the end."""
-    entry = source.entry
+def _read(source: _Source, store: RowStore, seed: int, refuse: Refuse | None, reasoning: Reasoning) -> _Part:
+    """Append the source's rows, with their origin, to the store."""
+    entry, rejected, before = source.entry, [], len(store)
     reader = load_conversations(
         source.file,
         entry.on_bad_row,
         columns=entry.columns,
         max_bad_rows=entry.max_bad_rows,
-        on_rejected=mixture.rejected.append if entry.on_bad_row == "skip" else None,
+        on_rejected=rejected.append if entry.on_bad_row == "skip" else None,
         refuse=_without_text(refuse) if entry.fim else refuse,
         roles=entry.roles,
         reasoning=reasoning,
         split=source.split.name if source.file.is_dir() else "",
     )
-    yield from source.split.select(row | {"origin": reader.place} for row in reader)
+    rng = random.Random(f"{seed}/{source.key}/fim")
+    for row in source.split.select(row | {"origin": reader.place} for row in reader):
+        store.append(with_hole(row, entry.fim.rate, entry.fim.mode, rng) if entry.fim else row)
     reader.check()  # a split by number stops before the end
-    mixture.lines += [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
-    mixture.files.append(
-        {
-            "path": entry.path,
-            "sha256": _sha256(source),
-            "formats": dict(reader.formats),
-            "left_out": reader.rejected,
-        }
-    )
+    if len(store) == before:
+        raise ToolkitError(f"{source.key}.split: no row of {entry.path} falls into {entry.split!r}")
+    file = {
+        "path": entry.path,
+        "sha256": _sha256(source),
+        "formats": dict(reader.formats),
+        "left_out": reader.rejected,
+    }
+    lines = [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
+    return _Part(len(store) - before, file, rejected, lines)
 
 
 def _without_text(refuse: Refuse | None) -> Refuse:
@@ -174,13 +179,8 @@ def _without_text(refuse: Refuse | None) -> Refuse:
     return refused
 
 
-def _shares(mixture: Mixture) -> list[str]:
-    """One line for each source of a mixture of several, or of one that is not used as it is."""
-    total = len(mixture.rows)
-    return [_share(file, total) for file in mixture.files] if len(mixture.files) > 1 else []
-
-
 def _share(file: dict[str, Any], total: int) -> str:
+    """What a source gave to a mixture of several."""
     rows, used = file["rows"], file["used"]
     often = f"{used:,} of {rows:,} rows used" if used <= rows else f"{rows:,} rows used {used / rows:.3g} times each"
     return f"{Path(file['path']).name}: {often}, {100 * used / total:.1f} % of the mixture"

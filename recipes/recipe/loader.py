@@ -48,15 +48,6 @@ def read_tree(path: Path) -> dict[str, Any]:
     return absolute_paths(by_name(tree, name), Path.cwd())  # data files are the user's, not the toolkit's
 
 
-def override_tree(tree: dict[str, Any], overrides: Sequence[Override], cwd: Path) -> dict[str, Any]:
-    """`tree` with overrides, their relative files made absolute from `cwd`."""
-    tree = copy.deepcopy(tree)
-    for override in overrides:
-        value = absolute_paths(override.value, cwd, override.keys)
-        apply_override(tree, Override(override.keys, value))
-    return tree
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = False) -> Loaded[Recipe]:
     """Read, shrink, override and check a recipe of any kind.
 
@@ -73,7 +64,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = Fals
     notes: list[str] = []
     if smoke:
         tree, notes = shrink_chain(tree, read_tree) if tree.get("stage") == CHAIN else shrink(tree)
-    tree = override_tree(tree, parsed, Path.cwd())
+    tree = copy.deepcopy(tree)
+    for override in parsed:
+        value = absolute_paths(override.value, Path.cwd(), override.keys)
+        apply_override(tree, Override(override.keys, value))
     refuse_secrets(tree)
     return Loaded(validate(tree), path, smoke, notes)
 

@@ -174,7 +174,8 @@ def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str)
     section = _section_at(cls, parent)
     siblings = [".".join([*map(str, parent), name]) for name in (section.model_fields if section else {})]
     path = ".".join(map(str, keys))
-    near = get_close_matches(path, siblings, n=1, cutoff=0.6) if _near(wrong, siblings) else []
+    likely = get_close_matches(wrong, [name.split(".")[-1] for name in siblings], n=1, cutoff=0.6)
+    near = get_close_matches(path, siblings, n=1, cutoff=0.6) if likely else []
     if not near:
         elsewhere = [known for known in _all_keys(cls) if known.split(".")[-1] == wrong]
         near = elsewhere[:1]
@@ -183,10 +184,6 @@ def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str)
     names = ", ".join(name.split(".")[-1] for name in siblings)
     hint = "; fields of the TRL config go under training" if not parent and "training" in siblings else ""
     return f'unknown key "{prefix}{path}"; known here: {names}{hint}'
-
-
-def _near(wrong: str, siblings: list[str]) -> bool:
-    return bool(get_close_matches(wrong, [name.split(".")[-1] for name in siblings], n=1, cutoff=0.6))
 
 
 def _section_at(cls: type[BaseModel], keys: tuple[str | int, ...]) -> type[BaseModel] | None:

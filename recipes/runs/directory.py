@@ -44,7 +44,8 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ToolkitError(f"output_dir {run_dir} is a file; choose another output_dir")
-    visible = _visible(run_dir)
+    names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    visible = sorted(name for name in names if not name.startswith("."))
     if not visible:
         return State("new")
     if RECIPE not in visible:
@@ -83,7 +84,8 @@ def _has_begun(run_dir: Path, name: Any) -> bool:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint-N directory with the highest N; these are whole, since they are written atomically."""
-    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _number(path))]
+    folders = [path for path in run_dir.glob("checkpoint-*") if path.is_dir()]
+    found = [(int(match[1]), path) for path in folders if (match := _CHECKPOINT.fullmatch(path.name))]
     return max(found)[1] if found else None
 
 
@@ -168,14 +170,6 @@ def _is_safetensors(path: Path) -> bool:
             return bool(file.keys())
     except (OSError, SafetensorError):
         return False
-
-
-def _visible(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")) if run_dir.is_dir() else []
-
-
-def _number(path: Path) -> re.Match[str] | None:
-    return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
 
 
 def _short(value: Any) -> str:

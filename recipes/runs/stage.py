@@ -72,9 +72,10 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     quiet_libraries()
     keep_freed_memory()
     if state.checkpoint is not None and isinstance(recipe, TrainingRecipe) and is_main():
-        _check_checkpoint(recipe, state.checkpoint)
+        from deepseek_v2_modeling.training import check_whole
+
+        check_whole(state.checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
     inputs = _load_inputs(recipe)
-    _seed(recipe.seed)
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, manifest)
@@ -91,14 +92,11 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     return Outcome("finished", manifest)
 
 
-def _check_checkpoint(recipe: TrainingRecipe, checkpoint: Path) -> None:
-    from deepseek_v2_modeling.training import check_whole
-
-    check_whole(checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
-
-
 def _load_inputs(recipe: StageRecipe) -> "Inputs":
-    """What `dsv2 check` prepares, with a model of a preset made where it is missing."""
+    """What `dsv2 check` prepares, with a model of a preset made where it is missing; all that draws numbers from here
+    on, new adapters and new heads, is seeded."""
+    from transformers import set_seed
+
     from recipes.runs.models import open_source
     from recipes.runs.prepare import prepare
 
@@ -107,6 +105,7 @@ def _load_inputs(recipe: StageRecipe) -> "Inputs":
         for line in read.mixture.lines:
             say(f"{read.listed.key}: {line}")
     source, tokenizer = open_source(recipe.model, recipe.seed)
+    set_seed(recipe.seed)
     return replace(inputs, foundation=replace(inputs.foundation, source=source, tokenizer=tokenizer))
 
 
@@ -230,10 +229,3 @@ def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
         name = Path(recipe.model.path).name
         say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
     say(f"{Path(recipe.output_dir) / stage.result} ({outcome.manifest['seconds']:.0f} s)")
-
-
-def _seed(seed: int) -> None:
-    """Seed what loading draws from: new adapters and new heads."""
-    from transformers import set_seed
-
-    set_seed(seed)

@@ -69,7 +69,7 @@ def check_training(recipe: TrainingRecipe) -> None:
         try:
             TypeAdapter(fields[key], config=_LENIENT).validate_python(value, strict=True)
         except ValidationError as error:
-            reasons = dict.fromkeys(_plain(detail["msg"]) for detail in error.errors())
+            reasons = dict.fromkeys(detail["msg"].replace("Input should be ", "must be ") for detail in error.errors())
             raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
     check_bounds(recipe.training)
     _check_trackers(recipe.training.get("report_to"))
@@ -175,7 +175,3 @@ def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:
     if near:
         return f'unknown key "{path}", did you mean "{path.removesuffix(key)}{near[0]}"?'
     return f'unknown key "{path}": {otherwise}'
-
-
-def _plain(message: str) -> str:
-    return message.replace("Input should be ", "must be ")
