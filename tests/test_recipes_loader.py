@@ -303,6 +303,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (RL, "rewards.1.model=x", "rewards.1: needs either model or rule"),
         (RL, "rewards.1={weight: 2}", "rewards.1: needs either model or rule"),
         (RL, "rewards.1.weight=0", "rewards.1: weight is 0"),
+        (RL, "rewards.1.rule=nubmer", "rewards.1: there is no rule 'nubmer' (did you mean 'number'?)"),
         (EVAL, "tasks.1.name=exact_match", "tasks share a name: exact_match"),
         (EVAL, "data=[]", "task exact_match has no data"),
         (EVAL, "tasks.0.metric=pair_accuracy", "use two recipes"),
@@ -360,6 +361,10 @@ def test_smoke_for_rl_evaluation_and_chains(tmp_path: Path) -> None:
     assert chain.recipe.stages[0].overrides["training"]["max_steps"] == 9
     assert chain.recipe.stages[0].overrides["training"]["per_device_train_batch_size"] == 1
     assert "training.max_steps: 3 -> 2 (one)" in chain.notes
+    (tmp_path / "sft.yaml").write_text(SFT + "early_stopping_patience: 2\n", encoding="utf-8")
+    chain = load_recipe(write(tmp_path, CHAIN), smoke=True)
+    assert chain.recipe.stages[0].overrides["early_stopping_patience"] is None
+    assert "early_stopping_patience: 2 -> None (one)" in chain.notes
 
 
 def test_the_resolved_recipe_is_a_recipe_with_the_same_meaning(recipe: Path, tmp_path: Path) -> None:
