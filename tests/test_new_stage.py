@@ -93,7 +93,6 @@ def test_recipes_know_no_stage_by_name() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-            parts += [key for key in node.keys if key] if isinstance(node, ast.Dict) else []
             constants = [part for whole in parts for part in ast.walk(whole) if isinstance(part, ast.Constant)]
             found = {name.partition(".")[0] for name in names} | {str(constant.value) for constant in constants}
             told += [f"{file.name}:{node.lineno}: {name}" for name in found.intersection(stage_list.FOLDERS)]
