@@ -56,7 +56,7 @@ class ModelSection(Section):
 
     path: str = Field(min_length=1, description="A model directory, a run, a run's final/, or a hub name.")
     preset: str | None = Field(
-        default=None, description="Preset of `dsv2 init` that makes a seeded random model when `path` does not exist."
+        default=None, description="Preset of `dsv2 init` for a seeded random model when `path` does not exist."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of frozen weights and of computation; trained weights are float32 anyway."
@@ -129,13 +129,13 @@ class DataSource(Section):
     )
     split: str | None = Field(
         default=None,
-        description="train[:90%] and train[90%:] part rows by their first question; test[:100] takes rows by number.",
+        description="train[:90%] and train[90%:] divide rows by their first question; test[:100] takes rows by number.",
     )
     weight: float | None = Field(
         default=None,
         gt=0,
-        description="Share in the mixture, relative to the others (1 where only they say one). The source with the "
-        "largest weight is used once, the others are sampled or repeated. Without any, all are used once.",
+        description="Share in the mixture, relative to the other sources (1 if only those have one). The source with "
+        "the largest weight is used once, the others are sampled or repeated. Without any, all are used once.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name: the file's name, for files in a form of their own."
@@ -144,7 +144,7 @@ class DataSource(Section):
         default_factory=dict, description="The file's names of roles: system, user, assistant or tool."
     )
     on_bad_row: OnBadRow = Field(
-        default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and go on."
+        default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and continue."
     )
     max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="With on_bad_row: skip, more bad rows than this (a number, or a share) stop the run."
@@ -219,7 +219,7 @@ class StageRecipe(Section):
 
     stage: str = Field(description="Which stage this is.")
     model: ModelSection = Field(description="The model the stage starts from.")
-    output_dir: str = Field(min_length=1, description="The run directory, made when missing.")
+    output_dir: str = Field(min_length=1, description="The run directory, created when missing.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything random in the stage.")
     on_nan: Literal["stop", "skip"] = Field(
         default="stop", description="A loss or gradient that is not finite: stop the run, or leave out that update."
@@ -253,7 +253,7 @@ class TrainingRecipe(StageRecipe):
     )
     data: list[DataSource] = Field(min_length=1, description="What to train on.")
     training: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the TRL config the stage feeds, but those we own."
+        default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
     max_seconds: float | None = Field(
         default=None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
@@ -286,7 +286,7 @@ class SupervisedRecipe(TrainingRecipe):
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations in a row that are no better than the best one so far, by "
+        description="Stop after so many evaluations in a row that are not better than the best one so far, by "
         "training.metric_for_best_model (the held-out loss, where it names none).",
     )
     format: FormatSection = Field(

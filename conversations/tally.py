@@ -1,4 +1,4 @@
-"""What a reader found and did not use, or did to a row besides reading it: counted, to be told once."""
+"""What a reader did not use, or did to a row besides reading it: counted, and reported once."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _WORDS: dict[Kind, tuple[str, str]] = {
     "columns": ("columns not used", "row"),
     "beside": ("keys beside the rows, not read", "file"),
     "turn keys": ("keys of turns not used", "turn"),
-    "untrained": ("turns that are not trained, as their own keys ask", "turn"),
+    "untrained": ("turns left untrained by their own flags", "turn"),
     "dropped reasoning": ("reasoning left out", "turn"),
     "no result": ("tool calls without a result", "call"),
 }
@@ -23,13 +23,13 @@ def counted(number: int, what: str = "row") -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def told(events: Mapping[Event, int]) -> list[str]:
+def event_lines(events: Mapping[Event, int]) -> list[str]:
     """One line for each kind of event: "columns not used: context (12,000 rows), id (12,000 rows)"."""
     lines = []
     for kind, (words, unit) in _WORDS.items():
-        found = Counter({name: number for (of, name), number in events.items() if of == kind}).most_common()
-        names = [f"{name} ({counted(number, unit)})" for name, number in found[:_SHOWN]]
-        if len(found) > _SHOWN:
-            names.append(f"and {len(found) - _SHOWN:,} more")
+        counts = Counter({name: number for (of, name), number in events.items() if of == kind}).most_common()
+        names = [f"{name} ({counted(number, unit)})" for name, number in counts[:_SHOWN]]
+        if len(counts) > _SHOWN:
+            names.append(f"and {len(counts) - _SHOWN:,} more")
         lines += [f"{words}: {', '.join(names)}"] if names else []
     return lines

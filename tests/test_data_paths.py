@@ -56,7 +56,7 @@ def test_a_folder_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
     places = [reader.place for _ in reader]
     assert places == ["d/a.jsonl.gz:1", "d/a.jsonl.gz:2", "d/b.ndjson:1", "d/part/c.parquet:1"]
     assert reader.summary() == "d: prompt/response, 4 rows"
-    assert reader.notes() == ["files not read, of no known kind: notes.docx"]
+    assert reader.notes() == ["files of unknown kinds, not read: notes.docx"]
 
 
 def test_a_bad_row_of_a_folder_names_its_file(tmp_path):
@@ -177,11 +177,11 @@ def test_objects_over_several_lines_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{\n"prompt": "1"\n"response": "2"}', "a.json:3: broken JSON: the object has no comma after a value; nothing"),
-        ('{\n"prompt" "1"}', "a.json:2: broken JSON: an object has no colon after a key"),
-        ('{\n"prompt": "1"', "the object has no end"),
-        ('{\n"prompt": "1",\n"response": "2"} x', "more after the end of the object"),
-        ('{"data": [{"prompt": "1"},\n', "the array has no end|Expecting value"),
+        ('{\n"prompt": "1"\n"response": "2"}', "a.json:3: broken JSON: the object lacks a comma after a value"),
+        ('{\n"prompt" "1"}', "a.json:2: broken JSON: the object lacks a colon after a key"),
+        ('{\n"prompt": "1"', "the object is not closed"),
+        ('{\n"prompt": "1",\n"response": "2"} x', "more text after the end of the object"),
+        ('{"data": [{"prompt": "1"},\n', "the array is not closed|Expecting value"),
         ('{"train": [{}], "data": [\n{}]}', "an object with 2 lists of rows"),
     ],
 )

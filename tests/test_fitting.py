@@ -104,7 +104,7 @@ def test_split_trains_the_last_answer_once():
 def test_a_row_left_out_says_where_it_stood():
     _, report = fitted({"messages": user("x" * 90) + assistant("A"), "origin": "a.jsonl:7"}, max_length=50)
     assert report.rejected == [{"row": 1, "origin": "a.jsonl:7", "reason": CUT_AWAY}]
-    assert report.summary(50) == "1 row; answer cut away whole: 1 row, dropped"
+    assert report.summary(50) == "1 row; 1 dropped (answer cut off entirely)"
     assert report.as_metrics() == {"rows": 1, "truncated": 0, "split": 0, "dropped": 1, "answer_cut_away": 1}
 
 
@@ -114,7 +114,7 @@ def test_an_exchange_of_a_split_row_whose_answer_is_lost_is_counted():
     assert trained(pieces) == " bbb<eos>" and not report.rejected
     assert report.summary(50) == (
         "1 row; 1 truncated to 50 tokens; 1 split at turns into parts of up to 50 tokens; "
-        "answer cut away whole: 1 exchange of split rows, dropped"
+        "1 exchange of split rows dropped (answer cut off entirely)"
     )
 
 

@@ -165,7 +165,7 @@ def test_what_is_no_tokenizer(said: Callable[..., str], file: str, text: str) ->
 
 def test_templates_that_fail_in_their_own_way(said: Callable[..., str]) -> None:
     Path("m/chat_template.jinja").write_text("{% for i in range(10**9) %}a{% endfor %}")
-    assert "the model's own chat template refuses this conversation" in said(*CHAT)
+    assert "the model's own chat template rejects this conversation" in said(*CHAT)
     Path("m/chat_template.jinja").write_bytes(b"\xff\xfe")
     assert "m/chat_template.jinja: not UTF-8" in said(*MERGE)
 

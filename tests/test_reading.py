@@ -159,12 +159,12 @@ def test_unknown_keys_bring_the_list_of_formats_and_the_mapping(tmp_path):
             ["1", "2"],
         ),
         ('[{"question": "1", "answer": "A"},\n\n {"question": ]', 3, "broken JSON: .*nothing after it", ["1"]),
-        ('[{"question": "1", "answer": "A"}\n {"question": "2"}]', 2, "broken JSON: .* no comma", ["1"]),
-        ('[{"question": "1", "answer": "A"}\n', 2, "broken JSON: the array has no end", ["1"]),
+        ('[{"question": "1", "answer": "A"}\n {"question": "2"}]', 2, "broken JSON: .* lacks a comma", ["1"]),
+        ('[{"question": "1", "answer": "A"}\n', 2, "broken JSON: the array is not closed", ["1"]),
         (
             '[{"question": "1", "answer": "A"}]\n{"question": "2"}',
             2,
-            "broken JSON: there is more after the end of the array",
+            "broken JSON: more text after the end of the array",
             ["1"],
         ),
         ('[{"question": "1", "answer": "A"},\n{"question": "\udcff", "answer": "A"}]', 2, "not valid UTF-8", ["1"]),
@@ -212,7 +212,7 @@ def test_behind_a_missing_comma_an_array_goes_on(tmp_path, comma):
     path.write_text(f"[\n{one}{comma}\n{two},\n{three}\n]")
     rejected = []
     assert questions(load_conversations(path, on_bad_row="skip", on_rejected=rejected.append)) == ["1", "2", "3"]
-    assert [each.reason for each in rejected] == ["broken JSON: the array has no comma after an element"]
+    assert [each.reason for each in rejected] == ["broken JSON: the array lacks a comma after an element"]
 
 
 def test_of_an_array_on_one_line_the_element_is_told(tmp_path):
@@ -251,8 +251,8 @@ def test_wrong_arguments_fail_at_the_call(tmp_path):
     for path, settings_, reason in (
         (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
         (tmp_path / "folder", {}, "holds no file of a known kind .*, but b.docx, c.xls"),
-        (tmp_path / "*.xyz", {}, "no file of a known kind has such a name"),
-        (tmp_path / "a.docx", {}, "unknown kind of file; known are .jsonl"),
+        (tmp_path / "*.xyz", {}, "the pattern matches no file of a known kind"),
+        (tmp_path / "a.docx", {}, "unknown kind of file; known kinds are .jsonl"),
         (good, {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
     ):
         with pytest.raises(ToolkitError, match=reason):

@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     trained = sum(label != IGNORED for row in data for label in row["labels"])
     assert 0 < len(report.rejected) < 30
     assert f"rows.jsonl: {tokens:,} tokens in 30 rows, {trained:,} of them trained" in said
-    assert f"drop: 30 rows; longer than 30 tokens: {len(report.rejected)} rows, dropped" in said
+    assert f"30 rows; {len(report.rejected)} dropped (longer than 30 tokens); format.too_long is drop" in said
     assert f"{-(-len(data) // 8)} an epoch of {tokens:,} tokens; 3.00 epochs" in said
     assert "rows.jsonl: prompt/completion, 30 rows" in said and "histogram" in said
     assert re.search(r"example 1 \(rows\.jsonl:1; .*⟦ 1<｜end▁of▁sentence｜>⟧", said, re.DOTALL)
@@ -122,7 +122,7 @@ def test_of_many_rows_a_sample_is_measured(
     said = capsys.readouterr().out
     about = re.search(r"rows.jsonl: about (\d[\d,]*) tokens in 90 rows", said)
     assert exact and about and "every" in said and "about" in said
-    assert re.search(r"truncate: of the sample: \d+ rows", said)
+    assert re.search(r"of the sample: \d+ rows.*; format.too_long is truncate", said)
     assert int(about[1].replace(",", "")) == pytest.approx(int(exact[1].replace(",", "")), rel=0.1)
 
 
@@ -203,12 +203,12 @@ def test_a_row_with_a_verdict_brings_the_columns_that_train_it(
 def test_answers_cut_away_whole_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*conversations(3), {"prompt": "What? " * 90, "completion": "A"}, {"prompt": "Q", "completion": "A " * 90}]
     check(load_recipe(recipe(tmp_path, rows)))
-    told = "truncate: 5 rows; 1 truncated to 64 tokens; answer cut away whole: 1 row, dropped"
+    told = "5 rows; 1 truncated to 64 tokens; 1 dropped (answer cut off entirely)"
     assert told in capsys.readouterr().out
     assert told in (tmp_path / "out" / "run.check.html").read_text(encoding="utf-8")
     assert main(["check", str(recipe(tmp_path, rows[3:4]))]) == 2
     told = capsys.readouterr().err
-    assert "no row is left to train on: 1 row; answer cut away whole: 1 row, dropped; the shortest row has" in told
+    assert "no row is left to train on: 1 row; 1 dropped (answer cut off entirely); the shortest row has" in told
     assert "tokens: raise training.max_length" in told
 
 

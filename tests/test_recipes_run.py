@@ -202,4 +202,4 @@ def test_the_wrong_kind_of_model_is_refused(dsv2: Callable[..., int], capsys: py
     assert dsv2("rl", "rl.yaml") == 2
     Path("rl.yaml").write_text(rl + "rewards: [{rule: numbers}]\n")
     assert dsv2("rl", "rl.yaml") == 2
-    assert "there is no rule 'numbers' (did you mean 'number'?)" in capsys.readouterr().err and not Path("out").exists()
+    assert "unknown rule 'numbers' (did you mean 'number'?)" in capsys.readouterr().err and not Path("out").exists()

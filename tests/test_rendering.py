@@ -236,7 +236,7 @@ def test_refuses_an_end_token_that_plain_text_turns_into():
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=True)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=AddedToken("</s>", normalized=True))
-    with pytest.raises(ToolkitError, match="out of the plain text"):
+    with pytest.raises(ToolkitError, match="encodes the plain text"):
         render_conversation(of_roles("shout: </S>"), fast)
 
 

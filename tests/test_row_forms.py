@@ -99,7 +99,9 @@ REASONED = [
 
 @pytest.mark.parametrize("row", REASONED)
 def test_reasoning_is_refused_dropped_or_put_before_the_answer(row):
-    with pytest.raises(BadRow, match=r"has (thinking|reasoning|thought|reasoning_\w+): format.reasoning: think_tags"):
+    with pytest.raises(
+        BadRow, match=r"has (thinking|reasoning|thought|reasoning_\w+): set format.reasoning to think_tags"
+    ):
         convert_row(row)
     assert said(row, Rules(reasoning="drop")) == [(U, "Q"), (A, "R")]
     assert said(row, Rules(reasoning="think_tags")) == [(U, "Q"), (A, "<think>\nT\n</think>\n\nR")]
@@ -117,12 +119,12 @@ def test_reasoning_before_a_call():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (thought(reasoning="T", thinking="other"), "reasoning and thinking, which say different things"),
-        ({"messages": [QA[0] | {"reasoning": "T"}, QA[1]]}, r"messages\[0\] has reasoning, but is the user's"),
+        (thought(reasoning="T", thinking="other"), "reasoning and thinking, which differ"),
+        ({"messages": [QA[0] | {"reasoning": "T"}, QA[1]]}, r"messages\[0\] has reasoning, but is a user turn"),
         (thought(content="", reasoning="T"), r"messages\[1\] has reasoning and no answer"),
-        (thought(content="<think>T</think>R", reasoning="T"), "<think> in its words already"),
+        (thought(content="<think>T</think>R", reasoning="T"), "its content already contains <think>"),
         (PAIR | {"reasoning": "T"}, "no answer that it belongs to"),
-        (thought(reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]), "holds no text"),
+        (thought(reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]), "that is not text"),
     ],
 )
 def test_reasoning_that_belongs_nowhere(row, reason):
@@ -148,14 +150,17 @@ def test_no_reasoning(row):
         ({"messages": [QA[0] | {"audio": {"id": "x"}}, QA[1]]}, r"messages\[0\] has audio"),
         (
             {"messages": [{"role": U, "content": [{"type": "input_audio"}]}, QA[1]]},
-            "parts that are no text: input_audio",
+            "a part that is not text: input_audio",
         ),
         ({"conversations": [{"from": "bot", "value": "Q"}]}, r"unknown role 'bot' .*roles: \{bot: assistant\}"),
         ({"system": "S", "messages": [QA[0], {"role": A, "content": " "}]}, r"turn 2 \(assistant\) is empty"),
-        ({"messages": [{"role": "system", "content": ""}, QA[0], QA[0]]}, "turn 3 is the user's"),
+        ({"messages": [{"role": "system", "content": ""}, QA[0], QA[0]]}, "turn 3 has role user"),
         ({"instruction": "Q", "output": " "}, r"turn 2 \(assistant\) is empty: output"),
-        ({"system": "S", "messages": [{"role": "system", "content": "other"}, *QA]}, "system stands beside a system's"),
-        ({"prompt": [QA[0]], "context": "C", "response": "R"}, "context cannot be put behind prompt"),
+        (
+            {"system": "S", "messages": [{"role": "system", "content": "other"}, *QA]},
+            "a system column and a system",
+        ),
+        ({"prompt": [QA[0]], "context": "C", "response": "R"}, "context cannot be appended to prompt"),
         ({"question": "Q", "context": {"title": []}, "answer": "R"}, "context must be a string"),
         ({"prompt": ["Q"]}, r"prompt\[0\] must be an object with role and content"),
         ({"query": "Q", "response": [["R"]]}, r"response\[0\] must be an object with role and content"),

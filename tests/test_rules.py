@@ -31,7 +31,7 @@ def test_verify_is_loaded_without_torch():
 
 
 def test_unknown_rules_and_settings_name_the_nearest():
-    with pytest.raises(ToolkitError, match=r"no rule 'nubmer' \(did you mean 'number'\?\).*refusal"):
+    with pytest.raises(ToolkitError, match=r"unknown rule 'nubmer' \(did you mean 'number'\?\).*refusal"):
         verify("nubmer", "7", reference="7")
     with pytest.raises(ToolkitError, match=r"no setting 'pattern' \(did you mean 'patterns'\?\)"):
         verify("refusal", "7", pattern=["a"])

@@ -112,7 +112,7 @@ def test_held_out_loss_by_source(tmp_path: Path, packing: bool) -> None:
 def test_held_out_rows_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"messages": user("x" * 90) + assistant("late"), "origin": "b.jsonl:6"}
     run(tmp_path, eval_rows={"b": [*conversations(2), long]}, format={"too_long": "drop"}, training={"max_steps": 1})
-    assert "sft: eval_data b: 3 rows; longer than 64 tokens: 1 row, dropped" in capsys.readouterr().err
+    assert "sft: eval_data b: 3 rows; 1 dropped (longer than 64 tokens)" in capsys.readouterr().err
     assert [row["origin"] for row in lines(tmp_path / "rejected.jsonl")] == ["b.jsonl:6"]
     assert len(evaluations(tmp_path)) == 1  # without eval_strategy: once, at the end
 

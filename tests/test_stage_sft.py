@@ -78,8 +78,8 @@ def test_rows_left_out_are_counted_and_told():
     rows = [*conversations(2), {"messages": user("x" * 90) + assistant("late")}, {"messages": user("no answer")}]
     _, report = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
     assert [row["row"] for row in report.rejected] == [3, 4]
-    reasons = ("longer than 64 tokens", "nothing in it is trained")
-    assert report.summary(64) == "; ".join(["4 rows", *(f"{reason}: 1 row, dropped" for reason in reasons)])
+    reasons = ("longer than 64 tokens", "nothing to train on")
+    assert report.summary(64) == "; ".join(["4 rows", *(f"1 dropped ({reason})" for reason in reasons)])
     _, cut = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="truncate")
     assert cut.as_metrics() == {"rows": 4, "truncated": 0, "split": 0, "dropped": 2, "answer_cut_away": 1}
     assert len(cut.rejected) == 2  # the answer of the long one was cut away

@@ -79,7 +79,7 @@ def test_a_quote_that_does_not_end_says_how_far_it_goes(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\nQ,A\nQ,"A\nQ,A\nQ,A\n')
     ((line, reason),) = rejected_in(path)
-    assert line == 3 and reason.endswith("by its quotes this row ends on line 5")
+    assert line == 3 and reason.endswith("its quotes make this row end on line 5")
 
 
 @pytest.mark.parametrize(

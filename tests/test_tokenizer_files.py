@@ -166,4 +166,4 @@ def test_chat_keeps_a_models_own_template_and_training_says_that_it_does_not(
     Path("base/chat_template.jinja").write_text("{{ raise_exception('no talk here') }}", encoding="utf-8")
     assert dsv2("chat", "base", "--prompt", "Hi") == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "error: the model's own chat template refuses this conversation: no talk here"
+    assert said[-1] == "error: the model's own chat template rejects this conversation: no talk here"

@@ -151,28 +151,28 @@ def test_a_system_message_that_lists_tools_gets_no_second_list():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [USER, {"role": "tool", "content": "3"}]}, r"messages\[1\] is a tool's result, but no call"),
+        ({"messages": [USER, {"role": "tool", "content": "3"}]}, r"messages\[1\] is a tool result, but no call"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, r"messages\[1\] has a call without a name"),
         (
             {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
             r"messages\[1\]: arguments of f must be JSON, not '{'",
         ),
-        ({"messages": [USER | {"tool_calls": [openai_call("x")]}]}, "the user makes tool calls"),
+        ({"messages": [USER | {"tool_calls": [openai_call("x")]}]}, "a user turn makes tool calls"),
         (
             {**OPENAI, "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "c2", "content": ""}]},
             "no call",
         ),
-        ({**OPENAI, "messages": [*OPENAI["messages"][:4], OPENAI["messages"][3]]}, r"messages\[4\] is a tool's result"),
+        ({**OPENAI, "messages": [*OPENAI["messages"][:4], OPENAI["messages"][3]]}, r"messages\[4\] is a tool result"),
         (
             {
                 **OPENAI,
                 "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "call_9", "content": ""}],
             },
-            r"result for call 'call_9', but no call .* \(waiting: 'c1'\)",
+            r"result for call 'call_9', but no call .* \(awaiting: 'c1'\)",
         ),
-        (one_call(name="f", params={"a": 1}), "arguments of f must stand under arguments; the call has params"),
+        (one_call(name="f", params={"a": 1}), "arguments of f must be under the key arguments; the call has params"),
         (one_call(name="f", arguments={"a": 1}, input={"b": 2}), "the call has arguments, input"),
-        ({"messages": [USER | {"tools": [WEATHER]}]}, r"messages\[0\] has tools: definitions belong to"),
+        ({"messages": [USER | {"tools": [WEATHER]}]}, r"messages\[0\] has tools: tool definitions belong to"),
         ({**OPENAI, "tools": "weather"}, "tools must be JSON, not 'weather'"),
         ({**OPENAI, "tools": [{"type": "function"}]}, r"tools\[0\] must be a definition with a name"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "call it"}]}, "JSON"),
@@ -202,7 +202,7 @@ def test_results_find_their_calls_by_name() -> None:
     rows = {"messages": _answered_calls(calls, {"name": "g", "content": "of g"}, {"name": "f", "content": "of f"})}
     said = convert_row(rows)[1]["messages"][2]["content"]
     assert said.index("of f") < said.index("of g")
-    with pytest.raises(BadRow, match=r"'h'.*waiting: 'f', 'g'"):
+    with pytest.raises(BadRow, match=r"'h'.*awaiting: 'f', 'g'"):
         convert_row({"messages": _answered_calls(calls, {"name": "h", "content": "x"})})
 
 

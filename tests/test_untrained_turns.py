@@ -73,14 +73,14 @@ def test_masks_of_a_row(row, words):
         ({"messages": turns({"weight": 0.5})}, r"messages\[1\] has weight 0.5, which cannot be honoured"),
         ({"messages": turns({"loss_scale": 2})}, r"messages\[1\] has loss_scale 2"),
         ({"messages": turns({"mask": [1, 0]})}, r"messages\[1\] has mask \[1, 0\]"),
-        ({"messages": turns({"train": True, "weight": 0})}, r"train True and weight 0, which contradict"),
+        ({"messages": turns({"train": True, "weight": 0})}, r"train True and weight 0, which contradict each other"),
         ({"messages": turns({"train_detail": [{"begin_offset": 0}]})}, r"messages\[1\] has train_detail: spans"),
         (
             {"messages": [{"role": "user", "content": "Q", "train": True}]},
-            r"messages\[0\] has train, but is the user's",
+            r"messages\[0\] has train, but is a user turn",
         ),
         ({"messages": turns({}), "loss_mask": [1]}, "loss_mask has 1 entries for 2 turns"),
-        ({"messages": turns({}), "loss_mask": [1, 1]}, r"messages\[0\] has loss_mask, but is the user's"),
+        ({"messages": turns({}), "loss_mask": [1, 1]}, r"messages\[0\] has loss_mask, but is a user turn"),
         ({"messages": turns({}), "loss_mask": [0, 0.5]}, r"the row has loss_mask\[1\] 0.5"),
         (
             {"messages": turns({}), "sample_weight": 0.3},
@@ -161,7 +161,7 @@ def test_what_is_not_used_is_counted_once_for_each_name(tmp_path):
     assert reader.notes() == [
         "columns not used: source (3 rows), id (3 rows), category (1 row)",
         "keys of turns not used: mood (3 turns)",
-        "turns that are not trained, as their own keys ask: train (3 turns), weight (1 turn)",
+        "turns left untrained by their own flags: train (3 turns), weight (1 turn)",
     ]
 
 

@@ -33,12 +33,12 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     forms = compiled(tuple(patterns), "format")
     text = completion.strip()
     if not finished:
-        return judged(False, "the answer was cut at the limit of tokens")
+        return judged(False, "the answer was cut off at the token limit")
     if not text:
         return judged(False, "the answer is empty")
     label = _LABEL.search(text)
     if label:
-        return judged(False, f"the answer holds {shown(label[0].strip())}")
+        return judged(False, f"the answer contains {shown(label[0].strip())}")
     text = prose(text)
     for pattern, what in _STUTTERS:
         match = next((m for m in pattern.finditer(text) if not set(m[0]) <= set(_LAUGHS)), None)
@@ -48,7 +48,7 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     if repeated:
         return judged(False, f"the answer repeats a sentence: {shown(repeated)}")
     if forms and not any(form.fullmatch(completion.strip()) for form in forms):
-        return judged(False, "the answer is not in one of the given forms")
+        return judged(False, "the answer matches none of the patterns")
     return judged(True, "the answer is well formed")
 
 

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from conversations.row import PAIR, Message, Row
 
-# (prompt, answer), each a list of messages, for each of which it gives a score.
+# (prompt, answer), each a list of messages, -> a score for each.
 Scorer = Callable[[Sequence[tuple[list[Message], list[Message]]]], list[float]]
 
 
@@ -45,6 +45,6 @@ def means(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def means_by_kind(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
-    """`means` for each meta.kind of the rows ("other" where it is not told)."""
+    """`means` for each meta.kind of the rows ("other" where it is missing)."""
     kinds = [str((row.get("meta") or {}).get("kind", "other")) for row in rows]
     return {kind: means([v for k, v in zip(kinds, verdicts, strict=True) if k == kind]) for kind in sorted(set(kinds))}

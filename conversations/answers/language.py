@@ -43,7 +43,7 @@ def language(completion: str, *, prompt: str) -> Verdict:
     Nothing is said about a prompt that asks for another language (a translation).
     """
     if _ASKS_FOR_ANOTHER.search(prompt):
-        return Verdict(None, "the prompt asks for a certain language")
+        return Verdict(None, "the prompt asks for a specific language")
     asked, answered = language_of(prompt), language_of(completion)
     if asked is None or answered is None:
         return judged(True, f"the {'prompt' if asked is None else 'answer'} has no words")

@@ -10,7 +10,7 @@ from conversations.answers.values import Choice, Leaf, Value, Words, value_of
 from conversations.answers.verdict import Verdict, judged, shown
 from conversations.errors import ToolkitError
 
-MAX_WORDS = 30  # of a reference in words; longer ones are no answers
+MAX_WORDS = 30  # of a reference in words; longer ones are not answers
 
 
 @lru_cache(maxsize=4096)
@@ -22,7 +22,7 @@ def math_reference(reference: str) -> Value:
     """
     text = final_line(reference) or last_boxes(reference) or behind_phrase(reference) or reference
     if not re.search(r"\w|\\[a-z]", formula(text)):
-        raise ToolkitError(f"the reference {shown(reference)} holds no answer")
+        raise ToolkitError(f"the reference {shown(reference)} contains no answer")
     if not is_balanced(text):
         raise ToolkitError(f"the reference {shown(reference)} is broken LaTeX: its braces or environments do not close")
     if len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]", text)) > MAX_WORDS:

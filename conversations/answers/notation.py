@@ -114,7 +114,7 @@ def unwrapped(text: str) -> str:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Where the brace that opens at `start` closes; -1 where it does not. \\{ and \\} are no braces."""
+    """Where the brace that opens at `start` closes; -1 where it does not. \\{ and \\} do not count."""
     depth, i = 0, start
     while i < len(text):
         if text[i] == "\\":

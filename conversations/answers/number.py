@@ -27,7 +27,7 @@ _RAISED_OR_LOWERED = re.compile(r"(?<=[A-Za-z)\]}一-鿿])\s*[\^_]\s*(?:\{[^{}]*
 def last_number(text: str) -> Fraction | None:
     """The last number of a text: 1,234  -5  −5  -$50  1/2  2 1/2  .5  10^6  1.5e3  \\frac{1}{2}.
 
-    "10-3" ends in 3, not in -3; the 2 of m^2 is no number of its own.
+    "10-3" ends in 3, not in -3; the 2 of m^2 is not a number of its own.
     """
     text = unified(text).replace("{,}", ",").replace("\\!", "")
     text = _RAISED_OR_LOWERED.sub(" ", text)
@@ -71,7 +71,7 @@ def number(completion: str, *, reference: str) -> Verdict:
     """
     wanted, found = number_reference(reference), final_number(completion)
     if found is None:
-        return judged(False, "the answer holds no number")
+        return judged(False, "the answer contains no number")
     if found == wanted:
         return judged(True, f"the last number is the reference {shown(reference)}")
     return judged(False, f"the last number is not the reference {shown(reference)}")

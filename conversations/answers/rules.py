@@ -19,7 +19,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """judge: (completion, prompt=, reference=, settings) -> Verdict; what it does not name it is not given.
+    """judge: (completion, prompt=, reference=, settings) -> Verdict; it receives only what it names.
 
     read_reference: raises ToolkitError for a reference that the rule cannot use; None where it needs none.
     """
@@ -51,14 +51,14 @@ RULES: dict[str, Rule] = {
 
 
 def find_rule(name: str) -> Rule:
-    """Raises ToolkitError with the nearest name and all of them where there is no such rule."""
+    """The rule of this name; raises ToolkitError with the nearest name and all names where it is unknown."""
     if name not in RULES:
-        raise ToolkitError(f"there is no rule {name!r}{_nearest(name, RULES)}; the rules are: {', '.join(RULES)}")
+        raise ToolkitError(f"unknown rule {name!r}{_nearest(name, RULES)}; the rules are: {', '.join(RULES)}")
     return RULES[name]
 
 
 def needs_reference(name: str) -> bool:
-    """Raises ToolkitError where there is no such rule."""
+    """Whether the rule needs a reference; raises ToolkitError for an unknown rule."""
     return find_rule(name).needs_reference
 
 
@@ -84,7 +84,7 @@ def verify(
         The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt), and why.
 
     Raises:
-        ToolkitError: there is no such rule or setting, or the rule cannot read the reference.
+        ToolkitError: an unknown rule or setting, or a reference that the rule cannot read.
     """
     rule = find_rule(name)
     unknown = sorted(set(settings) - rule.settings)
@@ -93,15 +93,15 @@ def verify(
             f"the rule {name} has no setting {unknown[0]!r}{_nearest(unknown[0], rule.settings)}; "
             f"it has: {', '.join(sorted(rule.settings)) or 'none'}"
         )
-    given = {
+    arguments = {
         "prompt": None if prompt is None else _question(prompt),
         "reference": None if reference is None else _reference_text(reference),
     }
-    given = {key: value for key, value in given.items() if key in rule.parameters}
-    missing = next((key for key, value in given.items() if value is None), None)
+    arguments = {key: value for key, value in arguments.items() if key in rule.parameters}
+    missing = next((key for key, value in arguments.items() if value is None), None)
     if missing:
-        return Verdict(None, f"there is no {missing}")
-    return rule.judge(completion, **given, **settings)
+        return Verdict(None, f"no {missing} to judge by")
+    return rule.judge(completion, **arguments, **settings)
 
 
 def _question(prompt: Prompt) -> str:
@@ -116,7 +116,7 @@ def _reference_text(reference: Any) -> str:
         return reference
     if isinstance(reference, (int, float)) and not isinstance(reference, bool):
         return str(reference)
-    raise ToolkitError(f"a reference must be a text or a number, not {reference!r:.60}")
+    raise ToolkitError(f"a reference must be text or a number, not {reference!r:.60}")
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -1,4 +1,4 @@
-"""Prose: its sentences, and a text without what is no prose."""
+"""Prose: its sentences, and text without what is not prose."""
 
 import re
 from functools import lru_cache

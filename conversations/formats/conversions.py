@@ -36,7 +36,7 @@ def _prompt(row: Row, key: str) -> list[Turn]:
         text = "\n".join([read_text(value, key), *(read_text(row[name], name) for name in more)])
         turns = [Turn("user", text, where=key)]
     elif more:
-        raise BadRow(f"{more[0]} cannot be put behind {key}, which holds several turns: write it into one of them")
+        raise BadRow(f"{more[0]} cannot be appended to {key}, which holds several turns: put it into one of them")
     return _with_system(row, [*_history(row), *turns])
 
 
@@ -69,9 +69,9 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     own = tools_text(turns[0].tools) if turns and turns[0].tools else ""
     tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
     if own and tools and own != tools:
-        raise BadRow("tools stand in the row and in the system's turn, and are not the same")
+        raise BadRow("the row and its system turn both define tools, and the definitions differ")
     if first and system.strip() and first.content.strip() != system.strip():
-        raise BadRow("system stands beside a system's turn in the conversation; keep one of them")
+        raise BadRow("the row has a system column and a system turn with other words; keep one of them")
     words = first.content if first else system
     tools = own or tools
     if "<tools>" in words:  # Hermes: the system's words list the tools already
@@ -107,7 +107,7 @@ def _answered(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False
 def _ending_in_answer(turns: list[Turn], key: str, *, may_be_empty: bool = False) -> list[Turn]:
     check_turns(turns, empty_last=may_be_empty)
     if turns[-1].role != "assistant":
-        raise BadRow(f"{key} does not end in an answer of the assistant")
+        raise BadRow(f"{key} does not end with an assistant turn")
     return turns
 
 
@@ -132,7 +132,7 @@ def prompt_only(row: Row, key: str) -> Row:
     turns = _prompt(row, key)
     check_turns(turns)
     if turns[-1].role != "user":
-        raise BadRow(f"{key} ends in an answer where the user's turn should be the last")
+        raise BadRow(f"{key} ends with an assistant turn; the last turn must be the user's")
     return {"messages": as_messages(turns)}
 
 
@@ -209,7 +209,7 @@ def _whole(row: Row, key: str) -> list[Turn]:
     value = row[key]
     turns = value if isinstance(value, list) else transcript_turns(read_text(value, key))
     if turns is None:
-        raise BadRow(f'{key} is a string without a prompt, and no "\\n\\nHuman: ... \\n\\nAssistant: ..." transcript')
+        raise BadRow(f'{key} is a string without a prompt, not a "\\n\\nHuman: ... \\n\\nAssistant: ..." transcript')
     return _ending_in_answer(_with_system(row, turns), key, may_be_empty=True)
 
 
@@ -218,7 +218,7 @@ def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
-        raise BadRow("chosen and rejected are the same")
+        raise BadRow("chosen and rejected are identical")
     return {
         "prompt": as_messages(chosen[:-1]),
         "chosen": as_messages(chosen[-1:]),
@@ -227,7 +227,7 @@ def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
 
 
 def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, base: int) -> Row:
-    """A pair whose better side is told by a number: `base` for the first output, base + 1 for the second."""
+    """A pair whose better side is a number: `base` for the first output, base + 1 for the second."""
     value = str(row[verdict])
     if value not in (str(base), str(base + 1)):
         raise BadRow(f"{verdict} must be {base} or {base + 1}, the number of the better answer, not {row[verdict]!r}")
@@ -239,7 +239,7 @@ def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
     converted = convert(row)
     messages = converted.pop("messages")
     if messages[-1]["role"] != "assistant":
-        raise BadRow("the conversation does not end in an answer of the assistant")
+        raise BadRow("the conversation does not end with an assistant turn")
     judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: READ_VERDICT[verdict](row[verdict])}
     return converted | judgement  # a reference, if there is one
 

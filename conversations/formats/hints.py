@@ -15,7 +15,7 @@ _LIKELY = {
     "prompt": {"prompt", "question", "query", "instruction", "request", "problem", "body", "input", "user"},
     "response": {"response", "answer", "reply", "completion", "output", "solution", "assistant", "target"},
 }
-# Further columns of words, where a guess has found a question.
+# Further columns of words, once a question has been guessed.
 _LIKELY_MORE = {
     "system": {"system", "persona", "sys"},
     "context": {"context", "passage", "document", "article", "background", "paragraph"},
@@ -25,7 +25,7 @@ _LIKELY_MORE = {
 def mapping_hint(columns: Mapping[str, str], row: Row) -> str:
     """For a row of no known format; columns: under which it would be one, empty where none are likely."""
     others = ", ".join(str(name) for name in row if name not in columns.values())
-    unread = f" (which leaves unread: {others})" if others else ""
+    unread = f" (leaving unread: {others})" if others else ""
     how = f"perhaps columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
     return f"Map the columns in the recipe: {how}. Known keys: {_known_formats()}"
 

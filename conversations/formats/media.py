@@ -1,4 +1,4 @@
-"""Pictures, sounds and films in rows: the model reads text alone, so these are refused by name."""
+"""Pictures, sounds and films in rows: the model reads text only, so these are refused by name."""
 
 import re
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".mp3", "
 
 
 def refuse_media(values: Mapping[str, Any], what: str) -> None:
-    """Raises BadRow for a key that holds a picture, a sound or a film (what is empty, or a number, holds none)."""
+    """Raises BadRow for a key that holds a picture, a sound or a film (empty values and numbers hold none)."""
     for key, value in values.items():
         if value in (None, "", [], {}, [None]) or isinstance(value, (bool, int, float)):
             continue
         if _names_media(key) or _is_media(value):
             raise BadRow(
-                f"{what} has {key}: images, audio and video cannot be trained, the model reads text alone"
-                + f"; if it holds words, read it as columns: {{other: {key}}}" * (what == "the row")
+                f"{what} has {key}: images, audio and video cannot be trained on: the model reads text only"
+                + f"; if it holds words, map it: columns: {{other: {key}}}" * (what == "the row")
             )
 
 

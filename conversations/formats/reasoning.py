@@ -22,20 +22,20 @@ _SWITCHES = {"on", "off", "yes", "no", "true", "false", "low", "medium", "high",
 def reasoning_of(values: Mapping[str, Any], what: str, mode: Reasoning) -> tuple[str, str] | None:
     """The key that holds reasoning and its text ("" where it is dropped); None where there is none.
 
-    Raises BadRow for reasoning that is no text, and for two that differ, unless it is dropped.
+    Raises BadRow for reasoning that is not text, and for two texts that differ, unless reasoning is dropped.
     """
     if not values or _KEYS.isdisjoint(values):
         return None
     if mode == "drop":
         return next(((key, "") for key in KEYS if values.get(key)), None)
-    found = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, what)).strip()}
-    if len({text.strip() for text in found.values()}) > 1:
-        raise BadRow(f"{what} has {' and '.join(found)}, which say different things")
-    return next(iter(found.items()), None)
+    texts = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, what)).strip()}
+    if len({text.strip() for text in texts.values()}) > 1:
+        raise BadRow(f"{what} has {' and '.join(texts)}, which differ")
+    return next(iter(texts.items()), None)
 
 
 def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) -> tuple[str, str] | None:
-    """As reasoning_of, of the columns of a row that its form does not read; a switch such as "on" is none.
+    """As reasoning_of, for the columns that a row's format does not read; a switch such as "on" is not reasoning.
 
     answers: how many the row has: which of them each of several texts belongs to is not known.
     """
@@ -44,7 +44,7 @@ def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) 
     texts = {key: columns[key] for key in KEYS if _holds_text(columns.get(key))}
     found = reasoning_of(texts, "the row", mode)
     if found and mode == "think_tags" and answers > 1 and isinstance(texts[found[0]], list):
-        raise BadRow(f"the row has {found[0]}, a list beside {answers} answers: write each into the turn it belongs to")
+        raise BadRow(f"the row has {found[0]}, a list beside {answers} answers: put each into the turn it belongs to")
     return found
 
 
@@ -61,21 +61,21 @@ def reasoning_text(value: Any, key: str, what: str) -> str:
     if isinstance(value, dict):
         text = next((value[name] for name in _TEXT_KEYS if value.get(name)), None)
         if text is None or isinstance(text, dict):
-            raise BadRow(f"{what} has {key} that holds no text: {named(value)} (format.reasoning: drop leaves it out)")
+            raise BadRow(f"{what} has {key} that is not text: {named(value)} (format.reasoning: drop leaves it out)")
         return reasoning_text(text, key, what)
     return read_text(value, f"{what} {key}")
 
 
-def with_reasoning(content: str, found: tuple[str, str], mode: Reasoning, what: str) -> str:
+def with_reasoning(content: str, reasoning: tuple[str, str], mode: Reasoning, what: str) -> str:
     """An assistant's words, with the reasoning before them or without it."""
-    key, text = found
+    key, text = reasoning
     if mode == "refuse":
         raise BadRow(
-            f"{what} has {key}: format.reasoning: think_tags trains it before the answer, between <think> and "
-            "</think>; drop leaves it out"
+            f"{what} has {key}: set format.reasoning to think_tags to train it before the answer, between <think> "
+            "and </think>, or to drop to leave it out"
         )
     if mode == "drop":
         return content
     if "<think>" in content:
-        raise BadRow(f"{what} has {key}, and <think> in its words already")
+        raise BadRow(f"{what} has {key}, but its content already contains <think>")
     return f"<think>\n{text.strip()}\n</think>\n\n{content}"

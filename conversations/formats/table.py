@@ -56,7 +56,7 @@ class UnknownFormat(BadRow):
 class Format:
     """A format is recognised by its keys: a row has the first entry of FORMATS whose keys it has.
 
-    name: as it is told to the user. keys: all are there, and not null. convert: source row -> canonical row.
+    name: for the user. keys: all are there, and not null. convert: source row -> canonical row.
     optional: further keys that `convert` reads; what else a row has goes to `meta`. plain: `columns` that make such a
     row, which holds a verdict, a conversation without one.
     """
@@ -210,8 +210,8 @@ def convert_row(
     """The format of a source row and its canonical form.
 
     columns: {key of a known format: name that the source has for it}, applied first. rules: how turns are read.
-    events: takes what the row has and nothing used.
-    Raises BadRow with the reason where there is no known format, or where the row does not keep to it.
+    events: receives what the row has that nothing used.
+    Raises BadRow with the reason where no format is known, or the row does not conform to it.
     """
     rules, events = rules or Rules(), [] if events is None else events
     columns = columns or {}
@@ -233,8 +233,8 @@ def convert_row(
     read = {*ROW_FLAGS, "kind", *(REASONING_KEYS if thought else ())}
     events.extend(("columns", str(key)) for key in others if key not in read)
     meta = converted.pop("meta", {}) | others
-    given = row.get("meta")
-    meta = given | meta if isinstance(given, dict) else meta | ({} if given is None else {"meta": given})
+    own = row.get("meta")
+    meta = own | meta if isinstance(own, dict) else meta | ({} if own is None else {"meta": own})
     return known, converted | ({"meta": meta} if meta else {})
 
 
@@ -286,7 +286,7 @@ def _apply(
         answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
     elif thought and rules.reasoning != "drop":
         raise BadRow(
-            f"the row has {thought[0]}, and no answer that it belongs to (format.reasoning: drop leaves it out)"
+            f"the row has {thought[0]}, but no answer that it belongs to (format.reasoning: drop leaves it out)"
         )
     if thought and rules.reasoning == "drop":
         events.append(("dropped reasoning", thought[0]))

@@ -138,7 +138,7 @@ def _results_turn(results: Mapping[int, Turn]) -> list[Turn]:
 
 def _joined(turn: Turn, call: Turn, what: str) -> Turn:
     if turn.train != call.train:
-        raise BadRow(f"{what} goes on with the turn before it, but only one of them is trained")
+        raise BadRow(f"{what} continues the turn before it, but only one of the two is trained")
     return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
 
 
@@ -153,12 +153,12 @@ def _place(answered: Call, calls: tuple[Call, ...], results: Mapping[int, Turn],
         if place is None:
             left = ", ".join(repr(there[number]) for number in waiting) or "none"
             raise BadRow(
-                f"{what} is a tool's result for call {wanted!r}, but no call before it waits for one of this {part} "
-                f"(waiting: {left})"
+                f"{what} is a tool result for call {wanted!r}, but no call before it with this {part} awaits a result "
+                f"(awaiting: {left})"
             )
         return place
     if not waiting:
-        raise BadRow(f"{what} is a tool's result, but no call before it waits for one")
+        raise BadRow(f"{what} is a tool result, but no call before it awaits one")
     return waiting[0]
 
 
@@ -198,13 +198,13 @@ def _call(call: Any, what: str) -> tuple[str, Call]:
 
 def _arguments(items: list[tuple[str, Any]], what: str) -> dict[str, Any]:
     """items: keys and values of a call, of its function and beside it."""
-    given = [(key, value) for key, value in items if key in _ARGUMENTS and value not in (None, "")]
+    written = [(key, value) for key, value in items if key in _ARGUMENTS and value not in (None, "")]
     others = [key for key, value in items if key not in (*_ARGUMENTS, *_CALL_KEYS) and value is not None]
-    if any(value != given[0][1] for _, value in given) or (others and not given):
+    if any(value != written[0][1] for _, value in written) or (others and not written):
         raise BadRow(
-            f"{what} must stand under arguments; the call has {', '.join([key for key, _ in given] or others)}"
+            f"{what} must be under the key arguments; the call has {', '.join([key for key, _ in written] or others)}"
         )
-    arguments = _parsed(given[0][1], what) if given else {}
+    arguments = _parsed(written[0][1], what) if written else {}
     if not isinstance(arguments, dict):
         raise BadRow(f"{what} must be an object, not {named(arguments)}")
     return arguments

@@ -1,8 +1,8 @@
 """What a file says about the training of a turn or a row: a mask of 0 or 1, in one of many names.
 
-Honoured are masks and weights of 0 and 1 (also true, false, and these as text): a turn with a 0 is not trained, one
-with a 1 is, where format.train_on takes it; with names such as `masked` it is the other way round. Everything else,
-such as a weight of 0.5 or spans of characters, is a BadRow that names it.
+Masks and weights of 0 and 1 (also true, false, and these as text) are honoured: a turn with a 0 is not trained, one
+with a 1 is, if format.train_on selects it; names such as `masked` mean the reverse. Everything else, such as a weight
+of 0.5 or spans of characters, is a BadRow that names it.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 from conversations.formats.bad_row import BadRow, from_json, named
 
-REVERSED = ("masked", "no_loss", "ignore_loss")  # where 1 is what is not trained
+REVERSED = ("masked", "no_loss", "ignore_loss")  # 1 means not trained
 FLAGS = (
     "train", "training", "trainable", "trained", "loss", "loss_mask", "mask", "loss_scale", "loss_weight", "weight",
     "output_with_loss",
@@ -23,7 +23,7 @@ ROW_FLAGS = (
     *FLAGS, *REVERSED, "loss_masks", "loss_weights", "train_mask", "assistant_mask", "assistant_masks",
     "completion_mask", "sample_weight", "example_weight", SPANS,
 )  # fmt: skip
-# Words in a turn's key that speak of training, in a key of no known meaning.
+# Words about training, in a key whose meaning is not known.
 _ABOUT_TRAINING = re.compile(r"(?:^|_)(?:un)?(?:train|trained|training|trainable|loss|mask|masks|masked)(?:_|$)")
 
 _VALUES = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
@@ -44,13 +44,14 @@ def turn_flag(
         raise BadRow(
             f"{what} has {SPANS}: spans of characters cannot be honoured, only whole turns (train: true or false)"
         )
-    found = {name: _flag(values[name], name, what) for name in names if not is_absent(values.get(name))}
+    flags = {name: _flag(values[name], name, what) for name in names if not is_absent(values.get(name))}
     for name, value in values.items():
         if speaks_of_training(name) and name not in (*names, SPANS) and not is_absent(value):
             raise BadRow(f"{what} has {name} {named(value)}, which is not known; write train: true or false")
-    if len(set(found.values())) > 1:
-        raise BadRow(f"{what} has {' and '.join(f'{name} {values[name]!r}' for name in found)}, which contradict")
-    return next(iter(found.items()), None)
+    if len(set(flags.values())) > 1:
+        contradicting = " and ".join(f"{name} {values[name]!r}" for name in flags)
+        raise BadRow(f"{what} has {contradicting}, which contradict each other")
+    return next(iter(flags.items()), None)
 
 
 def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, bool]] | None:
@@ -59,12 +60,12 @@ def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, 
     One value for the whole row says something where it is false: then of one turn, or of all.
     turns: how many there are in the file, where they stand in one list.
     """
-    given = {name: columns[name] for name in ROW_FLAGS if name in columns and not is_absent(columns[name])}
-    found = {name: _of_turns(name, value, turns) for name, value in given.items()}
-    found = {name: flags for name, flags in found.items() if flags is not None}
-    if any(flags != next(iter(found.values())) for flags in found.values()):
-        raise BadRow(f"{' and '.join(given)} contradict one another")
-    return [(name, flag) for name, flags in list(found.items())[:1] for flag in flags] or None
+    present = {name: columns[name] for name in ROW_FLAGS if name in columns and not is_absent(columns[name])}
+    by_name = {name: _of_turns(name, value, turns) for name, value in present.items()}
+    by_name = {name: flags for name, flags in by_name.items() if flags is not None}
+    if any(flags != next(iter(by_name.values())) for flags in by_name.values()):
+        raise BadRow(f"{' and '.join(present)} contradict one another")
+    return [(name, flag) for name, flags in list(by_name.items())[:1] for flag in flags] or None
 
 
 def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
@@ -77,7 +78,7 @@ def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
     if not isinstance(value, list):
         return None if _flag(value, name, "the row") else [False] * (turns or 1)
     if turns is None:
-        raise BadRow(f"{name} is a list, but the row has no list of turns that it could belong to")
+        raise BadRow(f"{name} is a list, but the row has no list of turns for it to belong to")
     if len(value) != turns:
         raise BadRow(f"{name} has {len(value)} entries for {turns} turns; it needs one for each turn")
     return [_flag(flag, f"{name}[{index}]", "the row") for index, flag in enumerate(value)]
@@ -86,9 +87,9 @@ def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
 def _flag(value: Any, name: str, what: str) -> bool:
     flag = _VALUES.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
     if flag is None:
-        rename = f"; if it says nothing about training, read it as columns: {{other: {name}}}" * (what == "the row")
+        remedy = f"; if it is not about training, map it: columns: {{other: {name}}}" if what == "the row" else ""
         raise BadRow(
-            f"{what} has {name} {named(value)}, which cannot be honoured: a turn is trained or not (1 or 0){rename}"
+            f"{what} has {name} {named(value)}, which cannot be honoured: a turn is trained or not (1 or 0){remedy}"
         )
     return flag != (name.split("[")[0] in REVERSED)
 
@@ -102,5 +103,5 @@ def refuse_flags(values: Mapping[str, Any], what: str) -> None:
 
 @lru_cache(maxsize=4096)
 def speaks_of_training(name: str) -> bool:
-    """Whether the name of a key has one of the words for it."""
+    """Whether a key's name has a word about training."""
     return bool(_ABOUT_TRAINING.search(str(name).lower()))

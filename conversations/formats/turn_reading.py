@@ -75,7 +75,7 @@ class Rules:
 
 
 class TurnReader:
-    """Reads the turns of one row; what it does not use goes to `events`."""
+    """Reads the turns of one row; what it does not use is added to `events`."""
 
     def __init__(self, rules: Rules, events: list[Event]):
         self._rules = rules
@@ -125,7 +125,7 @@ class TurnReader:
         return Turn(role, words, train, where, self._tools(rest, role, what) if rest else None), use
 
     def _rest(self, raw: Mapping[str, Any], role: str, read: tuple[str | None, ...], what: str) -> dict[str, Any]:
-        """The turn's further keys that are known, in lower case; what else it says is told."""
+        """The turn's further known keys, in lower case; the others are counted as unused."""
         rest = {_known_key(key): value for key, value in raw.items() if key not in read}
         refuse_media(rest, what)
         if rest.get("refusal"):
@@ -140,10 +140,12 @@ class TurnReader:
 
     def _tools(self, rest: Mapping[str, Any], role: str, what: str) -> Any:
         """Definitions of tools that stand in a turn."""
-        found = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)}
-        if found and role != "system":
-            raise BadRow(f"{what} has {next(iter(found))}: definitions belong to the row or to the system's turn")
-        return _only(found, what)
+        definitions = {key: rest[key] for key in TOOLS_KEYS if rest.get(key)}
+        if definitions and role != "system":
+            raise BadRow(
+                f"{what} has {next(iter(definitions))}: tool definitions belong to the row or to the system turn"
+            )
+        return _only(definitions, what)
 
     def _words(self, role: str, rest: Mapping[str, Any], content: Any, what: str) -> tuple[str, ToolUse]:
         """What a turn says, and the calls that it makes or answers."""
@@ -153,7 +155,7 @@ class TurnReader:
             return self._reasoned(words, rest, None, what), ToolUse(True, tuple(calls))
         made = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
         if made and role != "assistant":
-            raise BadRow(f"{what}: the {role} makes tool calls; only an assistant can")
+            raise BadRow(f"{what}: a {role} turn makes tool calls; only assistant turns can")
         if content is None and (made or rest.get("tools")):
             content = ""
         said, thought = self._content(content, f"{what} ({role})")
@@ -161,7 +163,7 @@ class TurnReader:
             return said, NO_TOOLS
         if role != "assistant":
             if found := thought or reasoning_of(rest, what, "refuse"):
-                raise BadRow(f"{what} has {found[0]}, but is the {role}'s: only an assistant reasons")
+                raise BadRow(f"{what} has {found[0]}, but is a {role} turn: only assistant turns can have reasoning")
             return (result_text(said), ToolUse(answers=answered_call(rest))) if role == "tool" else (said, NO_TOOLS)
         words, calls = calls_text(made, what) if made else ("", [])
         self._unused(key for call in calls for key in call.unused)
@@ -182,7 +184,7 @@ class TurnReader:
                 thoughts.append("" if self._rules.reasoning == "drop" else reasoning_text(part, kind, what))
                 continue
             else:
-                raise BadRow(f"{what} has parts that are no text: {kind or named(part)}")
+                raise BadRow(f"{what} has a part that is not text: {kind or named(part)}")
             beside = (
                 {key: item for key, item in part.items() if key not in ("type", "text")}
                 if isinstance(part, dict)
@@ -211,7 +213,7 @@ class TurnReader:
         name, flag = own or row_flag or ("", None)
         if role != "assistant":
             if flag:
-                raise BadRow(f"{what} has {name}, but is the {role}'s: only the assistant's turns can be trained")
+                raise BadRow(f"{what} has {name}, but is a {role} turn: only assistant turns can be trained")
             return None
         if flag is False:
             self._events.append(("untrained", name))
@@ -254,12 +256,12 @@ def _have_roles(value: Any) -> bool:
     )
 
 
-def _only(found: Mapping[str, Any], what: str) -> Any:
+def _only(values: Mapping[str, Any], what: str) -> Any:
     """The one of several values for the same thing; None where there is none."""
-    values = list(found.values())
-    if any(value != values[0] for value in values):
-        raise BadRow(f"{what} has {' and '.join(found)}, which are not the same; keep one of them")
-    return values[0] if values else None
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        raise BadRow(f"{what} has {' and '.join(values)}, which differ; keep one of them")
+    return first
 
 
 @lru_cache(maxsize=4096)
@@ -277,7 +279,7 @@ def role_of(value: Any, roles: Mapping[str, str], what: str) -> str:
     if role is None:
         likely = _LIKELY.get(value.lower(), "assistant")
         raise BadRow(
-            f"{what}: unknown role {value!r} (known: {', '.join(ROLES)}); say in the data entry what it is, such as "
+            f"{what}: unknown role {value!r} (known: {', '.join(ROLES)}); map it in the data entry, for example "
             f"roles: {{{value}: {likely}}}"
         )
     return role

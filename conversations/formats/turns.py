@@ -77,12 +77,12 @@ def check_turns(turns: Sequence[Turn], *, empty_last: bool = False) -> None:
         raise BadRow("the conversation has no turns")
     first = 1 if turns[0].role == "system" else 0
     if len(turns) == first:
-        raise BadRow("the conversation has no turn but the system's")
+        raise BadRow("the conversation has only a system turn")
     for number, turn in enumerate(turns[first:]):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
             where = turn.where if turn.where.startswith("turn") else f"turn {first + number + 1}"
-            raise BadRow(f"{where} is the {turn.role}'s where the {expected}'s should be")
+            raise BadRow(f"{where} has role {turn.role} where {expected} is expected")
     for number, turn in enumerate(turns, start=1):
         if not turn.content.strip() and not (empty_last and number == len(turns)):
             is_column = turn.where and not turn.where.startswith("turn")

@@ -14,7 +14,7 @@ from conversations.errors import ToolkitError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 LONGEST_ROW = 16 << 20  # bytes or characters; the longest context of a model is a hundredth of it
-TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the most that a row may have"
+TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the limit for a row"
 _BUFFER = 1 << 20
 Text = TypeVar("Text", bytes, str)
 
@@ -100,7 +100,7 @@ def data_file(path: Path | zipfile.Path) -> DataFile:
     kind, compression = _suffixes(path)
     if kind not in KINDS:
         raise ToolkitError(
-            f"{path}: unknown kind of file; known are {', '.join(KINDS)}, also with .gz or .zst behind, and .zip"
+            f"{path}: unknown kind of file; known kinds are {', '.join(KINDS)}, each also as .gz or .zst, and .zip"
         )
     return DataFile(path, kind, compression)
 

@@ -1,4 +1,4 @@
-"""JSON lines, JSON arrays and JSON objects over several lines -> records, told apart by how the file begins.
+"""JSON lines, JSON arrays and JSON objects over several lines -> records, distinguished by how the file begins.
 
 A file is read piece by piece, so that memory does not grow with it. What cannot be read is a record with a
 `problem`.
@@ -41,7 +41,7 @@ def json_records(file: DataFile) -> Iterator[Record]:
 
 
 def _line_records(file: IO[bytes]) -> Iterator[Record]:
-    """One object a line; empty lines are passed over."""
+    """One object a line; empty lines are skipped."""
     lines = BoundedLines(file)
     for line in count(1):
         lines.taken = 0
@@ -86,7 +86,7 @@ def _array_records(file: IO[bytes]) -> Iterator[Record]:
     """The elements of one array."""
     text = _Window(file)
     if (yield from _elements(text)) and (rest := text.peek()):
-        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the array")
+        yield Record(text.line, rest, {}, "broken JSON: more text after the end of the array")
 
 
 def _object_records(file: IO[bytes]) -> Iterator[Record]:
@@ -96,20 +96,20 @@ def _object_records(file: IO[bytes]) -> Iterator[Record]:
         if not (yield from _one_object(text)):
             return
     if rest := text.peek():
-        yield Record(text.line, rest, {}, "broken JSON: there is more after the end of the object")
+        yield Record(text.line, rest, {}, "broken JSON: more text after the end of the object")
 
 
 def _one_object(text: "_Window") -> Generator[Record, None, bool]:
-    """The rows of one object; whether the text can be read on behind it."""
+    """The rows of one object; whether the text behind it can be read."""
     line, values, lists = text.line, {}, 0
     text.skip("{")
     while text.peek() != "}":
         key, _, problem = text.element()
         if not problem and text.peek() != ":":
-            problem = "broken JSON: an object has no colon after a key"
+            problem = "broken JSON: the object lacks a colon after a key"
         if not problem:
             text.skip(":")
-            text.peek()  # passes over the space before the value
+            text.peek()  # skips the space before the value
             if key in _WRAPPERS and text.begins_list_of_objects():
                 lists += 1
                 if not (yield from _elements(text)):
@@ -120,13 +120,13 @@ def _one_object(text: "_Window") -> Generator[Record, None, bool]:
         if not problem and mark == ",":
             text.skip(",")
         elif not problem and mark != "}":
-            problem = f"broken JSON: the object has {'no comma after a value' if mark else 'no end'}"
+            problem = f"broken JSON: the object {'lacks a comma after a value' if mark else 'is not closed'}"
         if problem:
             yield Record(text.line, "", {}, f"{problem}; nothing after it in this file can be read")
             return False
     text.skip("}")
     if lists > 1:
-        yield Record(line, "", {}, f"an object with {lists} lists of rows; write a file for each")
+        yield Record(line, "", {}, f"an object with {lists} lists of rows; put each into a file of its own")
     if not lists:
         yield _checked(line, json.dumps(values, ensure_ascii=False), values)
     elif values:
@@ -135,15 +135,18 @@ def _one_object(text: "_Window") -> Generator[Record, None, bool]:
 
 
 def _elements(text: "_Window") -> Generator[Record, None, bool]:
-    """The elements of one array. Behind a broken one it goes on where another begins a line as this one did; where
-    there is none, the broken one is the last record. Returns whether the array's end was found."""
+    """The elements of one array; returns whether its end was reached.
+
+    After a broken element, reading resumes at the next line that begins an element as this one did; without such a
+    line the broken element is the last record.
+    """
     text.skip("[")
     if text.peek() == "]":
         text.skip("]")
         return True
     ended = 0  # the line on which the last element ended
     for number in count(1):
-        text.peek()  # passes over the space before the element
+        text.peek()  # skips the space before the element
         line, before, mark = text.line, text.before, ""
         place = f"element {number}: " if line == ended else ""
         value, written, problem = text.element()
@@ -157,7 +160,7 @@ def _elements(text: "_Window") -> Generator[Record, None, bool]:
                     return True
                 continue
             line, written = text.line, mark
-            problem = f"broken JSON: the array has {'no comma after an element' if mark else 'no end'}"
+            problem = f"broken JSON: the array {'lacks a comma after an element' if mark else 'is not closed'}"
         is_there = mark == "{" and text.before == before
         goes_on = before is not None and (is_there or text.go_to(before))
         lost = "" if goes_on or not written else "; nothing after it in this array can be read"
@@ -171,7 +174,7 @@ class _Window:
     """The part of a text file that is being looked at; it moves on and counts lines."""
 
     def __init__(self, file: IO[bytes]):
-        # A BOM at the start is passed over; bytes that are not UTF-8 become lone surrogates.
+        # A BOM at the start is skipped; bytes that are not UTF-8 become lone surrogates.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
         self._file = file
         self._text = ""
@@ -210,7 +213,7 @@ class _Window:
         return True
 
     def peek(self) -> str:
-        """The next character that is no space, without taking it; "" at the end."""
+        """The next character that is not a space, without taking it; "" at the end."""
         while True:
             here = self._at
             while here < len(self._text) and self._text[here] in " \t\r\n":
@@ -241,7 +244,7 @@ class _Window:
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._is_whole:  # else a number may go on
+                if end < len(self._text) or self._is_whole:  # else a number may continue
                     written = self._text[self._at : end]
                     self._move(end)
                     return value, written, None

@@ -22,7 +22,7 @@ from conversations.reading.json_files import json_records
 from conversations.reading.locating import Located, locate
 from conversations.reading.table_files import arrow_records, csv_records, parquet_records
 from conversations.row import Row
-from conversations.tally import Event, counted, told
+from conversations.tally import Event, counted, event_lines
 
 OnBadRow = Literal["error", "skip"]
 
@@ -72,7 +72,7 @@ def load_conversations(
     """Read the canonical rows (conversations/row.py) of a data file.
 
     Args:
-        path: a file of JSON lines, one JSON array or JSON objects (told apart by how it begins), CSV, TSV, parquet or
+        path: a file of JSON lines, one JSON array or JSON objects (recognised by how it begins), CSV, TSV, parquet or
             Arrow, by its name; also with .gz or .zst behind; a .zip of these, a folder, or a pattern (data/*.jsonl).
         on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
             one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
@@ -81,14 +81,14 @@ def load_conversations(
         max_bad_rows: with "skip", the most rows that may be left out: a number (int), or a share of all rows
             (float from 0 to 1, checked at the end of the file).
         on_rejected: called with every RejectedRow, for example `list.append`.
-        refuse: says why a canonical row is of no use to the caller (None where it is); such a row is a bad row too.
+        refuse: why the caller cannot use a canonical row (None where it can); such a row is a bad row too.
         roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
         reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
             counted. "think_tags": it stands before the words, between <think> and </think>.
         split: the name of a folder's split; "" takes train where there are several.
 
     Returns:
-        An iterator of rows that reads as it goes, and says what it found: see ConversationReader.
+        An iterator of rows that reads as it goes and reports what it read: see ConversationReader.
 
     Raises:
         ToolkitError: at the call for a wrong argument, a missing file or an unknown kind of file; while
@@ -154,12 +154,12 @@ class ConversationReader(Iterator[Row]):
 
     def summary(self) -> str:
         """One line for the user: "law.jsonl: ShareGPT, 1,200 rows; 3 rows left out"."""
-        found = "; ".join(f"{name}, {counted(number)}" for name, number in self.formats.most_common()) or "no rows"
-        return f"{self.path.name}: {found}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
+        formats = "; ".join(f"{name}, {counted(number)}" for name, number in self.formats.most_common()) or "no rows"
+        return f"{self.path.name}: {formats}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
 
     def notes(self) -> list[str]:
-        """What good rows have that was not used, or was read in a way that should be known: a line for each kind."""
-        return [*self._notes, *told(self._events)]
+        """What good rows have that was not used, or was read in a way the user should know: a line for each kind."""
+        return [*self._notes, *event_lines(self._events)]
 
     @property
     def place(self) -> str:
@@ -204,7 +204,7 @@ class ConversationReader(Iterator[Row]):
         return row
 
     def _working(self, columns: dict[str, str], row: Row) -> dict[str, str]:
-        """These columns, if a row is a good one under them: a conversation whose verdict is not looked at, say."""
+        """These columns if they make the row a good one (a conversation whose verdict is ignored, say), else none."""
         try:
             _, converted = convert_row(row, columns, self._rules)
         except BadRow:
@@ -222,8 +222,9 @@ class ConversationReader(Iterator[Row]):
             raise ToolkitError(self._message(f"more than max_bad_rows = {limit} bad rows in {self.path}"))
 
     def check(self) -> None:
-        """Of the rows read so far, at the end of the file by itself: raises ToolkitError when none is good, or more
-        are bad than may be. Who stops before the end asks for it."""
+        """Checks the rows read so far: raises ToolkitError when none is good, or more are bad than may be.
+
+        Called at the end of the file; a caller that stops before the end calls it itself."""
         total = self.rows + self.rejected
         limit = self._max_bad_rows
         if self.rejected and self._on_bad_row == "error":
@@ -244,7 +245,7 @@ class ConversationReader(Iterator[Row]):
             lines.append(mapping_hint(self._hint, self._unread))
         if self._plain:
             lines.append(plain_hint(self._plain))
-        lines.append("Mend these rows, or leave them out with on_bad_row: skip.")
+        lines.append("Fix these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ def locate(path: Path, split: str = "") -> Located:
         found = sorted(Path(name) for name in glob(str(path), recursive=True))
         located = [locate(each, split) for each in found if each.is_dir() or (_is_data(each) and _has_rows(each))]
         if not located:
-            raise ToolkitError(f"{path}: no file of a known kind has such a name")
+            raise ToolkitError(f"{path}: the pattern matches no file of a known kind")
         return Located(
             tuple(file for each in located for file in each.paths),
             tuple(file for each in located for file in each.files),
@@ -107,7 +107,7 @@ def _folder(path: Path, split: str) -> Located:
     if not data:
         raise ToolkitError(f"{path} holds no file of a known kind ({', '.join(KINDS)}, {_ZIP}), but {_listed(others)}")
     located = _of_split(path, data, split)
-    notes = (*located.notes, *([f"files not read, of no known kind: {_listed(others)}"] if others else []))
+    notes = (*located.notes, *([f"files of unknown kinds, not read: {_listed(others)}"] if others else []))
     return Located(located.paths, tuple(file for each in located.paths for file in _members(each)), notes)
 
 
@@ -121,7 +121,7 @@ def _of_split(path: Path, data: Sequence[Path], split: str) -> Located:
     if (len(named) < 2 and not split) or (split == "train" and not named):
         return Located(tuple(data), ())
     chosen = _chosen(path, split, named)
-    others = [name or "files of no split" for name in by_split if name != chosen]
+    others = [name or "files outside any split" for name in by_split if name != chosen]
     return _noted(Located(tuple(by_split[chosen]), ()), path, chosen, others)
 
 
@@ -131,7 +131,7 @@ def _chosen(path: Path, split: str, names: Sequence[str]) -> str:
         wanted = "train" if "train" in names else names[0] if len(names) == 1 else None
     if wanted is None:
         missing = f"no split {split!r}" if split else "several splits and none called train"
-        raise ToolkitError(f"{path} has {missing}; it has {', '.join(names) or 'none'}: name one with split")
+        raise ToolkitError(f"{path} has {missing}; it has {', '.join(names) or 'none'}: choose one with split")
     return wanted
 
 

@@ -23,7 +23,7 @@ def csv_records(file: DataFile) -> Iterator[Record]:
     Quotes are those of CSV in both. A field may go over several lines.
 
     Raises:
-        ToolkitError: a first line that is no UTF-8, with empty names, or with one name twice.
+        ToolkitError: a first line that is not UTF-8, has empty names, or with one name twice.
     """
     with file.open() as content:
         text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -47,7 +47,7 @@ def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[R
         except StopIteration:
             return
         except csv.Error as error:
-            span = f"; by its quotes this row ends on line {reader.line_num}" if reader.line_num > line else ""
+            span = f"; its quotes make this row end on line {reader.line_num}" if reader.line_num > line else ""
             yield Record(line, "", {}, f"broken quotes: {error}{span}")
             continue
         if not fields:
@@ -61,7 +61,7 @@ def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[R
 
 def _checked_names(path: str, names: list[str]) -> list[str]:
     if not is_utf8("".join(names)):
-        raise ToolkitError(f"{path}:1: not valid UTF-8; write the file anew as UTF-8")
+        raise ToolkitError(f"{path}:1: not valid UTF-8; save the file as UTF-8")
     if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
         names = [NAMELESS, *names[1:]]
     twice = [name for name, number in Counter(names).items() if number > 1]
@@ -83,7 +83,7 @@ def parquet_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
-        OSError: it is no parquet file, or a damaged one.
+        OSError: not a parquet file, or a damaged one.
     """
     from pyarrow import parquet
 
@@ -95,7 +95,7 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
     """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
 
     Raises:
-        OSError: it is no Arrow file, or a damaged one.
+        OSError: not an Arrow file, or a damaged one.
     """
     from pyarrow import ipc
 
@@ -129,7 +129,7 @@ def _table_records(batches: Callable[[], Iterable[Any]]) -> Iterator[Record]:
 
 
 def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """The batch's rows; one by one where one of them is no UTF-8."""
+    """The batch's rows; one by one where one of them is not UTF-8."""
     try:
         yield from ((_row(values), None) for values in batch.to_pylist(maps_as_pydicts="lossy"))
     except UnicodeDecodeError:

@@ -39,14 +39,14 @@ def render_conversation(
             nothing.
         tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
         train_on: all assistant turns, or only the last one.
-        add_generation_prompt: end in "Assistant:", for a model to go on from.
+        add_generation_prompt: end in "Assistant:", for a model to continue.
 
     Returns:
         `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
 
     Raises:
-        ToolkitError: an unknown role, a content that is no string, a `train` that is no boolean or would train
-            another's turn than the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
+        ToolkitError: an unknown role, a content that is not a string, a `train` that is not a boolean or asks to train
+            a turn that is not the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
             that makes its begin or end token out of plain text.
     """
     if train_on not in get_args(TrainOn):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
-# tokenizer -> (its size when the pattern was made, the pattern that finds its control tokens)
+# tokenizer -> (its size when the pattern was made, the pattern of its control tokens)
 _control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = WeakKeyDictionary()
 
 
@@ -39,8 +39,8 @@ def encode_pieces(pieces: Sequence[str | int], tokenizer: "PreTrainedTokenizerBa
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
         if not own.isdisjoint(ids):
             raise ToolkitError(
-                f"the tokenizer makes its begin or end token out of the plain text {text[:80]!r}; "
-                "the end of an answer could not be told from its words: use another begin and end token"
+                f"the tokenizer encodes the plain text {text[:80]!r} as its begin or end token; the end of an answer "
+                "could then be forged by its words: use other begin and end tokens"
             )
     encoded_texts = iter(encoded["input_ids"])
     return [[piece] if isinstance(piece, int) else list(next(encoded_texts)) for piece in pieces]
@@ -55,7 +55,7 @@ def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
         rests: dict[str, list[str]] = {}  # by first character, for speed: few places in a text are looked at further
         for token in sorted(token for token in tokens if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-        # Empty matches, behind the first character of a token: so tokens are found where they overlap, too.
+        # Empty matches, behind the first character of a token: so overlapping tokens are found too.
         places = [f"(?<={re.escape(first)})(?={'|'.join(found)})" for first, found in rests.items()]
         pattern = re.compile("|".join(places) or "(?!)")
         _control_patterns[tokenizer] = (len(tokenizer), pattern)

@@ -16,7 +16,7 @@ Piece = tuple[list[int], list[int]]  # token ids, loss mask
 # (row, the report that counts it) -> what is trained on of it: samples, of one piece or (answers compared) several
 Encode = Callable[[Row, LengthReport], list[list[Piece]]]
 
-NOTHING_TRAINED = "nothing in it is trained"
+NOTHING_TRAINED = "nothing to train on"
 
 
 @dataclass(frozen=True)

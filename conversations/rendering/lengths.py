@@ -10,7 +10,7 @@ from conversations.tally import counted
 
 TooLong = Literal["truncate", "drop", "split"]
 
-CUT_AWAY = "answer cut away whole"  # of what is longer than a run allows nothing that is trained is left
+CUT_AWAY = "answer cut off entirely"
 
 
 @dataclass
@@ -41,8 +41,8 @@ class LengthReport:
             f"{self.truncated:,} truncated to {max_length} tokens": self.truncated,
             f"{self.split:,} split at turns into parts of up to {max_length} tokens": self.split,
             f"{self.unfilled:,} too long for fill-in-the-middle, kept as plain text": self.unfilled,
-            f"{CUT_AWAY}: {counted(self.cut_exchanges, 'exchange')} of split rows, dropped": self.cut_exchanges,
-            **{f"{why}: {counted(n)}, dropped": n for why, n in self._reasons().items()},
+            f"{counted(self.cut_exchanges, 'exchange')} of split rows dropped ({CUT_AWAY})": self.cut_exchanges,
+            **{f"{n:,} dropped ({why})": n for why, n in self._reasons().items()},
         }
         return "; ".join([counted(self.rows), *(text for text, n in said.items() if n)])
 

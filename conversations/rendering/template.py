@@ -1,4 +1,4 @@
-"""The chat template of DeepSeek-V2, from its one file, and the layout it gives to a conversation.
+"""The chat template of DeepSeek-V2, from its one file, and the layout of a conversation under it.
 
 `chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat), and what is saved. Here
 it is rendered with `{% generation %}` around ' ' + content + eos_token: the part of a conversation that is trained. The
@@ -72,7 +72,7 @@ def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBa
         text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a foreign template, which fails in its own way
         why = " ".join(str(error).split())
-        raise ToolkitError(f"the model's own chat template refuses this conversation: {why}") from error
+        raise ToolkitError(f"the model's own chat template rejects this conversation: {why}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
@@ -124,7 +124,7 @@ def _parts(rendered: str):
 
 
 def _renders_alike(other: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the template `other` gives our text for a conversation with every role and with a prompt."""
+    """Whether the template `other` renders a conversation with every role, and a prompt, as ours does."""
     probe = [{"role": role, "content": f"words of {role}"} for role in (*ROLES, "user")]
     try:
         theirs, ours = (

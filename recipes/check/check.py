@@ -95,7 +95,7 @@ def _told(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_le
     yield length_summary(figures.report.lengths, max_length)
     yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
     if isinstance(recipe, SupervisedRecipe):
-        yield f"format.too_long: {recipe.format.too_long}: {figures.fate(max_length)}"
+        yield f"{figures.fate(max_length)}; format.too_long is {recipe.format.too_long}"
 
 
 def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
