@@ -1,4 +1,4 @@
-"""Temporary files that no killed process leaves for good: they lie in one directory a process, which it keeps locked.
+"""Temporary files that a killed process does not leave for good: one directory per process, which it keeps locked.
 
 The directory goes when the process ends. After a kill the next start finds it unlocked and removes it.
 """

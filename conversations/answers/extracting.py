@@ -13,7 +13,7 @@ from conversations.answers.units import UNIT_WORD
 
 MAX_TEXT = 20_000  # characters at the end of an answer that are looked at
 MAX_SENTENCE = 2_000  # characters at the end of a sentence in which formulas are looked for
-MAX_LINKS = 8  # words such as "is" in the last sentence behind which the answer may begin
+MAX_LINKS = 8  # words such as "is" in the last sentence after which the answer may begin
 _FINAL_LINE = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n#][^\n]*)\s*\Z")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
@@ -64,7 +64,7 @@ _ATOM = re.compile(
 
 
 def candidates(text: str) -> list[str]:
-    """The final answer as it may be read, best first; empty where a text holds none."""
+    """The readings of the final answer, best first; empty where the text has none."""
     text = text.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
     found = _TAGGED.findall(text)
     if found and found[-1].strip():
@@ -80,12 +80,12 @@ def candidates(text: str) -> list[str]:
 
 
 def final_line(text: str) -> str | None:
-    """What stands behind "####" where that is the last line; a Markdown heading in an answer is not."""
+    """What follows "####" on the last line; a Markdown heading in an answer is not such a line."""
     match = _FINAL_LINE.search(text)
     return match[1].strip() if match else None
 
 
-def behind_phrase(text: str) -> str | None:
+def after_phrase(text: str) -> str | None:
     """What follows the last "the answer is" or 答案是 in its sentence."""
     phrase = next(reversed(list(_PHRASE.finditer(text))), None)
     tail = _SENTENCE.split(text[phrase.end() :].lstrip(), 1)[0].strip() if phrase else ""
@@ -133,7 +133,7 @@ def _in_prose(text: str) -> Iterator[str]:
         if re.match(r"[^A-Za-z=]+=", computed):  # 48 / 2 = 24, 48 + 24 = 72
             yield computed
         return
-    tail = behind_phrase(text)
+    tail = after_phrase(text)
     if tail:
         yield from _ends(tail)
         runs = math_runs(tail)
@@ -167,7 +167,7 @@ def _ends(text: str) -> Iterator[str]:
 
 
 def _value_begins(link: re.Match[str]) -> bool:
-    """May the answer begin behind this word or sign? Not behind "=" in x + y = 10 or xy = 4, which say all of it."""
+    """May the answer begin after this word or sign? Not after "=" in x + y = 10 or xy = 4, which are answers."""
     before = link.string[: link.start()].rstrip()
     if link[0].strip() not in ("=", "≈"):
         return True

@@ -1,4 +1,4 @@
-"""Does a scorer agree with held-out verdicts: pairs ranked right, labels hit, scores met. Pure functions."""
+"""Agreement of a scorer with held-out verdicts: on pairs, labels and scores. Pure functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ Scorer = Callable[[Sequence[tuple[list[Message], list[Message]]]], list[float]]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is measured ("pair_accuracy", "accuracy" or "mse"), its value for this row, and the scores behind it."""
+class Agreement:
+    """The measure ("pair_accuracy", "accuracy" or "mse"), its value for one row, and the scores it comes from."""
 
     name: str
     value: float
@@ -23,28 +23,30 @@ def is_pair(row: Row) -> bool:
     return all(key in row for key in PAIR)
 
 
-def judge(scorer: Scorer, rows: Sequence[Row]) -> list[Verdict]:
-    """One verdict a row. A pair counts when chosen scores higher than rejected; a tie does not."""
+def judge(scorer: Scorer, rows: Sequence[Row]) -> list[Agreement]:
+    """One agreement a row. A pair counts when chosen scores higher than rejected; a tie does not."""
     parts = [("chosen", "rejected") if is_pair(row) else ("completion",) for row in rows]
     scores = iter(scorer([(row["prompt"], row[key]) for row, keys in zip(rows, parts, strict=True) for key in keys]))
-    return [_verdict(row, tuple(next(scores) for _ in keys)) for row, keys in zip(rows, parts, strict=True)]
+    return [_agreement(row, tuple(next(scores) for _ in keys)) for row, keys in zip(rows, parts, strict=True)]
 
 
-def _verdict(row: Row, scores: tuple[float, ...]) -> Verdict:
+def _agreement(row: Row, scores: tuple[float, ...]) -> Agreement:
     if is_pair(row):
-        return Verdict("pair_accuracy", float(scores[0] > scores[1]), scores)
+        return Agreement("pair_accuracy", float(scores[0] > scores[1]), scores)
     if "label" in row:
-        return Verdict("accuracy", float((scores[0] > 0) == bool(row["label"])), scores)
-    return Verdict("mse", (scores[0] - float(row["score"])) ** 2, scores)
+        return Agreement("accuracy", float((scores[0] > 0) == bool(row["label"])), scores)
+    return Agreement("mse", (scores[0] - float(row["score"])) ** 2, scores)
 
 
-def means(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The mean of each thing measured, and `n`."""
-    names = dict.fromkeys(verdict.name for verdict in verdicts)
-    return {**{name: fmean(v.value for v in verdicts if v.name == name) for name in names}, "n": len(verdicts)}
+def means(agreements: Sequence[Agreement]) -> dict[str, float]:
+    """The mean of each measure, and `n`."""
+    names = dict.fromkeys(agreement.name for agreement in agreements)
+    return {**{name: fmean(v.value for v in agreements if v.name == name) for name in names}, "n": len(agreements)}
 
 
-def means_by_kind(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+def means_by_kind(rows: Sequence[Row], agreements: Sequence[Agreement]) -> dict[str, dict[str, float]]:
     """`means` for each meta.kind of the rows ("other" where it is missing)."""
     kinds = [str((row.get("meta") or {}).get("kind", "other")) for row in rows]
-    return {kind: means([v for k, v in zip(kinds, verdicts, strict=True) if k == kind]) for kind in sorted(set(kinds))}
+    return {
+        kind: means([v for k, v in zip(kinds, agreements, strict=True) if k == kind]) for kind in sorted(set(kinds))
+    }

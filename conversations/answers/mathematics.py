@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 
 from conversations.answers.comparing import same
-from conversations.answers.extracting import behind_phrase, candidates, chosen_letter, final_line, last_boxes
+from conversations.answers.extracting import after_phrase, candidates, chosen_letter, final_line, last_boxes
 from conversations.answers.notation import formula, is_balanced
 from conversations.answers.values import Choice, Leaf, Value, Words, value_of
 from conversations.answers.verdict import Verdict, judged, shown
@@ -15,19 +15,19 @@ MAX_WORDS = 30  # of a reference in words; longer ones are not answers
 
 @lru_cache(maxsize=4096)
 def math_reference(reference: str) -> Value:
-    """The value of a reference: what stands behind "####" or in \\boxed or behind "the answer is", else all of it.
+    """The value of a reference: what follows "####", is in \\boxed or follows "the answer is", else all of it.
 
     Raises:
         ToolkitError: it is empty, its braces do not close, or it is a long text without an answer.
     """
-    text = final_line(reference) or last_boxes(reference) or behind_phrase(reference) or reference
+    text = final_line(reference) or last_boxes(reference) or after_phrase(reference) or reference
     if not re.search(r"\w|\\[a-z]", formula(text)):
         raise ToolkitError(f"the reference {shown(reference)} contains no answer")
     if not is_balanced(text):
         raise ToolkitError(f"the reference {shown(reference)} is broken LaTeX: its braces or environments do not close")
     if len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]", text)) > MAX_WORDS:
         raise ToolkitError(
-            f"the reference {shown(reference)} is a long text without a final answer in \\boxed{{}} or behind ####"
+            f"the reference {shown(reference)} is a long text without a final answer in \\boxed{{}} or after ####"
         )
     return value_of(text)
 

@@ -71,7 +71,7 @@ def unified(text: str) -> str:
 
 
 def without_marks(text: str) -> str:
-    """Markdown's bold and code marks taken off; `2**3` keeps its power."""
+    """Text without Markdown's bold and code marks; `2**3` keeps its power."""
     text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)
     return _MARKED.sub("", text)
 

@@ -40,7 +40,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind a last "####", else in the last \\boxed, else the last one of all."""
+    """The number after a last "####", else in the last \\boxed, else the last one in the text."""
     for place in (final_line(text), last_boxes(text), text):
         found = last_number(place) if place else None
         if found is not None:

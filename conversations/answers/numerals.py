@@ -22,7 +22,7 @@ _READ = {name: re.compile(rf"([+-]?)\s*{form}") for name, form in _FORMS.items()
 
 @dataclass(frozen=True)
 class Number:
-    """decimals: how many places stand behind the point, None for what is written without one."""
+    """decimals: the number of digits after the point, None for what is written without one."""
 
     text: str
     value: Fraction

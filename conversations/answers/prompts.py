@@ -1,4 +1,4 @@
-"""What a row asks, for stages that let a model answer."""
+"""The prompt of a row, for stages in which a model answers."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from conversations.row import Message, Row
 
 
 def split_prompt(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-    """A conversation without its last answer, and that answer (None when a user has the last word)."""
+    """A conversation without its last answer, and that answer (None where the last turn is the user's)."""
     if messages and messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]["content"]
     return list(messages), None
@@ -17,7 +17,7 @@ def prompt_of(row: Row, number: int) -> list[Message]:
     """The messages of a row that come before its last answer.
 
     Raises:
-        ToolkitError: the row holds neither messages nor a prompt, or no user turn comes before the answer.
+        ToolkitError: the row holds neither messages nor a prompt, or nothing comes before the answer.
     """
     messages = row["prompt"] if "prompt" in row else row.get("messages")
     if messages is None:

@@ -75,7 +75,7 @@ _CHINESE = (
 )
 REFUSAL_PATTERNS = (*_ENGLISH, *_CHINESE)
 
-# What looks like a refusal but is not one: taken out of a sentence before the usual patterns are tried.
+# What looks like a refusal but is not one: removed from a sentence before the usual patterns are tried.
 _NOT_MEANT = re.compile(
     r"\b(?:can't|cannot|can ?not|won't|will not|could(?:n't| not))\s+(?:help (?:but|\w+ing\b|it\b)|wait|believe"
     r"|stress|overstate|imagine|thank|recommend\b.{0,40}\benough"

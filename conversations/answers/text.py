@@ -29,7 +29,7 @@ def prose(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def compiled(patterns: tuple[str, ...], kind: str, flags: re.RegexFlag = re.NOFLAG) -> tuple[re.Pattern[str], ...]:
-    """Raises ToolkitError for what is not a regular expression. kind: of the patterns, for the message."""
+    """The patterns, compiled; raises ToolkitError for one that is not a regular expression. kind: for the message."""
     found = []
     for pattern in patterns:
         try:

@@ -1,8 +1,8 @@
-"""Units and counters that may stand behind a number, with their other names."""
+"""Units and counters that may follow a number, with their other names."""
 
 import re
 
-# unit -> its other names; letters alone ("m", "s") count only behind a number and a space, or in \\text.
+# unit -> its other names; letters alone ("m", "s") count only after a number and a space, or in \\text.
 _UNITS = {
     "%": ("percent", "per cent", "pct", "percentage", "百分比"),
     "deg": ("degree", "度", r"^\circ"),

@@ -28,7 +28,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Choice:
-    """A letter of a multiple choice, with what stands behind it."""
+    """A letter of a multiple choice, with the text after it."""
 
     text: str
     letter: str
@@ -138,7 +138,7 @@ _ENCLOSED = {"(": ")", "[": "]"}
 
 @lru_cache(maxsize=4096)
 def value_of(text: str) -> Value:
-    """What an answer's text is, whatever it is: what is nothing else is a Leaf."""
+    """The value of an answer's text, whatever it is; a Leaf where it is of no other kind."""
     if len(text) > MAX_LENGTH:
         return read_number(text.strip()) or Words(text)
     text = formula(text)

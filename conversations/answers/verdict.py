@@ -1,11 +1,11 @@
-"""What a rule says of an answer."""
+"""The verdict of a rule on an answer."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """score: from 0 to 1, or None where the rule has nothing to say; reason: one sentence, for people."""
+    """score: from 0 to 1, or None where the rule does not apply; reason: one sentence, for people."""
 
     score: float | None
     reason: str

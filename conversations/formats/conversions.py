@@ -15,7 +15,7 @@ from conversations.formats.tools import calls_text, tools_text
 from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
 from conversations.row import Row
 
-# GSM8K writes the result behind the reasoning, on a last line of its own.
+# GSM8K writes the result after the reasoning, on a last line of its own.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
 
 # Columns with more of a question: Alpaca's, Dolly's.
@@ -28,7 +28,7 @@ _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 
 
 def _prompt(row: Row, key: str) -> list[Turn]:
-    """The turns before the answer: one text (of the user, or a transcript) or a list of turns, behind the history."""
+    """The turns before the answer: one text (of the user, or a transcript) or a list of turns, after the history."""
     value = row[key]
     more = [name for name in MORE if name != key and row.get(name) not in (None, "", [])]
     turns = value if isinstance(value, list) else _transcript_prompt(read_text(value, key))
@@ -63,7 +63,7 @@ def _history(row: Row) -> list[Turn]:
 
 
 def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns behind the row's own system text and tools."""
+    """The turns after the row's own system text and tools."""
     first = turns[0] if turns and turns[0].role == "system" else None
     system = read_text(row["system"], "system") if row.get("system") else ""
     own = tools_text(turns[0].tools) if turns and turns[0].tools else ""
@@ -214,7 +214,7 @@ def _whole(row: Row, key: str) -> list[Turn]:
 
 
 def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
-    """One side may be an empty answer, since the judges saw the model say nothing."""
+    """Either side may be an empty answer: the judges saw the model say nothing."""
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("chosen and rejected do not answer the same prompt")
     if chosen == rejected:

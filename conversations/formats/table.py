@@ -166,7 +166,7 @@ JUDGED_FORMATS = tuple(
     for verdict in VERDICTS
 )
 
-# Longer sets of keys stand before the shorter ones that they contain.
+# Longer sets of keys come before the shorter ones that they contain.
 FORMATS: tuple[Format, ...] = (
     *_PAIRS,
     *_RANKED,

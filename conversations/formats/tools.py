@@ -25,7 +25,7 @@ from conversations.tally import Event
 
 # Where a call has its arguments: OpenAI and Hermes, ToolAlpaca, Anthropic.
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
-# What else a call may have, which says nothing about what is called.
+# Further keys of a call, which do not bear on what is called.
 _CALL_KEYS = {"name", "id", "type", "index", "function"}
 
 # Keywords of JSON Schema whose value may be null.

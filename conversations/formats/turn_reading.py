@@ -85,7 +85,7 @@ class TurnReader:
         """A list of turns, or one turn, of a column.
 
         flags: for each turn the name and value of its flag in the row's own mask. The results of a turn's calls become
-        one turn of the user, in the order of the calls. An empty system message says nothing and is left out.
+        one turn of the user, in the order of the calls. An empty system message is left out.
         """
         if isinstance(value, dict):
             value = _as_list(value)
@@ -221,9 +221,9 @@ class TurnReader:
 
 
 def turns_in(value: Any, key: str, always: bool) -> Any:
-    """The value with the turns that it writes as JSON text (as in a CSV file) parsed; None where it holds no turns.
+    """The turns of a column, parsed where they are JSON text (as in a CSV file); None where it holds no turns.
 
-    always: the column can hold nothing else. Any other list is taken for turns, and refused when it is read.
+    always: the column can hold nothing else. Any other list passes as turns, and is refused when it is read.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         parsed = from_json(value)
@@ -272,7 +272,7 @@ def _known_key(key: str) -> str:
 
 
 def role_of(value: Any, roles: Mapping[str, str], what: str) -> str:
-    """Our name of a role: system, user, assistant, tool, or call (an assistant's that holds nothing but a call)."""
+    """Our name for a role: system, user, assistant, tool, or call (an assistant's that holds nothing but a call)."""
     if not isinstance(value, str):
         raise BadRow(f"{what}: the role must be a string, not {named(value)}")
     role = roles.get(value) or ROLES.get(value.lower())
@@ -286,7 +286,7 @@ def role_of(value: Any, roles: Mapping[str, str], what: str) -> str:
 
 
 def first_key(value: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of these keys that holds something; else the first that is there."""
+    """The first of these keys that is not null; else the first that is present."""
     there = [key for key in keys if key in value]
     return next((key for key in there if value[key] is not None), there[0] if there else None)
 
@@ -294,7 +294,7 @@ def first_key(value: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 def said_by_speakers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Turns of {user: ..., assistant: ...}: one for each speaker in the turn's keys, none where it has no such key.
 
-    What else it says (flags, reasoning) belongs to the assistant's turn.
+    What else it has (flags, reasoning) belongs to the assistant's turn.
     """
     spoken = {key: _SPEAKERS[key] for key in value if key in _SPEAKERS and value[key] not in (None, "")}
     if len(set(spoken.values())) != len(spoken):

@@ -43,7 +43,7 @@ class _Transcript:
     labels: dict[str, str]
 
     def turns(self, text: str) -> list[Turn]:
-        """The turns, stripped; what one speaker says in two goes is one turn."""
+        """The turns, stripped; consecutive words of one speaker are one turn."""
         _, *pieces = re.split(rf"(?:\A|\n\n)({'|'.join(self.labels)}):", text)
         turns: list[Turn] = []
         for label, words in zip(pieces[::2], pieces[1::2], strict=True):

@@ -28,8 +28,8 @@ class Record:
     """One row of a file as an object.
 
     line: where it begins, from 1; the row's number in a parquet file. value: the object, where problem is None.
-    text: as written, for those who fix it; None where the file holds no text of its own (parquet). place: what comes
-    before a reason where the line says too little ("element 17: ", of an array on one line). beside: not a row, but
+    text: as written, for those who fix it; None where the file is not text (parquet). place: a prefix
+    of the reason where the line says too little ("element 17: ", of an array on one line). beside: not a row, but
     keys that stand beside a list of rows.
     """
 

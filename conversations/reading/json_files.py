@@ -100,7 +100,7 @@ def _object_records(file: IO[bytes]) -> Iterator[Record]:
 
 
 def _one_object(text: "_Window") -> Generator[Record, None, bool]:
-    """The rows of one object; whether the text behind it can be read."""
+    """The rows of one object; whether the text after it can be read."""
     line, values, lists = text.line, {}, 0
     text.skip("{")
     while text.peek() != "}":
@@ -202,7 +202,7 @@ class _Window:
         return None if self._start.strip() or len(self._start) == _DEEPEST else self._start
 
     def go_to(self, before: str) -> bool:
-        """Go to the next line that begins with an object behind just this space; False where there is none."""
+        """Go to the next line that begins with an object after exactly this space; False where there is none."""
         mark = f"\n{before}{{"
         while (found := self._text.find(mark, self._at)) < 0:
             if self._is_whole:
@@ -226,7 +226,7 @@ class _Window:
             self._read_more(_CHUNK)
 
     def begins_list_of_objects(self) -> bool:
-        """Whether a list with an object in front comes next; nothing is taken."""
+        """Whether a list that begins with an object comes next; nothing is taken."""
         if self.peek() != "[":
             return False
         while not (rest := self._text[self._at + 1 :].lstrip()) and not self._is_whole:

@@ -51,7 +51,7 @@ class RejectedRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file of JSON: what cannot be written as UTF-8 is there as \\udcff (a byte ff) or \\ud800 (a half)."""
+        """For a file of JSON: what cannot be written as UTF-8 is escaped: \\udcff (a byte ff), \\ud800 (a half)."""
         values = asdict(self)
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         return values | {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
@@ -73,7 +73,7 @@ def load_conversations(
 
     Args:
         path: a file of JSON lines, one JSON array or JSON objects (recognised by how it begins), CSV, TSV, parquet or
-            Arrow, by its name; also with .gz or .zst behind; a .zip of these, a folder, or a pattern (data/*.jsonl).
+            Arrow, by its name; also compressed (.gz, .zst); a .zip of these, a folder, or a pattern (data/*.jsonl).
         on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
             one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
             rows out.
@@ -84,7 +84,7 @@ def load_conversations(
         refuse: why the caller cannot use a canonical row (None where it can); such a row is a bad row too.
         roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
         reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
-            counted. "think_tags": it stands before the words, between <think> and </think>.
+            counted. "think_tags": it comes before the words, between <think> and </think>.
         split: the name of a folder's split; "" takes train where there are several.
 
     Returns:

@@ -47,7 +47,7 @@ def encode_pieces(pieces: Sequence[str | int], tokenizer: "PreTrainedTokenizerBa
 
 
 def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """A pattern that splits text behind the first character of every control token (see the file's head)."""
+    """A pattern that splits text after the first character of every control token (see the file's head)."""
     size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
     if size != len(tokenizer):
         added = tokenizer.added_tokens_decoder.values()
@@ -55,7 +55,7 @@ def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
         rests: dict[str, list[str]] = {}  # by first character, for speed: few places in a text are looked at further
         for token in sorted(token for token in tokens if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-        # Empty matches, behind the first character of a token: so overlapping tokens are found too.
+        # Empty matches, after the first character of a token: so overlapping tokens are found too.
         places = [f"(?<={re.escape(first)})(?={'|'.join(found)})" for first, found in rests.items()]
         pattern = re.compile("|".join(places) or "(?!)")
         _control_patterns[tokenizer] = (len(tokenizer), pattern)

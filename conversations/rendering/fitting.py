@@ -24,7 +24,7 @@ class Fitter:
     """How rows become pieces.
 
     max_length: in tokens; None lets every row be. too_long: "truncate" keeps the start; "drop" leaves the row out;
-    "split" makes parts of whole exchanges (a user's turn with its answer), each with the system message in front,
+    "split" makes parts of whole exchanges (a user's turn with its answer), each after the system message,
     that see nothing of one another. An exchange that is too long by itself is truncated. Plain text has no turns: it
     is split anywhere.
     """
