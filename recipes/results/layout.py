@@ -42,17 +42,14 @@ def plain_cell(value: Any) -> Cell:
 
 def as_text(table: Table) -> str:
     """The table for a terminal, never wrapped: headings of rows on the left, all else on the right of its column."""
-    rows = [_lines(row) for row in (table.columns, *table.rows)]
-    widths = [max(map(len, column)) for column in zip(*(line for lines in rows for line in lines), strict=True)]
-    texts = [
-        ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        for lines in rows
+    # Of each row a line for what its cells say, and one for each part of what is minor.
+    grid = [
+        line
+        for row in (table.columns, *table.rows)
+        for line in zip_longest(*((cell.text, *cell.minor) for cell in row), fillvalue="")
     ]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in grid]
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    body = [line for lines in texts[1:] for line in lines]
-    return "\n".join([table.title, *texts[0], rule, *body, *table.notes]).translate(_ASCII)
-
-
-def _lines(row: Sequence[Cell]) -> list[tuple[str, ...]]:
-    """The row's lines of text: one for what its cells say, and one for each part of what is minor."""
-    return list(zip_longest(*((cell.text, *cell.minor) for cell in row), fillvalue=""))
+    head = 1 + max(len(cell.minor) for cell in table.columns)
+    return "\n".join([table.title, *lines[:head], rule, *lines[head:], *table.notes]).translate(_ASCII)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 NOT_STATED = "not stated"
+_TRAINERS = ("python", "torch", "transformers", "trl", "peft")  # whose versions a reader wants first
 
 
 def number(value: Any) -> float | None:
@@ -38,8 +39,7 @@ def count(n: int, noun: str) -> str:
 
 def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts of a manifest that a reader wants first, those that it states."""
-    code = manifest.get("code") if isinstance(manifest.get("code"), dict) else {}
-    versions = manifest.get("versions")
+    code, versions = (stated if isinstance(stated := manifest.get(key), dict) else {} for key in ("code", "versions"))
     stated = {
         "Status": manifest.get("status"),
         "Started": str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
@@ -48,7 +48,7 @@ def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         "Peak memory": _gigabytes(manifest.get("peak_memory_gb")),
         "Seed": manifest.get("seed"),
         "Commit": _commit(code or manifest),
-        "Versions": _versions(versions) if isinstance(versions, dict) else None,
+        "Versions": ", ".join(f"{name} {versions[name]}" for name in _TRAINERS if versions.get(name)),
     }
     return [(key, str(value)) for key, value in stated.items() if value not in (None, "", NOT_STATED)]
 
@@ -98,11 +98,6 @@ def _commit(code: dict[str, Any]) -> str | None:
         return None
     changed = ", with local changes" if code.get("diff_sha256") or code.get("diff") else ""
     return commit[:12] + changed
-
-
-def _versions(versions: dict[str, Any]) -> str:
-    shown = [name for name in ("python", "torch", "transformers", "trl", "peft") if versions.get(name)]
-    return ", ".join(f"{name} {versions[name]}" for name in shown)
 
 
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
