@@ -119,6 +119,24 @@ def test_stages_run_in_order_with_what_earlier_ones_left(stages: FakeStages, sta
     assert json.loads(Path("out/results.json").read_text()) == results
 
 
+def test_tables_have_the_titles_of_the_chain(
+    stages: FakeStages, start: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    titled = CHAIN.replace("{name: more,", '{name: more, title: "SFT, more",').replace(
+        "{name: gain,", "{name: gain, title: Gain,"
+    )
+    Path("chain.yaml").write_text(titled, encoding="utf-8")
+    start()
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "SFT, more 100.0 % 25.0 %" in lines and "sft 50.0 % 25.0 %" in lines
+    assert "Gain +50.0" in lines and "sft -> SFT, more n = 4" in lines
+    capsys.readouterr()
+    Path("chain.yaml").write_text(CHAIN, encoding="utf-8")
+    start()
+    assert stages.ran == ALL, "a title is no reason to run a stage again"
+    assert "more 100.0 % 25.0 %" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_finished_chain_runs_nothing_again(stages: FakeStages, start: Any) -> None:
     first = start()
     stages.ran.clear()

@@ -303,7 +303,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (RL, "rewards.1.model=x", "rewards.1: needs either model or rule"),
         (RL, "rewards.1={weight: 2}", "rewards.1: needs either model or rule"),
         (RL, "rewards.1.weight=0", "rewards.1: weight is 0"),
-        (RL, "rewards.1.rule=nubmer", "rewards.1: there is no rule 'nubmer' (did you mean 'number'?)"),
+        (RL, "rewards.1.rule=nubmer", "rewards.1: unknown rule 'nubmer' (did you mean 'number'?)"),
         (EVAL, "tasks.1.name=exact_match", "tasks share a name: exact_match"),
         (EVAL, "data=[]", "task exact_match has no data"),
         (EVAL, "tasks.0.metric=pair_accuracy", "use two recipes"),

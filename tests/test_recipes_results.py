@@ -13,6 +13,7 @@ from recipes.report.report import write_report
 from recipes.results.figures import chain_results, figures, outcome_pairs, paired
 from recipes.results.layout import Cell, Table, as_text
 from recipes.results.tables import headline, table_text
+from recipes.results.titles import titles_of
 
 
 def test_figures_have_the_names_of_results_json() -> None:
@@ -62,7 +63,14 @@ def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> Non
     )
     assert list(results) == ["seed", "stages", "reward_models", "alignment_tax", "seconds", "peak_memory_gb"]
     assert results["reward_models"] == {"helpful": {"pair_accuracy": 0.975, "n": 400}}
-    text = table_text(results)
+    recipe = {
+        "stages": [
+            {"name": "rl_reasoning", "title": "RL stage 1: reasoning"},
+            {"name": "after", "results": "stages.rl_reasoning", "model": {"path": "${rl_reasoning}"}},
+        ],
+        "compare": [{"name": "alignment_tax", "title": "Alignment tax of RL stage 2"}],
+    }
+    text = table_text(results, titles_of(recipe))
     words = [line.split() for line in text.splitlines()]
     for line in (
         "RL stage 1: reasoning 87.6 % 50.0 %",
@@ -70,9 +78,10 @@ def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> Non
         "greedy T = 1",
         "helpful 97.5 %",
         "n = 400",
+        "base 0.1 % 0.0 %",
         "Alignment tax of RL stage 2 -100.0",
         "Exact match -100.0 to -100.0",
-        "before -> after n = 2",
+        "before -> RL stage 1: reasoning n = 2",
     ):
         assert line.split() in words
     assert max(map(ord, text)) < 128

@@ -59,6 +59,20 @@ RESULTS = {
 }
 
 
+CHAIN = {
+    "stage": "chain",
+    "stages": [
+        {"name": "eval_base", "recipe": "x", "results": "stages.base", "title": "Base"},
+        {"name": "sft", "recipe": "x", "title": "SFT"},
+        {"name": "eval_sft", "recipe": "x", "results": "stages.sft"},
+        {"name": "rl_reasoning", "recipe": "x", "title": "RL stage 1"},
+        {"name": "eval_rl_reasoning", "results": "stages.rl_reasoning", "model": {"path": "${rl_reasoning}"}},
+        {"name": "eval_rl_preference", "results": "stages.rl_preference", "title": "RL stage 2"},
+    ],
+    "compare": [{"name": "alignment_tax", "title": "Alignment tax of RL stage 2"}],
+}
+
+
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
     root = tmp_path / "chain"
@@ -66,8 +80,7 @@ def chain(tmp_path: Path) -> Path:
     make_stage(root / "sft", "sft", [*train, {"step": 50, "eval_loss": 0.75}])
     for name, answer in (("eval_sft", "the SFT answer"), ("eval_rl_reasoning", "the RL answer")):
         make_stage(root / name, "eval", [], [said("What is 1 + 2?", answer, task="exact_match", value=1.0)])
-    stages = [{"name": name, "recipe": "x", "results": f"stages.{name[5:]}"} for name in ("eval_sft",)]
-    (root / "recipe.yaml").write_text(json.dumps({"stage": "chain", "stages": [{"name": "sft"}, *stages]}))
+    (root / "recipe.yaml").write_text(json.dumps(CHAIN))
     (root / "manifest.json").write_text("{}")
     (root / "results.json").write_text(json.dumps(RESULTS))
     return root
@@ -123,7 +136,7 @@ def test_figures_of_results_json_stand_on_the_page(chain: Path) -> None:
     ):
         assert expected in text
     assert "58.1 to 64.2" in text  # Wilson, 612 of 1,000
-    assert "Alignment tax of RL stage 2" in text
+    assert "Alignment tax of RL stage 2 Exact match, RL stage 1 → RL stage 2" in text
     assert "−0.3 −2.3 to +1.7" in text
     assert text.index("61.2 %") < text.index("84.3 %"), "SFT stands before RL whatever the order in the file"
     assert "Targets" not in text
@@ -166,7 +179,9 @@ def test_the_contents_list_each_stage_with_its_training_and_its_evaluation(chain
     (chain / "recipe.yaml").write_text(json.dumps(recipe))
     page = page_of(chain)
     contents = visible(page[page.index("<style>") : page.index("</nav>")])
-    assert "chain chain SFT supervised fine-tuning evaluation reward_helpful reward model evaluation" in contents
+    assert (
+        "SFT supervised fine-tuning evaluation RL stage 1 evaluation reward_helpful reward model evaluation" in contents
+    )
     links = re.findall(r'<a href="#([^"]+)"', page[: page.index("</nav>")])
     assert len(links) == len(set(links)) and all(f'id="{link}"' in page for link in links)
     assert page.count('<section class="run"') == len([link for link in links if link.startswith("run-")]) == 6

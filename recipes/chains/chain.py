@@ -22,6 +22,7 @@ from recipes.recipe.schema import CHAIN, ChainRecipe, ChainStage
 from recipes.recipe.yaml_text import read_mapping
 from recipes.results.figures import chain_results, outcome_pairs
 from recipes.results.tables import table_text
+from recipes.results.titles import titles_of
 from recipes.runs.directory import RECIPE, RESULTS, dump_text, is_finished
 from recipes.runs.manifest import new_manifest, read_manifest, write_manifest
 from recipes.runs.stage import run_stage
@@ -54,7 +55,7 @@ def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
             with suppress(OSError):  # of a disk that is broken the error itself says more
                 _say_how_it_ended(output, "stopped" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
-    say(f"\n{table_text(results)}\n\n{output / RESULTS}")
+    say(f"\n{table_text(results, titles_of(loaded.resolved))}\n\n{output / RESULTS}")
     return results
 
 

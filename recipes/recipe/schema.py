@@ -35,6 +35,9 @@ class ChainStage(Section):
         pattern=r"^(stages|reward_models)\.[a-z][a-z0-9_]*$",
         description="An evaluation: where in results.json its figures go, such as stages.sft.",
     )
+    title: str | None = Field(
+        default=None, min_length=1, description="What tables and reports call it; by default its name."
+    )
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -52,6 +55,9 @@ class Comparison(Section):
     before: str = Field(pattern=NAME, description="Chain stage: the earlier evaluation.")
     after: str = Field(pattern=NAME, description="Chain stage: the later evaluation.")
     task: str = Field(pattern=NAME, description="Task that both have.")
+    title: str | None = Field(
+        default=None, min_length=1, description="What tables and reports call it; by default its name."
+    )
 
 
 class ChainRecipe(Section):

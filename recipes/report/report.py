@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from recipes.report.samples import Answers, Gallery, across_runs, answers, withi
 from recipes.report.svg import LOAD_CLASSES, Drawn
 from recipes.results import tables, words
 from recipes.results.layout import Table
+from recipes.results.titles import Titles, titles_of
 from recipes.results.words import count
 from recipes.stages import stages
 
@@ -85,8 +85,9 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
 def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     """What the page's template shows."""
     runs = _unique_names(groups)
-    chains = [run for run in runs if run.is_chain]
-    subjects = _subjects(runs)
+    chains = [(run, titles_of(run.recipe)) for run in runs if run.is_chain]
+    about = {chain.path / name: title for chain, titles in chains for name, title in titles.stages.items()}
+    subjects = {run.name: about.get(run.path, run.name) for run in runs}
     titles = _titles(runs, subjects)
     anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # which no name can break out of
     said = {run.name: answers(run.samples) for run in runs}
@@ -94,8 +95,8 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     return {
         "heading": " and ".join(map(directory_name, groups)),
         "contents": _contents(views, subjects),
-        "chains": [_chain_view(run) for run in chains],
-        "across": tables.across([run.results for run in chains]),
+        "chains": [_chain_view(*chain) for chain in chains],
+        "across": tables.across([run.results for run, _ in chains], _stages_of([titles for _, titles in chains])),
         "runs": views,
         "notes": [(view, note) for view in views for note in view.run.notes],
         "gallery": across_runs([(titles[name], answered) for name, answered in said.items()]),
@@ -114,26 +115,6 @@ def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
             run.name = next(name for name in numbered if name not in taken)
             taken.add(run.name)
     return [run for group in groups.values() for run in group]
-
-
-def _subjects(runs: Sequence[Run]) -> dict[str, str]:
-    """What the page says each run is about: its stage; an evaluation in a chain, the stage that it measures."""
-    about: dict[Path, str] = {}
-    for chain in runs:
-        stages = chain.recipe.get("stages")
-        for stage in stages if isinstance(stages, list) else []:
-            if isinstance(stage, dict):
-                about[chain.path / str(stage.get("name"))] = _measured(stage) or str(stage.get("name"))
-    return {run.name: tables.stage_name(about.get(run.path, run.name)) for run in runs}
-
-
-def _measured(stage: Mapping[str, Any]) -> str:
-    """The stage that an evaluation of a chain measures: the one that made its model, or what its figures are for."""
-    place, model = stage.get("results"), stage.get("model")
-    if not isinstance(place, str):
-        return ""
-    made = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
-    return made[1] if made else place.partition(".")[2]
 
 
 def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
@@ -155,8 +136,14 @@ def _contents(views: Sequence[RunView], subjects: Mapping[str, str]) -> list[tup
     return [(subject, about) for (_, subject), about in by_subject.items()]
 
 
-def _chain_view(run: Run) -> ChainView:
-    return ChainView(run, words.facts(run.results), tables.headline(run.results), tables.other_results(run.results))
+def _stages_of(chains: Sequence[Titles]) -> dict[str, str]:
+    """Whose figures stand in `stages` of several chains, by the first that says so."""
+    return {entry: title for titles in reversed(chains) for entry, title in titles.section("stages").items()}
+
+
+def _chain_view(run: Run, titles: Titles) -> ChainView:
+    shown = tables.headline(run.results, titles)
+    return ChainView(run, words.facts(run.results), shown, tables.other_results(run.results))
 
 
 def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:

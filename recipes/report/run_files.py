@@ -14,21 +14,12 @@ from recipes.lock import owner_of
 from recipes.recipe.schema import CHAIN
 from recipes.recipe.yaml_text import parse_yaml
 from recipes.report.metrics import Metrics, collect
+from recipes.results.titles import titles_of
 from recipes.results.words import count, number
 from recipes.runs.manifest import seconds_so_far
 from recipes.stages import stages
 
 RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
-# The order of the usual stages, for a chain whose recipe does not state one.
-USUAL_ORDER = (
-    "base",
-    "sft",
-    "sft_control",
-    "reward_helpful",
-    "reward_safety",
-    "rl_reasoning",
-    "rl_preference",
-)
 MAX_SAMPLES = 20_000
 _NESTING = 2
 
@@ -77,11 +68,12 @@ def open_runs(path: Path) -> list[Run]:
         if chain.is_chain and chain.manifest.get("status") != "finished":
             stages = [run.manifest.get("seconds") for run in runs if run.path.parent == chain.path]
             chain.manifest["seconds"] = sum(seconds for seconds in map(number, stages) if seconds is not None)
-    orders = {run.path: _stage_order(run.recipe) for run in runs if run.is_chain}
+    orders = {run.path: [*titles_of(run.recipe).stages] for run in runs if run.is_chain}
 
     def place(run: Run) -> tuple[str, bool, int, str]:
         home = next((at for at in (run.path, *run.path.parents) if at in orders), path)
-        rank = _rank(run.path.relative_to(home).as_posix(), orders.get(home, []))
+        order = orders.get(home, [])
+        rank = order.index(run.path.name) if run.path.name in order else len(order)
         return str(home), run.path != home, rank, run.name
 
     return sorted(runs, key=place)
@@ -134,21 +126,6 @@ def _inner_runs(path: Path, depth: int) -> Iterator[Path]:
         if _looks_like_run(child):
             yield child
         yield from _inner_runs(child, depth - 1)
-
-
-def _stage_order(recipe: dict[str, Any]) -> list[str]:
-    stages = recipe.get("stages")
-    if isinstance(stages, dict):
-        return [str(name) for name in stages]
-    if not isinstance(stages, list):
-        return []
-    return [str(stage["name"]) for stage in stages if isinstance(stage, dict) and "name" in stage]
-
-
-def _rank(name: str, order: list[str]) -> int:
-    parts = name.split("/")
-    known = order or list(USUAL_ORDER)
-    return next((known.index(part) for part in parts if part in known), len(known))
 
 
 def _kind(run: Run) -> str:

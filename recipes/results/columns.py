@@ -15,7 +15,7 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 Z95 = NormalDist().inv_cdf(0.975)
-# Headings of tasks, in their order; further tasks of a stage follow under their own names.
+# Headings of the tasks that are known here, in their order; others follow under their own names.
 TASKS = {
     "exact_match": "Exact match",
     "polite": "Polite",

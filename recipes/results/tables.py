@@ -8,39 +8,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from recipes.results.columns import SHARE, Z95, Figures, columns_of, heading_of, is_cut, sample_size
+from recipes.results.columns import SHARE, Z95, Figures, columns_of, heading_of, is_cut
 from recipes.results.layout import Cell, Table, as_text, plain_cell
+from recipes.results.titles import UNTITLED, Titles
 from recipes.results.words import NOT_STATED, flatten, number
 
-STAGE_NAMES = {
-    "base": "Base",
-    "sft": "SFT",
-    "sft_control": "SFT control",
-    "rl_reasoning": "RL stage 1: reasoning",
-    "rl_preference": "RL stage 2: preference",
-}
-COMPARISONS = {
-    "rl_gain": "RL stage 1 over SFT",
-    "rl_gain_over_control": "RL stage 1 over the control",
-    "alignment_tax": "Alignment tax of RL stage 2",
-}
-CONTROL = "The control continues SFT for as many tokens as RL stage 1 trains on."
-# (later stage, earlier stage): differences of exact match to show where results.json has no paired comparison.
-GAINS = (("rl_reasoning", "sft"), ("rl_reasoning", "sft_control"), ("rl_preference", "rl_reasoning"))
 OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
 
-def table_text(results: Mapping[str, Any]) -> str:
+def table_text(results: Mapping[str, Any], titles: Titles = UNTITLED) -> str:
     """The tables of results.json for a terminal, never wrapped."""
-    return "\n\n".join(as_text(table) for table in headline(results))
+    return "\n\n".join(as_text(table) for table in headline(results, titles))
 
 
-def headline(results: Mapping[str, Any]) -> list[Table]:
+def headline(results: Mapping[str, Any], titles: Titles = UNTITLED) -> list[Table]:
     """The tables of a chain's results.json, or of {"stages": {name: figures}}: those that have something to show."""
     tables = [
-        figures_table("Stages", entries(results, "stages"), STAGE_NAMES),
-        changes(results),
-        figures_table("Reward models", entries(results, "reward_models"), {}),
+        figures_table("Stages", entries(results, "stages"), titles.section("stages")),
+        changes(results, titles),
+        figures_table("Reward models", entries(results, "reward_models"), titles.section("reward_models")),
         targets(results),
     ]
     return [table for table in tables if table]
@@ -60,12 +46,7 @@ def figures_table(title: str, evaluations: Mapping[str, Figures], names: Mapping
     notes = ["Below a share: its 95 % interval (Wilson), in per cent."] if shares else []
     notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
     notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
-    notes += [CONTROL] if "sft_control" in evaluations else []
     return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)
-
-
-def stage_name(name: str) -> str:
-    return STAGE_NAMES.get(name, name)
 
 
 def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
@@ -80,14 +61,14 @@ def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*(name for name in known if name in there), *there]))
 
 
-def changes(results: Mapping[str, Any]) -> Table | None:
-    """The paired comparisons of results.json, in points; where it has none, plain differences of exact match."""
+def changes(results: Mapping[str, Any], titles: Titles = UNTITLED) -> Table | None:
+    """The paired comparisons of results.json, in percentage points."""
     comparisons = {name: value for name, value in results.items() if is_comparison(value)}
     if not comparisons:
-        return _unpaired(results)
+        return None
     kinds = list(dict.fromkeys(str(kind) for value in comparisons.values() for kind in value["change"]))
     rows = [
-        [_compared(name, value), *(_paired_cell(value["change"].get(kind)) for kind in kinds)]
+        [_compared(name, value, titles), *(_paired_cell(value["change"].get(kind)) for kind in kinds)]
         for name, value in comparisons.items()
     ]
     note = (
@@ -102,10 +83,10 @@ def is_comparison(value: Any) -> bool:
     return isinstance(value, dict) and {"before", "after"} <= set(value) and isinstance(value.get("change"), dict)
 
 
-def _compared(name: str, value: Mapping[str, Any]) -> Cell:
-    before, after = (stage_name(str(value[side]).removeprefix("eval_")) for side in ("before", "after"))
+def _compared(name: str, value: Mapping[str, Any], titles: Titles) -> Cell:
+    before, after = (titles.stages.get(str(value[side]), value[side]) for side in ("before", "after"))
     task = (heading_of(str(value["task"])),) if "task" in value else ()
-    return Cell(COMPARISONS.get(name, name.replace("_", " ")), (*task, f"{before} → {after}"))
+    return Cell(titles.comparisons.get(name, name), (*task, f"{before} → {after}"))
 
 
 def _paired_cell(change: Any) -> Cell:
@@ -115,24 +96,6 @@ def _paired_cell(change: Any) -> Cell:
         return Cell("–", ("no prompts in common",) if stated else ())
     low, high = 100 * (mean - Z95 * error), 100 * (mean + Z95 * error)
     return Cell(_signed(100 * mean), (f"{_signed(low)} to {_signed(high)}", f"n = {n:,.0f}"))
-
-
-def _unpaired(results: Mapping[str, Any]) -> Table | None:
-    stages = entries(results, "stages")
-    keys = ("exact_match", "exact_match_t1")
-    rows = [
-        [
-            Cell(stage_name(later), (f"minus {stage_name(earlier)}",)),
-            *(_difference(stages[later], stages[earlier], key) for key in keys),
-        ]
-        for later, earlier in GAINS
-        if later in stages and earlier in stages
-    ]
-    note = (
-        "Percentage points of exact match; below: the 95 % interval of two independent samples, "
-        "too wide where prompts are shared."
-    )
-    return Table("Changes, not paired", [Cell(""), Cell("greedy"), Cell("T = 1")], rows, (note,)) if rows else None
 
 
 def targets(results: Mapping[str, Any]) -> Table | None:
@@ -158,21 +121,21 @@ def other_results(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return flatten({key: value for key, value in results.items() if key not in OF_RESULTS and not is_comparison(value)})
 
 
-def across(chains: Sequence[Mapping[str, Any]]) -> Table | None:
+def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Table | None:
     """Mean and range of every share over the results of several chains (seeds)."""
     if len(chains) < 2:
         return None
     by_stage = [entries(results, "stages") for results in chains]
-    names = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), STAGE_NAMES)
+    shown = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), names)
     shares = [
         column for column in columns_of([e for stages in by_stage for e in stages.values()]) if column.kind == SHARE
     ]
     rows = [
         [
-            Cell(stage_name(name)),
+            Cell(names.get(name, name)),
             *(_spread([stages.get(name, {}).get(column.key) for stages in by_stage]) for column in shares),
         ]
-        for name in names
+        for name in shown
     ]
     seeds = ", ".join(str(results.get("seed", NOT_STATED)) for results in chains)
     headings = [Cell(""), *(column.heading for column in shares)]
@@ -181,18 +144,6 @@ def across(chains: Sequence[Mapping[str, Any]]) -> Table | None:
 
 def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "\u2212")
-
-
-def _difference(later: Figures, earlier: Figures, key: str) -> Cell:
-    a, b = number(later.get(key)), number(earlier.get(key))
-    if a is None or b is None:
-        return Cell("–")
-    points = 100 * (a - b)
-    n_a, n_b = sample_size(later, key), sample_size(earlier, key)
-    if not n_a or not n_b or not (0 <= a <= 1 and 0 <= b <= 1):
-        return Cell(_signed(points), ("n not stated",))
-    half = 100 * Z95 * math.sqrt(a * (1 - a) / n_a + b * (1 - b) / n_b)
-    return Cell(_signed(points), (f"{_signed(points - half)} to {_signed(points + half)}",))
 
 
 def _spread(values: Sequence[Any]) -> Cell:

@@ -1,0 +1,54 @@
+"""What a chain's recipe calls its stages, its results and its comparisons, for tables and pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Titles:
+    """`stages`: name of a stage -> what its run is about, in the order of the chain; `places`: of results.json, such
+    as stages.sft -> whose figures they are; `comparisons`: by their names."""
+
+    stages: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    comparisons: Mapping[str, str] = field(default_factory=dict)
+
+    def section(self, name: str) -> dict[str, str]:
+        """The titles of a section of results.json, `stages` or `reward_models`."""
+        return {place[len(name) + 1 :]: title for place, title in self.places.items() if place.startswith(f"{name}.")}
+
+
+UNTITLED = Titles()
+
+
+def titles_of(recipe: Mapping[str, Any]) -> Titles:
+    """The titles of a chain, whose recipe need not be a valid one. A stage without a title has its name; an evaluation
+    has the title of the stage that it measures, so that both stand together."""
+    listed = _by_name(recipe.get("stages"))
+    stages = {name: str(stage.get("title") or name) for name, stage in listed.items()}
+    places: dict[str, str] = {}
+    for name, stage in listed.items():
+        place = stage.get("results")
+        if isinstance(place, str):
+            entry = place.partition(".")[2]
+            if not stage.get("title"):
+                stages[name] = stages.get(_maker(stage)) or stages.get(entry, entry)
+            places.setdefault(place, stages[name])
+    compared = _by_name(recipe.get("compare"))
+    return Titles(stages, places, {name: str(entry.get("title") or name) for name, entry in compared.items()})
+
+
+def _by_name(entries: Any) -> dict[str, dict[str, Any]]:
+    named = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {str(entry["name"]): entry for entry in named if "name" in entry}
+
+
+def _maker(stage: Mapping[str, Any]) -> str:
+    """The stage that made the model of this one, by its `model.path: ${NAME}`."""
+    model = stage.get("model")
+    made = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
+    return made[1] if made else ""
