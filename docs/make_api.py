@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +14,9 @@ import griffe
 from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from recipes.stages import FOLDERS, stages  # noqa: E402
+
 PAGE = ROOT / "docs" / "api.md"
 PACKAGES = (
     "deepseek_v2_modeling",
@@ -25,7 +27,6 @@ PACKAGES = (
     "deepseek_v2_modeling.training",
     "conversations",
 )
-RECIPES = ("sft.config.SftRecipe", "reward.config.RewardRecipe", "rl.config.RlRecipe", "eval.config.EvalRecipe")
 HEAD = """# Python API
 
 Made from signatures and docstrings by `docs/make_api.py`; `make api` makes it again. The floors above use
@@ -140,7 +141,7 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 def recipes() -> list[type[BaseModel]]:
     """Those of the stages, then the sections that they have."""
-    found = [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in RECIPES]
+    found: list[type[BaseModel]] = [stage.recipe for stage in stages().values()]
     for model in found:  # grows meanwhile
         inner = [part for field in model.model_fields.values() for part in sections_in(field.annotation)]
         found.extend(part for part in dict.fromkeys(inner) if part not in found)
@@ -151,7 +152,7 @@ def page() -> str:
     """The whole page."""
     logging.getLogger("griffe").setLevel(logging.ERROR)
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
-    for name in (*PACKAGES, *RECIPES):
+    for name in (*PACKAGES, *FOLDERS):
         loader.load(name.partition(".")[0])
     parts, seen = [HEAD.strip()], set[str]()
     for name in PACKAGES:
@@ -163,5 +164,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(page(), encoding="utf-8")

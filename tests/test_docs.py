@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ def test_the_api_page_is_made_from_todays_docstrings(tmp_path: Path):
     made = tmp_path / "api.md"
     subprocess.run([sys.executable, ROOT / "docs" / "make_api.py", made], check=True)
     assert made.read_text(encoding="utf-8") == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run: make api"
+
+
+def test_the_architecture_page_has_the_contracts_of_imports():
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [" > ".join(contract["layers"]) for contract in contracts if contract["type"] == "layers"]
+    assert layers and [text for text in layers if text not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
