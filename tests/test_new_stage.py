@@ -52,7 +52,7 @@ def test_a_new_stage_is_one_folder_and_one_line(dsv2: Callable[..., int], capsys
     assert 'unknown key "training.max_step", did you mean "training.max_steps"?' in capsys.readouterr().err
     assert dsv2("check", "recall.yaml") == 0
     out = capsys.readouterr().out
-    assert "of them trained" in out and "training: 2 steps of batch 2 (3 an epoch" in out
+    assert "of them trained" in out and "training: 2 steps of batch 2 (3 per epoch" in out
     assert dsv2("check", "tally.yaml") == 0 and dsv2("check", "chain.yaml") == 0
     assert dsv2("check", "chain.yaml", "stages.count.results=stages.base") == 2
     assert "stages.count.results: for evaluations only" in capsys.readouterr().err

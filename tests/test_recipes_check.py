@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     assert 0 < len(report.rejected) < 30
     assert f"rows.jsonl: {tokens:,} tokens in 30 rows, {trained:,} of them trained" in said
     assert f"30 rows; {len(report.rejected)} dropped (longer than 30 tokens); format.too_long is drop" in said
-    assert f"{-(-len(data) // 8)} an epoch of {tokens:,} tokens; 3.00 epochs" in said
+    assert f"{-(-len(data) // 8)} per epoch of {tokens:,} tokens; 3.00 epochs" in said
     assert "rows.jsonl: prompt/completion, 30 rows" in said and "histogram" in said
     assert re.search(r"example 1 \(rows\.jsonl:1; .*⟦ 1<｜end▁of▁sentence｜>⟧", said, re.DOTALL)
     assert not (tmp_path / "out" / "run").exists() and not (tmp_path / "nowhere").exists()
@@ -106,7 +106,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
 
 def test_packing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(load_recipe(recipe(tmp_path, conversations(40), training={"max_length": 64, "packing": True})))
-    match = re.search(r"an epoch of (\d+) tokens, (\d+) packs ([\d.]+) % full", capsys.readouterr().out)
+    match = re.search(r"per epoch of (\d+) tokens, (\d+) packs ([\d.]+) % full", capsys.readouterr().out)
     assert match is not None
     assert float(match[3]) == pytest.approx(100 * int(match[1]) / (64 * int(match[2])), abs=0.06)
 
@@ -121,8 +121,8 @@ def test_of_many_rows_a_sample_is_measured(
     check(load_recipe(path))
     said = capsys.readouterr().out
     about = re.search(r"rows.jsonl: about (\d[\d,]*) tokens in 90 rows", said)
-    assert exact and about and "every" in said and "about" in said
-    assert re.search(r"of the sample: \d+ rows.*; format.too_long is truncate", said)
+    assert exact and about and "estimates from 1 row in" in said and "training: about" in said
+    assert re.search(r"of the sample: \d+ rows, none too long; format.too_long is truncate", said)
     assert int(about[1].replace(",", "")) == pytest.approx(int(exact[1].replace(",", "")), rel=0.1)
 
 

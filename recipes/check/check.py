@@ -28,7 +28,7 @@ _TRAINED = ("\u27e6", "\u27e7")
 
 
 def check(loaded: Loaded[Recipe]) -> None:
-    """Print what the recipe would do, and write it as a page.
+    """Print what the recipe would do, and write the same as a page.
 
     Raises:
         ToolkitError, ModelError: whatever would stop the run before its first step.
@@ -46,7 +46,7 @@ def check(loaded: Loaded[Recipe]) -> None:
 
 
 def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
-    """The recipe by its file's name, or a chain's by their own."""
+    """The recipe under its file's name, or the stages of a chain under theirs."""
     if not isinstance(loaded.recipe, ChainRecipe):
         yield loaded.path.stem, of_stage(loaded, stages())
         return
@@ -61,7 +61,7 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
     form = recipe.format if isinstance(recipe, SupervisedRecipe) else None
     view = StageView(name, loaded.path.name, max_length, form, stage_of(recipe))
     if tokenizer is None:
-        view.missing = f"{recipe.model.path} is not on this machine; its tokens are not counted"
+        view.missing = f"{recipe.model.path} is not on this machine; tokens are not counted"
         print(f"model: {view.missing}")
     for read in inputs.lists:
         key, mixture, figures = read.listed.key, read.mixture, None
@@ -70,7 +70,7 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
             figures = measure(mixture.rows, encode, tokenizer, read.listed.limit)
             if not figures.pieces:
                 raise ToolkitError(f"{key}: {figures.report.nothing_left(max_length)}")
-        lines = [f"{key}: {line}" for line in (*mixture.lines, *_told(recipe, mixture, figures, max_length))]
+        lines = [f"{key}: {line}" for line in (*mixture.lines, *_described(recipe, mixture, figures, max_length))]
         print("\n".join(lines))
         view.data.append(DataView(key, mixture, figures))
         if isinstance(recipe, TrainingRecipe) and key == "data":
@@ -80,12 +80,12 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
     return view
 
 
-def _told(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
-    """The token figures in words, line by line."""
+def _described(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
+    """The token counts, line by line."""
     if figures is None:
         return
-    if figures.step > 1:
-        yield f"many rows: tokens are those of every {figures.step}th row, times {figures.step}"
+    if figures.sampling:
+        yield figures.sampling
     marked = stage_of(recipe).marks_tokens
     for source, file in enumerate(mixture.files):
         tokens, trained = figures.tokens_of(source)
@@ -93,26 +93,26 @@ def _told(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_le
         yield f"{Path(file['path']).name}: {figures.about}{tokens:,} tokens in {file['used']:,} rows{of_these}"
     spread = bins(figures.report.lengths, figures.scale)
     yield length_summary(figures.report.lengths, max_length)
-    yield "\n".join(["histogram of tokens a row:", *(f"  {line}" for line in text_lines(spread))])
+    yield "\n".join(["histogram of tokens per row:", *(f"  {line}" for line in text_lines(spread))])
     if isinstance(recipe, SupervisedRecipe):
-        yield f"{figures.fate(max_length)}; format.too_long is {recipe.format.too_long}"
+        yield figures.fate(recipe.format.too_long, max_length)
 
 
 def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
     """Token lengths of rows in one line."""
     ordered = sorted(lengths)
     text = (
-        f"tokens of {len(ordered):,} rows: shortest {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, "
+        f"tokens per row: shortest {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, "
         f"95 % up to {ordered[math.ceil(0.95 * len(ordered)) - 1]:,}, longest {ordered[-1]:,}"
     )
     if max_length is None:
         return text
     over = sum(length > max_length for length in ordered)
-    return f"{text}; {over:,} longer than max_length {max_length:,}"
+    return f"{text}; {over:,} of {len(ordered):,} rows longer than max_length {max_length:,}"
 
 
 def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> str:
-    """How long the run is: "training: 500 steps of batch 64 (40 an epoch of 120,000 tokens, 12.5 epochs)"."""
+    """How long the run is: "training: 500 steps of batch 64 (40 per epoch of 120,000 tokens; 12.50 epochs)"."""
     guessed = figures is None or figures.step > 1
     tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and stage_of(recipe).encode else ""
     packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
@@ -122,12 +122,12 @@ def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> st
         limit += f", or {recipe.max_tokens:,} tokens" if known else ", or as many tokens as an earlier stage"
     return (
         f"training: {'about ' if guessed else ''}{plan.steps:,} steps of batch {plan.batch} "
-        f"({plan.steps_per_epoch:,} an epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"
+        f"({plan.steps_per_epoch:,} per epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"
     )
 
 
 def _examples(examples: Sequence[Example]) -> Iterator[str]:
-    """The examples as text, trained parts between marks."""
+    """The examples as text, what is trained between marks."""
     for number, example in enumerate(examples, start=1):
         text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
         more = " ..." if len(text) > _SHOWN or example.more else ""

@@ -39,11 +39,11 @@ class Example:
 
 @dataclass
 class Figures:
-    """What is known of a mixture's tokens. With `step` over 1 every step-th row was measured; `scale` times what was
-    measured stands for all rows.
+    """Token counts of a mixture. Where `step` is over 1, only every step-th row was measured, and counts of all rows
+    are `scale` times those of the measured ones.
 
-    pieces: tokens of each measured piece that is trained on. samples: how many these make together.
-    by_source: source -> its tokens, and those trained, as measured.
+    pieces: tokens of each measured piece that is trained on. samples: how many samples they make up.
+    by_source: source -> its measured tokens, and those of them that are trained.
     """
 
     step: int
@@ -64,18 +64,25 @@ class Figures:
         tokens, trained = self.by_source.get(source, (0, 0))
         return round(tokens * self.scale), round(trained * self.scale)
 
-    def fate(self, max_length: int | None) -> str:
-        """What becomes of the rows, or of the sample's."""
-        return f"{'of the sample: ' if self.step > 1 else ''}{self.report.summary(max_length)}"
+    def fate(self, too_long: str, max_length: int | None) -> str:
+        """What `format.too_long` does to the rows, or to those of the sample."""
+        summary = self.report.summary(max_length)
+        unchanged = "" if ";" in summary else ", none too long"
+        return f"{'of the sample: ' if self.step > 1 else ''}{summary}{unchanged}; format.too_long is {too_long}"
+
+    @property
+    def sampling(self) -> str:
+        """How the counts were estimated; empty where all rows were measured."""
+        return f"many rows: token counts are estimates from 1 row in {self.step:,}" if self.step > 1 else ""
 
     @property
     def about(self) -> str:
-        """What a scaled figure is called."""
-        return "about " if self.step > 1 else ""
+        """What stands before an estimated count."""
+        return "about " if self.sampling else ""
 
 
 def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None = None) -> Figures:
-    """Tokenize the rows (the first `limit` of them), or an even sample where they are too many for a quick answer.
+    """Tokenize the rows (the first `limit` of them), or an even sample where there are too many for a quick answer.
 
     Raises:
         ToolkitError: rows that the stage cannot render.
