@@ -281,7 +281,10 @@ def _apply(
     if off and not (is_answer and "messages" in converted):
         raise BadRow(f"the row has {off} false, which cannot be honoured here: leave the row out")
     if off and all(not flag for _, flag in flags or ()):  # the row as a whole, whatever its form
-        events.extend(("untrained", off) for message in converted["messages"] if _leaves_out(message))
+        for message in converted["messages"]:
+            if message["role"] == "assistant" and message.get("train") is not False:
+                message["train"] = False
+                events.append(("untrained", off))
     if thought and is_answer:
         answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
     elif thought and rules.reasoning != "drop":
@@ -290,14 +293,6 @@ def _apply(
         )
     if thought and rules.reasoning == "drop":
         events.append(("dropped reasoning", thought[0]))
-
-
-def _leaves_out(message: Row) -> bool:
-    """Marks an answer as not trained; whether that is new."""
-    is_new = message["role"] == "assistant" and message.get("train") is not False
-    if is_new:
-        message["train"] = False
-    return is_new
 
 
 def _unknown(row: Row) -> BadRow:

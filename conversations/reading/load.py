@@ -196,7 +196,10 @@ class ConversationReader(Iterator[Row]):
                 self._hint = self._working({**self._columns, **likely_columns(record.value)}, record.value)
             if not self._plain and self.rejected < _SHOWN:
                 self._plain = self._working(plain_columns(record.value, self._columns), record.value)
-            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", _written(record)))
+            written = record.text
+            if written is None:
+                written = json.dumps(record.value, ensure_ascii=False, default=str)
+            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", written))
             return None
         self.line = record.line
         self.formats[known.name] += 1
@@ -262,7 +265,3 @@ def _records(file: DataFile) -> Iterator[Record]:
         if not isinstance(file.path, zipfile.Path):
             raise
         raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
-
-
-def _written(record: Record) -> str:
-    return json.dumps(record.value, ensure_ascii=False, default=str) if record.text is None else record.text
