@@ -13,11 +13,12 @@ source's other keys). A message has `role` (system, user or assistant) and `cont
 flags exclude from training has `train: false` beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, Any]
+Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; None where it can
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")

@@ -4,7 +4,7 @@ Every field has a type, its bounds and one sentence. Types are strict: `seed: "7
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,9 +16,8 @@ from conversations.reading.load import OnBadRow
 from conversations.rendering.conversation import TrainOn
 from conversations.rendering.fill_in_the_middle import FimMode
 from conversations.rendering.lengths import TooLong
-from conversations.row import Row
+from conversations.row import Refuse
 
-Refuse = Callable[[Row], str | None]  # says why a canonical row is of no use; None where it is
 Head = Literal["causal_lm", "score"]  # that of deepseek_v2_modeling.loading, which imports torch
 
 # The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
@@ -300,7 +299,7 @@ class SupervisedRecipe(TrainingRecipe):
         return self.format.reasoning
 
     def refusal(self) -> Refuse:
-        """Says why a row is of no use; one for each list, since it may look at rows before."""
+        """A function that says why a row cannot be used; one for each list, since it may remember earlier rows."""
         raise NotImplementedError
 
     def row_lists(self) -> list[RowList]:

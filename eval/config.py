@@ -19,7 +19,8 @@ from conversations.answers.usable_rows import (
     no_reference,
     unreadable_reference,
 )
-from conversations.sections import DataSource, Head, Refuse, RowList, Section, StageRecipe
+from conversations.row import Refuse
+from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
 _RESERVED = re.compile(r"(^|_)(n|truncated|t\d+)$")

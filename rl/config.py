@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from conversations.answers.usable_rows import Row, first_of, no_question, unreadable_reference
-from conversations.sections import ModelUse, Refuse, RowList, Section, TrainingRecipe
+from conversations.row import Refuse
+from conversations.sections import ModelUse, RowList, Section, TrainingRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
 _MAP_REFERENCE = (

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from conversations.answers.usable_rows import no_answer
-from conversations.sections import Refuse, SupervisedRecipe
+from conversations.row import Refuse
+from conversations.sections import SupervisedRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
 

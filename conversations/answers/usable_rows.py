@@ -1,16 +1,14 @@
-"""Why a canonical row is of no use to a stage: each function returns the reason, or None where the row can be used.
+"""Why a stage cannot use a canonical row: each function returns the reason, or None where the stage can use it.
 
-A row that a stage cannot use is a bad row, told before any weight is loaded.
+A row that a stage cannot use is a bad row, reported before any weight is loaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from conversations.answers.prompts import split_prompt
 from conversations.errors import ToolkitError
-from conversations.row import Row
-
-Refuse = Callable[[Row], str | None]
+from conversations.row import Refuse, Row
 
 
 def first_of(*refusals: Refuse) -> Refuse:

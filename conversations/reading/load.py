@@ -21,7 +21,7 @@ from conversations.reading.data_file import DataFile, Record
 from conversations.reading.json_files import json_records
 from conversations.reading.locating import Located, locate
 from conversations.reading.table_files import arrow_records, csv_records, parquet_records
-from conversations.row import Row
+from conversations.row import Refuse, Row
 from conversations.tally import Event, counted, event_lines
 
 OnBadRow = Literal["error", "skip"]
@@ -64,7 +64,7 @@ def load_conversations(
     columns: Mapping[str, str] | None = None,
     max_bad_rows: int | float | None = None,
     on_rejected: Callable[[RejectedRow], object] | None = None,
-    refuse: Callable[[Row], str | None] | None = None,
+    refuse: Refuse | None = None,
     roles: Mapping[str, str] | None = None,
     reasoning: Reasoning = "refuse",
     split: str = "",
@@ -118,7 +118,7 @@ class ConversationReader(Iterator[Row]):
         columns: Mapping[str, str],
         max_bad_rows: int | float | None,
         on_rejected: Callable[[RejectedRow], object] | None,
-        refuse: Callable[[Row], str | None] | None,
+        refuse: Refuse | None,
         rules: Rules,
     ):
         self.path = path

@@ -17,8 +17,8 @@ from conversations.formats.reasoning import Reasoning
 from conversations.reading.load import RejectedRow, load_conversations
 from conversations.reading.locating import locate, names_files
 from conversations.rendering.fill_in_the_middle import with_hole
-from conversations.row import Row
-from conversations.sections import DataSource, Refuse
+from conversations.row import Refuse, Row
+from conversations.sections import DataSource
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
 from recipes.data.row_store import MixedRows, RowStore
