@@ -33,8 +33,8 @@ def _refuse_by_row(module: Any) -> None:
     for hook in module._forward_pre_hooks.values():
         if told := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
             raise ModelError(
-                f"{told.pop()}: adapters of routed experts and of the router are for whole batches, in PEFT too; run "
-                "each adapter on a batch of its own (set_adapter), or leave experts and router out of its targets"
+                f"{told.pop()}: lora.ParamWrapper does not support mixed adapter batches yet: run each adapter on a "
+                "batch of its own (set_adapter), or leave experts, dense layers and the router out of its targets"
             )
 
 
