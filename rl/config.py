@@ -22,7 +22,7 @@ class RewardEntry(Section):
     if_missing: Literal["error", "random"] = Field(
         default="error", description="Without such a model: stop, or (for trials) score at random in its place."
     )
-    rule: str | None = Field(default=None, description="Name of a rule of rl/rewards.py, such as math or number.")
+    rule: str | None = Field(default=None, description="Name of a rule, such as math or number.")
     weight: float = Field(default=1.0, description="Coefficient of this term; may be negative, not zero.")
     normalize: bool = Field(
         default=True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
