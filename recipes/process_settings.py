@@ -1,7 +1,6 @@
-"""What a process that trains or loads sets for itself: freed memory is kept, and libraries are quiet."""
+"""Keeps memory that a run frees within the process."""
 
 import ctypes
-import warnings
 from contextlib import suppress
 
 # of glibc's malloc.h
@@ -20,13 +19,3 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, LARGE)
         mallopt(M_TRIM_THRESHOLD, NEVER)
-
-
-def quiet_libraries() -> None:
-    """No bars for the loading and writing of weights; no notices of settings that transformers 6 will rename, or of
-    embeddings that PEFT writes into checkpoints beside their adapters. Imports transformers."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)

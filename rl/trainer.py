@@ -18,10 +18,16 @@ from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
 from conversations.row import Row
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training import SAMPLES_FILE, RunTrainerMixin, append_lines, score_labels, trains_adapted_head
+from deepseek_v2_modeling.training import (
+    IGNORED,
+    SAMPLES_FILE,
+    RunTrainerMixin,
+    append_lines,
+    score_labels,
+    trains_adapted_head,
+)
 from rl.rewards import Reward
 
-IGNORED = -100  # a label that is not scored
 SAMPLED_STEPS = 25  # of a run, about
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # batches in which a reward may say nothing at all

@@ -13,12 +13,12 @@ from conversations.rendering.fitting import Encode, Fitter
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import Row
 from conversations.scratch import scratch_directory
+from deepseek_v2_modeling.training import IGNORED
 from sft.config import SftRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # torch's cross-entropy leaves out labels of this value
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "origin": Value("string")})
 
 

@@ -14,8 +14,8 @@ from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text, split_prompt
 from conversations.row import Row
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training import SAMPLES_FILE, RunTrainerMixin, append_lines, trains_adapted_head
-from sft.data import IGNORED, origins_of
+from deepseek_v2_modeling.training import IGNORED, SAMPLES_FILE, RunTrainerMixin, append_lines, trains_adapted_head
+from sft.data import origins_of
 
 
 class ChatTrainer(RunTrainerMixin, SFTTrainer):

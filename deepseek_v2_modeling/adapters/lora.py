@@ -222,9 +222,9 @@ def absolute_base(base: str | None) -> str | None:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """PEFT makes adapters float32 on its own, but not a score head."""
+    """Makes trainable weights float32: bf16 ones would hardly move. PEFT does it to adapters, not to a score head."""
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 
 

@@ -4,6 +4,7 @@ exactly, and the files of a run. What is here by name is imported when it is ask
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.blockwise_loss import IGNORED
 from .run_files import (
     REJECTED_FILE,
     SAMPLES_FILE,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .arguments import RunLimits, check_batches, training_arguments
     from .checksums import check_whole
     from .mixin import RunTrainerMixin, StopRequested
+    from .quiet import quiet_libraries
 
 _HOMES = {
     "RunLimits": "arguments",
@@ -27,12 +29,14 @@ _HOMES = {
     "StopRequested": "mixin",
     "check_batches": "arguments",
     "check_whole": "checksums",
+    "quiet_libraries": "quiet",
     "score_labels": "adapted_head",
     "training_arguments": "arguments",
     "trains_adapted_head": "adapted_head",
 }
 
 __all__ = [
+    "IGNORED",
     "REJECTED_FILE",
     "SAMPLES_FILE",
     "RunLimits",
@@ -42,6 +46,7 @@ __all__ = [
     "check_batches",
     "check_whole",
     "cut_file",
+    "quiet_libraries",
     "read_json",
     "read_lines",
     "score_labels",

@@ -7,7 +7,6 @@ resume, a stop that keeps the work, limits of time and tokens. Needs transformer
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +17,15 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils.logging import disable_progress_bar
 
+from ..adapters.lora import train_in_float32
 from ..layers.balance_losses import collect_balance
 from .arguments import RunLimits, check_batches, training_arguments
 from .balance_log import BalanceLog
 from .callbacks import MetricsFile, Progress, StepControl
 from .checkpoints import CheckpointMixin
 from .finite import FiniteMixin
+from .quiet import quiet_libraries
 
 __all__ = ["RunLimits", "RunTrainerMixin", "StopRequested", "training_arguments"]
 
@@ -47,7 +47,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         self.stop_asked = False
         self._began: float | None = None
         model = kwargs["model"] if "model" in kwargs else args[0]
-        trained_in_float32(model)
+        train_in_float32(model)
         quiet_libraries()
         super().__init__(*args, **kwargs)
         self.balance_log = BalanceLog(self.accelerator)
@@ -202,16 +202,3 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         finally:
             for which, handler in usual.items():
                 signal.signal(which, handler)
-
-
-def quiet_libraries() -> None:
-    """No bars for single files, and no notes on names that the libraries use among themselves."""
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
-
-
-def trained_in_float32(model: nn.Module) -> None:
-    """Makes trainable weights float32: bf16 ones would hardly move (DESIGN.md, "Precision")."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()

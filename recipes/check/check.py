@@ -9,13 +9,13 @@ from pathlib import Path
 
 from conversations.errors import ToolkitError
 from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
+from deepseek_v2_modeling.training import quiet_libraries
 from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
 from recipes.check.measure import Example, Figures, Plan, measure, plan
 from recipes.check.page import DataView, StageView, write_page
 from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
-from recipes.process_settings import quiet_libraries
 from recipes.recipe.loader import Loaded, of_chain, of_stage
 from recipes.recipe.schema import ChainRecipe, Recipe
 from recipes.runs.prepare import Inputs, prepare, will_give

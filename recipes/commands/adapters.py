@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deepseek_v2_modeling.adapters import Progress, export_adapter, import_adapter, merge_lora
+from deepseek_v2_modeling.training import quiet_libraries
 from recipes.lock import hold_path
-from recipes.process_settings import quiet_libraries
 
 
 @contextmanager

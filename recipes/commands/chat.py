@@ -68,7 +68,7 @@ class _Partner:
         from conversations.rendering.template import has_other_template
         from conversations.sections import ModelSection
         from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
-        from recipes.process_settings import quiet_libraries
+        from deepseek_v2_modeling.training import quiet_libraries
         from recipes.runs.models import load_frozen
 
         quiet_libraries()

@@ -14,12 +14,12 @@ from conversations.errors import ToolkitError
 from conversations.rendering.lengths import LengthReport
 from conversations.sections import TrainingRecipe
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
+from deepseek_v2_modeling.training import quiet_libraries
 from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
 from recipes.files import write_json, write_text
 from recipes.html import render_page
 from recipes.lock import hold_path
-from recipes.process_settings import quiet_libraries
 from recipes.processes import say
 from recipes.recipe.loader import load_recipe, of_stage
 from recipes.report.svg import LOAD_CLASSES, heat_map

@@ -18,7 +18,7 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     from conversations.rendering.template import install_template
     from deepseek_v2_modeling import PRESETS, build_model
     from deepseek_v2_modeling.loading import save_directory
-    from recipes.process_settings import quiet_libraries
+    from deepseek_v2_modeling.training import quiet_libraries
     from recipes.runs.preset_tokenizer import build_tokenizer
 
     quiet_libraries()

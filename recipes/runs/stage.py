@@ -16,7 +16,7 @@ from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Work, provided
 from recipes.files import write_json, write_jsonl, write_text
 from recipes.lock import Lock, hold_directory
-from recipes.process_settings import keep_freed_memory, quiet_libraries
+from recipes.process_settings import keep_freed_memory
 from recipes.processes import is_main, now, say, wait_for_all
 from recipes.recipe.loader import Loaded
 from recipes.results.figures import figures
@@ -64,6 +64,8 @@ def _done_before(run_dir: Path, loaded: Loaded[StageRecipe]) -> Outcome | None:
 
 
 def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
+    from deepseek_v2_modeling.training import check_whole, quiet_libraries
+
     recipe, stage = loaded.recipe, stage_of(loaded.recipe)
     state = inspect(run_dir, loaded.resolved)
     if state.fault:
@@ -72,8 +74,6 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     quiet_libraries()
     keep_freed_memory()
     if state.checkpoint is not None and isinstance(recipe, TrainingRecipe) and is_main():
-        from deepseek_v2_modeling.training import check_whole
-
         check_whole(state.checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
     inputs = _load_inputs(recipe)
     manifest = _open_run(loaded, run_dir, state, inputs)
