@@ -84,7 +84,7 @@ def test_new_stages_in_a_chain_and_a_report(dsv2: Callable[..., int], capsys: py
 
 
 def test_recipes_know_no_stage_by_name() -> None:
-    """Outside recipes/stages.py no module imports a stage or compares with the name of one."""
+    """Outside recipes/stages.py no module imports a stage, compares with the name of one or maps from it."""
     told = []
     for file in sorted(Path(stage_list.__file__).parent.rglob("*.py")):
         if file == Path(stage_list.__file__) or file.parent.name == "tiny":  # the demo's data is its own
@@ -93,6 +93,7 @@ def test_recipes_know_no_stage_by_name() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            parts += [key for key in node.keys if key] if isinstance(node, ast.Dict) else []
             constants = [part for whole in parts for part in ast.walk(whole) if isinstance(part, ast.Constant)]
             found = {name.partition(".")[0] for name in names} | {str(constant.value) for constant in constants}
             told += [f"{file.name}:{node.lineno}: {name}" for name in found.intersection(stage_list.FOLDERS)]
