@@ -64,7 +64,7 @@ def test_experts_writes_a_file_and_a_page(dsv2: Callable[..., int], capsys: pyte
     line = capsys.readouterr().out.splitlines()[-1]
     content = read_json(Path("run.experts.json"))
     chosen = content["experts"]["1"]
-    assert line.startswith(f"run.experts.json: {len(chosen)} of 16 experts ({len(chosen)} to {len(chosen)} a layer) ")
+    assert line.startswith(f"run.experts.json: {len(chosen)} of 16 experts ({len(chosen)} to {len(chosen)} per layer) ")
     assert "have 10 % of the gate scores of 24 rows" in line and not Path("run").exists()
     assert content["score"] == "gate" and content["threshold"] == 0.1 and content["rows"] == 24
     assert sum(content["scores"]["1"]) == pytest.approx(1, abs=1e-4)

@@ -142,7 +142,7 @@ def summary(content: dict[str, Any]) -> str:
     experts = sum(map(len, content["scores"].values()))
     share = f"{100 * content['threshold']:.4g} %"
     return (
-        f"{sum(sizes):,} of {experts:,} experts ({min(sizes)} to {max(sizes)} a layer) have {share} of the "
+        f"{sum(sizes):,} of {experts:,} experts ({min(sizes)} to {max(sizes)} per layer) have {share} of the "
         f"{content['score']} scores of {content['rows']:,} rows, {content['tokens']:,} tokens"
     )
 
