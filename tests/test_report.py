@@ -313,7 +313,7 @@ def test_what_is_no_run_is_an_error_that_names_it(tmp_path: Path, make) -> None:
 
 
 def test_no_runs_and_a_directory_as_target_are_errors(chain: Path, tmp_path: Path) -> None:
-    with pytest.raises(ToolkitError, match="no run given"):
+    with pytest.raises(ToolkitError, match="no run to report on"):
         write_report([])
     with pytest.raises(ToolkitError, match="is a directory"):
         write_report([chain], tmp_path)

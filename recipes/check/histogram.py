@@ -20,8 +20,8 @@ class Bin(NamedTuple):
 def bins(lengths: Sequence[int], scale: float = 1) -> list[Bin]:
     """About a dozen bins from 0 to the longest; each of `lengths` stands for `scale` rows."""
     width = _round_width((max(lengths) + 1) / _BINS)
-    found = Counter(length // width for length in lengths)
-    return [Bin(i * width, (i + 1) * width - 1, round(found[i] * scale)) for i in range(max(found) + 1)]
+    counts = Counter(length // width for length in lengths)
+    return [Bin(i * width, (i + 1) * width - 1, round(counts[i] * scale)) for i in range(max(counts) + 1)]
 
 
 def text_lines(spread: Sequence[Bin]) -> list[str]:

@@ -134,7 +134,7 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> int:
     """Each row goes to the pack with the least room that still holds it."""
     rooms: Counter[int] = Counter()
     sizes: list[int] = []  # those of rooms, in order
-    found = 0
+    opened = 0
     for length in sorted(lengths, reverse=True):
         at = bisect_left(sizes, length)
         if at < len(sizes):
@@ -143,13 +143,13 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> int:
             if not rooms[room]:
                 del sizes[at]
         else:
-            found += 1
+            opened += 1
             room = capacity
         left = room - length
         if left and not rooms[left]:
             insort(sizes, left)
         rooms[left] += 1
-    return found
+    return opened
 
 
 @dataclass(frozen=True)

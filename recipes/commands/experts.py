@@ -103,19 +103,19 @@ def sample(recipe: TrainingRecipe, mixture: Mixture, tokenizer: Any, tokens: int
     report = LengthReport()
     order = list(range(len(mixture.rows)))
     random.Random(f"{recipe.seed}/experts").shuffle(order)
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     count = 0
     for row in order:
         for sample in encode(mixture.rows[row], report):
-            found += [ids for ids, _ in sample]
+            sequences += [ids for ids, _ in sample]
             count += sum(len(ids) for ids, _ in sample)
         if count >= tokens:
             break
-    told = report.summary(max_length)
-    if not found:
-        raise ToolkitError(f"data: no row is left to score on: {told}")
-    say(f"data: {told}")
-    return found
+    counts = report.summary(max_length)
+    if not sequences:
+        raise ToolkitError(f"data: no row is left to score on: {counts}")
+    say(f"data: {counts}")
+    return sequences
 
 
 def experts_file(

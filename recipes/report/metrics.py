@@ -43,9 +43,9 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             # A null stands for NaN or infinity, which JSON does not have.
             as_number = math.nan if value is None else number(value)
             if isinstance(value, list) and (layer := _share_layer(key)) is not None:
-                found = [share for item in value if (share := number(item)) is not None and math.isfinite(share)]
-                bad_shares += len(found) < len(value)
-                shares.setdefault(layer, {}).update({step: found} if len(found) == len(value) else {})
+                of_experts = [share for item in value if (share := number(item)) is not None and math.isfinite(share)]
+                bad_shares += len(of_experts) < len(value)
+                shares.setdefault(layer, {}).update({step: of_experts} if len(of_experts) == len(value) else {})
             elif as_number is None:
                 metrics.loose[key] = value
             else:

@@ -150,8 +150,8 @@ def _line(label: str, key: str, metrics: Metrics) -> Line:
 
 
 def _layer_loads(metrics: Metrics) -> dict[int, list[Point]]:
-    found = {int(m[1]): points for key, points in metrics.series.items() if (m := LAYER_LOAD.fullmatch(key))}
-    return {layer: points for layer, points in sorted(found.items()) if points}
+    loads = {int(m[1]): points for key, points in metrics.series.items() if (m := LAYER_LOAD.fullmatch(key))}
+    return {layer: points for layer, points in sorted(loads.items()) if points}
 
 
 def _layer_lines(metrics: Metrics) -> list[Chart]:

@@ -69,10 +69,10 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         ToolkitError: there are no runs, a directory does not hold one, or `out` cannot be written.
     """
     if not runs:
-        raise ToolkitError("no run given; name the output_dir of a stage or of a chain")
+        raise ToolkitError("no run to report on; pass the output_dir of a stage or of a chain")
     target = out if out is not None else runs[0] / "report.html"
     if target.is_dir():
-        raise ToolkitError(f"{target} is a directory; name the HTML file to write")
+        raise ToolkitError(f"{target} is a directory; pass the HTML file to write")
     try:
         groups = {path: open_runs(path) for path in runs}
         with hold_path(target):

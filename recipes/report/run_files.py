@@ -96,7 +96,7 @@ def read_run(path: Path, name: str) -> Run:
     run.metrics = collect(_read_lines(path / "metrics.jsonl", run.notes), run.notes)
     run.samples = _keep_ends(list(_read_lines(path / "samples.jsonl", run.notes)), run.notes)
     rejected = _read_lines(path / "rejected.jsonl", run.notes)
-    run.rejected = Counter(str(row.get("reason", "no reason given")) for row in rejected)
+    run.rejected = Counter(str(row.get("reason", "no reason stated")) for row in rejected)
     run.kind = _kind(run)
     return run
 
@@ -135,19 +135,19 @@ def _kind(run: Run) -> str:
     if isinstance(run.results.get("stages"), dict):
         return CHAIN
     logged = run.metrics.series.keys()
-    told = [stage.name for stage in stages().values() if not logged.isdisjoint(stage.signs)]
-    return told[-1] if told else "unknown"  # all log a loss, which is the sign of the first
+    likely = [stage.name for stage in stages().values() if not logged.isdisjoint(stage.signs)]
+    return likely[-1] if likely else "unknown"  # all log a loss, which is the sign of the first
 
 
 def _note_odd_results(run: Run) -> None:
     """Note the entries of results.json that no table can show."""
     for section in ("stages", "reward_models"):
-        found = run.results.get(section, {})
-        if not isinstance(found, dict):
+        entries = run.results.get(section, {})
+        if not isinstance(entries, dict):
             run.notes.append(f"results.json: {section} is not an object")
             continue
         run.notes += [
-            f"results.json: {section}.{k} is not an object" for k, v in found.items() if not isinstance(v, dict)
+            f"results.json: {section}.{k} is not an object" for k, v in entries.items() if not isinstance(v, dict)
         ]
 
 

@@ -225,4 +225,4 @@ def _cells(rows: Sequence[Sequence[float]], left: float, top: float, width: floa
             corner = f"M{left + column * width:.1f} {top + row * height:.1f}"
             shape = f"{corner}h{width - gap:.1f}v{height - gap:.1f}h-{width - gap:.1f}z"
             outlines.setdefault(load_class(value), []).append(shape)
-    return [tag("path", d="".join(found), class_=f"load {name}") for name, found in outlines.items()]
+    return [tag("path", d="".join(shapes), class_=f"load {name}") for name, shapes in outlines.items()]

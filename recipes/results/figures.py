@@ -64,14 +64,14 @@ def paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> dict[str,
 
 
 def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, float]]:
-    """What an evaluation found prompt by prompt: {"greedy" | "t1": {number of the row: 1.0 or 0.0}}."""
-    found: dict[str, dict[int, float]] = {}
+    """The outcome of each prompt of an evaluation: {"greedy" | "t1": {number of the row: 1.0 or 0.0}}."""
+    outcomes: dict[str, dict[int, float]] = {}
     with (run_dir / "samples.jsonl").open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             if row.get("task") == task and row.get("value") is not None:
-                found.setdefault(row["decoding"], {})[row["row"]] = float(row["value"])
-    return found
+                outcomes.setdefault(row["decoding"], {})[row["row"]] = float(row["value"])
+    return outcomes
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:

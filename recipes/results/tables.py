@@ -55,9 +55,9 @@ def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any
     return {str(k): v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
 
 
-def _in_order(found: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The names found, the known ones first and in their order."""
-    there = dict.fromkeys(found)
+def _in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names, known ones first and in their order."""
+    there = dict.fromkeys(names)
     return list(dict.fromkeys([*(name for name in known if name in there), *there]))
 
 
