@@ -76,7 +76,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
 
 def _has_begun(run_dir: Path, name: Any) -> bool:
     """Whether a stage that goes on without checkpoints has written something; each of its processes has a file."""
-    stage = stages().get(name)
+    stage = stages().get(str(name))
     if stage is None or stage.continues is None:
         return False
     return any(path.stat().st_size for path in run_dir.glob(f"{Path(stage.continues).stem}*.jsonl"))
