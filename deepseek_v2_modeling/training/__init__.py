@@ -5,16 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.blockwise_loss import IGNORED
-from .run_files import (
-    REJECTED_FILE,
-    SAMPLES_FILE,
-    append_lines,
-    cut_file,
-    read_json,
-    read_lines,
-    write_json,
-    write_lines,
-)
+from .run_files import REJECTED_FILE, SAMPLES_FILE, append_lines, cut_file, read_lines, write_lines
 
 if TYPE_CHECKING:
     from .adapted_head import score_labels, trains_adapted_head
@@ -47,12 +38,10 @@ __all__ = [
     "check_whole",
     "cut_file",
     "quiet_libraries",
-    "read_json",
     "read_lines",
     "score_labels",
     "training_arguments",
     "trains_adapted_head",
-    "write_json",
     "write_lines",
 ]
 
