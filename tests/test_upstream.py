@@ -133,7 +133,7 @@ def test_private_names_of_other_objects_are_known_upstream():
 
 def test_every_private_name_that_is_read_of_another_object_is_listed():
     """`config._x`, `getattr(part, "_x")`: ours, or in READ."""
-    ours, used = set(), {}
+    ours, used = {"_fields"}, {}  # of a NamedTuple: the standard library's, and documented
     for module in our_modules():
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
