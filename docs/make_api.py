@@ -122,15 +122,15 @@ def key_line(model: type[BaseModel], key: str, field: Any, loader: griffe.Griffe
         loader.modules_collection[f"{c.__module__}.{c.__name__}"] for c in model.__mro__ if key in c.__annotations__
     )
     annotation = next(owners).members[key].annotation
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    given = (
-        "required"
-        if field.is_required()
-        else ""
-        if isinstance(default, BaseModel)
-        else f"default `{json.dumps(default)}`"
-    )
-    return f"- `{key}`: `{annotation}`{', ' * bool(given)}{given}. {field.description}"
+    return f"- `{key}`: `{annotation}`{given(field)}. {field.description}"
+
+
+def given(field: Any) -> str:
+    """What a key is where a recipe does not name it; a section then has the defaults of its own keys."""
+    if field.is_required():
+        return ", required"
+    default = field.get_default(call_default_factory=True)
+    return "" if isinstance(default, BaseModel) else f", default `{json.dumps(default)}`"
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
