@@ -9,8 +9,9 @@ has "value" instead, and loss "loss", in nats.
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from conversations.answers.text import compiled
 from conversations.answers.usable_rows import (
     first_of,
     no_conversation,
@@ -24,6 +25,21 @@ from conversations.sections import DataSource, Head, RowList, Section, StageReci
 from conversations.stage import Shrink, Stage
 
 _RESERVED = re.compile(r"(^|_)(n|truncated|t\d+)$")
+
+
+def decoding_name(temperature: float) -> str:
+    """What a temperature is called in the results: greedy, t1, t0.7."""
+    return "greedy" if temperature == 0 else f"t{temperature:g}"
+
+
+# Of a task's settings of answers: those that its metric looks at.
+_USED_BY = {
+    "exact_match": ("rule", "temperatures"),
+    "refusal": ("patterns", "temperatures"),
+    "format": ("patterns", "temperatures"),
+}
+
+_UNSAMPLED = {"pair_accuracy": "value", "loss": "loss"}  # metrics that let the model say nothing, and their value
 
 
 class EvalTask(Section):
@@ -61,6 +77,38 @@ class EvalTask(Section):
             "pair_accuracy": no_pair_or_verdict,
             "loss": no_conversation,
         }[self.metric]
+
+    @field_validator("temperatures")
+    @classmethod
+    def _a_figure_each(cls, temperatures: list[float]) -> list[float]:
+        names = [decoding_name(temperature) for temperature in temperatures]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"must differ in six digits: two of them give the figure {twice[0]}")
+        return temperatures
+
+    @field_validator("patterns")
+    @classmethod
+    def _regular_expressions(cls, patterns: list[str]) -> list[str]:
+        compiled(tuple(patterns), "the pattern")
+        return patterns
+
+    @property
+    def values(self) -> list[str]:
+        """The names of what is measured, but for n."""
+        if self.metric in _UNSAMPLED:
+            return [_UNSAMPLED[self.metric]]
+        names = [decoding_name(temperature) for temperature in self.temperatures]
+        return [*names, *(f"{name}_truncated" for name in names)]
+
+    @model_validator(mode="after")
+    def _only_what_the_metric_uses(self) -> "EvalTask":
+        used = _USED_BY.get(self.metric, ())
+        for name in ("rule", "patterns", "temperatures"):
+            if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(f"{name} plays no part in {self.metric}; leave it out")
+        return self
 
 
 class EvalRecipe(StageRecipe):

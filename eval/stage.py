@@ -187,11 +187,6 @@ def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
     return found
 
 
-def decoding_name(temperature: float) -> str:
-    """What a temperature is called in the results: greedy, t1, t0.7."""
-    return "greedy" if temperature == 0 else f"t{temperature:g}"
-
-
 def row_seed(seed: int, row: int, temperature: float) -> int:
     """The seed of a row's answer: it depends on nothing but the recipe's seed, the row's number and the temperature."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row} {temperature:g}".encode()).digest()[:7], "big")

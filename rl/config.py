@@ -48,12 +48,28 @@ class RewardEntry(Section):
             find_rule(self.rule)
         return self
 
+    def judges_like(self, other: "RewardEntry") -> bool:
+        """Whether the two give the same value to every answer."""
+        same = (self.rule, self.model) == (other.rule, other.model)
+        return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
+
 
 class RlRecipe(TrainingRecipe):
     """Group-relative policy optimisation; `training` feeds trl.GRPOConfig."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
     rewards: list[RewardEntry] = Field(min_length=1, description="The terms of the reward.")
+
+    @model_validator(mode="after")
+    def _no_reward_twice(self) -> "RlRecipe":
+        for index, entry in enumerate(self.rewards):
+            for earlier, other in enumerate(self.rewards[:index]):
+                if entry.judges_like(other):
+                    raise ValueError(
+                        f"rewards.{index} judges as rewards.{earlier} does, which would count twice; leave it out, and "
+                        "say in weight how much it counts"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _one_change_of_the_head(self) -> "RlRecipe":

@@ -168,7 +168,7 @@ def test_a_stage_whose_result_is_gone_runs_again(stages: FakeStages, start: Any)
     [
         (("stages.sft.training.max_steps=6",), ALL),
         (("stages.more.training.max_steps=6",), ["more", "eval_more"]),
-        (("stages.eval_more.tasks=[{name: exact_match, metric: loss}]",), ["eval_more"]),
+        (("stages.eval_more.tasks=[{name: exact_match, metric: exact_match, temperatures: [0]}]",), ["eval_more"]),
         (("seed=4",), ALL),
     ],
 )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from conversations.answers.text import compiled, prose, sentences
+from conversations.answers.text import compiled, matches, prose, sentences
 from conversations.answers.verdict import Verdict, judged, shown
 
 _LABEL = re.compile(r"(?:^|\n)\s*(?:User|Assistant)\s*:|<｜[^｜]*｜>")
@@ -28,9 +28,9 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     patterns: regular expressions, one of which must match the whole answer, where there are any.
 
     Raises:
-        ToolkitError: a pattern is not a regular expression.
+        ToolkitError: a pattern is not a regular expression, or takes too long.
     """
-    forms = compiled(tuple(patterns), "format")
+    forms = compiled(tuple(patterns), "the format pattern")
     text = completion.strip()
     if not finished:
         return judged(False, "the answer was cut off at the token limit")
@@ -47,7 +47,7 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     repeated = _repeated_sentence(text)
     if repeated:
         return judged(False, f"the answer repeats a sentence: {shown(repeated)}")
-    if forms and not any(form.fullmatch(completion.strip()) for form in forms):
+    if forms and not any(matches(form, completion.strip(), whole=True) for form in forms):
         return judged(False, "the answer matches none of the patterns")
     return judged(True, "the answer is well formed")
 

@@ -1,8 +1,12 @@
 """Prose: its sentences, and text without what is not prose."""
 
+import math
 import re
 from functools import lru_cache
 
+import regex  # re has no timeout
+
+from conversations.answers.verdict import shown
 from conversations.errors import ToolkitError
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
@@ -13,6 +17,11 @@ _FORMULA = re.compile(
     re.DOTALL,
 )
 _ADDRESS = re.compile(r"https?://\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.\w{2,}|<[^<>\s][^<>]*>")
+
+MOST_SECONDS = 2.0  # of matching a pattern of a recipe against one text
+LARGEST = 1_000_000  # parts of a pattern of a recipe, with its counted repeats written out
+_GROUP_REPEATED = re.compile(r"\)\{(\d{1,9})")
+_REPEATED = re.compile(r"(?<!\))\{(\d{1,9})")
 
 
 def sentences(text: str) -> list[str]:
@@ -28,12 +37,37 @@ def prose(text: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def compiled(patterns: tuple[str, ...], kind: str, flags: re.RegexFlag = re.NOFLAG) -> tuple[re.Pattern[str], ...]:
-    """The patterns, compiled; raises ToolkitError for one that is not a regular expression. kind: for the message."""
-    found = []
-    for pattern in patterns:
-        try:
-            found.append(re.compile(pattern, flags))
-        except re.error as error:
-            raise ToolkitError(f"{kind} pattern {pattern!r} is not a regular expression: {error}") from None
-    return tuple(found)
+def compiled(patterns: tuple[str, ...], kind: str, flags: int = 0) -> tuple[regex.Pattern[str], ...]:
+    """Patterns of a recipe. kind: of the patterns, for the message.
+
+    Raises:
+        ToolkitError: one that is not a regular expression, or that is too large written out.
+    """
+    return tuple(_compiled(pattern, kind, flags) for pattern in patterns)
+
+
+def _compiled(pattern: str, kind: str, flags: int) -> regex.Pattern[str]:
+    groups = [int(count) for count in _GROUP_REPEATED.findall(pattern)]
+    size = math.prod(filter(None, groups)) * (len(pattern) + sum(map(int, _REPEATED.findall(pattern))))
+    if size > LARGEST:  # (a{1000}){1000} is written out when it is compiled
+        raise ToolkitError(f"{kind} {shown(pattern)} repeats too much: {size:,} parts, at most {LARGEST:,} are allowed")
+    try:
+        return regex.compile(pattern, flags)
+    except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+        raise ToolkitError(f"{kind} {shown(pattern)} is not a regular expression: {error}") from None
+
+
+def matches(pattern: regex.Pattern[str], text: str, *, whole: bool = False) -> bool:
+    """Whether a pattern of a recipe matches somewhere in the text, or the whole of it.
+
+    Raises:
+        ToolkitError: it takes longer than MOST_SECONDS: repeats inside repeats, as in (a+)+, try every way to part a
+            text.
+    """
+    try:
+        return (pattern.fullmatch if whole else pattern.search)(text, timeout=MOST_SECONDS) is not None
+    except TimeoutError:
+        raise ToolkitError(
+            f"the pattern {shown(pattern.pattern)} takes over {MOST_SECONDS:g} s, the most that is allowed, on a text of "
+            f"{len(text):,} characters; write it without repeats inside repeats"
+        ) from None

@@ -59,7 +59,7 @@ def read_choice(path: str | Path) -> ExpertChoice:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such experts file; make one with: dsv2 experts RECIPE") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable experts file ({error})") from error
     listed = content.get("experts") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
@@ -68,6 +68,8 @@ def read_choice(path: str | Path) -> ExpertChoice:
         if content.get(switch):
             raise ModelError(f"{path}: {switch} is true; only routed experts can be chosen: set it to false")
     layers = {_layer(key, path): _experts(key, value, path) for key, value in listed.items()}
+    if len(layers) < len(listed):
+        raise ModelError(f"{path}: experts names a layer twice, such as 1 and 01")
     choice = ExpertChoice(dict(sorted(layers.items())), str(path))
     if not choice.count:
         raise ModelError(f"{path}: it names no expert at all")

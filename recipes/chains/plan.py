@@ -1,6 +1,6 @@
 """A chain's stages before they run: each stage's recipe, looked at as far as they are known."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,41 @@ def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[Stage
     """
     chain = loaded.recipe
     references = References(chain)
+    tasks: dict[str, dict[str, Any]] = {}  # of evaluations, by their stage
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
+        if entry.results:
+            tasks[entry.name] = {task.name: task for task in stage.recipe.tasks}
+            _refuse_figures_twice(chain, entry, tasks)
         yield entry.name, stage
         tokens = PLANNED_TOKENS if isinstance(stage.recipe, TrainingRecipe) else None
         references.add(entry.name, stage.recipe.output_dir, tokens)
+    _check_comparisons(chain, tasks)
+
+
+def _refuse_figures_twice(chain: ChainRecipe, entry: ChainStage, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ToolkitError where an earlier evaluation puts a task's figures where this one does."""
+    for other in chain.stages:
+        if other is entry:
+            return
+        if other.results == entry.results and (both := sorted(tasks[entry.name].keys() & tasks[other.name])):
+            raise ToolkitError(
+                f"stages.{entry.name}.results: {other.name} puts its figures of {both[0]} in {entry.results} too; "
+                "name another place"
+            )
+
+
+def _check_comparisons(chain: ChainRecipe, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Both sides of a comparison must have its task, and a way of decoding in common."""
+    for comparison in chain.compare:
+        where, sides = f"compare.{comparison.name}", (comparison.before, comparison.after)
+        for name in sides:
+            if comparison.task not in tasks.get(name, {}):
+                known = ", ".join(tasks[name]) if name in tasks else "none: it is not an evaluation"
+                raise ToolkitError(f"{where}.task: {name} has no task {comparison.task}; its tasks are {known}")
+        before, after = (set(tasks[name][comparison.task].values) for name in sides)
+        if not before & after:
+            raise ToolkitError(f"{where}: {sides[0]} and {sides[1]} share no temperature of {comparison.task}")
 
 
 def check_stages(loaded: Loaded[ChainRecipe]) -> None:

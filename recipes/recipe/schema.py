@@ -11,6 +11,7 @@ from conversations.sections import AttentionName, Section, StageRecipe
 from recipes.stages import stages
 
 NAME = r"^[a-z][a-z0-9_]*$"
+_RESULTS = {"seed", "stages", "reward_models", "seconds", "peak_memory_gb"}  # of results.json, beside the comparisons
 
 
 class ChainModel(Section):
@@ -81,6 +82,9 @@ class ChainRecipe(Section):
         taken = {"model", "output_dir", "seed"}.intersection(names)
         if taken:
             raise ValueError(f'a stage may not be called "{taken.pop()}"')
+        compared = [comparison.name for comparison in self.compare]
+        if twice := sorted({name for name in compared if compared.count(name) > 1 or name in _RESULTS}):
+            raise ValueError(f'compare: "{twice[0]}" stands in results.json already; rename it')
         for comparison in self.compare:
             for name in (comparison.before, comparison.after):
                 if name not in names:
