@@ -43,7 +43,8 @@ def test_a_broken_model_directory_is_refused_or_read(models: Path, data: st.Data
     path.write_text(json.dumps(content), encoding="utf-8")
     try:
         found = read_foundation(resolve_source(broken), ask_hub=False)
-        check_files(found, "causal_lm", str(broken))
+        assert found.settings is not None
+        check_files(found, found.settings, "causal_lm", str(broken))
     except (ModelError, ToolkitError) as error:
         assert "broken" in str(error) or name in str(error) or key in str(error)
 

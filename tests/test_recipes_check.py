@@ -218,7 +218,9 @@ def test_each_source_has_an_example_and_one_that_was_cut_says_so(
     for name, answer in (("a", "1"), ("b", "1" * 90)):
         line = json.dumps({"prompt": name, "completion": answer}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(line * 5, encoding="utf-8")
-    check(load_recipe(recipe(tmp_path, [], data=[{"path": f"{name}.jsonl"} for name in "aab"])))
+    splits = {"a[:3]": "a", "a[3:]": "a", "b": "b"}
+    data = [{"path": f"{name}.jsonl", "split": split[1:] or None} for split, name in splits.items()]
+    check(load_recipe(recipe(tmp_path, [], data=data)))
     said = capsys.readouterr().out
     titles = re.findall(r"example \d \((.*);", said)
     assert sorted(re.sub(r":\d", "", title) for title in titles) == ["a.jsonl", "a.jsonl", "b.jsonl, part of 96 tokens"]

@@ -16,11 +16,52 @@ KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 LONGEST_ROW = 16 << 20  # bytes or characters; the longest context of a model is a hundredth of it
 TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the limit for a row"
 _BUFFER = 1 << 20
+# What a packed file may unpack to: so many times its own size, or so many bytes where that is more. Text packs to a
+# third or a tenth; a few kilobytes that never end are made to fill a disk or the memory.
+LARGEST_RATIO, ALWAYS_ALLOWED = 200, 64 << 20
 Text = TypeVar("Text", bytes, str)
 
 
 class RowTooLong(Exception):
     """A line or row is longer than LONGEST_ROW."""
+
+
+class Unpacked:
+    """Counts the bytes that a packed file unpacks to."""
+
+    def __init__(self, packed_size: int):
+        self._most = max(ALWAYS_ALLOWED, LARGEST_RATIO * packed_size)
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        """Raises OSError for more than may be."""
+        self._bytes += count
+        if self._bytes > self._most:
+            raise OSError(
+                f"unpacks to more than {self._most:,} bytes, {LARGEST_RATIO} times its size or "
+                f"{ALWAYS_ALLOWED:,}, the most that is read; unpack it yourself if it is meant"
+            )
+
+
+class _Bounded(io.RawIOBase):
+    """An unpacked stream that ends in an OSError where it gives more than may be."""
+
+    def __init__(self, stream: IO[bytes], packed_size: int):
+        self._stream = stream
+        self._unpacked = Unpacked(packed_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._unpacked.add(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -55,7 +96,7 @@ def _zstd(path: Path | zipfile.Path) -> IO[bytes]:
     import pyarrow
 
     stream: Any = pyarrow.input_stream(pyarrow.PythonFile(_plain(path)), compression="zstd", buffer_size=_BUFFER)
-    return io.BufferedReader(stream, _BUFFER)
+    return stream
 
 
 _COMPRESSIONS: dict[str, Callable[[Path | zipfile.Path], IO[bytes]]] = {"": _plain, ".gz": _gzip, ".zst": _zstd}
@@ -70,8 +111,22 @@ class DataFile:
     compression: str
 
     def open(self) -> IO[bytes]:
-        """The content, decompressed on the way; it can be read once, from the start to the end."""
-        return _COMPRESSIONS[self.compression](self.path)
+        """The content, decompressed on the way; it can be read once, from the start to the end.
+
+        Raises:
+            OSError: while it is read, where it unpacks to more than may be.
+        """
+        stream = _COMPRESSIONS[self.compression](self.path)
+        if not self.compression and isinstance(self.path, Path):
+            return stream
+        return cast("IO[bytes]", io.BufferedReader(_Bounded(stream, self.packed_size), _BUFFER))
+
+    @property
+    def packed_size(self) -> int:
+        """The bytes that it has on disk, or takes in its .zip."""
+        if isinstance(self.path, Path):
+            return self.path.stat().st_size
+        return self.path.root.getinfo(self.path.at).compress_size
 
     def open_seekable(self) -> IO[bytes]:
         """The content for readers that jump about: a compressed file is unpacked to a temporary one first."""

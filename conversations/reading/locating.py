@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.data_file import KINDS, DataFile, data_file, has_known_kind
+from conversations.reading.data_file import KINDS, DataFile, Unpacked, data_file, has_known_kind
 
 _ZIP = ".zip"
-_LARGEST_RATIO, _LARGE = 1000, 1 << 30  # unpacked to packed, of members of more than so many bytes
 # Files of a data set that hold no rows.
 _SIDECARS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _QUIET = {"README.md", "LICENSE", "LICENSE.txt", *_SIDECARS}
@@ -50,7 +49,7 @@ def locate(path: Path, split: str = "") -> Located:
     if path.is_dir():
         return _folder(path, split)
     if not path.exists() and has_magic(str(path)):
-        found = sorted(Path(name) for name in glob(str(path), recursive=True))
+        found = _matches(path)
         located = [locate(each, split) for each in found if each.is_dir() or (_is_data(each) and _has_rows(each))]
         if not located:
             raise ToolkitError(f"{path}: the pattern matches no file of a known kind")
@@ -64,7 +63,15 @@ def locate(path: Path, split: str = "") -> Located:
 
 def names_files(path: Path) -> bool:
     """Whether there is something at a data path."""
-    return path.exists() or (has_magic(str(path)) and bool(glob(str(path), recursive=True)))
+    return path.exists() or (has_magic(str(path)) and bool(_matches(path)))
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a pattern names, each file once: of `data/**`, which names folders and all that is in them, the latter."""
+    text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # several of them take for ever, and mean no more than one
+    found = sorted({Path(name) for name in glob(text, recursive=True)})
+    around = {parent for each in found for parent in each.parents}
+    return [each for each in found if each not in around]
 
 
 def _is_data(path: Path) -> bool:
@@ -80,11 +87,12 @@ def _members(path: Path) -> Iterable[DataFile]:
     except (zipfile.BadZipFile, OSError) as error:
         raise ToolkitError(f"{path}: cannot be read: {error}") from error
     entries = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: info.filename)
-    for info in entries:
-        if info.file_size > max(_LARGE, _LARGEST_RATIO * info.compress_size):
-            raise ToolkitError(
-                f"{path}: {info.filename} unpacks to more than {_LARGEST_RATIO:,} times its size; unpack it yourself"
-            )
+    unpacked = Unpacked(path.stat().st_size)
+    try:
+        for info in entries:
+            unpacked.add(info.file_size)
+    except OSError as error:
+        raise ToolkitError(f"{path}: {error}") from None
     names = [info.filename for info in entries if not _is_hidden(Path(info.filename))]
     found = [name for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
     if not found:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from conversations.errors import ToolkitError
-from conversations.reading.data_file import LONGEST_ROW, BoundedLines, DataFile, Record, RowTooLong
+from conversations.reading.data_file import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, Record, RowTooLong, Unpacked
 from conversations.row import is_utf8, without_nulls
 
-_BATCH = 512
+_BATCH = 16  # rows that are held at once; each may be as long as a row may be
+_ROWS_ALLOWED = 1_000_000  # of a parquet file however small
 _BOM = "\ufeff"
 _ARROW_FILE = b"ARROW1"
 NAMELESS = "Unnamed: 0"
@@ -83,19 +84,35 @@ def parquet_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
-        OSError: not a parquet file, or a damaged one.
+        OSError: not a parquet file, a damaged one, or unpacks to more than may be.
     """
     from pyarrow import parquet
 
     with file.open_seekable() as content:
-        yield from _table_records(lambda: parquet.ParquetFile(content).iter_batches(batch_size=_BATCH))
+        size = file.packed_size
+        yield from _table_records(lambda: _parquet_batches(parquet.ParquetFile(content), size), size)
+
+
+def _parquet_batches(table: Any, size: int) -> Iterator[Any]:
+    """Raises OSError for a file that says itself that it unpacks to more than may be."""
+    about = table.metadata
+    if about.num_rows > max(_ROWS_ALLOWED, size):
+        raise OSError(f"has {about.num_rows:,} rows in {size:,} bytes; at most a row for each byte is read")
+    groups = map(about.row_group, range(about.num_row_groups))
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    unpacked = Unpacked(size)
+    for chunk in chunks:
+        unpacked.add(chunk.total_uncompressed_size)
+    # A dictionary of one long value is repeated for each row of a batch.
+    dense = any(c.total_uncompressed_size > max(LONGEST_ROW, 20 * c.total_compressed_size) for c in chunks)
+    return table.iter_batches(batch_size=1 if dense else _BATCH)
 
 
 def arrow_records(file: DataFile) -> Iterator[Record]:
     """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
 
     Raises:
-        OSError: not an Arrow file, or a damaged one.
+        OSError: not an Arrow file, a damaged one, or unpacks to more than may be.
     """
     from pyarrow import ipc
 
@@ -111,33 +128,53 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number)
 
-        yield from _table_records(batches)
+        yield from _table_records(batches, file.packed_size)
 
 
-def _table_records(batches: Callable[[], Iterable[Any]]) -> Iterator[Record]:
+def _table_records(batches: Callable[[], Iterable[Any]], packed_size: int) -> Iterator[Record]:
     import pyarrow
 
-    number = 0
+    number, unpacked = 0, Unpacked(packed_size)
     try:
         for batch in batches():
             for start in range(0, batch.num_rows, _BATCH):
-                for value, problem in _table_rows(batch.slice(start, _BATCH)):
+                part = _written_out(batch.slice(start, _BATCH))
+                unpacked.add(part.nbytes)
+                for value, problem in _table_rows(part):
                     number += 1
                     yield Record(number, None, value, problem)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
 
 
+def _written_out(batch: Any) -> Any:
+    """The batch with the values of dictionary-encoded columns in their places."""
+    import pyarrow
+
+    columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
 def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """The batch's rows; one by one where one of them is not UTF-8."""
-    try:
-        yield from ((_row(values), None) for values in batch.to_pylist(maps_as_pydicts="lossy"))
-    except UnicodeDecodeError:
-        for index in range(batch.num_rows):
-            try:
-                yield _row(batch.slice(index, 1).to_pylist(maps_as_pydicts="lossy")[0]), None
-            except UnicodeDecodeError:
-                yield {}, "not valid UTF-8"
+    """The batch's rows; one by one where one of them is not UTF-8, or too long."""
+    if batch.nbytes <= LONGEST_ROW:
+        try:
+            yield from ((_row(values), None) for values in _values(batch))
+            return
+        except UnicodeDecodeError:
+            pass
+    for row in (batch.slice(index, 1) for index in range(batch.num_rows)):
+        if row.nbytes > LONGEST_ROW:
+            yield {}, TOO_LONG
+            continue
+        try:
+            yield _row(_values(row)[0]), None
+        except UnicodeDecodeError:
+            yield {}, "not valid UTF-8"
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    return batch.to_pylist(maps_as_pydicts="lossy")
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
     for note in loaded.notes:
         say(f"smoke: {note}")
     with hold_directory(output) as lock:
-        _refuse_other_chain(loaded, output)
+        refuse_other_chain(loaded, output)
         check_stages(loaded)
         state = _open_chain(loaded, output)
         try:
@@ -109,7 +109,7 @@ def _set_aside(run_dir: Path, name: str) -> None:
     wait_for_all()
 
 
-def _refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
+def refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
     """A chain's directory may hold this chain's stages, or nothing that is a run of its own.
 
     Raises:

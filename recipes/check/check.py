@@ -18,6 +18,7 @@ from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
 from recipes.recipe.loader import Loaded, of_chain, of_stage
 from recipes.recipe.schema import ChainRecipe, Recipe
+from recipes.runs.directory import inspect
 from recipes.runs.prepare import Inputs, prepare, will_give
 from recipes.runs.training_fields import setting
 from recipes.stages import stage_of, stages
@@ -38,6 +39,8 @@ def check(loaded: Loaded[Recipe]) -> None:
     for name, stage in _stages(loaded):
         for note in stage.notes:
             print(f"smoke: {note}")
+        if not isinstance(loaded.recipe, ChainRecipe):
+            inspect(Path(stage.recipe.output_dir), stage.resolved)
         inputs = prepare(stage.recipe, earlier)
         earlier |= will_give(stage.recipe, inputs)
         views.append(_measure_stage(name, stage, inputs))
@@ -50,6 +53,9 @@ def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]
     if not isinstance(loaded.recipe, ChainRecipe):
         yield loaded.path.stem, of_stage(loaded, stages())
         return
+    from recipes.chains.chain import refuse_other_chain
+
+    refuse_other_chain(of_chain(loaded), Path(loaded.recipe.output_dir))
     for name, stage in plan_stages(of_chain(loaded)):
         print(f"-- {name} ({stage.path.name})")
         yield name, stage

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 from conversations.errors import ToolkitError
 from conversations.formats.reasoning import Reasoning
 from conversations.reading.load import RejectedRow, load_conversations
-from conversations.reading.locating import locate, names_files
+from conversations.reading.locating import Located, locate, names_files
 from conversations.rendering.fill_in_the_middle import with_hole
 from conversations.row import Refuse, Row
 from conversations.sections import DataSource
@@ -55,6 +55,11 @@ class _Source:
     split: Split
     key: str
 
+    def reads_like(self, other: "_Source") -> bool:
+        """Whether the two read some row of one file to one conversation."""
+        ways = [(source.entry.columns, source.entry.roles, source.entry.fim) for source in (self, other)]
+        return ways[0] == ways[1] and self.split.meets(other.split)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -87,6 +92,7 @@ def read_sources(
         ToolkitError: a missing file, an unreadable row, an empty source.
     """
     sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
+    _refuse_rows_twice(sources)
     store = RowStore()
     parts = [_read(source, store, seed, refuse, reasoning) for source in sources]
     used = rows_used([part.rows for part in parts], [entry.weight for entry in entries])
@@ -106,6 +112,22 @@ def read_sources(
     )
 
 
+def _refuse_rows_twice(sources: Sequence[_Source]) -> None:
+    """Raises ToolkitError where two entries read the same rows of a file in the same way."""
+    files = [{path.resolve() for path in _located(source).paths} for source in sources]
+    for index, source in enumerate(sources):
+        for other, earlier in enumerate(sources[:index]):
+            if source.reads_like(earlier) and (both := sorted(files[index] & files[other])):
+                raise ToolkitError(
+                    f"{source.key} reads rows of {both[0].name} that {earlier.key} reads too, which would count twice; "
+                    "leave one out, and say in weight how often they are used"
+                )
+
+
+def _located(source: _Source) -> Located:
+    return locate(source.file, source.split.name if source.file.is_dir() else "")
+
+
 def source_hash(entry: DataSource, seed: int, key: str) -> str:
     """SHA-256 of what holds a source's rows; generated data and hub data sets are written to a file first.
 
@@ -117,7 +139,7 @@ def source_hash(entry: DataSource, seed: int, key: str) -> str:
 
 def _sha256(source: _Source) -> str:
     """That of the one file; of several, that of their names and hashes."""
-    paths = locate(source.file, source.split.name if source.file.is_dir() else "").paths
+    paths = _located(source).paths
     if paths == (source.file,):
         return file_sha256(source.file)
     lines = [f"{file_sha256(path)}  {os.path.relpath(path, source.file)}\n" for path in paths]

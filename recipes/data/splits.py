@@ -1,6 +1,7 @@
 """The `split` of a data entry: which rows of a source are used."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,15 @@ class Split:
     name: str = ""
     rows: tuple[int, int | None] | None = None
     shares: tuple[float, float] | None = None
+
+    def meets(self, other: "Split") -> bool:
+        """Whether some row may be in both, of one file."""
+        if self.rows is not None and other.rows is not None:
+            ends = [math.inf if split.rows[1] is None else split.rows[1] for split in (self, other) if split.rows]
+            return max(self.rows[0], other.rows[0]) < min(ends)
+        if self.shares is not None and other.shares is not None:
+            return max(self.shares[0], other.shares[0]) < min(self.shares[1], other.shares[1])
+        return True
 
     def select(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows of this split, read as they are asked for."""

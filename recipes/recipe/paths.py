@@ -21,13 +21,19 @@ _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:[\w.-]+)?")
 
 
 def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
-    """`value`, found under `keys` of a recipe, with its relative file names made absolute from `base`."""
+    """`value`, found under `keys` of a recipe, with its relative file names made absolute from `base`.
+
+    Raises:
+        ToolkitError: text with a zero byte, or a home directory that there is not.
+    """
     if isinstance(value, dict):
         return {key: absolute_paths(item, base, (*keys, str(key))) for key, item in value.items()}
     if isinstance(value, list):
         return [absolute_paths(item, base, (*keys, str(i))) for i, item in enumerate(value)]
     if not isinstance(value, str):
         return value
+    if "\0" in value:  # which no file's name may have, and no system call takes
+        raise ToolkitError(f"{'.'.join(keys)}: holds a zero byte; take it out")
     if _is_file_key(keys):
         return _absolute(value, base, data=keys[-1] == "path", key=".".join(keys))
     return from_home(value, ".".join(keys)) if _is_local_key(keys) else value

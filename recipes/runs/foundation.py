@@ -105,8 +105,8 @@ def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | No
         check_kind(recipe.model.path, found.kind, head, new_head=trained)
     if found.settings is None:
         return None
-    check_files(found, head, recipe.model.path)
     settings = apply_settings(copy.deepcopy(found.settings), head, recipe.model.config)
+    check_files(found, settings, head, recipe.model.path)
     if experts is not None:
         experts.check(settings)
     if trained and recipe.lora is not None:
@@ -114,20 +114,19 @@ def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | No
     return settings
 
 
-def check_files(found: Foundation, head: Head, path: str) -> None:
-    """Match tokenizer, weights and adapter to the config, by the headers of the files.
+def check_files(found: Foundation, settings: DeepseekV2Config, head: Head, path: str) -> None:
+    """Match tokenizer, weights and adapter to the settings they are loaded with, by the headers of the files.
 
     Raises:
         ModelError: ids without an embedding, or tensors without a place, places without a tensor, broken files.
     """
-    assert found.settings is not None
     source = found.source
-    check_vocabulary(found.tokenizer, found.settings, source.tokenizer_dir if source else path)
+    check_vocabulary(found.tokenizer, settings, source.tokenizer_dir if source else path)
     if source is None or not Path(source.base).is_dir():
         return
-    check_weights(source.base, apply_settings(copy.deepcopy(found.settings), head, None), head)
+    check_weights(source.base, copy.deepcopy(settings), head)
     if source.adapter:
-        match_adapter(source.adapter, found.settings)
+        match_adapter(source.adapter, copy.deepcopy(settings))
 
 
 def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> None:
@@ -146,7 +145,7 @@ def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> 
             raise type(error)(f"{use.key}: {error}") from None
         found = read_foundation(source, ask_hub) if source else None
         if source and found and found.settings is not None:
-            check_files(found, use.head, use.path)
+            check_files(found, apply_settings(copy.deepcopy(found.settings), use.head, None), use.head, use.path)
             stats_of(use, source)
 
 
