@@ -15,7 +15,7 @@ from conversations.answers.text import compiled
 from conversations.answers.usable_rows import (
     first_of,
     no_conversation,
-    no_pair_or_verdict,
+    no_pair,
     no_question,
     no_reference,
     unreadable_reference,
@@ -74,7 +74,7 @@ class EvalTask(Section):
         return {
             "refusal": no_question,
             "format": no_question,
-            "pair_accuracy": no_pair_or_verdict,
+            "pair_accuracy": no_pair,
             "loss": no_conversation,
         }[self.metric]
 

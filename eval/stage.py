@@ -22,7 +22,7 @@ from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
-from eval.config import EvalRecipe, EvalTask
+from eval.config import EvalRecipe, EvalTask, decoding_name
 from eval.decoding import adjustment, obeyed
 from eval.samples import (
     Place,

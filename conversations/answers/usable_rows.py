@@ -54,11 +54,6 @@ def no_verdict(row: Row) -> str | None:
     return None if judged else f"is {_kind(row)}, where an answer with a label or a score is needed (loss: pointwise)"
 
 
-def no_pair_or_verdict(row: Row) -> str | None:
-    """Neither a pair of answers nor a judged one."""
-    return None if "chosen" in row else no_verdict(row)
-
-
 def other_verdict() -> Refuse:
     """No judged answer, or one with a score where rows before have labels: those are trained differently."""
     kinds: list[str] = []

@@ -104,10 +104,12 @@ def _folder(path: Path, split: str) -> Located:
     saved = path / "dataset_dict.json"
     if saved.is_file():
         names = _json(saved).get("splits") or []
-        chosen = _chosen(path, split, names)
+        chosen = _chosen(path, split, _texts(saved, names))
         return _noted(_folder(path / chosen, ""), path, chosen, [name for name in names if name != chosen])
     if (path / "state.json").is_file() and (files := _json(path / "state.json").get("_data_files")):
-        paths = tuple(path / str(file.get("filename")) for file in files)
+        listed = files if isinstance(files, list) else [files]
+        named = [file.get("filename") if isinstance(file, dict) else file for file in listed]
+        paths = tuple(path / name for name in _texts(path / "state.json", named))
         return Located(paths, tuple(map(data_file, paths)))
     everything = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
     data = [file for file in everything if _is_data(file) and _has_rows(file)]
@@ -162,6 +164,14 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ToolkitError(f"{path}: cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}
+
+
+def _texts(path: Path, names: Any) -> list[str]:
+    """Names that a file of a data set lists, which are in its folder."""
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ToolkitError(f"{path}: names {name!r}, which is not a file or folder beside it")
+    return names
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """LoRA adapters: made, loaded, merged into their base, and written in the layouts of others."""
 
-from ..checkpoints.adapter_config import CONFIG, WEIGHTS
+from ..checkpoints.adapter_config import CONFIG, WEIGHTS, pattern_fault
 from ..checkpoints.tensor_files import Progress
 from .exporting import export_adapter
 from .files import match_adapter
@@ -22,4 +22,5 @@ __all__ = [
     "lora_config",
     "match_adapter",
     "merge_lora",
+    "pattern_fault",
 ]

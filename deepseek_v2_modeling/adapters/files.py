@@ -33,7 +33,7 @@ from .layouts import (
     transpose_pair,
     untranspose_shapes,
 )
-from .loading import check_coverage, read_lora, saved_tensors, shapes_of
+from .loading import check_coverage, read_lora, saved_tensors, shapes_of, wrap_saved
 from .lora import wrap
 
 # Fields of adapter_config.json that change what a pair of factors means, and the values that do not.
@@ -122,7 +122,8 @@ def meta_adapter(
     lora.init_lora_weights = False
     lora.base_model_name_or_path = None
     with torch.device("meta"):
-        peft_model = wrap(meta_model(settings, head), lora)
+        model = meta_model(settings, head)
+        peft_model = wrap_saved(model, lora, source.directory) if source else wrap(model, lora)
         return peft_model, shapes_of(saved_tensors(peft_model, source))
 
 

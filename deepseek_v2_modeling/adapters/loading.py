@@ -1,8 +1,11 @@
 """Loads and saves adapters so that every tensor finds a place and every place a tensor."""
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,19 +24,61 @@ from .chosen_experts import chosen_in, train_chosen_adapters
 from .layouts import Shapes, is_transposed, low_rank_pairs, refuse_per_expert, untranspose, untranspose_shapes
 from .lora import set_dropout, train_in_float32, wrap
 
+_PLAIN = (bool, str, list, dict)
+
 
 def read_lora(source: AdapterSource) -> LoraConfig:
     """adapter_config.json as PEFT reads it. Raises ModelError for values that are of no use."""
     path = source.directory / CONFIG
-    for name in ("target_modules", "target_parameters"):
-        value = source.config.get(name)
-        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if not (value is None or isinstance(value, str) or texts):
-            raise ModelError(f"{path}: {name} is {value!r}; it must be a list of names")
+    for name, hint in _types_of_fields().items():
+        if not fits(value := source.config.get(name), hint):
+            raise ModelError(f"{path}: {name} is {value!r}; {_named(hint)}")
     try:
         return LoraConfig.from_pretrained(str(source.directory))  # pyright: ignore[reportReturnType]
     except Exception as error:  # the file can be wrong in more ways than the library has errors for
         raise ModelError(f"{path}: PEFT cannot read it ({' '.join(str(error).split())})") from error
+
+
+@cache
+def _types_of_fields() -> dict[str, Any]:
+    return get_type_hints(LoraConfig)
+
+
+def _named(hint: Any) -> str:
+    if fits(["a"], hint):
+        return "it must be a list of names"
+    return f"PEFT takes {str(hint).replace('typing.', '')}"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can be of a type: a data class is an object, null fits everywhere, and one kind of number
+    is as good as the other."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if value is None or hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) for each in inner)  # PEFT looks at the word; it knows pissa_niter_16
+    if origin in (list, tuple, set):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if is_dataclass(hint):
+        return isinstance(value, dict)
+    return hint not in _PLAIN or isinstance(value, hint)
+
+
+def wrap_saved(model: PreTrainedModel, config: LoraConfig, where: Path) -> PeftModel:
+    """`wrap`, with a config from the adapter in `where`. Raises ModelError where PEFT cannot use it."""
+    try:
+        return wrap(model, config)
+    except (ModelError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the file can be wrong in more ways than the library has errors for
+        raise ModelError(f"{where / CONFIG}: PEFT cannot use it ({' '.join(str(error).split())})") from error
 
 
 def continues(
@@ -123,7 +168,7 @@ def load_adapter(
     config.inference_mode = not trainable
     if not kept_task:
         config.modules_to_save = None
-    peft_model = wrap(model, config)
+    peft_model = wrap_saved(model, config, source.directory)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     places = saved_tensors(peft_model, source)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 from .full_disk import is_full
@@ -70,8 +71,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError("it is cut short")
-        return infos
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        with safe_open(path, "pt"):  # the library looks at what is left
+            return infos
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
 
 

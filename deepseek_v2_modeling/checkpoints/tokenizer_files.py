@@ -60,7 +60,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 def write_tokenizer_config(config: Mapping[str, Any], path: Path) -> None:
     """tokenizer_config.json, without keys that hold on another machine only or name code that is not there."""
     kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character stays \\ud800, as in JSON
 
 
 def _source_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:

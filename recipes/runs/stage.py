@@ -223,9 +223,18 @@ def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -
 
 
 def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
-    """Say where the result is, and an evaluation's figures."""
-    stage = stage_of(recipe)
-    if stage.measures:
-        name = Path(recipe.model.path).name
-        say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
-    say(f"{Path(recipe.output_dir) / stage.result} ({outcome.manifest['seconds']:.0f} s)")
+    """Say where the result is, and an evaluation's figures.
+
+    Raises:
+        ToolkitError: the manifest of a run that was finished before does not hold them.
+    """
+    stage, run_dir = stage_of(recipe), Path(recipe.output_dir)
+    try:
+        if stage.measures:
+            name = Path(recipe.model.path).name
+            say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
+        say(f"{run_dir / stage.result} ({outcome.manifest['seconds']:.0f} s)")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if outcome.status == "finished":
+            raise
+        raise ToolkitError(f"{run_dir / MANIFEST}: does not say what the run gave ({error!r}); put it back") from error

@@ -72,6 +72,7 @@ def check_training(recipe: TrainingRecipe) -> None:
             reasons = dict.fromkeys(detail["msg"].replace("Input should be ", "must be ") for detail in error.errors())
             raise ToolkitError(f"training.{key}: {' or '.join(reasons)}, not {value!r}") from None
     check_bounds(recipe.training)
+    _check_patterns(recipe.training)
     _check_trackers(recipe.training.get("report_to"))
     _try_config(recipe)
     _check_metric(recipe)
@@ -141,6 +142,19 @@ def _culprit(recipe: TrainingRecipe) -> str:
             trl_config(recipe.model_copy(update={"training": without}))
             return f"training.{key} is {value!r}"
     return "training"
+
+
+def _check_patterns(training: dict[str, Any]) -> None:
+    """Regular expressions are matched against the names of all modules, which must not take for ever."""
+    from deepseek_v2_modeling.adapters import pattern_fault
+
+    sharding = training.get("fsdp_config")
+    ignored = sharding.get("ignored_modules") if isinstance(sharding, dict) else None
+    given = {"optim_target_modules": training.get("optim_target_modules"), "fsdp_config.ignored_modules": ignored}
+    for key, value in given.items():
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+            if isinstance(pattern, str) and (fault := pattern_fault(pattern)):
+                raise ToolkitError(f"training.{key}: {pattern[:60]!r} {fault}")
 
 
 def _check_trackers(report_to: Any) -> None:
