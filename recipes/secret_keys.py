@@ -14,6 +14,11 @@ _UPLOAD_NAME = re.compile(r"(?:push_to_hub|hub|trackio)(?:_.*)?|log_completions_
 # What the tokens of the model hub and of the largest services look like.
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}")
 _WRITTEN = re.compile(rf"([\w.-]*(?<![A-Za-z]){_SECRET}(?:=|['\"]\s*:\s*))[^\s,}}]+", re.IGNORECASE)
+# The user and password of an address (also where a path has lost its second slash), and what its query calls a secret.
+_ADDRESS = re.compile(
+    rf"(?<=:/)/?[^\s/?#@]+(?=@)|(?<=[?&])(?:[\w.-]*{_SECRET}|key|sig(?:nature)?|auth|x-amz-[\w-]+)=[^\s&#'\"]+",
+    re.IGNORECASE,
+)
 _NAMED_FREELY = {"columns", "roles"}  # sections whose keys are the user's own words
 
 
@@ -30,7 +35,7 @@ def refuse_secrets(tree: Any, prefix: str = "") -> None:
                 "environment, and upload what you want with: hf upload"
             )
         named = _SECRET_NAME.fullmatch(key) and key not in _TEXT_TOKENS and value is not None
-        if named or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+        if named or (isinstance(value, str) and (_SECRET_VALUE.search(value) or _ADDRESS.search(value))):
             raise ToolkitError(
                 f"{path}: a secret may not stand in a recipe, which is copied into the run directory; leave it out and "
                 "set HF_TOKEN in the environment (or the variable of the service that it is for)"
@@ -39,7 +44,7 @@ def refuse_secrets(tree: Any, prefix: str = "") -> None:
 
 def without_secrets(text: str) -> str:
     """The text with what looks like a secret left out, for messages and manifests."""
-    return _SECRET_VALUE.sub("***", _WRITTEN.sub(r"\1***", text))
+    return _SECRET_VALUE.sub("***", _WRITTEN.sub(r"\1***", _ADDRESS.sub("***", text)))
 
 
 def _entries(tree: Any, prefix: str) -> Iterator[tuple[str, str, Any]]:

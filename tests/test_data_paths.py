@@ -97,7 +97,7 @@ def test_zips_that_cannot_be_read(tmp_path):
 
 
 def test_a_member_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("conversations.reading.opening.ALWAYS_ALLOWED", 1000)
+    monkeypatch.setattr("conversations.reading.data_file.ALWAYS_ALLOWED", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", " " * 5_000_000)
     with pytest.raises(ToolkitError, match=r"a\.zip: unpacks to more than .* bytes, 200 times its size"):

@@ -149,6 +149,10 @@ SECRETS = [
     "model.config.password=my-own-word",
     "training.hub_token=[my-own-word",
     "training.model_init_kwargs={token: my-own-word}",
+    "training.vllm_server_base_url=http://me:my-own-word@host:8000",
+    "data.0.path=https://me:my-own-word@host/rows.jsonl",
+    "data.0.path=https://host/rows.jsonl?a=1&access_token=my-own-word",
+    "output_dir=s3://bucket/run?X-Amz-Signature=my-own-word",
 ]
 
 
@@ -187,6 +191,8 @@ def test_words_that_end_like_secrets_are_none() -> None:
             "training": {"eos_token": "<eos>", "max_tokens": 3, "report_to": "none"},
             "data": [{"columns": {"token": "a", "password": "b"}, "roles": {"secret": "user"}}],
             "model": {"config": {"pad_token_id": 0}, "path": "runs/hf_model"},
+            "output_dir": "runs/a@b:c?keys=1&d=2",
+            "vllm_server_base_url": "http://[::1]:8000/v1?n=2",
         }
     )
     assert without_secrets("training.eos_token: must be text") == "training.eos_token: must be text"

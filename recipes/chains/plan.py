@@ -28,7 +28,8 @@ def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[Stage
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
         if entry.results:
-            tasks[entry.name] = {task.name: task for task in stage.recipe.tasks}
+            recipe: Any = stage.recipe  # with results, an evaluation
+            tasks[entry.name] = {task.name: task for task in recipe.tasks}
             _refuse_figures_twice(chain, entry, tasks)
         yield entry.name, stage
         tokens = PLANNED_TOKENS if isinstance(stage.recipe, TrainingRecipe) else None
