@@ -51,7 +51,8 @@ def test_constraints_pin_every_dependency_exactly():
         "one name==version a line, no +cpu"
     )
     assert "torch==2.13.0" in pins
-    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = PROJECT["project"]["dependencies"] + extras["dev"] + extras["mutation"]
     assert {normal(name) for name in wanted} <= {normal(pin) for pin in pins}
 
 

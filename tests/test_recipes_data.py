@@ -17,7 +17,7 @@ from conversations.errors import ToolkitError
 from conversations.sections import DataSource
 from recipes.data.mixing import chosen, rows_used
 from recipes.data.sources import read_sources
-from recipes.data.splits import parse_split
+from recipes.data.splits import Split, parse_split, place
 
 
 def source(**fields: Any) -> DataSource:
@@ -217,6 +217,42 @@ def test_a_split_never_parts_a_conversation(share: int, questions: list[str]) ->
     assert not set(first) & set(second) and sorted(first + second) == sorted(questions)
     again = parts[0].select(iter(rows[::-1]))
     assert sorted(row["messages"][0]["content"] for row in again) == sorted(first)
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        (None, Split()),
+        ("", Split()),
+        ("test", Split("test")),
+        ("a.b-c_1[3:]", Split("a.b-c_1", rows=(3, None))),
+        ("[:3]", Split(rows=(0, 3))),
+        ("[2:3]", Split(rows=(2, 3))),
+        ("[:]", Split(rows=(0, None))),
+        ("x[5%:]", Split("x", shares=(0.05, 1.0))),
+        ("[:12.5%]", Split(shares=(0.0, 0.125))),
+        ("[0%:100%]", Split(shares=(0.0, 1.0))),
+    ],
+)
+def test_splits_that_are_read(text: str | None, split: Split) -> None:
+    assert parse_split(text, "split") == split
+
+
+@pytest.mark.parametrize(
+    "text", ["[3:2]", "[0:0]", "[60%:50%]", "[:101%]", "[:0%]", "[5:50%]", "[5%:50]", "[-1:]", "[1]"]
+)
+def test_splits_that_are_not(text: str) -> None:
+    with pytest.raises(ToolkitError, match=r"data\.3\.split"):
+        parse_split(text, "data.3.split")
+
+
+def test_the_place_of_a_row_is_the_same_for_ever() -> None:
+    """Or what was held out yesterday is trained on tomorrow. It goes by the first question, if there is one."""
+    ask = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+    system = [{"role": "system", "content": "S"}]
+    rows = [{"text": "Q"}, {"messages": ask}, {"messages": [*system, *ask[:2]]}, {"prompt": ask[:1], "chosen": []}]
+    assert {place(row) for row in rows} == {0.2926038175214036}
+    assert place({"messages": system}) == place({"text": ""}) == 0.8894159948913374
 
 
 def test_the_parts_of_a_split_are_about_as_large_as_they_say() -> None:

@@ -141,6 +141,58 @@ def test_learns_from_judged_answers(tmp_path, verdict, measure):
     assert [line for line in lines(tmp_path / "metrics.jsonl") if "balance/total" in line]
 
 
+@pytest.mark.parametrize("verdict", ["label", "score"])
+def test_what_the_first_step_logs(tmp_path, verdict):
+    """Loss, mean score and accuracy of the model as it came, over a batch of rows of different lengths."""
+    rows = judged(4, verdict)
+    rows[1] = {**rows[1], "completion": assistant("no, not at all")}
+    model = score_model()
+    scores = torch.tensor([score(model.eval(), row["prompt"], row["completion"]) for row in rows])
+    targets = torch.tensor([float(row[verdict]) for row in rows])
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    metrics = run(tmp_path, model=model.train(), rows=rows, loss="pointwise", training=settings)
+    logged = lines(tmp_path / "metrics.jsonl")[0]
+    assert logged["task_loss"] == pytest.approx(pointwise_loss(scores, targets, verdict).item(), rel=1e-4)
+    assert logged["mean_reward"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    right = sum((s > 0) == bool(t > 0) for s, t in zip(scores.tolist(), targets.tolist(), strict=True)) / 4
+    assert logged.get("accuracy") == (right if verdict == "label" else None)
+    assert 0 < right < 1
+    assert metrics["reward_stats"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
+
+
+def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("reward.stage.STATS_ROWS", 3)
+    rows = [{**row, "chosen": assistant("y" * (1 + i))} for i, row in enumerate(pairs(12))]
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    found = [run(tmp_path / str(i), rows=rows, seed=seed, training=settings) for i, seed in enumerate((0, 0, 1))]
+    first, again, other = (metrics["reward_stats"] for metrics in found)
+    assert first == again and first["mean"] != other["mean"] and first["n"] == other["n"] == 6
+
+
+def test_rows_left_out_are_written_once(tmp_path):
+    """And not again by a run that goes on."""
+    long = {**pairs(1)[0], "prompt": user("x" * 100)}
+    settings = {"max_steps": 2, "save_steps": 1}
+    metrics = run(tmp_path / "a", rows=[*pairs(8), long], training=settings, format={"too_long": "drop"})
+    rejected = [{"row": 9, "reason": "longer than 64 tokens"}]
+    assert lines(tmp_path / "a" / "rejected.jsonl") == rejected and metrics["dropped"] == 1
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-1", tmp_path / "b")
+    run(tmp_path / "b", rows=[*pairs(8), long], training=settings, format={"too_long": "drop"}, resume_from=checkpoint)
+    assert lines(tmp_path / "b" / "rejected.jsonl") == rejected
+
+
+def test_long_rows_are_measured_as_they_are_trained(tmp_path):
+    """Without their beginning: the score is read at the end."""
+    rows = [{**row, "prompt": user(f"{i} " + "x" * 100)} for i, row in enumerate(pairs(4))]
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    metrics = run(tmp_path, rows=rows, training=settings, format={"too_long": "truncate"})
+    model = final(tmp_path)
+    ids = [answer_ids(row["prompt"], row[key], byte_tokenizer(), 64) for row in rows for key in ("chosen", "rejected")]
+    scores = [model(input_ids=torch.tensor([i])).logits.item() for i in ids]
+    assert {len(i) for i in ids} == {64} and metrics["truncated"] == 4
+    assert metrics["reward_stats"]["mean"] == pytest.approx(statistics.fmean(scores), abs=1e-4)
+
+
 def test_pointwise_losses():
     scores, targets = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0])
     softplus = torch.nn.functional.softplus(-scores).mean()

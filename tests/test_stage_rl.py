@@ -41,6 +41,16 @@ class Vowels(Reward):
         return [float(sum(letter in "aeiouAEIOU" for letter in answer.text)) for answer in answers]
 
 
+class Length(Reward):
+    def judge(self, answers):
+        return [float(len(answer.text)) for answer in answers]
+
+
+class Ended(Reward):
+    def judge(self, answers):
+        return [float(answer.finished) for answer in answers]
+
+
 class Silent(Reward):
     def judge(self, answers):
         return [None] * len(answers)
@@ -134,6 +144,40 @@ def test_trains_and_writes_a_run(tmp_path):
     assert said[0]["prompt"].endswith("+ 1")
     assert final(tmp_path).config.use_cache
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
+
+
+def test_samples_hold_what_was_said_with_its_rewards_and_advantage(tmp_path):
+    """A group is one prompt's answers, and of four all are written."""
+    settings = {"per_device_train_batch_size": 4, "max_steps": 2, "beta": 0.0, "save_strategy": "no"}
+    run(tmp_path, rewards=[Vowels("vowels"), Length("length", weight=-0.5)], training=settings)
+    said = lines(tmp_path / "samples.jsonl")
+    assert [line["step"] for line in said] == [1] * 4 + [2] * 4
+    for group in (said[:4], said[4:]):
+        assert len({line["prompt"] for line in group}) == 1 and len({line["completion"] for line in group}) > 1
+        for line in group:
+            vowels, length = sum(letter in "aeiouAEIOU" for letter in line["completion"]), len(line["completion"])
+            assert line["rewards"] == {"vowels": vowels, "length": length}
+        values = torch.tensor([line["rewards"]["vowels"] - 0.5 * line["rewards"]["length"] for line in group])
+        wanted = (values - values.mean()) / (values.std() + 1e-4)
+        assert [line["advantage"] for line in group] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_long_runs_write_samples_of_some_steps(tmp_path, monkeypatch):
+    """Of the first, the last, and every so many between."""
+    monkeypatch.setattr("rl.trainer.SAMPLED_STEPS", 3)
+    settings = {"per_device_train_batch_size": 4, "max_steps": 7, "max_completion_length": 1, "beta": 0.0}
+    run(tmp_path, training={**settings, "save_strategy": "no"})
+    assert sorted({line["step"] for line in lines(tmp_path / "samples.jsonl")}) == [1, 2, 4, 6, 7]
+
+
+def test_rewards_are_told_which_answers_ended_by_themselves(tmp_path):
+    trainer = trainer_for(tmp_path, rewards=[Ended("ended")])
+    end = byte_tokenizer().eos_token_id
+    ids = [[70, end], [70, 71], [], [end]]
+    completions = [[{"role": "assistant", "content": "a"}] for _ in ids]
+    rows = [{"prompt": user("1 + 1"), "reference": None} for _ in ids]
+    values = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], completions, ids)
+    assert values[:, 0].tolist() == [1, 0, 0, 1] and trainer.unwritten
 
 
 def test_balance_loss_is_counted_once_over_micro_batches(tmp_path):
