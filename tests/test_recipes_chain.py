@@ -17,7 +17,9 @@ from recipes.chains.chain import run_chain
 from recipes.chains.plan import check_stages, plan_stages, resolve_stage
 from recipes.chains.references import References
 from recipes.files import write_json, write_text
+from recipes.lock import hold_directory
 from recipes.recipe.loader import Loaded, load_recipe, of_chain
+from recipes.recipe.yaml_text import read_mapping
 from recipes.runs.directory import dump_text
 
 SFT = "stage: sft\nmodel: {path: base}\ndata: [{path: rows.jsonl}]\ntraining: {max_steps: 5}\noutput_dir: alone\n"
@@ -57,7 +59,8 @@ class FakeStages:
         self.ran.append(name)
         self.recipes[name] = loaded.recipe
         write_text(run_dir / "recipe.yaml", dump_text(loaded.resolved))
-        values = {"status": "finished", "seconds": 2.0, "peak_memory_gb": 0.25, "metrics": {}}
+        values = {"status": "finished", "seconds": 2.0, "metrics": {}}
+        values["peak_memory_gb"] = 0.75 if name == "eval_sft" else 0.25
         if name == self.stop_at:
             write_json(run_dir / "manifest.json", {**values, "status": "stopped"})
             raise KeyboardInterrupt
@@ -115,7 +118,7 @@ def test_stages_run_in_order_with_what_earlier_ones_left(stages: FakeStages, sta
         "more": {"exact_match": 1.0, "exact_match_t1": 0.25, "n": 4},
     }
     assert results["gain"]["change"] == {"greedy": {"difference": 0.5, "standard_error": 0.28868, "n": 4}}
-    assert (results["seed"], results["seconds"], results["peak_memory_gb"]) == (3, 8.0, 0.25)
+    assert (results["seed"], results["seconds"], results["peak_memory_gb"]) == (3, 8.0, 0.75)
     assert json.loads(Path("out/results.json").read_text()) == results
 
 
@@ -153,6 +156,27 @@ def test_a_stopped_chain_goes_on_where_it_stopped(stages: FakeStages, start: Any
     start()
     assert stages.ran == ["more", "eval_more"]
     assert not Path("out/.superseded").exists()
+
+
+def test_old_runs_are_set_aside_one_beside_the_other(stages: FakeStages, start: Any) -> None:
+    """And not while somebody else works in them."""
+    for steps in (5, 6, 7):
+        start(f"stages.more.training.max_steps={steps}")
+    attic = Path("out/.superseded")
+    assert sorted(path.name for path in attic.iterdir()) == ["eval_more-1", "eval_more-2", "more-1", "more-2"]
+    steps = [read_mapping(attic / f"more-{n}" / "recipe.yaml")["training"] for n in (1, 2)]
+    assert steps == [{"max_steps": 5}, {"max_steps": 6}]
+    stages.ran.clear()
+    with hold_directory(Path("out/more")), pytest.raises(ToolkitError, match="out/more is in use by process"):
+        start("stages.more.training.max_steps=8")
+    assert stages.ran == [] and not (attic / "more-3").exists()
+
+
+def test_figures_of_several_evaluations_may_go_to_one_place(stages: FakeStages, start: Any) -> None:
+    words = ["stages.eval_more.results=stages.sft"]
+    assert start(*words)["stages"] == {"sft": {"exact_match": 1.0, "exact_match_t1": 0.25, "n": 4}}
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert (manifest["status"], manifest["seconds"], manifest["peak_memory_gb"]) == ("finished", 8.0, 0.75)
 
 
 def test_a_stage_whose_result_is_gone_runs_again(stages: FakeStages, start: Any) -> None:
