@@ -67,6 +67,7 @@ def copy_tree(area: Area, work: Path) -> None:
         "pytest_add_cli_args": ("-q", "-p", "no:cacheprovider"),
         "pytest_add_cli_args_test_selection": [f"tests/{find_test(name)}" for name in area.tests],
         "use_git_change_detection": False,
+        "process_isolation": "forkserver",  # a fork of the process that ran the tests would have its caches full
     }
     with (work / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write("\n[tool.mutmut]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))

@@ -142,6 +142,23 @@ def test_a_text_too_long_for_fill_in_the_middle_stays_a_text():
     assert "2 too long for fill-in-the-middle, kept as plain text" in report.summary(9)
 
 
+def test_one_trained_token_behind_the_first_is_enough():
+    pieces, report = fitted({"text": "xyz"}, max_length=2, too_long="truncate")
+    assert [len(ids) for ids, _ in pieces] == [2] and report.truncated == 1
+    pieces, report = fitted({"text": "xyz"}, max_length=1, too_long="truncate")
+    assert not pieces and report.rejected[0]["reason"] == CUT_AWAY
+
+
+def test_data_of_which_nothing_is_left_says_what_would_help():
+    _, report = fitted({"messages": user("x" * 90) + assistant("A")}, max_length=50)
+    lost = "no row is left to train on: 1 row; answer cut away whole: 1 row, dropped"
+    assert report.nothing_left(50) == f"{lost}; the shortest row has 112 tokens: raise training.max_length"
+    assert report.nothing_left(112) == report.nothing_left(None) == lost
+    _, report = fitted({"messages": user("x" * 90) + assistant("A")}, max_length=50, too_long="drop")
+    assert "longer than 50 tokens" in report.nothing_left(50)
+    assert LengthReport().nothing_left(50) == "no row is left to train on: 0 rows"
+
+
 def test_a_last_window_of_one_token_is_not_trained():
     """Nothing predicts it: a batch of it alone has no loss."""
     pieces, _ = fitted({"text": "x" * 40}, max_length=41, too_long="split")

@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from conversations import render_conversation
 from conversations.errors import ToolkitError
-from conversations.rendering.template import chat_template, has_other_template, install_template, training_template
+from conversations.rendering.template import (
+    chat_template,
+    has_other_template,
+    install_template,
+    own_prompt,
+    training_template,
+)
 
 BOS, EOS, FIM = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"
 
@@ -248,6 +254,20 @@ def test_another_template_is_one_that_renders_otherwise():
     for other in ("{% for message in messages %}<|{{ message['role'] }}|>{% endfor %}", "{{ raise_exception('no') }}"):
         tokenizer.chat_template = other
         assert has_other_template(tokenizer)
+
+
+def test_a_foreign_template_makes_its_own_prompt():
+    """Its own begin token is in its text; the tokenizer must not add another."""
+    tokenizer = released_kind()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}" + (
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    messages = of_roles("Hi", "Hello")[:1]
+    wanted = [tokenizer.bos_token_id, *tokenizer.encode("<Hi>A:", add_special_tokens=False)]
+    assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id and own_prompt(messages, tokenizer) == wanted
+    tokenizer.chat_template = "{{ raise_exception('only tools') }}"
+    with pytest.raises(ToolkitError, match=r"own chat template refuses this conversation: .*only tools"):
+        own_prompt(messages, tokenizer)
 
 
 def test_saved_template_survives_a_round_trip(tmp_path):

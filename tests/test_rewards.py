@@ -101,6 +101,27 @@ def test_stats_are_read_from_the_final_directory(tmp_path):
         RewardStats.read(tmp_path)
     (tmp_path / "reward_stats.json").write_text(json.dumps({"mean": 1.5, "std": 2.0, "n": 7}))
     assert RewardStats.read(tmp_path) == RewardStats(1.5, 2.0, 7)
+    for std in (0.0, 0.25):
+        (tmp_path / "reward_stats.json").write_text(json.dumps({"mean": -1, "std": std, "n": 7}))
+        assert RewardStats.read(tmp_path) == RewardStats(-1.0, std, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "Expecting"),
+        ("[]", "list indices"),
+        ('{"mean": 1}', "'std'"),
+        ('{"mean": "x", "std": 1, "n": 1}', "could not convert"),
+        ('{"mean": 1, "std": -0.1, "n": 1}', "mean is 1.0 and std -0.1"),
+        ('{"mean": NaN, "std": 1, "n": 1}', "mean is nan and std 1.0"),
+        ('{"mean": 1, "std": Infinity, "n": 1}', "mean is 1.0 and std inf"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path, text, why):
+    (tmp_path / "reward_stats.json").write_text(text)
+    with pytest.raises(ToolkitError, match=rf"reward_stats\.json: .*{why}.*train the reward model again"):
+        RewardStats.read(tmp_path)
 
 
 def test_reward_model_scores_the_rendered_conversation():
