@@ -151,7 +151,7 @@ def test_one_trained_token_behind_the_first_is_enough():
 
 def test_data_of_which_nothing_is_left_says_what_would_help():
     _, report = fitted({"messages": user("x" * 90) + assistant("A")}, max_length=50)
-    lost = "no row is left to train on: 1 row; answer cut away whole: 1 row, dropped"
+    lost = "no row is left to train on: 1 row; 1 dropped (answer cut off entirely)"
     assert report.nothing_left(50) == f"{lost}; the shortest row has 112 tokens: raise training.max_length"
     assert report.nothing_left(112) == report.nothing_left(None) == lost
     _, report = fitted({"messages": user("x" * 90) + assistant("A")}, max_length=50, too_long="drop")
