@@ -44,7 +44,7 @@ class Training:
         rehearsal: (recipe, model, tokenizer, run_dir) -> the stage's trainer on two rows, to be tried for one step.
         rehearsal_training: values of `training` that make the step small, beside a batch of 1.
         row_uses: fields of the config by which the uses of a row in one epoch multiply.
-        check_rows: (the TRL config, number of rows) -> None; raises ToolkitError where they are too few.
+        check_rows: (recipe, the TRL config, rows) -> None; raises ToolkitError for rows that together are of no use.
         evaluated: held-out figures that can choose the best checkpoint; empty where they are not known beforehand.
     """
 

@@ -129,7 +129,7 @@ STAGE = Stage(
             "num_generations_eval": None,
         },
         row_uses=("num_generations", "num_iterations"),
-        check_rows="rl.stage:check_prompts",
+        check_rows="rl.stage:check_rows",
     ),
     writes=("metrics.jsonl", "samples.jsonl"),
     signs=("reward", "kl"),

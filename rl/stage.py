@@ -15,7 +15,7 @@ from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RewardEntry, RlRecipe
-from rl.rewards import Answer, Reward, RewardModelReward, Values, build_rewards, check_references
+from rl.rewards import Answer, Reward, RewardModelReward, RuleReward, Values, build_rewards, check_references
 from rl.trainer import PolicyTrainer
 
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase"
 def run_limits(recipe: RlRecipe) -> RunLimits:
     """When the recipe's run ends early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
+
+
+def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> None:
+    """Raises ToolkitError for rows that the run would refuse together, though each of them could be used."""
+    check_references([RuleReward(entry.rule) for entry in recipe.rewards if entry.rule], rows)
+    check_prompts(arguments, len(rows))
 
 
 def check_prompts(arguments: GRPOConfig, prompts: int) -> None:

@@ -21,6 +21,7 @@ Case = tuple[str, dict[Path_, Any]]
 # What check once said ok to, or ended with a traceback.
 KNOWN: list[Case] = [
     ("rl", {("output_dir",): "a\0b"}),
+    ("rl", {("data", 0, "path"): "bare.jsonl", ("rewards",): [{"rule": "number"}, {"rule": "format"}]}),
     ("rl_model", {("model", "config"): {"num_hidden_layers": 1}}),
     ("sft", {("data", 0, "columns"): {"prompt": "absent"}}),
     ("sft_full", {("output_dir",): "folder"}),

@@ -106,7 +106,7 @@ def prepare(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool =
         mixture = read_sources(listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning)
         found.append(ReadList(listed, mixture))
         if isinstance(recipe, TrainingRecipe) and (check := training_of(recipe).check_rows) and listed.name == "data":
-            provided(check)(trl_config(recipe), len(mixture.rows))
+            provided(check)(recipe, trl_config(recipe), mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(found[-1].used, tokenizer, inputs.settings, longest, listed.answer)
