@@ -1,0 +1,225 @@
+"""Runs that are killed with SIGKILL, started again, and compared with one that was not.
+
+    python -m tests.helpers.resume_launch DIR               at the moments of `MOMENTS`, as test_resume.py does
+    python -m tests.helpers.resume_launch DIR --kills 20    at random moments, from the command's start to its end
+
+Every run is a process of its own, forked from this one when the libraries are imported, and goes the whole way of
+`dsv2 sft`: recipe, data, model, training, final/.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import sft.stage
+from deepseek_v2_modeling.training import checkpoints as trainer_checkpoints
+from recipes.cli import main as dsv2
+from sft.trainer import ChatTrainer
+
+# Dropout-like noise (NEFTune) makes the weights depend on the state of the random numbers, too.
+COMMON: dict[str, Any] = {
+    "stage": "sft",
+    "model": {"path": "base", "preset": "tiny"},
+    "format": {"too_long": "drop"},
+    "seed": 3,
+}
+TRAINING = {"learning_rate": 1e-3, "save_total_limit": 2, "neftune_noise_alpha": 5.0}
+RECIPES: dict[str, dict[str, Any]] = {
+    # 4 epochs of a few steps; evaluates between epochs, after a checkpoint that its steps ask for
+    "packed": {
+        **COMMON,
+        "data": [{"path": "tiny:sft_train?n=40"}],
+        "eval_data": [{"path": "tiny:sft_heldout?n=8"}],
+        "training": {
+            **TRAINING, "packing": True, "max_length": 128, "per_device_train_batch_size": 1, "num_train_epochs": 3,
+            "save_steps": 3, "logging_steps": 2, "eval_strategy": "epoch",
+        },
+    },
+    # 4 to 1, held-out loss by source, micro-batches, the best checkpoint at the end
+    "mixed": {
+        **COMMON,
+        "data": [{"path": "tiny:sft_train?n=24", "weight": 4}, {"path": "tiny:sft_train?seed=9&n=6", "weight": 1}],
+        "eval_data": [{"path": "tiny:sft_heldout?n=6"}, {"path": "tiny:sft_heldout?seed=9&n=6"}],
+        "early_stopping_patience": 3,
+        "training": {
+            **TRAINING, "max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+            "max_steps": 12, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 2,
+            "load_best_model_at_end": True,
+        },
+    },
+}  # fmt: skip
+
+Patch = Callable[[], None]
+
+
+def killed_at(
+    owner: Any,
+    name: str,
+    call: int,
+    after: bool = False,
+    when: Callable[..., bool] | None = None,
+    by: signal.Signals = signal.SIGKILL,
+) -> Patch:
+    """Sends a signal at the `call`-th call of a function, of those for which `when` holds."""
+
+    def patch() -> None:
+        function, calls = getattr(owner, name), [0]
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            counts = when is None or when(*args, **kwargs)
+            calls[0] += counts
+            if counts and calls[0] == call and not after:
+                os.kill(os.getpid(), by)
+            result = function(*args, **kwargs)
+            if counts and calls[0] == call and after:
+                os.kill(os.getpid(), by)
+            return result
+
+        setattr(owner, name, deadly)
+
+    return patch
+
+
+def _is_evaluation(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> bool:
+    return "eval_loss" in logs
+
+
+# name -> (recipe, what kills it, the exit code)
+KILLED = -signal.SIGKILL
+MOMENTS: dict[str, tuple[str, Patch, int]] = {
+    "in a step": ("mixed", killed_at(ChatTrainer, "compute_loss", 11), KILLED),
+    "in a save": ("packed", killed_at(ChatTrainer, "_save_rng_state", 2), KILLED),
+    "before the old checkpoint goes": ("mixed", killed_at(trainer_checkpoints, "remove_old_checkpoints", 2), KILLED),
+    "between epochs": ("packed", killed_at(ChatTrainer, "log", 2, after=True, when=_is_evaluation), KILLED),
+    "in writing final": ("mixed", killed_at(trainer_checkpoints, "save_final", 1, after=True), KILLED),
+    "SIGTERM": ("mixed", killed_at(ChatTrainer, "training_step", 9, by=signal.SIGTERM), 130),
+    "Ctrl-C": ("mixed", killed_at(ChatTrainer, "training_step", 14, by=signal.SIGINT), 130),
+}
+
+
+def start(folder: Path, name: str, run: str, patch: Patch | None = None) -> int:
+    """The process id of a run of a recipe in `folder`/`run`; what it says goes to `run`.log."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(folder)
+        log = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        torch.set_num_threads(1)
+        sft.stage.SAMPLE_TOKENS = 2
+        if patch:
+            patch()
+        code = dsv2(["sft", f"{name}.yaml", f"output_dir={run}"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """How a run ended: its exit code, or -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def result(run: Path) -> dict[str, Any]:
+    """All that must be the same: the weights' bytes, metrics but for times, samples."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second"))} for line in lines]
+    weights = {path.name: path.read_bytes() for path in sorted((run / "final").glob("*.safetensors"))}
+    assert weights and metrics
+    return {"weights": weights, "metrics": metrics, "samples": (run / "samples.jsonl").read_text()}
+
+
+def compare(unbroken: Path, broken: Path) -> None:
+    one, other = result(unbroken), result(broken)
+    for what in one:
+        assert one[what] == other[what], f"{broken}: other {what} than {unbroken}"
+    left = [path.name for path in broken.iterdir() if path.name.startswith(".")]
+    assert not left, f"{broken}: {left} left over"
+
+
+def finish(folder: Path, name: str, run: str) -> None:
+    code = ended(start(folder, name, run))
+    assert code == 0, f"{run} ended with {code}:\n{(folder / f'{run}.log').read_text()[-4000:]}"
+
+
+def prepare(folder: Path) -> None:
+    """Writes the recipes and runs each of them unbroken."""
+    for name, recipe in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": name}))
+        finish(folder, name, name)
+
+
+def kill_at_moments(folder: Path) -> None:
+    for number, (moment, (name, patch, wanted)) in enumerate(MOMENTS.items()):
+        run = f"killed-{number}"
+        code = ended(start(folder, name, run, patch))
+        assert code == wanted, f"{moment}: ended with {code}"
+        finish(folder, name, run)
+        compare(folder / name, folder / run)
+        print(f"{moment}: the same", flush=True)
+
+
+def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+    """Each run is killed up to four times, then left alone."""
+    rng, done, number = random.Random(seed), 0, 0
+    longest = {name: _seconds(folder, name) for name in RECIPES}
+    while done < kills:
+        name, run = rng.choice(list(RECIPES)), f"random-{number}"
+        number += 1
+        for _ in range(4):
+            pid, wait = start(folder, name, run), rng.uniform(0.1, 1.0) * longest[name]
+            time.sleep(wait)
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                break
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+            done += 1
+            at = sorted(path.name for path in (folder / run).glob("checkpoint-*"))
+            print(
+                f"kill {done}: {run} ({name}) after {wait:.2f} s, with {', '.join(at) or 'no checkpoint'}", flush=True
+            )
+        finish(folder, name, run)
+        compare(folder / name, folder / run)
+        print(f"{run}: the same", flush=True)
+
+
+def _seconds(folder: Path, name: str) -> float:
+    began = time.monotonic()
+    finish(folder, name, f"{name}-timed")
+    compare(folder / name, folder / f"{name}-timed")
+    return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
+    if args.kills:
+        kill_at_random(folder, args.kills, args.seed)
+    else:
+        kill_at_moments(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The score is read off each row's last real token."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
+
+from ..helpers.models import logits_of, random_ids, small_model
+
+PAD = 1  # eos too, as many set it
+LENGTHS = [7, 4, 1]
+
+
+def scored(num_labels: int = 1) -> DeepseekV2ForSequenceClassification:
+    return small_model(DeepseekV2ForSequenceClassification, num_labels=num_labels, pad_token_id=PAD)
+
+
+def batch(side: str, ends_in_eos: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(rows without padding, padded ids, attention_mask)"""
+    rows = [random_ids(1, n, seed=n)[0] for n in LENGTHS]
+    if ends_in_eos:
+        rows = [torch.cat((row, torch.tensor([PAD]))) for row in rows]
+    width = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place], mask[i, place] = row, 1
+    return rows, ids, mask
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("ends_in_eos", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_real_token_by_the_mask(side: str, ends_in_eos: bool, num_labels: int):
+    """With pad = eos a real eos at the end is a token like any other."""
+    model = scored(num_labels)
+    rows, ids, mask = batch(side, ends_in_eos)
+    found = logits_of(model, ids, attention_mask=mask)
+    assert found.shape == (len(rows), num_labels)
+    for score, row in zip(found, rows, strict=True):
+        with torch.no_grad():
+            wanted = model.score(model.model(row.unsqueeze(0)).last_hidden_state[0, -1])
+        torch.testing.assert_close(score, wanted, rtol=0, atol=1e-5)
+
+
+def test_without_a_mask_the_padding_id_tells():
+    """On the right: on the left attention sees the padding, and there is no value to compare with."""
+    model = scored()
+    rows, ids, _ = batch("right", ends_in_eos=False)
+    found = logits_of(model, ids)
+    for score, row in zip(found, rows, strict=True):
+        torch.testing.assert_close(score, logits_of(model, row.unsqueeze(0))[0], rtol=0, atol=1e-5)
+
+
+def test_from_embeddings():
+    model, ids = scored(), random_ids(2, 5)
+    found = model(inputs_embeds=model.model.embed_tokens(ids)).logits
+    torch.testing.assert_close(found, model(ids).logits)
+
+
+def test_with_a_cache_the_mask_covers_the_past():
+    model, ids = scored(), random_ids(2, 6)
+    first = model(ids[:, :4], use_cache=True)
+    found = model(ids[:, 4:], attention_mask=torch.ones(2, 6), past_key_values=first.past_key_values)
+    torch.testing.assert_close(found.logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+# Packed
+
+
+def pack(*rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(documents of these lengths, each ending in the padding id, ids, position_ids)"""
+    ids = random_ids(len(rows), sum(rows[0]))
+    documents = [part for row, lengths in zip(ids, rows, strict=True) for part in row.split(lengths)]
+    for document in documents:
+        document[-1] = PAD
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+    return documents, ids, positions
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("ones", [False, True])
+def test_one_score_a_document(num_labels: int, ones: bool):
+    """Row by row; a document's end is a token like any other, also when it has the padding id."""
+    model = scored(num_labels)
+    documents, ids, positions = pack([4, 1, 6], [2, 5, 4])
+    mask = torch.ones_like(ids) if ones else None
+    found = logits_of(model, ids, position_ids=positions, attention_mask=mask)
+    assert found.shape == (6, num_labels)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents]), rtol=0, atol=1e-5)
+
+
+def read_off(model: DeepseekV2ForSequenceClassification, document: torch.Tensor) -> torch.Tensor:
+    """[1, num_labels], with a mask: without one a last token with the padding id would not count."""
+    mask = torch.ones(1, len(document), dtype=torch.int64)
+    return logits_of(model, document.unsqueeze(0), attention_mask=mask)
+
+
+LIMITS = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cu_seq_lens_q": LIMITS, "cu_seq_lens_k": LIMITS},
+        {"cu_seq_lens": LIMITS},
+        {"seq_idx": torch.tensor([[0] * 4 + [1] + [2] * 6])},
+    ],
+)
+def test_documents_by_their_boundaries(given: dict[str, Any]):
+    model = scored()
+    documents, ids, _ = pack([4, 1, 6])
+    found = logits_of(model, ids, **given)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents]), rtol=0, atol=1e-5)
+
+
+def test_padding_beside_documents_has_no_score():
+    model = scored()
+    documents, ids, positions = pack([4, 3, 4])
+    ids[0, 7:], positions[0, 7:] = PAD, 0
+    mask = torch.tensor([[1] * 7 + [0] * 4])
+    found = logits_of(model, ids, position_ids=positions, attention_mask=mask)
+    torch.testing.assert_close(found, torch.cat([read_off(model, d) for d in documents[:2]]), rtol=0, atol=1e-5)
+
+
+def test_positions_of_a_left_padded_batch_are_no_documents():
+    model = scored()
+    rows, ids, mask = batch("left", ends_in_eos=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = logits_of(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found, torch.cat([read_off(model, row) for row in rows]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled(packed: bool):
+    """Padding without a mask, told by its id: compiled code cannot know that positions which go on are no documents."""
+    torch.compiler.reset()
+    model = scored()
+    _, ids, positions = pack([4, 1, 6])
+    if not packed:
+        ids, positions = batch("right", ends_in_eos=False)[1], torch.arange(max(LENGTHS)).unsqueeze(0)
+    run: Any = torch.compile(model, backend="eager")
+    found = logits_of(run, ids, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(found, logits_of(model, ids, position_ids=positions), rtol=0, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_labels_of_documents():
+    model = scored()
+    _, ids, positions = pack([4, 1, 6])
+    labels = torch.tensor([1.0, -1.0, 0.5])
+    out = model(ids, position_ids=positions, labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.mse_loss(out.logits.squeeze(-1), labels))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "loss"),
+    [
+        (1, torch.tensor([0.5, -1.0]), lambda x, y: torch.nn.functional.mse_loss(x.squeeze(-1), y)),
+        (3, torch.tensor([2, 0]), torch.nn.functional.cross_entropy),
+    ],
+)
+def test_loss(num_labels: int, labels: torch.Tensor, loss):
+    model, ids = scored(num_labels), random_ids(2, 6)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels))

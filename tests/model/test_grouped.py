@@ -1,0 +1,313 @@
+"""Grouped products, dispatch and combine against plain loops."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_v2_modeling.kernels.grouped_products import (
+    ActiveAdapter,
+    Groups,
+    Slots,
+    _Dispatch,
+    combine,
+    dispatch,
+    filled_up,
+    place_slots,
+)
+from deepseek_v2_modeling.layers import moe as moe_file
+from deepseek_v2_modeling.layers.moe import (
+    Routed,
+    choose_experts,
+    expert_weights,
+    one_function,
+    run_experts,
+    trains_plainly,
+)
+
+from ..helpers.models import small_model
+
+EXPERTS = 4
+ROWS = {
+    "some for all": [0, 0, 1, 2, 2, 2, 3],
+    "empty ones": [1, 1, 3],
+    "the first and the last empty": [1, 2, 2],
+    "all for one": [2, 2, 2, 2],
+    "one token": [3],
+    "none": [],
+}
+
+
+def grouped(rows: list[int]) -> Groups:
+    """The groups of rows that fall to these experts."""
+    return Groups(torch.bincount(torch.tensor(rows, dtype=torch.int64), minlength=EXPERTS))
+
+
+def looped(x: torch.Tensor, w: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return torch.stack([w[e] @ x[i] for i, e in enumerate(rows)]) if rows else x @ w[0].t()
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_grouped_product(case: str):
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x, w = torch.randn(len(rows), 5).requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
+    groups = grouped(rows)
+    found, wanted = groups.linear(x, w), looped(x, w, rows)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = torch.autograd.grad(found, (x, w), upstream), torch.autograd.grad(wanted, (x, w), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_gradcheck(case: str):
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(EXPERTS, 2, 3, dtype=torch.float64, requires_grad=True)
+    groups = grouped(rows)
+    assert torch.autograd.gradcheck(groups.linear, (x, w))
+
+
+@pytest.mark.parametrize(("x_trains", "w_trains"), [(True, False), (False, True)])
+def test_only_what_trains_gets_a_gradient(x_trains: bool, w_trains: bool):
+    x, w = torch.randn(3, 5, requires_grad=x_trains), torch.randn(EXPERTS, 6, 5, requires_grad=w_trains)
+    grouped([0, 2, 2]).linear(x, w).sum().backward()
+    assert (x.grad is not None) == x_trains and (w.grad is not None) == w_trains
+    if w.grad is not None:
+        assert torch.equal(w.grad[1], torch.zeros(6, 5))
+
+
+def test_a_transposed_gradient_and_input():
+    """Views come in from both sides."""
+    x, w = torch.randn(5, 3).t().requires_grad_(), torch.randn(EXPERTS, 6, 5).requires_grad_()
+    rows = [0, 1, 1]
+    upstream = torch.randn(6, 3).t()
+    found = torch.autograd.grad(grouped(rows).linear(x, w), (x, w), upstream)
+    wanted = torch.autograd.grad(looped(x, w, rows), (x, w), upstream)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    x, w = torch.randn(3, 8), torch.randn(EXPERTS, 6, 8).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped([0, 1, 1]).linear(x, w)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+    torch.testing.assert_close(y.detach().float(), looped(x, w.detach(), [0, 1, 1]), rtol=0.02, atol=0.05)
+
+
+chosen_experts = st.integers(1, 3).flatmap(
+    lambda k: st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:k]), min_size=1, max_size=6)
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(chosen_experts, st.booleans())
+def test_dispatch_and_combine(chosen: list[list[int]], fill_up: bool):
+    """Rows go to their experts in order and come back weighted, and so do gradients. Filling up changes nothing."""
+    torch.manual_seed(0)
+    experts = torch.tensor(chosen)
+    tokens, k = experts.shape
+    x = torch.randn(tokens, 5, requires_grad=True)
+    weights = torch.rand(tokens, k, requires_grad=True)
+    maps = torch.randn(EXPERTS, 5, 5, requires_grad=True)  # what an expert does to its rows
+
+    slots, groups = place_slots(experts, EXPERTS, fill_up)
+    sizes = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
+    assert groups.counts == tuple(filled_up(size) if fill_up else size for size in sizes)
+    expert_of_row = torch.arange(EXPERTS).repeat_interleave(torch.tensor(groups.counts))
+    real = slots.slot_P >= 0
+    assert torch.equal(expert_of_row[real], experts.flatten()[slots.slot_P[real]])
+    assert torch.equal(slots.slot_P[slots.place_S], torch.arange(tokens * k))
+    found = combine(groups.linear(_Dispatch.apply(x, slots), maps), weights, slots)
+
+    wanted = torch.stack(
+        [sum(weights[n, j] * (maps[e] @ x[n]) for j, e in enumerate(row)) for n, row in enumerate(chosen)]
+    )
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn(tokens, 5)
+    ours = torch.autograd.grad(found, (x, weights, maps), upstream)
+    theirs = torch.autograd.grad(wanted, (x, weights, maps), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_filled_up_is_the_next_of_a_few_sizes(size: int):
+    full = filled_up(size)
+    assert size <= full < max(2 * size, 1) and (full % 32 == 0 or full in (0, 1, 2, 4, 8, 16))
+    assert full - size < 32 and filled_up(full) == full
+
+
+def test_low_precision_on_the_cpu_fills_up():
+    experts = torch.tensor([[0, 1], [0, 1], [0, 2]])
+    x = torch.randn(3, 5)
+    assert dispatch(x, experts, EXPERTS)[1].counts == (3, 2, 1, 0)
+    assert dispatch(x.bfloat16(), experts, EXPERTS)[1].counts == (4, 2, 1, 0)
+
+
+def test_combine_sums_in_float32():
+    """bf16 outputs that would vanish beside a large one are kept (official behaviour)."""
+    y = torch.tensor([[256.0], [0.5], [0.5]], dtype=torch.bfloat16)
+    out = combine(y, torch.ones(1, 3), Slots(torch.arange(3), torch.arange(3), 3))
+    assert out.dtype == torch.float32 and out.item() == 257.0
+
+
+def test_gradients_are_the_same_at_every_run():
+    torch.manual_seed(0)
+    x, experts = torch.randn(64, 32, requires_grad=True), torch.randint(0, EXPERTS, (64, 3))
+    grads = []
+    for _ in range(3):
+        rows, _, slots = dispatch(x, experts, EXPERTS)
+        grads.append(torch.autograd.grad((rows.cumsum(0) * slots.place_S.unsqueeze(-1)).sum(), x)[0])
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_routed_experts(tokens: int, monkeypatch: pytest.MonkeyPatch):
+    """The whole block against one product an expert and token."""
+    model = small_model()
+    moe, config = model.model.layers[1].mlp, model.config
+    torch.manual_seed(1)
+    x = torch.randn(tokens, config.hidden_size)
+    scores = torch.randn(tokens, config.n_routed_experts).softmax(-1)
+    chosen = choose_experts(config, scores)
+    weights = expert_weights(config, scores, chosen)
+    wanted = torch.zeros(tokens, config.hidden_size)
+    for n in range(tokens):
+        for weight, expert in zip(weights[n], chosen[n], strict=True):
+            gate, up = (moe.experts.gate_up_proj[expert] @ x[n]).chunk(2)
+            wanted[n] += weight * (moe.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(run_experts(moe.experts, x, weights, chosen), wanted)
+    monkeypatch.setattr(moe_file, "TOKENS", 3)  # without gradients so many at a time
+    with torch.no_grad():
+        torch.testing.assert_close(run_experts(moe.experts, x, weights, chosen), wanted)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_is_in_float32(autocast: bool):
+    """Official behaviour: bf16 rounding would flip experts."""
+    gate = small_model().model.layers[1].mlp.gate.to(torch.bfloat16)
+    x = torch.randn(5, gate.weight.shape[1], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = gate(x)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, x.float() @ gate.weight.float().t())
+
+
+def test_group_limited_choice():
+    """The groups with the best single expert are kept, and the best experts of those (paper, section 2.2.2)."""
+    config = small_model(num_hidden_layers=1).config  # 4 groups of 2, 2 kept, 3 experts
+    scores = torch.tensor([[0.05, 0.20, 0.19, 0.18, 0.30, 0.01, 0.04, 0.03]])
+    assert choose_experts(config, scores)[0].sort().values.tolist() == [0, 1, 4]
+    config.topk_method = "greedy"
+    assert choose_experts(config, scores)[0].sort().values.tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("case", ROWS)
+def test_adapters_beside_the_product(case: str, dropout: float):
+    """Two adapters of different ranks: the values are W + s B A's, the gradients pass gradcheck."""
+    rows = ROWS[case]
+    torch.manual_seed(0)
+    x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(EXPERTS, 4, 3, dtype=torch.float64, requires_grad=True)
+    keep = (torch.rand(x.shape) > dropout).double()
+    drop = Fixed(keep) if dropout else torch.nn.Identity()
+    factors = [
+        torch.randn(EXPERTS, *s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (4, 2), (1, 3), (4, 1))
+    ]
+
+    def product(x: torch.Tensor, w: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any) -> torch.Tensor:
+        return grouped(rows).linear(
+            x, w, [ActiveAdapter(a1, b1, 2.0, torch.nn.Identity()), ActiveAdapter(a2, b2, 0.5, drop)]
+        )
+
+    a1, b1, a2, b2 = factors
+    wanted = looped(x, w + 2.0 * b1 @ a1, rows) + looped(x * keep, 0.5 * b2 @ a2, rows)
+    torch.testing.assert_close(product(x, w, *factors), wanted)
+    assert torch.autograd.gradcheck(product, (x, w, *factors))
+
+
+class Fixed(torch.nn.Module):
+    """Dropout with a fixed mask."""
+
+    def __init__(self, keep: torch.Tensor):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.keep
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_the_ragged_kernel_gives_the_same(rank: int):
+    """What a GPU runs (`grouped_mm` has a CPU build): any rank, and adapters for some experts only."""
+    torch.manual_seed(0)
+    rows = [0, 0, 1, 3, 3, 3]
+    x, w = torch.randn(len(rows), 16, requires_grad=True), torch.randn(EXPERTS, 8, 16)
+    a, b = torch.randn(2, rank, 16, requires_grad=True), torch.randn(2, 8, rank, requires_grad=True)
+    adapters = [ActiveAdapter(a, b, 2.0, torch.nn.Identity(), experts=(0, 3))]
+    on_cpu, ragged = grouped(rows), grouped(rows)
+    ragged.ends, ragged.counts = torch.tensor(on_cpu.counts).cumsum(0).to(torch.int32), ()
+    found, wanted = (groups.linear(x, w, adapters) for groups in (ragged, on_cpu))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(y, (x, a, b), upstream) for y in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trains", ["tokens and gate weights", "experts", "adapters", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_training(trains: str, dtype: torch.dtype):
+    """One function of the tokens: values and gradients are those of one product an expert and token; in bf16 with
+    groups that are filled up."""
+    model = small_model(topk_method="greedy")
+    experts, config = model.model.layers[1].mlp.experts.to(dtype).requires_grad_(False), model.config
+    torch.manual_seed(1)
+    x = torch.randn(5, config.hidden_size, dtype=dtype)
+    scores = torch.randn(5, config.n_routed_experts).softmax(-1)
+    chosen = choose_experts(config, scores)
+    weights = expert_weights(config, scores, chosen)
+    shapes = {"gate_up_proj": experts.gate_up_proj.shape, "down_proj": experts.down_proj.shape}
+    factors = [torch.randn(e, *s) * 0.1 for e, o, i in shapes.values() for s in ((2, i), (o, 2))]
+    sets = {
+        "tokens and gate weights": [x, weights],
+        "experts": [experts.gate_up_proj, experts.down_proj],
+        "adapters": factors,
+    }
+    leaves = [t.requires_grad_() for name, found in sets.items() if trains in (name, "everything") for t in found]
+    adapters = {
+        name: [ActiveAdapter(*factors[2 * i : 2 * i + 2], 1.5, torch.nn.Identity())] for i, name in enumerate(shapes)
+    }
+
+    def block(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, a1: Any, b1: Any, a2: Any, b2: Any):
+        gate_up, down = gate_up + 1.5 * b1 @ a1, down + 1.5 * b2 @ a2
+        out = []
+        for n, row in enumerate(chosen):
+            halves = [(gate_up[e] @ x[n]).chunk(2) for e in row]
+            hidden = [torch.nn.functional.silu(gate) * up for gate, up in halves]
+            out.append(sum(w * (down[e] @ h) for w, e, h in zip(weights[n], row, hidden, strict=True)))
+        return torch.stack(out)
+
+    routed = Routed(experts, adapters, x, weights, chosen)
+    assert trains_plainly(routed)
+    found = one_function(routed)
+    wanted = block(experts.gate_up_proj.float(), experts.down_proj.float(), x.float(), *factors)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, **close)
+    upstream = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(y, leaves, upstream) for y in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one / scale, other / scale, **close)

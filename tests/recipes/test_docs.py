@@ -1,0 +1,39 @@
+"""The documentation is up to date: the API page, and the files that pages name."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# docs/log.md tells of files as they were.
+PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name not in ("log.md", "CHANGELOG.md")]
+FOLDERS = r"(?:conversations|deepseek_v2_modeling|sft|rl|reward|eval|recipes|tests|benchmarks|docs)"
+NAMED = re.compile(rf"(?<![\w/.-]){FOLDERS}/[\w/.-]*\.(?:py|md|yaml|json|png|jinja|css)\b")
+
+
+def test_the_api_page_is_made_from_todays_docstrings(tmp_path: Path):
+    made = tmp_path / "api.md"
+    subprocess.run([sys.executable, ROOT / "docs" / "make_api.py", made], check=True)
+    assert made.read_text(encoding="utf-8") == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run: make api"
+
+
+def test_the_architecture_page_has_the_contracts_of_imports():
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [" > ".join(contract["layers"]) for contract in contracts if contract["type"] == "layers"]
+    assert layers and [text for text in layers if text not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path):
+    text = page.read_text(encoding="utf-8")
+    if page.name == "extending.md":  # its blocks write files; test_extending.py follows them
+        text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    missing = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
+    links = (link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link)
+    missing |= {link for link in links if link and not (page.parent / link).exists()}
+    assert not missing

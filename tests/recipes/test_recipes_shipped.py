@@ -1,0 +1,94 @@
+"""Every recipe in the tree: it parses, says what it needs, and runs at toy size with model and data replaced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft.stage
+from recipes.chains.plan import plan_stages
+from recipes.cli import main
+from recipes.files import read_json
+from recipes.recipe.loader import load_recipe
+from recipes.recipe.yaml_text import read_mapping
+from recipes.runs.new_model import make_model
+from recipes.runs.prepare import check_settings
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
+NAMES = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
+STAGES = {path: read_mapping(path)["stage"] for path in RECIPES}
+ALONE = [path for path in RECIPES if STAGES[path] != "chain"]
+CHAINS = [path for path in RECIPES if STAGES[path] == "chain"]
+TINY_DATA = {"sft": "sft_train", "reward": "safety_train", "rl": "rl_reasoning", "eval": "test_problems"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+def test_all_recipes_are_found() -> None:
+    expected = {
+        "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain"),
+        "v2_lite": (
+            "sft_lora", "sft_full", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "chain",
+        ),
+        "coder_v2_lite": ("sft_lora",),
+        "v2": ("sft_lora",),
+    }  # fmt: skip
+    assert {f"{room}/{name}.yaml" for room, names in expected.items() for name in names} <= NAMES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_parses_and_says_what_it_needs(path: Path) -> None:
+    for smoke in (False, True):
+        loaded = load_recipe(path, smoke=smoke)
+        stages = [stage for _, stage in plan_stages(loaded)] if loaded.recipe.stage == "chain" else [loaded]
+        for stage in stages:
+            check_settings(stage.recipe)
+    header = path.read_text(encoding="utf-8").split("stage:")[0]
+    for word in ("# Needs:", "# Costs:", "# Run:    "):
+        assert word in header
+
+
+@pytest.mark.parametrize("path", [path for path in ALONE if STAGES[path] == "rl"], ids=name_of)
+def test_rl_recipes_compute_the_papers_loss(path: Path) -> None:
+    training = load_recipe(path).recipe.training
+    assert (training["loss_type"], training["use_bias_correction_kl"]) == ("grpo", False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model, and a reward model made from it."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "base", "tiny", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipe = ROOT / "recipes" / "tiny" / "reward_safety.yaml"
+        data = "[{path: 'tiny:safety_train?n=8'}]"
+        words = [f"model.path={folder / 'base'}", f"data={data}", f"output_dir={folder / 'reward'}"]
+        assert main(["reward", str(recipe), "--smoke", *words]) == 0
+    return {"causal_lm": folder / "base", "score": folder / "reward"}
+
+
+@pytest.mark.parametrize("path", ALONE, ids=name_of)
+def test_a_recipe_runs_at_toy_size(
+    path: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft.stage, "SAMPLE_TOKENS", 4)
+    tree = read_mapping(path)
+    score = tree["stage"] == "eval" and tree["tasks"][0]["metric"] == "pair_accuracy"
+    words: list[str] = [f"model.path={models['score' if score else 'causal_lm']}", "output_dir=run"]
+    if path.parent.name != "tiny":
+        words.append("model.dtype=float32")
+    if tree.get("data"):
+        words.append(f"data=[{{path: 'tiny:{TINY_DATA[tree['stage']]}?n=8'}}]")
+    assert main([tree["stage"], str(path), "--smoke", *words]) == 0
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    assert manifest["status"] == "finished" and manifest["data"][0]["sha256"]
+    result: Any = tmp_path / "run" / ("results.json" if tree["stage"] == "eval" else "final/config.json")
+    adapter = tmp_path / "run" / "final" / "adapter_config.json"
+    assert result.exists() or (tree.get("lora") and adapter.exists())
+    assert main([tree["stage"], str(path), "--smoke", *words]) == 0  # and again: finished, nothing to do
+    assert read_json(tmp_path / "run" / "manifest.json") == manifest

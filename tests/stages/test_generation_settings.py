@@ -1,0 +1,180 @@
+"""What a model's generation_config.json asks of decoding: chat and evaluation obey it alike."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from conversations import render_conversation
+from deepseek_v2_modeling.loading import load_model, load_tokenizer, resolve_source
+from eval.decoding import adjustment
+from recipes.cli import main
+from recipes.runs.new_model import make_model
+
+from ..helpers.models import small_model
+from ..helpers.stages import lines
+
+TOKENS = 12
+EVAL: dict[str, Any] = {
+    "stage": "eval",
+    "model": {"path": "m"},
+    "data": [{"path": "rows.jsonl"}],
+    "output_dir": "run",
+}
+TASK = {"name": "said", "metric": "format", "max_new_tokens": TOKENS}
+QUESTION = "What is 3 + 4?"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    make_model(folder, "tiny", 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def greedy(made: Path) -> list[int]:
+    """The model's own answer, token by token."""
+    source = resolve_source(str(made))
+    model, tokenizer = cast(Any, load_model(source)), load_tokenizer(source)
+    message = {"role": "user", "content": QUESTION}
+    prompt = torch.tensor([render_conversation([message], tokenizer, add_generation_prompt=True)["input_ids"]])
+    ids = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert len(ids) == TOKENS
+    return ids
+
+
+@pytest.fixture
+def said(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[str, Any]]:
+    """(what chat says, the sample of an evaluation) under a generation_config, at a temperature."""
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+    for file in made.iterdir():
+        Path("m", file.name).symlink_to(file)
+    Path("rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": QUESTION}]}) + "\n")
+    config = Path("m/generation_config.json")
+    plain = json.loads(config.read_text())
+
+    def ask(temperature: float = 0.0, asked: Any = None) -> tuple[str, Any]:
+        config.unlink()
+        config.write_text(json.dumps({**plain, "_from_model_config": False, **(asked or {})}))
+        words = ["--max-new-tokens", str(TOKENS), "--temperature", str(temperature)]
+        capsys.readouterr()
+        assert main(["chat", "m", "--prompt", QUESTION, *words]) == 0
+        chatted = capsys.readouterr().out.strip()
+        ask.runs += 1
+        run = f"run{ask.runs}"
+        task = {**TASK, "temperatures": [temperature]}
+        Path("e.yaml").write_text(json.dumps({**EVAL, "output_dir": run, "tasks": [task]}))
+        assert main(["eval", "e.yaml"]) == 0
+        return chatted, lines(Path(run, "samples.jsonl"))[0]
+
+    ask.runs = 0
+    return ask
+
+
+# Each changes the greedy answer (`ids` are its tokens).
+GREEDY: dict[str, Callable[[list[int]], dict[str, Any]]] = {
+    "repetition_penalty": lambda ids: {"repetition_penalty": 5.0},
+    "no_repeat_ngram_size": lambda ids: {"no_repeat_ngram_size": 1, "sequence_bias": [[[ids[0]], 9.0]]},
+    "sequence_bias": lambda ids: {"sequence_bias": [[[ids[0]], 9.0]]},
+    "bad_words_ids": lambda ids: {"bad_words_ids": [[ids[1]]]},
+    "suppress_tokens": lambda ids: {"suppress_tokens": [ids[0], ids[1]]},
+    "begin_suppress_tokens": lambda ids: {"begin_suppress_tokens": [ids[0]]},
+    "eos_token_id": lambda ids: {"eos_token_id": [1, ids[3]]},
+    "one eos_token_id": lambda ids: {"eos_token_id": ids[2]},
+    "min_new_tokens": lambda ids: {"min_new_tokens": 5, "eos_token_id": ids[2]},
+    "min_length": lambda ids: {"min_length": 14, "eos_token_id": ids[2]},
+    "exponential_decay_length_penalty": lambda ids: {"exponential_decay_length_penalty": [2, 50.0]},
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_answers_are_alike(said: Callable[..., Any], greedy: list[int], name: str) -> None:
+    plain, (chatted, sample) = said()[0], said(0.0, GREEDY[name](greedy))
+    assert chatted == sample["completion"] != plain
+    ends = "eos" in name or "exponential" in name
+    assert sample["truncated"] is not ends
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"min_p": 1.0},
+        {"typical_p": 1e-6},
+        {"epsilon_cutoff": 0.999},
+        {"top_h": 1e-6},
+        {"top_k": 1, "repetition_penalty": 5.0},
+    ],
+    ids=" ".join,
+)
+def test_what_leaves_one_token_leaves_the_same(said: Callable[..., Any], asked: dict[str, Any]) -> None:
+    chatted, sample = said(1.0, asked)
+    assert chatted == sample["completion"]
+    assert sample["completion"] != said(1.0)[1]["completion"]
+
+
+def test_the_temperature_is_the_commands(said: Callable[..., Any]) -> None:
+    greedy = said()[0]
+    for asked in ({"temperature": 9.0, "do_sample": True}, {"top_k": 3, "top_p": 0.5, "do_sample": True}):
+        chatted, sample = said(0.0, asked)
+        assert chatted == sample["completion"] == greedy
+    assert said(1e-5, {"temperature": 9.0})[1]["completion"] == greedy
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "sequence_bias": st.lists(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=2).map(list), st.floats(-9, 9))
+    )
+    .filter(bool)
+    .map(lambda pairs: [list(pair) for pair in pairs]),
+    "repetition_penalty": st.floats(0.1, 3),
+    "no_repeat_ngram_size": st.integers(0, 3),
+    "bad_words_ids": st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=2), min_size=1, max_size=3),
+    "min_length": st.integers(0, 12),
+    "min_new_tokens": st.integers(0, 6),
+    "exponential_decay_length_penalty": st.tuples(st.integers(0, 4), st.floats(0.5, 2)).map(list),
+    "suppress_tokens": st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    "begin_suppress_tokens": st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    "top_h": st.floats(0.1, 1),
+    "top_k": st.integers(0, 9),
+    "top_p": st.floats(0.1, 1),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(0.1, 1),
+    "epsilon_cutoff": st.floats(0, 0.9),
+    "eta_cutoff": st.floats(0, 0.9),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.fixed_dictionaries({}, optional=VALUES),
+    temperature=st.sampled_from([0.0, 0.5, 1.0]),
+    ids=st.lists(st.integers(0, 9), min_size=3, max_size=10),
+    prompt=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_logits_are_those_of_transformers(
+    asked: dict[str, Any], temperature: float, ids: list[int], prompt: int, seed: int
+) -> None:
+    """Whatever the fields, and all of them at once."""
+    model, ends = small_model(vocab_size=10, num_hidden_layers=1), [1, 4]
+    model.generation_config = GenerationConfig(**asked)
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed))
+    warmth = {"temperature": temperature} if temperature else {}
+    config = GenerationConfig(**{"top_k": 0, **asked}, do_sample=temperature > 0, **warmth)
+    config._eos_token_tensor = torch.tensor(ends)  # pyright: ignore[reportAttributeAccessIssue]
+    stock = model._get_logits_processor(config, input_ids_seq_length=prompt)  # pyright: ignore[reportCallIssue]
+    wanted = stock(torch.tensor([ids]), logits.clone())  # pyright: ignore[reportArgumentType]
+    adjust = adjustment(model, temperature, ends)
+    if adjust is None:
+        wanted, adjust = wanted * (temperature or 1), lambda ids, prompt, logits: logits
+    torch.testing.assert_close(adjust(torch.tensor([ids]), prompt, logits), wanted)

@@ -1,0 +1,243 @@
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from conversations.answers.judging import judge, means, means_by_kind
+from conversations.errors import ToolkitError
+from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
+from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
+from reward.config import RewardRecipe
+from reward.data import answer_ids, encode_judged, encode_pairs
+from reward.stage import train
+from reward.trainers import JudgedCollator, pointwise_loss
+
+from ..helpers.stages import (
+    SECTIONS,
+    assert_same_weights,
+    assistant,
+    byte_tokenizer,
+    chat_model,
+    lines,
+    pairs,
+    score_model,
+    stopped_after,
+    user,
+)
+
+
+def judged(n, verdict="label"):
+    """Answers with a verdict: gladly is right, no is wrong."""
+    rows = []
+    for i in range(n):
+        good = i % 2 == 0
+        value = good if verdict == "label" else (3.0 if good else -1.0)
+        rows.append(
+            {"prompt": user(f"ask {i}"), "completion": assistant("yes, gladly" if good else "no"), verdict: value}
+        )
+    return rows
+
+
+def run(run_dir: Path, model=None, rows=None, eval_rows=None, resume_from=None, **changes):
+    training = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "max_length": 64,
+        "save_steps": 4,
+        **changes.pop("training", {}),
+    }
+    sections = {**SECTIONS, "stage": "reward", "output_dir": str(run_dir), "training": training, **changes}
+    return train(
+        RewardRecipe(**sections),
+        model=model or score_model(),
+        tokenizer=byte_tokenizer(),
+        rows=pairs(32) if rows is None else rows,
+        eval_rows=eval_rows,
+        run_dir=run_dir,
+        resume_from=resume_from,
+    )
+
+
+def final(run_dir: Path):
+    return DeepseekV2ForSequenceClassification.from_pretrained(run_dir / "final", dtype=torch.float32).eval()
+
+
+def score(model, prompt, answer):
+    ids = torch.tensor([answer_ids(prompt, answer, byte_tokenizer(), None)])
+    return model(input_ids=ids).logits.item()
+
+
+def test_learns_to_rank_pairs(tmp_path):
+    wrong = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(43)[40:]]
+    held_out = [*pairs(40)[32:], *({**row, "meta": {"kind": "turned"}} for row in wrong)]
+    metrics = run(tmp_path, eval_rows=held_out)
+    assert metrics["n"] == 11 and metrics["pair_accuracy"] == pytest.approx(8 / 11)
+    assert metrics["by_kind"]["turned"] == {"pair_accuracy": 0.0, "n": 3}
+    assert metrics["by_kind"]["even"] == {"pair_accuracy": 1.0, "n": 4}
+    log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["accuracy"] == 1.0
+    for line in log:
+        assert line["balance/expert"] > 0
+        assert line["loss"] == pytest.approx(line["task_loss"] + line["balance/total"], rel=1e-5)
+
+
+def test_statistics_come_from_training_pairs_only(tmp_path):
+    rows, held_out = pairs(6), [{**pairs(1)[0], "chosen": assistant("z" * 40)}] * 20
+    metrics = run(tmp_path, rows=rows, eval_rows=held_out, training={"max_steps": 2})
+    stats = json.loads((tmp_path / "final" / "reward_stats.json").read_text())
+    model = final(tmp_path)
+    scores = [score(model, row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected")]
+    assert stats["n"] == 12 and stats == metrics["reward_stats"]
+    assert stats["mean"] == pytest.approx(statistics.fmean(scores), abs=1e-4)
+    assert stats["std"] == pytest.approx(statistics.pstdev(scores), abs=1e-4)
+
+
+def test_starts_from_an_sft_adapter(tmp_path):
+    chat_model(seed=3).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    lora = LoraSettings(("attention", "experts"), 4, 8)
+    base = resolve_source(tmp_path / "base")
+    sft = prepare_trainable(base, lora=lora, merge_dir=tmp_path / "merged")
+    sft.save_pretrained(str(tmp_path / "sft"))
+    source = resolve_source(tmp_path / "sft")
+    model = prepare_trainable(source, lora=lora, head="score", merge_dir=tmp_path / "merged")
+    metrics = run(tmp_path / "rm", model=model, eval_rows=pairs(40)[32:])
+    assert metrics["pair_accuracy"] == 1.0
+    loaded = load_model(resolve_source(tmp_path / "rm"), head="score")
+    row = pairs(1)[0]
+    assert score(loaded, row["prompt"], row["chosen"]) > score(loaded, row["prompt"], row["rejected"])
+
+
+def test_resume_gives_the_same_weights(tmp_path):
+    run(tmp_path / "a")
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-4", tmp_path / "b")
+    run(tmp_path / "b", model=score_model(seed=1), resume_from=checkpoint)
+    assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
+    assert lines(tmp_path / "a" / "metrics.jsonl")[:8] == lines(tmp_path / "b" / "metrics.jsonl")[:8]
+
+
+def test_micro_batches_train_as_one_batch(tmp_path):
+    """Here the Trainer divides by the number of micro-batches: the balance loss must not be divided twice."""
+    settings = {"max_steps": 2, "save_strategy": "no"}
+    run(tmp_path / "a", training={**settings, "per_device_train_batch_size": 4})
+    parts = {**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run(tmp_path / "b", training=parts)
+    for one, other in zip(*(lines(tmp_path / name / "metrics.jsonl")[:2] for name in "ab"), strict=True):
+        for key in ("loss", "grad_norm", "balance/expert", "task_loss"):
+            assert one[key] == pytest.approx(other[key], rel=2e-3), key
+
+
+@pytest.mark.parametrize(("verdict", "measure"), [("label", "accuracy"), ("score", "mse")])
+def test_learns_from_judged_answers(tmp_path, verdict, measure):
+    settings = {"max_steps": 40, "save_strategy": "no", "learning_rate": 3e-2, "per_device_train_batch_size": 8}
+    rows, held_out = judged(32, verdict), judged(40, verdict)[32:]
+    metrics = run(tmp_path, rows=rows, eval_rows=held_out, loss="pointwise", training=settings)
+    assert metrics["n"] == 8
+    assert metrics[measure] == 1.0 if verdict == "label" else metrics[measure] < 0.5
+    assert metrics["reward_stats"]["n"] == 32
+    assert [line for line in lines(tmp_path / "metrics.jsonl") if "balance/total" in line]
+
+
+@pytest.mark.parametrize("verdict", ["label", "score"])
+def test_what_the_first_step_logs(tmp_path, verdict):
+    """Loss, mean score and accuracy of the model as it came, over a batch of rows of different lengths."""
+    rows = judged(4, verdict)
+    rows[1] = {**rows[1], "completion": assistant("no, not at all")}
+    model = score_model()
+    scores = torch.tensor([score(model.eval(), row["prompt"], row["completion"]) for row in rows])
+    targets = torch.tensor([float(row[verdict]) for row in rows])
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    metrics = run(tmp_path, model=model.train(), rows=rows, loss="pointwise", training=settings)
+    logged = lines(tmp_path / "metrics.jsonl")[0]
+    assert logged["task_loss"] == pytest.approx(pointwise_loss(scores, targets, verdict).item(), rel=1e-4)
+    assert logged["mean_reward"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    right = sum((s > 0) == bool(t > 0) for s, t in zip(scores.tolist(), targets.tolist(), strict=True)) / 4
+    assert logged.get("accuracy") == (right if verdict == "label" else None)
+    assert 0 < right < 1
+    assert metrics["reward_stats"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
+
+
+def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("reward.stage.STATS_ROWS", 3)
+    rows = [{**row, "chosen": assistant("y" * (1 + i))} for i, row in enumerate(pairs(12))]
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    found = [run(tmp_path / str(i), rows=rows, seed=seed, training=settings) for i, seed in enumerate((0, 0, 1))]
+    first, again, other = (metrics["reward_stats"] for metrics in found)
+    assert first == again and first["mean"] != other["mean"] and first["n"] == other["n"] == 6
+
+
+def test_rows_left_out_are_written_once(tmp_path):
+    """And not again by a run that goes on."""
+    long = {**pairs(1)[0], "prompt": user("x" * 100)}
+    settings = {"max_steps": 2, "save_steps": 1}
+    metrics = run(tmp_path / "a", rows=[*pairs(8), long], training=settings, format={"too_long": "drop"})
+    rejected = [{"row": 9, "reason": "longer than 64 tokens"}]
+    assert lines(tmp_path / "a" / "rejected.jsonl") == rejected and metrics["dropped"] == 1
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-1", tmp_path / "b")
+    run(tmp_path / "b", rows=[*pairs(8), long], training=settings, format={"too_long": "drop"}, resume_from=checkpoint)
+    assert lines(tmp_path / "b" / "rejected.jsonl") == rejected
+
+
+def test_long_rows_are_measured_as_they_are_trained(tmp_path):
+    """Without their beginning: the score is read at the end."""
+    rows = [{**row, "prompt": user(f"{i} " + "x" * 100)} for i, row in enumerate(pairs(4))]
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    metrics = run(tmp_path, rows=rows, training=settings, format={"too_long": "truncate"})
+    model = final(tmp_path)
+    ids = [answer_ids(row["prompt"], row[key], byte_tokenizer(), 64) for row in rows for key in ("chosen", "rejected")]
+    scores = [model(input_ids=torch.tensor([i])).logits.item() for i in ids]
+    assert {len(i) for i in ids} == {64} and metrics["truncated"] == 4
+    assert metrics["reward_stats"]["mean"] == pytest.approx(statistics.fmean(scores), abs=1e-4)
+
+
+def test_pointwise_losses():
+    scores, targets = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0])
+    softplus = torch.nn.functional.softplus(-scores).mean()
+    torch.testing.assert_close(pointwise_loss(scores, targets, "label"), softplus)
+    torch.testing.assert_close(pointwise_loss(scores, targets, "score"), torch.tensor(1.0))
+
+
+def test_judged_batches_are_padded_on_the_right():
+    batch = JudgedCollator(2)([{"input_ids": [5, 6, 7], "target": 1.0}, {"input_ids": [8], "target": 0.0}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["target"].tolist() == [1.0, 0.0]
+
+
+def test_long_rows_lose_their_beginning_or_are_left_out():
+    tokenizer, row = byte_tokenizer(), {**pairs(1)[0], "prompt": user("x" * 100)}
+    data, report = encode_pairs([row], tokenizer, max_length=20, too_long="truncate")
+    whole = answer_ids(row["prompt"], row["chosen"], tokenizer, None)
+    assert data[0]["chosen_ids"] == whole[-20:] and report.truncated == 1
+    _, report = encode_pairs([row, pairs(1)[0]], tokenizer, max_length=64, too_long="drop")
+    assert report.rejected == [{"row": 1, "reason": "longer than 64 tokens"}]
+    with pytest.raises(ToolkitError, match="split is for conversations"):
+        encode_pairs([row], tokenizer, max_length=20, too_long="split")
+    with pytest.raises(ToolkitError, match="no row is left"):
+        encode_pairs([row], tokenizer, max_length=20, too_long="drop")
+
+
+def test_rows_of_the_wrong_kind_are_refused():
+    tokenizer, settings = byte_tokenizer(), {"max_length": 64, "too_long": "drop"}
+    with pytest.raises(ToolkitError, match=r"row 2 is not a pair.*pointwise"):
+        encode_pairs([*pairs(1), *judged(1)], tokenizer, **settings)
+    with pytest.raises(ToolkitError, match="row 1 is not a judged answer"):
+        encode_judged(pairs(1), tokenizer, **settings)
+    with pytest.raises(ToolkitError, match="some rows have a label and some a score"):
+        encode_judged([*judged(1), *judged(1, "score")], tokenizer, **settings)
+
+
+def test_judging_with_known_scores():
+    rows = [*pairs(2), *judged(2), *judged(1, "score")]
+    known = {"yes, gladly": 2.0, "no": 0.0}
+    verdicts = judge(lambda asked: [known[answer[0]["content"]] for _, answer in asked], rows)
+    assert [v.value for v in verdicts] == [1.0, 1.0, 1.0, 1.0, 1.0]
+    assert means(verdicts[:2]) == {"pair_accuracy": 1.0, "n": 2}
+    tied = judge(lambda asked: [0.0] * len(asked), rows)
+    assert [v.value for v in tied] == [0.0, 0.0, 0.0, 1.0, 9.0]
+    kinds = means_by_kind(rows, verdicts)
+    assert kinds["even"] == {"pair_accuracy": 1.0, "n": 1}
+    assert kinds["other"] == {"accuracy": 1.0, "mse": 1.0, "n": 3}

@@ -1,0 +1,385 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from trl import GRPOTrainer
+
+from conversations import render_conversation
+from conversations.errors import ToolkitError
+from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
+from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
+from deepseek_v2_modeling.training.mixin import RunLimits
+from rl.config import RlRecipe
+from rl.rewards import Reward, RewardModelReward, RuleReward
+from rl.stage import grpo_config, prompt_dataset, train
+from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
+
+from ..helpers.models import random_ids
+from ..helpers.stages import (
+    SECTIONS,
+    assert_same_weights,
+    byte_tokenizer,
+    chat_model,
+    conversations,
+    lines,
+    pairs,
+    score_model,
+    stopped_after,
+    user,
+    weights,
+)
+
+
+class Vowels(Reward):
+    """How many vowels: a reward with spread, whatever a random model says."""
+
+    def judge(self, answers):
+        return [float(sum(letter in "aeiouAEIOU" for letter in answer.text)) for answer in answers]
+
+
+class Length(Reward):
+    def judge(self, answers):
+        return [float(len(answer.text)) for answer in answers]
+
+
+class Ended(Reward):
+    def judge(self, answers):
+        return [float(answer.finished) for answer in answers]
+
+
+class Silent(Reward):
+    def judge(self, answers):
+        return [None] * len(answers)
+
+
+def recipe(run_dir: Path, **changes):
+    training = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "beta": 0.1,
+        "save_steps": 2,
+        **changes.pop("training", {}),
+    }
+    sections = {**SECTIONS, "rewards": [{"rule": "format"}], "output_dir": str(run_dir)}
+    return RlRecipe(**{**sections, "stage": "rl", "training": training, **changes})
+
+
+def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **changes):
+    return train(
+        recipe(run_dir, **changes),
+        model=model or chat_model(),
+        tokenizer=byte_tokenizer(),
+        rows=conversations(16) if rows is None else rows,
+        rewards=rewards or [Vowels("vowels")],
+        run_dir=run_dir,
+        resume_from=resume_from,
+    )
+
+
+def test_a_limit_of_tokens_counts_each_pass_over_an_answer(tmp_path):
+    """Two updates on each rollout: its tokens are trained on twice."""
+    training = {"num_iterations": 2, "steps_per_generation": 1}
+    limited = run(tmp_path, max_tokens=1, training=training)
+    log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert limited["steps"] == len(log) == 1 and limited["tokens"] == 2 * log[0]["num_tokens"]
+
+
+def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
+    rewards = rewards or [Vowels("vowels")]
+    return PolicyTrainer(
+        model or chat_model(),
+        grpo_config(recipe(run_dir, **changes), run_dir, RunLimits(), rewards),
+        rewards,
+        train_dataset=prompt_dataset(conversations(16)),
+        processing_class=byte_tokenizer(),
+        limits=RunLimits(),
+    )
+
+
+def final(run_dir: Path):
+    return DeepseekV2ForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32)
+
+
+def adapter_run(folder: Path) -> Path:
+    """A directory with an adapter that does something, as an SFT run leaves it."""
+    chat_model(seed=3).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    model = prepare_trainable(resolve_source(folder / "base"), lora=LORA, merge_dir=folder / "merged")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(folder / "sft"))
+    byte_tokenizer().save_pretrained(folder / "sft")
+    return folder / "sft"
+
+
+LORA = LoraSettings(("attention", "experts"), 4, 8)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_trains_and_writes_a_run(tmp_path):
+    helpful = RewardModelReward("helpful", score_model().eval(), byte_tokenizer(), weight=0.5)
+    rewards = [Vowels("vowels"), helpful, RuleReward("number", weight=2.0)]
+    metrics = run(tmp_path, rewards=rewards)
+    assert metrics["steps"] == 4 and metrics["seconds"] > 0 and "kl" in metrics
+    log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert metrics["tokens"] == log[-1]["num_tokens"] > log[0]["num_tokens"] > 0
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    for line in log:
+        parts = [line[f"rewards/{reward.name}/mean"] * reward.weight for reward in rewards]
+        assert line["reward"] == pytest.approx(sum(parts), abs=1e-4)
+        assert line["balance/expert"] > 0 and line["expert_load/max_over_mean"] >= 1
+    said = lines(tmp_path / "samples.jsonl")
+    assert [line["step"] for line in said] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    assert set(said[0]["rewards"]) == {"vowels", "helpful", "number"}
+    assert said[0]["prompt"].endswith("+ 1")
+    assert final(tmp_path).config.use_cache
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
+
+
+def test_samples_hold_what_was_said_with_its_rewards_and_advantage(tmp_path):
+    """A group is one prompt's answers, and of four all are written."""
+    settings = {"per_device_train_batch_size": 4, "max_steps": 2, "beta": 0.0, "save_strategy": "no"}
+    run(tmp_path, rewards=[Vowels("vowels"), Length("length", weight=-0.5)], training=settings)
+    said = lines(tmp_path / "samples.jsonl")
+    assert [line["step"] for line in said] == [1] * 4 + [2] * 4
+    for group in (said[:4], said[4:]):
+        assert len({line["prompt"] for line in group}) == 1 and len({line["completion"] for line in group}) > 1
+        for line in group:
+            vowels, length = sum(letter in "aeiouAEIOU" for letter in line["completion"]), len(line["completion"])
+            assert line["rewards"] == {"vowels": vowels, "length": length}
+        values = torch.tensor([line["rewards"]["vowels"] - 0.5 * line["rewards"]["length"] for line in group])
+        wanted = (values - values.mean()) / (values.std() + 1e-4)
+        assert [line["advantage"] for line in group] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_long_runs_write_samples_of_some_steps(tmp_path, monkeypatch):
+    """Of the first, the last, and every so many between."""
+    monkeypatch.setattr("rl.trainer.SAMPLED_STEPS", 3)
+    settings = {"per_device_train_batch_size": 4, "max_steps": 7, "max_completion_length": 1, "beta": 0.0}
+    run(tmp_path, training={**settings, "save_strategy": "no"})
+    assert sorted({line["step"] for line in lines(tmp_path / "samples.jsonl")}) == [1, 2, 4, 6, 7]
+
+
+def test_rewards_are_told_which_answers_ended_by_themselves(tmp_path):
+    trainer = trainer_for(tmp_path, rewards=[Ended("ended")])
+    end = byte_tokenizer().eos_token_id
+    ids = [[70, end], [70, 71], [], [end]]
+    completions = [[{"role": "assistant", "content": "a"}] for _ in ids]
+    rows = [{"prompt": user("1 + 1"), "reference": None} for _ in ids]
+    values = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], completions, ids)
+    assert values[:, 0].tolist() == [1, 0, 0, 1] and trainer.unwritten
+
+
+def test_balance_loss_is_counted_once_over_micro_batches(tmp_path):
+    """GRPO scales its own loss: ours must be divided, whatever the number of micro-batches."""
+    model = chat_model(aux_loss_alpha=50.0)
+    settings = {"max_steps": 1, "beta": 0.0, "save_strategy": "no"}
+    parts = {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run(tmp_path / "a", model=copy.deepcopy(model), training={**settings, "per_device_train_batch_size": 8})
+    run(tmp_path / "b", model=model, training=parts)
+    one, other = (lines(tmp_path / name / "metrics.jsonl")[0] for name in "ab")
+    assert one["balance/total"] == pytest.approx(other["balance/total"], rel=2e-2)
+    assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)  # nearly all of it is balance loss
+    assert one["loss"] > 10
+
+
+def test_reward_goes_up(tmp_path):
+    run(tmp_path, training={"max_steps": 20, "beta": 0.0, "learning_rate": 2e-2, "save_strategy": "no"})
+    rewards = [line["reward"] for line in lines(tmp_path / "metrics.jsonl") if "reward" in line]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 1
+
+
+def test_prompts_are_rendered_by_our_template(tmp_path):
+    trainer = trainer_for(tmp_path)
+    prompts = [user("1 + 1")] * 3 + [user("2 + 2")]
+    ids, images, rest = trainer._tokenize_prompts(prompts)
+    tokenizer = byte_tokenizer()
+    assert ids == [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p in prompts]
+    assert images is None and rest == {}
+
+
+def test_packed_log_probabilities_are_trls_own(tmp_path):
+    trainer = trainer_for(tmp_path, model=chat_model(aux_loss_alpha=0.5))
+    model = trainer.model.train()
+    ids = random_ids(4, 12, vocab=200)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 9:], mask[2, :3], mask[2, 8:] = 0, 0, 0, 0  # 6 columns of prompt, 6 of answer
+    ids = ids.masked_fill(mask == 0, 2)
+    grads = {}
+    for which, logps_of in (("ours", PolicyTrainer), ("trl", GRPOTrainer)):
+        model.zero_grad()
+        with collect_balance(model) as ledger:
+            settings = {"batch_size": 2, "compute_entropy": True}
+            found = logps_of._get_per_token_logps_and_entropies(trainer, model, ids, mask, 6, **settings)
+        kept = [value * mask[:, 6:] for value in found[:2]]
+        (kept[0].sum() + torch.stack(ledger.losses).mean()).backward()
+        grads[which] = (*kept, *(p.grad.clone() for p in model.parameters() if p.grad is not None))
+    for ours, trl in zip(grads["ours"], grads["trl"], strict=True):
+        torch.testing.assert_close(ours, trl, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 3}, {"repetition_penalty": 1.1}, {"generation_kwargs": {"num_beams": 1}}]
+)
+def test_sampling_beyond_temperature_is_trls(tmp_path, more):
+    trainer = trainer_for(tmp_path, training=more)
+    assert trainer.samples_plainly is (not more)
+    answers, logps = trainer._generate_single_turn([[0, 70, 71], [0, 72]], None, {}, 1)
+    assert [len(answer) <= 6 for answer in answers] == [True, True] and logps is None
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_kl_begins_at_zero_and_grows(tmp_path):
+    """Reference and policy are the same at first: the same class, weights and type of computation."""
+    run(tmp_path, training={"max_steps": 3})
+    kl = [line["kl"] for line in lines(tmp_path / "metrics.jsonl") if "kl" in line]
+    assert kl[0] == pytest.approx(0, abs=1e-9)
+    assert kl[-1] > 1e-4
+
+
+def test_reference_is_a_frozen_copy_of_the_start(tmp_path):
+    model = chat_model()
+    start = weights(model)
+    trainer = trainer_for(tmp_path, model=model, training={"max_steps": 2})
+    assert type(trainer.ref_model) is DeepseekV2ForCausalLM
+    trainer.train()
+    assert all(torch.equal(start[name], value) for name, value in weights(trainer.ref_model).items())
+    assert any(not torch.equal(start[name], value) for name, value in weights(model).items())
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters()) and not trainer.ref_model.training
+    assert trainer.args.beta == trainer.beta == 0.1
+
+
+def test_no_reference_without_kl(tmp_path):
+    assert trainer_for(tmp_path, training={"beta": 0.0}).ref_model is None
+
+
+def test_reference_can_follow_the_policy(tmp_path):
+    model = chat_model()
+    settings = {"max_steps": 2, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = trainer_for(tmp_path, model=model, training=settings)
+    trainer.train()
+    assert_same_weights(trainer.ref_model, model)
+
+
+def test_reference_of_an_adapter_is_its_start_and_is_not_saved(tmp_path):
+    source = resolve_source(adapter_run(tmp_path))
+    model = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged")
+    assert isinstance(model, PeftModel)
+    start = {n: v for n, v in weights(model).items() if ".default." in n}
+    run(tmp_path / "rl", model=model, training={"max_steps": 3})
+    kl = [line["kl"] for line in lines(tmp_path / "rl" / "metrics.jsonl") if "kl" in line]
+    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[-1] > 1e-5
+    now = weights(model)
+    for name, value in start.items():
+        assert torch.equal(now[name.replace(".default.", ".ref.")], value), name
+    assert any(not torch.equal(now[name], value) for name, value in start.items())
+    names = sorted(path.name for path in (tmp_path / "rl" / "final").iterdir())
+    assert "adapter_model.safetensors" in names and "ref" not in names
+    ids = torch.tensor([[0, 70, 71, 72]])
+    loaded = load_model(resolve_source(tmp_path / "rl"))
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 3}, {"num_iterations": 4}])
+def test_resume_gives_the_same_weights(tmp_path, settings):
+    """Also from a checkpoint between two updates on the same completions."""
+    run(tmp_path / "a", training=settings)
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", training=settings, resume_from=checkpoint)
+    assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
+    one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
+    for before, after in zip(one, other, strict=True):
+        assert {k: v for k, v in before.items() if k != "step_time"} == {
+            k: v for k, v in after.items() if k != "step_time"
+        }
+    said = lines(tmp_path / "a" / "samples.jsonl")
+    assert said == lines(tmp_path / "b" / "samples.jsonl")
+    rollouts = {"steps_per_generation": {1, 4}, "num_iterations": {1}}
+    assert {line["step"] for line in said} == next((rollouts[key] for key in settings), {1, 2, 3, 4})
+
+
+def test_resume_of_an_adapter_keeps_its_reference(tmp_path):
+    source = resolve_source(adapter_run(tmp_path))
+
+    def fresh():
+        return prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged")
+
+    run(tmp_path / "a", model=fresh())
+    checkpoint = stopped_after(tmp_path / "a" / "checkpoint-2", tmp_path / "b")
+    run(tmp_path / "b", model=fresh(), resume_from=checkpoint)
+    assert_same_weights(*(load_model(resolve_source(tmp_path / name)) for name in "ab"))
+    one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
+    assert [line["kl"] for line in one] == [line["kl"] for line in other]
+
+
+# --- rewards that say nothing -----------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_none_for_all_stops_the_run(tmp_path):
+    with pytest.raises(ToolkitError, match=r"no reward gave a score for any of 8 completions \(step 1\)"):
+        run(tmp_path, rewards=[Silent("silent")])
+
+
+def test_a_reward_that_never_speaks_beside_others_stops_the_run(tmp_path):
+    with pytest.raises(ToolkitError, match=f"silent gave no score.*first {PATIENCE} batches"):
+        run(tmp_path, rewards=[Vowels("vowels"), Silent("silent")], training={"max_steps": PATIENCE + 1})
+
+
+def test_a_reward_may_be_silent_for_a_while(tmp_path):
+    trainer = trainer_for(tmp_path, rewards=[Vowels("vowels"), Silent("rare")])
+    nothing, something = torch.tensor([[1.0, torch.nan]]), torch.tensor([[1.0, 0.0]])
+    trainer._require_words(nothing)
+    trainer._require_words(something)
+    for _ in range(3 * PATIENCE):
+        trainer._require_words(nothing)
+
+
+def test_a_rule_without_references_stops_before_the_first_step(tmp_path):
+    rows = [{"messages": user("hello")}] * 4
+    with pytest.raises(ToolkitError, match="number needs a reference"):
+        run(tmp_path, rows=rows, rewards=[Vowels("vowels"), RuleReward("number")])
+
+
+def test_prompts_come_from_any_canonical_row():
+    data = prompt_dataset([*conversations(1), *pairs(1)])
+    assert data[0] == {"prompt": user("0 + 1"), "reference": "1"}
+    assert data[1] == {"prompt": user("ask 0"), "reference": None}
+    with pytest.raises(ToolkitError, match="no prompts"):
+        prompt_dataset([])
+    with pytest.raises(ToolkitError, match="row 1 has no question"):
+        prompt_dataset([{"messages": [{"role": "assistant", "content": "hello"}]}])
+
+
+@given(data=st.data())
+def test_packed_rows_score_answers_and_never_a_rows_first_token(data: st.DataObject):
+    """Whatever the padding: the last token of one row must not be taken to predict the first one of the next."""
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 8))
+    answer = data.draw(st.integers(1, width))
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    for row in mask:
+        start = data.draw(st.integers(0, width - 1))
+        row[start : data.draw(st.integers(start + 1, width))] = 1
+    ids = torch.arange(1, rows * width + 1).view(rows, width)
+    packed = pack_rows(ids, mask, answer)
+    first = mask.bool() & (mask.cumsum(-1) == 1)
+    scored = mask.bool() & ~first & (torch.arange(width) >= width - answer)
+    assert packed["labels"][packed["labels"] != IGNORED].tolist() == ids[scored].tolist()
+    assert packed["input_ids"][0].tolist() == ids[mask.bool()].tolist()
+    assert [p for p in packed["position_ids"][0].tolist() if p == 0] == [0] * rows
+    values = packed["input_ids"][:, 1:].float()
+    assert torch.equal(unpack_rows(values, mask)[:, -answer:][scored[:, -answer:]], ids[scored].float())
