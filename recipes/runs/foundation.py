@@ -106,11 +106,11 @@ def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | No
     if found.settings is None:
         return None
     settings = apply_settings(copy.deepcopy(found.settings), head, recipe.model.config)
-    check_files(found, settings, head, recipe.model.path)
     if experts is not None:
         experts.check(settings)
     if trained and recipe.lora is not None:
         check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
+    check_files(found, settings, head, recipe.model.path)
     return settings
 
 

@@ -266,7 +266,7 @@ def test_a_foreign_template_makes_its_own_prompt():
     wanted = [tokenizer.bos_token_id, *tokenizer.encode("<Hi>A:", add_special_tokens=False)]
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id and own_prompt(messages, tokenizer) == wanted
     tokenizer.chat_template = "{{ raise_exception('only tools') }}"
-    with pytest.raises(ToolkitError, match=r"own chat template refuses this conversation: .*only tools"):
+    with pytest.raises(ToolkitError, match=r"own chat template rejects this conversation: .*only tools"):
         own_prompt(messages, tokenizer)
 
 

@@ -306,7 +306,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (RL, "rewards.1.rule=nubmer", "rewards.1: unknown rule 'nubmer' (did you mean 'number'?)"),
         (EVAL, "tasks.1.name=exact_match", "tasks share a name: exact_match"),
         (EVAL, "data=[]", "task exact_match has no data"),
-        (EVAL, "tasks.0.metric=pair_accuracy", "use two recipes"),
+        (EVAL, "tasks.0={name: pairs, metric: pair_accuracy}", "use two recipes"),
         (EVAL, "tasks.0.temperatures=[]", "tasks.0.temperatures: must not be empty"),
         (CHAIN, "stages.one.name=model", 'a stage may not be called "model"'),
         (CHAIN, "compare=[{name: c, before: one, after: two, task: t}]", 'names no stage of this chain: "two"'),

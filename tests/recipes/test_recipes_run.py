@@ -69,7 +69,7 @@ def test_a_run_directory_explains_itself(dsv2: Callable[..., int], capsys: pytes
     assert "holds the run of another recipe: seed is 5 there and 6 here" in capsys.readouterr().err
     assert (run / "manifest.json").read_bytes() == before
     assert dsv2("chat", "run", "--prompt", "1 + 1?", "--max-new-tokens", "2") == 0
-    assert dsv2("check", "sft.yaml", "model.path=run") == 0
+    assert dsv2("check", "sft.yaml", "model.path=run", "output_dir=next") == 0
     assert "training: 2 steps of batch 2" in capsys.readouterr().out
 
 
