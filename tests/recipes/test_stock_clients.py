@@ -1,0 +1,106 @@
+"""What the commands write, read by programs that know nothing of this project: transformers' and PEFT's own classes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import sft.stage
+from recipes.cli import main
+
+# In a process of its own, from which our packages cannot be imported: here, they have registered their classes.
+STOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class NotHere(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepseek_v2_modeling", "conversations", "recipes"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, NotHere())
+import json
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+TALK = [{"role": "user", "content": "17 + 25?"}]
+told, prompts = {}, {}
+with torch.no_grad():
+    for folder in ("base", "full/final", "merged", "lora/final", "reward/final", "scorer/final", "served"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        prompts[folder] = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+        if folder == "served":
+            continue
+        ids = tokenizer(prompts[folder], return_tensors="pt").input_ids
+        scores, adapted = folder.startswith(("reward", "scorer")), folder in ("lora/final", "scorer/final")
+        if adapted:
+            cls = AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM
+            model = cls.from_pretrained(folder, **({"num_labels": 1} if scores else {}))
+            inner = model.base_model.model
+        else:
+            cls = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            model, info = cls.from_pretrained(folder, output_loading_info=True)
+            assert not any(info.values()), info
+            inner = model
+        assert type(inner).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
+        told[folder] = model.eval()(ids).logits.tolist()
+        if not scores:
+            GenerationConfig.from_pretrained(folder if not adapted else "base")
+            answer = model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+            assert answer.shape[1] == ids.shape[1] + 2
+print(json.dumps([ids.tolist(), prompts, told]))
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """base, full and LoRA runs, a merge, an export, and reward models with all weights and with an adapter."""
+    home = tmp_path_factory.mktemp("written")
+    lora = "lora={targets: [attention, experts, shared_experts, dense], r: 2, alpha: 4}"
+    rows = {"sft": "tiny:sft_train?n=4", "reward": "tiny:helpful_train?n=4"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(sft.stage, "SAMPLE_TOKENS", 1)
+        for stage, data in rows.items():
+            training = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 64, "learning_rate": 0.02}
+            recipe = {"stage": stage, "data": [{"path": data}], "training": training}
+            Path(f"{stage}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        for words in (
+            ["init", "base", "--preset", "tiny"],
+            ["sft", "sft.yaml", "model.path=base", "output_dir=full"],
+            ["sft", "sft.yaml", "model.path=full/final", "output_dir=lora", lora],
+            ["merge", "lora", "merged"],
+            ["export", "lora", "served", "--layout", "per_expert"],
+            ["reward", "reward.yaml", "model.path=full/final", "output_dir=reward"],
+            ["reward", "reward.yaml", "model.path=full/final", "output_dir=scorer", lora],
+        ):
+            assert main(words) == 0, words
+        yield home
+
+
+def test_stock_classes_read_all_of_it_and_give_the_same(written: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STOCK], cwd=written, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids, prompts, told = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(prompts.values())) == 1 and "User: 17 + 25?\n\nAssistant:" in prompts["served"]
+    ours = {
+        "base": AutoModelForCausalLM.from_pretrained("base"),
+        "full/final": AutoModelForCausalLM.from_pretrained("full/final"),
+        "merged": AutoModelForCausalLM.from_pretrained("merged"),
+        "lora/final": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("full/final"), "lora/final"),
+        "reward/final": AutoModelForSequenceClassification.from_pretrained("reward/final"),
+    }
+    with torch.no_grad():
+        found = {name: model.eval()(torch.tensor(ids)).logits for name, model in ours.items()}
+    for name, logits in found.items():
+        torch.testing.assert_close(torch.tensor(told[name]), logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found["merged"], found["lora/final"], rtol=0, atol=2e-5)
+    assert (found["lora/final"] - found["full/final"]).abs().max() > 1e-3
+    assert told["scorer/final"] != told["reward/final"]
