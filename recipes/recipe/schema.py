@@ -69,6 +69,9 @@ class ChainRecipe(Section):
     model: ChainModel = Field(default_factory=lambda: ChainModel(), description="The model the chain begins with.")
     stages: list[ChainStage] = Field(min_length=1, description="What to run, in order.")
     compare: list[Comparison] = Field(default_factory=list, description="Paired comparisons for the results.")
+    task_titles: dict[str, str] = Field(
+        default_factory=dict, description="What tables call the tasks of evaluations, in the order of their columns."
+    )
     output_dir: str = Field(min_length=1, description="Holds the stages' run directories and results.json.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every stage that does not set its own.")
     on_nan: Literal["stop", "skip"] | None = Field(default=None, description="As in a stage's recipe, for every stage.")

@@ -96,7 +96,7 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
         "heading": " and ".join(map(directory_name, groups)),
         "contents": _contents(views, subjects),
         "chains": [_chain_view(*chain) for chain in chains],
-        "across": tables.across([run.results for run, _ in chains], _stages_of([titles for _, titles in chains])),
+        "across": _across(chains),
         "runs": views,
         "notes": [(view, note) for view in views for note in view.run.notes],
         "gallery": across_runs([(titles[name], answered) for name, answered in said.items()]),
@@ -136,9 +136,12 @@ def _contents(views: Sequence[RunView], subjects: Mapping[str, str]) -> list[tup
     return [(subject, about) for (_, subject), about in by_subject.items()]
 
 
-def _stages_of(chains: Sequence[Titles]) -> dict[str, str]:
-    """Whose figures stand in `stages` of several chains, by the first that says so."""
-    return {entry: title for titles in reversed(chains) for entry, title in titles.section("stages").items()}
+def _across(chains: Sequence[tuple[Run, Titles]]) -> Table | None:
+    """The table of several chains, with the titles of the first that has one."""
+    of_all = [titles for _, titles in reversed(chains)]
+    stages = {entry: title for titles in of_all for entry, title in titles.section("stages").items()}
+    tasks = {task: title for titles in of_all for task, title in titles.tasks.items()}
+    return tables.across([run.results for run, _ in chains], stages, tasks)
 
 
 def _chain_view(run: Run, titles: Titles) -> ChainView:
@@ -158,7 +161,7 @@ def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
         maps=expert_maps(run.metrics),
         other=other,
         loose=words.flatten(run.metrics.loose),
-        table=None if run.is_chain else tables.figures_table("Figures", {title: run.results}, {}),
+        table=None if run.is_chain else tables.figures_table("Figures", {title: run.results}, {}, {}),
         rejected=_rejected(run),
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],

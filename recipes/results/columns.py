@@ -15,17 +15,6 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 Z95 = NormalDist().inv_cdf(0.975)
-# Headings of the tasks that are known here, in their order; others follow under their own names.
-TASKS = {
-    "exact_match": "Exact match",
-    "polite": "Polite",
-    "refusal_unsafe": "Unsafe refused",
-    "refusal_safe": "Safe refused",
-    "pair_accuracy": "Pairs ranked correctly",
-    "wrong_of_sft": "Wrong answers of SFT ranked lower",
-    "wrong_of_rl": "Wrong answers of RL stage 1 ranked lower",
-    "wrong_answer": "Slips ranked lower",
-}
 TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
 SAMPLED = re.compile(r"_t([0-9.]+)$")
 
@@ -35,6 +24,7 @@ class Column:
     """A figure of several entries. kind: of FORMATS; sizes: how many prompts stand behind it, each number once."""
 
     key: str
+    title: str
     kind: str
     decoding: str
     sizes: frozenset[float | None]
@@ -43,7 +33,7 @@ class Column:
     def heading(self) -> Cell:
         stated = len(self.sizes) == 1 and (self.kind == SHARE or self.sizes != {None})
         size = _size(next(iter(self.sizes))) if stated else ()
-        return Cell(heading_of(SAMPLED.sub("", self.key)), (*((self.decoding,) if self.decoding else ()), *size))
+        return Cell(self.title, (*((self.decoding,) if self.decoding else ()), *size))
 
     def cell(self, entry: Figures) -> Cell:
         size = _size(sample_size(entry, self.key)) if len(self.sizes) > 1 and self.key in entry else ()
@@ -52,12 +42,12 @@ class Column:
         return replace(shown, minor=(*shown.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
 
 
-def columns_of(evaluations: Sequence[Figures]) -> list[Column]:
-    """The columns of evaluations: the shares of TASKS in their order, other shares, what else there is."""
+def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list[Column]:
+    """The columns of evaluations: the shares of the titled tasks in their order, other shares, what else there is."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
     shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
-    columns = [_column(key, [entry for entry in evaluations if key in entry]) for key in shown]
-    order = [*TASKS]
+    columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in shown]
+    order = [*tasks]
 
     def place(column: Column) -> tuple[bool, int]:
         task = SAMPLED.sub("", column.key)
@@ -66,7 +56,7 @@ def columns_of(evaluations: Sequence[Figures]) -> list[Column]:
     return sorted(columns, key=place)
 
 
-def _column(key: str, evaluations: Sequence[Figures]) -> Column:
+def _column(key: str, evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> Column:
     """The column of a figure that all of these evaluations have."""
     task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
     generated = any(
@@ -75,9 +65,10 @@ def _column(key: str, evaluations: Sequence[Figures]) -> Column:
     decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
     sizes = frozenset(sample_size(entry, key) for entry in evaluations)
     values = [value for entry in evaluations if (value := number(entry.get(key))) is not None]
-    # A figure of unknown name is a share where its n is known and it lies in [0, 1].
-    known = task in TASKS or (sizes != {None} and all(0 <= value <= 1 for value in values))
-    return Column(key, LOSS if task.endswith(LOSS) else SHARE if known else OTHER, decoding, sizes)
+    # A figure without a title is a share where its n is known and it lies in [0, 1].
+    is_share = task in tasks or (sizes != {None} and all(0 <= value <= 1 for value in values))
+    kind = LOSS if task.endswith(LOSS) else SHARE if is_share else OTHER
+    return Column(key, heading_of(task, tasks), kind, decoding, sizes)
 
 
 def share_cell(entry: Figures, key: str) -> Cell:
@@ -135,5 +126,6 @@ def _size(n: float | None) -> tuple[str]:
     return (f"n = {n:,.0f}" if n else "n not stated",)
 
 
-def heading_of(name: str) -> str:
-    return TASKS.get(name, name.replace("_", " "))
+def heading_of(task: str, tasks: Mapping[str, str]) -> str:
+    """The task's title, or its name as words."""
+    return tasks.get(task) or (task[:1].upper() + task[1:]).replace("_", " ")

@@ -4,15 +4,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipes.results.columns import TRUNCATED
+from recipes.results.columns import LOSS, TRUNCATED
 
 Figures = dict[str, float | int | None]
 Metrics = Mapping[str, Mapping[str, Any]]
 
 # What stands behind a task's name for each value that eval.stage.evaluate returns.
 _SUFFIX = {"greedy": "", "value": "", "greedy_truncated": TRUNCATED}
+
+
+class Outcome(NamedTuple):
+    """Of one prompt. value: 1.0 or 0.0, or a loss in nats a token; weight: 1.0, or the number of tokens of a loss."""
+
+    value: float
+    weight: float = 1.0
 
 
 def figures(metrics: Metrics) -> Figures:
@@ -24,7 +31,7 @@ def figures(metrics: Metrics) -> Figures:
     for index, (task, values) in enumerate(metrics.items()):
         for name, value in values.items():
             if name != "n":
-                suffix = "" if name == "loss" and task.endswith(name) else _SUFFIX.get(name, f"_{name}")
+                suffix = "" if name == LOSS and task.endswith(name) else _SUFFIX.get(name, f"_{name}")
                 flat[task + suffix] = value
         flat["n" if index == 0 else f"{task}_n"] = values["n"]
     return flat
@@ -49,28 +56,32 @@ def chain_results(
     return results
 
 
-def paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> dict[str, float | int]:
+def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[str, float | int]:
     """The mean change over the prompts that both evaluations have, with its standard error.
 
-    Pairing takes the prompts' own difficulty out of the error: var(mean d) = var(d) / n, d = after - before.
+    Pairing takes the prompts' own difficulty out of the error: with d = after - before and weights w, the mean is
+    sum(w d) / sum(w), and its variance n / (n - 1) * sum(w^2 (d - mean)^2) / sum(w)^2, as of any ratio (Cochran 1977,
+    chapter 6); with equal weights var(d) / n.
     """
-    changes = [after[key] - before[key] for key in before if key in after]
-    n = len(changes)
-    if n == 0:
-        return {"difference": math.nan, "standard_error": math.nan, "n": 0}
-    mean = sum(changes) / n
-    variance = sum((change - mean) ** 2 for change in changes) / max(1, n - 1)
-    return {"difference": round(mean, 5), "standard_error": round(math.sqrt(variance / n), 5), "n": n}
+    both = [(after[key].value - before[key].value, before[key].weight) for key in before if key in after]
+    n, total = len(both), sum(weight for _, weight in both)
+    if total == 0:
+        return {"difference": math.nan, "standard_error": math.nan, "n": n}
+    mean = sum(weight * change for change, weight in both) / total
+    squares = sum((weight * (change - mean)) ** 2 for change, weight in both)
+    error = math.sqrt(squares * n / max(1, n - 1)) / total
+    return {"difference": round(mean, 5), "standard_error": round(error, 5), "n": n}
 
 
-def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, float]]:
-    """The outcome of each prompt of an evaluation: {"greedy" | "t1": {number of the row: 1.0 or 0.0}}."""
-    outcomes: dict[str, dict[int, float]] = {}
+def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:
+    """The outcome of each prompt of an evaluation: {"greedy" | "t1" | "loss": {number of the row: outcome}}."""
+    outcomes: dict[str, dict[int, Outcome]] = {}
     with (run_dir / "samples.jsonl").open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             if row.get("task") == task and row.get("value") is not None:
-                outcomes.setdefault(row["decoding"], {})[row["row"]] = float(row["value"])
+                outcome = Outcome(float(row["value"]), float(row.get("weight", 1)))
+                outcomes.setdefault(row["decoding"], {})[row["row"]] = outcome
     return outcomes
 
 

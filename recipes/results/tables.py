@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from recipes.results.columns import SHARE, Z95, Figures, columns_of, heading_of, is_cut
+from recipes.results.columns import LOSS, SHARE, Z95, Figures, columns_of, heading_of, is_cut
 from recipes.results.layout import Cell, Table, as_text, plain_cell
 from recipes.results.titles import UNTITLED, Titles
 from recipes.results.words import NOT_STATED, flatten, number
@@ -24,17 +24,21 @@ def table_text(results: Mapping[str, Any], titles: Titles = UNTITLED) -> str:
 def headline(results: Mapping[str, Any], titles: Titles = UNTITLED) -> list[Table]:
     """The tables of a chain's results.json, or of {"stages": {name: figures}}: those that have something to show."""
     tables = [
-        figures_table("Stages", entries(results, "stages"), titles.section("stages")),
+        figures_table("Stages", entries(results, "stages"), titles.section("stages"), titles.tasks),
         changes(results, titles),
-        figures_table("Reward models", entries(results, "reward_models"), titles.section("reward_models")),
+        figures_table(
+            "Reward models", entries(results, "reward_models"), titles.section("reward_models"), titles.tasks
+        ),
         targets(results),
     ]
     return [table for table in tables if table]
 
 
-def figures_table(title: str, evaluations: Mapping[str, Figures], names: Mapping[str, str]) -> Table | None:
+def figures_table(
+    title: str, evaluations: Mapping[str, Figures], names: Mapping[str, str], tasks: Mapping[str, str]
+) -> Table | None:
     """Rows are entries (those in `names` first, in its order); columns are their shares, then their other figures."""
-    shown = columns_of(list(evaluations.values()))
+    shown = columns_of(list(evaluations.values()), tasks)
     if not shown:
         return None
     rows = [
@@ -62,18 +66,18 @@ def _in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def changes(results: Mapping[str, Any], titles: Titles = UNTITLED) -> Table | None:
-    """The paired comparisons of results.json, in percentage points."""
+    """The paired comparisons of results.json: shares in percentage points, losses in nats."""
     comparisons = {name: value for name, value in results.items() if is_comparison(value)}
     if not comparisons:
         return None
     kinds = list(dict.fromkeys(str(kind) for value in comparisons.values() for kind in value["change"]))
     rows = [
-        [_compared(name, value, titles), *(_paired_cell(value["change"].get(kind)) for kind in kinds)]
+        [_compared(name, value, titles), *(_paired_cell(kind, value["change"].get(kind)) for kind in kinds)]
         for name, value in comparisons.items()
     ]
-    note = (
-        "Percentage points, after minus before, on the same prompts; below: the 95 % interval of the mean difference."
-    )
+    units = {"nats": LOSS in kinds, "percentage points": set(kinds) != {LOSS}}
+    unit = " or ".join(unit for unit, used in units.items() if used)
+    note = f"After minus before on the same prompts, in {unit}; below: the 95 % interval of the mean difference."
     headings = [Cell(re.sub(r"^t(?=[0-9.]+$)", "T = ", kind)) for kind in kinds]
     return Table("Changes, paired", [Cell(""), *headings], rows, (note,))
 
@@ -85,17 +89,18 @@ def is_comparison(value: Any) -> bool:
 
 def _compared(name: str, value: Mapping[str, Any], titles: Titles) -> Cell:
     before, after = (titles.stages.get(str(value[side]), value[side]) for side in ("before", "after"))
-    task = (heading_of(str(value["task"])),) if "task" in value else ()
+    task = (heading_of(str(value["task"]), titles.tasks),) if "task" in value else ()
     return Cell(titles.comparisons.get(name, name), (*task, f"{before} → {after}"))
 
 
-def _paired_cell(change: Any) -> Cell:
+def _paired_cell(kind: str, change: Any) -> Cell:
+    """A change of a share in percentage points, of a loss in nats."""
     stated = change if isinstance(change, dict) else {}
     mean, error, n = (number(stated.get(key)) for key in ("difference", "standard_error", "n"))
     if mean is None or error is None or n is None or not math.isfinite(mean + error):
         return Cell("–", ("no prompts in common",) if stated else ())
-    low, high = 100 * (mean - Z95 * error), 100 * (mean + Z95 * error)
-    return Cell(_signed(100 * mean), (f"{_signed(low)} to {_signed(high)}", f"n = {n:,.0f}"))
+    shown = _signed_nats if kind == LOSS else _signed_points
+    return Cell(shown(mean), (f"{shown(mean - Z95 * error)} to {shown(mean + Z95 * error)}", f"n = {n:,.0f}"))
 
 
 def targets(results: Mapping[str, Any]) -> Table | None:
@@ -121,15 +126,14 @@ def other_results(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return flatten({key: value for key, value in results.items() if key not in OF_RESULTS and not is_comparison(value)})
 
 
-def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Table | None:
+def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str], tasks: Mapping[str, str]) -> Table | None:
     """Mean and range of every share over the results of several chains (seeds)."""
     if len(chains) < 2:
         return None
     by_stage = [entries(results, "stages") for results in chains]
     shown = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), names)
-    shares = [
-        column for column in columns_of([e for stages in by_stage for e in stages.values()]) if column.kind == SHARE
-    ]
+    all_entries = [entry for stages in by_stage for entry in stages.values()]
+    shares = [column for column in columns_of(all_entries, tasks) if column.kind == SHARE]
     rows = [
         [
             Cell(names.get(name, name)),
@@ -142,8 +146,12 @@ def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Tab
     return Table("All chains", headings, rows, (f"Mean and range; seeds: {seeds}.",))
 
 
-def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "\u2212")
+def _signed_points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "\u2212")
+
+
+def _signed_nats(loss: float) -> str:
+    return f"{loss:+.3f}".replace("-", "\u2212")
 
 
 def _spread(values: Sequence[Any]) -> Cell:

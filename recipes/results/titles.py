@@ -11,11 +11,13 @@ from typing import Any
 @dataclass(frozen=True)
 class Titles:
     """`stages`: name of a stage -> what its run is about, in the order of the chain; `places`: of results.json, such
-    as stages.sft -> whose figures they are; `comparisons`: by their names."""
+    as stages.sft -> whose figures they are; `comparisons`: by their names; `tasks`: of evaluations, in the order of
+    their columns."""
 
     stages: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
     comparisons: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     def section(self, name: str) -> dict[str, str]:
         """The titles of a section of results.json, `stages` or `reward_models`."""
@@ -39,7 +41,10 @@ def titles_of(recipe: Mapping[str, Any]) -> Titles:
                 stages[name] = stages.get(_maker(stage)) or stages.get(entry, entry)
             places.setdefault(place, stages[name])
     compared = _by_name(recipe.get("compare"))
-    return Titles(stages, places, {name: str(entry.get("title") or name) for name, entry in compared.items()})
+    comparisons = {name: str(entry.get("title") or name) for name, entry in compared.items()}
+    titled = recipe.get("task_titles")
+    tasks = {str(task): str(title) for task, title in titled.items()} if isinstance(titled, dict) else {}
+    return Titles(stages, places, comparisons, tasks)
 
 
 def _by_name(entries: Any) -> dict[str, dict[str, Any]]:

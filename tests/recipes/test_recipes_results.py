@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recipes.files import write_json, write_jsonl
 from recipes.report.report import write_report
-from recipes.results.figures import chain_results, figures, outcome_pairs, paired
+from recipes.results.figures import Outcome, chain_results, figures, outcome_pairs, paired
 from recipes.results.layout import Cell, Table, as_text
 from recipes.results.tables import headline, table_text
 from recipes.results.titles import titles_of
@@ -31,9 +31,9 @@ def test_figures_have_the_names_of_results_json() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=60))
 def test_pairing_gives_the_mean_change_and_its_error(pairs: list[tuple[float, float]]) -> None:
-    before = {row: pair[0] for row, pair in enumerate(pairs)}
-    after = {row: pair[1] for row, pair in enumerate(pairs)}
-    found = paired(before, {**after, 10**6: 1.0})
+    before = {row: Outcome(pair[0]) for row, pair in enumerate(pairs)}
+    after = {row: Outcome(pair[1]) for row, pair in enumerate(pairs)}
+    found = paired(before, {**after, 10**6: Outcome(1.0)})
     changes = [b - a for a, b in pairs]
     mean = sum(changes) / len(changes)
     spread = math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1))
@@ -87,6 +87,28 @@ def test_the_table_shows_every_figure_on_one_line_a_stage(tmp_path: Path) -> Non
     assert max(map(ord, text)) < 128
 
 
+def test_a_changed_loss_is_in_nats_and_weighs_rows_as_its_figure_does(tmp_path: Path) -> None:
+    losses = {"before": [(2.0, 30), (1.0, 10)], "after": [(1.8, 30), (1.4, 10)]}
+    for name, rows in losses.items():
+        samples = [
+            {"task": "held_out_loss", "decoding": "loss", "row": row, "value": value, "weight": weight}
+            for row, (value, weight) in enumerate(rows)
+        ]
+        write_jsonl(tmp_path / name / "samples.jsonl", samples)
+    change = outcome_pairs(tmp_path / "before", tmp_path / "after", "held_out_loss")
+    means = {name: sum(v * w for v, w in rows) / 40 for name, rows in losses.items()}
+    assert math.isclose(change["loss"]["difference"], means["after"] - means["before"], abs_tol=1e-5)
+    error = math.sqrt(2 * ((30 * -0.15) ** 2 + (10 * 0.45) ** 2)) / 40
+    assert math.isclose(change["loss"]["standard_error"], error, abs_tol=1e-5)
+    comparison = {"task": "held_out_loss", "before": "before", "after": "after", "change": change}
+    text = table_text({"gain": comparison})
+    assert re.search(r"gain +-0\.050\n.* -0\.491 to \+0\.391\n", text), text
+    assert "in nats" in text and "points" not in text
+    share = {"greedy": {"difference": 0.5, "standard_error": 0.0, "n": 2}}
+    both = table_text({"gain": comparison, "more": {**comparison, "task": "right", "change": share}})
+    assert "in nats or percentage points" in both and "+50.0" in both
+
+
 def test_page_and_terminal_show_the_same_cells(tmp_path: Path) -> None:
     entry = {
         "exact_match": 0.5,
@@ -107,7 +129,7 @@ def test_page_and_terminal_show_the_same_cells(tmp_path: Path) -> None:
         "25.0 % cut",
         "n = 100",
         "n = 90",
-        "held out loss",
+        "Held out loss",
         "1.235 nats",
         "n = 7",
         "T = 0.7",

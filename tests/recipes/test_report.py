@@ -69,6 +69,7 @@ CHAIN = {
         {"name": "eval_rl_reasoning", "results": "stages.rl_reasoning", "model": {"path": "${rl_reasoning}"}},
         {"name": "eval_rl_preference", "results": "stages.rl_preference", "title": "RL stage 2"},
     ],
+    "task_titles": {"refusal_unsafe": "Unsafe refused", "exact_match": "Exact match"},
     "compare": [{"name": "alignment_tax", "title": "Alignment tax of RL stage 2"}],
 }
 
