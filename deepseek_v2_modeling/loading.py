@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ __all__ = [
     "read_settings",
     "resolve_source",
     "save_directory",
-    "save_final",
+    "write_model",
 ]
 
 
@@ -152,27 +151,25 @@ def save_directory(
         ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
     """
     with whole_directory(out_dir) as temporary:
-        if isinstance(model, PeftModel):
-            # "auto" would do, with a warning where embeddings are adapted.
-            whole = True if adapts_embeddings(model) else "auto"
-            model.save_pretrained(str(temporary), save_embedding_layers=whole, selected_adapters=["default"])
-        else:
-            state = None
-            if dtype is not None:
-                wanted = getattr(torch, dtype)
-                state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-            model.save_pretrained(str(temporary), state_dict=state)
-            if dtype is not None:
-                path = temporary / "config.json"
-                config = json.loads(path.read_text(encoding="utf-8"))
-                path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-        save_tokenizer(tokenizer, temporary)
+        write_model(model, tokenizer, temporary, dtype)
 
 
-def save_final(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, dtype: str | None = None
+def write_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str | None = None
 ) -> None:
-    """`save_directory` for a run's final/; the reference adapter of RL ("ref") is not part of it."""
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    save_directory(model, tokenizer, out_dir, dtype)
+    """The files of `save_directory`, into a directory that is there. RL's reference adapter ("ref") is left out."""
+    if isinstance(model, PeftModel):
+        # "auto" would do, with a warning where embeddings are adapted.
+        whole = True if adapts_embeddings(model) else "auto"
+        model.save_pretrained(str(directory), save_embedding_layers=whole, selected_adapters=["default"])
+    else:
+        state = None
+        if dtype is not None:
+            wanted = getattr(torch, dtype)
+            state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.save_pretrained(str(directory), state_dict=state)
+        if dtype is not None:
+            path = directory / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, directory)

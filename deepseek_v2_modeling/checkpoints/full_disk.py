@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ModelError
 
-UNFINISHED = ".unfinished"  # directories are written in here, then moved to their name
+UNFINISHED = ".unfinished"  # the Trainer writes checkpoints in here; they are moved to their name when complete
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What safetensors (Rust) says of such an error, and what torch.save says of any write that failed.
 _WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")

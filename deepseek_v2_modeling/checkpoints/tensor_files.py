@@ -215,8 +215,10 @@ def check_space(out_dir: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(out_dir: Path) -> Iterator[Path]:
+def whole_directory(out_dir: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary directory beside out_dir that becomes out_dir when the block ends well.
+
+    replace: whether an older out_dir goes then; else there must be none.
 
     When the block fails, the temporary directory goes. A kill leaves it behind, under a name that begins with a dot;
     the next try removes it.
@@ -225,7 +227,8 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
         ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
     """
     out_dir = out_dir.absolute()
-    check_output(out_dir)
+    if not replace:
+        check_output(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -236,7 +239,7 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
             _sync(path)
         _sync(temporary)
         if out_dir.is_dir():
-            out_dir.rmdir()
+            shutil.rmtree(out_dir)
         temporary.replace(out_dir)
         _sync(out_dir.parent)
     except Exception as error:  # safetensors and tokenizers raise what they like when they cannot write

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, full_disk_explained
-from ..checkpoints.tensor_files import follow_umask
+from ..checkpoints.tensor_files import follow_umask, whole_directory
 from ..checkpoints.tokenizer_files import save_tokenizer
 from ..errors import ModelError
 from ..esft.full_weights import load_trained, save_trained
-from ..loading import save_final
+from ..loading import write_model
 from .checksums import write_sums
 from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, read_json, write_json
 
@@ -120,20 +120,12 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         folder = self.run_dir / "final"
         self.model.config.use_cache = True  # the Trainer turned it off, and it would be saved so
         if self.args.should_save:
-            with self.full_disk_explained():
-                self._write_final(folder, dtype, beside or {})
+            with self.full_disk_explained(), whole_directory(folder, replace=True) as unfinished:
+                write_model(self.model, self.processing_class, unfinished, dtype)
+                for name, content in (beside or {}).items():
+                    write_json(unfinished / name, content)
         self.accelerator.wait_for_everyone()
         return folder
-
-    def _write_final(self, folder: Path, dtype: str, beside: dict[str, Any]) -> None:
-        unfinished = folder.parent / UNFINISHED / folder.name
-        save_final(self.model, self.processing_class, unfinished, dtype=dtype)
-        for name, content in beside.items():
-            write_json(unfinished / name, content)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-        shutil.rmtree(unfinished.parent)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

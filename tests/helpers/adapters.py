@@ -12,7 +12,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
 from deepseek_v2_modeling import lora_config
 from deepseek_v2_modeling.checkpoints.adapter_config import CONFIG, WEIGHTS
-from deepseek_v2_modeling.loading import load_base, save_final
+from deepseek_v2_modeling.loading import load_base, save_directory
 
 from .models import logits_of, random_adapter, random_ids, small_model, tokenizer
 
@@ -30,7 +30,7 @@ def make_base(directory: Path, max_shard_size: str = "5GB", **changes: Any) -> P
 def make_adapter(directory: Path, base: Path, targets: Iterable[str] = EVERYWHERE, **settings: Any) -> torch.Tensor:
     """Writes a random adapter on the base; returns the logits that it gives in our model."""
     model = random_adapter(load_base(str(base)), lora_config(targets, **{"r": 2, "alpha": 3, **settings}))
-    save_final(model, tokenizer(), directory)
+    save_directory(model, tokenizer(), directory)
     return logits_of(model, IDS)
 
 

@@ -23,6 +23,7 @@ import torch
 import yaml
 
 import sft.stage
+from deepseek_v2_modeling.checkpoints import tensor_files
 from deepseek_v2_modeling.training import checkpoints as trainer_checkpoints
 from recipes.cli import main as dsv2
 from sft.trainer import ChatTrainer
@@ -102,7 +103,7 @@ MOMENTS: dict[str, tuple[str, Patch, int]] = {
     "in a save": ("packed", killed_at(ChatTrainer, "_save_rng_state", 2), KILLED),
     "before the old checkpoint goes": ("mixed", killed_at(trainer_checkpoints, "remove_old_checkpoints", 2), KILLED),
     "between epochs": ("packed", killed_at(ChatTrainer, "log", 2, after=True, when=_is_evaluation), KILLED),
-    "in writing final": ("mixed", killed_at(trainer_checkpoints, "save_final", 1, after=True), KILLED),
+    "in writing final": ("mixed", killed_at(tensor_files, "follow_umask", 1), KILLED),
     "SIGTERM": ("mixed", killed_at(ChatTrainer, "training_step", 9, by=signal.SIGTERM), 130),
     "Ctrl-C": ("mixed", killed_at(ChatTrainer, "training_step", 14, by=signal.SIGINT), 130),
 }

@@ -19,7 +19,7 @@ from deepseek_v2_modeling.loading import (
     load_model,
     prepare_trainable,
     read_adapter,
-    save_final,
+    save_directory,
 )
 
 from ..helpers.models import logits_of, random_adapter, random_ids, small_model, tokenizer
@@ -38,7 +38,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     """As SFT leaves it: adapter and tokenizer."""
-    save_final(random_adapter(load_base(str(base)), LORA.config("CAUSAL_LM")), tokenizer(), tmp_path / "adapter")
+    save_directory(random_adapter(load_base(str(base)), LORA.config("CAUSAL_LM")), tokenizer(), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -196,7 +196,7 @@ def test_peft_does_not_load_pairs_of_each_expert(base: Path, adapter: Path, tmp_
 
 
 def test_adapted_embeddings_are_saved_without_a_warning(base: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder):
-    save_final(apply_lora(load_base(str(base)), lora_config("lm_head", r=2)), tokenizer(), tmp_path / "adapter")
+    save_directory(apply_lora(load_base(str(base)), lora_config("lm_head", r=2)), tokenizer(), tmp_path / "adapter")
     load_adapter(load_base(str(base)), tmp_path / "adapter")
     assert not [w for w in recwarn if "save_embedding_layers" in str(w.message)]
     assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -225,7 +225,7 @@ def test_reward_model_starts_from_the_sft_adapter(base: Path, adapter: Path, tmp
         for name, parameter in model.named_parameters():
             if name in trained:
                 parameter.add_(0.05)
-    save_final(model, tokenizer(), tmp_path / "reward")
+    save_directory(model, tokenizer(), tmp_path / "reward")
     assert read_adapter_config(tmp_path / "reward")["task_type"] == "SEQ_CLS"
     again = load_model(ModelSource(str(base), read_adapter(tmp_path / "reward")), head="score")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
@@ -245,7 +245,7 @@ def test_reward_model_without_its_head(base: Path, adapter: Path, tmp_path: Path
     """Once it is a reward model, the head is a tensor like any other."""
     source = ModelSource(str(base), read_adapter(adapter))
     model = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "merged", head="score")
-    save_final(model, tokenizer(), tmp_path / "reward")
+    save_directory(model, tokenizer(), tmp_path / "reward")
     name = next(key for key in load_file(tmp_path / "reward" / "adapter_model.safetensors") if "score" in key)
     edit(tmp_path / "reward", drop=name)
     with pytest.raises(ModelError, match=re.escape(name)):

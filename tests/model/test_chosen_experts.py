@@ -22,7 +22,7 @@ from deepseek_v2_modeling.loading import (
     load_model,
     prepare_trainable,
     resolve_source,
-    save_final,
+    save_directory,
 )
 
 from ..helpers.models import logits_of, random_ids, shake, small_config, small_model, stock_twin, tokenizer
@@ -175,7 +175,7 @@ def test_lora_memory_is_the_chosen_experts(base: Path) -> None:
 def test_saved_adapter_in_stock_and_back(base: Path, tmp_path: Path) -> None:
     model = shaken(base)
     wanted = logits_of(model, IDS)
-    save_final(model, tokenizer(), tmp_path / "a")
+    save_directory(model, tokenizer(), tmp_path / "a")
     stock = PeftModel.from_pretrained(stock_twin(base), str(tmp_path / "a")).eval()
     torch.testing.assert_close(logits_of(stock, IDS), wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(wanted, logits_of(load_base(str(base)).eval(), IDS), atol=1e-3)
@@ -221,7 +221,7 @@ def test_merging_in_memory_and_switches(base: Path) -> None:
 def test_an_adapter_goes_on_with_its_experts_only(
     base: Path, tmp_path: Path, later: ExpertChoice | None, goes_on: bool
 ) -> None:
-    save_final(shaken(base), tokenizer(), tmp_path / "a")
+    save_directory(shaken(base), tokenizer(), tmp_path / "a")
     source = resolve_source(tmp_path / "a")
     wanted = logits_of(load_model(source), IDS)
     model: Any = prepare_trainable(source, lora=LORA, experts=later, merge_dir=tmp_path / "merged")
@@ -230,7 +230,7 @@ def test_an_adapter_goes_on_with_its_experts_only(
     if goes_on:
         assert get_peft_model_state_dict(model)[_some_factor(model)].any()
     full = prepare_trainable(source, lora=LORA, merge_dir=tmp_path / "m")
-    save_final(full, tokenizer(), tmp_path / "full")  # an adapter of all experts is taken up by all only
+    save_directory(full, tokenizer(), tmp_path / "full")  # an adapter of all experts is taken up by all only
     prepare_trainable(resolve_source(tmp_path / "full"), lora=LORA, merge_dir=tmp_path / "full-merged")
     assert not (tmp_path / "full-merged").exists()
 
@@ -297,7 +297,7 @@ def test_full_training_leaves_every_other_weight_bit_identical(base: Path, tmp_p
     model = chosen_full(base, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         train_steps(model)
-    save_final(model, tokenizer(), tmp_path / "final", dtype)
+    save_directory(model, tokenizer(), tmp_path / "final", dtype)
     before = load_base(str(base), dtype=dtype).state_dict()
     after = load_base(str(tmp_path / "final"), dtype=dtype).state_dict()
     assert before.keys() == after.keys()
@@ -425,7 +425,7 @@ def test_no_file_and_no_experts_among_the_targets(base: Path, tmp_path: Path) ->
 
 
 def test_the_others_are_zeros_on_disk(base: Path, tmp_path: Path) -> None:
-    save_final(shaken(base), tokenizer(), tmp_path / "a")
+    save_directory(shaken(base), tokenizer(), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     name = next(n for n in tensors if "layers.1.mlp.experts.lora_B" in n)
     live = expert_stack(name, tensors[name]).flatten(1).any(1).nonzero().flatten().tolist()

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, ModelError
+from deepseek_v2_modeling.checkpoints.tensor_files import whole_directory
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,
@@ -20,7 +21,8 @@ from deepseek_v2_modeling.loading import (
     prepare_trainable,
     read_adapter,
     resolve_source,
-    save_final,
+    save_directory,
+    write_model,
 )
 
 from ..helpers.models import logits_of, random_adapter, random_ids, shake, small_model, stock_twin, tokenizer
@@ -30,7 +32,7 @@ LORA = LoraSettings(targets=("attention", "experts"), r=2)
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    save_final(small_model(), tokenizer(), tmp_path / "base")
+    save_directory(small_model(), tokenizer(), tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -39,7 +41,7 @@ def run(base: Path, tmp_path: Path) -> Path:
     """A finished run of SFT with LoRA, with a checkpoint."""
     model = random_adapter(load_base(str(base)), LORA.config("CAUSAL_LM"))
     for name in ("final", "checkpoint-2"):
-        save_final(model, tokenizer(), tmp_path / "run" / name)
+        save_directory(model, tokenizer(), tmp_path / "run" / name)
     (tmp_path / "run" / "manifest.json").write_text("{}")
     return tmp_path / "run"
 
@@ -58,7 +60,7 @@ def test_run_final_and_adapter(base: Path, run: Path):
 
 
 def test_run_of_full_fine_tuning(tmp_path: Path):
-    save_final(small_model(), tokenizer(), tmp_path / "run" / "final")
+    save_directory(small_model(), tokenizer(), tmp_path / "run" / "final")
     assert resolve_source(tmp_path / "run") == ModelSource(str(tmp_path / "run" / "final"))
 
 
@@ -187,7 +189,7 @@ def test_other_settings_merge_first(run: Path, tmp_path: Path, lora: LoraSetting
 # To a directory
 
 
-def test_save_final_of_an_adapter(run: Path, base: Path, tmp_path: Path):
+def test_an_adapter_replaces_an_older_final(run: Path, base: Path, tmp_path: Path):
     """The frozen reference of RL is not saved, and an older final/ is replaced whole."""
     model = prepare_trainable(resolve_source(run), lora=LORA, merge_dir=tmp_path / "m")
     assert isinstance(model, PeftModel)
@@ -195,7 +197,8 @@ def test_save_final_of_an_adapter(run: Path, base: Path, tmp_path: Path):
     shake(model, seed=9, adapter="ref")
     shake(model, seed=10)
     (run / "final" / "left over").write_text("")
-    save_final(model, tokenizer(), run / "final")
+    with whole_directory(run / "final", replace=True) as folder:
+        write_model(model, tokenizer(), folder)
     assert not (run / "final" / "left over").exists() and not (run / "final" / "ref").exists()
     assert not any("ref" in name for name in load_file(run / "final" / "adapter_model.safetensors"))
     ids = random_ids(2, 6)
@@ -203,10 +206,10 @@ def test_save_final_of_an_adapter(run: Path, base: Path, tmp_path: Path):
     assert not list(run.glob(".*"))
 
 
-def test_save_final_in_another_dtype(tmp_path: Path):
+def test_save_directory_in_another_dtype(tmp_path: Path):
     """Full fine-tuning trains in float32 and writes what the recipe says."""
     model, ids = small_model(), random_ids(1, 6)
-    save_final(model, tokenizer(), tmp_path / "final", dtype="bfloat16")
+    save_directory(model, tokenizer(), tmp_path / "final", dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / "final" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "final" / "config.json").read_text())["dtype"] == "bfloat16"
     assert model.dtype == torch.float32

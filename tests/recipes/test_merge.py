@@ -24,7 +24,7 @@ from deepseek_v2_modeling.loading import (
     load_base,
     load_model,
     prepare_trainable,
-    save_final,
+    save_directory,
 )
 
 from ..helpers.adapters import EVERYWHERE, IDS, edit_config, edit_tensors, make_adapter, make_base, stock_adapter
@@ -172,7 +172,7 @@ def test_reward_model(base: Path, tmp_path: Path):
     lora = LoraSettings(targets=("attention", "experts"), r=2)
     model: Any = prepare_trainable(source, lora=lora, merge_dir=tmp_path / "m", head="score").eval()
     shake(model, 5)
-    save_final(model, tokenizer(), tmp_path / "reward")
+    save_directory(model, tokenizer(), tmp_path / "reward")
     (tmp_path / "reward" / "reward_stats.json").write_text("{}")
     report = merge_lora(tmp_path / "reward", tmp_path / "merged")
     assert report.left_out == ("lm_head.weight",) and report.replaced == 1
@@ -333,7 +333,7 @@ def test_memory_is_at_most_twice_the_largest_shard(base: Path, adapter: Path, tm
     assert sum(sizes) > 1e8 and len(sizes) > 2
     config = lora_config(("attention", "experts", "dense"), r=4)
     model: Any = random_adapter(load_base(str(big)), config)
-    save_final(model, tokenizer(), tmp_path / "large")
+    save_directory(model, tokenizer(), tmp_path / "large")
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(adapter), str(tmp_path / "large"), str(tmp_path / "out")],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
