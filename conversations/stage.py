@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations.answers.reward_stats import RewardStats
+from conversations.run_files import FINAL
 from conversations.sections import Head, StageRecipe
-
-FINAL = "final"  # in a run directory: the model that the run trained
-
 
 SMOKE_TRAINING = {  # of every stage that trains
     "per_device_train_batch_size": 1,

@@ -21,6 +21,7 @@ from conversations.answers.usable_rows import (
     unreadable_reference,
 )
 from conversations.row import Refuse
+from conversations.run_files import RESULTS, SAMPLES
 from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
@@ -162,9 +163,9 @@ STAGE = Stage(
     help="measure a model",
     title="evaluation",
     run="eval.stage:run",
-    result="results.json",
+    result=RESULTS,
     measures=True,
-    continues="samples.jsonl",
-    writes=("samples.jsonl",),
+    continues=SAMPLES,
+    writes=(SAMPLES,),
     smoke=(Shrink("tasks", {"batch_size": 1, "max_new_tokens": 16, "limit": 2}),),
 )

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_v2_modeling.training import SAMPLES_FILE, read_lines, write_lines
+from conversations.run_files import SAMPLES
+from deepseek_v2_modeling.training import read_lines, write_lines
 
 Sample = dict[str, Any]
 Place = tuple[str, str, int]  # task, way of decoding, number of the row
@@ -20,15 +21,15 @@ def place_of(sample: Mapping[str, Any]) -> Place:
 
 def file_of(run_dir: Path, process: int) -> Path:
     """The file that a process appends to; the first one's is the result."""
-    path = run_dir / SAMPLES_FILE
+    path = run_dir / SAMPLES
     return path if process == 0 else path.with_name(f"{path.stem}.{process}{path.suffix}")
 
 
 def gather_samples(run_dir: Path) -> None:
     """Puts the samples of all processes of an evaluation that was killed into samples.jsonl, each of them once."""
-    parts = [run_dir / SAMPLES_FILE, *_parts(run_dir)]
+    parts = [run_dir / SAMPLES, *_parts(run_dir)]
     samples = [sample for part in parts for sample in read_lines(part) if {"task", "decoding", "row"} <= sample.keys()]
-    write_lines(run_dir / SAMPLES_FILE, {place_of(sample): sample for sample in samples}.values())
+    write_lines(run_dir / SAMPLES, {place_of(sample): sample for sample in samples}.values())
     remove_parts(run_dir)
 
 
@@ -40,15 +41,15 @@ def remove_parts(run_dir: Path) -> None:
 
 def kept_samples(run_dir: Path) -> dict[Place, Sample]:
     """The samples in samples.jsonl, by their place."""
-    return {place_of(sample): sample for sample in read_lines(run_dir / SAMPLES_FILE)}
+    return {place_of(sample): sample for sample in read_lines(run_dir / SAMPLES)}
 
 
 def finish_task(run_dir: Path, task: str, samples: Sequence[Sample]) -> None:
     """Puts the samples of a task, in their order, in place of what its processes wrote, behind those of other tasks."""
-    path = run_dir / SAMPLES_FILE
+    path = run_dir / SAMPLES
     write_lines(path, [*(sample for sample in read_lines(path) if sample.get("task") != task), *samples])
 
 
 def _parts(run_dir: Path) -> list[Path]:
-    path = run_dir / SAMPLES_FILE
+    path = run_dir / SAMPLES
     return sorted(run_dir.glob(f"{path.stem}.*{path.suffix}"))

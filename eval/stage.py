@@ -19,9 +19,10 @@ from conversations.answers.rules import check_reference
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.row import Row
+from conversations.run_files import SAMPLES
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
-from deepseek_v2_modeling.training import SAMPLES_FILE, append_lines, cut_file
+from deepseek_v2_modeling.training import append_lines, cut_file
 from eval.config import EvalRecipe, EvalTask, decoding_name
 from eval.decoding import adjustment, obeyed
 from eval.samples import (
@@ -121,7 +122,7 @@ def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sampl
         if resume:
             gather_samples(run_dir)
         else:
-            cut_file(run_dir / SAMPLES_FILE, 0)
+            cut_file(run_dir / SAMPLES, 0)
             remove_parts(run_dir)
     state.wait_for_everyone()
     kept = kept_samples(run_dir)

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from conversations.answers.usable_rows import no_pair, other_verdict
 from conversations.row import Refuse
+from conversations.run_files import METRICS
 from conversations.sections import SupervisedRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
@@ -35,7 +36,7 @@ STAGE = Stage(
         rehearsal="reward.stage:rehearsal",
     ),
     encode="reward.data:encoder",
-    writes=("metrics.jsonl",),
+    writes=(METRICS,),
     signs=("margin", "eval_margin"),
     smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
 )

@@ -11,11 +11,12 @@ import datasets
 from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
-from conversations.answers.reward_stats import STATS_FILE, RewardStats
+from conversations.answers.reward_stats import RewardStats
 from conversations.rendering.lengths import LengthReport
+from conversations.run_files import REJECTED, REWARD_STATS
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import score_sequences
-from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, RunTrainerMixin, append_lines, training_arguments
+from deepseek_v2_modeling.training import RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
 from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
@@ -75,7 +76,7 @@ def train(
     if trainer.is_world_process_zero():
         print(f"reward: {report.summary(max_length)}", file=sys.stderr)
         if resume_from is None:
-            append_lines(run_dir / REJECTED_FILE, report.rejected)
+            append_lines(run_dir / REJECTED, report.rejected)
     output = trainer.train(resume_from)
     scorer = trained_scorer(trainer, tokenizer, max_length)
     stats = score_stats(scorer, random.Random(recipe.seed).sample(rows, min(STATS_ROWS, len(rows))))
@@ -87,7 +88,7 @@ def train(
         "reward_stats": stats,
         **judge_rows(scorer, eval_rows),
     }
-    trainer.finish(recipe.model.dtype, {STATS_FILE: stats})
+    trainer.finish(recipe.model.dtype, {REWARD_STATS: stats})
     return metrics
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from conversations.answers.usable_rows import Row, first_of, no_question, unreadable_reference
 from conversations.row import Refuse
+from conversations.run_files import METRICS, SAMPLES
 from conversations.sections import ModelUse, RowList, Section, TrainingRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
@@ -131,7 +132,7 @@ STAGE = Stage(
         row_uses=("num_generations", "num_iterations"),
         check_rows="rl.stage:check_rows",
     ),
-    writes=("metrics.jsonl", "samples.jsonl"),
+    writes=(METRICS, SAMPLES),
     signs=("reward", "kl"),
     smoke=(
         Shrink(

@@ -17,10 +17,10 @@ from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
 from conversations.row import Row
+from conversations.run_files import SAMPLES
 from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.training import (
     IGNORED,
-    SAMPLES_FILE,
     RunTrainerMixin,
     append_lines,
     score_labels,
@@ -203,7 +203,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         every = max(1, self.state.max_steps // SAMPLED_STEPS)
         due = self.state.global_step % every == 0 or self.state.global_step in (1, self.state.max_steps)
         if "loss" in logs and due and self.unwritten and self.is_world_process_zero():
-            append_lines(self.run_dir / SAMPLES_FILE, self._samples())
+            append_lines(self.run_dir / SAMPLES, self._samples())
             self.unwritten = False
 
     def _samples(self) -> list[Row]:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from conversations.answers.usable_rows import no_answer
 from conversations.row import Refuse
+from conversations.run_files import METRICS, SAMPLES
 from conversations.sections import SupervisedRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
@@ -45,7 +46,7 @@ STAGE = Stage(
     ),
     encode="sft.data:encoder",
     marks_tokens=True,
-    writes=("metrics.jsonl", "samples.jsonl"),
+    writes=(METRICS, SAMPLES),
     signs=("loss", "eval_loss"),
     smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
 )

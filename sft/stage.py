@@ -13,8 +13,9 @@ from trl.trainer.sft_config import SFTConfig
 
 from conversations.rendering.lengths import LengthReport
 from conversations.row import Row
+from conversations.run_files import REJECTED
 from conversations.stage import Work
-from deepseek_v2_modeling.training import REJECTED_FILE, RunLimits, append_lines, training_arguments
+from deepseek_v2_modeling.training import RunLimits, append_lines, training_arguments
 from sft.config import SftRecipe
 from sft.data import check_row, encode_rows
 from sft.trainer import ChatTrainer
@@ -69,7 +70,7 @@ def train(
     )
     if trainer.is_world_process_zero():
         max_length = recipe.training.get("max_length", SFTConfig.max_length)
-        _tell(reports, max_length, None if resume_from else run_dir / REJECTED_FILE)
+        _tell(reports, max_length, None if resume_from else run_dir / REJECTED)
     output = trainer.train(resume_from)
     counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
     metrics: dict[str, Any] = {**counted, **reports[""].as_metrics()}

@@ -13,8 +13,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text, split_prompt
 from conversations.row import Row
+from conversations.run_files import SAMPLES
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training import IGNORED, SAMPLES_FILE, RunTrainerMixin, append_lines, trains_adapted_head
+from deepseek_v2_modeling.training import IGNORED, RunTrainerMixin, append_lines, trains_adapted_head
 from sft.data import origins_of
 
 
@@ -131,7 +132,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
             }
             for (prompt, reference), text in zip(self.probes, texts, strict=True)
         ]
-        append_lines(self.run_dir / SAMPLES_FILE, lines)
+        append_lines(self.run_dir / SAMPLES, lines)
 
 
 def documents_of(inputs: Any) -> Iterator[list[int]]:

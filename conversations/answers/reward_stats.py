@@ -8,11 +8,10 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
 from conversations.errors import ToolkitError
+from conversations.run_files import REWARD_STATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-STATS_FILE = "reward_stats.json"  # in a reward model's final/
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RewardStats:
         Raises:
             ToolkitError: it is missing, or damaged.
         """
-        path = folder / STATS_FILE
+        path = folder / REWARD_STATS
         if not path.is_file():
             raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
         try:

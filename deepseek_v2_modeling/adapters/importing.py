@@ -12,7 +12,15 @@ from safetensors import safe_open
 from ..checkpoints.adapter_config import WEIGHTS, is_adapter
 from ..checkpoints.finite import check_finite
 from ..checkpoints.hub_layout import hub_layout
-from ..checkpoints.sources import AdapterSource, Head, base_directory, copy_side_files, read_adapter, read_model_config
+from ..checkpoints.sources import (
+    FINAL,
+    AdapterSource,
+    Head,
+    base_directory,
+    copy_side_files,
+    read_adapter,
+    read_model_config,
+)
 from ..checkpoints.tensor_files import (
     DTYPES,
     Progress,
@@ -112,7 +120,7 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     Raises:
         ModelError: no adapter, or no base.
     """
-    directory = path / "final" if (path / "final").is_dir() else path
+    directory = path / FINAL if (path / FINAL).is_dir() else path
     if not is_adapter(directory):
         raise ModelError(f"{directory}: there is no adapter here (adapter_config.json)")
     source = read_adapter(directory)

@@ -73,9 +73,15 @@ def _room(run_dir: Path) -> int:
 
 
 def whole_checkpoints(run_dir: Path) -> str:
-    """ "checkpoint-20 is whole", or that there is none yet."""
-    newest = max(run_dir.glob("checkpoint-*"), key=checkpoint_step, default=None)
-    return "there is no checkpoint yet" if newest is None else f"{newest.name} is complete"
+    """ "checkpoint-20 is complete", or that there is none yet."""
+    checkpoints = checkpoints_of(run_dir)
+    return f"{checkpoints[-1].name} is complete" if checkpoints else "there is no checkpoint yet"
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The directories of a run that are named checkpoint-N, by their steps."""
+    folders = run_dir.glob("checkpoint-*")
+    return sorted((folder for folder in folders if checkpoint_step(folder) >= 0), key=checkpoint_step)
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -25,11 +25,13 @@ from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_t
 
 Head = Literal["causal_lm", "score"]
 TASKS: dict[Head, str] = {"causal_lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # PEFT's task_type
+# Of a run directory; with MANIFEST and without FINAL the run has not finished.
+FINAL, MANIFEST, REWARD_STATS = "final", "manifest.json", "reward_stats.json"
 # Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "reward_stats.json",
+    "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", TEMPLATE, "chat_template.json", "generation_config.json",
+    REWARD_STATS,
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _OURS = re.compile(r"final|base|checkpoint-\d+|epoch[-_]\d+|step[-_]\d+")  # directories of runs, ours and others'
@@ -116,11 +118,11 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         if is_hub_name(path):
             return ModelSource(os.fspath(path))  # or a mistyped path: loading tells
         raise ModelError(f"{path}: there is no such directory; make a model with `dsv2 init {path} --preset tiny`")
-    if (directory / "final").is_dir():
-        directory = directory / "final"
-    elif stages := sorted(final.parent.name for final in directory.glob("*/final")):
+    if (directory / FINAL).is_dir():
+        directory = directory / FINAL
+    elif stages := sorted(final.parent.name for final in directory.glob(f"*/{FINAL}")):
         raise ModelError(f"{path} is a chain's directory: name one of its stages, such as {directory / stages[0]}")
-    elif (directory / "manifest.json").is_file():
+    elif (directory / MANIFEST).is_file():
         raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
     if (directory / CONFIG).is_file():
         adapter = read_adapter(directory)
@@ -218,8 +220,8 @@ def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
     """Tokenizer and template of the adapter where it has its own, else the base's; reward statistics of the adapter
     only, whose head they belong to; the rest from where it is."""
     places = [own] if base is None else [own, base]
-    with_tokenizer = [place for place in places if (place / "tokenizer_config.json").is_file()][:1]
-    own_places = {"generation_config.json": places, "reward_stats.json": [own]}
+    with_tokenizer = [place for place in places if (place / TOKENIZER_CONFIG).is_file()][:1]
+    own_places = {"generation_config.json": places, REWARD_STATS: [own]}
     for name in SIDE_FILES:
         found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
         if found:

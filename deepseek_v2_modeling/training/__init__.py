@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.blockwise_loss import IGNORED
-from .run_files import REJECTED_FILE, SAMPLES_FILE, append_lines, cut_file, read_lines, write_lines
+from .run_files import append_lines, cut_file, read_lines, write_lines
 
 if TYPE_CHECKING:
     from .adapted_head import score_labels, trains_adapted_head
@@ -28,8 +28,6 @@ _HOMES = {
 
 __all__ = [
     "IGNORED",
-    "REJECTED_FILE",
-    "SAMPLES_FILE",
     "RunLimits",
     "RunTrainerMixin",
     "StopRequested",

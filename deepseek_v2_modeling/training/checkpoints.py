@@ -1,5 +1,6 @@
 """Checkpoints and final/ that are whole under their names; going on from a checkpoint to the same numbers."""
 
+import json
 import os
 import shutil
 import sys
@@ -11,17 +12,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, full_disk_explained
+from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, checkpoints_of, full_disk_explained
+from ..checkpoints.sources import FINAL
 from ..checkpoints.tensor_files import follow_umask, whole_directory
 from ..checkpoints.tokenizer_files import save_tokenizer
 from ..errors import ModelError
 from ..esft.full_weights import load_trained, save_trained
 from ..loading import write_model
 from .checksums import write_sums
-from .run_files import METRICS_FILE, SAMPLES_FILE, cut_file, read_json, write_json
+from .run_files import METRICS_FILE, SAMPLES_FILE, TRAINER_STATE_FILE, cut_file, write_json
 
 RUN_STATE_FILE = "run_state.json"
-TRAINER_STATE_FILE = "trainer_state.json"
 GROWING = (METRICS_FILE, SAMPLES_FILE)
 
 
@@ -61,7 +62,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         """Leaves in the run directory what was there when the checkpoint was written, without one nothing."""
         sizes: dict[str, int] = {}
         if resume is not None:
-            saved = read_json(resume / RUN_STATE_FILE)
+            saved = _run_state(resume)
             sizes = saved["files"]
             self.seconds_before = saved["seconds"]
             self.skipped_updates = saved["skipped_updates"]
@@ -79,7 +80,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
 
     def already_trained(self, checkpoint: Path) -> TrainOutput | None:
         """Where training had ended with this checkpoint (the Trainer would go one step too far): only load it."""
-        if not read_json(checkpoint / RUN_STATE_FILE)["ended"]:
+        if not _run_state(checkpoint)["ended"]:
             return None
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
         state.is_world_process_zero, state.is_local_process_zero = (
@@ -104,7 +105,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         self.logged_step = self.state.global_step
 
     def full_disk_explained(self) -> Any:
-        """Around what writes to the run directory; see trainer_disk.py."""
+        """Around what writes to the run directory; see checkpoints/full_disk.py."""
         return full_disk_explained(self.run_dir, lambda: checkpoint_bytes(self.model, getattr(self, "optimizer", None)))
 
     def finish(self, dtype: str, beside: dict[str, Any] | None = None) -> Path:
@@ -117,7 +118,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         Returns:
             Its path, once it is there for every process.
         """
-        folder = self.run_dir / "final"
+        folder = self.run_dir / FINAL
         self.model.config.use_cache = True  # the Trainer turned it off, and it would be saved so
         if self.args.should_save:
             with self.full_disk_explained(), whole_directory(folder, replace=True) as unfinished:
@@ -211,6 +212,11 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         self.accelerator.wait_for_everyone()
 
 
+def _run_state(checkpoint: Path) -> dict[str, Any]:
+    """What `_publish` has written."""
+    return json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
+
+
 def _tell_of_lost_lines(path: Path, size: int) -> None:
     """Say that a file has become shorter than it was at the checkpoint: training is the same, its record is not."""
     there = path.stat().st_size if path.is_file() else 0
@@ -226,8 +232,8 @@ def remove_old_checkpoints(run_dir: Path, limit: int | None, best: str | None) -
     """Keeps the newest `limit` checkpoints and the best one; None keeps all."""
     if limit is None:
         return
-    found = sorted((path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0), key=checkpoint_step)
-    for path in found[: max(0, len(found) - limit)]:
+    checkpoints = checkpoints_of(run_dir)
+    for path in checkpoints[: max(0, len(checkpoints) - limit)]:
         if best is None or path.name != Path(best).name:
             # Under its own name a directory is whole: rename before taking it apart.
             doomed = path.with_name(f".{path.name}.old")

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.full_disk import checkpoint_step
+from ..checkpoints.full_disk import checkpoint_step, checkpoints_of
 from ..errors import ModelError
-from .run_files import write_json
+from .run_files import TRAINER_STATE_FILE, write_json
 
 SUMS_FILE = "checksums.json"
 _CHUNK = 1 << 22
@@ -64,14 +64,13 @@ def check_whole(checkpoint: Path, best: bool = False) -> None:
 
 
 def _older(checkpoint: Path) -> list[Path]:
-    """The other checkpoints of a run, newest first."""
-    steps = {folder: checkpoint_step(folder) for folder in checkpoint.parent.glob("checkpoint-*")}
-    older = [folder for folder, step in steps.items() if 0 <= step < checkpoint_step(checkpoint)]
-    return sorted(older, key=lambda folder: -steps[folder])
+    """The checkpoints of the run before this one, newest first."""
+    newest_first = reversed(checkpoints_of(checkpoint.parent))
+    return [folder for folder in newest_first if checkpoint_step(folder) < checkpoint_step(checkpoint)]
 
 
 def _best(checkpoint: Path) -> Path | None:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     step = state.get("best_global_step")
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
 

@@ -1,4 +1,4 @@
-"""The files of a run directory that grow line by line: metrics.jsonl, samples.jsonl and rejected.jsonl."""
+"""The files of a run directory that grow line by line, and JSON files."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from ..errors import ModelError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-REJECTED_FILE = "rejected.jsonl"
+TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint, the Trainer's
 
 
 def _plain(value: Any) -> Any:
@@ -100,8 +100,3 @@ def _write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))

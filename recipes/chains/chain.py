@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.run_files import RECIPE, RESULTS
 from conversations.sections import StageRecipe
 from recipes.chains.plan import check_stages, resolve_stage
 from recipes.chains.references import References
@@ -23,7 +24,7 @@ from recipes.recipe.yaml_text import read_mapping
 from recipes.results.figures import chain_results, outcome_pairs
 from recipes.results.tables import table_text
 from recipes.results.titles import titles_of
-from recipes.runs.directory import RECIPE, RESULTS, dump_text, is_finished
+from recipes.runs.directory import dump_text, is_finished
 from recipes.runs.manifest import new_manifest, read_manifest, write_manifest
 from recipes.runs.stage import run_stage
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.run_files import CHAIN_STATE
 from conversations.sections import StageRecipe
 from recipes.data.sources import source_hash
 from recipes.files import file_sha256, read_json, write_json
 from recipes.processes import is_main
 from recipes.recipe.loader import Loaded
 
-STATE = "chain.json"
 _SMALL = 1 << 20
 
 
@@ -27,15 +27,15 @@ class ChainState:
     @classmethod
     def read(cls, output: Path) -> "ChainState":
         """The state of a chain's directory; empty when there is none."""
-        found = read_json(output / STATE)
+        found = read_json(output / CHAIN_STATE)
         stages = found.get("stages") if isinstance(found, dict) else None
         whole = isinstance(stages, dict) and all(
             isinstance(entry, dict) and {"fingerprint", "status", "metrics"} <= entry.keys()
             for entry in stages.values()
         )
         if found is not None and not whole:
-            raise ToolkitError(f"{output / STATE}: stages is damaged; put the file back, or move it away")
-        return cls(output / STATE, stages or {})
+            raise ToolkitError(f"{output / CHAIN_STATE}: stages is damaged; put the file back, or move it away")
+        return cls(output / CHAIN_STATE, stages or {})
 
     def begin(self, name: str, fingerprint: str) -> None:
         """A stage that starts, or goes on."""

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from conversations.errors import ToolkitError
+from conversations.run_files import REPORT
 from recipes.files import write_text
 from recipes.html import render_page
 from recipes.lock import hold_path
@@ -70,7 +71,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """
     if not runs:
         raise ToolkitError("no run to report on; pass the output_dir of a stage or of a chain")
-    target = out if out is not None else runs[0] / "report.html"
+    target = out if out is not None else runs[0] / REPORT
     if target.is_dir():
         raise ToolkitError(f"{target} is a directory; pass the HTML file to write")
     try:

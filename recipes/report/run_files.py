@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.run_files import CHECKPOINT, FINAL, MANIFEST, METRICS, RECIPE, REJECTED, RESULTS, SAMPLES
 from recipes.lock import owner_of
 from recipes.recipe.schema import CHAIN
 from recipes.recipe.yaml_text import parse_yaml
@@ -19,7 +20,7 @@ from recipes.results.words import count, number
 from recipes.runs.manifest import seconds_so_far
 from recipes.stages import stages
 
-RUN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "results.json")
+RUN_FILES = (RECIPE, MANIFEST, METRICS, SAMPLES, RESULTS)
 MAX_SAMPLES = 20_000
 _NESTING = 2
 
@@ -87,15 +88,15 @@ def directory_name(path: Path) -> str:
 def read_run(path: Path, name: str) -> Run:
     """Read one run directory; any file may be missing."""
     run = Run(path, name)
-    run.recipe_text = _read_text(path / "recipe.yaml")
+    run.recipe_text = _read_text(path / RECIPE)
     run.recipe = _parse_recipe(run)
-    run.manifest = _read_json(path / "manifest.json", run.notes)
+    run.manifest = _read_json(path / MANIFEST, run.notes)
     run.manifest |= _how_it_stands(run)
-    run.results = _read_json(path / "results.json", run.notes)
+    run.results = _read_json(path / RESULTS, run.notes)
     _note_odd_results(run)
-    run.metrics = collect(_read_lines(path / "metrics.jsonl", run.notes), run.notes)
-    run.samples = _keep_ends(list(_read_lines(path / "samples.jsonl", run.notes)), run.notes)
-    rejected = _read_lines(path / "rejected.jsonl", run.notes)
+    run.metrics = collect(_read_lines(path / METRICS, run.notes), run.notes)
+    run.samples = _keep_ends(list(_read_lines(path / SAMPLES, run.notes)), run.notes)
+    rejected = _read_lines(path / REJECTED, run.notes)
     run.rejected = Counter(str(row.get("reason", "no reason stated")) for row in rejected)
     run.kind = _kind(run)
     return run
@@ -119,9 +120,9 @@ def _inner_runs(path: Path, depth: int) -> Iterator[Path]:
     if depth == 0:
         return
     for child in sorted(path.iterdir()):
-        if not child.is_dir() or child.name == "final":
+        if not child.is_dir() or child.name == FINAL:
             continue
-        if child.name.startswith((".", "checkpoint-")):
+        if child.name.startswith((".", CHECKPOINT)):
             continue
         if _looks_like_run(child):
             yield child
@@ -144,20 +145,20 @@ def _note_odd_results(run: Run) -> None:
     for section in ("stages", "reward_models"):
         entries = run.results.get(section, {})
         if not isinstance(entries, dict):
-            run.notes.append(f"results.json: {section} is not an object")
+            run.notes.append(f"{RESULTS}: {section} is not an object")
             continue
         run.notes += [
-            f"results.json: {section}.{k} is not an object" for k, v in entries.items() if not isinstance(v, dict)
+            f"{RESULTS}: {section}.{k} is not an object" for k, v in entries.items() if not isinstance(v, dict)
         ]
 
 
 def _expected(kind: str) -> tuple[str, ...]:
     """What a finished run holds; `final` is a directory."""
-    always, stage = ("recipe.yaml", "manifest.json"), stages().get(kind)
+    always, stage = (RECIPE, MANIFEST), stages().get(kind)
     if kind == CHAIN:
-        return (*always, "results.json")
+        return (*always, RESULTS)
     if stage is None:
-        return (*always, "metrics.jsonl")
+        return (*always, METRICS)
     return (*always, *stage.writes, *([] if stage.measures else [stage.result]))
 
 
@@ -165,7 +166,7 @@ def _note_missing(run: Run) -> None:
     for name in _expected(run.kind):
         if (run.path / name).exists():
             continue
-        unfinished = ": the run has not finished" if name in ("final", "results.json") else ""
+        unfinished = ": the run has not finished" if name in (FINAL, RESULTS) else ""
         run.notes.append(f"{name} is missing{unfinished}")
 
 
@@ -175,12 +176,12 @@ def _read_text(path: Path) -> str:
 
 def _parse_recipe(run: Run) -> dict[str, Any]:
     try:
-        parsed = parse_yaml(run.recipe_text, "recipe.yaml")
+        parsed = parse_yaml(run.recipe_text, RECIPE)
     except ToolkitError as error:
         run.notes.append(str(error))
         return {}
     if parsed is not None and not isinstance(parsed, dict):
-        run.notes.append(f"recipe.yaml holds a {type(parsed).__name__}, not a mapping")
+        run.notes.append(f"{RECIPE} holds a {type(parsed).__name__}, not a mapping")
     return parsed if isinstance(parsed, dict) else {}
 
 
@@ -226,5 +227,5 @@ def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str
     if len(samples) <= MAX_SAMPLES:
         return samples
     half = MAX_SAMPLES // 2
-    notes.append(f"samples.jsonl: only the first and last {half:,} of {len(samples):,} are read")
+    notes.append(f"{SAMPLES}: only the first and last {half:,} of {len(samples):,} are read")
     return samples[:half] + samples[-half:]

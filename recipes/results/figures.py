@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conversations.run_files import SAMPLES
 from recipes.results.columns import LOSS, TRUNCATED
 
 Figures = dict[str, float | int | None]
@@ -76,7 +77,7 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
 def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:
     """The outcome of each prompt of an evaluation: {"greedy" | "t1" | "loss": {number of the row: outcome}}."""
     outcomes: dict[str, dict[int, Outcome]] = {}
-    with (run_dir / "samples.jsonl").open(encoding="utf-8") as file:
+    with (run_dir / SAMPLES).open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             if row.get("task") == task and row.get("value") is not None:

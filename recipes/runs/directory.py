@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from conversations.answers.reward_stats import STATS_FILE
 from conversations.errors import ToolkitError
+from conversations.run_files import CHECKPOINT, FINAL, MANIFEST, RECIPE, REWARD_STATS
 from conversations.sections import StageRecipe
-from conversations.stage import FINAL
 from recipes.files import read_json
 from recipes.recipe.yaml_text import parse_yaml, read_mapping
 from recipes.stages import stage_of, stages
 
-RECIPE = "recipe.yaml"
-MANIFEST = "manifest.json"
-RESULTS = "results.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(rf"{CHECKPOINT}(\d+)")
 _SHOWN = 6
 
 
@@ -84,7 +80,7 @@ def _has_begun(run_dir: Path, name: Any) -> bool:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint-N directory with the highest N; these are whole, since they are written atomically."""
-    folders = [path for path in run_dir.glob("checkpoint-*") if path.is_dir()]
+    folders = [path for path in run_dir.glob(f"{CHECKPOINT}*") if path.is_dir()]
     found = [(int(match[1]), path) for path in folders if (match := _CHECKPOINT.fullmatch(path.name))]
     return max(found)[1] if found else None
 
@@ -144,8 +140,8 @@ def missing_of_result(run_dir: Path, result: str) -> str | None:
     index = final / "model.safetensors.index.json"
     if index.exists() and not adapter:
         texts.append(index.name)
-    if Path(STATS_FILE).stem in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
-        texts.append(STATS_FILE)
+    if Path(REWARD_STATS).stem in (read_json(run_dir / MANIFEST) or {}).get("metrics", {}):
+        texts.append(REWARD_STATS)
     for name in texts:
         if not _is_json(final / name):
             return f"final/{name} is missing or broken"

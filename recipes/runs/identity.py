@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversations.answers.reward_stats import STATS_FILE
 from conversations.errors import ToolkitError
+from conversations.run_files import REWARD_STATS
 from conversations.sections import StageRecipe, TrainingRecipe
 from deepseek_v2_modeling.adapters import CONFIG, WEIGHTS
 from deepseek_v2_modeling.loading import ModelSource, read_settings
@@ -95,7 +95,7 @@ def _content_of(files: Mapping[str, Any], part: str) -> str | None:
 def _other(source: ModelSource, with_stats: bool) -> str:
     own = source.own_dir
     adapter = _files(own, ADAPTER) if source.adapter else None
-    return _hash([_model(source.base), adapter, _files(own, [STATS_FILE] * with_stats)])
+    return _hash([_model(source.base), adapter, _files(own, [REWARD_STATS] * with_stats)])
 
 
 def _model(base: str) -> str:

@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from conversations.run_files import CHAIN_STATE, CHECKPOINT, FINAL, MANIFEST, RESULTS
 from recipes.files import read_json, write_json
 from recipes.processes import command_line, is_main, now, world_size
-from recipes.runs.directory import MANIFEST, RESULTS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 _HOME = Path(__file__).resolve().parents[2]
-_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", "chain.json", "checkpoint-*", "final")  # what a run writes on its way
+_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", CHAIN_STATE, f"{CHECKPOINT}*", FINAL)  # what a run writes on its way
 
 
 def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from conversations.rendering.template import install_template
+from conversations.run_files import FINAL
 from conversations.sections import ModelSection, StageRecipe, TrainingRecipe
-from conversations.stage import FINAL, OtherModel
+from conversations.stage import OtherModel
 from deepseek_v2_modeling.adapters import adapted_modules
 from deepseek_v2_modeling.esft import trained_rows
 from deepseek_v2_modeling.loading import (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
+from conversations.run_files import MANIFEST, RECIPE, REJECTED
 from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Work, provided
 from recipes.files import write_json, write_jsonl, write_text
@@ -21,15 +22,13 @@ from recipes.processes import is_main, now, say, wait_for_all
 from recipes.recipe.loader import Loaded
 from recipes.results.figures import figures
 from recipes.results.tables import table_text
-from recipes.runs.directory import MANIFEST, RECIPE, State, dump_text, inspect
+from recipes.runs.directory import State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
 from recipes.stages import stage_of
 
 if TYPE_CHECKING:
     from deepseek_v2_modeling.loading import ModelSource
     from recipes.runs.prepare import Inputs
-
-REJECTED = "rejected.jsonl"
 
 
 @dataclass

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conversations.answers.reward_stats import STATS_FILE, RewardStats
+from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
+from conversations.run_files import REWARD_STATS
 from deepseek_v2_modeling.checkpoints.tensor_files import base_files, read_header
 from deepseek_v2_modeling.errors import ModelError
 from deepseek_v2_modeling.loading import resolve_source
@@ -72,6 +73,6 @@ def test_a_broken_index_is_refused(tmp_path: Path, junk: Any) -> None:
 
 @pytest.mark.parametrize("junk", [*JUNK, {"mean": "x", "std": 1, "n": 1}, {"mean": 0, "std": float("nan"), "n": 1}])
 def test_broken_statistics_are_refused(tmp_path: Path, junk: Any) -> None:
-    (tmp_path / STATS_FILE).write_text(json.dumps(junk))
-    with pytest.raises(ToolkitError, match=STATS_FILE):
+    (tmp_path / REWARD_STATS).write_text(json.dumps(junk))
+    with pytest.raises(ToolkitError, match=REWARD_STATS):
         RewardStats.read(tmp_path)

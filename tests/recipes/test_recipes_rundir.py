@@ -9,9 +9,14 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from conversations import run_files
 from conversations.errors import ToolkitError
+from conversations.run_files import RECIPE
+from deepseek_v2_modeling.checkpoints import sources
+from deepseek_v2_modeling.checkpoints.full_disk import checkpoint_step
+from deepseek_v2_modeling.training.run_files import METRICS_FILE, SAMPLES_FILE
 from recipes.files import atomic_path, read_json, write_json, write_text
-from recipes.runs.directory import RECIPE, differences, dump_text, inspect, newest_checkpoint
+from recipes.runs.directory import differences, dump_text, inspect, newest_checkpoint
 
 RECIPE_TREE: dict[str, Any] = {
     "stage": "sft",
@@ -29,6 +34,13 @@ def a_run(tmp_path: Path, *, checkpoints: tuple[int, ...] = (), status: str = "r
     write_text(run_dir / RECIPE, dump_text(RECIPE_TREE))
     write_json(run_dir / "manifest.json", {"status": status})
     return run_dir
+
+
+def test_names_in_a_run_directory_are_those_of_the_model() -> None:
+    """The model's floor has its own, which a recipe cannot import without torch."""
+    names = [run_files.METRICS, run_files.SAMPLES, run_files.FINAL, run_files.MANIFEST, run_files.REWARD_STATS]
+    assert names == [METRICS_FILE, SAMPLES_FILE, sources.FINAL, sources.MANIFEST, sources.REWARD_STATS]
+    assert checkpoint_step(Path(f"{run_files.CHECKPOINT}7")) == 7
 
 
 def test_a_missing_or_empty_directory_is_new(tmp_path: Path) -> None:

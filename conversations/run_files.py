@@ -1,0 +1,17 @@
+"""The names of what a run directory holds, for the stages and whatever runs them. No torch.
+
+The model's floor has its own names of those that it reads and writes (training/run_files.py, checkpoints/sources.py):
+it knows nothing of this one, and importing it loads torch. A test compares the two.
+"""
+
+RECIPE = "recipe.yaml"  # as resolved
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+REJECTED = "rejected.jsonl"  # rows left out, with reasons
+RESULTS = "results.json"  # the figures of an evaluation or a chain
+CHAIN_STATE = "chain.json"  # which stages of a chain are done
+REPORT = "report.html"
+FINAL = "final"  # the model that the run trained
+REWARD_STATS = "reward_stats.json"  # in a reward model's final/
+CHECKPOINT = "checkpoint-"  # and the step
