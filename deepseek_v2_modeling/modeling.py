@@ -22,7 +22,7 @@ from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
-from .kernels.blockwise_loss import IGNORED, blockwise_loss
+from .kernels.token_scores import IGNORED, blockwise_loss
 from .kernels.float32_products import Linear
 from .layers.attention import DeepseekV2Attention
 from .layers.attention_plan import plan_attention

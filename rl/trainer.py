@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model
 
 from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text
@@ -21,10 +21,11 @@ from conversations.run_files import SAMPLES
 from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.training import (
     IGNORED,
+    HeadSettings,
     RunTrainerMixin,
     append_lines,
-    score_labels,
-    trains_adapted_head,
+    fuse_head,
+    with_fused_head,
 )
 from rl.rewards import Reward
 
@@ -66,7 +67,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
         if own_reference:
             args.beta, args.sync_ref_model = 0.0, False
-        with trains_adapted_head(model, args.temperature):
+        self.head_settings = HeadSettings(args.temperature, args.cast_lm_head_to_fp32)
+        with with_fused_head(model, self.head_settings):
             super().__init__(model=model, args=args, reward_funcs=list(rewards), **kwargs)
         args.beta, args.sync_ref_model = beta, sync
         self.beta = beta
@@ -81,7 +83,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         """What GRPOTrainer does to a reference model that it loads itself."""
         reference.requires_grad_(False).eval()
         disable_dropout_in_model(reference)
-        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        fuse_head(reference, self.head_settings)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     @property
@@ -145,24 +147,11 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         for start in range(0, len(input_ids), size):
             ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
             with self.accelerator.autocast():
-                scored = self._score_rows(model, pack_rows(ids, mask, logits_to_keep))
-            logps.append(unpack_rows(scored[0], mask)[:, -logits_to_keep:])
+                scored = model(**pack_rows(ids, mask, logits_to_keep), fused_lm_head=True)
+            logps.append(unpack_rows(scored.log_probs, mask)[:, -logits_to_keep:])
             if compute_entropy:
-                entropies.append(unpack_rows(scored[1], mask)[:, -logits_to_keep:])
+                entropies.append(unpack_rows(scored.entropy, mask)[:, -logits_to_keep:])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-    def _score_rows(self, model: nn.Module, packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probabilities, entropies) [1, N - 1] of the labels of packed rows; 0 where there is no label."""
-        if packed["input_ids"].device.type != "cpu":
-            out = model(**packed, fused_lm_head=True)
-            return out.log_probs, out.entropy
-        # Where Triton is missing TRL's head scores every token, prompts included: five times the work in short answers.
-        labels = packed.pop("labels")[0, 1:]
-        places = (labels != IGNORED).nonzero().squeeze(1)
-        logits = model(**packed, logits_to_keep=places, use_cache=False).logits[0]
-        scored = score_labels(logits, labels[places], self.temperature)
-        whole = [value.new_zeros(labels.shape).index_copy(0, places, value)[None] for value in scored]
-        return whole[0], whole[1]
 
     # --- rewards ------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from conversations import render_conversation
@@ -15,7 +16,13 @@ from conversations.answers.prompts import answer_text, prompt_text, split_prompt
 from conversations.row import Row
 from conversations.run_files import SAMPLES
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training import IGNORED, RunTrainerMixin, append_lines, trains_adapted_head
+from deepseek_v2_modeling.training import (
+    IGNORED,
+    HeadSettings,
+    RunTrainerMixin,
+    append_lines,
+    with_fused_head,
+)
 from sft.data import origins_of
 
 
@@ -28,14 +35,15 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
     def __init__(
         self,
         model: Any,
-        *args: Any,
+        args: SFTConfig,
+        *,
         train_dataset: Dataset,
         probes: Sequence[Row],
         sample_tokens: int = 64,
         **kwargs: Any,
     ):
-        with trains_adapted_head(model):
-            super().__init__(model, *args, train_dataset=train_dataset, **kwargs)
+        with with_fused_head(model, HeadSettings(uniform=args.loss_type == "nll")):  # whose loss is a mean over tokens
+            super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.encoded = train_dataset
         self.probes = [split_prompt(row["messages"]) for row in probes if "messages" in row]
         self.sample_tokens = sample_tokens

@@ -4,30 +4,32 @@ exactly, and the files of a run. What is here by name is imported when it is ask
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.blockwise_loss import IGNORED
+from ..kernels.token_scores import IGNORED
 from .run_files import append_lines, cut_file, read_lines, write_lines
 
 if TYPE_CHECKING:
-    from .adapted_head import score_labels, trains_adapted_head
     from .arguments import RunLimits, check_batches, training_arguments
     from .checksums import check_whole
+    from .fused_head import HeadSettings, fuse_head, with_fused_head
     from .mixin import RunTrainerMixin, StopRequested
     from .quiet import quiet_libraries
 
 _HOMES = {
+    "HeadSettings": "fused_head",
     "RunLimits": "arguments",
     "RunTrainerMixin": "mixin",
     "StopRequested": "mixin",
     "check_batches": "arguments",
     "check_whole": "checksums",
+    "fuse_head": "fused_head",
     "quiet_libraries": "quiet",
-    "score_labels": "adapted_head",
     "training_arguments": "arguments",
-    "trains_adapted_head": "adapted_head",
+    "with_fused_head": "fused_head",
 }
 
 __all__ = [
     "IGNORED",
+    "HeadSettings",
     "RunLimits",
     "RunTrainerMixin",
     "StopRequested",
@@ -35,11 +37,11 @@ __all__ = [
     "check_batches",
     "check_whole",
     "cut_file",
+    "fuse_head",
     "quiet_libraries",
     "read_lines",
-    "score_labels",
     "training_arguments",
-    "trains_adapted_head",
+    "with_fused_head",
     "write_lines",
 ]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification, DeepseekV2Model, lora_config
-from deepseek_v2_modeling.training.adapted_head import score_tokens
+from deepseek_v2_modeling.kernels.token_scores import Head, score_tokens
 
 from ..helpers.models import random_adapter, random_ids, small_model
 
@@ -129,7 +129,7 @@ def test_training_with_a_frozen_base(monkeypatch: pytest.MonkeyPatch):
         loss = model.train()(input_ids=ids, labels=ids).loss
         base, labels = model.base_model.model, ids[:, 1:].reshape(-1)
         hidden = base.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
-        (loss + score_tokens(base.lm_head, hidden, labels, 61, 1.0)[0].sum()).backward()
+        (loss + score_tokens(Head(base.lm_head, 61), hidden, labels).logps.sum()).backward()
 
 
 def test_a_head_of_another_class(monkeypatch: pytest.MonkeyPatch):

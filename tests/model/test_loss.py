@@ -9,7 +9,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepseek_v2_modeling import apply_lora, lora_config
-from deepseek_v2_modeling.kernels import blockwise_loss as loss
+from deepseek_v2_modeling.kernels import token_scores as loss
 
 from ..helpers.models import random_ids, small_model
 
@@ -18,9 +18,9 @@ TOKENS, WIDTH, VOCABULARY = 14, 6, 11
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tokens a block: several blocks and a rest."""
-    monkeypatch.setattr(loss, "CACHED_LOGITS", 3 * VOCABULARY)
-    monkeypatch.setattr(loss, "ROWS", 1)
+    """Three tokens a block, two of them at once: several blocks and rests."""
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(loss, "CACHED_LOGITS", 2 * VOCABULARY)
 
 
 def problem() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
@@ -44,6 +44,36 @@ def test_values_and_gradients(items: Any, head_trains: bool):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("head_trains", [True, False])
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("entropy_counts", [True, False])
+def test_scores_of_tokens(head_trains: bool, uniform: bool, entropy_counts: bool):
+    """Tokens without a label among them; weighed each in its own way, unless they promise to be uniform."""
+    head, hidden, labels = problem()
+    head.requires_grad_(head_trains)
+    labels_N, hidden_ND = labels.flatten(), hidden.flatten(0, 1)
+    weights = torch.ones(TOKENS) if uniform else torch.randn(TOKENS)
+    asked = loss.Head(head, VOCABULARY, temperature=0.7, uniform=uniform)
+    found = loss.score_tokens(asked, hidden_ND, labels_N)
+    wanted = loss.score_logits(head(hidden_ND), labels_N, 0.7)
+    assert torch.equal(found.is_top1, wanted.is_top1) and not found.logps[labels_N == loss.IGNORED].any()
+    inputs = [hidden, *(p for p in head.parameters() if head_trains)]
+    gradients = []
+    for scores in (found, wanted):
+        torch.testing.assert_close(scores.entropy, wanted.entropy)
+        value = (scores.logps * weights).sum() + (scores.entropy * weights).sum() * entropy_counts
+        gradients.append(torch.autograd.grad(value, inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_label_at_all_keeps_the_gradient():
+    head, hidden, labels = problem()
+    loss.blockwise_loss(head, hidden, torch.full_like(labels, loss.IGNORED), VOCABULARY, 1).backward()
+    for tensor in (hidden, *head.parameters()):
+        assert tensor.grad is not None and not tensor.grad.any()
+
+
 def test_labels_that_are_shifted_already():
     head, hidden, labels = problem()
     shifted = loss.shifted_labels(labels)
@@ -65,7 +95,7 @@ def test_no_full_logits_in_training(adapted: bool):
     causal.lm_head.register_forward_hook(lambda module, args, out: seen.append(args[0].numel() // args[0].shape[-1]))
     ids = random_ids(2, 9)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert sum(seen) == ids.numel() and max(seen) < ids.numel()
+    assert sum(seen) == ids.numel() - len(ids) and max(seen) < ids.numel()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     ForCausalLMLoss(model(input_ids=ids).logits, ids, causal.vocab_size).backward()

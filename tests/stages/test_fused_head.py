@@ -1,16 +1,16 @@
-"""Adapters on lm_head train in TRL's trainers, whose own head would pass them by."""
+"""Our head in TRL's trainers, in place of theirs: the same figures, and adapters on lm_head train."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 from trl.trainer.utils import add_fused_lm_head
 
 from deepseek_v2_modeling import apply_lora, lora_config
 from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_model, prepare_trainable, read_adapter
-from deepseek_v2_modeling.training.adapted_head import score_tokens, trains_adapted_head
+from deepseek_v2_modeling.training.fused_head import HeadSettings, with_fused_head
 
 from ..helpers.models import logits_of, random_adapter, random_ids, small_model
 from ..helpers.stages import assert_same_weights, byte_tokenizer, chat_model, lines, stopped_after
@@ -60,9 +60,9 @@ def test_the_first_loss_is_that_without_an_adapter(tmp_path: Path, monkeypatch: 
 
 
 def test_scores_and_gradients_are_those_of_the_full_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deepseek_v2_modeling.training.adapted_head.block_rows", lambda *_: 3)
+    monkeypatch.setattr("deepseek_v2_modeling.kernels.token_scores.BLOCK_LOGITS", 200)
     model = random_adapter(small_model(), lora_config(["attention.o", "lm_head"], r=2))
-    with trains_adapted_head(model, temperature=0.7):
+    with with_fused_head(model, HeadSettings(temperature=0.7)):
         assert not hasattr(model.get_output_embeddings(), "lora_A")  # what TRL looks at
         add_fused_lm_head(model.get_base_model(), temperature=0.7)
     assert hasattr(model.get_output_embeddings(), "lora_A")
@@ -84,24 +84,27 @@ def test_scores_and_gradients_are_those_of_the_full_logits(monkeypatch: pytest.M
         torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-5)
 
 
-def test_no_label_at_all_keeps_the_gradient():
-    head = torch.nn.Linear(4, 7, bias=False)
-    hidden = torch.zeros(0, 4, requires_grad=True)
-    sums = [value.sum() for value in score_tokens(head, hidden, torch.zeros(0, dtype=torch.long), 7, 1.0)[:2]]
-    sum(sums).backward()
-    assert head.weight.grad is not None and not head.weight.grad.any()
-
-
-def test_other_models_are_left_alone():
-    for model in (small_model(), apply_lora(small_model(), lora_config(["attention.o"], r=2))):
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        with trains_adapted_head(model):
-            add_fused_lm_head(base)
-        ids = random_ids(1, 5)
-        scored = model(input_ids=ids, labels=ids, fused_lm_head=True)
-        assert type(scored).__name__ == "FusedCausalLMOutput"
-        loss = F.cross_entropy(logits_of(model, ids)[0, :-1], ids[0, 1:])
-        torch.testing.assert_close(scored.loss, loss, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("float32", [True, False])
+def test_figures_are_those_of_trls_own_head(adapted: bool, float32: bool):
+    """Where TRL's can be had: the head without adapters on it."""
+    found, wanted = (small_model().bfloat16() for _ in range(2))
+    if adapted:
+        found, wanted = (apply_lora(model, lora_config(["attention.o"], r=2)) for model in (found, wanted))
+    settings = {"temperature": 0.7, "cast_lm_head_to_fp32": float32}
+    for model in (found, wanted):
+        base = model.get_base_model() if adapted else model
+        if float32:
+            base.lm_head.float()
+        fields = ("log_probs", "entropy", "is_top1")
+        with with_fused_head(model, HeadSettings(0.7, float32)) if model is found else nullcontext():
+            add_fused_lm_head(base, **settings, outputs=fields)
+    ids = random_ids(2, 5)
+    labels = ids.masked_fill(torch.arange(5) == 2, -100)
+    scores = [model(input_ids=ids, labels=labels, fused_lm_head=True) for model in (found, wanted)]
+    assert type(scores[0]).__name__ == "ScoredTokens" and type(scores[1]).__name__ == "FusedCausalLMOutput"
+    for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(scores[0], field), getattr(scores[1], field), rtol=0, atol=2e-2, msg=field)
 
 
 def test_a_float32_head_does_not_go_with_adapters_on_it(tmp_path: Path):

@@ -1,0 +1,192 @@
+"""Log-probabilities of labels under head(hidden) without the full logits: for cross-entropy and policy gradients.
+
+Logits are made, used and dropped a block of tokens at a time. The gradient of a log-probability concerns its own
+token's hidden state alone: it is made while the logits are there, and only scaled in the backward pass, so that nothing
+is computed twice. The backward pass makes the logits again where that is not enough: where the head trains and tokens
+weigh differently, or the entropy is part of the loss.
+
+N tokens with a label, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IGNORED = -100  # transformers' label of tokens without a loss
+BLOCK_LOGITS = 2**25  # of one product with the head: 64 MiB in bf16
+CACHED_LOGITS = 2**20  # of one softmax on a CPU: 4 MiB in float32, which its cache holds
+
+
+class TokenScores(NamedTuple):
+    """[N] each: the label's log-probability (float32; 0 where it is IGNORED), the distribution's entropy (float32) and
+    whether the label is the likeliest token."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+
+
+def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
+    """[B, T]: each token's next one, IGNORED at the end of a row."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def row_blocks(rows: int, values_a_row: int, values: int) -> Iterator[slice]:
+    """Rows by blocks of about `values` values."""
+    step = max(1, values // values_a_row)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def score_logits(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float) -> TokenScores:
+    """By plain operations, with gradients."""
+    all_logps = (logits_NV.float() / temperature).log_softmax(-1)
+    logps = all_logps.gather(-1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+    entropy = -(all_logps.exp() * all_logps).sum(-1)
+    return TokenScores(logps * (labels_N != IGNORED), entropy, logits_NV.argmax(-1) == labels_N)
+
+
+def _score_in_place(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float) -> TokenScores:
+    """The same; the logits become the gradient of each row's log-probability."""
+    parts = []
+    values = CACHED_LOGITS if logits_NV.device.type == "cpu" else logits_NV.numel()
+    for rows in row_blocks(*logits_NV.shape, values):
+        logits, labels = logits_NV[rows], labels_N[rows].unsqueeze(1)
+        labelled, places = labels != IGNORED, labels.clamp(min=0)
+        is_top1 = logits.argmax(-1, keepdim=True) == labels
+        logps = logits.float().div_(temperature).log_softmax(-1)
+        own = logps.gather(-1, places) * labelled
+        gradient = logps.exp()
+        entropy = -torch.linalg.vecdot(gradient, logps)
+        gradient.neg_().scatter_add_(-1, places, torch.ones_like(own)).mul_(labelled / temperature)
+        logits.copy_(gradient)
+        parts.append((own.squeeze(1), entropy, is_top1.squeeze(1)))
+    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Gradients(NamedTuple):
+    """Of the hidden states, in their dtype, and of the head's weights, float32."""
+
+    hidden_ND: torch.Tensor
+    weights: list[torch.Tensor]
+
+    @classmethod
+    def zeros(cls, hidden_ND: torch.Tensor, weights: Sequence[torch.Tensor]) -> "Gradients":
+        return cls(torch.zeros_like(hidden_ND), [torch.zeros_like(w, dtype=torch.float32) for w in weights])
+
+    def add(self, rows: slice, parts: Sequence[torch.Tensor]) -> None:
+        self.hidden_ND[rows], *more = parts
+        for total, part in zip(self.weights, more, strict=True):
+            total += part
+
+
+def autocast_as_now(x: torch.Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits [n, V] / temperature.
+
+    uniform: the caller promises that the log-probabilities are summed up: all have the same gradient, so that those of
+    the head's weights, too, can be made with the logits.
+    """
+
+    module: nn.Module
+    vocab_size: int
+    temperature: float = 1.0
+    uniform: bool = False
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        return row_blocks(rows, self.vocab_size, BLOCK_LOGITS)
+
+
+class _Scores(torch.autograd.Function):
+    """The `TokenScores` of labels; weights: those of the head that train."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor, *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ready = any(ctx.needs_input_grad) and (head.uniform or not weights)
+        gradients = Gradients.zeros(hidden_ND, weights) if ready else None
+        nothing = hidden_ND.new_zeros(0, dtype=torch.float32)
+        scores = [TokenScores(nothing, nothing, nothing.bool())]
+        for rows in head.blocks(len(hidden_ND)):
+            with torch.set_grad_enabled(ready):
+                x = hidden_ND[rows].detach().requires_grad_(ready)
+                logits = head.module(x)
+            d_logits = logits.detach()
+            scores.append(_score_in_place(d_logits, labels_N[rows], head.temperature))
+            if gradients is not None:
+                gradients.add(rows, torch.autograd.grad(logits, [x, *weights], d_logits))
+        ctx.save_for_backward(hidden_ND, labels_N, *weights)
+        ctx.head, ctx.gradients, ctx.autocast = head, gradients, autocast_as_now(hidden_ND)
+        out = tuple(map(torch.cat, zip(*scores, strict=True)))
+        ctx.mark_non_differentiable(out[2])
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        hidden_ND, labels_N, *weights = ctx.saved_tensors
+        of_logps, of_entropy, _ = grads
+        if of_entropy is None and of_logps is not None and ctx.gradients is not None:
+            d_hidden, d_weights = ctx.gradients
+            of_all = of_logps[:1].sum()  # without labels 0
+            d_hidden = d_hidden * of_logps.unsqueeze(1).to(d_hidden.dtype)
+            d_weights = [of_all * total for total in d_weights]
+        else:
+            with ctx.autocast:
+                d_hidden, d_weights = _again(ctx.head, hidden_ND, labels_N, weights, (of_logps, of_entropy))
+        return None, d_hidden, None, *(d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
+
+
+def _again(
+    head: Head,
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+) -> Gradients:
+    """From the gradients of log-probabilities and entropies (None where there is none), the logits made once more."""
+    gradients = Gradients.zeros(hidden_ND, weights)
+    wanted = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
+    for rows in head.blocks(len(hidden_ND)) if wanted else ():
+        with torch.enable_grad():
+            x = hidden_ND[rows].detach().requires_grad_()
+            scores = score_logits(head.module(x), labels_N[rows], head.temperature)
+        outputs, parts = zip(*((scores[place], grad[rows]) for place, grad in wanted), strict=True)
+        gradients.add(rows, torch.autograd.grad(outputs, [x, *weights], parts))
+    return gradients
+
+
+def score_tokens(head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> TokenScores:
+    """Those of labels under head(hidden)."""
+    weights = [p for p in head.module.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    if weights and not head.uniform and len(hidden_ND) * head.vocab_size <= BLOCK_LOGITS:
+        return score_logits(head.module(hidden_ND), labels_N, head.temperature)  # logits so few are not made twice
+    return TokenScores(*_Scores.apply(head, hidden_ND, labels_N, *weights))
+
+
+def blockwise_loss(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What transformers' ForCausalLMLoss gives for head(hidden [B, T, D]): float32, the mean over the labels, or their
+    sum over `num_items_in_batch`. `head` may carry adapters."""
+    targets = (shifted_labels(labels) if shift_labels is None else shift_labels).reshape(-1).to(hidden.device)
+    hidden_ND, labelled = hidden.flatten(0, 1), targets != IGNORED
+    if hidden.device.type == "cpu":  # a GPU's host would wait for their number
+        hidden_ND, targets = hidden_ND[labelled], targets[labelled]
+    logps = score_tokens(Head(head, vocab_size, uniform=True), hidden_ND, targets).logps
+    items = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+    return -logps.sum() / (items.to(hidden.device) if isinstance(items, torch.Tensor) else items)
