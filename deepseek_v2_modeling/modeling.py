@@ -22,8 +22,8 @@ from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
-from .kernels.token_scores import IGNORED, blockwise_loss
 from .kernels.float32_products import Linear
+from .kernels.token_scores import IGNORED, blockwise_loss
 from .layers.attention import DeepseekV2Attention
 from .layers.attention_plan import plan_attention
 from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, expert_counts

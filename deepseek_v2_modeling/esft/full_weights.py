@@ -77,7 +77,7 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x_SI, chosen = ctx.saved_tensors
         g_SO = grads[0]
-        gradient = _looped if ctx.groups.counts else _grouped
+        gradient = _looped if ctx.groups.looped else _grouped
         return g_SO, None, gradient(ctx.groups, g_SO, x_SI.to(g_SO.dtype), chosen).to(ctx.dtype), None, None
 
 

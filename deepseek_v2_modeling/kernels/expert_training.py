@@ -15,29 +15,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .grouped_products import (
-    ActiveAdapter,
-    Factors,
-    Groups,
-    Share,
-    Slots,
-    flattened,
-    looped_gradient,
-    looped_product,
-    shares_of,
-)
+from .grouped_products import ActiveAdapter, Groups, Slots, looped_gradient, looped_product
+from .low_rank import Share, flattened, shares_of
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the function takes besides tensors. first, second: (scaling, places) of each adapter of the first and of the
-    second product, whose `flattened` factors follow in that order."""
+    """What the function takes besides tensors. first, second: scalings of the adapters of the first and of the second
+    product, whose `flattened` factors follow in that order."""
 
     slots: Slots
-    counts: tuple[int, ...]
+    groups: Groups
     activation: nn.Module
-    first: Sequence[tuple[float, Sequence[int]]]
-    second: Sequence[tuple[float, Sequence[int]]]
+    first: Sequence[float]
+    second: Sequence[float]
 
     def shares(self, tensors: Sequence[torch.Tensor | None]) -> tuple[list[Share], list[Share]]:
         """Of the first and of the second product."""
@@ -59,9 +50,9 @@ class _Experts(torch.autograd.Function):
         first, second = job.shares(tensors)
         with torch.autocast("cpu", enabled=False):
             x_PD = x_ND.index_select(0, job.slots.token_P)
-            hidden_P2F = looped_product(job.counts, x_PD, gate_up, first)
+            hidden_P2F = looped_product(job.groups, x_PD, gate_up, first)
             gate, up = hidden_P2F.chunk(2, dim=-1)
-            y_PD = looped_product(job.counts, job.activation(gate).mul_(up), down, second)
+            y_PD = looped_product(job.groups, job.activation(gate).mul_(up), down, second)
         ctx.save_for_backward(x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors)
         ctx.job = job
         places_NK = job.slots.place_S.view(weights_NK.shape)
@@ -84,7 +75,7 @@ class _Experts(torch.autograd.Function):
                 activated = job.activation(leaf)
             hidden = activated.detach() * up
             d_weighted, d_down, of_second = looped_gradient(
-                job.counts, g_PD, hidden * w_P1, down, second, (True, needs_w[1])
+                job.groups, g_PD, hidden * w_P1, down, second, (True, needs_w[1])
             )
             assert d_weighted is not None
             dw_P = torch.einsum("pf,pf->p", d_weighted, hidden).float()
@@ -94,7 +85,7 @@ class _Experts(torch.autograd.Function):
             torch.mul(d_hidden, activated.detach(), out=d_up)
             d_gate.copy_(torch.autograd.grad(activated, leaf, d_hidden.mul_(up))[0])
             needs = (needs_x, needs_w[0])
-            dx_PD, d_gate_up, of_first = looped_gradient(job.counts, d_first, x_PD, gate_up, first, needs)
+            dx_PD, d_gate_up, of_first = looped_gradient(job.groups, d_first, x_PD, gate_up, first, needs)
         dx_ND = None
         if dx_PD is not None:
             dx_ND = dx_PD.index_select(0, slots.place_S).unflatten(0, (-1, slots.top_k)).sum(1)
@@ -113,7 +104,6 @@ def train_experts(
     """Weighted sum of the chosen experts' outputs, [N, D] float32. x is in the dtype of the products; adapters without
     dropout."""
     first, second = adapters.get("gate_up_proj", []), adapters.get("down_proj", [])
-    kinds = [[(adapter.scaling, adapter.places(experts.num_experts)) for adapter in side] for side in (first, second)]
-    job = Job(slots, groups.counts, experts.act_fn, *kinds)
-    factors = (Factors(None, adapter.a, adapter.b) for adapter in (*first, *second))
+    job = Job(slots, groups, experts.act_fn, *([adapter.scaling for adapter in side] for side in (first, second)))
+    factors = (adapter.factors(experts.num_experts, x_ND) for adapter in (*first, *second))
     return _Experts.apply(job, x_ND, weights_NK, experts.gate_up_proj, experts.down_proj, *flattened(factors))

@@ -1,21 +1,22 @@
-"""Grouped matrix products: rows sorted by expert, each block of rows times its expert's matrix.
+"""Grouped matrix products: rows sorted by expert, each group of rows times its expert's matrix.
 
 S token-expert slots, E experts, I inputs, O outputs. On CUDA one ragged kernel; on the CPU one product an
-expert that has rows, into a shared output. Neither builds anything of the size of all experts' weights unless
-those weights train.
+expert that has rows, into a shared output. Neither builds anything of the size of all experts' weights unless those
+weights train.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels import compiled_products as compiled
+from . import compiled_products as compiled
+from . import low_rank
 from .float32_products import compute_dtype, widens
+from .low_rank import Factors, Share, flattened, shares_of
 
 FILL = 32  # rows
 ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
@@ -35,16 +36,13 @@ class ActiveAdapter:
     dropout: nn.Module
     experts: tuple[int, ...] | None = None
 
-    def places(self, count: int) -> Sequence[int]:
-        """Where in a and b each of `count` experts is; -1 for one without."""
-        if self.experts is None:
-            return range(count)
-        places = dict(zip(self.experts, range(count), strict=False))
-        return [places.get(expert, -1) for expert in range(count)]
-
     def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
         """The adapter's own input; None where that is x as it is."""
         return None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
+
+    def factors(self, count: int, x: torch.Tensor) -> Factors:
+        """For all of `count` experts, beside a product on x."""
+        return Factors(self.dropped(x), self.spread(self.a, count), self.spread(self.b, count))
 
     def spread(self, factor: torch.Tensor, count: int) -> torch.Tensor:
         """a or b for all of `count` experts, zeros for those without."""
@@ -54,7 +52,7 @@ class ActiveAdapter:
         return factor.new_zeros(count, *factor.shape[1:]).index_copy(0, chosen, factor)
 
 
-def blocks(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of every expert that has rows."""
     start = 0
     for expert, count in enumerate(counts):
@@ -63,57 +61,23 @@ def blocks(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
             start += count
 
 
-class Factors(NamedTuple):
-    """The tensors of an adapter beside a product: a [E, r, I] and b [E, O, r], and z [S, I], its input, None where that
-    is the product's own. Or their gradients."""
-
-    z: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-class Share(NamedTuple):
-    """An adapter beside a product: scaling * (z a^T) b^T on the rows of each expert that has a place in a and b (not
-    -1)."""
-
-    scaling: float
-    places: Sequence[int]
-    factors: Factors
-
-
-def flattened(factors: Iterable[Factors]) -> Iterator[torch.Tensor | None]:
-    """The tensors of one adapter after the other: what an autograd function takes and gives."""
-    return chain.from_iterable(factors)
-
-
-def shares_of(kinds: Sequence[tuple[float, Sequence[int]]], tensors: Sequence[torch.Tensor | None]) -> list[Share]:
-    """The shares of adapters, from (scaling, places) of each and their `flattened` tensors."""
-    given: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    factors = zip(*[iter(given)] * len(Factors._fields), strict=True)
-    return [Share(*kind, Factors(*laid)) for kind, laid in zip(kinds, factors, strict=True)]
-
-
-def looped_product(
-    counts: tuple[int, ...], x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]
-) -> torch.Tensor:
-    """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares (CPU): [S, O]. An expert's products are in float32
-    where that is faster (float32_products.py)."""
-    y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(counts))
-    for expert, rows in blocks(counts):
-        target = y_SO[rows]
-        x = x_SI[rows].to(dtype)
-        y = torch.mm(x, w_EOI[expert].to(dtype).t(), out=target if dtype == y_SO.dtype else None)
-        for scaling, places, (z, a, b) in shares:
-            if (place := places[expert]) >= 0:
-                low = torch.mm(x if z is None else z[rows].to(dtype), a[place].to(dtype).t())
-                y.addmm_(low, b[place].to(dtype).t(), alpha=scaling)
+def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+    """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares (CPU): [S, O]. Products are in float32 where that
+    is faster (float32_products.py)."""
+    y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(w_EOI))
+    for expert, rows in blocks(groups.counts):
+        target, x, w = y_SO[rows], x_SI[rows].to(dtype), w_EOI[expert].to(dtype)
+        y = torch.mm(x, w.t(), out=target if dtype == y_SO.dtype else None)
         if y is not target:
             target.copy_(y)
+    y_SO[groups.filled :] = 0
+    for share in shares:
+        low_rank.add_share(groups.pieces, share, x_SI, y_SO)
     return y_SO
 
 
 def looped_gradient(
-    counts: tuple[int, ...],
+    groups: "Groups",
     g_SO: torch.Tensor,
     x_SI: torch.Tensor,
     w_EOI: torch.Tensor,
@@ -123,54 +87,42 @@ def looped_gradient(
     """The gradients of x, w (each where `needs` says so) and the factors of the shares of `looped_product`."""
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
     dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
-    gradients: list[Factors] = []
-    for share in shares:
-        z, a, b = share.factors
-        dz = None if z is None else torch.zeros_like(z)
-        gradients.append(Factors(dz, torch.zeros_like(a), torch.zeros_like(b)))
-    dtype = product_dtype(x_SI, len(counts))
-    for expert, rows in blocks(counts):
-        g, x = g_SO[rows].to(dtype), x_SI[rows].to(dtype)
-        dx = None if dx_SI is None else torch.mm(g, w_EOI[expert].to(dtype))
+    dtype = product_dtype(x_SI, len(w_EOI))
+    for expert, rows in blocks(groups.counts):
+        g = g_SO[rows].to(dtype)
+        if dx_SI is not None:
+            target = dx_SI[rows]
+            dx = torch.mm(g, w_EOI[expert].to(dtype), out=target if dtype == dx_SI.dtype else None)
+            if dx is not target:
+                target.copy_(dx)
         if dw_EOI is not None:
-            dw_EOI[expert] = torch.mm(g.t(), x)
-        for (scaling, places, (z, a, b)), (dz, da, db) in zip(shares, gradients, strict=True):
-            if (place := places[expert]) < 0:
-                continue
-            own, a_e = x if z is None else z[rows].to(dtype), a[place].to(dtype)
-            g_low = torch.mm(g, b[place].to(dtype)).mul_(scaling)
-            da[place] = torch.mm(g_low.t(), own)
-            db[place] = torch.mm(g.t(), torch.mm(own, a_e.t())).mul_(scaling)
-            if dz is not None:
-                dz[rows] = torch.mm(g_low, a_e)
-            elif dx is not None:
-                dx.addmm_(g_low, a_e)
-        if dx_SI is not None and dx is not None:
-            dx_SI[rows] = dx
-    return dx_SI, dw_EOI, gradients
+            dw_EOI[expert] = torch.mm(g.t(), x_SI[rows].to(dtype))
+    if dx_SI is not None:
+        dx_SI[groups.filled :] = 0
+    return dx_SI, dw_EOI, [low_rank.share_gradient(groups.pieces, share, x_SI, g_SO, dx_SI) for share in shares]
 
 
 class _LoopedLinear(torch.autograd.Function):
-    """`looped_product`; kinds: (scaling, places) of each adapter, tensors: their `flattened` factors."""
+    """`looped_product`; tensors: the adapters' `flattened` factors."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        counts: tuple[int, ...],
-        kinds: tuple[tuple[float, Sequence[int]], ...],
+        groups: "Groups",
+        scalings: Sequence[float],
         x_SI: torch.Tensor,
         w_EOI: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_SI, w_EOI, *tensors)
-        ctx.counts, ctx.kinds = counts, kinds
-        return looped_product(counts, x_SI, w_EOI, shares_of(kinds, tensors))
+        ctx.groups, ctx.scalings = groups, scalings
+        return looped_product(groups, x_SI, w_EOI, shares_of(scalings, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_SI, w_EOI, *tensors = ctx.saved_tensors
-        shares = shares_of(ctx.kinds, tensors)
-        dx, dw, factors = looped_gradient(ctx.counts, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
+        shares = shares_of(ctx.scalings, tensors)
+        dx, dw, factors = looped_gradient(ctx.groups, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
         return None, None, dx, dw, *flattened(factors)
 
 
@@ -180,23 +132,30 @@ def product_dtype(x_SI: torch.Tensor, num_experts: int) -> torch.dtype:
     return torch.float32 if widens(x_SI, len(x_SI) // num_experts) else x_SI.dtype
 
 
-def fills_up(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> bool:
-    """Whether groups are filled up: where low-precision products on a CPU run as such."""
+def fills_up(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> int:
+    """Rows of the blocks that groups are filled up to, a power of 2; 0 where they are not: but where low-precision
+    products on a CPU run as such."""
+    rows = experts_NK.numel() // num_experts
     low = x_ND.device.type == "cpu" and compute_dtype(x_ND).itemsize < 4
-    return low and not torch.compiler.is_compiling() and not widens(x_ND, experts_NK.numel() // num_experts)
+    if not low or torch.compiler.is_compiling() or widens(x_ND, rows):
+        return 0
+    return min(FILL, 1 << max(0, rows.bit_length() - 1))
 
 
 class Groups:
     """How S rows, sorted by expert, fall to E experts; sizes_E [E].
 
     On the CPU the sizes are Python numbers; on a GPU they stay there, so that the host never waits, and in compiled
-    code, so that it is one graph.
+    code, so that it is one graph. block: all sizes are multiples of it. rows: S, where rows of no expert follow.
     """
 
-    def __init__(self, sizes_E: torch.Tensor):
-        looped = sizes_E.device.type == "cpu" and not torch.compiler.is_compiling()
-        self.counts: tuple[int, ...] = tuple(sizes_E.tolist()) if looped else ()
-        if not looped:
+    def __init__(self, sizes_E: torch.Tensor, block: int = 0, rows: int | None = None):
+        self.looped = sizes_E.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.looped:
+            self.counts: list[int] = sizes_E.tolist()
+            self.filled = sum(self.counts)
+            self.pieces = low_rank.pieces(self.counts, block, rows or self.filled)
+        else:
             self.ends = sizes_E.cumsum(0).to(torch.int32)
 
     def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[ActiveAdapter] = ()) -> torch.Tensor:
@@ -204,11 +163,10 @@ class Groups:
         of x."""
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
-        if self.counts:
-            kinds = tuple((adapter.scaling, adapter.places(len(w_EOI))) for adapter in adapters)
-            factors = [Factors(adapter.dropped(x_SI), adapter.a, adapter.b) for adapter in adapters]
+        if self.looped:
+            scalings, factors = [a.scaling for a in adapters], (a.factors(len(w_EOI), x_SI) for a in adapters)
             with torch.autocast("cpu", enabled=False):
-                return _LoopedLinear.apply(self.counts, kinds, x_SI, w_EOI, *flattened(factors))
+                return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
         product = compiled.grouped_mm if x_SI.device.type == "cpu" and torch.compiler.is_compiling() else F.grouped_mm
         y_SO = product(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
         for adapter in adapters:
@@ -245,24 +203,26 @@ def filled_up(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def place_slots(experts_NK: torch.Tensor, num_experts: int, fill_up: bool) -> tuple[Slots, Groups]:
-    """Sorts the slots by expert. fill_up: see `filled_up`; not on a GPU, whose kernels take ragged groups."""
+def place_slots(experts_NK: torch.Tensor, num_experts: int, block: int) -> tuple[Slots, Groups]:
+    """Sorts the slots by expert. block: rows of the blocks that groups are filled up to (`fills_up`), 0 for ragged
+    ones."""
     flat = experts_NK.reshape(-1)
     order_S = flat.argsort(stable=True)
     rows_S = torch.arange(order_S.shape[0], device=flat.device)
     sizes_E = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
     sizes_E.index_add_(0, flat, torch.ones_like(flat))
-    slot_P = order_S
-    if fill_up:
-        full_E = torch.tensor([filled_up(size) for size in sizes_E.tolist()])
+    slot_P, rows = order_S, None
+    if block:
+        full_E = torch.tensor([filled_up(max(size, block)) if size else 0 for size in sizes_E.tolist()])
         gaps_E = (full_E - sizes_E).cumsum(0) - (full_E - sizes_E)
         rows_S = rows_S + gaps_E[flat[order_S]]
-        slot_P = order_S.new_full((int(full_E.sum()),), -1)
+        rows = block * low_rank.whole_pieces(int(full_E.sum()) // block)
+        slot_P = order_S.new_full((rows,), -1)
         slot_P[rows_S] = order_S
         sizes_E = full_E
     place_S = torch.empty_like(order_S)
     place_S[order_S] = rows_S
-    return Slots(slot_P, place_S, experts_NK.shape[1]), Groups(sizes_E)
+    return Slots(slot_P, place_S, experts_NK.shape[1]), Groups(sizes_E, block, rows)
 
 
 class _Dispatch(torch.autograd.Function):

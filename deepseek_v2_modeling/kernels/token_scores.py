@@ -49,24 +49,6 @@ def score_logits(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: f
     return TokenScores(logps * (labels_N != IGNORED), entropy, logits_NV.argmax(-1) == labels_N)
 
 
-def _score_in_place(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float) -> TokenScores:
-    """The same; the logits become the gradient of each row's log-probability."""
-    parts = []
-    values = CACHED_LOGITS if logits_NV.device.type == "cpu" else logits_NV.numel()
-    for rows in row_blocks(*logits_NV.shape, values):
-        logits, labels = logits_NV[rows], labels_N[rows].unsqueeze(1)
-        labelled, places = labels != IGNORED, labels.clamp(min=0)
-        is_top1 = logits.argmax(-1, keepdim=True) == labels
-        logps = logits.float().div_(temperature).log_softmax(-1)
-        own = logps.gather(-1, places) * labelled
-        gradient = logps.exp()
-        entropy = -torch.linalg.vecdot(gradient, logps)
-        gradient.neg_().scatter_add_(-1, places, torch.ones_like(own)).mul_(labelled / temperature)
-        logits.copy_(gradient)
-        parts.append((own.squeeze(1), entropy, is_top1.squeeze(1)))
-    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
-
-
 class Gradients(NamedTuple):
     """Of the hidden states, in their dtype, and of the head's weights, float32."""
 
@@ -92,16 +74,35 @@ class Head(NamedTuple):
     """What turns hidden states into logits [n, V] / temperature.
 
     uniform: the caller promises that the log-probabilities are summed up: all have the same gradient, so that those of
-    the head's weights, too, can be made with the logits.
+    the head's weights, too, can be made with the logits. figures: whether more than the log-probabilities is asked for.
     """
 
     module: nn.Module
     vocab_size: int
     temperature: float = 1.0
     uniform: bool = False
+    figures: bool = True
 
     def blocks(self, rows: int) -> Iterator[slice]:
         return row_blocks(rows, self.vocab_size, BLOCK_LOGITS)
+
+
+def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> TokenScores:
+    """As `score_logits`; the logits become the gradient of each row's log-probability."""
+    parts = []
+    values = CACHED_LOGITS if logits_NV.device.type == "cpu" else logits_NV.numel()
+    for rows in row_blocks(*logits_NV.shape, values):
+        labels = labels_N[rows].unsqueeze(1)
+        labelled, places = labels != IGNORED, labels.clamp(min=0)
+        logps = logits_NV[rows].float().div_(head.temperature).log_softmax(-1)
+        own = logps.gather(-1, places)
+        is_top1 = (own == logps.amax(-1, keepdim=True)) & labelled if head.figures else labelled
+        gradient = logps.exp()
+        entropy = -torch.linalg.vecdot(gradient, logps) if head.figures else own.squeeze(1)
+        gradient.neg_().scatter_add_(-1, places, torch.ones_like(own))
+        logits_NV[rows] = gradient.mul_(labelled / head.temperature)
+        parts.append(((own * labelled).squeeze(1), entropy, is_top1.squeeze(1)))
+    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class _Scores(torch.autograd.Function):
@@ -120,7 +121,7 @@ class _Scores(torch.autograd.Function):
                 x = hidden_ND[rows].detach().requires_grad_(ready)
                 logits = head.module(x)
             d_logits = logits.detach()
-            scores.append(_score_in_place(d_logits, labels_N[rows], head.temperature))
+            scores.append(_score_in_place(head, d_logits, labels_N[rows]))
             if gradients is not None:
                 gradients.add(rows, torch.autograd.grad(logits, [x, *weights], d_logits))
         ctx.save_for_backward(hidden_ND, labels_N, *weights)
@@ -187,6 +188,6 @@ def blockwise_loss(
     hidden_ND, labelled = hidden.flatten(0, 1), targets != IGNORED
     if hidden.device.type == "cpu":  # a GPU's host would wait for their number
         hidden_ND, targets = hidden_ND[labelled], targets[labelled]
-    logps = score_tokens(Head(head, vocab_size, uniform=True), hidden_ND, targets).logps
+    logps = score_tokens(Head(head, vocab_size, uniform=True, figures=False), hidden_ND, targets).logps
     items = labelled.sum() if num_items_in_batch is None else num_items_in_batch
     return -logps.sum() / (items.to(hidden.device) if isinstance(items, torch.Tensor) else items)

@@ -1,8 +1,8 @@
 """Scores of tokens as TRL's trainers ask for them, from our own head (`kernels.token_scores`).
 
-TRL replaces the model's forward with one that multiplies with `lm_head.weight`: past any adapter on it, and, where there
-is no Triton, for every token instead of those with a label, and in float32. Here the head itself is called, for tokens
-with a label only.
+TRL replaces the model's forward with one that multiplies with `lm_head.weight`: past any adapter on it, and, where
+there is no Triton, for every token instead of those with a label, in float32. Here the head itself is called, for
+tokens with a label only.
 """
 
 from collections.abc import Iterator

@@ -136,8 +136,8 @@ def test_gpu_path_spreads_the_factors(base: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(self: Groups, sizes_E: torch.Tensor) -> None:
-        self.counts, self.ends = (), sizes_E.cumsum(0).to(torch.int32)
+    def init(self: Groups, sizes_E: torch.Tensor, *_: Any) -> None:
+        self.looped, self.ends = False, sizes_E.cumsum(0).to(torch.int32)
 
     monkeypatch.setattr(Groups, "__init__", init)
     monkeypatch.delitem(WAYS, "training on a CPU")

@@ -6,17 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from deepseek_v2_modeling.kernels.grouped_products import (
     ActiveAdapter,
     Groups,
     Slots,
     _Dispatch,
+    blocks,
     combine,
     dispatch,
     filled_up,
     place_slots,
 )
+from deepseek_v2_modeling.kernels.low_rank import pieces, whole_pieces
 from deepseek_v2_modeling.layers import moe as moe_file
 from deepseek_v2_modeling.layers.moe import (
     Routed,
@@ -109,8 +112,8 @@ chosen_experts = st.integers(1, 3).flatmap(
 
 
 @settings(max_examples=30, deadline=None)
-@given(chosen_experts, st.booleans())
-def test_dispatch_and_combine(chosen: list[list[int]], fill_up: bool):
+@given(chosen_experts, st.sampled_from([0, 1, 2, 8]))
+def test_dispatch_and_combine(chosen: list[list[int]], block: int):
     """Rows go to their experts in order and come back weighted, and so do gradients. Filling up changes nothing."""
     torch.manual_seed(0)
     experts = torch.tensor(chosen)
@@ -119,10 +122,11 @@ def test_dispatch_and_combine(chosen: list[list[int]], fill_up: bool):
     weights = torch.rand(tokens, k, requires_grad=True)
     maps = torch.randn(EXPERTS, 5, 5, requires_grad=True)  # what an expert does to its rows
 
-    slots, groups = place_slots(experts, EXPERTS, fill_up)
+    slots, groups = place_slots(experts, EXPERTS, block)
     sizes = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
-    assert groups.counts == tuple(filled_up(size) if fill_up else size for size in sizes)
-    expert_of_row = torch.arange(EXPERTS).repeat_interleave(torch.tensor(groups.counts))
+    assert groups.counts == [filled_up(max(size, block)) if block and size else size for size in sizes]
+    expert_of_row = F.pad(torch.arange(EXPERTS).repeat_interleave(torch.tensor(groups.counts)), (0, 999))
+    expert_of_row = expert_of_row[: len(slots.slot_P)]
     real = slots.slot_P >= 0
     assert torch.equal(expert_of_row[real], experts.flatten()[slots.slot_P[real]])
     assert torch.equal(slots.slot_P[slots.place_S], torch.arange(tokens * k))
@@ -147,10 +151,25 @@ def test_filled_up_is_the_next_of_a_few_sizes(size: int):
 
 
 def test_low_precision_on_the_cpu_fills_up():
-    experts = torch.tensor([[0, 1], [0, 1], [0, 2]])
-    x = torch.randn(3, 5)
-    assert dispatch(x, experts, EXPERTS)[1].counts == (3, 2, 1, 0)
-    assert dispatch(x.bfloat16(), experts, EXPERTS)[1].counts == (4, 2, 1, 0)
+    """To blocks of a power of 2, up to the mean of the groups' sizes; the rows to a few numbers of blocks."""
+    experts = torch.tensor([[0, 1]] * 5 + [[0, 2]])
+    x = torch.randn(6, 5)
+    assert dispatch(x, experts, EXPERTS)[1].counts == [6, 5, 1, 0]
+    rows, groups, _ = dispatch(x.bfloat16(), experts, EXPERTS)  # blocks of 2
+    assert groups.counts == [8, 8, 2, 0] and len(rows) == 32
+
+
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=9), st.sampled_from([0, 1, 4, 32]))
+def test_pieces_cover_the_rows_of_each_expert(sizes: list[int], block: int):
+    counts = [size * block if block else size for size in sizes]
+    rows = block * whole_pieces(sum(sizes)) if block else sum(sizes)
+    wanted = torch.full((rows,), -1)
+    for expert, taken in blocks(counts):
+        wanted[taken] = expert
+    found = torch.full((rows,), -1)
+    for piece in pieces(counts, block, rows):
+        piece.of(found.unsqueeze(1)).copy_(piece.expert_Q.view(-1, 1, 1))
+    assert torch.equal(found[: sum(counts)], wanted[: sum(counts)]) and not (found < 0).any()
 
 
 def test_combine_sums_in_float32():
@@ -256,7 +275,7 @@ def test_the_ragged_kernel_gives_the_same(rank: int):
     a, b = torch.randn(2, rank, 16, requires_grad=True), torch.randn(2, 8, rank, requires_grad=True)
     adapters = [ActiveAdapter(a, b, 2.0, torch.nn.Identity(), experts=(0, 3))]
     on_cpu, ragged = grouped(rows), grouped(rows)
-    ragged.ends, ragged.counts = torch.tensor(on_cpu.counts).cumsum(0).to(torch.int32), ()
+    ragged.ends, ragged.looped = torch.tensor(on_cpu.counts).cumsum(0).to(torch.int32), False
     found, wanted = (groups.linear(x, w, adapters) for groups in (ragged, on_cpu))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(wanted)

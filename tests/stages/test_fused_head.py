@@ -12,7 +12,7 @@ from deepseek_v2_modeling import apply_lora, lora_config
 from deepseek_v2_modeling.loading import LoraSettings, ModelSource, load_model, prepare_trainable, read_adapter
 from deepseek_v2_modeling.training.fused_head import HeadSettings, with_fused_head
 
-from ..helpers.models import logits_of, random_adapter, random_ids, small_model
+from ..helpers.models import random_adapter, random_ids, small_model
 from ..helpers.stages import assert_same_weights, byte_tokenizer, chat_model, lines, stopped_after
 from .test_stage_rl import recipe as rl_recipe
 from .test_stage_rl import run as run_rl
