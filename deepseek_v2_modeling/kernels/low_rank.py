@@ -92,8 +92,9 @@ def share_gradient(
 ) -> Factors:
     """The gradients of the share's factors; that of x is added to dx, where there is one."""
     scaling, (z, a, b) = share.cast(g_SO.dtype)
-    found = Factors(*(None if factor is None else torch.zeros_like(factor) for factor in share.factors))
-    into = dx_SI if z is None else found.z
+    of_z = None if z is None else torch.zeros_like(z)
+    found = Factors(of_z, torch.zeros_like(share.factors.a), torch.zeros_like(share.factors.b))
+    into = dx_SI if z is None else of_z
     for piece in pieces:
         experts, x, g = piece.expert_Q, piece.of(x_SI if z is None else z), piece.of(g_SO)
         a_Q = a[experts]

@@ -57,7 +57,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, hidden_ND: torch.Tensor, weights: Sequence[torch.Tensor]) -> "Gradients":
-        return cls(torch.zeros_like(hidden_ND), [torch.zeros_like(w, dtype=torch.float32) for w in weights])
+        return Gradients(torch.zeros_like(hidden_ND), [torch.zeros_like(w, dtype=torch.float32) for w in weights])
 
     def add(self, rows: slice, parts: Sequence[torch.Tensor]) -> None:
         self.hidden_ND[rows], *more = parts
@@ -91,7 +91,7 @@ def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor)
     """As `score_logits`; the logits become the gradient of each row's log-probability."""
     parts = []
     values = CACHED_LOGITS if logits_NV.device.type == "cpu" else logits_NV.numel()
-    for rows in row_blocks(*logits_NV.shape, values):
+    for rows in row_blocks(len(logits_NV), logits_NV.shape[1], values):
         labels = labels_N[rows].unsqueeze(1)
         labelled, places = labels != IGNORED, labels.clamp(min=0)
         logps = logits_NV[rows].float().div_(head.temperature).log_softmax(-1)
@@ -102,7 +102,8 @@ def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor)
         gradient.neg_().scatter_add_(-1, places, torch.ones_like(own))
         logits_NV[rows] = gradient.mul_(labelled / head.temperature)
         parts.append(((own * labelled).squeeze(1), entropy, is_top1.squeeze(1)))
-    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
+    logps, entropy, is_top1 = map(torch.cat, zip(*parts, strict=True))
+    return TokenScores(logps, entropy, is_top1)
 
 
 class _Scores(torch.autograd.Function):
