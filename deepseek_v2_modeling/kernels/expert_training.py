@@ -1,4 +1,4 @@
-"""The routed experts of a layer in training on a CPU, as one function of its tokens.
+"""The routed experts of a layer in training, as one function of its tokens.
 
 Of what lies between the tokens and the outputs only the first product's result is kept for the gradients. The rest is
 made again (cheap) or is not needed: with the gate weight on the hidden side, y = (w h) W^T, the gradient of w h gives
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .grouped_products import ActiveAdapter, Groups, Slots, looped_gradient, looped_product
+from .fused import fused
+from .grouped_products import ActiveAdapter, Groups, Slots, summed_slots, weighted_slots
 from .low_rank import Share, flattened, shares_of
 
 
@@ -36,6 +36,31 @@ class Job:
         return shares[: len(self.first)], shares[len(self.first) :]
 
 
+@fused
+def gated_halves(hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor | None) -> torch.Tensor:
+    """[P, F]: activation(gate) * up, of gate and up side by side; times each row's weight."""
+    gate, up = hidden_P2F.chunk(2, dim=-1)
+    gated = activation(gate) * up
+    return gated if weights_P1 is None else gated * weights_P1
+
+
+@fused
+def gated_halves_gradient(
+    hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor, g_PF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the halves [P, 2F] and of the weights [P] float32, from that of `gated_halves`."""
+    gate, up = hidden_P2F.chunk(2, dim=-1)
+    vjp: Any = torch.func.vjp
+    activated, pull = vjp(activation, gate)
+    d_weights_P = (g_PF * (activated * up)).sum(-1, dtype=torch.float32)
+    d_gated = g_PF * weights_P1
+    d_halves = torch.empty_like(hidden_P2F)
+    d_gate, d_up = d_halves.chunk(2, dim=-1)
+    d_gate.copy_(pull(d_gated * up)[0])
+    d_up.copy_(d_gated * activated)
+    return d_halves, d_weights_P
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,48 +72,30 @@ class _Experts(torch.autograd.Function):
         down: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        first, second = job.shares(tensors)
-        with torch.autocast("cpu", enabled=False):
-            x_PD = x_ND.index_select(0, job.slots.token_P)
-            hidden_P2F = looped_product(job.groups, x_PD, gate_up, first)
-            gate, up = hidden_P2F.chunk(2, dim=-1)
-            y_PD = looped_product(job.groups, job.activation(gate).mul_(up), down, second)
+        slots, groups, (first, second) = job.slots, job.groups, job.shares(tensors)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            hidden_P2F = groups.product(x_ND.index_select(0, slots.token_P), gate_up, first)
+            y_PD = groups.product(gated_halves(hidden_P2F, job.activation, None), down, second)
         ctx.save_for_backward(x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors)
         ctx.job = job
-        places_NK = job.slots.place_S.view(weights_NK.shape)
-        return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+        return weighted_slots(y_PD, slots.places_NK, weights_NK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors = ctx.saved_tensors
         job: Job = ctx.job
-        slots, (first, second) = job.slots, job.shares(tensors)
+        slots, groups, (first, second) = job.slots, job.groups, job.shares(tensors)
         needs_x, _, *needs_w = ctx.needs_input_grad[1:5]
         x_PD, g_PD = (t.to(x_ND.dtype).index_select(0, slots.token_P) for t in (x_ND, grads[0]))
-        w_P = weights_NK.reshape(-1).index_select(0, slots.slot_P.clamp(min=0)) * (slots.slot_P >= 0)
-        w_P1 = w_P.to(x_ND.dtype).unsqueeze(1)
-        gate, up = hidden_P2F.chunk(2, dim=-1)
-        with torch.autocast("cpu", enabled=False):
-            with torch.enable_grad():
-                leaf = gate.detach().requires_grad_()
-                activated = job.activation(leaf)
-            hidden = activated.detach() * up
-            d_weighted, d_down, of_second = looped_gradient(
-                job.groups, g_PD, hidden * w_P1, down, second, (True, needs_w[1])
-            )
-            assert d_weighted is not None
-            dw_P = torch.einsum("pf,pf->p", d_weighted, hidden).float()
-            d_hidden = d_weighted.mul_(w_P1)
-            d_first = torch.empty_like(hidden_P2F)
-            d_gate, d_up = d_first.chunk(2, dim=-1)
-            torch.mul(d_hidden, activated.detach(), out=d_up)
-            d_gate.copy_(torch.autograd.grad(activated, leaf, d_hidden.mul_(up))[0])
+        weights_P1 = slots.weights_P(weights_NK).to(x_ND.dtype).unsqueeze(1)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            weighted = gated_halves(hidden_P2F, job.activation, weights_P1)
+            d_weighted, d_down, of_second = groups.gradient(g_PD, weighted, down, second, (True, needs_w[1]))
+            d_halves, dw_P = gated_halves_gradient(hidden_P2F, job.activation, weights_P1, d_weighted)
             needs = (needs_x, needs_w[0])
-            dx_PD, d_gate_up, of_first = looped_gradient(job.groups, d_first, x_PD, gate_up, first, needs)
-        dx_ND = None
-        if dx_PD is not None:
-            dx_ND = dx_PD.index_select(0, slots.place_S).unflatten(0, (-1, slots.top_k)).sum(1)
+            dx_PD, d_gate_up, of_first = groups.gradient(d_halves, x_PD, gate_up, first, needs)
+        dx_ND = None if dx_PD is None else summed_slots(dx_PD, slots.places_NK)
         dw_NK = dw_P.index_select(0, slots.place_S).view(weights_NK.shape)
         return None, dx_ND, dw_NK, d_gate_up, d_down, *flattened([*of_first, *of_second])
 

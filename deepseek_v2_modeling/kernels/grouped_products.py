@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import compiled_products as compiled
 from . import low_rank
 from .float32_products import compute_dtype, widens
+from .fused import fused
 from .low_rank import Factors, Share, flattened, shares_of
+from .ragged_products import ragged_gradient, ragged_product
 
 FILL = 32  # rows
-ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
 
 
 @dataclass
@@ -167,15 +167,29 @@ class Groups:
             scalings, factors = [a.scaling for a in adapters], (a.factors(len(w_EOI), x_SI) for a in adapters)
             with torch.autocast("cpu", enabled=False):
                 return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
-        product = compiled.grouped_mm if x_SI.device.type == "cpu" and torch.compiler.is_compiling() else F.grouped_mm
-        y_SO = product(x_SI, w_EOI.to(dtype).transpose(-2, -1), offs=self.ends)
-        for adapter in adapters:
-            a, b = (adapter.spread(f.to(dtype), len(w_EOI)) for f in (adapter.a, adapter.b))
-            more = -a.shape[1] % (ROW_BYTES // dtype.itemsize)  # zeros, up to a rank that the kernel takes
-            a, b = F.pad(a, (0, 0, 0, more)).transpose(-2, -1), F.pad(b, (0, more)).contiguous().transpose(-2, -1)
-            low = product(adapter.dropout(x_SI), a, offs=self.ends)
-            y_SO = torch.add(y_SO, product(low, b, offs=self.ends), alpha=adapter.scaling)
-        return y_SO
+        shares = shares_of(
+            [a.scaling for a in adapters], list(flattened(a.factors(len(w_EOI), x_SI) for a in adapters))
+        )
+        return ragged_product(self.ends, x_SI, w_EOI, shares)
+
+    def product(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+        """As `linear`, outside of autograd, on x in the dtype of the product."""
+        if self.looped:
+            return looped_product(self, x_SI, w_EOI, shares)
+        return ragged_product(self.ends, x_SI, w_EOI, shares)
+
+    def gradient(
+        self,
+        g_SO: torch.Tensor,
+        x_SI: torch.Tensor,
+        w_EOI: torch.Tensor,
+        shares: Sequence[Share],
+        needs: tuple[bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
+        """Of x and w (each where `needs` says so) and of the factors of `product`'s shares."""
+        if self.looped:
+            return looped_gradient(self, g_SO, x_SI, w_EOI, shares, needs)
+        return ragged_gradient(self.ends, g_SO, x_SI, w_EOI, shares, needs)
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,14 @@ class Slots:
     @property
     def token_P(self) -> torch.Tensor:
         return self.slot_P.clamp(min=0) // self.top_k
+
+    @property
+    def places_NK(self) -> torch.Tensor:
+        return self.place_S.unflatten(0, (-1, self.top_k))
+
+    def weights_P(self, weights_NK: torch.Tensor) -> torch.Tensor:
+        """The weight of each row's slot, 0 for rows that fill up."""
+        return weights_NK.reshape(-1).index_select(0, self.slot_P.clamp(min=0)) * (self.slot_P >= 0)
 
 
 def filled_up(size: int) -> int:
@@ -225,6 +247,30 @@ def place_slots(experts_NK: torch.Tensor, num_experts: int, block: int) -> tuple
     return Slots(slot_P, place_S, experts_NK.shape[1]), Groups(sizes_E, block, rows)
 
 
+@fused
+def summed_slots(rows_PD: torch.Tensor, places_NK: torch.Tensor) -> torch.Tensor:
+    """[N, D]: the sum of each token's rows, in their dtype."""
+    return rows_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape).sum(1)
+
+
+@fused
+def weighted_slots(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """[N, D] float32: the weighted sum of each token's rows."""
+    if y_PD.device.type == "cpu":
+        return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+    rows_NKD = y_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape)
+    return (rows_NKD.float() * weights_NK.unsqueeze(-1)).sum(1)
+
+
+@fused
+def weighted_slots_gradient(
+    g_ND: torch.Tensor, y_PD: torch.Tensor, token_P: torch.Tensor, weights_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(of y [P, D], of the rows' weights [P]) from the gradient of their weighted sums."""
+    g_PD = g_ND.index_select(0, token_P)
+    return (g_PD * weights_P.unsqueeze(1)).to(y_PD.dtype), (g_PD * y_PD.float()).sum(-1)
+
+
 class _Dispatch(torch.autograd.Function):
     """Rows of x [N, D] copied to their slots' rows [P, D]; the gradient gathers, so it is the same at every run."""
 
@@ -235,38 +281,24 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        slots: Slots = ctx.slots
-        return grads[0].index_select(0, slots.place_S).unflatten(0, (-1, slots.top_k)).sum(1), None
+        return summed_slots(grads[0], ctx.slots.places_NK), None
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted sum over each token's slots, accumulated in float32; on a GPU without a float32 tensor of all slots."""
+    """Weighted sum over each token's slots, accumulated in float32."""
 
     @staticmethod
     def forward(ctx: Any, y_PD: torch.Tensor, weights_NK: torch.Tensor, slots: Slots) -> torch.Tensor:
         ctx.save_for_backward(y_PD, weights_NK)
         ctx.slots = slots
-        places_NK = slots.place_S.view(weights_NK.shape)
-        if y_PD.device.type == "cpu":
-            return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
-        out = torch.zeros(weights_NK.shape[0], y_PD.shape[1], dtype=torch.float32, device=y_PD.device)
-        for k in range(weights_NK.shape[1]):
-            out.addcmul_(y_PD.index_select(0, places_NK[:, k]).float(), weights_NK[:, k : k + 1])
-        return out
+        return weighted_slots(y_PD, slots.places_NK, weights_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         y_PD, weights_NK = ctx.saved_tensors
         slots: Slots = ctx.slots
-        need_y, need_w = ctx.needs_input_grad[:2]
-        g_PD = grads[0].index_select(0, slots.token_P)
-        dw = None
-        if need_w:
-            dw_P = torch.einsum("pd,pd->p", g_PD, y_PD.float())
-            dw = dw_P.index_select(0, slots.place_S).view(weights_NK.shape)
-        weights_P = weights_NK.reshape(-1).index_select(0, slots.slot_P.clamp(min=0)) * (slots.slot_P >= 0)
-        dy = g_PD.mul_(weights_P.unsqueeze(1)).to(y_PD.dtype) if need_y else None
-        return dy, dw, None
+        dy, dw_P = weighted_slots_gradient(grads[0], y_PD, slots.token_P, slots.weights_P(weights_NK))
+        return dy, dw_P.index_select(0, slots.place_S).view(weights_NK.shape), None
 
 
 def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups, Slots]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fused import fused
+
 
 class _Gated(torch.autograd.Function):
     """activation(gate) * up, keeping gate and up alone: what lies between is made again for the gradients."""
@@ -25,7 +27,8 @@ class _Gated(torch.autograd.Function):
         return None, d_gate, grads[0] * activated.detach()
 
 
-def gated(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+@fused
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
     """activation(gate) * up."""
     if torch.compiler.is_compiling():  # which keeps what it likes
         return activation(gate) * up

@@ -33,7 +33,7 @@ class DeepseekV2MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, gated(self.act_fn, linear(self.gate_proj, x), linear(self.up_proj, x)))
+        return linear(self.down_proj, gated(linear(self.gate_proj, x), linear(self.up_proj, x), self.act_fn))
 
 
 class DeepseekV2Router(nn.Module):
@@ -127,22 +127,23 @@ def one_by_one(routed: Routed) -> torch.Tensor:
     experts, adapters, x_ND, weights_NK, experts_NK = routed
     x_PD, groups, slots = dispatch(x_ND, experts_NK, experts.num_experts)
     hidden = experts.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
-    hidden = gated(experts.act_fn, *hidden.chunk(2, dim=-1))
+    hidden = gated(*hidden.chunk(2, dim=-1), experts.act_fn)
     return combine(experts.linear("down_proj", groups, hidden, adapters.get("down_proj", [])), weights_NK, slots)
 
 
 def trains_plainly(routed: Routed) -> bool:
-    """Whether gradients are wanted on a CPU, of experts with this file's `linear`, whose adapters have no dropout."""
-    if not torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether gradients are wanted, of experts with this file's `linear`, whose adapters have no dropout."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     adapters = [adapter for found in routed.adapters.values() for adapter in found]
     own = type(routed.experts).linear is DeepseekV2Experts.linear
     return own and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
 
 
-def weights_train(routed: Routed) -> bool:
-    """Each part of the tokens would make a gradient of the size of all experts' weights."""
-    return routed.experts.gate_up_proj.requires_grad or routed.experts.down_proj.requires_grad
+def at_once(routed: Routed) -> bool:
+    """Where each part of the tokens would make a gradient of the size of all experts' weights, and on a GPU."""
+    trains = routed.experts.gate_up_proj.requires_grad or routed.experts.down_proj.requires_grad
+    return trains or routed.x_ND.device.type != "cpu"
 
 
 class Way(NamedTuple):
@@ -156,7 +157,7 @@ class Way(NamedTuple):
 
 # The first that applies is taken.
 WAYS = {
-    "training on a CPU": Way(trains_plainly, one_function, weights_train),
+    "training": Way(trains_plainly, one_function, at_once),
     "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
     "a GPU": Way(lambda routed: routed.x_ND.device.type != "cpu", one_by_one, lambda _: True),
     "a CPU": Way(lambda _: True, one_by_one, lambda _: False),

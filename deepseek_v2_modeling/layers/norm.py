@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.fused import fused
+
 
 class _Normed(torch.autograd.Function):
     """x / rms(x) in the dtype of x, keeping x itself for the gradients instead of its float32 copies."""
@@ -25,10 +27,15 @@ class _Normed(torch.autograd.Function):
         return ((g - normed * (g * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), None
 
 
+@fused
+def weighted_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight * _Normed.apply(x, eps)
+
+
 class DeepseekV2RMSNorm(nn.RMSNorm):
     """weight * x / rms(x); the mean is taken in float32, the dtype of x comes back (official behaviour)."""
 
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * _Normed.apply(x, self.eps)
+        return weighted_norm(x, self.weight, self.eps)

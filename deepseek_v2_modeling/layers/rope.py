@@ -15,6 +15,7 @@ from torch import nn
 
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
+from ..kernels.fused import fused
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -97,6 +98,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * magnitude, angles.sin() * magnitude
 
 
+@fused
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates interleaved pairs, in float32. x [B, H, T, R]; cos and sin [B, T, R/2]; the dtype of x comes back."""
     pairs = x.float().unflatten(-1, (-1, 2))

@@ -170,8 +170,8 @@ def test_keys_with_room():
 def test_what_is_made_again_for_gradients(shape: tuple[int, ...]):
     torch.manual_seed(0)
     gate, up = (torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    torch.testing.assert_close(gated(nn.SiLU(), gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(lambda g, u: gated(nn.SiLU(), g, u), (gate, up))
+    torch.testing.assert_close(gated(gate, up, nn.SiLU()), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(lambda g, u: gated(g, u, nn.SiLU()), (gate, up))
 
 
 def test_norm():

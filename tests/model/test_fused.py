@@ -1,0 +1,91 @@
+"""What is compiled on a GPU: every such function as one graph, with the plain version's values and gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_v2_modeling.kernels import fused as fused_file
+from deepseek_v2_modeling.kernels.expert_training import gated_halves, gated_halves_gradient
+from deepseek_v2_modeling.kernels.fused import fused
+from deepseek_v2_modeling.kernels.grouped_products import summed_slots, weighted_slots_gradient
+from deepseek_v2_modeling.kernels.swiglu import gated
+from deepseek_v2_modeling.layers.norm import weighted_norm
+from deepseek_v2_modeling.layers.rope import rotate
+
+TOKENS, TOP_K, WIDTH = 6, 3, 8
+ROWS = TOKENS * TOP_K
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+PLACES = torch.arange(ROWS).flip(0).view(TOKENS, TOP_K)
+CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "norm": (weighted_norm, (numbers(TOKENS, WIDTH), numbers(WIDTH, seed=1), 1e-6)),
+    "rotary": (rotate, (numbers(1, 2, TOKENS, 4), numbers(1, TOKENS, 2).detach(), numbers(1, TOKENS, 2).detach())),
+    "gate": (gated, (numbers(TOKENS, WIDTH), numbers(TOKENS, WIDTH, seed=1), nn.SiLU())),
+    "gate of experts": (gated_halves, (numbers(ROWS, WIDTH).detach(), nn.SiLU(), numbers(ROWS, 1).detach())),
+    "its gradient": (
+        gated_halves_gradient,
+        (numbers(ROWS, WIDTH).detach(), nn.SiLU(), numbers(ROWS, 1).detach(), numbers(ROWS, WIDTH // 2).detach()),
+    ),
+    "sum of slots": (summed_slots, (numbers(ROWS, WIDTH).detach(), PLACES)),
+    "gradient of slots": (
+        weighted_slots_gradient,
+        (numbers(TOKENS, WIDTH).detach(), numbers(ROWS, WIDTH).detach(), PLACES.flatten() // TOP_K, torch.rand(ROWS)),
+    ),
+}
+
+
+def values_and_gradients(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    out = function(*arguments)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    return outs + (list(torch.autograd.grad(outs[0].square().sum(), inputs)) if inputs else [])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_as_one_graph(case: str):
+    function, arguments = CASES[case]
+    torch.compiler.reset()
+    compiled = torch.compile(function.__wrapped__, backend="aot_eager", fullgraph=True)
+    wanted = values_and_gradients(function, arguments)
+    for found, plain in zip(values_and_gradients(compiled, arguments), wanted, strict=True):
+        torch.testing.assert_close(found, plain)
+
+
+class OnGpu:
+    """What `fused` asks of its first argument."""
+
+    is_cuda = True
+
+    def __init__(self, values: int):
+        self.values = values
+
+    def numel(self) -> int:
+        return self.values
+
+
+def test_few_values_run_as_they_come(monkeypatch: pytest.MonkeyPatch):
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or (lambda x: "compiled"))
+    call: Any = fused(lambda x: "plain")
+    assert call(OnGpu(fused_file.MANY - 1)) == call(torch.ones(fused_file.MANY)) == "plain" and not compiled
+    assert [call(OnGpu(fused_file.MANY)) for _ in range(2)] == ["compiled"] * 2 and len(compiled) == 1
+
+
+def test_without_a_compiler_it_runs_plainly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def failing(x: Any) -> str:
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    tried: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function: tried.append(function) or failing)
+    said: list[str] = []
+    monkeypatch.setattr(fused_file.logger, "warning_once", said.append)
+    call: Any = fused(lambda x: "plain")
+    assert [call(OnGpu(fused_file.MANY)) for _ in range(3)] == ["plain"] * 3
+    assert len(tried) == 1 and said == ["nothing is compiled on this GPU, which is slower: Failed to find C compiler"]
