@@ -53,6 +53,13 @@ def pad_batch(
     return ids, mask
 
 
+def unpad_batch(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """[B, T] with padding -> {input_ids, position_ids} [1, N] without: the rows one after the other, each a document
+    that begins at position 0."""
+    real = mask.bool()
+    return {"input_ids": ids[real][None], "position_ids": (mask.cumsum(-1) - 1)[real][None]}
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, what it was before outside."""
@@ -169,8 +176,8 @@ def choose_tokens(logits: torch.Tensor, temperature: float, drawn: torch.Tensor 
     if temperature == 0:
         return logits.argmax(-1)
     shares = (logits.float() / temperature).softmax(-1)
-    if drawn is None:
-        return torch.multinomial(shares, 1).squeeze(1)
+    if drawn is None:  # multinomial draws one for each token of the vocabulary
+        drawn = torch.rand(len(shares), dtype=torch.float64, device=shares.device)
     reached = shares.double().cumsum(-1)
     return torch.searchsorted(reached, drawn.double()[:, None] * reached[:, -1:], right=True).squeeze(1)
 

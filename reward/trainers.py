@@ -8,11 +8,22 @@ from torch import nn
 from torch.nn import functional as F
 from trl.trainer.reward_trainer import RewardTrainer
 
-from deepseek_v2_modeling.inference import pad_batch
+from deepseek_v2_modeling.inference import pad_batch, unpad_batch
 from deepseek_v2_modeling.training import RunTrainerMixin
 
 
-class PairTrainer(RunTrainerMixin, RewardTrainer):
+class PackedRewardTrainer(RewardTrainer):
+    """RewardTrainer that scores a batch's rows without their padding: answers to compare can differ much in length."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        packed = unpad_batch(inputs["input_ids"], inputs["attention_mask"])
+        inputs = {**inputs, **packed, "attention_mask": torch.ones_like(packed["input_ids"])}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class PairTrainer(RunTrainerMixin, PackedRewardTrainer):
     """-log sigmoid(score of chosen - score of rejected)."""
 
 
@@ -51,7 +62,7 @@ class PointwiseLossTrainer(RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        outputs = model(**unpad_batch(inputs["input_ids"], inputs["attention_mask"]), use_cache=False)
         scores, targets = outputs.logits.squeeze(-1).float(), inputs["target"]
         loss = pointwise_loss(scores, targets, self.verdict)
         logged = self._metrics["train" if model.training else "eval"]

@@ -18,7 +18,7 @@ from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
 from conversations.row import Row
 from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import generate_answers
+from deepseek_v2_modeling.inference import generate_answers, unpad_batch
 from deepseek_v2_modeling.training import (
     IGNORED,
     HeadSettings,
@@ -37,15 +37,9 @@ PATIENCE = 8  # batches in which a reward may say nothing at all
 def pack_rows(input_ids: torch.Tensor, mask: torch.Tensor, answer_length: int) -> dict[str, torch.Tensor]:
     """[B, T] with padding -> {input_ids, position_ids, labels} [1, N] without; labels on the last `answer_length`
     columns only, and never on the first token of a row, which nothing in its row predicts."""
-    real = mask.bool()
-    positions = mask.cumsum(-1) - 1
-    labels = input_ids.masked_fill(positions == 0, IGNORED)
+    labels = input_ids.masked_fill(mask.cumsum(-1) == 1, IGNORED)
     labels[:, :-answer_length] = IGNORED
-    return {
-        "input_ids": input_ids[real][None],
-        "position_ids": positions[real][None],
-        "labels": labels[real][None],
-    }
+    return {**unpad_batch(input_ids, mask), "labels": labels[mask.bool()][None]}
 
 
 def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -160,6 +160,24 @@ def test_what_the_first_step_logs(tmp_path, verdict):
     assert metrics["reward_stats"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
 
 
+def test_pairs_are_scored_without_padding(tmp_path):
+    """A batch of answers of different lengths: the first step's figures are those of each answer alone."""
+    answers = ["a", "bb" * 9, "c" * 4, "d" * 13]
+    rows = [{**row, "chosen": assistant(answer)} for row, answer in zip(pairs(4), answers, strict=True)]
+    model, read = score_model().eval(), []
+    keys = ("chosen", "rejected")
+    good, bad = (torch.tensor([score(model, row["prompt"], row[key]) for row in rows]) for key in keys)
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: read.append(given[0].numel()))
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
+    run(tmp_path, model=model.train(), rows=rows, training=settings)
+    logged = lines(tmp_path / "metrics.jsonl")[0]
+    assert logged["task_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(good - bad).mean().item(), rel=1e-4)
+    assert logged["margin"] == pytest.approx((good - bad).mean().item(), abs=1e-4)
+    assert logged["accuracy"] == (good > bad).float().mean().item()
+    lengths = [len(answer_ids(row["prompt"], row[key], byte_tokenizer(), None)) for row in rows for key in keys]
+    assert read[0] == sum(lengths) < len(lengths) * max(lengths) and logged["num_tokens"] == sum(lengths)
+
+
 def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
     monkeypatch.setattr("reward.stage.STATS_ROWS", 3)
     rows = [{**row, "chosen": assistant("y" * (1 + i))} for i, row in enumerate(pairs(12))]
