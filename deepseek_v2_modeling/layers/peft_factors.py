@@ -70,6 +70,32 @@ def _plain_lora(module: nn.Module) -> bool:
     return layer is not module
 
 
+class _AddedShare(torch.autograd.Function):
+    """y [N, O] + scaling * (x a^T) b^T, written into y; products in y's dtype. x [N, I], a [r, I], b [O, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scaling: float, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            low = x.to(y.dtype) @ a.to(y.dtype).t()
+            y.addmm_(low, b.to(y.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scaling = scaling
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (g,), (x, low, a, b) = grads, ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            g_low = (g @ b.to(g.dtype)) * ctx.scaling
+            dx = (g_low @ a.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[2] else None
+            da = (g_low.t() @ x.to(g.dtype)).to(a.dtype) if ctx.needs_input_grad[3] else None
+            db = ((g.t() @ low) * ctx.scaling).to(b.dtype) if ctx.needs_input_grad[4] else None
+        return None, g, dx, da, db
+
+
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed, and low-rank products are
     in the dtype of the base product. x is made contiguous: see products.Linear."""
@@ -78,7 +104,12 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return module(x)
     base, adapters = unwrap(module)
     y = base(x)
+    y_NO = y.flatten(0, -2)
     for adapter in adapters.get("weight", []):
-        low = F.linear(adapter.dropout(x).to(y.dtype), adapter.a.to(y.dtype)).flatten(0, -2)
-        y = torch.addmm(y.flatten(0, -2), low, adapter.b.to(y.dtype).t(), alpha=adapter.scaling).view_as(y)
-    return y
+        x_NI = adapter.dropout(x).flatten(0, -2)
+        if torch.compiler.is_compiling():
+            low = F.linear(x_NI.to(y.dtype), adapter.a.to(y.dtype))
+            y_NO = torch.addmm(y_NO, low, adapter.b.to(y.dtype).t(), alpha=adapter.scaling)
+        else:
+            y_NO = _AddedShare.apply(adapter.scaling, y_NO, x_NI, adapter.a, adapter.b)
+    return y_NO.view_as(y)
