@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conversations.errors import ToolkitError
 from recipes.processes import command_line, is_main, now
 
 LOCK = ".lock"
 ROOM = 64 << 10  # bytes; enough for a manifest
+_SHOWN = 500  # characters of each thing that a lock says
 _TRIES, _PAUSE = 5, 0.1  # `dsv2 report` looks at a lock by taking it for a moment
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without them
 
@@ -82,7 +84,7 @@ def owner_of(folder: Path) -> Owner | None:
     """Who works in a run directory now; None where nobody does. On another host that cannot be known: its owner is
     taken to be alive."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # whatever it is: a pipe would wait for a writer
     except OSError:
         return None
     try:
@@ -125,7 +127,9 @@ def _take(file: Path, place: Path) -> int:
     owner = Owner()
     for _ in range(_TRIES):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise ToolkitError(f"{file} is no plain file, as a lock is; remove it, or choose another directory")
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         owner = _read(handle)
         if _lock(handle, fcntl.LOCK_EX, owner):
             if owner.host not in ("", platform.node()):
@@ -155,21 +159,28 @@ def _lock(handle: int, kind: int, owner: Owner) -> bool:
 
 def _is_alive(owner: Owner) -> bool:
     """Where the file system has no locks: is there a process of that number on this host?"""
+    if owner.pid <= 0:
+        return False
     try:
         os.kill(owner.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
-    return owner.pid not in (0, os.getpid())
+    return owner.pid != os.getpid()
 
 
 def _read(handle: int) -> Owner:
     try:
         said = json.loads(os.pread(handle, ROOM, 0))
-        return Owner(str(said["host"]), int(said["pid"]), str(said["command"]), str(said["since"]))
-    except (ValueError, KeyError, TypeError):
+        host, command, since = (_one_line(said[key]) for key in ("host", "command", "since"))
+        return Owner(host, int(said["pid"]), command, since)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):
         return Owner()
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())[:_SHOWN]
 
 
 def _write(handle: int, room: int) -> None:

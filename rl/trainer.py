@@ -18,7 +18,7 @@ from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
 from conversations.row import Row
 from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import generate_answers, unpad_batch
+from deepseek_v2_modeling.inference import end_tokens, generate_answers, unpad_batch
 from deepseek_v2_modeling.training import (
     IGNORED,
     HeadSettings,
@@ -66,6 +66,9 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             super().__init__(model=model, args=args, reward_funcs=list(rewards), **kwargs)
         args.beta, args.sync_ref_model = beta, sync
         self.beta = beta
+        self.eos_token_ids = end_tokens(model, self._tokenizer)
+        if not args.use_vllm and "eos_token_id" not in (args.generation_kwargs or {}):
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
             if sync:

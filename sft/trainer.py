@@ -15,7 +15,7 @@ from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text, split_prompt
 from conversations.row import Row
 from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import generate_answers
+from deepseek_v2_modeling.inference import end_tokens, generate_answers
 from deepseek_v2_modeling.training import (
     IGNORED,
     HeadSettings,
@@ -126,7 +126,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
                 self.model,
                 ids,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end_tokens(self.model, tokenizer),
                 max_new_tokens=self.sample_tokens,
             )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.reading.arrow_sizes import unpacked_sizes
 from conversations.reading.data_file import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, Record, RowTooLong, Unpacked
 from conversations.row import is_utf8, without_nulls
 
 _BATCH = 16  # rows that are held at once; each may be as long as a row may be
 _ROWS_ALLOWED = 1_000_000  # of a parquet file however small
 _BOM = "\ufeff"
-_ARROW_FILE = b"ARROW1"
+_ARROW_FILE, _ARROW_FILE_START = b"ARROW1", 8  # how a file of Arrow begins, and where its first message does
 NAMELESS = "Unnamed: 0"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -118,17 +119,56 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
 
     with file.open_seekable() as content:
         is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
-        content.seek(0)
+        start = _ARROW_FILE_START if is_file else 0
 
         def batches() -> Iterator[Any]:
-            if not is_file:
-                yield from ipc.open_stream(content)
-                return
-            reader = ipc.open_file(content)
-            for number in range(reader.num_record_batches):
-                yield reader.get_batch(number)
+            if is_file:  # a stream with a list of its batches at the end, without which the file is not whole
+                ipc.open_file(content)
+            content.seek(start)
+            unpacked = Unpacked(file.packed_size)
+            for size in unpacked_sizes(content):
+                unpacked.add(size)
+            content.seek(start)
+            for batch in ipc.open_stream(content):
+                for column in batch.columns:
+                    _check_column(column)
+                yield batch
 
         yield from _table_records(batches, file.packed_size)
+
+
+def _check_column(column: Any) -> None:
+    """pyarrow trusts the places of texts and lists that a file states, and reads beyond its memory in a damaged one.
+
+    Texts that are not UTF-8 are no damage: their rows are refused one by one.
+
+    Raises:
+        pyarrow.ArrowException: a place that is none.
+    """
+    import pyarrow
+
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: Any) -> Any:
+    """The type with bytes in the place of texts, in lists and structs too."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_string(kind):
+        return pyarrow.binary()
+    if types.is_large_string(kind):
+        return pyarrow.large_binary()
+    if types.is_list(kind):
+        return pyarrow.list_(_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_as_bytes(kind.value_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    return kind
 
 
 def _table_records(batches: Callable[[], Iterable[Any]], packed_size: int) -> Iterator[Record]:

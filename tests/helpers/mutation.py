@@ -38,7 +38,15 @@ AREAS = {
     "answers": Area(("conversations/answers/*.py",), ("test_rules", "test_math")),
     "reading": Area(
         ("conversations/formats/*.py", "conversations/reading/*.py"),
-        ("test_formats", "test_row_forms", "test_tools", "test_reading", "test_tables", "test_untrained_turns"),
+        (
+            "test_formats",
+            "test_row_forms",
+            "test_tools",
+            "test_reading",
+            "test_tables",
+            "test_untrained_turns",
+            "test_data_paths",
+        ),
     ),
     "rl": Area(("rl/*.py",), ("test_stage_rl", "test_rewards")),
     "reward": Area(("reward/*.py",), ("test_stage_reward",)),

@@ -3,16 +3,20 @@
 import gzip
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import ipc, parquet
 
 from conversations import load_conversations
 from conversations.answers.rules import verify
 from conversations.errors import ToolkitError
 from conversations.reading import data_file
+from conversations.reading.arrow_sizes import unpacked_sizes
 from recipes.recipe.schema import validate
 
 SMALL = 1 << 16
@@ -79,6 +83,70 @@ def test_a_parquet_file_with_more_rows_than_bytes_is_refused(tmp_path: Path, mon
     monkeypatch.setattr("conversations.reading.table_files._ROWS_ALLOWED", 1000)
     parquet.write_table(repeated("a", 100_000), tmp_path / "a.parquet", compression="zstd")
     assert re.search(r"has 100,000 rows in [\d,]+ bytes", refused(tmp_path / "a.parquet"))
+
+
+WRITERS = {"file": ipc.new_file, "stream": ipc.new_stream}
+
+
+def write_arrow(path: Path, table: pa.Table, form: str, packing: str | None, rows: int = 1 << 20) -> Path:
+    with WRITERS[form](path, table.schema, options=ipc.IpcWriteOptions(compression=packing)) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+@pytest.mark.parametrize("packing", ["zstd", "lz4"])
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("part", ["rows", "dictionary"])
+def test_a_batch_of_an_arrow_file_is_refused_before_it_is_unpacked(
+    packing: str, form: str, part: str, tmp_path: Path, small_bounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow unpacks a batch, or a dictionary, whole."""
+    texts = pa.array(["a" * (SMALL * 128)])
+    if part == "dictionary":
+        texts = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), texts)
+    path = write_arrow(tmp_path / "a.arrow", pa.table({"prompt": texts, "completion": ["b"]}), form, packing)
+    monkeypatch.setattr(ipc, "open_stream", None)  # which unpacks
+    assert "unpacks to more than" in refused(path) and f"{SMALL:,}" in refused(path)
+
+
+@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("packing", ["zstd", "lz4", None])
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_an_arrow_file_unpacks_to_is_read_from_it(
+    form: str, packing: str | None, rows: int, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a" * i} for i in range(40)]
+    names = pa.DictionaryArray.from_arrays(pa.array([i % 2 for i in range(40)], pa.int32()), pa.array(["x", "y" * 99]))
+    table = pa.table({"turns": [[turn] * 2 for turn in turns], "names": names, "n": list(range(40))})
+    batches = table.to_batches(max_chunksize=rows)
+    path = write_arrow(tmp_path / "a.arrow", table, form, packing, rows)
+    with path.open("rb") as content:
+        content.seek(8 if form == "file" else 0)
+        schema, dictionary, *sizes = unpacked_sizes(content)
+    assert len(sizes) == len(batches) and schema == 0
+    if packing:
+        assert dictionary >= 100
+        # numbers of 8 bytes, and texts and their places, of each batch
+        assert all(
+            size >= batch.num_rows * 8 + batch.column(0).nbytes // 2 for size, batch in zip(sizes, batches, strict=True)
+        )
+    else:
+        assert sum(sizes) == dictionary == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(where=st.integers(0, 2000), byte=st.integers(0, 255), cut=st.integers(0, 2000), data=st.binary(max_size=40))
+def test_a_damaged_arrow_file_is_one_message(
+    where: int, byte: int, cut: int, data: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    table = pa.table({"prompt": ["a" * i for i in range(1, 20)], "completion": ["b"] * 19})
+    path = write_arrow(tmp_path_factory.getbasetemp() / "damaged.arrow", table, "file", "zstd")
+    content = bytearray(path.read_bytes())
+    content[where % len(content)] = byte
+    content[cut % len(content) :] = data + bytes(content[cut % len(content) :]) if byte % 2 else data
+    path.write_bytes(content)
+    with suppress(ToolkitError):
+        list(load_conversations(path, "skip"))
 
 
 def test_a_row_of_a_table_has_the_bound_of_every_row(tmp_path: Path, small_bounds: None) -> None:

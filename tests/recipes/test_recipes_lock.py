@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 import eval.stage
@@ -118,6 +121,83 @@ def test_a_lock_of_another_host_is_never_taken(capsys: pytest.CaptureFixture[str
     assert owner is not None and owner.pid == 7
     Path("run/.lock").unlink()
     assert main(["eval", "e.yaml"]) == 0
+
+
+OWNERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "host": st.one_of(st.just(platform.node()), st.text(), st.none(), st.integers(), st.lists(st.text())),
+        "pid": st.one_of(
+            st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.sampled_from([0, -1, 1, 2**31, 10**300])
+        ),
+        "command": st.one_of(st.text(), st.integers(), st.dictionaries(st.text(), st.text())),
+        "since": st.one_of(st.text(), st.floats()),
+    },
+)
+CONTENTS = st.one_of(
+    OWNERS.map(lambda owner: json.dumps(owner).encode()),
+    st.binary(),
+    st.sampled_from([b"", b"null", b"[]", b"7", b'"x"', b"[" * 60_000, b"1e999", b"{" * 999, b"9" * 5_000]),
+)
+
+
+@pytest.mark.parametrize("locks", ["flock", "none"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=CONTENTS)
+def test_whatever_a_lock_says_it_is_taken_or_named(locks: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file system has no locks, and the process that the file names is looked for."""
+    if locks == "none":
+        monkeypatch.setattr("recipes.lock.fcntl.flock", no_locks)
+    monkeypatch.setattr("recipes.lock._TRIES", 1)
+    monkeypatch.setattr("recipes.lock._PAUSE", 0)
+    Path("run").mkdir(exist_ok=True)
+    for hold, target, lock in (
+        (hold_directory, Path("run"), Path("run/.lock")),
+        (hold_path, Path("page.html"), Path(".page.html.lock")),
+    ):
+        lock.write_bytes(content)
+        said = owner_of(Path("run"))
+        assert said is None or "\n" not in str(said)
+        try:
+            with hold(target):
+                assert json.loads(lock.read_bytes())["pid"] == os.getpid()
+        except ToolkitError as error:
+            assert " is in use by " in str(error) and "\n" not in str(error) and len(str(error)) < 3_000
+            assert lock.read_bytes() == content
+        else:
+            assert not lock.exists()
+
+
+def no_locks(*args: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("content", [b"[" * 60_000, b'{"host": "%s", "pid": 1e999, "command": "", "since": ""}'])
+def test_a_report_and_a_model_are_written_over_a_broken_lock(content: bytes, capsys: Any) -> None:
+    content = content.replace(b"%s", platform.node().encode())
+    Path("there").mkdir()
+    Path("there/recipe.yaml").write_text("stage: sft\n")
+    for lock in (".page.html.lock", "there/.lock", ".new.lock"):
+        Path(lock).write_bytes(content)
+    assert main(["report", "there", "--output", "page.html"]) == 0
+    assert main(["init", "new", "--preset", "tiny"]) == 0
+    assert Path("page.html").is_file() and Path("new/config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
+def test_a_lock_that_is_no_plain_file_is_refused_and_left(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lock, notes = Path(".new.lock"), Path("notes.txt")
+    notes.write_text("mine")
+    if kind in ("link", "dangling"):
+        lock.symlink_to("notes.txt" if kind == "link" else "nowhere")
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    assert main(["init", "new", "--preset", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert ".new.lock is no plain file" in said and said.count("\n") == 1
+    assert notes.read_text() == "mine" and not Path("nowhere").exists() and not Path("new").exists()
 
 
 def test_the_other_processes_of_a_launch_need_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:

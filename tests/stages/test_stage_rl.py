@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from conversations import render_conversation
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
+from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
@@ -21,6 +22,7 @@ from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
 from ..helpers.models import random_ids
 from ..helpers.stages import (
     SECTIONS,
+    TINY,
     assert_same_weights,
     byte_tokenizer,
     chat_model,
@@ -236,6 +238,26 @@ def test_sampling_beyond_temperature_is_trls(tmp_path, more):
     assert trainer.samples_plainly is (not more)
     answers, logps = trainer._generate_single_turn([[0, 70, 71], [0, 72]], None, {}, 1)
     assert [len(answer) <= 6 for answer in answers] == [True, True] and logps is None
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 300}], ids=["ours", "TRL's"])
+@pytest.mark.parametrize(
+    ("stated", "of_a_file", "ends"),
+    [([1, 70, 71, 999], True, [1, 70, 71]), (70, True, [1, 70]), (70, False, [1]), (None, True, [1])],
+)
+def test_rollouts_end_where_chat_and_evaluation_end(tmp_path, more, stated, of_a_file, ends):
+    """At the tokenizer's end token and those of generation_config.json (999 is no token), not at config.json's."""
+    model = chat_model()
+    model.generation_config.eos_token_id = stated
+    model.generation_config._from_model_config = not of_a_file
+    trainer = trainer_for(tmp_path, model=model, training={**more, "max_completion_length": 40})
+    assert trainer.eos_token_ids == ends == end_tokens(model, byte_tokenizer())
+    bias = torch.full((TINY["vocab_size"],), -1e9)
+    bias[[72, *ends]] = torch.tensor([0.0] + [-1.0 - 9.0 * (end != ends[-1]) for end in ends])
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, out: out * 0 + bias)
+    answers, _ = trainer._generate_single_turn([[0, 70, 71]] * 8, None, {}, 1)
+    assert all(72 in answer or len(answer) == 1 for answer in answers)
+    assert {answer[-1] for answer in answers} == {ends[-1]} and all(set(answer[:-1]) <= {72} for answer in answers)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from sft.stage import train
 
 from ..helpers.stages import (
     SECTIONS,
+    TINY,
     assert_same_weights,
     assistant,
     byte_tokenizer,
@@ -112,6 +113,19 @@ def test_trains_and_writes_a_run(tmp_path):
     assert (tmp_path / "final" / "tokenizer.json").is_file()
     assert not (tmp_path / "rejected.jsonl").exists()
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
+
+
+def test_samples_end_where_chat_and_evaluation_end(tmp_path, monkeypatch):
+    """At the end tokens of generation_config.json too."""
+    monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 9)
+    model = chat_model()
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [1, 70], False
+    bias = torch.full((TINY["vocab_size"],), -1e9)
+    bias[70] = 0.0
+    model.lm_head.register_forward_hook(lambda module, inputs, out: out + bias)
+    run(tmp_path, model=model, training={"max_steps": 1, "save_strategy": "no"})
+    (letter,) = {line["completion"] for line in lines(tmp_path / "samples.jsonl")}
+    assert letter == byte_tokenizer().decode([70])
 
 
 def test_the_loss_is_that_of_the_answers_alone(tmp_path):
