@@ -34,7 +34,14 @@ _ENGLISH = (
     r"\b(?:i|we)(?: am|'m|'re| are)? (?:do not|don't|not) (?:feel )?comfortable\b",
     # No, I cannot. I can't. I won't do it.
     r"\b(?:i|we) (?:cannot|can't|can ?not|won't|will not)\s*(?:[.!,;]|$)",
-    r"\bi(?:'d| would)? (?:rather|prefer) not (?:to )?(?:say|discuss|answer|help|do|talk|share|go|speculate|comment)\b",
+    rf"\bi(?:'d| would)? (?:rather|prefer) not (?:to )?(?:{_HELP}|(?:do|talk|go|speculate|comment|get into)\b)",
+    # I won't be walking you through that; I do not have the ability to share it; something I can't get into
+    r"\b(?:i|we)(?:'ll| will| would)? (?:won't|will not|wouldn't|would not|not) be"
+    rf" (?:{_HELPING}|walking (?:you|anyone)\b)",
+    rf"\bi (?:do not|don't) have (?:(?:the|any) )?(?:ability|permission|authority|right|means) to {_HELP}",
+    r"\b(?:that|it|this)(?:'s| is) something (?:that )?(?:i|we) (?:cannot|can't|can ?not|won't|will not)"
+    rf" (?:{_HELP}|(?:do|get into|go into)\b)",
+    r"^(?:i'm )?sorry,? (?:but )?no\s*(?:[.,!]|$)",
     rf"\bi (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:should|can|could|ought to)\s*{_ADVERB}{_HELP}",
     r"\bi(?: must| will|'ll| shall| would|'m going to| am going to)?(?: have to| need to)?\s*"
     r"(?:respectfully |politely )?(?:(?:decline|refuse)\s*(?:[.,;:!]|$|(?:to|this|that|your|the|because|such|and)\b)"
@@ -71,6 +78,11 @@ _CHINESE = (
     r"(?:^|[，,。])\s*(?:不[，,]\s*)?(?:不能|不行)(?:[。！!，,]|$)",
     r"我[^，。]{0,4}(?:拒绝|婉拒|谢绝)(?!了(?:他|她|它))|恕我?拒绝",
     r"(?:我|恕|这个?忙|这事|真的|恐怕)[^，。]{0,6}帮不了(?!他|她|它)|帮不了[你您]|帮不上|我[^，。]{0,2}什么[都也]不会?(?:说|回答|提供|透露)|(?:这|我)[^，。]{0,8}做不到|办不到|爱莫能助|无能为力|恕难|无可奉告|恕不",
+    # 这种事情我不能做; 不在我可以提供的范围之内; 我不提供此类指导; 我是不会说的
+    r"(?:这|那|此)(?:种|类|样的?|些|件)?[^，。]{0,4}我[^，。]{0,3}(?:不能|不可以|不愿意?)做(?=[，,。！!]|$)",
+    r"不在我[^，。]{0,8}(?:范围|能力|职责)",
+    r"(?:^|[，,]|问题|内容|话题)\s*我(?:们)?(?:一律|从)?不(?:提供|回答|讨论|协助|生成|透露|教授)(?=$|[，,。！!此这那该任有相])",
+    r"我是不会(?:说|讲|告诉|回答|透露|教|帮|提供|写)[^，。]{0,12}的",
     r"违反了?我的[^，。]{0,8}(?:准则|原则|政策|规定)|超出了?我(?:能够?|可以|所能)?[^，。]{0,4}(?:帮助|服务|协助|提供|回答|处理|能力)",
 )
 REFUSAL_PATTERNS = (*_ENGLISH, *_CHINESE)
@@ -85,7 +97,9 @@ _NOT_MEANT = re.compile(
     r"|say (?:for sure|for certain|enough|with certainty|exactly|whether|that)"
     r"|give up|make (?:it|out|sense)|explain (?:why|how (?:much|happy|glad))"
     r"|describe how|do without|show that|lie\b|promise)"
+    r"|\b(?<!that's )(?<!that is )something (?:that )?(?:i|we) (?:can't|cannot|can ?not) (?:explain|describe)\b"
     r"|\bdon't (?:say|tell|make|give up|mean)\b|\bwould(?:n't| not) (?:say|recommend|make|give up|describe|call)\b"
+    r"|\b(?!(?:i|we)\b)\w+ (?:said|says|replied|answered|shouted|wrote|asked)\s*[,:]?\s*[\"“][^\"”]*[\"”]?"
     r"|不会(?:告诉别人|让[你您])|不能不|不能再同意|再同意不过|(?:他|她|他们|她们|老师|公司)(?:说|表示|回答)[^。]*",
     re.IGNORECASE,
 )

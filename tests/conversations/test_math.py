@@ -9,7 +9,11 @@ import pytest
 
 from conversations import verify
 
-REFERENCES = (Path(__file__).parents[1] / "data" / "references.txt").read_text(encoding="utf-8").splitlines()
+# The second list was written without a look at the rule, and held at once.
+LISTS = {
+    name: (Path(__file__).parents[1] / "data" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    for name in ("references", "references_more")
+}
 SHAPES = (
     r"\boxed{%s}", "$%s$", "%s",
     "The answer is %s.", "答案是%s。", "所以结果为 $%s$。", r"We add them and get \boxed{%s}.",
@@ -21,15 +25,17 @@ def score(answer: str, reference: str) -> float | None:
     return verify("math", answer, reference=reference).score
 
 
+@pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_reference_is_right_for_itself(shape):
-    assert len(REFERENCES) >= 80
-    assert [r for r in REFERENCES if score(shape.replace("%s", r), r) != 1] == []
+def test_a_reference_is_right_for_itself(shape, name):
+    assert len(LISTS[name]) >= 80
+    assert [r for r in LISTS[name] if score(shape.replace("%s", r), r) != 1] == []
 
 
-def test_a_reference_is_wrong_for_every_other():
+@pytest.mark.parametrize("name", LISTS)
+def test_a_reference_is_wrong_for_every_other(name):
     """A seeded part of all pairs and shapes; DSV2_ALL_PAIRS=1 takes every pair, which takes about 15 seconds of CPU."""
-    pairs = list(permutations(REFERENCES, 2))
+    pairs = list(permutations(LISTS[name], 2))
     if not os.environ.get("DSV2_ALL_PAIRS"):
         pairs = random.Random(0).sample(pairs, 1_500)
     said = [(random.Random(i).choice(SHAPES).replace("%s", a), b) for i, (a, b) in enumerate(pairs)]
