@@ -13,7 +13,7 @@ _SECRET_NAME = re.compile(rf"(?:.*[_-])?{_SECRET}", re.IGNORECASE)
 _UPLOAD_NAME = re.compile(r"(?:push_to_hub|hub|trackio)(?:_.*)?|log_completions_hub_repo")
 # What the tokens of the model hub and of the largest services look like.
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}")
-_WRITTEN = re.compile(rf"([\w.-]*(?<![A-Za-z]){_SECRET}(?:=|['\"]\s*:\s*))[^\s,}}]+", re.IGNORECASE)
+_WRITTEN = re.compile(rf"(?<![\w.-])([\w.-]*(?<![A-Za-z]){_SECRET}(?:=|['\"]\s*:\s*))[^\s,}}]+", re.IGNORECASE)
 # The user and password of an address (also where a path has lost its second slash), and what its query calls a secret.
 _ADDRESS = re.compile(
     rf"(?<=:/)/?[^\s/?#@]+(?=@)|(?<=[?&])(?:[\w.-]*{_SECRET}|key|sig(?:nature)?|auth|x-amz-[\w-]+)=[^\s&#'\"]+",

@@ -12,6 +12,8 @@ from conversations.errors import ToolkitError
 from recipes.recipe.yaml_text import parse_yaml
 from recipes.terminal import is_unicode
 
+LONGEST_PATH, DEEPEST_PATH = 300, 30  # characters, and keys
+
 
 @dataclass(frozen=True)
 class Override:
@@ -29,13 +31,20 @@ def parse_override(text: str) -> Override:
     """Parse `key.path=value`.
 
     Raises:
-        ToolkitError: no `=`, an empty key, bytes that are not UTF-8, or a value that is not YAML. Values stay out of
-            the message: one may be a secret.
+        ToolkitError: no `=`, an empty key, a path that is too long, bytes that are not UTF-8, or a value that is not
+            YAML. Values stay out of the message: one may be a secret.
     """
     path, equals, value = text.partition("=")
     keys = tuple(path.strip().split("."))
+    if len(path) > LONGEST_PATH or len(keys) > DEEPEST_PATH:
+        raise ToolkitError(
+            f'an override that begins "{path[:60]}" is too long: a key.path has at most {LONGEST_PATH} characters and '
+            f"{DEEPEST_PATH} keys"
+        )
     if not equals or not all(keys):
-        raise ToolkitError(f'"{text}" is not an override; write key.path=value, such as model.path=runs/sft')
+        raise ToolkitError(
+            f'"{path}{equals and "=..."}" is not an override; write key.path=value, such as model.path=runs/sft'
+        )
     if not is_unicode(text):
         raise ToolkitError(f'override "{path.strip()}" is not valid UTF-8')
     return Override(keys, parse_yaml(value, f'override "{path.strip()}"'))
@@ -84,7 +93,7 @@ def _set(node: Any, key: str, value: Any, override: Override, depth: int) -> Non
 
 
 def _index(items: Sequence[Any], key: str, override: Override, depth: int) -> int:
-    if key.isdecimal() and int(key) < len(items):
+    if key.isdecimal() and len(key) < 10 and int(key) < len(items):
         return int(key)
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if key in names:

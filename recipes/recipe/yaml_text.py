@@ -10,6 +10,7 @@ import yaml
 from conversations.errors import ToolkitError
 
 LONGEST = 1 << 20  # bytes of a recipe
+DEEPEST = 100  # lists and sections inside one another
 LARGEST = 100_000  # values of a recipe, aliases written out: a few of them can stand for more than any memory holds
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
@@ -22,7 +23,7 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f'key "{key_node.value}" is given twice', key_node.start_mark
                 )
@@ -66,30 +67,38 @@ def parse_yaml(text: str, name: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if (size := _size(node, {})) > LARGEST:
+        size, depth = _extent(node, {})
+        if depth > DEEPEST:
+            raise RecursionError
+        if size > LARGEST:
             raise ToolkitError(
                 f"{name}: holds {size:,} values, with its aliases written out; at most {LARGEST:,} are read"
             )
         return loader.construct_document(node)
     except RecursionError:
-        raise ToolkitError(f"{name}: lists or sections stand too deep in one another, or in themselves") from None
+        raise ToolkitError(
+            f"{name}: lists or sections stand too deep in one another (at most {DEEPEST}), or in themselves"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ToolkitError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ToolkitError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # of a tag, or a character
+        raise ToolkitError(f"{name}: not valid YAML: a value is not what its tag or escape says ({error})") from None
     finally:
         if loader is not None:
             loader.dispose()
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node has when every alias in it is written out; RecursionError for one inside itself."""
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node has, and how deep they stand, when every alias in it is written out; RecursionError for
+    one inside itself."""
     if id(node) not in known:
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        children = [] if isinstance(node, yaml.ScalarNode) else parts
-        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+        children = [] if isinstance(node, yaml.ScalarNode) else [_extent(child, known) for child in parts]
+        known[id(node)] = 1 + sum(size for size, _ in children), 1 + max((depth for _, depth in children), default=0)
     return known[id(node)]
 
 

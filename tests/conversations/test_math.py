@@ -80,6 +80,15 @@ def test_a_reference_is_wrong_for_every_other(name):
         ("(A) and (D)", "A", 0),
         ("A, C", "(C)", 0),
         ("(1, 2, 3)", r"\{1, 2, 3\}", 0),
+        (r"\boxed{3, or rather \boxed{2}", "2", 1),
+        (r"\frac{5}{18}", r"0.2\overline{7}", 1),
+        ("0.333333", r"\frac{1}{3}", 1),
+        ("0.33", r"\frac{1}{3}", 0),
+        ("100.333333", r"\frac{301}{3}", 1),
+        ("100.333433", r"\frac{301}{3}", 0),
+        ("3:45 am", r"3:45\text{ p.m.}", 0),
+        ("3:45 PM", r"3:45\text{ p.m.}", 1),
+        ("60 kilometers/hour", r"60 \text{ km/h}", 1),
     ],
 )
 def test_answers(answer, reference, wanted):

@@ -228,3 +228,8 @@ def test_what_is_null_is_named(tmp_path):
     path.write_text('{"Ask": "Q", "Tell": null}')
     with pytest.raises(ToolkitError, match=r"has no answer to train on.* \(Tell is null\)"):
         list(load_conversations(path, refuse=no_answer, columns={"prompt": "Ask", "response": "Tell"}))
+
+
+@pytest.mark.parametrize("text", ["[]", '["a", "b"]', '[{"a": 1}]', "[1, 2] are numbers", '[{"role": "user"}]'])
+def test_a_question_that_is_json_is_a_question(text: str) -> None:
+    assert said({"prompt": text, "completion": "Yes."}) == [(U, text), (A, "Yes.")]

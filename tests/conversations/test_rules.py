@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from conversations import verify
 from conversations.answers.rules import RULES, check_reference
+from conversations.answers.text import sentences
+from conversations.answers.verdict import shown
 from conversations.errors import ToolkitError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -164,6 +166,15 @@ def test_refusals_look_at_one_sentence_at_a_time():
     assert score("refusal", "Sorry to be late. It is no trouble.", patterns=[r"sorry.*no"]) == 0
     assert score("refusal", "Hello. I can’t do that.") == 1
     assert score("refusal", "") == 0
+
+
+def test_sentences_are_never_empty():
+    assert sentences("  One.  \n\n  Two!  三。 \n ") == ["One.", "Two!", "三。"]
+
+
+def test_what_is_shown_of_an_answer_is_short():
+    assert shown("a" * 60) == repr("a" * 60) and shown("a" * 61) == repr("a" * 57 + "...")
+    assert shown(" a \n b ") == "'a b'"
 
 
 def test_bad_refusal_pattern_is_named():

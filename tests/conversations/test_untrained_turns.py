@@ -150,7 +150,12 @@ def test_the_key_of_a_canonical_turn_is_checked():
 
 def test_what_is_not_used_is_counted_once_for_each_name(tmp_path):
     rows = [
-        {"messages": turns({"train": 0, "mood": "glad"}, {"name": None}), "source": "s", "id": number, "none": None}
+        {
+            "messages": turns({"train": 0, "mood": "glad", "tone": "", "tags": []}, {"name": None}),
+            "source": "s",
+            "id": number,
+            "none": None,
+        }
         for number in range(3)
     ]
     rows.append({"instruction": "Q", "context": "C", "output": "A", "category": "c", "kind": "safe", "weight": 0})

@@ -50,10 +50,10 @@ AREAS = {
     ),
     "rl": Area(("rl/*.py",), ("test_stage_rl", "test_rewards")),
     "reward": Area(("reward/*.py",), ("test_stage_reward",)),
-    "eval": Area(("eval/*.py",), ("test_stage_eval", "test_eval_command")),
+    "eval": Area(("eval/*.py",), ("test_stage_eval", "test_eval_command", "test_generation_settings")),
     "recipes": Area(
         (
-            *(f"recipes/runs/{name}.py" for name in ("directory", "identity", "results", "stage")),
+            *(f"recipes/runs/{name}.py" for name in ("directory", "identity", "stage")),
             *("recipes/chains/*.py", "recipes/data/mixing.py", "recipes/data/splits.py"),
         ),
         ("test_recipes_rundir", "test_recipes_results", "test_recipes_chain", "test_recipes_run", "test_recipes_data"),

@@ -214,6 +214,19 @@ def test_changed_input_runs_again(stages: FakeStages, start: Any, file: str) -> 
     assert stages.ran == ALL
 
 
+def test_changed_held_out_rows_run_again(stages: FakeStages, start: Any) -> None:
+    """They too are what a stage's result depends on: its eval_loss, and which checkpoint is the best."""
+    Path("sft.yaml").write_text(SFT + "eval_data: [{path: held_out.jsonl}]\n")
+    Path("held_out.jsonl").write_text('{"messages": []}\n')
+    start()
+    stages.ran.clear()
+    start()
+    assert stages.ran == []
+    Path("held_out.jsonl").write_text('{"messages": [1]}\n')
+    start()
+    assert stages.ran == ALL
+
+
 def test_a_changed_stage_recipe_counts_like_an_override(stages: FakeStages, start: Any) -> None:
     start()
     stages.ran.clear()

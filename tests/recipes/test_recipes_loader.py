@@ -6,12 +6,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.sections import Target
 from deepseek_v2_modeling.adapters.lora import GROUPS, PROJECTIONS
+from recipes.cli import main
 from recipes.recipe.loader import load_recipe, of_stage
 from recipes.recipe.overrides import Override, apply_override, merge, parse_override
 from recipes.recipe.paths import absolute_paths, is_hub_name
@@ -153,8 +154,18 @@ def test_list_entries_are_addressed_by_number_and_by_name() -> None:
     ("override", "message"),
     [
         ("model.path", '"model.path" is not an override; write key.path=value'),
-        ("=3", '"=3" is not an override'),
+        ("=3", '"=..." is not an override'),
         ("model..path=3", "is not an override"),
+        ("data." + "9" * 5000 + "=1", "is too long: a key.path has at most 300 characters and 30 keys"),
+        ("a." * 40 + "b=1", "is too long"),
+        ("data.99999999999999999999=1", 'has no entry "99999999999999999999"'),
+        ("seed=!!float x", "not valid YAML"),
+        ("seed=!!timestamp x", "not valid YAML"),
+        ("seed=!!timestamp 2001-99-99", "not valid YAML"),
+        ("seed=!!bool maybe", "not valid YAML"),
+        ('seed="\\U00110000"', "not valid YAML"),
+        ("lora={[1]: 2}", "not valid YAML"),
+        ("data=" + "[" * 101 + "]" * 101, "too deep in one another (at most 100)"),
         ("data=[{path: x", 'override "data":1: not valid YAML'),
         ("data.2.path=x", 'override "data.2.path": data has no entry "2"; its entries are 0 to 1'),
         ("output_dir.x=1", "override \"output_dir.x\": output_dir is 'runs/x', not a section with keys"),
@@ -165,6 +176,62 @@ def test_a_wrong_override_is_named(recipe: Path, override: str, message: str) ->
     with pytest.raises(ToolkitError) as caught:
         load_recipe(recipe, [override])
     assert message in str(caught.value)
+
+
+PATHS = (
+    "stage", "model", "model.path", "model.config.x", "lora", "lora.r", "lora.targets.0", "data", "data.0",
+    "data.0.path",
+    "data.-1", "data.²", "data.٣", "data.7", "format", "training", "training.learning_rate", "training.a.b", "seed",
+    "output_dir", "", ".", "__class__", "${sft}", "\x1b", " model.path ",
+)  # fmt: skip
+TAGS = st.sampled_from(
+    [
+        "float",
+        "int",
+        "bool",
+        "timestamp",
+        "null",
+        "binary",
+        "set",
+        "omap",
+        "pairs",
+        "str",
+        "map",
+        "seq",
+        "merge",
+        "python/name:os",
+    ]
+)
+TEXTS = st.one_of(
+    st.text(max_size=20),
+    st.text("[]{}&*!|>:-?#'\",%@`\\ \n\t0a~<=.", max_size=20),
+    st.builds("!!{} {}".format, TAGS, st.sampled_from(["x", "", "[a]", "{a: 1}", "2001-99-99", "0x", "=="])),
+    st.builds(lambda opening, depth, closing: opening * depth + closing * depth, st.sampled_from(["[", "{a: "]),
+              st.sampled_from([50, 101, 400, 2000]), st.sampled_from(["]", "}", ""])),
+    st.sampled_from(
+        ["{<<: 3}", "{<<: [1]}", "{[1]: 2}", "{null: 1}", "[&x [*x]]", "&a [*a]", "*a", ".inf", ".nan", "1e999",
+         "-0", "~", "~nobody/x", "9" * 5000, "a" * 20_000, '"\\0"', '"\\ud800"', '"\\U00110000"', "--- a\n--- b",
+         "%YAML 9\n---\na"]
+    ),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=st.one_of(st.sampled_from(PATHS), st.text(max_size=8)),
+    equals=st.sampled_from(["=", "=", "==", ""]),
+    value=TEXTS,
+)
+def test_whatever_an_override_says_is_one_message(
+    recipe: Path, capsys: pytest.CaptureFixture[str], key: str, equals: str, value: str
+) -> None:
+    """By the command of another stage, so that a recipe which can be read is refused too."""
+    override = f"{key}{equals}{value}"
+    if override.startswith("-") or override.startswith("stage=eval"):
+        return
+    assert main(["eval", str(recipe), override]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
 
 
 def test_overrides_replace_lists_and_make_sections(recipe: Path) -> None:

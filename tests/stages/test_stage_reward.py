@@ -7,11 +7,12 @@ import torch
 
 from conversations.answers.judging import judge, means, means_by_kind
 from conversations.errors import ToolkitError
+from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from reward.config import RewardRecipe
-from reward.data import answer_ids, encode_judged, encode_pairs
-from reward.stage import train
+from reward.data import answer_ids, encode_judged, encode_pairs, encoder
+from reward.stage import rehearsal, train
 from reward.trainers import JudgedCollator, pointwise_loss
 
 from ..helpers.stages import (
@@ -59,6 +60,38 @@ def run(run_dir: Path, model=None, rows=None, eval_rows=None, resume_from=None, 
         run_dir=run_dir,
         resume_from=resume_from,
     )
+
+
+def test_what_a_recipe_refuses_is_what_its_loss_cannot_train_on():
+    sections = {**SECTIONS, "stage": "reward", "output_dir": "o"}
+    pair, label, number = pairs(1)[0], judged(1)[0], judged(1, "score")[0]
+    refuse = RewardRecipe(**sections, loss="pairwise").refusal()
+    assert refuse(pair) is None and "a pair of chosen and rejected is needed" in refuse(label)
+    refuse = RewardRecipe(**sections, loss="pointwise").refusal()
+    assert refuse(label) is None and "an answer with a label or a score is needed" in refuse(pair)
+    assert "train on one kind at a time" in refuse(number)
+
+
+@pytest.mark.parametrize(("too_long", "left", "truncated"), [("drop", 0, 0), ("truncate", 1, 1)])
+def test_what_check_measures_of_a_row_is_both_of_its_answers(too_long, left, truncated):
+    sections = {**SECTIONS, "stage": "reward", "output_dir": "o", "format": {"too_long": too_long}}
+    report, row = LengthReport(), pairs(1)[0]
+    pieces = encoder(RewardRecipe(**sections), byte_tokenizer(), 20)(row, report)
+    whole = [len(answer_ids(row["prompt"], row[key], byte_tokenizer(), None)) for key in ("chosen", "rejected")]
+    assert report.rows == 1 and list(report.lengths) == [max(whole)] and max(whole) > 20
+    assert len(pieces) == left and report.truncated == truncated and len(report.rejected) == 1 - left
+    if left:
+        assert [len(ids) for ids, mask in pieces[0]] == [min(20, size) for size in whole]
+        assert all(mask == [0] * len(ids) for ids, mask in pieces[0])
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "pointwise"])
+def test_the_toy_run_of_a_check_is_the_recipes_own(tmp_path, loss):
+    training = {"per_device_train_batch_size": 1, "max_steps": 1, "learning_rate": 0.25, "max_length": 64}
+    sections = {**SECTIONS, "stage": "reward", "output_dir": str(tmp_path), "training": training, "loss": loss}
+    trainer = rehearsal(RewardRecipe(**sections), score_model(), byte_tokenizer(), tmp_path)
+    assert trainer.args.learning_rate == 0.25 and len(trainer.train_dataset) == 2
+    assert trainer.train().global_step == 1
 
 
 def final(run_dir: Path):
