@@ -15,38 +15,40 @@ from pathlib import Path
 PREFIX = "dsv2-"
 _LOCK = "lock"
 _OLD = 24 * 3600  # seconds, after which a directory without a lock is nobody's
-_homes: dict[int, tuple[Path, int]] = {}  # of this process, by its number: a fork has one of its own
+# Of this process, by its number (a fork has its own) and by where they lie.
+_homes: dict[tuple[int, Path], tuple[Path, int]] = {}
 
 
-def scratch_directory() -> Path:
-    """A new directory for files of this process."""
-    pid = os.getpid()
-    if pid not in _homes:
-        _homes[pid] = _make_home()
-        atexit.register(remove_scratch)
-    return Path(tempfile.mkdtemp(dir=_homes[pid][0]))
+def scratch_directory(beside: Path | None = None) -> Path:
+    """A new directory for files of this process, under the temporary directory or `beside` what it will be moved to."""
+    owner = os.getpid(), beside or Path(tempfile.gettempdir())
+    if owner not in _homes:
+        if not any(pid == os.getpid() for pid, _ in _homes):
+            atexit.register(remove_scratch)
+        _homes[owner] = _make_home(owner[1])
+    return Path(tempfile.mkdtemp(dir=_homes[owner][0]))
 
 
 def remove_scratch() -> None:
     """Remove this process's directories. What is mapped into memory stays readable."""
-    folder, handle = _homes.pop(os.getpid(), (None, -1))
-    if folder is not None:
+    for owner in [owner for owner in _homes if owner[0] == os.getpid()]:
+        folder, handle = _homes.pop(owner)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
-def remove_abandoned() -> None:
+def remove_abandoned(where: Path | None = None) -> None:
     """Remove the directories of this user's processes that have been killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (where or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):
             about = folder.lstat()
             if folder.is_dir() and about.st_uid == os.getuid() and _is_abandoned(folder, about.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_home() -> tuple[Path, int]:
+def _make_home(where: Path) -> tuple[Path, int]:
     """The process's directory and the handle of its lock. It gets its name when it is locked, not before."""
-    made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
+    made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=where))
     handle = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations.answers.reward_stats import RewardStats
+from conversations.kept import Kept
 from conversations.run_files import FINAL
 from conversations.sections import Head, StageRecipe
 
@@ -108,7 +109,8 @@ class Work:
     """What a stage works on.
 
     rows: canonical rows by the name of their list; of a list whose sources go apart, by the source's name in turn.
-    others: by their keys in the recipe. resume: whether the run has begun before; resume_from: its newest checkpoint.
+    others: by their keys in the recipe. kept: where encoded rows are found and kept. resume: whether the run has begun
+    before; resume_from: its newest checkpoint.
     """
 
     model: Any
@@ -116,6 +118,7 @@ class Work:
     run_dir: Path
     rows: Mapping[str, Any]
     others: Mapping[str, OtherModel] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
     resume: bool = False
     resume_from: Path | None = None
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
@@ -25,6 +25,10 @@ from recipes.processes import is_main, rank
 from recipes.secret_keys import without_secrets
 from recipes.stages import stages
 from recipes.terminal import safe_terminal
+
+if TYPE_CHECKING:
+    from recipes.recipe.loader import Loaded
+    from recipes.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or a name that `dsv2 recipes` lists")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to replace, as YAML")
     parser.add_argument("--smoke", action="store_true", help="the recipe at toy size: 2 steps, batch 1")
+    parser.add_argument("--no-cache", action="store_true", help="read and encode all rows again, keep none of it")
+
+
+def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
+    from recipes.recipe.loader import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, keep=not arguments.no_cache)
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +134,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from recipes.check.check import check
     from recipes.check.page import page_path
     from recipes.lock import hold_path
-    from recipes.recipe.loader import load_recipe
 
-    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke)
+    loaded = _load(arguments)
     with hold_path(page_path(Path(loaded.recipe.output_dir))):
         check(loaded)
     return 0
@@ -133,9 +143,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        from recipes.recipe.loader import load_recipe, of_stage
+        from recipes.recipe.loader import of_stage
 
-        loaded = of_stage(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke), [stage])
+        loaded = of_stage(_load(arguments), [stage])
         from recipes.runs.stage import report_outcome, run_stage
 
         report_outcome(loaded.recipe, run_stage(loaded))
@@ -145,9 +155,9 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    from recipes.recipe.loader import load_recipe, of_chain
+    from recipes.recipe.loader import of_chain
 
-    loaded = of_chain(load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke))
+    loaded = of_chain(_load(arguments))
     from recipes.chains.chain import run_chain
 
     run_chain(loaded)

@@ -1,18 +1,19 @@
 """Canonical rows -> the dataset of token ids and labels that SFTTrainer takes as it is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
 from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 
 from conversations.errors import ToolkitError
+from conversations.kept import Kept
+from conversations.rendering.ahead import encoded_ahead
 from conversations.rendering.conversation import TrainOn
-from conversations.rendering.fitting import Encode, Fitter
+from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, key_of, labelled
+from conversations.rendering.fitting import Encode, Fitter, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import Row
-from conversations.scratch import scratch_directory
 from deepseek_v2_modeling.training import IGNORED
 from sft.config import SftRecipe
 
@@ -45,28 +46,32 @@ def encode_rows(
     train_on: TrainOn,
     max_length: int | None,
     too_long: TooLong,
-) -> tuple[Dataset, LengthReport]:
+    kept: Kept | None = None,
+) -> EncodedRows:
     """Columns input_ids, labels (-100 where nothing is trained) and origin, and what became of the rows.
 
-    The dataset lies in a temporary file, which goes when the process ends: memory does not grow with it.
+    The dataset is a file, kept or temporary: memory does not grow with it.
 
     Raises:
         ToolkitError: a row without messages or text, or no row with anything to train.
     """
-    report = LengthReport()
     fitter = Fitter(tokenizer, max_length, too_long, train_on)
+    checked = (check_row(row, number) for number, row in enumerate(rows, 1))
 
-    def encoded() -> Iterator[Row]:
-        for number, row in enumerate(rows, 1):
-            origin = row.get("origin", f"row {number}")
-            for ids, mask in fitter.pieces(check_row(row, number), report):
-                labels = [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
-                yield {"input_ids": ids, "labels": labels, "origin": origin}
+    def encoded(report: LengthReport) -> Iterator[Columns]:
+        for batch in encoded_ahead(checked, fitter.runs, tokenizer):
+            origins: list[str] = []
+            pieces: list[Piece] = []
+            for prepared in batch:
+                found = list(fitter.fit(prepared, report))
+                origins += [prepared.row.get("origin", f"row {report.rows}")] * len(found)
+                pieces += found
+            columns = labelled([ids for ids, _ in pieces], [mask for _, mask in pieces], IGNORED)
+            yield {**columns, "origin": origins}
 
-    data = _on_disk(encoded())
-    if not len(data):
-        raise ToolkitError(report.nothing_left(max_length))
-    return data, report
+    key = key_of(rows, tokenizer, stage="sft", train_on=train_on, max_length=max_length, too_long=too_long)
+    count = len(rows) if isinstance(rows, Sequence) else None
+    return encoded_dataset(kept or Kept(), key, _FEATURES, encoded, rows=count, max_length=max_length)
 
 
 def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
@@ -79,12 +84,3 @@ def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
     for row in rows:
         found.get(tuple(row["input_ids"]), {})[row["origin"]] = None
     return [origin for origins in found.values() for origin in origins]
-
-
-def _on_disk(rows: Iterable[Row]) -> Dataset:
-    file = str(scratch_directory() / "rows.arrow")
-    with ArrowWriter(path=file, features=_FEATURES) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-    return Dataset.from_file(file)

@@ -1,17 +1,17 @@
 """Supervised fine-tuning: our rendering and masks, TRL's SFTTrainer, our model's balance losses."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 
-from conversations.rendering.lengths import LengthReport
+from conversations.kept import Kept
+from conversations.rendering.encoded import EncodedRows
 from conversations.row import Row
 from conversations.run_files import REJECTED
 from conversations.stage import Work
@@ -37,6 +37,7 @@ def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:
         eval_rows=work.rows.get("eval_data"),
         run_dir=work.run_dir,
         resume_from=work.resume_from,
+        kept=work.kept,
     )
 
 
@@ -49,6 +50,7 @@ def train(
     eval_rows: Iterable[Row] | Mapping[str, Iterable[Row]] | None,
     run_dir: Path,
     resume_from: Path | None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Trains `model` on conversations; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
@@ -56,6 +58,7 @@ def train(
         rows: canonical rows with `messages` or `text`; so are `eval_rows`, which give `eval_loss` and the samples'
             prompts. Several sources of them go by name, and give an `eval_NAME_loss` each.
         resume_from: a checkpoint of the same run to resume from.
+        kept: where encoded rows are found and kept; nowhere without it.
 
     Returns:
         steps, seconds, what became of the rows, and the held-out losses of final/ where there are eval_rows.
@@ -65,15 +68,15 @@ def train(
         ModelError: a loss that is not finite, a full disk, a metric for the best model that there is not.
         StopRequested: a signal ended training early, with a checkpoint.
     """
-    trainer, reports = build_trainer(
-        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir
+    trainer, encoded = build_trainer(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, kept=kept
     )
     if trainer.is_world_process_zero():
         max_length = recipe.training.get("max_length", SFTConfig.max_length)
-        _tell(reports, max_length, None if resume_from else run_dir / REJECTED)
+        _tell(encoded, max_length, None if resume_from else run_dir / REJECTED)
     output = trainer.train(resume_from)
     counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
-    metrics: dict[str, Any] = {**counted, **reports[""].as_metrics()}
+    metrics: dict[str, Any] = {**counted, **encoded[""].report.as_metrics()}
     if trainer.eval_dataset is not None:
         metrics |= trainer.held_out_losses()
     trainer.write_samples("after")
@@ -89,7 +92,8 @@ def build_trainer(
     rows: Iterable[Row],
     eval_rows: Iterable[Row] | Mapping[str, Iterable[Row]] | None,
     run_dir: Path,
-) -> tuple[ChatTrainer, dict[str, LengthReport]]:
+    kept: Kept | None = None,
+) -> tuple[ChatTrainer, dict[str, EncodedRows]]:
     """The trainer of `train`, and what became of the rows: "" -> those trained on, and each held-out source's."""
     datasets.disable_progress_bars()
     first, rows = _peek(rows)
@@ -100,23 +104,23 @@ def build_trainer(
     max_length = arguments.max_length
     encode = partial(
         encode_rows, tokenizer=tokenizer, train_on=recipe.format.train_on, max_length=max_length,
-        too_long=recipe.format.too_long,
+        too_long=recipe.format.too_long, kept=kept,
     )  # fmt: skip
-    data, report = encode(rows)
+    encoded = encode(rows)
     held_out = {name: encode(source) for name, (shown, source) in peeked.items() if shown}
     if arguments.padding_free and not arguments.packing:
         arguments.max_length = None  # rows fit already, which TRL cannot know
     trainer = ChatTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=encoded.data,
         eval_dataset=_datasets(held_out),
         processing_class=tokenizer,
         limits=run_limits(recipe),
         probes=probes[:SAMPLES] or first,
         sample_tokens=SAMPLE_TOKENS,
     )
-    return trainer, {"": report, **{f"eval_data {name}".strip(): found for name, (_, found) in held_out.items()}}
+    return trainer, {"": encoded, **{f"eval_data {name}".strip(): found for name, found in held_out.items()}}
 
 
 def rehearsal(recipe: SftRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> ChatTrainer:
@@ -150,25 +154,31 @@ def planned_config(recipe: SftRecipe) -> SFTConfig:
     return sft_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
-def _datasets(held_out: Mapping[str, tuple[Dataset, LengthReport]]) -> Any:
+def _datasets(held_out: Mapping[str, EncodedRows]) -> Any:
     """None, one data set, or several by name, as the Trainer takes them."""
-    found = {name: data for name, (data, _) in held_out.items()}
+    found = {name: encoded.data for name, encoded in held_out.items()}
     return found.get("", found or None)
 
 
-def _tell(reports: Mapping[str, LengthReport], max_length: int | None, rejected: Path | None) -> None:
-    """What became of the rows; of held-out ones only where something did."""
-    for name, report in reports.items():
+def _tell(encoded: Mapping[str, EncodedRows], max_length: int | None, rejected: Path | None) -> None:
+    """What became of the rows (of held-out ones only where something did), and where they are kept."""
+    for name, (_, report, place) in encoded.items():
+        of = f"sft: {name}{': ' if name else ''}"
         if not name or report.truncated or report.split or report.rejected:
-            print(f"sft: {name}{': ' if name else ''}{report.summary(max_length)}", file=sys.stderr)
+            print(f"{of}{report.summary(max_length)}", file=sys.stderr)
+        print(f"{of}{place.line('encoded', report.rows)}", file=sys.stderr)
         if rejected is not None:
             append_lines(rejected, report.rejected)
 
 
 def _peek(rows: Iterable[Row]) -> tuple[list[Row], Iterable[Row]]:
     """The first few rows, and all of them."""
-    iterator = iter(rows)
-    first = list(islice(iterator, SAMPLES))
+    if not isinstance(rows, Sequence):
+        iterator = iter(rows)
+        first = list(islice(iterator, SAMPLES))
+        rows = chain(first, iterator)
+    else:
+        first = list(rows[:SAMPLES])
     for number, row in enumerate(first, 1):
         check_row(row, number)
-    return first, chain(first, iterator)
+    return first, rows

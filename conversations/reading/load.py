@@ -138,6 +138,7 @@ class ConversationReader(Iterator[Row]):
         self._plain: dict[str, str] = {}
         self._files = located.files
         self._file: Path | zipfile.Path = path
+        self._named = self._name_of(path)
         self._notes = located.notes
         self._rows = self._read()
 
@@ -164,14 +165,16 @@ class ConversationReader(Iterator[Row]):
     @property
     def place(self) -> str:
         """Where the last row stands: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
-        names = str(self._file)
-        within = names.removeprefix(str(self.path)).strip("/\\") if self._file != self.path else ""
-        whole = f"{self.path.name}/{within}" if within != names and within else PurePath(names).name
-        return f"{whole}:{self.line}"
+        return f"{self._named}:{self.line}"
+
+    def _name_of(self, file: Path | zipfile.Path) -> str:
+        names = str(file)
+        within = names.removeprefix(str(self.path)).strip("/\\") if file != self.path else ""
+        return f"{self.path.name}/{within}" if within != names and within else PurePath(names).name
 
     def _read(self) -> Iterator[Row]:
         for file in self._files:
-            self._file = file.path
+            self._file, self._named = file.path, self._name_of(file.path)
             for record in _records(file):
                 if record.beside:
                     self._events.update(("beside", key) for key in record.beside)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversations.errors import ToolkitError
-from conversations.rendering.encoding import control_pattern, encode_pieces, special_ids_of
+from conversations.rendering.encoding import Run, control_pattern, encode_runs, special_ids_of
 from conversations.rendering.template import Part, layout
 
 if TYPE_CHECKING:
@@ -49,6 +49,16 @@ def render_conversation(
             a turn that is not the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
             that makes its begin or end token out of plain text.
     """
+    return encode_runs(conversation_runs(messages, tokenizer, train_on, add_generation_prompt), tokenizer)
+
+
+def conversation_runs(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    train_on: TrainOn = "all_assistant",
+    add_generation_prompt: bool = False,
+) -> list[Run]:
+    """What `render_conversation` encodes, each text of it by itself; raises what it raises, but for the last."""
     if train_on not in get_args(TrainOn):
         raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
     contents = _contents(messages)
@@ -56,14 +66,8 @@ def render_conversation(
     turns = {part.turn for part in parts if part.turn is not None}
     trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
     trained = trained - _left_out(messages)
-    special_ids = special_ids_of(tokenizer)
-    runs = _runs(parts, contents, special_ids, control_pattern(tokenizer))
-    input_ids: list[int] = []
-    assistant_mask: list[int] = []
-    for (turn, _), ids in zip(runs, encode_pieces([piece for _, piece in runs], tokenizer), strict=True):
-        input_ids += ids
-        assistant_mask += [int(turn is not None and turn in trained)] * len(ids)
-    return {"input_ids": input_ids, "assistant_mask": assistant_mask}
+    runs = _runs(parts, contents, special_ids_of(tokenizer), control_pattern(tokenizer))
+    return [(turn is not None and turn in trained, piece) for turn, piece in runs]
 
 
 def _left_out(messages: Sequence[Mapping[str, Any]]) -> set[int | None]:

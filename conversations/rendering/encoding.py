@@ -1,12 +1,14 @@
-"""Pieces of text -> token ids, so that text cannot forge control tokens.
+"""Runs of text -> token ids and loss mask, so that text cannot forge control tokens.
 
 Where a text contains the string of a special token (or of an added token of the shape <｜...｜>, such as the
 fill-in-the-middle tokens, which the released tokenizer does not call special), it is cut inside that string and
 becomes ordinary text, which decodes to the same characters.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +16,10 @@ from conversations.errors import ToolkitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Whether it is trained, and a text to encode by itself, or a token id that stands for itself.
+Run = tuple[bool, str | int]
+Known = dict[str, list[int]]  # texts that have been encoded, and their ids
 
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
@@ -29,21 +35,54 @@ def special_ids_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]
     return {"bos": [bos] if isinstance(bos, int) else [], "eos": [eos]}
 
 
-def encode_pieces(pieces: Sequence[str | int], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of each piece; an id stands for itself."""
-    texts = [piece for piece in pieces if isinstance(piece, str)]
-    encoded: Any = {"input_ids": []}
-    if texts:
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """A hash of all that the ids of a text depend on; None for a tokenizer that is not a fast one."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend.no_truncation()  # as each encoding does, so that what was encoded before changes nothing
+    backend.no_padding()
+    own = [type(tokenizer).__name__, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.split_special_tokens]
+    return hashlib.sha256((backend.to_str() + json.dumps(own)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def encode_texts(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Known:
+    """The token ids of each text, encoded by itself: one call of the tokenizer, each text once."""
+    once = list(dict.fromkeys(texts))
+    if not once:
+        return {}
+    encoded: Any = tokenizer(once, add_special_tokens=False, return_attention_mask=False, verbose=False)
     own = {token for ids in special_ids_of(tokenizer).values() for token in ids}
-    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+    for text, ids in zip(once, encoded["input_ids"], strict=True):
         if not own.isdisjoint(ids):
             raise ToolkitError(
                 f"the tokenizer encodes the plain text {text[:80]!r} as its begin or end token; the end of an answer "
                 "could then be forged by its words: use other begin and end tokens"
             )
-    encoded_texts = iter(encoded["input_ids"])
-    return [[piece] if isinstance(piece, int) else list(next(encoded_texts)) for piece in pieces]
+    return dict(zip(once, encoded["input_ids"], strict=True))
+
+
+def texts_of(runs: Iterable[Run]) -> Iterator[str]:
+    """What the tokenizer has to encode."""
+    return (piece for _, piece in runs if isinstance(piece, str))
+
+
+def encode_runs(
+    runs: Iterable[Run], tokenizer: "PreTrainedTokenizerBase", known: Known | None = None
+) -> dict[str, list[int]]:
+    """`input_ids` and `assistant_mask` of runs that follow one another.
+
+    known: ids of texts that have been encoded before; receives those of the others.
+    """
+    runs, known = list(runs), {} if known is None else known
+    known.update(encode_texts((text for text in texts_of(runs) if text not in known), tokenizer))
+    input_ids: list[int] = []
+    assistant_mask: list[int] = []
+    for is_trained, piece in runs:
+        ids = known[piece] if isinstance(piece, str) else [piece]
+        input_ids += ids
+        assistant_mask += [int(is_trained)] * len(ids)
+    return {"input_ids": input_ids, "assistant_mask": assistant_mask}
 
 
 def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:

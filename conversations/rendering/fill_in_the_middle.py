@@ -11,7 +11,7 @@ import random
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
-from conversations.rendering.encoding import control_pattern, encode_pieces, special_ids_of
+from conversations.rendering.encoding import Run, control_pattern, encode_runs, special_ids_of
 from conversations.row import Row
 
 if TYPE_CHECKING:
@@ -60,14 +60,17 @@ def render_text(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, lis
         ToolkitError: as fim_ids, where the row has `fim`; a tokenizer without an end token, or one that makes its
             begin or end token out of plain text.
     """
+    return encode_runs(text_runs(row, tokenizer), tokenizer)
+
+
+def text_runs(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[Run]:
+    """What `render_text` encodes, each text of it by itself; raises what it raises, but for the last."""
     special = special_ids_of(tokenizer)
     control = control_pattern(tokenizer)
     pieces: list[str | int] = []
     for part in _parts(row, tokenizer):
         pieces += [part] if isinstance(part, int) else control.split(part)
-    ids = [token for piece in encode_pieces(pieces, tokenizer) for token in piece]
-    mask = [0] * len(special["bos"]) + [1] * (len(ids) + len(special["eos"]))
-    return {"input_ids": [*special["bos"], *ids, *special["eos"]], "assistant_mask": mask}
+    return [*((False, token) for token in special["bos"]), *((True, piece) for piece in (*pieces, *special["eos"]))]
 
 
 def _parts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[str | int]:

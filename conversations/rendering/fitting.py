@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conversations.rendering.conversation import TrainOn, render_conversation
-from conversations.rendering.fill_in_the_middle import render_text
+from conversations.rendering.ahead import Prepared
+from conversations.rendering.conversation import TrainOn, conversation_runs
+from conversations.rendering.encoding import Known, Run, encode_runs
+from conversations.rendering.fill_in_the_middle import text_runs
 from conversations.rendering.lengths import CUT_AWAY, LengthReport, TooLong
 from conversations.row import Message, Row
 
@@ -34,14 +36,25 @@ class Fitter:
     too_long: TooLong = "truncate"
     train_on: TrainOn = "all_assistant"
 
+    def runs(self, row: Row) -> list[Run]:
+        """A row (a conversation or plain text) as what is encoded. Raises ToolkitError, as `pieces`."""
+        if "text" in row:
+            return text_runs(row, self.tokenizer)
+        return conversation_runs(row["messages"], self.tokenizer, train_on=self.train_on)
+
     def pieces(self, row: Row, report: LengthReport) -> Iterator[Piece]:
-        """The pieces of a row (a conversation or plain text), counted in `report`; each has a trained token.
+        """The pieces of a row, counted in `report`; each has a trained token.
 
         Raises:
             ToolkitError: as render_conversation and render_text.
         """
+        return self.fit(Prepared(row, self.runs(row), {}), report)
+
+    def fit(self, prepared: Prepared, report: LengthReport) -> Iterator[Piece]:
+        """`pieces` of a row whose texts have been encoded together with others'."""
+        row = prepared.row
         report.rows += 1
-        ids, mask = whole = self._rendered(row)
+        ids, mask = whole = self._encoded(prepared.runs, prepared.known)
         report.lengths.append(len(ids))
         if not any(mask):
             report.reject(NOTHING_TRAINED, row)
@@ -50,17 +63,18 @@ class Fitter:
         elif self.too_long == "drop":
             report.reject(f"longer than {self.max_length} tokens", row)
         else:
-            yield from self._fitted(row, whole, report)
+            yield from self._fitted(row, whole, prepared.known, report)
 
-    def _fitted(self, row: Row, whole: Piece, report: LengthReport) -> list[Piece]:
+    def _fitted(self, row: Row, whole: Piece, known: Known, report: LengthReport) -> list[Piece]:
         """What is left of a row that is too long; counted by what becomes of the row."""
         if row.get("fim"):  # without its end the middle would be missing
             report.unfilled += 1
             row = {key: value for key, value in row.items() if key != "fim"}
-            whole = self._rendered(row)
+            whole = self._rendered(row, known)
             if self._fits(whole):
                 return [whole]
-        parts = [part for part in self._parts(row, whole) if any(part[1])]  # turns may say that they are not trained
+        # turns may say that they are not trained
+        parts = [part for part in self._parts(row, whole, known) if any(part[1])]
         # The first token is never predicted: a piece in which that one alone counts would train nothing.
         kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
         if not kept:
@@ -71,35 +85,36 @@ class Fitter:
         report.cut_exchanges += (len(parts) - len(kept)) * ("messages" in row)
         return kept
 
-    def _parts(self, row: Row, whole: Piece) -> Iterator[Piece]:
+    def _parts(self, row: Row, whole: Piece, known: Known) -> Iterator[Piece]:
         """The parts of a row that would be trained, before those that are still too long lose their end."""
         if self.too_long == "truncate":
             yield whole
         elif "text" in row:
             yield from self._windows(whole)
         else:
-            answered = [part for part in self._whole_exchanges(row["messages"]) if _answered(part)]
+            answered = [part for part in self._whole_exchanges(row["messages"], known) if _answered(part)]
             for part in answered[-1:] if self.train_on == "last_assistant" else answered:
-                yield self._rendered({"messages": part})
+                yield self._rendered({"messages": part}, known)
 
-    def _whole_exchanges(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
+    def _whole_exchanges(self, messages: Sequence[Message], known: Known) -> Iterator[list[Message]]:
         """Parts of as many exchanges as fit; one that does not fit by itself is a part, too."""
         first = int(messages[0]["role"] == "system")
         system = list(messages[:first])
         part: list[Message] = []
         for start in range(first, len(messages), 2):
             exchange = list(messages[start : start + 2])
-            if part and not self._fits(self._rendered({"messages": [*system, *part, *exchange]})):
+            longer = {"messages": [*system, *part, *exchange]}
+            if part and not self._fits(self._rendered(longer, known)):
                 yield [*system, *part]
                 part = []
             part += exchange
         yield [*system, *part]
 
-    def _rendered(self, row: Row) -> Piece:
-        if "text" in row:
-            rendered = render_text(row, self.tokenizer)
-        else:
-            rendered = render_conversation(row["messages"], self.tokenizer, train_on=self.train_on)
+    def _rendered(self, row: Row, known: Known) -> Piece:
+        return self._encoded(self.runs(row), known)
+
+    def _encoded(self, runs: Sequence[Run], known: Known) -> Piece:
+        rendered = encode_runs(runs, self.tokenizer, known)
         return rendered["input_ids"], rendered["assistant_mask"]
 
     def _fits(self, piece: Piece) -> bool:

@@ -1,9 +1,11 @@
 """The count of what happens to rows that are longer than a run allows."""
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from conversations.tally import counted
@@ -11,6 +13,7 @@ from conversations.tally import counted
 TooLong = Literal["truncate", "drop", "split"]
 
 CUT_AWAY = "answer cut off entirely"
+_COUNTS, _LENGTHS = "report.json", "lengths.npy"
 
 
 @dataclass
@@ -61,6 +64,22 @@ class LengthReport:
             "dropped": len(self.rejected),
             "answer_cut_away": self._reasons()[CUT_AWAY],
         }
+
+    def write(self, folder: Path) -> None:
+        """Into files of the folder, for `read`."""
+        import numpy
+
+        counts = {name: value for name, value in vars(self).items() if name != "lengths"}
+        (folder / _COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+        numpy.save(folder / _LENGTHS, numpy.asarray(self.lengths))
+
+    @classmethod
+    def read(cls, folder: Path) -> "LengthReport":
+        """What `write` has written."""
+        import numpy
+
+        counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+        return cls(**counts, lengths=array("L", numpy.load(folder / _LENGTHS).astype("L").tobytes()))
 
     def _reasons(self) -> Counter[str]:
         return Counter(row["reason"] for row in self.rejected)

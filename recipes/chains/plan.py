@@ -112,4 +112,4 @@ def resolve_stage(loaded: Loaded[ChainRecipe], entry: ChainStage, references: Re
     if (entry.results is not None) != measures:
         fault = "say where its figures go, such as stages.sft" if measures else "for evaluations only"
         raise ToolkitError(f"{prefix}results: {fault}")
-    return Loaded(recipe, path, loaded.smoke)
+    return Loaded(recipe, path, loaded.smoke, keep=loaded.keep)

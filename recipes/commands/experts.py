@@ -2,15 +2,15 @@
 
 import argparse
 import random
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from conversations.errors import ToolkitError
+from conversations.kept import Kept
+from conversations.progress import bar
 from conversations.rendering.lengths import LengthReport
 from conversations.sections import TrainingRecipe
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
@@ -24,6 +24,7 @@ from recipes.processes import say
 from recipes.recipe.loader import load_recipe, of_stage
 from recipes.report.svg import LOAD_CLASSES, heat_map
 from recipes.results.layout import Cell, Table
+from recipes.runs.keeping import keeping
 from recipes.runs.models import load_frozen, open_source
 from recipes.runs.prepare import prepare
 from recipes.runs.training_fields import setting
@@ -43,12 +44,13 @@ def find_experts(arguments: argparse.Namespace) -> str:
     if arguments.tokens < 1:
         raise ToolkitError(f"--tokens is {arguments.tokens}; it must be at least 1")
     scored = [stage.name for stage in stages().values() if stage.training and stage.marks_tokens]
-    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke)
+    keep = not arguments.no_cache
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, keep=keep)
     recipe = of_stage(loaded, scored).recipe
     assert isinstance(recipe, TrainingRecipe)
     output = output_file(recipe, arguments.output)
     with hold_path(output):
-        content = _score(recipe, kind, threshold, arguments.tokens)
+        content = _score(recipe, kind, threshold, arguments.tokens, keeping(keep))
         page = output.with_suffix(".html")
         try:
             write_json(output, content)
@@ -58,17 +60,17 @@ def find_experts(arguments: argparse.Namespace) -> str:
     return f"{output}: {summary(content)}; {page}"
 
 
-def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int) -> dict[str, Any]:
+def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, kept: Kept) -> dict[str, Any]:
     """The experts file of a recipe's data."""
     quiet_libraries()
-    mixture = prepare(recipe, ask_hub=True).lists[0].mixture
+    mixture = prepare(recipe, ask_hub=True, kept=kept).lists[0].mixture
     source, tokenizer = open_source(recipe.model, recipe.seed)
     for line in mixture.lines:
         say(f"data: {line}")
     sequences = sample(recipe, mixture, tokenizer, tokens)
     model = load_frozen(recipe.model, source, "causal_lm")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with _bar(sum(map(len, sequences))) as advance:
+    with bar("experts", sum(map(len, sequences)), "tokens") as advance:
         scores = score_experts(
             model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=BATCH_SIZE, progress=advance
         )
@@ -178,14 +180,3 @@ def write_page(page: Path, content: dict[str, Any]) -> None:
         load_classes=LOAD_CLASSES,
     )
     write_text(page, text)
-
-
-@contextmanager
-def _bar(tokens: int) -> Iterator[Any]:
-    """A bar of the tokens read; none when the output is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(
-        desc="experts", total=tokens, unit=" tokens", disable=None, file=sys.__stderr__, leave=False, dynamic_ncols=True
-    ) as bar:
-        yield bar.update

@@ -1,53 +1,80 @@
-"""Rows of a mixture, in a temporary file where they are many: memory does not grow with them."""
+"""Rows of a mixture in a file: memory does not grow with them but for eight bytes each."""
 
+import hashlib
 import json
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import overload
+
+import numpy
 
 from conversations.row import Row
 
-_IN_MEMORY = 32 << 20  # bytes; more goes to the temporary directory
+_ROWS, _ENDS = "rows.jsonl", "ends.npy"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
+
+class RowWriter:
+    """Rows into the files of a directory, one after the other, for `RowStore`; they are there when the block ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / _ROWS).open("wb")
+        self._ends = array("Q", [0])
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None:
+            numpy.save(self._folder / _ENDS, numpy.asarray(self._ends))
+
+    def append(self, row: Row) -> None:
+        written = self._file.write(_ENCODER.encode(row).encode("utf-8", errors="surrogatepass") + b"\n")
+        self._ends.append(self._ends[-1] + written)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
 
 class RowStore:
-    """Rows that are appended once, source after source, and read in any order."""
+    """Rows of a directory of a `RowWriter`, read in any order."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (lives as long as this)
-        self._ends = array("Q", [0])
-
-    def append(self, row: Row) -> None:
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        written = text.encode("utf-8", errors="surrogatepass")
-        self._file.seek(self._ends[-1])
-        self._file.write(written)
-        self._ends.append(self._ends[-1] + len(written))
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / _ROWS).open("rb")
+        self._ends = numpy.load(folder / _ENDS, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     @property
     def nbytes(self) -> int:
-        return self._ends[-1]
+        return int(self._ends[-1])
 
     def read(self, index: int) -> Row:
-        self._file.seek(self._ends[index])
-        return json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+        start, end = int(self._ends[index]), int(self._ends[index + 1])
+        self._file.seek(start)
+        return json.loads(self._file.read(end - start))
 
 
 class MixedRows(Sequence[Row]):
     """Rows of a store in an order of their own, some of them more than once.
 
-    order: numbers of rows in the store. starts: the number of each source's first row there.
+    order: numbers of rows in the store. starts: the number of each source's first row there. name: of what the store
+    holds; None where it has none.
     """
 
-    def __init__(self, store: RowStore, order: array, starts: Sequence[int]):
+    def __init__(self, store: RowStore, order: array, starts: Sequence[int], name: str | None = None):
         self._store = store
         self._order = order
         self._starts = list(starts)
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._order)
@@ -71,7 +98,12 @@ class MixedRows(Sequence[Row]):
     def of_source(self, source: int) -> "MixedRows":
         """The rows of one source, in the same order."""
         order = array("Q", (number for i, number in enumerate(self._order) if self.source_of(i) == source))
-        return MixedRows(self._store, order, self._starts)
+        return MixedRows(self._store, order, self._starts, self._name)
+
+    @property
+    def identity(self) -> str | None:
+        """Says which rows these are, in which order; None where that is not known."""
+        return None if self._name is None else f"{self._name}/{hashlib.sha256(self._order.tobytes()).hexdigest()}"
 
     @property
     def mean_bytes(self) -> float:

@@ -1,6 +1,5 @@
 """Data entries of a recipe -> rows: files, generated data and hub data sets, mixed by weight."""
 
-import hashlib
 import os
 import random
 import re
@@ -14,20 +13,20 @@ from urllib.parse import parse_qsl
 
 from conversations.errors import ToolkitError
 from conversations.formats.reasoning import Reasoning
-from conversations.reading.load import RejectedRow, load_conversations
-from conversations.reading.locating import Located, locate, names_files
-from conversations.rendering.fill_in_the_middle import with_hole
-from conversations.row import Refuse, Row
+from conversations.kept import Kept
+from conversations.reading.load import RejectedRow
+from conversations.reading.locating import names_files
+from conversations.row import Refuse
 from conversations.sections import DataSource
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
+from recipes.data.reading import Source, read_parts, write_rows
 from recipes.data.row_store import MixedRows, RowStore
 from recipes.data.splits import Split, parse_split
-from recipes.files import file_sha256
 from recipes.processes import main_first
 from recipes.recipe.paths import GENERATED, is_hub_name
 
-CACHE = Path("runs")
+CACHE = Path(os.environ.get("DSV2_CACHE") or "runs")  # what is made or fetched for runs: demo data, rows of a hub
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
 
@@ -37,38 +36,14 @@ class Mixture:
 
     rows: canonical rows with their `origin` (file:line); shuffled when there is more than one source, else in the
     file's order. rejected: rows left out. files: for each source {path, sha256, formats, left_out, rows, used}.
-    lines: what to tell the user.
+    lines: what to tell the user of them. read: how they were read, or where they were found.
     """
 
     rows: MixedRows
     rejected: list[RejectedRow]
     files: list[dict[str, Any]]
     lines: list[str]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A source with the local file that holds its rows, and which of the file's rows it takes. key: data.0"""
-
-    entry: DataSource
-    file: Path
-    split: Split
-    key: str
-
-    def reads_like(self, other: "_Source") -> bool:
-        """Whether the two read some row of one file to one conversation."""
-        ways = [(source.entry.columns, source.entry.roles, source.entry.fim) for source in (self, other)]
-        return ways[0] == ways[1] and self.split.meets(other.split)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a source gave: `rows` rows of the store, and what there is to tell of it."""
-
-    rows: int
-    file: dict[str, Any]
-    rejected: list[RejectedRow]
-    lines: list[str]
+    read: str = ""
 
 
 def read_sources(
@@ -77,8 +52,10 @@ def read_sources(
     key: str = "data",
     refuse: Refuse | None = None,
     reasoning: Reasoning = "drop",
+    kept: Kept | None = None,
+    refuses_by: Any = None,
 ) -> Mixture:
-    """Read all sources and mix them.
+    """Read all sources, or find them read before, and mix them.
 
     Args:
         entries: the recipe's data entries.
@@ -87,14 +64,23 @@ def read_sources(
         key: where in the recipe the entries stand, for errors and for the order of each list.
         refuse: says why a row is of no use to the stage, which makes it a bad row.
         reasoning: what becomes of reasoning beside an answer.
+        kept: where rows are found and kept; nowhere without it.
+        refuses_by: what `refuse` depends on, as JSON; nothing is kept where that is not known.
 
     Raises:
         ToolkitError: a missing file, an unreadable row, an empty source.
     """
+    kept = kept or Kept()
     sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
     _refuse_rows_twice(sources)
-    store = RowStore()
-    parts = [_read(source, store, seed, refuse, reasoning) for source in sources]
+    depends_on = None
+    if kept.folder is not None and (refuse is None or refuses_by is not None):
+        read = [source.depends_on(seed) for source in sources]
+        depends_on = {"sources": read, "refuses_by": refuses_by, "reasoning": reasoning}
+    place = kept.place(
+        "rows", depends_on, lambda folder: write_rows(sources, folder, seed, refuse, reasoning, kept.shows)
+    )
+    parts, rejected = read_parts(place.folder)
     used = rows_used([part.rows for part in parts], [entry.weight for entry in entries])
     starts = list(accumulate((part.rows for part in parts), initial=0))[:-1]
     order = array("Q")
@@ -105,16 +91,17 @@ def read_sources(
     files = [{**part.file, "rows": part.rows, "used": count} for part, count in zip(parts, used, strict=True)]
     shares = [_share(file, len(order)) for file in files] if len(files) > 1 else []
     return Mixture(
-        rows=MixedRows(store, order, starts),
-        rejected=[row for part in parts for row in part.rejected],
+        rows=MixedRows(RowStore(place.folder), order, starts, place.folder.name if place.kept else None),
+        rejected=rejected,
         files=files,
         lines=[*(line for part in parts for line in part.lines), *shares],
+        read=place.line("read", sum(part.rows for part in parts)),
     )
 
 
-def _refuse_rows_twice(sources: Sequence[_Source]) -> None:
+def _refuse_rows_twice(sources: Sequence[Source]) -> None:
     """Raises ToolkitError where two entries read the same rows of a file in the same way."""
-    files = [{path.resolve() for path in _located(source).paths} for source in sources]
+    files = [{path.resolve() for path in source.located.paths} for source in sources]
     for index, source in enumerate(sources):
         for other, earlier in enumerate(sources[:index]):
             if source.reads_like(earlier) and (both := sorted(files[index] & files[other])):
@@ -124,81 +111,29 @@ def _refuse_rows_twice(sources: Sequence[_Source]) -> None:
                 )
 
 
-def _located(source: _Source) -> Located:
-    return locate(source.file, source.split.name if source.file.is_dir() else "")
-
-
 def source_hash(entry: DataSource, seed: int, key: str) -> str:
     """SHA-256 of what holds a source's rows; generated data and hub data sets are written to a file first.
 
     Raises:
         ToolkitError: no such file, generator or data set, or a split that it does not have.
     """
-    return _sha256(_find(entry, seed, key))
+    return _find(entry, seed, key).sha256
 
 
-def _sha256(source: _Source) -> str:
-    """That of the one file; of several, that of their names and hashes."""
-    paths = _located(source).paths
-    if paths == (source.file,):
-        return file_sha256(source.file)
-    lines = [f"{file_sha256(path)}  {os.path.relpath(path, source.file)}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _find(entry: DataSource, seed: int, key: str) -> _Source:
+def _find(entry: DataSource, seed: int, key: str) -> Source:
     split = parse_split(entry.split, f"{key}.split")
     path = Path(entry.path)
     if not entry.path.startswith(GENERATED) and not names_files(path):
         if not is_hub_name(entry.path):
             raise ToolkitError(f"{key}.path: no such file: {entry.path}")
         file = main_first(lambda: hub_file(entry.path, split, CACHE / "hub", key))
-        return _Source(entry, file, Split(shares=split.shares), key)
+        return Source(entry, file, Split(shares=split.shares), key)
     if split.name not in ("", "train") and not path.is_dir():
         raise ToolkitError(
             f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets and folders. "
             "Write train[:90%] and train[90%:]"
         )
-    return _Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
-
-
-def _read(source: _Source, store: RowStore, seed: int, refuse: Refuse | None, reasoning: Reasoning) -> _Part:
-    """Append the source's rows, with their origin, to the store."""
-    entry, rejected, before = source.entry, [], len(store)
-    reader = load_conversations(
-        source.file,
-        entry.on_bad_row,
-        columns=entry.columns,
-        max_bad_rows=entry.max_bad_rows,
-        on_rejected=rejected.append if entry.on_bad_row == "skip" else None,
-        refuse=_without_text(refuse) if entry.fim else refuse,
-        roles=entry.roles,
-        reasoning=reasoning,
-        split=source.split.name if source.file.is_dir() else "",
-    )
-    rng = random.Random(f"{seed}/{source.key}/fim")
-    for row in source.split.select(row | {"origin": reader.place} for row in reader):
-        store.append(with_hole(row, entry.fim.rate, entry.fim.mode, rng) if entry.fim else row)
-    reader.check()  # a split by number stops before the end
-    if len(store) == before:
-        raise ToolkitError(f"{source.key}.split: no row of {entry.path} falls into {entry.split!r}")
-    file = {
-        "path": entry.path,
-        "sha256": _sha256(source),
-        "formats": dict(reader.formats),
-        "left_out": reader.rejected,
-    }
-    lines = [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
-    return _Part(len(store) - before, file, rejected, lines)
-
-
-def _without_text(refuse: Refuse | None) -> Refuse:
-    def refused(row: Row) -> str | None:
-        if "text" not in row:
-            return "fim is for rows of plain text, which have a key text"
-        return refuse(row) if refuse else None
-
-    return refused
+    return Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
 
 
 def _share(file: dict[str, Any], total: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
+from conversations.kept import Kept
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
 from conversations.row import Row
@@ -26,6 +27,11 @@ from recipes.stages import training_of
 
 # A template adds no more tokens to a message than this; a token is a byte of text at least.
 _AROUND = 16
+# What of a recipe says nothing about which of its rows are of use; of new keys that is not known.
+_NOT_OF_ROWS = {
+    *("model", "output_dir", "seed", "on_nan", "lora", "experts_file", "training", "data", "eval_data"),
+    *("max_seconds", "max_tokens", "early_stopping_patience"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,10 @@ def check_settings(recipe: StageRecipe) -> None:
         check_training(recipe)
 
 
-def prepare(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False) -> Inputs:
-    """`check_recipe`, and the data.
+def prepare(
+    recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False, kept: Kept | None = None
+) -> Inputs:
+    """`check_recipe`, and the data; `kept` is where its rows are found and kept.
 
     Raises:
         ToolkitError, ModelError: whatever the run would refuse, but for what only tokenizing all rows tells.
@@ -103,7 +111,10 @@ def prepare(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool =
         fim_ids(tokenizer)
     found = []
     for listed in lists:
-        mixture = read_sources(listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning)
+        refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
+        mixture = read_sources(
+            listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, kept, refuses_by
+        )
         found.append(ReadList(listed, mixture))
         if isinstance(recipe, TrainingRecipe) and (check := training_of(recipe).check_rows) and listed.name == "data":
             provided(check)(recipe, trl_config(recipe), mixture.rows)

@@ -86,7 +86,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     check(load_recipe(path))
     said = capsys.readouterr().out
     loaded = load_recipe(path).recipe
-    data, report = encode_rows(
+    data, report, _ = encode_rows(
         read_sources(loaded.data, 0).rows,
         build_tokenizer("tiny"),
         train_on="all_assistant",

@@ -66,7 +66,7 @@ def final(run_dir: Path):
 
 def test_labels_are_the_assistants_words():
     tokenizer = byte_tokenizer()
-    data, report = encode_rows(conversations(3), tokenizer, train_on="all_assistant", max_length=64, too_long="drop")
+    data, report, _ = encode_rows(conversations(3), tokenizer, train_on="all_assistant", max_length=64, too_long="drop")
     for row, conversation in zip(data, conversations(3), strict=True):
         rendered = render_conversation(conversation["messages"], tokenizer)
         assert row["input_ids"] == rendered["input_ids"]
@@ -77,11 +77,11 @@ def test_labels_are_the_assistants_words():
 
 def test_rows_left_out_are_counted_and_told():
     rows = [*conversations(2), {"messages": user("x" * 90) + assistant("late")}, {"messages": user("no answer")}]
-    _, report = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
+    _, report, _ = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
     assert [row["row"] for row in report.rejected] == [3, 4]
     reasons = ("longer than 64 tokens", "nothing to train on")
     assert report.summary(64) == "; ".join(["4 rows", *(f"1 dropped ({reason})" for reason in reasons)])
-    _, cut = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="truncate")
+    _, cut, _ = encode_rows(rows, byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="truncate")
     assert cut.as_metrics() == {"rows": 4, "truncated": 0, "split": 0, "dropped": 2, "answer_cut_away": 1}
     assert len(cut.rejected) == 2  # the answer of the long one was cut away
 
@@ -201,7 +201,7 @@ def test_plain_text_trains_beside_conversations_and_is_not_asked(tmp_path):
     metrics = run(tmp_path, rows=rows, training={"max_steps": 1})
     assert metrics["rows"] == 8 and metrics["dropped"] == 0
     assert {line["prompt"] for line in lines(tmp_path / "samples.jsonl")} == {"0 + 1", "1 + 1"}
-    data, _ = encode_rows(rows[:1], byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
+    data, _, _ = encode_rows(rows[:1], byte_tokenizer(), train_on="all_assistant", max_length=64, too_long="drop")
     assert data[0]["labels"] == [IGNORED, *data[0]["input_ids"][1:]]
 
 

@@ -1,0 +1,99 @@
+"""Encoded rows on disk: an Arrow file of token ids, and the report of what became of the rows."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+import pyarrow
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
+
+from conversations.errors import ToolkitError
+from conversations.kept import Kept, Place
+from conversations.progress import bar
+from conversations.rendering.encoding import tokenizer_identity
+from conversations.rendering.lengths import LengthReport
+from conversations.row import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS = "rows.arrow"
+Columns = dict[str, Any]  # of some rows: name -> a column of Arrow or a list
+# The report that counts the rows -> the columns of one batch after another.
+Encoded = Callable[[LengthReport], Iterable[Columns]]
+
+
+class EncodedRows(NamedTuple):
+    """Rows as token ids, what became of them, and where they lie."""
+
+    data: Dataset
+    report: LengthReport
+    place: Place
+
+
+def encoded_dataset(
+    kept: Kept, key: Any, features: Features, encoded: Encoded, *, rows: int | None, max_length: int | None
+) -> EncodedRows:
+    """What `encoded` gives, as a data set that is mapped into memory; found, where it was made before.
+
+    Args:
+        key: all that the rows depend on, as JSON; None where that is not known.
+        rows: how many there are, for the bar; None where that is not known.
+        max_length: for the error.
+
+    Raises:
+        ToolkitError: no row is left, or one cannot be encoded.
+    """
+
+    def make(folder: Path) -> None:
+        report, written, counted = LengthReport(), 0, 0
+        with (
+            ArrowWriter(path=str(folder / _ROWS), features=features) as writer,
+            bar("encoding", rows, "rows", kept.shows) as advance,
+        ):
+            for columns in encoded(report):
+                table = pyarrow.table(columns)
+                if len(table):
+                    writer.write_table(table)
+                written += len(table)
+                advance(report.rows - counted)
+                counted = report.rows
+            writer.finalize()
+        if not written:
+            raise ToolkitError(report.nothing_left(max_length))
+        report.write(folder)
+
+    place = kept.place("tokens", key, make)
+    return EncodedRows(Dataset.from_file(str(place.folder / _ROWS)), LengthReport.read(place.folder), place)
+
+
+def key_of(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> dict[str, Any] | None:
+    """The key of encoded rows; None where it is not known which rows these are, or what the tokenizer does."""
+    identity = getattr(rows, "identity", None)
+    if identity is None or (by := tokenizer_identity(tokenizer)) is None:
+        return None
+    return {"rows": identity, "tokenizer": by, **settings}
+
+
+def id_lists(lists: Sequence[Sequence[int]]) -> pyarrow.Array:
+    """Lists of token ids as a column."""
+    return _column(_flat(lists), lists)
+
+
+def labelled(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], ignored: int) -> Columns:
+    """The columns input_ids and labels: the ids where the mask is 1, else `ignored`."""
+    flat = _flat(ids)
+    labels = numpy.where(_flat(masks) == 1, flat, numpy.int32(ignored))
+    return {"input_ids": _column(flat, ids), "labels": _column(labels, ids)}
+
+
+def _flat(lists: Iterable[Iterable[int]]) -> numpy.ndarray:
+    return numpy.fromiter(chain.from_iterable(lists), dtype=numpy.int32)
+
+
+def _column(flat: numpy.ndarray, lists: Sequence[Sequence[int]]) -> pyarrow.Array:
+    ends = numpy.cumsum([0, *map(len, lists)], dtype=numpy.int32)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(flat))

@@ -1,0 +1,151 @@
+"""Sources of a recipe -> a directory with their rows, and all that was counted on the way."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from conversations.formats.reasoning import Reasoning
+from conversations.progress import bar
+from conversations.reading.load import RejectedRow, load_conversations
+from conversations.reading.locating import Located, locate
+from conversations.rendering.fill_in_the_middle import with_hole
+from conversations.row import Refuse, Row
+from conversations.sections import DataSource
+from recipes.data.row_store import RowWriter
+from recipes.data.splits import Split
+from recipes.files import file_sha256, write_json
+
+_PARTS, _REJECTED = "sources.json", "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source with the local file that holds its rows, and which of the file's rows it takes. key: data.0"""
+
+    entry: DataSource
+    file: Path
+    split: Split
+    key: str
+
+    def reads_like(self, other: "Source") -> bool:
+        """Whether the two read some row of one file to one conversation."""
+        ways = [(source.entry.columns, source.entry.roles, source.entry.fim) for source in (self, other)]
+        return ways[0] == ways[1] and self.split.meets(other.split)
+
+    @property
+    def located(self) -> Located:
+        return locate(self.file, self.split.name if self.file.is_dir() else "")
+
+    @cached_property
+    def sha256(self) -> str:
+        """That of the one file; of several, that of their names and hashes."""
+        paths = self.located.paths
+        if paths == (self.file,):
+            return file_sha256(self.file)
+        lines = [f"{file_sha256(path)}  {os.path.relpath(path, self.file)}\n" for path in paths]
+        return sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def state(self) -> list[tuple[int, int]]:
+        """What changes where the files do."""
+        return [(about.st_size, about.st_mtime_ns) for about in map(Path.stat, self.located.paths)]
+
+    def depends_on(self, seed: int) -> dict[str, Any]:
+        """All that its rows depend on, and what is told of them."""
+        entry = self.entry.model_dump(mode="json", exclude={"weight"})
+        drawn = [seed, self.key] if self.entry.fim else None
+        return {**entry, "file": str(self.file), "sha256": self.sha256, "notes": self.located.notes, "drawn": drawn}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a source gave: `rows` rows of the store, and what there is to tell of it. file: see Mixture.files."""
+
+    rows: int
+    file: dict[str, Any]
+    lines: list[str]
+
+
+def write_rows(
+    sources: Sequence[Source], folder: Path, seed: int, refuse: Refuse | None, reasoning: Reasoning, shows: bool
+) -> None:
+    """Read all sources into files of the folder, for `RowStore` and `read_parts`.
+
+    Raises:
+        ToolkitError: an unreadable row, an empty source, a file that changes meanwhile.
+    """
+    with (
+        RowWriter(folder) as store,
+        (folder / _REJECTED).open("w", encoding="utf-8") as rejected,
+        bar("reading", None, "rows", shows) as advance,
+    ):
+
+        def reject(row: RejectedRow) -> None:
+            rejected.write(json.dumps(asdict(row)) + "\n")
+
+        parts = [_read(source, store, seed, refuse, reasoning, reject, advance) for source in sources]
+    write_json(folder / _PARTS, [asdict(part) for part in parts])
+
+
+def read_parts(folder: Path) -> tuple[list[Part], list[RejectedRow]]:
+    """What each source gave, and all rows that were left out."""
+    parts = [Part(**part) for part in json.loads((folder / _PARTS).read_text(encoding="utf-8"))]
+    with (folder / _REJECTED).open(encoding="utf-8") as lines:
+        return parts, [RejectedRow(**json.loads(line)) for line in lines]
+
+
+def _read(
+    source: Source,
+    store: RowWriter,
+    seed: int,
+    refuse: Refuse | None,
+    reasoning: Reasoning,
+    reject: Callable[[RejectedRow], Any],
+    advance: Callable[[int], Any],
+) -> Part:
+    """Append the source's rows, with their origin, to the store."""
+    entry, before, state = source.entry, len(store), source.state
+    reader = load_conversations(
+        source.file,
+        entry.on_bad_row,
+        columns=entry.columns,
+        max_bad_rows=entry.max_bad_rows,
+        on_rejected=reject if entry.on_bad_row == "skip" else None,
+        refuse=_without_text(refuse) if entry.fim else refuse,
+        roles=entry.roles,
+        reasoning=reasoning,
+        split=source.split.name if source.file.is_dir() else "",
+    )
+    rng = random.Random(f"{seed}/{source.key}/fim")
+    for row in source.split.select(row | {"origin": reader.place} for row in reader):
+        store.append(with_hole(row, entry.fim.rate, entry.fim.mode, rng) if entry.fim else row)
+        advance(1)
+    reader.check()  # a split by number stops before the end
+    if len(store) == before:
+        raise ToolkitError(f"{source.key}.split: no row of {entry.path} falls into {entry.split!r}")
+    if source.state != state:
+        raise ToolkitError(f"{source.key}.path: {entry.path} has changed while it was read; start again")
+    file = {
+        "path": entry.path,
+        "sha256": source.sha256,
+        "formats": dict(reader.formats),
+        "left_out": reader.rejected,
+    }
+    lines = [reader.summary(), *(f"{source.file.name}: {note}" for note in reader.notes())]
+    return Part(len(store) - before, file, lines)
+
+
+def _without_text(refuse: Refuse | None) -> Refuse:
+    def refused(row: Row) -> str | None:
+        if "text" not in row:
+            return "fim is for rows of plain text, which have a key text"
+        return refuse(row) if refuse else None
+
+    return refused

@@ -1,0 +1,36 @@
+"""Where runs keep prepared data, and what all of it depends on besides the data and the recipe."""
+
+import hashlib
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from conversations.kept import Kept
+from recipes.data.sources import CACHE
+from recipes.processes import is_main, main_first
+from recipes.stages import FOLDERS
+
+# What reads, renders and encodes rows: all of our own above the model, and these libraries.
+_PACKAGES = ("conversations", "recipes.data", *FOLDERS)
+_LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers", "trl")
+
+
+def keeping(keep: bool) -> Kept:
+    """Rows, read or encoded, are found and kept in runs/prepared/, or nowhere."""
+    if not keep:
+        return Kept(shows=is_main())
+    return Kept(CACHE / "prepared", _version(), main_first, is_main())
+
+
+def _version() -> str:
+    """A hash of the code and of the versions of what it stands on."""
+    digest = hashlib.sha256(platform.python_version().encode())
+    for library in _LIBRARIES:
+        digest.update(f"{library} {version(library)}\n".encode())
+    for package in _PACKAGES:
+        spec = find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            for file in sorted(path for path in Path(folder).rglob("*") if path.suffix in (".py", ".jinja")):
+                digest.update(f"{package}/{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
