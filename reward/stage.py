@@ -12,13 +12,14 @@ from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
 from conversations.answers.reward_stats import RewardStats
-from conversations.rendering.lengths import LengthReport
+from conversations.kept import Kept
+from conversations.rendering.encoded import EncodedRows
 from conversations.run_files import REJECTED, REWARD_STATS
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
-from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs
+from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs, verdict_of
 from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def run(recipe: RewardRecipe, work: Work) -> dict[str, Any]:
         eval_rows=work.rows.get("eval_data"),
         run_dir=work.run_dir,
         resume_from=work.resume_from,
+        kept=work.kept,
     )
 
 
@@ -49,6 +51,7 @@ def train(
     eval_rows: Iterable[Row] | None,
     run_dir: Path,
     resume_from: Path | None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Trains a DeepseekV2ForSequenceClassification with one label; writes metrics.jsonl, checkpoints and final/.
 
@@ -58,6 +61,7 @@ def train(
         rows: pairs (loss: pairwise) or judged answers (loss: pointwise).
         eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
         resume_from: a checkpoint of the same run to resume from.
+        kept: where encoded rows are found and kept; nowhere without it.
 
     Returns:
         steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,
@@ -68,13 +72,15 @@ def train(
         StopRequested: a signal ended training early, with a checkpoint.
     """
     datasets.disable_progress_bars()
-    rows, eval_rows = list(rows), list(eval_rows or ())
-    trainer, report = build_trainer(
-        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir
+    rows = rows if isinstance(rows, Sequence) else list(rows)
+    eval_rows = eval_rows if isinstance(eval_rows, Sequence) else list(eval_rows or ())
+    trainer, (_, report, place) = build_trainer(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, kept=kept
     )
     max_length = recipe.training.get("max_length", RewardConfig.max_length)
     if trainer.is_world_process_zero():
         print(f"reward: {report.summary(max_length)}", file=sys.stderr)
+        print(f"reward: {place.line('encoded', report.rows)}", file=sys.stderr)
         if resume_from is None:
             append_lines(run_dir / REJECTED, report.rejected)
     output = trainer.train(resume_from)
@@ -100,25 +106,29 @@ def build_trainer(
     rows: Sequence[Row],
     eval_rows: Sequence[Row],
     run_dir: Path,
-) -> tuple[PairTrainer | JudgedTrainer, LengthReport]:
-    """The trainer for the recipe's loss, and what became of the rows."""
+    kept: Kept | None = None,
+) -> tuple[PairTrainer | JudgedTrainer, EncodedRows]:
+    """The trainer for the recipe's loss, and the rows that it trains on."""
     arguments = reward_config(recipe, run_dir, has_eval=bool(eval_rows))
-    fitting = {"max_length": arguments.max_length, "too_long": recipe.format.too_long}
+    fitting: dict[str, Any] = {"max_length": arguments.max_length, "too_long": recipe.format.too_long, "kept": kept}
     arguments.max_length = None  # TRL would leave out longer rows without a word
     common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": run_limits(recipe)}
     pairs = [row for row in eval_rows if is_pair(row)]
     judged = [row for row in eval_rows if not is_pair(row)]
     if recipe.loss == "pairwise":
-        data, report = encode_pairs(rows, tokenizer, **fitting)
-        held_out = encode_pairs(pairs, tokenizer, **fitting)[0] if pairs else None
-        return PairTrainer(**common, train_dataset=data, eval_dataset=held_out), report
-    data, verdict, report = encode_judged(rows, tokenizer, **fitting)
-    held_out = encode_judged(judged, tokenizer, **fitting)[0] if judged else None
-    collator: Any = JudgedCollator(_pad_token_id(tokenizer))
+        encoded = encode_pairs(rows, tokenizer, **fitting)
+        held_out = encode_pairs(pairs, tokenizer, **fitting).data if pairs else None
+        return PairTrainer(**common, train_dataset=encoded.data, eval_dataset=held_out), encoded
+    encoded = encode_judged(rows, tokenizer, **fitting)
+    held_out = encode_judged(judged, tokenizer, **fitting).data if judged else None
     trainer = JudgedTrainer(
-        **common, train_dataset=data, eval_dataset=held_out, data_collator=collator, verdict=verdict
+        **common,
+        train_dataset=encoded.data,
+        eval_dataset=held_out,
+        data_collator=JudgedCollator(_pad_token_id(tokenizer)),
+        verdict=verdict_of(rows[0], 1),
     )
-    return trainer, report
+    return trainer, encoded
 
 
 def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> RunTrainerMixin:

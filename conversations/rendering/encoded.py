@@ -1,5 +1,6 @@
 """Encoded rows on disk: an Arrow file of token ids, and the report of what became of the rows."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from conversations.progress import bar
 from conversations.rendering.encoding import tokenizer_identity
 from conversations.rendering.lengths import LengthReport
 from conversations.row import Row
+from conversations.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +69,17 @@ def encoded_dataset(
         report.write(folder)
 
     place = kept.place("tokens", key, make)
-    return EncodedRows(Dataset.from_file(str(place.folder / _ROWS)), LengthReport.read(place.folder), place)
+    return EncodedRows(Dataset.from_file(str(_readable(place.folder))), LengthReport.read(place.folder), place)
+
+
+def _readable(folder: Path) -> Path:
+    """The Arrow file. What is made of its rows (TRL's packs) is written, and found again, beside it; where that is not
+    allowed, beside a link to it."""
+    if os.access(folder, os.W_OK):
+        return folder / _ROWS
+    link = scratch_directory() / _ROWS
+    link.symlink_to(folder.absolute() / _ROWS)
+    return link
 
 
 def key_of(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> dict[str, Any] | None:

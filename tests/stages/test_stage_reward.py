@@ -260,10 +260,10 @@ def test_judged_batches_are_padded_on_the_right():
 
 def test_long_rows_lose_their_beginning_or_are_left_out():
     tokenizer, row = byte_tokenizer(), {**pairs(1)[0], "prompt": user("x" * 100)}
-    data, report = encode_pairs([row], tokenizer, max_length=20, too_long="truncate")
+    data, report, _ = encode_pairs([row], tokenizer, max_length=20, too_long="truncate")
     whole = answer_ids(row["prompt"], row["chosen"], tokenizer, None)
     assert data[0]["chosen_ids"] == whole[-20:] and report.truncated == 1
-    _, report = encode_pairs([row, pairs(1)[0]], tokenizer, max_length=64, too_long="drop")
+    _, report, _ = encode_pairs([row, pairs(1)[0]], tokenizer, max_length=64, too_long="drop")
     assert report.rejected == [{"row": 1, "reason": "longer than 64 tokens"}]
     with pytest.raises(ToolkitError, match="split is for conversations"):
         encode_pairs([row], tokenizer, max_length=20, too_long="split")
