@@ -22,6 +22,8 @@ from .modeling import HEADS
 def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None) -> DeepseekV2Config:
     """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones."""
     changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
+    if not changes:
+        return settings
     if unknown := [key for key in changes if not hasattr(settings, key)]:
         raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
     try:
