@@ -24,7 +24,7 @@ def in_the_way() -> str | None:
             return f"{HOME / name} is missing; install the toolkit again"
         found = spec.origin if spec and spec.origin else places[0]
         return (
-            f'{found} is in the way of the toolkit\'s own package "{name}" ({HOME / name}); rename it, take its '
+            f'{found} shadows the toolkit\'s own package "{name}" ({HOME / name}); rename it, take its '
             "directory off PYTHONPATH, uninstall the package that brought it, or start from another directory"
         )
     return None
@@ -47,7 +47,7 @@ def main() -> int:
         if name not in PACKAGES:
             raise
         message = (
-            f"{HOME / name} is not the toolkit's own any more: {error}; install the toolkit in an environment alone"
+            f"{HOME / name} is no longer the toolkit's own: {error}; install the toolkit in an environment of its own"
         )
     print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
     return 2

@@ -4,7 +4,7 @@
 
 An adapter on random weights cannot learn what all weights can: embeddings and head stay random (TRL takes no adapter on
 lm_head). LoRA tunes a model that knows something. So both start from the same one, SFT of the demo broken off in
-mid-descent, and both go on for as many steps on the same rows, each at the learning rate that suits it.
+mid-descent, and both continue for as many steps on the same rows, each at the learning rate that suits it.
 """
 
 import argparse

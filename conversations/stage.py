@@ -72,7 +72,7 @@ class Stage:
         marks_tokens: whether single tokens of a row count or not, by its mask.
         result: what a finished run holds: a model in final/, or a file.
         measures: whether its metrics are figures of tasks, {task: {"n": rows, ...}}, for results.json and for tables.
-        continues: the file of lines from which a run without checkpoints goes on; None where it begins anew.
+        continues: the file of lines from which a run without checkpoints resumes; None where it starts over.
         writes: what else a run writes that a report looks for.
         signs: logged figures that only its runs have, should a run be without its recipe.
         smoke: how `--smoke` shrinks its recipes.

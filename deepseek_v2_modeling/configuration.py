@@ -78,7 +78,7 @@ def joined_forms(rope: Any, given: dict[str, Any]) -> dict[str, Any]:
             name = "rope_theta" if key == "rope_theta" else f"rope_scaling {key.removeprefix('rope_')}"
             raise ModelError(
                 f"{name} is {released.get(key)}, and {key} in rope_parameters is {found.get(key)}: give the same "
-                "settings in both forms, or one form alone"
+                "settings in both forms, or only one form"
             )
     return found
 
@@ -317,7 +317,7 @@ def check_file_values(values: Any, config_class: type) -> None:
             if not (isinstance(found, torch.dtype) and found.is_floating_point):
                 raise ModelError(f'{key} is "{name}": use float32, bfloat16 or float16')
     if parts := [key for key in PARTS if values.get(key) is not None]:
-        raise ModelError(f"{parts[0]}: the settings of a part: this is a larger model, of which DeepSeek-V2 is a part")
+        raise ModelError(f"{parts[0]}: this is the config of a larger model, with DeepSeek-V2 as one part of it")
     for key, only in OF_A_CALL.items():
         if values.get(key) not in (None, only):
             raise ModelError(f"{key} is {values[key]!r}: it belongs to a call, not to a model; remove it")

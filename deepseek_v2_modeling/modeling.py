@@ -127,7 +127,7 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
         if requested_experts not in (None, *EXPERTS_IMPLEMENTATIONS):
             raise ModelError(
                 f'experts_implementation "{requested_experts}" is not supported: use one of {EXPERTS_IMPLEMENTATIONS}, '
-                "which all run the experts in the way of these classes"
+                "all of which run the experts as these classes do"
             )
         return requested_experts or "grouped_mm"
 
@@ -374,7 +374,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         shape = (hidden.shape[0], hidden.shape[1])
-        told = (None, {}) if past else (position_ids, kwargs)  # a filled cache goes on with one sequence a row
+        told = (None, {}) if past else (position_ids, kwargs)  # a filled cache continues one sequence a row
         pooled = self.score(hidden[scored_tokens(input_ids, attention_mask, *told, self.config.pad_token_id, shape)])
         loss = None
         if labels is not None:

@@ -48,13 +48,13 @@ class EvalTask(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
     metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "loss"] = Field(
-        description="Share of right answers, of refusals, of answers in a form, of pairs ranked right, or mean loss."
+        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; or the mean loss."
     )
     data: list[DataSource] = Field(
-        default_factory=list, description="Rows of this task; empty takes the recipe's `data`."
+        default_factory=list, description="Rows of this task; by default the recipe's `data`."
     )
     rule: Literal["number", "math"] = Field(
-        default="number", description="exact_match: the last number equals the reference, or the same expression."
+        default="number", description="exact_match: the rule that compares an answer with its reference."
     )
     patterns: list[str] = Field(
         default_factory=list,
@@ -108,7 +108,7 @@ class EvalTask(Section):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
-                raise ValueError(f"{name} plays no part in {self.metric}; leave it out")
+                raise ValueError(f"{name} has no effect on {self.metric}; leave it out")
         return self
 
 
@@ -116,7 +116,7 @@ class EvalRecipe(StageRecipe):
     """Measures a model on held-out rows and writes what it said."""
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
-    data: list[DataSource] = Field(default_factory=list, description="Rows for every task that names none of its own.")
+    data: list[DataSource] = Field(default_factory=list, description="Rows for every task without data of its own.")
     tasks: list[EvalTask] = Field(min_length=1, description="What to measure.")
 
     @model_validator(mode="after")
@@ -125,8 +125,8 @@ class EvalRecipe(StageRecipe):
         for task in self.tasks:
             if _RESERVED.search(task.name) or (task.name.endswith("loss") and task.metric != "loss"):
                 raise ValueError(
-                    f"a task cannot be called {task.name}: names that end in _n, _truncated, _t1 and the like, or in "
-                    "loss where the metric is another one, stand for other figures in results.json"
+                    f"a task cannot be called {task.name}: names ending in _n, _truncated, _t1 and the like, or in "
+                    "loss with another metric, mean other figures in results.json"
                 )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

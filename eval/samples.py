@@ -1,6 +1,6 @@
 """samples.jsonl of an evaluation: what the model said, kept from the moment it was said.
 
-Each process appends to a file of its own; a killed evaluation goes on with the answers that are in them.
+Each process appends to a file of its own; a killed evaluation resumes with the answers in them.
 """
 
 from collections.abc import Mapping, Sequence

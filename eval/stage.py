@@ -95,7 +95,7 @@ def evaluate(
     Args:
         model: with a score head where the metric is pair_accuracy, else a language model; frozen.
         rows_by_task: canonical rows, by the task's name.
-        resume: go on with the answers that an earlier, stopped evaluation of the same left in run_dir; they are judged
+        resume: reuse the answers that an earlier, stopped evaluation of the same left in run_dir; they are judged
             again. Without it they are removed.
 
     Returns:
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sample]:
-    """What an evaluation goes on with: the same for all processes, whichever of them wrote it."""
+    """What an evaluation resumes with: the same for all processes, whichever of them wrote it."""
     if state.is_main_process:
         if resume:
             gather_samples(run_dir)
@@ -128,7 +128,7 @@ def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sampl
     kept = kept_samples(run_dir)
     answers = sum("completion" in sample for sample in kept.values())
     if resume and state.is_main_process:
-        print(f"eval: {answers:,} answers that were written before are kept", file=sys.stderr, flush=True)
+        print(f"eval: {answers:,} answers from before are kept", file=sys.stderr, flush=True)
     state.wait_for_everyone()  # before the first appends to what the others read
     return kept
 

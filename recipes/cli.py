@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of `dsv2`: its usage line, its help, what reads its arguments, what runs it, and whether it goes on
+    """A command of `dsv2`: its usage line, its help, what reads its arguments, what runs it, and whether it resumes
     from where it was interrupted."""
 
     usage: str
@@ -67,29 +67,31 @@ def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the model; empty or not there")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the model; empty or new")
     parser.add_argument("--preset", required=True, help="tiny, v2-lite-mini or v2-mini")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
 
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
-    parser.add_argument("--prompt", help="answer this and end; else a conversation begins")
+    parser.add_argument("--prompt", help="answer this and exit; without it, a conversation begins")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="float32")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
 
 
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_OR_RUN", help="an adapter directory, or a run with one in final/")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where to write; empty or not there")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where to write; empty or new")
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; as in the base")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of all weights; by default that of the base"
+    )
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +270,7 @@ def help_text() -> str:
     lines = [f"  dsv2 {usage:<{width}}  {text}" for usage, text in usages.items()]
     return "\n".join(
         [
-            "dsv2: a DeepSeek-V2 base checkpoint becomes chat variants.",
+            "dsv2: turn a DeepSeek-V2 base checkpoint into chat variants.",
             "",
             *lines,
             "",
@@ -318,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return dispatch(argv)
         except KeyboardInterrupt as interrupt:
             command = commands().get(argv[0] if argv else "")
-            then = "the same command goes on from there" if command and command.resumes else "nothing was finished"
+            then = "the same command resumes from there" if command and command.resumes else "nothing was finished"
             if is_main():
                 _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
             return 130

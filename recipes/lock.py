@@ -135,7 +135,7 @@ def _take(file: Path, place: Path) -> int:
             if owner.host not in ("", platform.node()):
                 os.close(handle)
                 raise ToolkitError(
-                    f"{place} is in use by {owner}, which cannot be asked from here; if it has ended, remove {file}"
+                    f"{place} is in use by {owner}, which cannot be checked from here; if it has ended, remove {file}"
                 )
             with suppress(FileNotFoundError):  # its last owner has removed it, and it must be made again
                 if os.stat(file).st_ino == os.fstat(handle).st_ino:

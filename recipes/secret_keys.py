@@ -37,7 +37,7 @@ def refuse_secrets(tree: Any, prefix: str = "") -> None:
         named = _SECRET_NAME.fullmatch(key) and key not in _TEXT_TOKENS and value is not None
         if named or (isinstance(value, str) and (_SECRET_VALUE.search(value) or _ADDRESS.search(value))):
             raise ToolkitError(
-                f"{path}: a secret may not stand in a recipe, which is copied into the run directory; leave it out and "
+                f"{path}: a secret must not be in a recipe, which is copied into the run directory; leave it out and "
                 "set HF_TOKEN in the environment (or the variable of the service that it is for)"
             )
 

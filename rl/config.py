@@ -32,7 +32,7 @@ class RewardEntry(Section):
         default=None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
     )
     on_error: Literal["error", "zero", "skip"] = Field(
-        default="error", description="When the reward cannot be had: stop, count 0, or leave the completion out."
+        default="error", description="When the reward cannot be computed: stop, count 0, or leave the completion out."
     )
 
     @model_validator(mode="after")
@@ -75,7 +75,9 @@ class RlRecipe(TrainingRecipe):
     @model_validator(mode="after")
     def _one_change_of_the_head(self) -> "RlRecipe":
         if self.training.get("cast_lm_head_to_fp32") and self.lora and "lm_head" in self.lora.targets:
-            raise ValueError("training.cast_lm_head_to_fp32 does not go with lm_head in lora.targets; leave one out")
+            raise ValueError(
+                "training.cast_lm_head_to_fp32 cannot be combined with lm_head in lora.targets; leave one out"
+            )
         return self
 
     def row_lists(self) -> list[RowList]:

@@ -145,7 +145,7 @@ def check_whole_tensors(adapter: AdapterFiles) -> None:
                 with safe_open(places[name], "pt") as file:
                     if torch.equal(file.get_tensor(name).to(own.dtype), own):
                         continue
-            raise ModelError(f"{adapter.directory}: servers read no whole tensors ({stored}); use: dsv2 merge")
+            raise ModelError(f"{adapter.directory}: servers do not read full tensors ({stored}); use: dsv2 merge")
 
 
 def plan_pairs(adapter: AdapterFiles) -> list[ServedPair]:

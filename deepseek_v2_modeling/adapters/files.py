@@ -177,7 +177,7 @@ def open_adapter(path: str | Path) -> AdapterFiles:
     model = resolve_source(path)
     source = model.adapter
     if source is None:
-        raise ModelError(f"{path}: there is no adapter here (adapter_config.json); it is a whole model already")
+        raise ModelError(f"{path}: no adapter here (adapter_config.json); it is a full model already")
     refuse_variants(source)
     pairs, transposed = match_adapter(source, model.settings)
     settings = with_labels(model.settings, source.header)

@@ -122,7 +122,7 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     """
     directory = path / FINAL if (path / FINAL).is_dir() else path
     if not is_adapter(directory):
-        raise ModelError(f"{directory}: there is no adapter here (adapter_config.json)")
+        raise ModelError(f"{directory}: no adapter here (adapter_config.json)")
     source = read_adapter(directory)
     lora = read_plain_lora(source)
     refuse_variants(source)
@@ -148,7 +148,7 @@ def convert_transposed(foreign: Foreign) -> Conversion:
     pairs = low_rank_pairs(peft_model)
     shapes = foreign.source.shapes
     if not is_transposed(pairs, shapes, wanted, foreign.source.config, foreign.source.directory):
-        raise ModelError(f"{foreign.source.directory} is in PEFT's layout already; it needs no import")
+        raise ModelError(f"{foreign.source.directory} is in PEFT's layout already; nothing to import")
     homes = {name: pair for pair in pairs if pair.experts for name in (pair.a, pair.b)}
 
     def make(name: str) -> torch.Tensor:

@@ -173,7 +173,7 @@ def is_transposed(
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version")))
     if version is None:
         raise ModelError(
-            f"{where}: the adapted expert weights are square, so that their shapes do not tell whether PEFT before or "
+            f"{where}: the adapted expert weights are square, so that their shapes do not show whether PEFT before or "
             'since 0.19.1 wrote them; add "peft_version" to adapter_config.json'
         )
     return tuple(int(number or 0) for number in version.groups()) < UNTRANSPOSED_SINCE

@@ -131,7 +131,7 @@ def _source(
     where: str | Path,
 ) -> Source:
     if set(names) != {"A", "B"}:
-        raise ModelError(f"{where}: {next(iter(names.values()))} has no other half")
+        raise ModelError(f"{where}: {next(iter(names.values()))} lacks its other factor")
     module = home.removesuffix(".weight")
     embedding = "lora_embedding_" in names["A"]
     a, b = infos[names["A"]].shape, infos[names["B"]].shape

@@ -92,7 +92,7 @@ def pattern_fault(pattern: str) -> str | None:
         return f"has {len(pattern):,} characters; a pattern has at most {LONGEST:,}"
     bare = _ONE_CHARACTER.sub("c", _DIGITS.sub("d", pattern))
     if re.search(r"\)[*+{]", bare):
-        return "repeats a group, which can take for ever; write the repeat without a group"
+        return "repeats a group, which can take forever; write the repeat without a group"
     if _steps(bare) > MOST_STEPS:
         return f"can take over {MOST_STEPS:,} steps a name, the most that is allowed; use fewer repeats such as .*"
     try:

@@ -31,8 +31,10 @@ def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[No
     try:
         yield
     except Exception as error:
-        room = _room(run_dir)
-        if not is_full(error, room < needed() or shutil.disk_usage(run_dir).free < _NOTHING):
+        free = shutil.disk_usage(run_dir).free if run_dir.is_dir() else 0
+        half_written = sum(path.stat().st_size for path in (run_dir / UNFINISHED).rglob("*") if path.is_file())
+        room = free + half_written
+        if not is_full(error, room < needed() or free < _NOTHING):
             raise
         shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
         mb, room_mb = needed() / 1e6, room / 1e6
@@ -64,12 +66,6 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     state = optimizer.state.values() if optimizer is not None else ()
     made = sum(t.numel() * t.element_size() for entry in state for t in entry.values() if isinstance(t, torch.Tensor))
     return size + max(made, 8 * sum(p.numel() for p in trained))
-
-
-def _room(run_dir: Path) -> int:
-    """Bytes that are free once what is half written is gone."""
-    free = shutil.disk_usage(run_dir).free if run_dir.is_dir() else 0
-    return free + sum(path.stat().st_size for path in (run_dir / UNFINISHED).rglob("*") if path.is_file())
 
 
 def whole_checkpoints(run_dir: Path) -> str:

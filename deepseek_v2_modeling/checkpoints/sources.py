@@ -171,7 +171,7 @@ def read_settings(base: str) -> DeepseekV2Config:
 def read_model_config(base: str) -> DeepseekV2Config:
     """`read_settings` of an adapter's base. Raises ModelError when it is not there, or of another model."""
     if not Path(base).is_dir() and not is_hub_name(base):
-        raise ModelError(f"{base}: this base model is not there; put it back, or correct base_model_name_or_path")
+        raise ModelError(f"{base}: this base model does not exist; put it back, or correct base_model_name_or_path")
     return read_settings(base)
 
 

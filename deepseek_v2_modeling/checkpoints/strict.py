@@ -1,6 +1,6 @@
 """Checkpoints in the hub's layout: every tensor accounted for, experts read straight into their fused parameters.
 
-Stock transformers reports missing, unexpected and misshapen tensors in a log table and goes on with random
+Stock transformers reports missing, unexpected and misshapen tensors in a log table and continues with random
 numbers; here they are errors that name them as they are named on disk. Stock also holds the single experts beside
 the fused parameter that it makes of them, in the wanted dtype: 1.7 times the weights when bf16 files are loaded in
 float32. Here each expert is copied from the mapped file to its place.
@@ -178,8 +178,8 @@ def check_adapter_tensors(model: nn.Module, found: set[str]) -> None:
     ]
     if parts:
         raise ModelError(
-            f"the adapter does not fit this model; {'; '.join(parts)}; deepseek_v2_modeling.load_adapter says more, "
-            "and an adapter with a pair for each expert is converted by: dsv2 import"
+            f"the adapter does not fit this model; {'; '.join(parts)}; deepseek_v2_modeling.load_adapter says more; "
+            "convert an adapter with a pair for each expert by: dsv2 import"
         )
 
 

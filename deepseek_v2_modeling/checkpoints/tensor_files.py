@@ -203,7 +203,7 @@ def row_blocks(tensor: torch.Tensor, elements: int = 1 << 20) -> Iterator[tuple[
 def check_output(out_dir: Path) -> None:
     """Raises ModelError when there is something at out_dir already."""
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
-        raise ModelError(f"{out_dir} is there already and not empty; choose another directory")
+        raise ModelError(f"{out_dir} already exists and is not empty; choose another directory")
 
 
 def check_space(out_dir: Path, needed: int) -> None:

@@ -13,7 +13,7 @@ BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "
 JUMP = 2**31  # more than any position
 REMEDY = (
     "a cache holds one sequence a row, or documents would see one another. Give packed documents with an empty cache "
-    "and go no further on it, or give each document a row of its own"
+    "and do not continue with it, or give each document a row of its own"
 )
 
 
@@ -42,7 +42,7 @@ def documents_with_cache(
     given: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
-    """The documents of a forward; none on a cache that is filled, which goes on with one sequence a row.
+    """The documents of a forward; none on a cache that is filled, which continues one sequence a row.
 
     A single token is not looked at: decoding never waits for a GPU here. Compiled code cannot look at all.
 

@@ -23,7 +23,7 @@ class MetricsFile(TrainerCallback):
     """Writes every log to metrics.jsonl; the main process only.
 
     shares: the expert shares of the last log, long lists that go into some fifty lines of a run.
-    keep_summary: whether the line at the end of training is wanted; it is not when the run will go on later.
+    keep_summary: whether the line at the end of training is wanted; it is not when the run will be resumed later.
     """
 
     def __init__(self, shares: Callable[[], dict[str, Any]], keep_summary: Callable[[], bool]):

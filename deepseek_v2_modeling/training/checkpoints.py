@@ -1,4 +1,4 @@
-"""Checkpoints and final/ that are whole under their names; going on from a checkpoint to the same numbers."""
+"""Checkpoints and final/ that are complete under their names; resuming from a checkpoint to the same numbers."""
 
 import json
 import os
@@ -74,7 +74,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             for doomed in self.run_dir.glob(".checkpoint-*.old"):
                 shutil.rmtree(doomed)
             for name in GROWING:
-                _tell_of_lost_lines(self.run_dir / name, sizes.get(name, 0))
+                _report_lost_lines(self.run_dir / name, sizes.get(name, 0))
                 cut_file(self.run_dir / name, sizes.get(name, 0))
         self.accelerator.wait_for_everyone()
 
@@ -217,13 +217,13 @@ def _run_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
 
 
-def _tell_of_lost_lines(path: Path, size: int) -> None:
+def _report_lost_lines(path: Path, size: int) -> None:
     """Say that a file has become shorter than it was at the checkpoint: training is the same, its record is not."""
     there = path.stat().st_size if path.is_file() else 0
     if there < size:
         print(
-            f"{path}: {there:,} of the {size:,} bytes that it had at the checkpoint; the lines that are missing stay "
-            "missing, and training goes on as it was",
+            f"{path}: only {there:,} of the {size:,} bytes that it had at the checkpoint; the missing lines stay "
+            "missing, and training is not affected",
             file=sys.stderr,
         )
 

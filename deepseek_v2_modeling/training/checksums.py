@@ -1,6 +1,6 @@
 """Is a checkpoint whole? It holds the size and the CRC-32 of each of its files.
 
-Without one of them, or with a part of one, the Trainer would go on to other numbers, often without a word.
+Without one of them, or with a part of one, the Trainer would continue to other numbers, often without a word.
 """
 
 import json
@@ -44,12 +44,13 @@ def damage(folder: Path) -> str | None:
 
 
 def check_whole(checkpoint: Path, best: bool = False) -> None:
-    """Raises ModelError unless a checkpoint can be gone on from; it names the newest one that can.
+    """Raises ModelError unless a run can resume from a checkpoint; it names the newest one that can.
 
     best: whether the best checkpoint is wanted at the end of training; then that one is looked at, too.
     """
     if fault := damage(checkpoint):
-        older = _older(checkpoint)
+        step = checkpoint_step(checkpoint)
+        older = [folder for folder in reversed(checkpoints_of(checkpoint.parent)) if checkpoint_step(folder) < step]
         whole = next((folder for folder in older if damage(folder) is None), None)
         broken = [checkpoint, *(older[: older.index(whole)] if whole else older)]
         names = ", ".join(str(folder) for folder in broken)
@@ -61,12 +62,6 @@ def check_whole(checkpoint: Path, best: bool = False) -> None:
             f"{chosen}: {fault}; training.load_best_model_at_end needs this checkpoint, the best so far: put it back, "
             "or choose another output_dir"
         )
-
-
-def _older(checkpoint: Path) -> list[Path]:
-    """The checkpoints of the run before this one, newest first."""
-    newest_first = reversed(checkpoints_of(checkpoint.parent))
-    return [folder for folder in newest_first if checkpoint_step(folder) < checkpoint_step(checkpoint)]
 
 
 def _best(checkpoint: Path) -> Path | None:

@@ -32,11 +32,11 @@ SUPERSEDED = ".superseded"
 
 
 def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
-    """Run a chain, or go on with it; returns and writes results.json.
+    """Run or resume a chain; returns and writes results.json.
 
     Raises:
         ToolkitError, ModelError: a recipe, the data or the output_dir is wrong; before anything is run, if possible.
-        KeyboardInterrupt: stopped; the same command goes on.
+        KeyboardInterrupt: stopped; the same command resumes.
     """
     output = Path(loaded.recipe.output_dir)
     for note in loaded.notes:
@@ -80,7 +80,7 @@ def _run_entry(entry: ChainStage, stage: Loaded[StageRecipe], state: ChainState,
     now_is = fingerprint(stage, {run_dir: state.stages[name]["fingerprint"] for name, run_dir in used.items()})
     before = state.stages.get(entry.name)
     if before and before["fingerprint"] == now_is and before["status"] == "finished" and is_finished(stage.recipe):
-        say(f"-- {entry.name}: finished before, not run again")
+        say(f"-- {entry.name}: already finished")
         return
     if before and before["fingerprint"] != now_is:
         _set_aside(run_dir, entry.name)
@@ -132,7 +132,7 @@ def refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
 def _open_chain(loaded: Loaded[ChainRecipe], output: Path) -> ChainState:
     state = ChainState.read(output)
     if state.stages:
-        say(f"{output}: going on with this chain")
+        say(f"{output}: resuming this chain")
     wait_for_all()
     if is_main():
         write_text(output / RECIPE, dump_text(loaded.resolved))

@@ -57,7 +57,7 @@ class References:
             return self._values[name]
         key = where.rstrip(".: ")
         if name.removesuffix(".tokens") in self._run_dirs:
-            raise ToolkitError(f"{key}: ${{{name}}}: that stage trains nothing, so that it has no tokens")
+            raise ToolkitError(f"{key}: ${{{name}}}: that stage trains nothing, so it has no tokens")
         if name.split(".")[0] in self._all:
             raise ToolkitError(f"{key}: ${{{name}}} names a stage that has not been run before this one")
         known = ", ".join(f"${{{value}}}" for value in self._values)

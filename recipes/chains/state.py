@@ -38,7 +38,7 @@ class ChainState:
         return cls(output / CHAIN_STATE, stages or {})
 
     def begin(self, name: str, fingerprint: str) -> None:
-        """A stage that starts, or goes on."""
+        """A stage that starts or resumes."""
         self.stages[name] = {"fingerprint": fingerprint, "status": "running", "metrics": {}}
         self.count(name, {})
 

@@ -35,7 +35,7 @@ def merge(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("merge") as progress:
         report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
-    adapted = f"{report.adapted} adapted" if report.adapted else "copied from a whole model, which has no adapter"
+    adapted = f"{report.adapted} adapted" if report.adapted else "copied from a full model, which has no adapter"
     parts = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
     parts += [f"{report.replaced} the adapter's own"] * bool(report.replaced)
     parts += [f"without the base's {', '.join(report.left_out)}"] * bool(report.left_out)

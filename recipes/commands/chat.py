@@ -76,7 +76,7 @@ class _Partner:
         self.tokenizer: Any = load_tokenizer(source)
         self.own_template = has_other_template(self.tokenizer)
         if self.own_template:
-            print(f"{arguments.model}: speaks by its own chat template, not DeepSeek-V2's", file=sys.stderr)
+            print(f"{arguments.model}: uses its own chat template, not DeepSeek-V2's", file=sys.stderr)
         section = ModelSection(path=arguments.model, dtype=arguments.dtype)
         self.model = load_frozen(section, source, "causal_lm")
         if torch.cuda.is_available():

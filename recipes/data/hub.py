@@ -52,7 +52,7 @@ def _write(file: Path, rows: Iterable[dict[str, Any]], name: str, key: str) -> N
                 row = {name: without_nulls(value) for name, value in row.items()}
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         except Exception as error:  # as above; the rows come over the network
-            raise ToolkitError(f"{key}.path: the hub data set {name} broke off: {_one_line(error)}") from error
+            raise ToolkitError(f"{key}.path: the hub data set {name} stopped: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

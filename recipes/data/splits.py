@@ -59,11 +59,11 @@ def parse_split(text: str | None, key: str) -> Split:
     if percent:
         shares = float(start.rstrip("%") or 0) / 100, float(end.rstrip("%") or 100) / 100
         if not 0 <= shares[0] < shares[1] <= 1:
-            raise ToolkitError(f"{key}: {text!r} takes nothing; the first share must be below the second, to 100 %")
+            raise ToolkitError(f"{key}: {text!r} selects nothing; the first share must be below the second, to 100 %")
         return Split(match["name"], shares=shares)
     rows = int(start or 0), int(end) if end else None
     if rows[1] is not None and rows[0] >= rows[1]:
-        raise ToolkitError(f"{key}: {text!r} takes nothing; the first number must be below the second")
+        raise ToolkitError(f"{key}: {text!r} selects nothing; the first number must be below the second")
     return Split(match["name"], rows=rows)
 
 

@@ -33,7 +33,7 @@ def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
     if not isinstance(value, str):
         return value
     if "\0" in value:  # which no file's name may have, and no system call takes
-        raise ToolkitError(f"{'.'.join(keys)}: holds a zero byte; take it out")
+        raise ToolkitError(f"{'.'.join(keys)}: contains a NUL byte; remove it")
     if _is_file_key(keys):
         return _absolute(value, base, data=keys[-1] == "path", key=".".join(keys))
     return from_home(value, ".".join(keys)) if _is_local_key(keys) else value

@@ -87,7 +87,7 @@ class ChainRecipe(Section):
             raise ValueError(f'a stage may not be called "{taken.pop()}"')
         compared = [comparison.name for comparison in self.compare]
         if twice := sorted({name for name in compared if compared.count(name) > 1 or name in _RESULTS}):
-            raise ValueError(f'compare: "{twice[0]}" stands in results.json already; rename it')
+            raise ValueError(f'compare: "{twice[0]}" is already a key of results.json; rename it')
         for comparison in self.compare:
             for name in (comparison.before, comparison.after):
                 if name not in names:

@@ -6,6 +6,7 @@ always comes first.
 
 import re
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -53,12 +54,8 @@ def by_name(tree: dict[str, Any], name: str) -> dict[str, Any]:
 def headline(path: Path) -> str:
     """The first sentence of the comment that a recipe begins with."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.removeprefix("#").strip() for line in lines[: _end_of_paragraph(lines)])
-    return comment.split(". ")[0].rstrip(".")
-
-
-def _end_of_paragraph(lines: list[str]) -> int:
-    return next((i for i, line in enumerate(lines) if line.strip() in ("", "#") or not line.startswith("#")), 0)
+    first_paragraph = takewhile(lambda line: line.startswith("#") and line.strip() != "#", lines)
+    return " ".join(line.removeprefix("#").strip() for line in first_paragraph).split(". ")[0].rstrip(".")
 
 
 def copy_recipe(name: str, target: Path) -> None:

@@ -77,7 +77,7 @@ def parse_yaml(text: str, name: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ToolkitError(
-            f"{name}: lists or sections stand too deep in one another (at most {DEEPEST}), or in themselves"
+            f"{name}: lists or sections are nested too deeply (at most {DEEPEST}), or contain themselves"
         ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -1,4 +1,4 @@
-"""A run directory before a run: new, to be gone on with, finished, or somebody else's."""
+"""A run directory before a run: new, to be resumed, finished, or another recipe's."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory holds: nothing of worth, a run to go on with (from a checkpoint, or with the answers that
+    """What a run directory holds: nothing worth keeping, a run to resume (from a checkpoint, or with the answers that
     an evaluation has written), or a finished one.
 
-    fault: why a run that had finished has to go on nevertheless."""
+    fault: why a finished run must be resumed nevertheless."""
 
     status: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None
@@ -50,8 +50,8 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
         )
     if links := [path.name for path in run_dir.iterdir() if path.is_symlink()]:
         raise ToolkitError(
-            f"{run_dir / min(links)} is a symbolic link; a run cuts and removes its own files only: put what it points "
-            "to in its place, or choose another output_dir"
+            f"{run_dir / min(links)} is a symbolic link; a run truncates and removes its files: replace the link "
+            "with what it points to, or choose another output_dir"
         )
     checkpoint, there = newest_checkpoint(run_dir), read_mapping(run_dir / RECIPE)
     goes_on = checkpoint is not None or _has_begun(run_dir, there.get("stage"))
@@ -71,7 +71,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
 
 
 def _has_begun(run_dir: Path, name: Any) -> bool:
-    """Whether a stage that goes on without checkpoints has written something; each of its processes has a file."""
+    """Whether a stage that resumes without checkpoints has written something; each of its processes has a file."""
     stage = stages().get(str(name))
     if stage is None or stage.continues is None:
         return False

@@ -68,7 +68,11 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
     else:
         found = read_foundation(resolve_source(section.path), ask_hub)
     if found.tokenizer is not None:
-        tell_template(section.path, found.tokenizer)
+        if has_other_template(found.tokenizer):
+            say(
+                f"{section.path}: its own chat template is not used; rows are rendered, and results saved, with "
+                "DeepSeek-V2's"
+            )
         install_template(found.tokenizer)
     return found
 
@@ -76,12 +80,6 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
 def coming(path: str, earlier: Earlier) -> Foundation | None:
     """What the stage will give in whose run directory the path lies; None for any other path."""
     return next((found for run_dir, found in earlier.items() if Path(path).is_relative_to(run_dir)), None)
-
-
-def tell_template(path: str, tokenizer: Any) -> None:
-    """Say where a model's own chat template will not be used."""
-    if has_other_template(tokenizer):
-        say(f"{path}: its own chat template is not used; rows are rendered, and results saved, with DeepSeek-V2's")
 
 
 def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
@@ -150,7 +148,7 @@ def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> 
 
 
 def source_of(use: ModelUse) -> ModelSource | None:
-    """The files of a model that is used beside the stage's own; None where a random one stands in for it.
+    """The files of a model that is used beside the stage's own; None where a random one takes its place.
 
     Raises:
         ToolkitError, ModelError: it is missing, or has another head.

@@ -1,4 +1,4 @@
-"""What a run depends on besides its recipe and data, as fingerprints: a run goes on with the same, or not at all."""
+"""What a run depends on besides its recipe and data, as fingerprints: a run resumes with the same, or not at all."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def extent(recipe: TrainingRecipe) -> dict[str, int]:
 
 
 def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare what a run began with and what it would go on with.
+    """Compare what a run began with and what it would resume with.
 
     Raises:
         ToolkitError: a model, a tokenizer, a template, an experts file or (unless `now` says nothing of it) the number
@@ -69,7 +69,7 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
     processes, batch = EXTENT
     if processes in now and (before.get(processes) or now[processes]) != now[processes]:
         raise ToolkitError(
-            f"{run_dir} cannot go on: it began with {before[processes]} processes (global batch "
+            f"{run_dir} cannot be resumed: it began with {before[processes]} processes (global batch "
             f"{before.get(batch, 'unknown')}) and there are {now[processes]} now (global batch {now[batch]}); start it "
             f"with {before[processes]} again, or choose another output_dir"
         )
@@ -81,9 +81,9 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
     changed = [part for part in parts if _content_of(old, part) != _content_of(new, part)]
     if changed:
         path = {**old, **new}[changed[0]]["path"]
-        others = f", and so are: {', '.join(changed[1:])}" if changed[1:] else ""
+        others = f", and so have: {', '.join(changed[1:])}" if changed[1:] else ""
         raise ToolkitError(
-            f"{run_dir} cannot go on: the {changed[0]} ({path}) is another one than when the run began{others}; put "
+            f"{run_dir} cannot be resumed: the {changed[0]} ({path}) has changed since the run began{others}; put "
             "the old one back, or choose another output_dir"
         )
 

@@ -104,7 +104,7 @@ def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherM
     for use in recipe.other_models():
         path, source = Path(use.path), source_of(use)
         if source is None:
-            say(f"{use.key}: {path} is not there; a random score head on {section.path} stands in for it")
+            say(f"{use.key}: {path} does not exist; using a random score head on {section.path} instead")
         model = load_model(
             source or own, head=use.head, dtype=section.dtype, attn_implementation=section.attn_implementation
         )

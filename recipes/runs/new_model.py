@@ -14,7 +14,7 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
         ModelError: no such preset, a full disk.
     """
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise ToolkitError(f"{directory} is there already and not empty; choose another directory")
+        raise ToolkitError(f"{directory} already exists and is not empty; choose another directory")
     from conversations.rendering.template import install_template
     from deepseek_v2_modeling import PRESETS, build_model
     from deepseek_v2_modeling.loading import save_directory

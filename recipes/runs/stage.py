@@ -41,7 +41,7 @@ class Outcome:
 
 
 def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
-    """Run a stage, go on with it, or find it finished.
+    """Run a stage, resume it, or find it finished.
 
     Raises:
         ToolkitError, ModelError: the recipe, the data, the model or the run directory is wrong.
@@ -70,7 +70,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     recipe, stage = loaded.recipe, stage_of(loaded.recipe)
     state = inspect(run_dir, loaded.resolved)
     if state.fault:
-        say(f"{run_dir}: this run was finished, but {state.fault}; it is made again")
+        say(f"{run_dir}: this run was finished, but {state.fault}; running it again")
     began = time.monotonic()
     quiet_libraries()
     keep_freed_memory()
@@ -127,7 +127,7 @@ def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: 
         manifest["seconds"] = seconds_so_far(run_dir, before)
         origin = state.checkpoint or run_dir / str(stage_of(recipe).continues)
         manifest["resumed"] = [*before.get("resumed", []), {"at": now(), "from": str(origin)}]
-        say(f"{run_dir}: going on from {origin.name}")
+        say(f"{run_dir}: resuming from {origin.name}")
     wait_for_all()
     try:
         if is_main():
@@ -168,13 +168,13 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
 
     if not before:
         raise ToolkitError(
-            f"{run_dir} cannot go on: {MANIFEST} is missing, which says what the run began with; put it back, "
+            f"{run_dir} cannot be resumed: {MANIFEST} is missing, which records what the run began with; put it back, "
             "or choose another output_dir"
         )
     for old, new in zip(before.get("data", []), manifest["data"], strict=False):
         if old.get("sha256") != new["sha256"]:
             raise ToolkitError(
-                f"{run_dir} cannot go on: {new['path']} has changed since the run began; "
+                f"{run_dir} cannot be resumed: {new['path']} has changed since the run began; "
                 "put the old file back, or choose another output_dir"
             )
     check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
@@ -242,4 +242,6 @@ def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if outcome.status == "finished":
             raise
-        raise ToolkitError(f"{run_dir / MANIFEST}: does not say what the run gave ({error!r}); put it back") from error
+        raise ToolkitError(
+            f"{run_dir / MANIFEST}: does not record the result of the run ({error!r}); put it back"
+        ) from error

@@ -93,7 +93,7 @@ def measure(folder: Path, tasks: list[dict[str, Any]], resume: bool = False) -> 
 
 
 def evaluations(folder: Path) -> dict[str, Any]:
-    """The figures of every metric, and those of an evaluation that goes on with the half of its samples."""
+    """The figures of every metric, and those of an evaluation that resumes with half of its samples."""
     found = {"eval": measure(folder / "eval", TASKS), "pairs": measure(folder / "pairs", PAIRS)}
     lines = (folder / "eval" / "samples.jsonl").read_text().splitlines(keepends=True)
     (folder / "again").mkdir(exist_ok=True)

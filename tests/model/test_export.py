@@ -306,7 +306,7 @@ def test_import_refuses(base: Path, tmp_path: Path):
         (tmp_path / "legacy" / "adapter_config.json").write_text(whole)
     name = f"{PREFIX}model.layers.1.mlp.experts.0.up_proj.lora_B.weight"
     edit_tensors(tmp_path / "legacy", drop=[name])
-    with pytest.raises(ModelError, match=r"experts\.0\.up_proj\.lora_A\.weight has no other half"):
+    with pytest.raises(ModelError, match=r"experts\.0\.up_proj\.lora_A\.weight lacks its other factor"):
         import_adapter(tmp_path / "legacy", out)
     edit_tensors(tmp_path / "legacy", **{name.replace("experts.0", "experts.9"): torch.zeros(12, 2)})
     with pytest.raises(ModelError, match=r"no place for .*experts\.9"):

@@ -1,4 +1,4 @@
-"""A run goes on from a whole checkpoint, with what it began with, or says in one line why it does not."""
+"""A run resumes from a complete checkpoint, with what it began with, or says in one line why it cannot."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def begun(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Makes copies of the runs that have their checkpoints, and no final/ yet; the command that goes on with one."""
+    """Makes copies of the runs that have their checkpoints, and no final/ yet; the command that resumes one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sft.stage, "SAMPLE_TOKENS", 1)
     (tmp_path / "base").symlink_to(folder / "base")
@@ -109,7 +109,7 @@ def test_each_file_of_a_checkpoint_is_missed(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_the_message_says_works(begun: Callable[..., int], folder: Path, name: str) -> None:
-    """The run goes on from the older checkpoint, to the weights of the one that was never broken off."""
+    """The run resumes from the older checkpoint, to the weights of one that was never interrupted."""
     begun(name, "only copy")
     (Path(name) / "checkpoint-2" / "optimizer.pt").unlink()
     assert begun(name) == 2
@@ -199,11 +199,11 @@ def own_base(folder: Path) -> None:
 
 
 def refused(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line in which a run says that it cannot go on."""
+    """The one line in which a run says that it cannot be resumed."""
     capsys.readouterr()
     assert run() == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "cannot go on" in lines[0]
+    assert len(lines) == 1 and "cannot be resumed" in lines[0]
     return lines[0]
 
 

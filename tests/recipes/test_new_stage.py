@@ -77,7 +77,7 @@ def test_new_stages_in_a_chain_and_a_report(dsv2: Callable[..., int], capsys: py
     first, more = (json.loads(Path(f"chain/{name}/manifest.json").read_text()) for name in ("learn", "more"))
     assert first["metrics"]["steps"] == more["metrics"]["steps"] == 2 and more["status"] == "finished"
     assert dsv2("run", "chain.yaml") == 0
-    assert capsys.readouterr().out.count("finished before, not run again") == 3
+    assert capsys.readouterr().out.count("already finished") == 3
     assert dsv2("report", "chain") == 0
     page = Path("chain/report.html").read_text(encoding="utf-8")
     assert "texts by heart" in page and "tally.jsonl is missing" not in page and "samples.jsonl is missing" not in page

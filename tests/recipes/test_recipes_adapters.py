@@ -34,7 +34,7 @@ def test_a_whole_model_is_copied(adapter: Path, capsys: pytest.CaptureFixture[st
     assert main(["merge", "base", "copy", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert re.fullmatch(
-        r"copy: 83 tensors in 1 file, 0\.\d+ MB, copied from a whole model, which has no adapter\n", said
+        r"copy: 83 tensors in 1 file, 0\.\d+ MB, copied from a full model, which has no adapter\n", said
     )
 
 
@@ -49,7 +49,7 @@ def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["merge", "run", "base"], "base is there already and not empty; choose another directory"),
+        (["merge", "run", "base"], "base already exists and is not empty; choose another directory"),
         (["export", "base", "out"], "base: there is no adapter here"),
         (["merge", "nowhere", "out"], "nowhere: there is no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),

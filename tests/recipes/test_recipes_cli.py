@@ -97,8 +97,8 @@ def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     ("command", "raised", "code", "said"),
     [
         ("sft", ToolkitError("data: nothing"), 2, "error: data: nothing\n"),
-        ("sft", KeyboardInterrupt(), 130, "interrupted; the same command goes on from there\n"),
-        ("run", KeyboardInterrupt("at step 3"), 130, "interrupted: at step 3; the same command goes on from there\n"),
+        ("sft", KeyboardInterrupt(), 130, "interrupted; the same command resumes from there\n"),
+        ("run", KeyboardInterrupt("at step 3"), 130, "interrupted: at step 3; the same command resumes from there\n"),
         ("merge", KeyboardInterrupt(), 130, "interrupted; nothing was finished\n"),
         ("eval", KeyboardInterrupt(), 130, "interrupted; nothing was finished\n"),
     ],

@@ -136,7 +136,7 @@ def test_lora_on_chosen_experts(
     shutil.move("run", "whole")
     shutil.move("again", "run")
     assert dsv2("sft", "sft.yaml", LORA) == 0
-    assert "going on from checkpoint-1" in capsys.readouterr().out
+    assert "resuming from checkpoint-1" in capsys.readouterr().out
     assert_same_weights(*(load_model(resolve_source(name)) for name in ("whole", "run")))
 
     shutil.rmtree("run")

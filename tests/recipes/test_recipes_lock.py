@@ -333,7 +333,7 @@ def test_a_signal_while_training_is_tried_out_tells_of_no_checkpoint(
     Path("tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(Path("tmp").absolute()))
     assert stopped_in_rehearsal(signal.SIGTERM, monkeypatch) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from there\n" and not Path("run").exists()
+    assert capsys.readouterr().err == "interrupted; the same command resumes from there\n" and not Path("run").exists()
     assert not list(Path("tmp").iterdir())
     in_a_child(lambda: stopped_in_rehearsal(signal.SIGKILL, monkeypatch))
     assert [path.name[:5] for path in Path("tmp").iterdir()] == [PREFIX]

@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on(
     assert "rows.jsonl has changed since the run began" in capsys.readouterr().err
     Path("rows.jsonl").write_bytes(rows)
     assert dsv2("sft", "sft.yaml") == 0
-    assert "run: going on from checkpoint-2" in capsys.readouterr().out
+    assert "run: resuming from checkpoint-2" in capsys.readouterr().out
     again = read_json(Path("run/manifest.json"))
     assert again["status"] == "finished" and again["seconds"] > manifest["seconds"]
     assert again["resumed"][0]["from"] == "run/checkpoint-2" and Path("run/final").is_dir()

@@ -1,4 +1,4 @@
-"""Run directories: what is gone on with, what is left alone, what is refused."""
+"""Run directories: what is resumed, what is left alone, what is refused."""
 
 import copy
 import json

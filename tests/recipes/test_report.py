@@ -339,7 +339,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(chain: Path, monkeypatch: pyte
 
 
 def test_a_killed_run_is_said_to_have_stopped_with_the_time_it_took(tmp_path: Path) -> None:
-    """Nobody holds the lock of its directory; while somebody does, the run goes on."""
+    """Nobody holds the lock of its directory; while somebody does, it is running."""
     chain, run = tmp_path / "out", tmp_path / "out" / "sft"
     make_stage(run, "sft", [{"step": 1, "loss": 1}])
     (chain / "recipe.yaml").write_text("stage: chain\n")

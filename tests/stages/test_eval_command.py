@@ -1,4 +1,4 @@
-"""dsv2 eval: a killed one goes on with the answers that it has written, to the figures and samples of an unbroken one;
+"""dsv2 eval: a killed one resumes with the answers that it has written, to the figures and samples of an unbroken one;
 what stands in results, samples and report; what is refused before anything is generated."""
 
 import json
@@ -139,9 +139,9 @@ def test_no_answer_that_was_written_is_generated_again(
     assert main(["eval", "e.yaml"]) == 0
     assert sum(asked) == ANSWERS - kept
     said = capsys.readouterr()
-    assert ("run: going on from samples.jsonl" in said.out) is (kept > 0)
+    assert ("run: resuming from samples.jsonl" in said.out) is (kept > 0)
     answers = sum("completion" in line for line in written)
-    assert (f"{answers} answers that were written before are kept" in said.err) is (kept > 0)
+    assert (f"{answers} answers from before are kept" in said.err) is (kept > 0)
     assert_the_same(unbroken, Path("run"))
 
 

@@ -221,7 +221,7 @@ def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
 
 
 def test_rows_left_out_are_written_once(tmp_path):
-    """And not again by a run that goes on."""
+    """And not again by a run that resumes."""
     long = {**pairs(1)[0], "prompt": user("x" * 100)}
     settings = {"max_steps": 2, "save_steps": 1}
     metrics = run(tmp_path / "a", rows=[*pairs(8), long], training=settings, format={"too_long": "drop"})
