@@ -22,9 +22,9 @@ def in_the_way() -> str | None:
             continue
         if not places or not places[0]:
             return f"{HOME / name} is missing; install the toolkit again"
-        found = spec.origin if spec and spec.origin else places[0]
+        origin = spec.origin if spec and spec.origin else places[0]
         return (
-            f'{found} shadows the toolkit\'s own package "{name}" ({HOME / name}); rename it, take its '
+            f'{origin} shadows the toolkit\'s own package "{name}" ({HOME / name}); rename it, take its '
             "directory off PYTHONPATH, uninstall the package that brought it, or start from another directory"
         )
     return None

@@ -61,26 +61,28 @@ def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
     return {"rope_theta": theta, **length, **rope, "rope_type": kind}
 
 
-def joined_forms(rope: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` as they stand in a config, and rope_scaling and rope_theta beside them, where `given`, in one.
+def joined_forms(rope: Any, released_form: dict[str, Any]) -> dict[str, Any]:
+    """One form of the RoPE settings, from a config's `rope_parameters` and the released form beside them.
+
+    released_form: those of rope_scaling and rope_theta that the config has.
 
     Raises:
         ModelError: the two forms disagree: whichever is taken, an edit of the other one would have no effect.
     """
-    scaling, theta = given.get("rope_scaling"), given.get("rope_theta")
-    found = rope_parameters(rope or scaling, DEFAULT_THETA if theta is None else theta)
+    scaling, theta = released_form.get("rope_scaling"), released_form.get("rope_theta")
+    rope_settings = rope_parameters(rope or scaling, DEFAULT_THETA if theta is None else theta)
     if not rope:
-        return found
-    released = rope_parameters(scaling, found["rope_theta"] if theta is None else theta)
-    compared = {*found, *released} if "rope_scaling" in given else {"rope_theta"}
+        return rope_settings
+    released = rope_parameters(scaling, rope_settings["rope_theta"] if theta is None else theta)
+    compared = {*rope_settings, *released} if "rope_scaling" in released_form else {"rope_theta"}
     for key in sorted(compared, key=lambda key: (key != "rope_type", key)):
-        if found.get(key) != released.get(key):
+        if rope_settings.get(key) != released.get(key):
             name = "rope_theta" if key == "rope_theta" else f"rope_scaling {key.removeprefix('rope_')}"
             raise ModelError(
-                f"{name} is {released.get(key)}, and {key} in rope_parameters is {found.get(key)}: give the same "
-                "settings in both forms, or only one form"
+                f"{name} is {released.get(key)}, and {key} in rope_parameters is {rope_settings.get(key)}: give the "
+                "same settings in both forms, or only one form"
             )
-    return found
+    return rope_settings
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:
@@ -143,11 +145,11 @@ class DeepseekV2Config(StockConfig):
         check_settings_finite({**vars(self), **kwargs})
         check_sizes({**vars(self), **kwargs})
         kwargs.pop("auto_map", None)  # names code that is not beside what is saved, and that is never run here
-        given = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
+        released_form = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
         check_rope_form("rope_parameters", self.rope_parameters)
-        check_rope_form("rope_scaling", given.get("rope_scaling"))
-        check_rope_number("rope_theta", given.get("rope_theta"))
-        self.rope_parameters = joined_forms(self.rope_parameters, given)
+        check_rope_form("rope_scaling", released_form.get("rope_scaling"))
+        check_rope_number("rope_theta", released_form.get("rope_theta"))
+        self.rope_parameters = joined_forms(self.rope_parameters, released_form)
         super().__post_init__(**kwargs)
         check_config(self)
 

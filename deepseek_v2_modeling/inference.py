@@ -98,8 +98,10 @@ def generate_answers(
         for batch in by_length(prompts, batch_size):
             drawn = None if seeds is None else draws([seeds[i] for i in batch], max_new_tokens)
             choose = partial(_choose_next, temperature=temperature, draws=drawn, adjust=adjust)
-            found = _answer_batch(model, [prompts[i] for i in batch], pad_token_id, ends, max_new_tokens, choose)
-            for i, answer in zip(batch, found, strict=True):
+            batch_answers = _answer_batch(
+                model, [prompts[i] for i in batch], pad_token_id, ends, max_new_tokens, choose
+            )
+            for i, answer in zip(batch, batch_answers, strict=True):
                 answers[i] = answer
     return answers
 
@@ -234,6 +236,6 @@ def token_losses(
             finite(model, "logits", logits)
             nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             sums = zip((nats * trained).sum(1).tolist(), trained.sum(1).tolist(), strict=True)
-            for i, found in zip(batch, sums, strict=True):
-                losses[i] = found
+            for i, row_sums in zip(batch, sums, strict=True):
+                losses[i] = row_sums
     return losses

@@ -192,9 +192,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
-        given = {name: kwargs.pop(name, None) for name in BOUNDARIES}
+        boundaries = {name: kwargs.pop(name, None) for name in BOUNDARIES}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = documents_with_cache(past_key_values, position_ids, attention_mask, given, (rows, queries))
+        documents = documents_with_cache(past_key_values, position_ids, attention_mask, boundaries, (rows, queries))
         if position_ids is None:
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
         positions: Any = position_ids
@@ -374,8 +374,10 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         shape = (hidden.shape[0], hidden.shape[1])
-        told = (None, {}) if past else (position_ids, kwargs)  # a filled cache continues one sequence a row
-        pooled = self.score(hidden[scored_tokens(input_ids, attention_mask, *told, self.config.pad_token_id, shape)])
+        boundaries = (None, {}) if past else (position_ids, kwargs)  # a filled cache continues one sequence a row
+        pooled = self.score(
+            hidden[scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)]
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)

@@ -59,11 +59,11 @@ def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
         ModelError: a file that is missing or cut short, or tensors that are missing, unexpected or misshapen.
     """
     model = meta_model(settings, head)
-    found = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
+    infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
     mapping = get_model_conversion_mapping(model)
     match_sources(
         model,
-        found,
+        infos,
         SimpleNamespace(weight_mapping=mapping, ignore_mismatched_sizes=False, pretrained_model_name_or_path=base),
     )
 

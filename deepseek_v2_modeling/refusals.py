@@ -31,11 +31,11 @@ def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
     Raises:
         ModelError: they are another model's, or of a DeepSeek-V2 without latent attention.
     """
-    found, where = values.get("model_type", MODEL_TYPE), where and f"{where}: "
-    if found != MODEL_TYPE:
-        known = f": it has {RELATIVES[found]}" if found in RELATIVES else ""
+    model_type, where = values.get("model_type", MODEL_TYPE), where and f"{where}: "
+    if model_type != MODEL_TYPE:
+        known = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
         raise ModelError(
-            f'{where}model_type is "{found}", not "{MODEL_TYPE}"{known}; Auto classes choose the class by it'
+            f'{where}model_type is "{model_type}", not "{MODEL_TYPE}"{known}; Auto classes choose the class by it'
         )
     if values.get("use_mla", True) is not True:
         said = json.dumps(values["use_mla"])
@@ -59,31 +59,33 @@ def check_quantization(where: Any, settings: Any) -> None:
         )
 
 
-def check_keywords(path: Any, given: Mapping[str, Any]) -> None:
+def check_keywords(path: Any, keywords: Mapping[str, Any]) -> None:
     """Looks at the keywords of `from_pretrained`. Raises ModelError for a quantisation or a parallel plan."""
-    check_quantization(path, given.get("quantization_config") or given.get("load_in_8bit") or given.get("load_in_4bit"))
+    check_quantization(
+        path, keywords.get("quantization_config") or keywords.get("load_in_8bit") or keywords.get("load_in_4bit")
+    )
     for name in PARALLEL:
-        if given.get(name) is not None:
+        if keywords.get(name) is not None:
             raise ModelError(
                 f"{path}: {name} is not supported: these classes have no plan for tensor, expert or pipeline "
                 'parallelism; device_map="auto" spreads the layers over several devices'
             )
 
 
-def check_source(config_class: Any, path: Any, given: Mapping[str, Any]) -> None:
+def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> None:
     """Looks at the config of a checkpoint, also where another one is given (`config=`), before anything is made of it.
 
     Raises:
         ModelError: it is another model's, or quantised.
     """
-    check_quantization(path, getattr(given.get("config"), "quantization_config", None))
+    check_quantization(path, getattr(keywords.get("config"), "quantization_config", None))
     if path is None or (
-        Path(path).is_dir() and not (Path(path) / (given.get("subfolder") or "") / "config.json").is_file()
+        Path(path).is_dir() and not (Path(path) / (keywords.get("subfolder") or "") / "config.json").is_file()
     ):
         return  # a state dict, or an adapter's directory
     hub = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
-        values, _ = config_class.get_config_dict(path, **{name: given[name] for name in hub if name in given})
+        values, _ = config_class.get_config_dict(path, **{name: keywords[name] for name in hub if name in keywords})
     except (OSError, ValueError):
         return  # `from_pretrained` says so
     check_model_type(values, os.fspath(path))

@@ -95,12 +95,12 @@ def adjustment(model: Any, temperature: float, end_tokens: Any) -> Callable[...,
 
     def adjust(ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
         at = Setting(prompt_length, end_tokens, logits.device)
-        made = [_ALWAYS[field][1](value, at) for field, value in always.items()]
+        processors = [_ALWAYS[field][1](value, at) for field, value in always.items()]
         if temperature > 0:
-            made += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-            made += [_SAMPLED[field][1](value, at) for field, value in sampled.items()]
+            processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+            processors += [_SAMPLED[field][1](value, at) for field, value in sampled.items()]
         tokens: Any = ids
         scores: Any = logits.float()
-        return LogitsProcessorList(made)(tokens, scores)
+        return LogitsProcessorList(processors)(tokens, scores)
 
     return adjust

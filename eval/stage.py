@@ -149,8 +149,8 @@ def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> 
     """Greedy or sampled is the task's to say, the rest of decoding the model's generation_config's."""
     asked = obeyed(model)
     if asked and state.is_main_process and any(task.metric not in ("pair_accuracy", "loss") for task in recipe.tasks):
-        told = ", ".join(f"{field} {value}" for field, value in asked.items())
-        print(f"eval: the model's generation_config is obeyed: {told}", file=sys.stderr, flush=True)
+        settings = ", ".join(f"{field} {value}" for field, value in asked.items())
+        print(f"eval: the model's generation_config is obeyed: {settings}", file=sys.stderr, flush=True)
 
 
 def _measure(
@@ -177,15 +177,15 @@ def _measure(
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
     """The mean value of each way of decoding, weighted where samples have a weight, and the share that was cut."""
-    found: dict[str, Any] = {"n": rows}
+    values: dict[str, Any] = {"n": rows}
     for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
-        of_it = [sample for sample in samples if sample["decoding"] == decoding]
-        weights = [sample.get("weight", 1) for sample in of_it]
+        decoded = [sample for sample in samples if sample["decoding"] == decoding]
+        weights = [sample.get("weight", 1) for sample in decoded]
         total = sum(weights) or 1
-        found[decoding] = sum(w * sample["value"] for w, sample in zip(weights, of_it, strict=True)) / total
-        if any("truncated" in sample for sample in of_it):
-            found[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in of_it) / len(of_it)
-    return found
+        values[decoding] = sum(w * sample["value"] for w, sample in zip(weights, decoded, strict=True)) / total
+        if any("truncated" in sample for sample in decoded):
+            values[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in decoded) / len(decoded)
+    return values
 
 
 def row_seed(seed: int, row: int, temperature: float) -> int:

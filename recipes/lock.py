@@ -100,7 +100,7 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
     if not is_main():
         yield Lock()
         return
-    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
+    new_folders = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     try:
         handle = _take(file, place)
         try:
@@ -109,7 +109,7 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
             _release(file, handle)
             raise
     except OSError as error:
-        _remove_empty(made)
+        _remove_empty(new_folders)
         raise ToolkitError(
             f"{place} cannot be written: {error.strerror or error}; make room, or choose another directory"
         ) from error
@@ -119,7 +119,7 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
     finally:
         if os.getpid() == pid:  # and no child of this process
             _release(file, handle)
-            _remove_empty(made)
+            _remove_empty(new_folders)
 
 
 def _take(file: Path, place: Path) -> int:

@@ -10,8 +10,8 @@ FOLDERS = ("sft", "reward", "rl", "eval")
 
 def stages() -> dict[str, Stage]:
     """All stages by name."""
-    found: list[Stage] = [import_module(f"{folder}.config").STAGE for folder in FOLDERS]
-    return {stage.name: stage for stage in found}
+    records: list[Stage] = [import_module(f"{folder}.config").STAGE for folder in FOLDERS]
+    return {stage.name: stage for stage in records}
 
 
 def stage_of(recipe: StageRecipe) -> Stage:

@@ -139,8 +139,8 @@ def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerB
         row = {"prompt": question, "completion": answer, "label": True}
     rows = [row] * 2
     held_out = rows if recipe.eval_data else ()
-    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
-    return build_trainer(recipe, **given, run_dir=run_dir)[0]
+    inputs: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
+    return build_trainer(recipe, **inputs, run_dir=run_dir)[0]
 
 
 def run_limits(recipe: RewardRecipe) -> RunLimits:

@@ -96,9 +96,9 @@ class RuleReward(Reward):
 
     def __init__(self, rule: str, weight: float = 1.0, on_error: OnError = "error"):
         super().__init__(rule, weight, on_error)
-        found = find_rule(rule)
-        self.needs_reference = found.needs_reference
-        self.takes_finished = "finished" in found.settings
+        rule_function = find_rule(rule)
+        self.needs_reference = rule_function.needs_reference
+        self.takes_finished = "finished" in rule_function.settings
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         return [self._value(answer) for answer in answers]
@@ -150,8 +150,8 @@ class RewardModelReward(Reward):
         conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in unique]
         ids = [render_conversation(c, self.tokenizer)["input_ids"] for c in conversations]
         scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        found = dict(zip(places, scores, strict=True))
-        return [normalised(found[prompt_text(a.prompt), a.text], self.stats, self.clip) for a in answers]
+        by_place = dict(zip(places, scores, strict=True))
+        return [normalised(by_place[prompt_text(a.prompt), a.text], self.stats, self.clip) for a in answers]
 
 
 def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherModel]) -> list[Reward]:
@@ -162,8 +162,8 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
             rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
             continue
         other = models[f"rewards.{index}.model"]
-        given: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
-        rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **given))
+        settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
+        rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
     names = [reward.name for reward in rewards]
     for index, reward in enumerate(rewards):
         if names.count(names[index]) > 1:  # TRL logs by name

@@ -171,7 +171,7 @@ def planned_config(recipe: RlRecipe) -> GRPOConfig:
 
 def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The last value of each figure that says how the run ended."""
-    found: dict[str, float] = {}
+    last: dict[str, float] = {}
     for line in history:
-        found |= {key: line[key] for key in line if key in LOGGED_AT_END or key.endswith("/mean")}
-    return found
+        last |= {key: line[key] for key in line if key in LOGGED_AT_END or key.endswith("/mean")}
+    return last

@@ -96,8 +96,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         for prompt in prompts:
             key = tuple((message["role"], message["content"]) for message in prompt)
             if key not in rendered:
-                found = render_conversation(prompt, self._tokenizer, add_generation_prompt=True)
-                rendered[key] = found["input_ids"]
+                encoded = render_conversation(prompt, self._tokenizer, add_generation_prompt=True)
+                rendered[key] = encoded["input_ids"]
             ids.append(rendered[key])
         return ids, None, {}
 

@@ -102,8 +102,8 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         best = self.args.load_best_model_at_end and state.best_global_step
         step = state.best_global_step if best else state.global_step
         logged = (entry for entry in reversed(state.log_history) if entry["step"] == step and "eval_loss" in entry)
-        found = next(logged, None) or self.evaluate()
-        return {key: value for key, value in found.items() if re.fullmatch(r"eval_(.+_)?loss", key)}
+        metrics = next(logged, None) or self.evaluate()
+        return {key: value for key, value in metrics.items() if re.fullmatch(r"eval_(.+_)?loss", key)}
 
     # --- names of rows ------------------------------------------------------------------------------------------
 

@@ -23,16 +23,16 @@ _ENDLESS = re.compile(
 )
 
 
-def same(gold: Value, given: Value) -> bool:
-    """Is `given` what `gold` asks for? A unit or a name (x = 5) may be left out, but not be another one."""
-    if compact(gold.text) == compact(given.text):
+def same(gold: Value, answer: Value) -> bool:
+    """Is `answer` what `gold` asks for? A unit or a name (x = 5) may be left out, but not be another one."""
+    if compact(gold.text) == compact(answer.text):
         return True
     for kind, compare in COMPARISONS:
-        if isinstance(gold, kind) or isinstance(given, kind):
-            return compare(gold, given)
-    if isinstance(gold, Number) and isinstance(given, Number):
-        return equal_numbers(gold, given)
-    return same_expression(gold.text, given.text)
+        if isinstance(gold, kind) or isinstance(answer, kind):
+            return compare(gold, answer)
+    if isinstance(gold, Number) and isinstance(answer, Number):
+        return equal_numbers(gold, answer)
+    return same_expression(gold.text, answer.text)
 
 
 def compact(text: str) -> str:
@@ -42,30 +42,30 @@ def compact(text: str) -> str:
     return re.sub(r"(?<![A-Za-z])\{(\w)\}", r"\1", text.replace(" ", "")).replace("\0", " ")
 
 
-def _same_choice(gold: Value, given: Value) -> bool:
-    if isinstance(gold, Choice) and isinstance(given, Choice):
-        return gold.letter == given.letter
+def _same_choice(gold: Value, answer: Value) -> bool:
+    if isinstance(gold, Choice) and isinstance(answer, Choice):
+        return gold.letter == answer.letter
     if isinstance(gold, Choice):
-        return gold.content is not None and same(gold.content, given)
-    return isinstance(given, Choice) and given.content is not None and same(gold, given.content)
+        return gold.content is not None and same(gold.content, answer)
+    return isinstance(answer, Choice) and answer.content is not None and same(gold, answer.content)
 
 
-def _same_named(gold: Value, given: Value) -> bool:
-    if isinstance(gold, Named) and isinstance(given, Named):
-        if compact(gold.name) != compact(given.name):
-            return same_expression(gold.text, given.text)
-        return same(gold.value, given.value)
-    named, other = (gold, given) if isinstance(gold, Named) else (given, gold)
+def _same_named(gold: Value, answer: Value) -> bool:
+    if isinstance(gold, Named) and isinstance(answer, Named):
+        if compact(gold.name) != compact(answer.name):
+            return same_expression(gold.text, answer.text)
+        return same(gold.value, answer.value)
+    named, other = (gold, answer) if isinstance(gold, Named) else (answer, gold)
     if isinstance(other, Leaf) and "=" in other.text:
-        return same_expression(gold.text, given.text)
+        return same_expression(gold.text, answer.text)
     assert isinstance(named, Named)
-    return same(gold, named.value) if named is given else same(named.value, given)
+    return same(gold, named.value) if named is answer else same(named.value, answer)
 
 
-def _same_quantity(gold: Value, given: Value) -> bool:
-    if isinstance(gold, Quantity) and isinstance(given, Quantity):
-        return gold.unit == given.unit and same(gold.value, given.value)
-    quantity, other = (gold, given) if isinstance(gold, Quantity) else (given, gold)
+def _same_quantity(gold: Value, answer: Value) -> bool:
+    if isinstance(gold, Quantity) and isinstance(answer, Quantity):
+        return gold.unit == answer.unit and same(gold.value, answer.value)
+    quantity, other = (gold, answer) if isinstance(gold, Quantity) else (answer, gold)
     assert isinstance(quantity, Quantity)
     if quantity.unit == "%" and isinstance(quantity.value, Number) and isinstance(other, Number):
         share = Number("", quantity.value.value / 100, (quantity.value.decimals or 0) + 2)
@@ -75,46 +75,46 @@ def _same_quantity(gold: Value, given: Value) -> bool:
     return same(quantity.value, other) if quantity is gold else same(other, quantity.value)
 
 
-def _same_base(gold: Value, given: Value) -> bool:
-    if not (isinstance(gold, InBase) and isinstance(given, InBase)):
+def _same_base(gold: Value, answer: Value) -> bool:
+    if not (isinstance(gold, InBase) and isinstance(answer, InBase)):
         return False
-    return (gold.digits, gold.base) == (given.digits, given.base)
+    return (gold.digits, gold.base) == (answer.digits, answer.base)
 
 
-def _same_colon(gold: Value, given: Value) -> bool:
-    if not (isinstance(gold, Colon) and isinstance(given, Colon)):
+def _same_colon(gold: Value, answer: Value) -> bool:
+    if not (isinstance(gold, Colon) and isinstance(answer, Colon)):
         return False
-    return _pairwise(gold.parts, given.parts) and ("" in (gold.half, given.half) or gold.half == given.half)
+    return _pairwise(gold.parts, answer.parts) and ("" in (gold.half, answer.half) or gold.half == answer.half)
 
 
-def _same_matrix(gold: Value, given: Value) -> bool:
-    if isinstance(gold, Matrix) and isinstance(given, Matrix):
-        rows = zip(gold.rows, given.rows, strict=False)
-        return len(gold.rows) == len(given.rows) and all(_pairwise(a, b) for a, b in rows)
-    return isinstance(given if isinstance(gold, Matrix) else gold, Leaf) and same_expression(gold.text, given.text)
+def _same_matrix(gold: Value, answer: Value) -> bool:
+    if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+        rows = zip(gold.rows, answer.rows, strict=False)
+        return len(gold.rows) == len(answer.rows) and all(_pairwise(a, b) for a, b in rows)
+    return isinstance(answer if isinstance(gold, Matrix) else gold, Leaf) and same_expression(gold.text, answer.text)
 
 
-def _same_many(gold: Value, given: Value) -> bool:
-    if isinstance(gold, Many) and isinstance(given, Many):
-        if gold.kind != given.kind:
+def _same_many(gold: Value, answer: Value) -> bool:
+    if isinstance(gold, Many) and isinstance(answer, Many):
+        if gold.kind != answer.kind:
             return False
         compare = _in_any_order if gold.kind in ("set", "union") else _pairwise
-        return compare(gold.items, given.items)
-    many, other = (gold, given) if isinstance(gold, Many) else (given, gold)
+        return compare(gold.items, answer.items)
+    many, other = (gold, answer) if isinstance(gold, Many) else (answer, gold)
     assert isinstance(many, Many)
     if many.kind == "set":
         return len(many.items) == 1 and (same(many.items[0], other) if many is gold else same(other, many.items[0]))
-    return isinstance(other, Leaf) and same_expression(gold.text, given.text)  # x > 3 and (3, \infty)
+    return isinstance(other, Leaf) and same_expression(gold.text, answer.text)  # x > 3 and (3, \infty)
 
 
-def _pairwise(gold: Sequence[Value], given: Sequence[Value]) -> bool:
-    return len(gold) == len(given) and all(same(a, b) for a, b in zip(gold, given, strict=True))
+def _pairwise(gold: Sequence[Value], answer: Sequence[Value]) -> bool:
+    return len(gold) == len(answer) and all(same(a, b) for a, b in zip(gold, answer, strict=True))
 
 
-def _in_any_order(gold: Sequence[Value], given: Sequence[Value]) -> bool:
-    if len(gold) != len(given) or len(gold) > 50:
+def _in_any_order(gold: Sequence[Value], answer: Sequence[Value]) -> bool:
+    if len(gold) != len(answer) or len(gold) > 50:
         return False
-    left = list(given)
+    left = list(answer)
     for wanted in gold:
         place = next((i for i, value in enumerate(left) if same(wanted, value)), None)
         if place is None:
@@ -123,8 +123,8 @@ def _in_any_order(gold: Sequence[Value], given: Sequence[Value]) -> bool:
     return True
 
 
-def _same_words(gold: Value, given: Value) -> bool:
-    return isinstance(gold, (Words, Leaf)) and isinstance(given, (Words, Leaf)) and _said(gold) == _said(given) != ""
+def _same_words(gold: Value, answer: Value) -> bool:
+    return isinstance(gold, (Words, Leaf)) and isinstance(answer, (Words, Leaf)) and _said(gold) == _said(answer) != ""
 
 
 def _said(value: Value) -> str:
@@ -149,11 +149,11 @@ COMPARISONS: tuple[tuple[type, Callable[[Any, Any], bool]], ...] = (
 
 
 @lru_cache(maxsize=8192)
-def same_expression(gold: str, given: str) -> bool:
+def same_expression(gold: str, answer: str) -> bool:
     """Are two expressions the same, by math-verify? What it cannot read, or not in time, is another one."""
-    if not _is_readable(gold) or not _is_readable(given) or _differ_in_letters(gold, given):
+    if not _is_readable(gold) or not _is_readable(answer) or _differ_in_letters(gold, answer):
         return False
-    sides = [_EQUALS.split(text) for text in (gold, given)]
+    sides = [_EQUALS.split(text) for text in (gold, answer)]
     if len(sides[0]) > 1 and len(sides[1]) == 1:
         return False
     if len(sides[1]) > 1 and len(sides[0]) == 1:  # (x + 1)^2 = x^2 + 2x + 1 has a value, x + y = 10 has none
@@ -163,11 +163,11 @@ def same_expression(gold: str, given: str) -> bool:
     from math_verify.errors import TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    wanted, found = _parsed(gold), _parsed(given)
-    if not wanted or not found or _clearly_differ(_fingerprint(gold), _fingerprint(given)):
+    reference, answered = _parsed(gold), _parsed(answer)
+    if not reference or not answered or _clearly_differ(_fingerprint(gold), _fingerprint(answer)):
         return False
     try:
-        return bool(verify(wanted, found, timeout_seconds=_seconds(), allow_set_relation_comp=True))
+        return bool(verify(reference, answered, timeout_seconds=_seconds(), allow_set_relation_comp=True))
     except (Exception, TimeoutException):  # sympy raises all kinds of errors, on all kinds of answers
         return False
 
@@ -198,19 +198,19 @@ def _fingerprint(text: str) -> tuple[str, Any]:
     from sympy import Expr, MatrixBase, Set
     from sympy.core.relational import Equality, Relational
 
-    found = _parsed(text)[0]
-    symbols = frozenset(map(str, getattr(found, "free_symbols", ())))
-    if isinstance(found, Equality):
+    expression = _parsed(text)[0]
+    symbols = frozenset(map(str, getattr(expression, "free_symbols", ())))
+    if isinstance(expression, Equality):
         return "equation", symbols
-    if isinstance(found, (Relational, Set)) or str(type(found)) in ("And", "Or"):
+    if isinstance(expression, (Relational, Set)) or str(type(expression)) in ("And", "Or"):
         return "range", None
-    if isinstance(found, MatrixBase):
-        return "matrix", found.shape
-    if not isinstance(found, Expr):
+    if isinstance(expression, MatrixBase):
+        return "matrix", expression.shape
+    if not isinstance(expression, Expr):
         return "other", None
     try:
-        numbers: Any = {symbol: _some_number(str(symbol)) for symbol in found.free_symbols}
-        return "number", complex(found.doit().subs(numbers).evalf(15))
+        numbers: Any = {symbol: _some_number(str(symbol)) for symbol in expression.free_symbols}
+        return "number", complex(expression.doit().subs(numbers).evalf(15))
     except Exception:  # infinite, undefined, an unknown function
         return "number", None
 
@@ -238,8 +238,8 @@ def _is_readable(text: str) -> bool:
     return bool(text.strip()) and len(text) <= MAX_EXPRESSION and "$" not in text and not _ENDLESS.search(text)
 
 
-def _differ_in_letters(gold: str, given: str) -> bool:
+def _differ_in_letters(gold: str, answer: str) -> bool:
     """math-verify takes x and X for the same."""
-    names = (re.sub(r"\\[A-Za-z]+|\s", "", text) for text in (gold, given))
+    names = (re.sub(r"\\[A-Za-z]+|\s", "", text) for text in (gold, answer))
     one, other = (set(re.findall("[A-Za-z]", text)) for text in names)
     return one != other and {c.lower() for c in one} == {c.lower() for c in other}

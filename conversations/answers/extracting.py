@@ -66,9 +66,9 @@ _ATOM = re.compile(
 def candidates(text: str) -> list[str]:
     """The readings of the final answer, best first; empty where the text has none."""
     text = text.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
-    found = _TAGGED.findall(text)
-    if found and found[-1].strip():
-        return _with_widths(found[-1].strip())
+    tagged = _TAGGED.findall(text)
+    if tagged and tagged[-1].strip():
+        return _with_widths(tagged[-1].strip())
     final = final_line(text)
     if final:
         return _with_widths(final)
@@ -96,8 +96,8 @@ def chosen_letter(text: str) -> str | None:
     """The last letter of a choice in a sentence: (B), option B, 选B, or B at the start or the end; none of several."""
     if _SEVERAL_LETTERS.search(text):
         return None
-    found = [m for pattern in _LETTERS for m in pattern.finditer(text)]
-    return max(found, key=lambda m: m.end())[1] if found else None
+    letters = [m for pattern in _LETTERS for m in pattern.finditer(text)]
+    return max(letters, key=lambda m: m.end())[1] if letters else None
 
 
 def _with_widths(text: str) -> list[str]:

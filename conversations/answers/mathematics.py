@@ -39,13 +39,13 @@ def math(completion: str, *, reference: str) -> Verdict:
         ToolkitError: the reference cannot be read.
     """
     gold = math_reference(reference)
-    found = candidates(completion)
-    if not found:
+    answers = candidates(completion)
+    if not answers:
         return judged(False, "the answer is empty")
-    if isinstance(gold, Choice) and all(isinstance(value_of(text), (Leaf, Words)) for text in found):
+    if isinstance(gold, Choice) and all(isinstance(value_of(text), (Leaf, Words)) for text in answers):
         letter = chosen_letter(completion.strip())
-        found = [letter, *found] if letter else found
-    for text in found:
+        answers = [letter, *answers] if letter else answers
+    for text in answers:
         if same(gold, value_of(text)):
             return judged(True, f"the answer {shown(text)} is the reference {shown(reference)}")
-    return judged(False, f"the answer {shown(found[0])} is not the reference {shown(reference)}")
+    return judged(False, f"the answer {shown(answers[0])} is not the reference {shown(reference)}")

@@ -42,9 +42,9 @@ def last_number(text: str) -> Fraction | None:
 def final_number(text: str) -> Fraction | None:
     """The number after a last "####", else in the last \\boxed, else the last one in the text."""
     for place in (final_line(text), last_boxes(text), text):
-        found = last_number(place) if place else None
-        if found is not None:
-            return found
+        last = last_number(place) if place else None
+        if last is not None:
+            return last
     return None
 
 
@@ -69,9 +69,9 @@ def number(completion: str, *, reference: str) -> Verdict:
     Raises:
         ToolkitError: the reference does not end in a whole number.
     """
-    wanted, found = number_reference(reference), final_number(completion)
-    if found is None:
+    wanted, answered = number_reference(reference), final_number(completion)
+    if answered is None:
         return judged(False, "the answer contains no number")
-    if found == wanted:
+    if answered == wanted:
         return judged(True, f"the last number is the reference {shown(reference)}")
     return judged(False, f"the last number is not the reference {shown(reference)}")

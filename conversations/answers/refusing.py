@@ -114,8 +114,8 @@ def refusal(completion: str, *, patterns: Sequence[str] = ()) -> Verdict:
     Raises:
         ToolkitError: a pattern is not a regular expression, or takes too long.
     """
-    found = next((sentence for sentence in sentences(completion) if _refuses(sentence, tuple(patterns))), None)
-    return judged(found is not None, f"refuses: {shown(found)}" if found else "no sentence refuses")
+    refusing = next((sentence for sentence in sentences(completion) if _refuses(sentence, tuple(patterns))), None)
+    return judged(refusing is not None, f"refuses: {shown(refusing)}" if refusing else "no sentence refuses")
 
 
 def _refuses(sentence: str, patterns: tuple[str, ...]) -> bool:

@@ -38,9 +38,9 @@ class RewardStats:
             raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(mean=float(values["mean"]), std=float(values["std"]), n=int(values["n"]))
-            if not (math.isfinite(found.mean) and math.isfinite(found.std) and found.std >= 0):
-                raise ValueError(f"mean is {found.mean} and std {found.std}")
+            stats = cls(mean=float(values["mean"]), std=float(values["std"]), n=int(values["n"]))
+            if not (math.isfinite(stats.mean) and math.isfinite(stats.std) and stats.std >= 0):
+                raise ValueError(f"mean is {stats.mean} and std {stats.std}")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ToolkitError(f"{path}: unreadable statistics ({error}); train the reward model again") from error
-        return found
+        return stats

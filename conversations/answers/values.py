@@ -155,9 +155,9 @@ def _read(text: str, depth: int) -> Value:
         text = without_thousands(text)
     if depth < MAX_DEPTH:
         for reader in READERS:
-            found = reader(text, depth + 1)
-            if found is not None:
-                return found
+            value = reader(text, depth + 1)
+            if value is not None:
+                return value
     return Leaf(text)
 
 

@@ -69,22 +69,22 @@ def likely_columns(row: Row) -> dict[str, str]:
     turns = [str(name) for name, value in row.items() if isinstance(value, list) and _has_roles(value)]
     if turns:
         return {"messages": turns[0]} if len(turns) == 1 else {}
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for key, words in _LIKELY.items():
-        names = [name for name in _columns_of_text(row) if name not in found.values()]
+        names = [name for name in _columns_of_text(row) if name not in columns.values()]
         names = [name for name in names if "system" not in _words(name)]
         near = [name for name in names if _words(name)[-1] in words]
         near += [name for name in names if key == "prompt" and not words.isdisjoint(_words(name))]
-        found |= {key: near[0]} if near else {}
-    if "prompt" not in found:
+        columns |= {key: near[0]} if near else {}
+    if "prompt" not in columns:
         return {}
     for key, words in _LIKELY_MORE.items():
         names = [
-            name for name in _columns_of_text(row) if name not in (*found.values(), *COMMON_KEYS, *MORE, *OTHER_NAMES)
+            name for name in _columns_of_text(row) if name not in (*columns.values(), *COMMON_KEYS, *MORE, *OTHER_NAMES)
         ]
         near = [name for name in names if not words.isdisjoint(_words(name))]
-        found |= {key: near[0]} if near and key not in row else {}
-    return found
+        columns |= {key: near[0]} if near and key not in row else {}
+    return columns
 
 
 def _columns_of_text(row: Row) -> list[str]:

@@ -42,10 +42,12 @@ def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) 
     if _KEYS.isdisjoint(columns):
         return None
     texts = {key: columns[key] for key in KEYS if _holds_text(columns.get(key))}
-    found = reasoning_of(texts, "the row", mode)
-    if found and mode == "think_tags" and answers > 1 and isinstance(texts[found[0]], list):
-        raise BadRow(f"the row has {found[0]}, a list beside {answers} answers: put each into the turn it belongs to")
-    return found
+    reasoning = reasoning_of(texts, "the row", mode)
+    if reasoning and mode == "think_tags" and answers > 1 and isinstance(texts[reasoning[0]], list):
+        raise BadRow(
+            f"the row has {reasoning[0]}, a list beside {answers} answers: put each into the turn it belongs to"
+        )
+    return reasoning
 
 
 def _holds_text(value: Any) -> bool:

@@ -333,8 +333,8 @@ def _with_our_names(row: Row) -> Row:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    nested = {source: found for source in columns.values() if source not in row and (found := _inside(row, source))}
-    row = row | {source: found[0] for source, found in nested.items()}
+    nested = {source: inner for source in columns.values() if source not in row and (inner := _inside(row, source))}
+    row = row | {source: inner[0] for source, inner in nested.items()}
     for source in columns.values():
         if source not in row:
             raise BadRow(f"has no column {source!r}; its columns are {', '.join(map(str, row))}")

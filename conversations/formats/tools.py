@@ -103,8 +103,8 @@ def result_text(content: str) -> str:
 
 def answered_call(values: Mapping[str, Any]) -> Call:
     """The call that a tool's turn answers, by the keys that the turn has beside its content."""
-    found = next((values[key] for key in RESULT_IDS if values.get(key) not in (None, "")), None)
-    return Call(None if found is None else str(found), str(values.get("name") or ""))
+    call_id = next((values[key] for key in RESULT_IDS if values.get(key) not in (None, "")), None)
+    return Call(None if call_id is None else str(call_id), str(values.get("name") or ""))
 
 
 def place_results(read: Sequence[tuple[Turn, ToolUse]], what: str, events: list[Event]) -> list[Turn]:

@@ -106,8 +106,8 @@ class TurnReader:
         """The turn itself, or those of several speakers that it holds."""
         if first_key(raw, ROLE_KEYS):
             return [raw]
-        if found := said_by_speakers(raw):
-            return found
+        if spoken := said_by_speakers(raw):
+            return spoken
         raise BadRow(f"{what} has no role: its keys are {', '.join(map(str, raw)) or 'none'}")
 
     def _read(
@@ -153,21 +153,23 @@ class TurnReader:
             words, calls = calls_text(content, what)
             self._unused(key for call in calls for key in call.unused)
             return self._reasoned(words, rest, None, what), ToolUse(True, tuple(calls))
-        made = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
-        if made and role != "assistant":
+        tool_calls = _only({key: rest[key] for key in CALL_KEYS if rest.get(key)}, what) if rest else None
+        if tool_calls and role != "assistant":
             raise BadRow(f"{what}: a {role} turn makes tool calls; only assistant turns can")
-        if content is None and (made or rest.get("tools")):
+        if content is None and (tool_calls or rest.get("tools")):
             content = ""
         said, thought = self._content(content, f"{what} ({role})")
         if not rest and not thought and role != "tool":
             return said, NO_TOOLS
         if role != "assistant":
-            if found := thought or reasoning_of(rest, what, "refuse"):
-                raise BadRow(f"{what} has {found[0]}, but is a {role} turn: only assistant turns can have reasoning")
+            if reasoning := thought or reasoning_of(rest, what, "refuse"):
+                raise BadRow(
+                    f"{what} has {reasoning[0]}, but is a {role} turn: only assistant turns can have reasoning"
+                )
             return (result_text(said), ToolUse(answers=answered_call(rest))) if role == "tool" else (said, NO_TOOLS)
-        words, calls = calls_text(made, what) if made else ("", [])
+        words, calls = calls_text(tool_calls, what) if tool_calls else ("", [])
         self._unused(key for call in calls for key in call.unused)
-        said = "\n".join(filter(None, (said.strip(), words))) if made else said
+        said = "\n".join(filter(None, (said.strip(), words))) if tool_calls else said
         return self._reasoned(said, rest, thought, what), ToolUse(calls=tuple(calls))
 
     def _content(self, value: Any, what: str) -> tuple[str, tuple[str, str] | None]:
@@ -197,14 +199,14 @@ class TurnReader:
 
     def _reasoned(self, words: str, rest: Mapping[str, Any], thought: tuple[str, str] | None, what: str) -> str:
         """An assistant's words with its reasoning as the rules want it."""
-        found = thought or reasoning_of(rest, what, self._rules.reasoning)
-        if not found:
+        reasoning = thought or reasoning_of(rest, what, self._rules.reasoning)
+        if not reasoning:
             return words
         if self._rules.reasoning == "think_tags" and not words.strip():
-            raise BadRow(f"{what} has {found[0]} and no answer")
+            raise BadRow(f"{what} has {reasoning[0]} and no answer")
         if self._rules.reasoning == "drop":
-            self._events.append(("dropped reasoning", found[0]))
-        return with_reasoning(words, found, self._rules.reasoning, what)
+            self._events.append(("dropped reasoning", reasoning[0]))
+        return with_reasoning(words, reasoning, self._rules.reasoning, what)
 
     def _trained(self, role: str, rest: Mapping[str, Any], what: str, row_flag: tuple[str, bool] | None) -> bool | None:
         own = turn_flag(rest, what)

@@ -204,12 +204,12 @@ class _Window:
     def go_to(self, before: str) -> bool:
         """Go to the next line that begins with an object after exactly this space; False where there is none."""
         mark = f"\n{before}{{"
-        while (found := self._text.find(mark, self._at)) < 0:
+        while (at := self._text.find(mark, self._at)) < 0:
             if self._is_whole:
                 return False
             self._move(max(self._at, len(self._text) - len(mark)))
             self._read_more(_CHUNK)
-        self._move(found + 1)
+        self._move(at + 1)
         return True
 
     def peek(self) -> str:

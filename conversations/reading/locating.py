@@ -49,8 +49,8 @@ def locate(path: Path, split: str = "") -> Located:
     if path.is_dir():
         return _folder(path, split)
     if not path.exists() and has_magic(str(path)):
-        found = _matches(path)
-        located = [locate(each, split) for each in found if each.is_dir() or (_is_data(each) and _has_rows(each))]
+        matches = _matches(path)
+        located = [locate(each, split) for each in matches if each.is_dir() or (_is_data(each) and _has_rows(each))]
         if not located:
             raise ToolkitError(f"{path}: the pattern matches no file of a known kind")
         return Located(
@@ -69,9 +69,9 @@ def names_files(path: Path) -> bool:
 def _matches(pattern: Path) -> list[Path]:
     """What a pattern names, each file once: of `data/**`, which names folders and all that is in them, the latter."""
     text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # several of them take for ever, and mean no more than one
-    found = sorted({Path(name) for name in glob(text, recursive=True)})
-    around = {parent for each in found for parent in each.parents}
-    return [each for each in found if each not in around]
+    paths = sorted({Path(name) for name in glob(text, recursive=True)})
+    around = {parent for each in paths for parent in each.parents}
+    return [each for each in paths if each not in around]
 
 
 def _is_data(path: Path) -> bool:
@@ -94,10 +94,10 @@ def _members(path: Path) -> Iterable[DataFile]:
     except OSError as error:
         raise ToolkitError(f"{path}: {error}") from None
     names = [info.filename for info in entries if not _is_hidden(Path(info.filename))]
-    found = [name for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
-    if not found:
+    members = [name for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
+    if not members:
         raise ToolkitError(f"{path} holds no file of a known kind ({', '.join(KINDS)}), but {_listed(names)}")
-    return [data_file(zipfile.Path(archive, name)) for name in found]
+    return [data_file(zipfile.Path(archive, name)) for name in members]
 
 
 def _folder(path: Path, split: str) -> Located:
@@ -160,10 +160,10 @@ def _has_rows(path: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ToolkitError(f"{path}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _texts(path: Path, names: Any) -> list[str]:

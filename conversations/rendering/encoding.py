@@ -95,7 +95,7 @@ def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
         for token in sorted(token for token in tokens if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
         # Empty matches, after the first character of a token: so overlapping tokens are found too.
-        places = [f"(?<={re.escape(first)})(?={'|'.join(found)})" for first, found in rests.items()]
+        places = [f"(?<={re.escape(first)})(?={'|'.join(seconds)})" for first, seconds in rests.items()]
         pattern = re.compile("|".join(places) or "(?!)")
         _control_patterns[tokenizer] = (len(tokenizer), pattern)
     return pattern

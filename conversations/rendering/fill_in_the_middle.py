@@ -41,7 +41,7 @@ def fim_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
         ToolkitError: the tokenizer lacks one of these tokens.
     """
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
-    missing = [TOKENS[name] for name, found in ids.items() if found in (None, tokenizer.unk_token_id)]
+    missing = [TOKENS[name] for name, token_id in ids.items() if token_id in (None, tokenizer.unk_token_id)]
     if missing:
         raise ToolkitError(
             f"data.fim: the tokenizer has no {', '.join(missing)}; fill-in-the-middle needs a model that knows these "

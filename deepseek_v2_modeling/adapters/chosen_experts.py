@@ -95,11 +95,11 @@ def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
     adapted = False
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper) and isinstance(module.get_base_layer(), DeepseekV2Experts):
-            found = _LAYER.search(name)
-            assert found is not None
+            layer = _LAYER.search(name)
+            assert layer is not None
             module.__class__ = ChosenWrapper
             wrapper: Any = module
-            wrapper.chosen = tuple(choice.layers[int(found[1])])
+            wrapper.chosen = tuple(choice.layers[int(layer[1])])
             for adapter in list(wrapper.lora_A):
                 wrapper.keep_chosen(adapter)
             adapted = True
@@ -113,9 +113,9 @@ def chosen_in(source: AdapterSource, experts: int) -> dict[int, tuple[int, ...]]
     An untrained B is 0 as well, but A starts at random: experts without one were left out of the training.
     """
     chosen: dict[int, set[int]] = {}
-    layers = {name: int(found[1]) for name in source.header if (found := _DOWN.search(name))}
+    layers = {name: int(match[1]) for name in source.header if (match := _DOWN.search(name))}
     with safe_open(source.weights, "pt") as file:
         for name, layer in layers.items():
             live = file.get_tensor(name).view(experts, -1).any(1).nonzero().flatten()
             chosen.setdefault(layer, set()).update(live.tolist())
-    return {layer: tuple(sorted(found)) for layer, found in chosen.items()}
+    return {layer: tuple(sorted(numbers)) for layer, numbers in chosen.items()}

@@ -163,8 +163,8 @@ def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[li
     peft_model, wanted = meta_adapter(with_labels(settings, source.header), lora, source.head, source)
     pairs = low_rank_pairs(peft_model)
     transposed = is_transposed(pairs, source.shapes, wanted, source.config, source.directory)
-    found = untranspose_shapes(pairs, source.shapes) if transposed else source.shapes
-    check_coverage(wanted, found, source.directory)
+    saved = untranspose_shapes(pairs, source.shapes) if transposed else source.shapes
+    check_coverage(wanted, saved, source.directory)
     return pairs, transposed
 
 

@@ -47,9 +47,9 @@ SAME = "a layout that is PEFT's as well (no experts, shared experts, dense layer
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import wrote. found: the layout of the file. zeros: weights of a target that the file has no pair for."""
+    """What an import wrote. layout: that of the file. zeros: weights of a target that the file has no pair for."""
 
-    found: str
+    layout: str
     tensors: int
     zeros: int
     nbytes: int
@@ -59,7 +59,7 @@ class ImportReport:
 class Conversion:
     """The result: its config, its tensors, and what makes each of them."""
 
-    found: str
+    layout: str
     lora: LoraConfig
     infos: Mapping[str, TensorInfo]
     make: Callable[[str], torch.Tensor]
@@ -110,7 +110,7 @@ def import_adapter(
             )
             conversion.lora.save_pretrained(str(directory))
             copy_side_files(foreign.source.directory, None, directory)
-    return ImportReport(conversion.found, len(conversion.infos), conversion.zeros, total)
+    return ImportReport(conversion.layout, len(conversion.infos), conversion.zeros, total)
 
 
 @contextmanager
@@ -194,8 +194,8 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
 
     infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
     zeros = sum(source is None for _, t in targets.values() for parts in t.experts for _, source in parts)
-    found = "one pair for each expert" if is_per_expert(foreign.source.header, foreign.source.config) else SAME
-    return Conversion(found, lora, infos, make, zeros)
+    from_layout = "one pair for each expert" if is_per_expert(foreign.source.header, foreign.source.config) else SAME
+    return Conversion(from_layout, lora, infos, make, zeros)
 
 
 def read_base_tensor(base: str, name: str) -> torch.Tensor:

@@ -150,7 +150,7 @@ def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: st
 
 
 def is_transposed(
-    pairs: Iterable[FactorPair], found: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
+    pairs: Iterable[FactorPair], saved: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
 ) -> bool:
     """Whether a file has its expert pairs in the transposed layout of PEFT before 0.19.1.
 
@@ -160,9 +160,9 @@ def is_transposed(
         ModelError: both layouts in one file, or nothing that tells.
     """
     verdicts = {
-        _is_transposed(pair, found, wanted)
+        _is_transposed(pair, saved, wanted)
         for pair in pairs
-        if pair.experts and pair.a in found and pair.b in found and pair.a in wanted
+        if pair.experts and pair.a in saved and pair.b in saved and pair.a in wanted
     }
     if verdicts >= {True, False}:
         raise ModelError(f"{where}: some expert tensors are transposed (PEFT before 0.19.1), others are not")
@@ -179,20 +179,20 @@ def is_transposed(
     return tuple(int(number or 0) for number in version.groups()) < UNTRANSPOSED_SINCE
 
 
-def _is_transposed(pair: FactorPair, found: Shapes, wanted: Shapes) -> bool | None:
+def _is_transposed(pair: FactorPair, saved: Shapes, wanted: Shapes) -> bool | None:
     """None for a square weight. A pair of other shapes counts as not transposed: the coverage check names it."""
     (rows, inner), (outer, columns) = wanted[pair.a], wanted[pair.b]
     if inner == outer:
         return None
-    return (found[pair.a], found[pair.b]) == ((rows, outer), (inner, columns))
+    return (saved[pair.a], saved[pair.b]) == ((rows, outer), (inner, columns))
 
 
-def untranspose_shapes(pairs: Iterable[FactorPair], found: Shapes) -> dict[str, tuple[int, ...]]:
+def untranspose_shapes(pairs: Iterable[FactorPair], saved: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes that a transposed file's tensors have after `untranspose`."""
-    shapes = dict(found)
+    shapes = dict(saved)
     for pair in pairs:
-        if pair.experts and pair.a in found and pair.b in found:
-            (rows, outer), (inner, columns) = found[pair.a], found[pair.b]
+        if pair.experts and pair.a in saved and pair.b in saved:
+            (rows, outer), (inner, columns) = saved[pair.a], saved[pair.b]
             shapes |= {pair.a: (rows, inner), pair.b: (outer, columns)}
     return shapes
 

@@ -172,11 +172,11 @@ def load_adapter(
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     places = saved_tensors(peft_model, source)
-    wanted, found = shapes_of(places), source.shapes
+    wanted, saved = shapes_of(places), source.shapes
     pairs = low_rank_pairs(peft_model)
-    transposed = is_transposed(pairs, found, wanted, source.config, source.directory)
-    found = untranspose_shapes(pairs, found) if transposed else found
-    check_coverage(wanted, found, source.directory, head="" if kept_task else "score")
+    transposed = is_transposed(pairs, saved, wanted, source.config, source.directory)
+    saved = untranspose_shapes(pairs, saved) if transposed else saved
+    check_coverage(wanted, saved, source.directory, head="" if kept_task else "score")
     tensors = read_tensors(source)
     tensors = untranspose(pairs, tensors) if transposed else tensors
     fresh_head = {k: v for k, v in places.items() if k not in tensors}

@@ -71,13 +71,13 @@ def _per_projection(targets: Iterable[str], value: Number | Mapping[str, Number]
     unknown = [key for key in value if not set(expand_target(key)) & {n for t in targets for n in expand_target(t)}]
     if unknown:
         raise ModelError(f'{what} names "{unknown[0]}", which is not among the LoRA targets {targets}')
-    found = {name: value[key] for key in value if key in GROUPS for name in expand_target(key)}
-    found |= {key: value[key] for key in value if key in PROJECTIONS}
+    values = {name: value[key] for key in value if key in GROUPS for name in expand_target(key)}
+    values |= {key: value[key] for key in value if key in PROJECTIONS}
     wanted = [name for target in targets for name in expand_target(target)]
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in values]
     if missing:
         raise ModelError(f'{what} gives no value for the LoRA target "{missing[0]}"')
-    return {name: found[name] for name in wanted}
+    return {name: values[name] for name in wanted}
 
 
 def _pattern(values: Mapping[str, Number]) -> dict[str, Number]:

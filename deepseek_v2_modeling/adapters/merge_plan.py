@@ -47,10 +47,10 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     dtype: code of the type of all weights, None to keep them.
     """
     headers = base_headers(base)
-    found = {name: info for header in headers.values() for name, info in header.items()}
-    left_out = check_base(adapter, found)
+    infos = {name: info for header in headers.values() for name, info in header.items()}
+    left_out = check_base(adapter, infos)
     tensors = {path: merged_tensors(adapter, header, dtype) for path, header in headers.items()}
-    tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(found))
+    tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(infos))
     filled = {path: merged for path, merged in tensors.items() if merged}
     names = shard_names(len(filled))
     shards = [Shard(path, name, merged) for name, (path, merged) in zip(names, filled.items(), strict=True)]
@@ -80,25 +80,25 @@ def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
     }
 
 
-def check_base(adapter: AdapterFiles, found: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def check_base(adapter: AdapterFiles, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Raises ModelError unless the base's tensors are the model's, experts single or fused.
 
     Returns the tensors that the result goes without: another head, or what is computed from the config.
     """
     layout = adapter.layout
     tied = {"lm_head.weight"} if adapter.model_config.tie_word_embeddings else set()
-    given = found.keys() | adapter.replaced.keys() | tied
-    spare = [name for name in found if name not in layout and name not in adapter.fused]
+    present = infos.keys() | adapter.replaced.keys() | tied
+    spare = [name for name in infos if name not in layout and name not in adapter.fused]
     left_out = tuple(name for name in spare if name.startswith(OTHER_HEAD[adapter.head]) or re.search(COMPUTED, name))
     shapes = {name: piece.shape for name, piece in layout.items() if name not in adapter.replaced}
     shapes |= {name: adapter.parameters[name] for name in adapter.fused}
     faults = {
-        "missing": [name for name, piece in layout.items() if name not in given and piece.parameter not in found],
+        "missing": [name for name, piece in layout.items() if name not in present and piece.parameter not in infos],
         "unexpected": [name for name in spare if name not in left_out],
         "misshapen": [
-            f"{name} {list(found[name].shape)}, not {list(shape)}"
+            f"{name} {list(infos[name].shape)}, not {list(shape)}"
             for name, shape in shapes.items()
-            if name in found and found[name].shape != shape
+            if name in infos and infos[name].shape != shape
         ],
     }
     for kind, names in faults.items():
@@ -114,10 +114,10 @@ def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: st
     return TensorInfo(dtype or info.dtype, shape)
 
 
-def main_dtype(found: Mapping[str, TensorInfo]) -> str:
+def main_dtype(infos: Mapping[str, TensorInfo]) -> str:
     """The type of most of the numbers."""
     sizes: dict[str, int] = {}
-    for info in found.values():
+    for info in infos.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(info.shape)
     return max(sizes, key=lambda dtype: sizes[dtype])
 

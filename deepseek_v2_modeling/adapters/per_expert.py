@@ -164,11 +164,11 @@ def plan_groups(parameters: Mapping[str, tuple[int, ...]], sources: Mapping[str,
             targets.setdefault(kind, []).append(_target(parameter, shape, sources))
     groups = []
     for (is_module, suffix), members in targets.items():
-        if found := [parts for target in members for parts in target.experts if any(source for _, source in parts)]:
-            same_a = all(have_same_a([source for _, source in parts if source], read) for parts in found)
+        if adapted := [parts for target in members for parts in target.experts if any(source for _, source in parts)]:
+            same_a = all(have_same_a([source for _, source in parts if source], read) for parts in adapted)
             kinds = [
                 ((max if same_a else sum)(source.rank for _, source in parts if source), source.scaling)
-                for parts in found
+                for parts in adapted
                 for _, source in parts
                 if source
             ]
@@ -184,9 +184,9 @@ def check_complete(groups: Iterable[Group], lora: LoraConfig, where: str | Path)
     missing = []
     for target in (target for group in groups for target in group.targets if len(target.shape) == 3):
         sources = [source for parts in target.experts for _, source in parts]
-        found = dict(zip(hub_layout({target.parameter: target.shape}), sources, strict=True))
-        kinds = {_projection(name) for name, source in found.items() if source}
-        missing += [name for name, source in found.items() if source is None and _projection(name) in kinds]
+        by_name = dict(zip(hub_layout({target.parameter: target.shape}), sources, strict=True))
+        kinds = {_projection(name) for name, source in by_name.items() if source}
+        missing += [name for name, source in by_name.items() if source is None and _projection(name) in kinds]
     missing = [name for name in missing if check_target_module_exists(lora, name.removesuffix(".weight"))]
     if missing:
         raise ModelError(

@@ -112,7 +112,7 @@ def _steps(bare: str) -> int:
 
 
 def _patterns(value: Any, name: str) -> Iterator[str]:
-    found = [value] if isinstance(value, str) else list(value) if isinstance(value, list | Mapping) else []
-    if len(found) > MOST:
-        raise ModelError(f"{name} has {len(found):,} entries; at most {MOST:,} are read")
-    yield from (pattern for pattern in found if isinstance(pattern, str))
+    entries = [value] if isinstance(value, str) else list(value) if isinstance(value, list | Mapping) else []
+    if len(entries) > MOST:
+        raise ModelError(f"{name} has {len(entries):,} entries; at most {MOST:,} are read")
+    yield from (pattern for pattern in entries if isinstance(pattern, str))

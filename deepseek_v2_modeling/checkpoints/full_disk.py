@@ -64,8 +64,10 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     held = trained if hasattr(model, "peft_config") else parameters
     size = sum(p.numel() * p.element_size() for p in held)
     state = optimizer.state.values() if optimizer is not None else ()
-    made = sum(t.numel() * t.element_size() for entry in state for t in entry.values() if isinstance(t, torch.Tensor))
-    return size + max(made, 8 * sum(p.numel() for p in trained))
+    optimizer_bytes = sum(
+        t.numel() * t.element_size() for entry in state for t in entry.values() if isinstance(t, torch.Tensor)
+    )
+    return size + max(optimizer_bytes, 8 * sum(p.numel() for p in trained))
 
 
 def whole_checkpoints(run_dir: Path) -> str:

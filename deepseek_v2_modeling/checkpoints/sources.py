@@ -223,9 +223,9 @@ def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
     with_tokenizer = [place for place in places if (place / TOKENIZER_CONFIG).is_file()][:1]
     own_places = {"generation_config.json": places, REWARD_STATS: [own]}
     for name in SIDE_FILES:
-        found = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
-        if found:
-            copy_plain(found[0] / name, directory / name)
+        having = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
+        if having:
+            copy_plain(having[0] / name, directory / name)
 
 
 def copy_plain(source: Path, target: Path) -> None:

@@ -119,8 +119,10 @@ class StrictPreTrainedModel(PreTrainedModel):
                 model, replace(load_config, ignore_mismatched_sizes=True), loading_info
             )
         shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in loading_info.mismatched_keys}
-        made, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
-        notes = [f"newly initialised: {', '.join(made)}"] * bool(made) + [f"left out: {', '.join(left)}"] * bool(left)
+        initialised, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
+        notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised) + [
+            f"left out: {', '.join(left)}"
+        ] * bool(left)
         if notes and os.environ.get("RANK", "0") == "0":
             print(f"{name_of(load_config)}: {'; '.join(notes)}")
         return loading_info
@@ -144,10 +146,10 @@ def judge(
     """
     lenient = load_config.ignore_mismatched_sizes
     reshaped = {name for name in misshapen if lenient and ".experts." not in name}
-    made = {name for name in missing if name.startswith(model.new_heads)} | reshaped
+    initialised = {name for name in missing if name.startswith(model.new_heads)} | reshaped
     left = {name for name in unexpected if name.startswith(model.other_heads)}
     faults = {
-        "missing": set(missing) - made,
+        "missing": set(missing) - initialised,
         "unexpected": set(unexpected) - left,
         "misshapen": {f"{k} {list(v[0])}, not {list(v[1])}" for k, v in misshapen.items() if k not in reshaped},
     }
@@ -157,15 +159,15 @@ def judge(
     if parts:
         kind = ShapeError if faults["misshapen"] else ModelError
         raise kind(f"{name_of(load_config)}: {'; '.join(parts)}")
-    return sorted(made), sorted(left)
+    return sorted(initialised), sorted(left)
 
 
-def check_adapter_tensors(model: nn.Module, found: set[str]) -> None:
+def check_adapter_tensors(model: nn.Module, tensors: set[str]) -> None:
     """Raises ModelError when a state dict with LoRA factors is not all of an adapter, or has more than the model.
 
     PEFT's own loading passes over what has no place and keeps at random what it finds nothing for.
     """
-    adapters = {factor[1] for name in found if (factor := LORA_FACTOR.search(name))}
+    adapters = {factor[1] for name in tensors if (factor := LORA_FACTOR.search(name))}
     parameters = {name for name, _ in model.named_parameters()} if adapters else set()
     if not adapters or any("_fsdp_" in name for name in parameters):  # a sharded model has names of its own
         return
@@ -173,7 +175,7 @@ def check_adapter_tensors(model: nn.Module, found: set[str]) -> None:
     wanted = {name for name in parameters if (factor := LORA_FACTOR.search(name)) and factor[1] in adapters}
     parts = [
         f"{kind} tensors: {name_some(names)}"
-        for kind, names in (("missing", wanted - found), ("unexpected", found - places))
+        for kind, names in (("missing", wanted - tensors), ("unexpected", tensors - places))
         if names
     ]
     if parts:
@@ -215,9 +217,9 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
             file = files.enter_context(safe_open(path, "pt"))
         except SafetensorError as error:
             raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        check_doubled(path, found, sources)
-        sources |= found
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        check_doubled(path, slices, sources)
+        sources |= slices
     return sources
 
 
@@ -275,12 +277,14 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     return state
 
 
-def check_sources(model: Any, load_config: Any, found: Mapping[str, Shape], layout: Mapping[str, Piece]) -> None:
+def check_sources(
+    model: Any, load_config: Any, shapes_on_disk: Mapping[str, Shape], layout: Mapping[str, Piece]
+) -> None:
     """Raises ModelError unless the tensors of a checkpoint are those of the layout, but for heads and tied weights."""
     tied = {name: other for pair in model.all_tied_weights_keys.items() for name, other in (pair, pair[::-1])}
-    missing = [name for name in layout.keys() - found.keys() if tied.get(name) not in found]
-    unexpected = [name for name in found.keys() - layout.keys() if not re.search(COMPUTED, name)]
-    shapes = {name: (found[name], layout[name].shape) for name in layout.keys() & found.keys()}
+    missing = [name for name in layout.keys() - shapes_on_disk.keys() if tied.get(name) not in shapes_on_disk]
+    unexpected = [name for name in shapes_on_disk.keys() - layout.keys() if not re.search(COMPUTED, name)]
+    shapes = {name: (shapes_on_disk[name], layout[name].shape) for name in layout.keys() & shapes_on_disk.keys()}
     judge(model, load_config, missing, unexpected, {name: pair for name, pair in shapes.items() if pair[0] != pair[1]})
 
 

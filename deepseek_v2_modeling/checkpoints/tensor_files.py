@@ -122,9 +122,9 @@ def shards_named(index: Path) -> list[str]:
     return names
 
 
-def check_doubled(path: Any, found: Iterable[str], before: Container[str]) -> None:
+def check_doubled(path: Any, names: Iterable[str], before: Container[str]) -> None:
     """Raises ModelError for a tensor that is in two files, of which only one can be the model's."""
-    if doubled := [name for name in found if name in before]:
+    if doubled := [name for name in names if name in before]:
         raise ModelError(f"{path}: {doubled[0]} is in another file of the model too; keep the one that is right")
 
 

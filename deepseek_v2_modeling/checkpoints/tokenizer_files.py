@@ -73,10 +73,10 @@ def _source_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
     if Path(source).is_dir():
         return {name: path for name in names if (path := Path(source, name)).is_file()}
     try:
-        found = {name: try_to_load_from_cache(source, name) for name in names}
+        cached = {name: try_to_load_from_cache(source, name) for name in names}
     except ValueError:  # no name of the hub: the directory has gone
         return {}
-    return {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+    return {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
 
 
 def _text(token: Any) -> str | None:

@@ -165,10 +165,10 @@ def load_trained(model: nn.Module, folder: Path) -> bool:
     """
     if not trained_experts(model):
         return False
-    wanted, found = _trained_tensors(model), load_file(folder / TRAINED)
+    wanted, saved = _trained_tensors(model), load_file(folder / TRAINED)
     chosen = [name for name in wanted if name.endswith(".chosen")]
-    if differs := [n for n in chosen if not torch.equal(found.get(n, torch.empty(0)), wanted[n].cpu())]:
+    if differs := [n for n in chosen if not torch.equal(saved.get(n, torch.empty(0)), wanted[n].cpu())]:
         raise ModelError(f"{folder}: this run trained other experts of {differs[0]}; put the old experts file back")
     for name, tensor in wanted.items():
-        tensor.copy_(found[name])
+        tensor.copy_(saved[name])
     return True

@@ -28,10 +28,10 @@ class _WideAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, log_sums = ctx.saved_tensors
         wide = (t.float() for t in (grads[0], query, key, value, out))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *wide, log_sums, 0.0, ctx.causal, scale=ctx.scaling
         )
-        return None, None, *(grad.to(query.dtype) for grad in found)
+        return None, None, *(grad.to(query.dtype) for grad in gradients)
 
 
 def wide_attention(

@@ -135,7 +135,7 @@ def trains_plainly(routed: Routed) -> bool:
     """Whether gradients are wanted, of experts with this file's `linear`, whose adapters have no dropout."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    adapters = [adapter for found in routed.adapters.values() for adapter in found]
+    adapters = [adapter for of_weight in routed.adapters.values() for adapter in of_weight]
     own = type(routed.experts).linear is DeepseekV2Experts.linear
     return own and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
 

@@ -31,10 +31,10 @@ def _factors(layer: Any, name: str) -> ActiveAdapter:
 def _refuse_by_row(module: Any) -> None:
     """Raises ModelError where PEFT was given an adapter for each row: factors read past its forward are for all."""
     for hook in module._forward_pre_hooks.values():
-        if told := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+        if keywords := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
             raise ModelError(
-                f"{told.pop()}: lora.ParamWrapper does not support mixed adapter batches yet: run each adapter on a "
-                "batch of its own (set_adapter), or leave experts, dense layers and the router out of its targets"
+                f"{keywords.pop()}: lora.ParamWrapper does not support mixed adapter batches yet: run each adapter on "
+                "a batch of its own (set_adapter), or leave experts, dense layers and the router out of its targets"
             )
 
 

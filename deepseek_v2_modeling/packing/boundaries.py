@@ -20,14 +20,14 @@ REMEDY = (
 def documents_of(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    given: Mapping[str, Any],
+    boundaries: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
     """As `find_documents`, with boundaries under the names that collators give them: cu_seq_lens_q or cu_seq_lens, or
     seq_idx, the number of each token's document."""
-    starts, index = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    starts, index = boundaries.get("cu_seq_lens_q"), boundaries.get("seq_idx")
     if starts is None:
-        starts = given.get("cu_seq_lens")
+        starts = boundaries.get("cu_seq_lens")
     if starts is None and index is not None:
         if position_ids is None or position_ids.ndim != 2:
             position_ids = torch.arange(shape[1], device=index.device).unsqueeze(0)
@@ -39,7 +39,7 @@ def documents_with_cache(
     cache: Cache | None,
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    given: Mapping[str, Any],
+    boundaries: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
     """The documents of a forward; none on a cache that is filled, which continues one sequence a row.
@@ -51,14 +51,14 @@ def documents_with_cache(
     """
     holder: Any = cache
     if cache is None or not cache.get_seq_length():
-        documents = documents_of(position_ids, attention_mask, given, shape)
+        documents = documents_of(position_ids, attention_mask, boundaries, shape)
         if cache is not None:
             holder.holds_documents = are_several(documents)
         return documents
     if getattr(holder, "holds_documents", False):
         raise ModelError(f"the cache was filled with packed documents, and this forward continues it: {REMEDY}")
     if shape[1] > 1 and not torch.compiler.is_compiling():
-        documents = documents_of(position_ids, attention_mask, given, shape)
+        documents = documents_of(position_ids, attention_mask, boundaries, shape)
         if are_several(documents) or starts_anew(position_ids, attention_mask, shape[1]):
             raise ModelError(f"a new document starts (by its position_ids or boundaries) on a filled cache: {REMEDY}")
     return None

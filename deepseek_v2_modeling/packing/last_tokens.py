@@ -14,14 +14,14 @@ def scored_tokens(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    given: Mapping[str, Any],
+    boundaries: Mapping[str, Any],
     pad_token_id: int | None,
     shape: tuple[int, int],
 ) -> Places:
     """`last_tokens`, with the documents that positions or boundaries tell."""
-    if position_ids is None and not any(given.get(name) is not None for name in BOUNDARIES):
+    if position_ids is None and not any(boundaries.get(name) is not None for name in BOUNDARIES):
         return last_tokens(input_ids, attention_mask, None, pad_token_id, shape)
-    return _looked_at(input_ids, attention_mask, position_ids, given, pad_token_id, shape)
+    return _looked_at(input_ids, attention_mask, position_ids, boundaries, pad_token_id, shape)
 
 
 @torch.compiler.disable()
@@ -29,12 +29,12 @@ def _looked_at(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    given: Mapping[str, Any],
+    boundaries: Mapping[str, Any],
     pad_token_id: int | None,
     shape: tuple[int, int],
 ) -> Places:
     """Outside of compiled code, which can tell neither whether there are documents nor how many."""
-    documents = documents_of(position_ids, attention_mask, given, shape)
+    documents = documents_of(position_ids, attention_mask, boundaries, shape)
     return last_tokens(input_ids, attention_mask, documents, pad_token_id, shape)
 
 

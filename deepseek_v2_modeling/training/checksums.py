@@ -39,8 +39,8 @@ def damage(folder: Path) -> str | None:
     if not wanted:
         return f"{SUMS_FILE} is damaged"
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _fault(folder, name, *wanted[name]), sorted(wanted))
-        return next((fault for fault in found if fault), None)
+        faults = pool.map(lambda name: _fault(folder, name, *wanted[name]), sorted(wanted))
+        return next((fault for fault in faults if fault), None)
 
 
 def check_whole(checkpoint: Path, best: bool = False) -> None:

@@ -168,10 +168,10 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
 
     def _agreed(self, *answers: bool) -> list[bool]:
         """Each answer, true where it is so on any process."""
-        found = torch.tensor([float(answer) for answer in answers])
+        votes = torch.tensor([float(answer) for answer in answers])
         if self.accelerator.num_processes > 1:
-            found = self.accelerator.reduce(found.to(self.accelerator.device), reduction="sum")
-        return [bool(answer) for answer in found]
+            votes = self.accelerator.reduce(votes.to(self.accelerator.device), reduction="sum")
+        return [bool(answer) for answer in votes]
 
     def _stopped_late(self) -> bool:
         """Was a stop asked for after the last step, too late for `_ask`? It counts where nothing is lost by it."""

@@ -12,12 +12,12 @@ def first_bad_module(model: nn.Module, forward: Callable[[], Any]) -> str | None
 
     Modules are looked at as they end, so a part comes before the whole. None when all outputs are finite.
     """
-    found: list[str] = []
+    faults: list[str] = []
     names = {module: name or "the model" for name, module in model.named_modules()}
 
     def look(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
-        if not found and (bad := count_bad(output)):
-            found.append(_describe(module, names[module], bad, count_bad((inputs, kwargs))))
+        if not faults and (bad := count_bad(output)):
+            faults.append(_describe(module, names[module], bad, count_bad((inputs, kwargs))))
 
     handles = [module.register_forward_hook(look, with_kwargs=True) for module in names]
     try:
@@ -26,7 +26,7 @@ def first_bad_module(model: nn.Module, forward: Callable[[], Any]) -> str | None
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return faults[0] if faults else None
 
 
 def first_bad_gradient(model: nn.Module, backward: Callable[[], Any]) -> str | None:

@@ -72,12 +72,12 @@ def cut_file(path: Path, size: int) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, without lines that a crash cut short. A missing file has none."""
     refuse_link(path)
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line.decode("utf-8"))
-            found += [row] if isinstance(row, dict) else []
-    return found
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -27,13 +27,13 @@ class ChainState:
     @classmethod
     def read(cls, output: Path) -> "ChainState":
         """The state of a chain's directory; empty when there is none."""
-        found = read_json(output / CHAIN_STATE)
-        stages = found.get("stages") if isinstance(found, dict) else None
+        content = read_json(output / CHAIN_STATE)
+        stages = content.get("stages") if isinstance(content, dict) else None
         whole = isinstance(stages, dict) and all(
             isinstance(entry, dict) and {"fingerprint", "status", "metrics"} <= entry.keys()
             for entry in stages.values()
         )
-        if found is not None and not whole:
+        if content is not None and not whole:
             raise ToolkitError(f"{output / CHAIN_STATE}: stages is damaged; put the file back, or move it away")
         return cls(output / CHAIN_STATE, stages or {})
 

@@ -54,4 +54,4 @@ def import_(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("import") as progress:
         report = import_adapter(arguments.adapter, arguments.out_dir, arguments.base, progress)
     zeros = f", {report.zeros} weights without a pair got zeros" if report.zeros else ""
-    return f"{arguments.out_dir}: {report.tensors} tensors from {report.found}, {_size(report.nbytes)}{zeros}"
+    return f"{arguments.out_dir}: {report.tensors} tensors from {report.layout}, {_size(report.nbytes)}{zeros}"

@@ -85,10 +85,10 @@ def check_threshold(kind: Score, given: float | None) -> float:
     return threshold
 
 
-def output_file(recipe: TrainingRecipe, given: Path | None) -> Path:
+def output_file(recipe: TrainingRecipe, chosen: Path | None) -> Path:
     """Where the file goes: where it is asked for, where the recipe looks for it, or beside the run directory."""
     named, folder = recipe.chosen_experts_file, Path(recipe.output_dir)
-    output = given or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
+    output = chosen or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
     if output.suffix != ".json" or output.is_dir():
         raise ToolkitError(f"{output}: an experts file must be named FILE.json; choose one with --output FILE.json")
     return output

@@ -25,9 +25,9 @@ def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]
 def chosen(rows: int, count: int, rng: random.Random) -> array:
     """`count` of the row numbers 0 to `rows` - 1, each as often as any other, give or take one."""
     whole, part = divmod(count, rows)
-    found = array("Q", range(rows)) * whole
-    found.extend(sorted(rng.sample(range(rows), part)))
-    return found
+    order = array("Q", range(rows)) * whole
+    order.extend(sorted(rng.sample(range(rows), part)))
+    return order
 
 
 def source_names(entries: Sequence[DataSource]) -> list[str]:

@@ -129,13 +129,13 @@ def dump(recipe: BaseModel) -> dict[str, Any]:
 
 def _messages(error: ValidationError, tree: dict[str, Any], cls: type[BaseModel], prefix: str) -> list[str]:
     """One line for each wrong key; what a union's members say about one value is joined."""
-    found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    by_key: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
-        found.setdefault(_location(detail, tree), []).append(detail)
-    for keys in list(found):  # a fault inside a section says more than that the section is no number
-        if any(other[: len(keys)] == keys and other != keys for other in found):
-            del found[keys]
-    return [_message(keys, details, cls, prefix) for keys, details in found.items()]
+        by_key.setdefault(_location(detail, tree), []).append(detail)
+    for keys in list(by_key):  # a fault inside a section says more than that the section is no number
+        if any(other[: len(keys)] == keys and other != keys for other in by_key):
+            del by_key[keys]
+    return [_message(keys, details, cls, prefix) for keys, details in by_key.items()]
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
@@ -216,7 +216,7 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
         annotation = get_args(annotation)[0]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section_in(arg))), None)
 
 
 def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:

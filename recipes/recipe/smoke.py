@@ -21,8 +21,8 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         training = tree.get("training")
         tree["training"] = training if isinstance(training, dict) else {}
     for section, values, where in stage.smoke if stage else ():
-        found = tree.get(section)
-        listed = enumerate(found) if isinstance(found, list) else [(None, found)]
+        value = tree.get(section)
+        listed = enumerate(value) if isinstance(value, list) else [(None, value)]
         for index, part in listed:
             if isinstance(part, dict) and (not where or where in part):
                 _replace(part, values, f"{section}." if index is None else f"{section}.{index}.", lines)

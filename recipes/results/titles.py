@@ -55,5 +55,5 @@ def _by_name(entries: Any) -> dict[str, dict[str, Any]]:
 def _maker(stage: Mapping[str, Any]) -> str:
     """The stage that made the model of this one, by its `model.path: ${NAME}`."""
     model = stage.get("model")
-    made = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
-    return made[1] if made else ""
+    reference = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
+    return reference[1] if reference else ""

@@ -81,22 +81,22 @@ def _has_begun(run_dir: Path, name: Any) -> bool:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint-N directory with the highest N; these are whole, since they are written atomically."""
     folders = [path for path in run_dir.glob(f"{CHECKPOINT}*") if path.is_dir()]
-    found = [(int(match[1]), path) for path in folders if (match := _CHECKPOINT.fullmatch(path.name))]
-    return max(found)[1] if found else None
+    by_step = [(int(match[1]), path) for path in folders if (match := _CHECKPOINT.fullmatch(path.name))]
+    return max(by_step)[1] if by_step else None
 
 
 def differences(there: Any, here: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ between two recipes, with both values; a missing key counts as None."""
     if isinstance(there, dict) and isinstance(here, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        differing: dict[str, tuple[Any, Any]] = {}
         for key in dict.fromkeys([*there, *here]):
-            found |= differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
-        return found
+            differing |= differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
+        return differing
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        found = {}
+        differing = {}
         for index, (old, new) in enumerate(zip(there, here, strict=True)):
-            found |= differences(old, new, f"{path}.{index}")
-        return found
+            differing |= differences(old, new, f"{path}.{index}")
+        return differing
     return {} if there == here else {path: (there, here)}
 
 

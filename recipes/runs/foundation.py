@@ -59,27 +59,27 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
     Raises:
         ToolkitError, ModelError: no such model, or files of it that cannot be read.
     """
-    if found := coming(section.path, earlier):
-        return found
+    if foundation := coming(section.path, earlier):
+        return foundation
     if not Path(section.path).exists() and section.preset is not None:
         if section.preset not in PRESETS:
             raise ToolkitError(f'model.preset: unknown preset "{section.preset}": use one of {", ".join(PRESETS)}')
-        found = Foundation(None, DeepseekV2Config(**PRESETS[section.preset]), build_tokenizer(section.preset))
+        foundation = Foundation(None, DeepseekV2Config(**PRESETS[section.preset]), build_tokenizer(section.preset))
     else:
-        found = read_foundation(resolve_source(section.path), ask_hub)
-    if found.tokenizer is not None:
-        if has_other_template(found.tokenizer):
+        foundation = read_foundation(resolve_source(section.path), ask_hub)
+    if foundation.tokenizer is not None:
+        if has_other_template(foundation.tokenizer):
             say(
                 f"{section.path}: its own chat template is not used; rows are rendered, and results saved, with "
                 "DeepSeek-V2's"
             )
-        install_template(found.tokenizer)
-    return found
+        install_template(foundation.tokenizer)
+    return foundation
 
 
 def coming(path: str, earlier: Earlier) -> Foundation | None:
     """What the stage will give in whose run directory the path lies; None for any other path."""
-    return next((found for run_dir, found in earlier.items() if Path(path).is_relative_to(run_dir)), None)
+    return next((foundation for run_dir, foundation in earlier.items() if Path(path).is_relative_to(run_dir)), None)
 
 
 def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
@@ -90,7 +90,7 @@ def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
     return Foundation(source, source.settings, load_tokenizer(source), kind_of(source))
 
 
-def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | None:
+def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config | None:
     """Hold the model against the recipe; returns its settings as the stage has them, None where they are not known.
 
     Raises:
@@ -99,27 +99,27 @@ def check_model(recipe: StageRecipe, found: Foundation) -> DeepseekV2Config | No
     trained = isinstance(recipe, TrainingRecipe)
     experts = expert_choice(recipe) if trained else None
     head = head_of(recipe)
-    if found.settings is not None or found.kind is None:
-        check_kind(recipe.model.path, found.kind, head, new_head=trained)
-    if found.settings is None:
+    if foundation.settings is not None or foundation.kind is None:
+        check_kind(recipe.model.path, foundation.kind, head, new_head=trained)
+    if foundation.settings is None:
         return None
-    settings = apply_settings(copy.deepcopy(found.settings), head, recipe.model.config)
+    settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config)
     if experts is not None:
         experts.check(settings)
     if trained and recipe.lora is not None:
         check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
-    check_files(found, settings, head, recipe.model.path)
+    check_files(foundation, settings, head, recipe.model.path)
     return settings
 
 
-def check_files(found: Foundation, settings: DeepseekV2Config, head: Head, path: str) -> None:
+def check_files(foundation: Foundation, settings: DeepseekV2Config, head: Head, path: str) -> None:
     """Match tokenizer, weights and adapter to the settings they are loaded with, by the headers of the files.
 
     Raises:
         ModelError: ids without an embedding, or tensors without a place, places without a tensor, broken files.
     """
-    source = found.source
-    check_vocabulary(found.tokenizer, settings, source.tokenizer_dir if source else path)
+    source = foundation.source
+    check_vocabulary(foundation.tokenizer, settings, source.tokenizer_dir if source else path)
     if source is None or not Path(source.base).is_dir():
         return
     check_weights(source.base, copy.deepcopy(settings), head)
@@ -134,16 +134,18 @@ def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> 
         ToolkitError, ModelError: no such model, or one that has another head or cannot be loaded.
     """
     for use in recipe.other_models():
-        if found := coming(use.path, earlier):
-            check_kind(use.path, found.kind, use.head)
+        if foundation := coming(use.path, earlier):
+            check_kind(use.path, foundation.kind, use.head)
             continue
         try:
             source = source_of(use)
         except ValueError as error:  # ToolkitError and ModelError
             raise type(error)(f"{use.key}: {error}") from None
-        found = read_foundation(source, ask_hub) if source else None
-        if source and found and found.settings is not None:
-            check_files(found, apply_settings(copy.deepcopy(found.settings), use.head, None), use.head, use.path)
+        foundation = read_foundation(source, ask_hub) if source else None
+        if source and foundation and foundation.settings is not None:
+            check_files(
+                foundation, apply_settings(copy.deepcopy(foundation.settings), use.head, None), use.head, use.path
+            )
             stats_of(use, source)
 
 

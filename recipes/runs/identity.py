@@ -32,19 +32,19 @@ MERGED = "merged base model"
 def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str, str]]:
     """{part: {path, sha256 of its content}} of all that a run starts from, but for its data."""
     base, folder = source.base, Path(source.tokenizer_dir)
-    found = {"base model": (base, _model(base))}
+    parts = {"base model": (base, _model(base))}
     if source.adapter:
-        found["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
-    found["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
-    found["chat template"] = (str(folder), _template(folder))
+        parts["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
+    parts["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
+    parts["chat template"] = (str(folder), _template(folder))
     if not isinstance(recipe, TrainingRecipe):
-        found["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
+        parts["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
     for use in recipe.other_models():
         if (other := source_of(use)) is not None:
-            found[f"{use.kind} {use.key.removesuffix('.model')}"] = (use.path, _other(other, use.stats))
+            parts[f"{use.kind} {use.key.removesuffix('.model')}"] = (use.path, _other(other, use.stats))
     if isinstance(recipe, TrainingRecipe) and (choice := expert_choice(recipe)) is not None:
-        found["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
-    return {part: {"path": path, "sha256": content} for part, (path, content) in found.items()}
+        parts["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
+    return {part: {"path": path, "sha256": content} for part, (path, content) in parts.items()}
 
 
 def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:

@@ -41,8 +41,8 @@ def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of a run, empty when there is none."""
-    found = read_json(run_dir / MANIFEST)
-    return found if isinstance(found, dict) else {}
+    manifest = read_json(run_dir / MANIFEST)
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
@@ -77,13 +77,13 @@ def _last_start(manifest: dict[str, Any]) -> float | None:
 @cache
 def versions() -> dict[str, str | None]:
     """Installed versions of what trains; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 @cache

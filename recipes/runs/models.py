@@ -100,7 +100,7 @@ def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherM
     Raises:
         ToolkitError, ModelError: as `source_of`.
     """
-    section, found = recipe.model, {}
+    section, models = recipe.model, {}
     for use in recipe.other_models():
         path, source = Path(use.path), source_of(use)
         if source is None:
@@ -110,8 +110,8 @@ def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherM
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
-        found[use.key] = OtherModel(name, model, load_tokenizer(source or own), stats)
-    return found
+        models[use.key] = OtherModel(name, model, load_tokenizer(source or own), stats)
+    return models
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:

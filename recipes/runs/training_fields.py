@@ -150,8 +150,8 @@ def _check_patterns(training: dict[str, Any]) -> None:
 
     sharding = training.get("fsdp_config")
     ignored = sharding.get("ignored_modules") if isinstance(sharding, dict) else None
-    given = {"optim_target_modules": training.get("optim_target_modules"), "fsdp_config.ignored_modules": ignored}
-    for key, value in given.items():
+    fields = {"optim_target_modules": training.get("optim_target_modules"), "fsdp_config.ignored_modules": ignored}
+    for key, value in fields.items():
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
             if isinstance(pattern, str) and (fault := pattern_fault(pattern)):
                 raise ToolkitError(f"training.{key}: {pattern[:60]!r} {fault}")

@@ -148,5 +148,5 @@ def broken(rng: random.Random, text: str, foreign: str, reference: str) -> str:
         pieces, instead = _PIECE.findall(text), rng.choice((*_PIECE.findall(foreign), *"0123456789"))
         at = rng.randrange(len(pieces))
         pieces[at : at + 1] = rng.choice(([], [pieces[at]] * 2, [instead], [pieces[at], instead]))
-        if (found := "".join(pieces)) and verify("number", found, reference=reference).score == 0:
-            return found
+        if (joined := "".join(pieces)) and verify("number", joined, reference=reference).score == 0:
+            return joined

@@ -92,8 +92,8 @@ def part_of_fact(fact: Fact) -> str:
 def facts(part: str) -> tuple[Fact, ...]:
     """All facts of a part: a + b and a - b where neither the numbers nor the result leave 0..LARGEST_NUMBER."""
     numbers = range(LARGEST_NUMBER + 1)
-    found = ((a, op, b) for op, a, b in product("+-", numbers, numbers))
-    return tuple(fact for fact in found if result_of(fact) in numbers and part_of_fact(fact) == part)
+    sums = ((a, op, b) for op, a, b in product("+-", numbers, numbers))
+    return tuple(fact for fact in sums if result_of(fact) in numbers and part_of_fact(fact) == part)
 
 
 def problem(fact: Fact, language: str, template: str) -> Prompt:
@@ -250,18 +250,18 @@ LANGUAGES_OF = {"arithmetic": lx.LANGUAGES, "english_arithmetic": ("en",), "chin
 
 def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> list[Prompt]:
     """n different prompts of a part; `shares` says how many of each sort there are among its total."""
-    total, found = sum(shares.values()), []
+    total, prompts = sum(shares.values()), []
     for index, sort in enumerate(shares):
-        count = n * sum(list(shares.values())[: index + 1]) // total - len(found)
+        count = n * sum(list(shares.values())[: index + 1]) // total - len(prompts)
         if sort in LANGUAGES_OF:
             pool = list(islice(problems(rng, part, LANGUAGES_OF[sort]), count))
         else:
             pool = Requests(part, sort)
         if count > len(pool):
             raise ToolkitError(f"{count} {sort} prompts asked for, there are {len(pool)}: use a smaller n")
-        found += rng.sample(pool, count)
-    rng.shuffle(found)
-    return found
+        prompts += rng.sample(pool, count)
+    rng.shuffle(prompts)
+    return prompts
 
 
 def _user(prompt: Prompt) -> list[Row]:

@@ -255,7 +255,7 @@ def test_layouts_that_are_the_same(base: Path, tmp_path: Path):
     """Attention, embeddings and the head lie alike in both layouts."""
     ours = make_adapter(tmp_path / "adapter", base, ("attention", "embeddings", "lm_head"))
     export_adapter(tmp_path / "adapter", tmp_path / "served")
-    assert "copied" in import_adapter(tmp_path / "served", tmp_path / "back").found
+    assert "copied" in import_adapter(tmp_path / "served", tmp_path / "back").layout
     assert torch.equal(logits_of(load_model(ModelSource(str(base), read_adapter(tmp_path / "back"))), IDS), ours)
 
 
