@@ -64,7 +64,7 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
 
     Raises:
         ToolkitError: a model, a tokenizer, a template, an experts file or (unless `now` says nothing of it) the number
-            of processes is another one.
+            of processes has changed.
     """
     processes, batch = EXTENT
     if processes in now and (before.get(processes) or now[processes]) != now[processes]:

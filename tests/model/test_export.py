@@ -298,7 +298,7 @@ def test_import_refuses(base: Path, tmp_path: Path):
         ({"r": 5, "rank_pattern": {}}, "do not fit rank 5"),
         ({"use_dora": True}, "use_dora"),
         ({"base_model_name_or_path": None}, "--base MODEL"),
-        ({"base_model_name_or_path": "a/b/c"}, "a/b/c: this base model is not there"),
+        ({"base_model_name_or_path": "a/b/c"}, "a/b/c: this base model does not exist"),
     ):
         edit_config(tmp_path / "legacy", **change)
         with pytest.raises(ModelError, match=match):

@@ -214,7 +214,7 @@ def test_another_model_is_noticed(
     begun("lora", "only copy")
     own_base(folder)
     START[part]()
-    assert f"the {part} (base) is another one than when the run began" in refused(lambda: begun("lora"), capsys)
+    assert f"the {part} (base) has changed since the run began" in refused(lambda: begun("lora"), capsys)
     assert not Path("lora/final").exists()
 
 
@@ -244,7 +244,7 @@ def test_another_adapter_reward_model_or_experts_file_is_noticed(
     ):
         whole = Path(file).read_bytes()
         other_weight(Path(file))
-        assert f"the {part} is another one" in refused(lambda: begun("rl", *words), capsys)
+        assert f"the {part} has changed since the run began" in refused(lambda: begun("rl", *words), capsys)
         Path(file).write_bytes(whole)
     change(Path("judge/final/reward_stats.json"), '"mean": ', '"mean": 1')
     assert "reward model rewards.0" in refused(lambda: begun("rl", *words), capsys)
@@ -289,7 +289,7 @@ def test_lines_that_metrics_have_lost_are_told(begun: Callable[..., int], capsys
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text(lines[0])
     assert begun("lora") == 0
-    assert f"{metrics}: {len(lines[0]):,} of the " in capsys.readouterr().err
+    assert f"{metrics}: only {len(lines[0]):,} of the " in capsys.readouterr().err
     assert metrics.read_text().startswith(lines[0])
 
 
@@ -310,7 +310,7 @@ def test_another_merged_base_is_noticed(
     unbroken = Path("out/final/adapter_model.safetensors").read_bytes()
     shutil.rmtree("out/final")
     other_weight(Path("out/base/model.safetensors"))
-    assert "the merged base model (out/base) is another one" in refused(
+    assert "the merged base model (out/base) has changed since the run began" in refused(
         lambda: begun("rl", *MERGING, "output_dir=out"), capsys
     )
     shutil.rmtree("out/base")  # it is merged again

@@ -75,7 +75,7 @@ def test_a_package_that_was_overwritten_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipes" / "cli.py").unlink()
     # -S: an editable installation would find what was overwritten
     code, said = start([sys.executable, "-S", "-m", "dsv2_start", "--version"], tmp_path)
-    assert code == 2 and said.startswith(f"error: {tmp_path / 'recipes'} is not the toolkit's own"), said
+    assert code == 2 and said.startswith(f"error: {tmp_path / 'recipes'} is no longer the toolkit's own"), said
 
 
 def test_a_module_that_cannot_be_moved_aside_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

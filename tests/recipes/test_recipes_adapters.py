@@ -50,13 +50,13 @@ def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["merge", "run", "base"], "base already exists and is not empty; choose another directory"),
-        (["export", "base", "out"], "base: there is no adapter here"),
+        (["export", "base", "out"], "base: no adapter here"),
         (["merge", "nowhere", "out"], "nowhere: there is no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["merge", "run"], "the following arguments are required: OUT_DIR"),
         (["export", "run", "out", "--layout", "fused"], 'unknown layout "fused": use per_expert'),
         (["import", "run", "out"], "run/final is in PEFT's layout already"),
-        (["import", "run", "out", "--base", "a/b/c"], "a/b/c: this base model is not there"),
+        (["import", "run", "out", "--base", "a/b/c"], "a/b/c: this base model does not exist"),
     ],
 )
 def test_what_is_wrong_ends_with_2(

@@ -143,7 +143,7 @@ def test_lora_on_chosen_experts(
     stopped_after(Path("whole/checkpoint-1"), tmp_path / "run")
     choose(4, 7)
     assert dsv2("sft", "sft.yaml", LORA) == 2
-    assert "the experts file (run.experts.json) is another one" in capsys.readouterr().err
+    assert "the experts file (run.experts.json) has changed since the run began" in capsys.readouterr().err
 
 
 def test_full_fine_tuning_of_chosen_experts(
@@ -170,4 +170,4 @@ def test_full_fine_tuning_of_chosen_experts(
     stopped_after(Path("whole/checkpoint-1"), tmp_path / "run")
     choose(4, 7)
     assert dsv2("sft", "sft.yaml", *FULL) == 2
-    assert "the experts file (run.experts.json) is another one" in capsys.readouterr().err
+    assert "the experts file (run.experts.json) has changed since the run began" in capsys.readouterr().err

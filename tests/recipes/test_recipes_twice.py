@@ -37,7 +37,7 @@ def test_one_temperature_twice(temperatures: list[float]) -> None:
 )
 def test_what_plays_no_part_in_a_metric(name: str, value: Any) -> None:
     task = {"name": "a", "metric": "pair_accuracy", name: value}
-    with pytest.raises(ToolkitError, match=f"{name} plays no part in pair_accuracy; leave it out"):
+    with pytest.raises(ToolkitError, match=f"{name} has no effect on pair_accuracy; leave it out"):
         validate({**EVAL, "tasks": [task]})
 
 
@@ -135,8 +135,8 @@ def chain() -> Any:
     ("compare", "second", "message"),
     [
         ({}, {"results": "stages.one"}, r"stages\.two\.results: one puts its figures of sums in stages\.one too"),
-        ([{}, {}], {}, 'compare: "gain" stands in results.json already'),
-        ({"name": "seconds"}, {}, 'compare: "seconds" stands in results.json already'),
+        ([{}, {}], {}, 'compare: "gain" is already a key of results.json'),
+        ({"name": "seconds"}, {}, 'compare: "seconds" is already a key of results.json'),
         ({"task": "sum"}, {}, r"compare\.gain\.task: one has no task sum; its tasks are sums"),
         ({}, {"tasks": [{**TASK, "name": "others"}]}, r"two has no task sums; its tasks are others"),
         ({}, {"tasks": [{**TASK, "temperatures": [0.5]}]}, "one and two share no temperature of sums"),

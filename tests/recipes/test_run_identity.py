@@ -67,10 +67,10 @@ def test_a_run_goes_on_with_what_it_began_with() -> None:
     ("now", "words"),
     [
         (start(3, 12, model="a", tokenizer="b"), r"began with 2 processes \(global batch 8\) and there are 3 now"),
-        (start(model="c", tokenizer="b"), r"the model \(at/model\) is another one .*began; put"),
-        (start(model="c", tokenizer="d"), r"the model \(at/model\) is another one .*and so are: tokenizer; put"),
-        (start(model="a"), r"the tokenizer \(at/tokenizer\) is another one"),
-        (start(model="a", tokenizer="b", adapter="c"), r"the adapter \(at/adapter\) is another one"),
+        (start(model="c", tokenizer="b"), r"the model \(at/model\) has changed since the run began; put"),
+        (start(model="c", tokenizer="d"), r"the model \(at/model\) has changed .*and so have: tokenizer; put"),
+        (start(model="a"), r"the tokenizer \(at/tokenizer\) has changed since the run began"),
+        (start(model="a", tokenizer="b", adapter="c"), r"the adapter \(at/adapter\) has changed since the run began"),
     ],
 )
 def test_a_run_does_not_go_on_with_anything_else(now: dict[str, Any], words: str) -> None:

@@ -156,7 +156,7 @@ def test_chat_keeps_a_models_own_template_and_training_says_that_it_does_not(
 
     monkeypatch.setattr(DeepseekV2ForCausalLM, "generate", spy)
     assert dsv2("chat", "base", "--prompt", "Hi", "--max-new-tokens", "1") == 0
-    assert capsys.readouterr().err.count("base: speaks by its own chat template") == 1
+    assert capsys.readouterr().err.count("base: uses its own chat template") == 1
     assert seen == ["<|user|>Hi<|assistant|>"]
     for command in ("check", "sft"):
         assert dsv2(command, "sft.yaml") == 0

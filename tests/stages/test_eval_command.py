@@ -177,10 +177,10 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace('"1 + 1?"', '"1 + 2?"')),
         "rows.jsonl has changed since the run began",
     ),
-    "weights": (lambda: remake("model.safetensors"), "the base model (m) is another one"),
+    "weights": (lambda: remake("model.safetensors"), "the base model (m) has changed since the run began"),
     "decoding": (
         lambda: rewrite("generation_config.json", {"repetition_penalty": 2.0}),
-        "the generation config (m) is another one",
+        "the generation config (m) has changed since the run began",
     ),
 }
 

@@ -109,5 +109,5 @@ def test_figures_are_those_of_trls_own_head(adapted: bool, float32: bool):
 
 def test_a_float32_head_does_not_go_with_adapters_on_it(tmp_path: Path):
     lora = {"targets": ["lm_head"], "r": 2}
-    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 does not go with lm_head"):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 cannot be combined with lm_head"):
         rl_recipe(tmp_path, lora=lora, training={"cast_lm_head_to_fp32": True})
