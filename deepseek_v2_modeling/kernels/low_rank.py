@@ -44,8 +44,8 @@ def flattened(factors: Iterable[Factors]) -> Iterator[torch.Tensor | None]:
 
 def shares_of(scalings: Sequence[float], tensors: Sequence[torch.Tensor | None]) -> list[Share]:
     """The shares of adapters, from the scaling of each and their `flattened` tensors."""
-    given: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    factors = zip(*[iter(given)] * len(Factors._fields), strict=True)
+    contiguous: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    factors = zip(*[iter(contiguous)] * len(Factors._fields), strict=True)
     return [Share(scaling, Factors(*laid)) for scaling, laid in zip(scalings, factors, strict=True)]
 
 
