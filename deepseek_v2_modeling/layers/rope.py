@@ -102,17 +102,6 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates interleaved pairs, in float32. x [B, H, T, R]; cos and sin [B, T, R/2]; the dtype of x comes back."""
     pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
-        rotated = torch.view_as_real(_as_complex(pairs) * torch.complex(cos, sin))
-    else:
-        even, odd = pairs.unbind(-1)
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
-def _as_complex(pairs: torch.Tensor) -> torch.Tensor:
-    """[..., 2] -> [...] complex. One product of these is, with its gradient, a seventh of the work on every other
-    number of a row."""
-    aligned = all(place % 2 == 0 for place in (pairs.storage_offset(), *pairs.stride()[:-1]))
-    return torch.view_as_complex(pairs if aligned else pairs.clone(memory_format=torch.contiguous_format))
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

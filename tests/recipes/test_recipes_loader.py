@@ -165,7 +165,7 @@ def test_list_entries_are_addressed_by_number_and_by_name() -> None:
         ("seed=!!bool maybe", "not valid YAML"),
         ('seed="\\U00110000"', "not valid YAML"),
         ("lora={[1]: 2}", "not valid YAML"),
-        ("data=" + "[" * 101 + "]" * 101, "too deep in one another (at most 100)"),
+        ("data=" + "[" * 101 + "]" * 101, "nested too deeply (at most 100)"),
         ("data=[{path: x", 'override "data":1: not valid YAML'),
         ("data.2.path=x", 'override "data.2.path": data has no entry "2"; its entries are 0 to 1'),
         ("output_dir.x=1", "override \"output_dir.x\": output_dir is 'runs/x', not a section with keys"),
