@@ -218,6 +218,45 @@ def test_html_in_every_input_is_escaped(tmp_path: Path) -> None:
     assert not {"script", "img", "b<"} & {tag for tag, _ in parse(page).seen}
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "</title><script>x</script>",
+        "</style><script>x</script>",
+        "</svg></text></details><form action=//evil><input>",
+        '"><svg onload=alert(1)><animate onbegin=alert(1)>',
+        "' onmouseover='alert(1)",
+        "--><base href=//evil><!--",
+        "<a href=javascript:alert(1)>x</a>",
+        "<meta http-equiv=refresh content=0;url=//evil>",
+        "<iframe srcdoc='&lt;script&gt;'>",
+        "{{ 7*7 }}{% import os %}",
+        "&lt;script&gt;\x1b]0;x\x07\u202e",
+    ],
+)
+def test_no_text_leaves_its_place(attack: str, tmp_path: Path) -> None:
+    """The page has the elements that it has with a plain word in the place of each text."""
+    shapes = []
+    for name, text in (("a", attack), ("b", "word")):
+        run = make_stage(
+            tmp_path / name / text.replace("/", "-"),
+            "rl",
+            [{"step": s, "loss": s, f"rewards/{text}/mean": s, text: s, f"eval_{text}_loss": s} for s in (1, 2)],
+            [said(text, text, step=s, reference=text, rewards={text: 1}, task=text, decoding=text) for s in (1, 2)],
+        )
+        (run / "recipe.yaml").write_text(f"stage: rl\nx: {json.dumps(text)}\n")
+        (run / "manifest.json").write_text(
+            json.dumps({"status": text, "command": text, "diff": f"{text}\n", text: text})
+        )
+        lines(run / "rejected.jsonl", [{"reason": text}])
+        figures = {"stages": {text: {text: 0.5, "exact_match": 0.25}}, "reward_models": {text: {"pair_accuracy": 0.5}}}
+        (run / "results.json").write_text(json.dumps({**figures, text: text}))
+        page = page_of(run)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
+        shapes.append([(tag, sorted(attributes)) for tag, attributes in parse(page).seen])
+    assert shapes[0] == shapes[1]
+
+
 def test_curves_have_axes_legends_and_words(tmp_path: Path) -> None:
     metrics = [
         {"step": s, "loss": 4.0 / s, "reward": s / 40, "rewards/safety/mean": s / 80, "kl": s / 1000, "other/key": s}
