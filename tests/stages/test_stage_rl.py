@@ -16,7 +16,7 @@ from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_train
 from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
 from rl.rewards import Reward, RewardModelReward, RuleReward
-from rl.stage import grpo_config, prompt_dataset, train
+from rl.stage import grpo_config, planned_config, prompt_dataset, rehearsal, train
 from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
 
 from ..helpers.models import random_ids
@@ -375,6 +375,17 @@ def test_a_rule_without_references_stops_before_the_first_step(tmp_path):
     rows = [{"messages": user("hello")}] * 4
     with pytest.raises(ToolkitError, match="number needs a reference"):
         run(tmp_path, rows=rows, rewards=[Vowels("vowels"), RuleReward("number")])
+
+
+def test_the_toy_run_of_a_check_is_the_recipes_own(tmp_path):
+    training = {"per_device_train_batch_size": 2, "num_generations": 2, "max_steps": 1, "learning_rate": 0.25}
+    asked = recipe(tmp_path, training=training, max_tokens=7)
+    planned = planned_config(asked)
+    assert planned.learning_rate == 0.25 and planned.reward_weights == [1.0] and Path(planned.output_dir) == tmp_path
+    trainer = rehearsal(asked, chat_model(), byte_tokenizer(), tmp_path)
+    assert [row["prompt"] for row in trainer.train_dataset] == [user("a")] * 2
+    assert trainer.args.learning_rate == 0.25
+    assert trainer.train().global_step == 1
 
 
 def test_prompts_come_from_any_canonical_row():
