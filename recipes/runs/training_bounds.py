@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from conversations.errors import ToolkitError
 
+LARGEST = 10**12  # of any of them; what is far beyond that fits into no 64 bits, or overflows in the first step
+
 
 class Bounds(NamedTuple):
     """low <= value <= high; with `open_low`, low < value. also: values outside these that mean something else."""
@@ -21,13 +23,17 @@ class Bounds(NamedTuple):
 
     def hold(self, value: float) -> bool:
         inside = (value > self.low if self.open_low else value >= self.low) and value <= self.high
-        return math.isfinite(value) and (inside or value in self.also)
+        return _is_finite(value) and (inside or value in self.also)
 
     def __str__(self) -> str:
         low = f"{'over' if self.open_low else 'at least'} {self.low:g}" if self.low > -math.inf else ""
         high = f"at most {self.high:g}" if self.high < math.inf else ""
         words = " and ".join(filter(None, (low, high))) or "a finite number"
         return " or ".join([words, *(f"{value:g}" for value in self.also)])
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # a whole number of 400 digits has no float
 
 
 _COUNT = Bounds(1)
@@ -109,5 +115,9 @@ def check_bounds(training: Mapping[str, Any]) -> None:
     """
     for key, value in training.items():
         bounds = BOUNDS.get(key)
-        if bounds and isinstance(value, (int, float)) and not isinstance(value, bool) and not bounds.hold(value):
+        if not bounds or not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not bounds.hold(value):
             raise ToolkitError(f"training.{key}: must be {bounds}, not {value!r}")
+        if abs(value) > LARGEST:
+            raise ToolkitError(f"training.{key}: must be at most {LARGEST:,}, not {value!r}")

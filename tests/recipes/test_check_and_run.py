@@ -29,6 +29,7 @@ KNOWN: list[Case] = [
     ("eval", {("tasks", 0, "patterns"): ["["]}),
     ("eval_reward", {("model", "config"): {"hidden_size": 8}}),
     ("eval_reward", {("tasks", 0, "data", 0, "path"): "judged.jsonl"}),
+    ("sft", {("training", "per_device_eval_batch_size"): 10**30}),
     ("chain", {("compare",): [{"name": "a", "before": "eval_sft", "after": "eval_sft", "task": "absent"}]}),
 ]
 

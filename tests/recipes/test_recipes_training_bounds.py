@@ -52,6 +52,11 @@ def test_the_configs_own_defaults_are_inside() -> None:
         ("temperature", 0, "over 0"),
         ("top_p", 1.5, "over 0 and at most 1"),
         ("num_generations", 1, "at least 2"),
+        ("per_device_train_batch_size", 10**30, "at most 1,000,000,000,000"),
+        ("per_device_eval_batch_size", 10**400, "at most 1,000,000,000,000"),
+        ("max_steps", 10**30, "at most 1,000,000,000,000"),
+        ("learning_rate", 1e30, "at most 1,000,000,000,000"),
+        ("max_length", 10**13, "at most 1,000,000,000,000"),
     ],
 )
 def test_a_number_outside_is_refused(field: str, value: Any, must: str) -> None:
