@@ -136,7 +136,7 @@ def main() -> None:
     args.dtype = args.dtype or faster
     tokenizer = build_tokenizer("tiny" if args.shape == "tiny" else "v2-lite-mini")
     rows = [row for path in args.paths for row in load_conversations(path)]
-    data, report = encode_rows(
+    data, report, _ = encode_rows(
         rows, tokenizer, train_on="all_assistant", max_length=args.max_length, too_long="truncate"
     )
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -184,9 +184,8 @@ def goldens(bench: Bench) -> Figures:
                 if key in grads:
                     assert relative(grads[key].grad, wanted) < 2e-5, f"{name} {attention}: gradient of {key}"
             with torch.no_grad():
-                low = (
-                    model.eval().to(torch.bfloat16)(golden["input_ids"], attention_mask=golden["attention_mask"]).logits
-                )
+                low_precision = model.eval().to(torch.bfloat16)
+                low = low_precision(golden["input_ids"], attention_mask=golden["attention_mask"]).logits
             found[f"{name}_{attention}"] = {
                 "logits_off": worst, "loss_off": loss, "bf16_relative": relative(low[real], golden["logits"][real]),
             }  # fmt: skip
@@ -411,16 +410,8 @@ def rollout(bench: Bench) -> Figures:
     twin = bench.twin(model)
 
     def ours() -> None:
-        generate_answers(
-            model,
-            rows,
-            pad_token_id=0,
-            eos_token_id=2,
-            max_new_tokens=new,
-            temperature=1.0,
-            batch_size=64,
-            seeds=range(len(rows)),
-        )
+        ends = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": new}
+        generate_answers(model, rows, **ends, temperature=1.0, batch_size=64, seeds=range(len(rows)))
 
     @torch.no_grad()
     def theirs() -> None:

@@ -30,6 +30,9 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(function)  # here, not above: it imports half a second's worth
         try:
             return compiled(x, *args)
+        except torch.OutOfMemoryError:  # says nothing of the compiler
+            compiled = None
+            raise
         except Exception as error:  # no Triton, no C compiler, an old driver
             compiled = function
             logger.warning_once(f"nothing is compiled on this GPU, which is slower: {str(error).splitlines()[0]}")

@@ -72,7 +72,7 @@ def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: torch.Tensor, sh
             target.copy_(y)
     y_SO[groups.filled :] = 0
     for share in shares:
-        low_rank.add_share(groups.pieces, share, x_SI, y_SO)
+        low_rank.add_share(groups.pieces, share, x_SI, y_SO, dtype)
     return y_SO
 
 
@@ -99,7 +99,8 @@ def looped_gradient(
             dw_EOI[expert] = torch.mm(g.t(), x_SI[rows].to(dtype))
     if dx_SI is not None:
         dx_SI[groups.filled :] = 0
-    return dx_SI, dw_EOI, [low_rank.share_gradient(groups.pieces, share, x_SI, g_SO, dx_SI) for share in shares]
+    gradients = [low_rank.share_gradient(groups.pieces, share, x_SI, g_SO, dx_SI, dtype) for share in shares]
+    return dx_SI, dw_EOI, gradients
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -163,14 +164,12 @@ class Groups:
         of x."""
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
-        if self.looped:
-            scalings, factors = [a.scaling for a in adapters], (a.factors(len(w_EOI), x_SI) for a in adapters)
-            with torch.autocast("cpu", enabled=False):
-                return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
-        shares = shares_of(
-            [a.scaling for a in adapters], list(flattened(a.factors(len(w_EOI), x_SI) for a in adapters))
-        )
-        return ragged_product(self.ends, x_SI, w_EOI, shares)
+        shares = [Share(adapter.scaling, adapter.factors(len(w_EOI), x_SI)) for adapter in adapters]
+        if not self.looped:
+            return ragged_product(self.ends, x_SI, w_EOI, shares)
+        scalings, factors = [share.scaling for share in shares], (share.factors for share in shares)
+        with torch.autocast("cpu", enabled=False):
+            return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
 
     def product(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
         """As `linear`, outside of autograd, on x in the dtype of the product."""
@@ -253,11 +252,16 @@ def summed_slots(rows_PD: torch.Tensor, places_NK: torch.Tensor) -> torch.Tensor
     return rows_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape).sum(1)
 
 
-@fused
 def weighted_slots(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """[N, D] float32: the weighted sum of each token's rows."""
     if y_PD.device.type == "cpu":
         return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+    return weighted_sum(y_PD, places_NK, weights_NK)
+
+
+@fused
+def weighted_sum(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """`weighted_slots` by plain operations."""
     rows_NKD = y_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape)
     return (rows_NKD.float() * weights_NK.unsqueeze(-1)).sum(1)
 

@@ -31,10 +31,12 @@ class Share(NamedTuple):
     scaling: float
     factors: Factors
 
-    def cast(self, dtype: torch.dtype) -> "Share":
-        """a and b of all experts at once."""
+    def for_pieces(self, pieces: Sequence["Piece"], dtype: torch.dtype) -> Factors:
+        """The factors, a and b of all experts cast at once where the pieces have more blocks than there are experts;
+        else, as in a decode step, those of each piece are still to be cast."""
         z, a, b = self.factors
-        return Share(self.scaling, Factors(z, a.to(dtype), b.to(dtype)))
+        many = sum(len(piece.expert_Q) for piece in pieces) > len(a)
+        return Factors(z, a.to(dtype), b.to(dtype)) if many else self.factors
 
 
 def flattened(factors: Iterable[Factors]) -> Iterator[torch.Tensor | None]:
@@ -79,29 +81,45 @@ def pieces(counts: Sequence[int], block: int, rows: int) -> list[Piece]:
     return [Piece(slice(s, s + len(part) * block), part) for s, part in zip(starts, expert_Q.split(PIECE), strict=True)]
 
 
-def add_share(pieces: Iterable[Piece], share: Share, x_SI: torch.Tensor, y_SO: torch.Tensor) -> None:
-    """y += the share of a product on x, in the dtype of both."""
-    scaling, (z, a, b) = share.cast(y_SO.dtype)
+def add_share(
+    pieces: Sequence[Piece], share: Share, x_SI: torch.Tensor, y_SO: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """y += the share of a product on x; products in `dtype`."""
+    z, a, b = share.for_pieces(pieces, dtype)
     for piece in pieces:
-        low = torch.bmm(piece.of(x_SI if z is None else z), a[piece.expert_Q].transpose(1, 2))
-        piece.of(y_SO).baddbmm_(low, b[piece.expert_Q].transpose(1, 2), alpha=scaling)
+        x, y, experts = piece.of(x_SI if z is None else z).to(dtype), piece.of(y_SO), piece.expert_Q
+        low = torch.bmm(x, a[experts].to(dtype).transpose(1, 2))
+        _add_product(y, low, b[experts].to(dtype).transpose(1, 2), share.scaling)
 
 
 def share_gradient(
-    pieces: Iterable[Piece], share: Share, x_SI: torch.Tensor, g_SO: torch.Tensor, dx_SI: torch.Tensor | None
+    pieces: Sequence[Piece],
+    share: Share,
+    x_SI: torch.Tensor,
+    g_SO: torch.Tensor,
+    dx_SI: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Factors:
-    """The gradients of the share's factors; that of x is added to dx, where there is one."""
-    scaling, (z, a, b) = share.cast(g_SO.dtype)
+    """The gradients of the share's factors; that of x is added to dx, where there is one. Products in `dtype`."""
+    z, a, b = share.for_pieces(pieces, dtype)
     of_z = None if z is None else torch.zeros_like(z)
-    found = Factors(of_z, torch.zeros_like(share.factors.a), torch.zeros_like(share.factors.b))
+    gradients = Factors(of_z, torch.zeros_like(share.factors.a), torch.zeros_like(share.factors.b))
     into = dx_SI if z is None else of_z
     for piece in pieces:
-        experts, x, g = piece.expert_Q, piece.of(x_SI if z is None else z), piece.of(g_SO)
-        a_Q = a[experts]
-        g_low = torch.bmm(g, b[experts]).mul_(scaling)
-        low = torch.bmm(x, a_Q.transpose(1, 2)).mul_(scaling)
-        found.a.index_add_(0, experts, torch.bmm(g_low.transpose(1, 2), x).to(found.a.dtype))
-        found.b.index_add_(0, experts, torch.bmm(g.transpose(1, 2), low).to(found.b.dtype))
+        experts, x, g = piece.expert_Q, piece.of(x_SI if z is None else z).to(dtype), piece.of(g_SO).to(dtype)
+        a_Q = a[experts].to(dtype)
+        g_low = torch.bmm(g, b[experts].to(dtype)).mul_(share.scaling)
+        low = torch.bmm(x, a_Q.transpose(1, 2)).mul_(share.scaling)
+        gradients.a.index_add_(0, experts, torch.bmm(g_low.transpose(1, 2), x).to(gradients.a.dtype))
+        gradients.b.index_add_(0, experts, torch.bmm(g.transpose(1, 2), low).to(gradients.b.dtype))
         if into is not None:
-            piece.of(into).baddbmm_(g_low, a_Q)
-    return found
+            _add_product(piece.of(into), g_low, a_Q, 1.0)
+    return gradients
+
+
+def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+    """into += scaling * left @ right, in the dtype of the two, which may be wider."""
+    if into.dtype == left.dtype:
+        into.baddbmm_(left, right, alpha=scaling)
+    else:
+        into.add_(torch.bmm(left, right), alpha=scaling)

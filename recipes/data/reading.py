@@ -43,9 +43,17 @@ class Source:
     def located(self) -> Located:
         return locate(self.file, self.split.name if self.file.is_dir() else "")
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """That of the one file; of several, that of their names and hashes."""
+        return self._hashed[1]
+
+    @cached_property
+    def _hashed(self) -> tuple[list[tuple[int, int]], str]:
+        """(the state that was hashed, the hash)"""
+        return self._state(), self._hash()
+
+    def _hash(self) -> str:
         paths = self.located.paths
         if paths == (self.file,):
             return file_sha256(self.file)
@@ -53,7 +61,11 @@ class Source:
         return sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
-    def state(self) -> list[tuple[int, int]]:
+    def has_changed(self) -> bool:
+        """Since its hash was asked for."""
+        return self._hashed[0] != self._state()
+
+    def _state(self) -> list[tuple[int, int]]:
         """What changes where the files do."""
         return [(about.st_size, about.st_mtime_ns) for about in map(Path.stat, self.located.paths)]
 
@@ -111,7 +123,7 @@ def _read(
     advance: Callable[[int], Any],
 ) -> Part:
     """Append the source's rows, with their origin, to the store."""
-    entry, before, state = source.entry, len(store), source.state
+    entry, before, sha256 = source.entry, len(store), source.sha256  # of what is read now
     reader = load_conversations(
         source.file,
         entry.on_bad_row,
@@ -130,11 +142,11 @@ def _read(
     reader.check()  # a split by number stops before the end
     if len(store) == before:
         raise ToolkitError(f"{source.key}.split: no row of {entry.path} falls into {entry.split!r}")
-    if source.state != state:
+    if source.has_changed:
         raise ToolkitError(f"{source.key}.path: {entry.path} has changed while it was read; start again")
     file = {
         "path": entry.path,
-        "sha256": source.sha256,
+        "sha256": sha256,
         "formats": dict(reader.formats),
         "left_out": reader.rejected,
     }

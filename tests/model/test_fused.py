@@ -10,7 +10,12 @@ from torch import nn
 from deepseek_v2_modeling.kernels import fused as fused_file
 from deepseek_v2_modeling.kernels.expert_training import gated_halves, gated_halves_gradient
 from deepseek_v2_modeling.kernels.fused import fused
-from deepseek_v2_modeling.kernels.grouped_products import summed_slots, weighted_slots_gradient
+from deepseek_v2_modeling.kernels.grouped_products import (
+    summed_slots,
+    weighted_slots,
+    weighted_slots_gradient,
+    weighted_sum,
+)
 from deepseek_v2_modeling.kernels.swiglu import gated
 from deepseek_v2_modeling.layers.norm import weighted_norm
 from deepseek_v2_modeling.layers.rope import rotate
@@ -34,6 +39,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (numbers(ROWS, WIDTH).detach(), nn.SiLU(), numbers(ROWS, 1).detach(), numbers(ROWS, WIDTH // 2).detach()),
     ),
     "sum of slots": (summed_slots, (numbers(ROWS, WIDTH).detach(), PLACES)),
+    "weighted sum of slots": (weighted_sum, (numbers(ROWS, WIDTH).detach(), PLACES, torch.rand(TOKENS, TOP_K))),
     "gradient of slots": (
         weighted_slots_gradient,
         (numbers(TOKENS, WIDTH).detach(), numbers(ROWS, WIDTH).detach(), PLACES.flatten() // TOP_K, torch.rand(ROWS)),
@@ -56,6 +62,11 @@ def test_compiled_as_one_graph(case: str):
     wanted = values_and_gradients(function, arguments)
     for found, plain in zip(values_and_gradients(compiled, arguments), wanted, strict=True):
         torch.testing.assert_close(found, plain)
+
+
+def test_the_weighted_sum_is_that_of_a_cpu():
+    _, arguments = CASES["weighted sum of slots"]
+    torch.testing.assert_close(weighted_sum(*arguments), weighted_slots(*arguments))
 
 
 class OnGpu:
@@ -89,3 +100,19 @@ def test_without_a_compiler_it_runs_plainly(monkeypatch: pytest.MonkeyPatch, cap
     call: Any = fused(lambda x: "plain")
     assert [call(OnGpu(fused_file.MANY)) for _ in range(3)] == ["plain"] * 3
     assert len(tried) == 1 and said == ["nothing is compiled on this GPU, which is slower: Failed to find C compiler"]
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
+    answers: list[Any] = [torch.OutOfMemoryError("no"), "compiled"]
+
+    def run(x: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(torch, "compile", lambda function: run)
+    call: Any = fused(lambda x: "plain")
+    with pytest.raises(torch.OutOfMemoryError):
+        call(OnGpu(fused_file.MANY))
+    assert call(OnGpu(fused_file.MANY)) == "compiled"

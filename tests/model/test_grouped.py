@@ -19,7 +19,8 @@ from deepseek_v2_modeling.kernels.grouped_products import (
     filled_up,
     place_slots,
 )
-from deepseek_v2_modeling.kernels.low_rank import pieces, whole_pieces
+from deepseek_v2_modeling.kernels.low_rank import Factors, Share, add_share, pieces, share_gradient, whole_pieces
+from deepseek_v2_modeling.kernels.ragged_products import ragged_gradient, ragged_product
 from deepseek_v2_modeling.layers import moe as moe_file
 from deepseek_v2_modeling.layers.moe import (
     Routed,
@@ -282,6 +283,46 @@ def test_the_ragged_kernel_gives_the_same(rank: int):
     ours, theirs = (torch.autograd.grad(y, (x, a, b), upstream) for y in (found, wanted))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_gradients_of_the_ragged_kernel(rank: int):
+    """Written out for training on a GPU: those that autograd finds, on the CPU's build of the kernel."""
+    torch.manual_seed(0)
+    ends = torch.tensor([2, 3, 3, 6], dtype=torch.int32)
+    x, w = torch.randn(6, 16, requires_grad=True), torch.randn(EXPERTS, 8, 16, requires_grad=True)
+    a, b = torch.randn(EXPERTS, rank, 16, requires_grad=True), torch.randn(EXPERTS, 8, rank, requires_grad=True)
+    shares = [Share(2.0, Factors(None, a, b))]
+    y = ragged_product(ends, x, w, shares)
+    upstream = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, (x, w, a, b), upstream)
+    with torch.no_grad():
+        dx, dw, (factors,) = ragged_gradient(ends, upstream, x, w, shares, (True, True))
+    for found, expected in zip((dx, dw, factors.a, factors.b), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_low_rank_products_in_float32_beside_bf16(few: bool):
+    """Where a CPU is faster at them (and with more blocks than experts, where factors are cast at once, or fewer)."""
+    torch.manual_seed(0)
+    experts = 64 if few else 2
+    parts = pieces([8] * 2 + [0] * (experts - 2), 2, 16)
+    x, g = torch.randn(16, 6).bfloat16(), torch.randn(16, 5).bfloat16()
+    a, b = torch.randn(experts, 3, 6), torch.randn(experts, 5, 3)
+    share, y, dx = Share(0.5, Factors(None, a, b)), torch.zeros(16, 5).bfloat16(), torch.zeros(16, 6).bfloat16()
+    add_share(parts, share, x, y, torch.float32)
+    found = share_gradient(parts, share, x, g, dx, torch.float32)
+    expert = torch.arange(2).repeat_interleave(8)
+    low = torch.einsum("si,sri->sr", x.float(), a[expert])
+    g_low = torch.einsum("so,sor->sr", g.float(), b[expert])
+    torch.testing.assert_close(y, (0.5 * torch.einsum("sr,sor->so", low, b[expert])).bfloat16())
+    torch.testing.assert_close(dx, (0.5 * torch.einsum("sr,sri->si", g_low, a[expert])).bfloat16())
+    outer = torch.einsum("sr,si->sri", 0.5 * g_low, x.float()).unflatten(0, (2, 8)).sum(1)
+    torch.testing.assert_close(found.a[:2], outer)
+    outer = torch.einsum("so,sr->sor", g.float(), 0.5 * low).unflatten(0, (2, 8)).sum(1)
+    torch.testing.assert_close(found.b[:2], outer)
+    assert not found.a[2:].any() and not found.b[2:].any()
 
 
 @pytest.mark.parametrize("trains", ["tokens and gate weights", "experts", "adapters", "everything"])

@@ -21,6 +21,7 @@ from conversations.sections import DataSource
 from deepseek_v2_modeling.training import IGNORED
 from recipes.cli import main
 from recipes.data.sources import Mixture, read_sources
+from recipes.files import file_sha256
 from reward.data import encode_judged, encode_pairs
 from sft.data import encode_rows
 
@@ -292,3 +293,21 @@ def test_a_directory_beside_is_a_processs_own(tmp_path: Path, monkeypatch: pytes
     assert here.parent.parent == tmp_path and there.parent.parent == tmp_path / "prepared"
     remove_scratch()
     assert [path.name for path in tmp_path.rglob("*")] == ["prepared"]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_file_that_changes_between_its_hash_and_its_rows_is_refused(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else other rows would be found under the hash of the old ones."""
+    data = write(tmp_path / "a.jsonl", [conversation([("a", "b", None)], {})])
+
+    def hash_then_change(path: Path) -> str:
+        sha256 = file_sha256(path)
+        write(data, [conversation([("c", "other", None)], {})])
+        return sha256
+
+    monkeypatch.setattr("recipes.data.reading.file_sha256", hash_then_change)
+    with pytest.raises(ToolkitError, match=r"a\.jsonl has changed while it was read"):
+        read(data, Kept(tmp_path / "kept") if keeps else None)
+    assert not [path for path in (tmp_path / "kept").glob("rows-*")]
