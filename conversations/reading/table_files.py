@@ -185,6 +185,8 @@ def _table_records(batches: Callable[[], Iterable[Any]], packed_size: int) -> It
                     yield Record(number, None, value, problem)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
+    except UnicodeDecodeError as error:  # values were met row by row: this is the name of a column
+        raise OSError("the name of a column is not valid UTF-8") from error
 
 
 def _written_out(batch: Any) -> Any:

@@ -134,6 +134,17 @@ def test_what_an_arrow_file_unpacks_to_is_read_from_it(
         assert sum(sizes) == dictionary == 0
 
 
+@pytest.mark.parametrize("name", ["question", "thing"], ids=["column", "field"])
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_name_that_is_not_utf8_is_one_message(form: str, name: str, tmp_path: Path) -> None:
+    table = pa.table({"question": ["a"], "answer": [{"thing": "b"}]})
+    path = write_arrow(tmp_path / "a.arrow", table, form, None)
+    content = path.read_bytes()
+    assert name.encode() in content
+    path.write_bytes(content.replace(name.encode(), b"\x81" + name.encode()[1:]))
+    assert "not valid UTF-8" in refused(path)
+
+
 @settings(max_examples=200, deadline=None)
 @given(where=st.integers(0, 2000), byte=st.integers(0, 255), cut=st.integers(0, 2000), data=st.binary(max_size=40))
 def test_a_damaged_arrow_file_is_one_message(
