@@ -1,10 +1,12 @@
 """TRL's SFTTrainer on rows that are rendered already: held-out loss by source, samples, and rows that have names."""
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
@@ -25,11 +27,15 @@ from deepseek_v2_modeling.training import (
 )
 from sft.data import origins_of
 
+SAMPLED_SHARE = 0.02  # of the tokens of a run, at most, are sampled; a sampled token takes longer than a trained one
+FEWEST_SAMPLE_TOKENS = 8
+
 
 class ChatTrainer(RunTrainerMixin, SFTTrainer):
     """SFTTrainer for data of `sft.data.encode_rows`.
 
-    probes: the conversations among these rows are asked before and after, for answers of `sample_tokens` at most.
+    probes: the conversations among these rows are asked before and after, for answers of `sample_tokens` at most, and
+        of fewer in a run so short that they would take a good part of it.
     """
 
     def __init__(
@@ -115,19 +121,31 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
     def on_fresh_start(self) -> None:
         self.write_samples("before")
 
+    def _sample_tokens(self) -> int:
+        """Of each answer, by the size of the run: its speed would make them differ from machine to machine."""
+        data: Any = self.train_dataset
+        lengths: Any = pyarrow.compute.list_value_length(data.data.column("input_ids"))
+        rows = len(data) * self.args.num_train_epochs
+        if self.args.max_steps > 0:
+            rows = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        planned = rows * pyarrow.compute.mean(lengths).as_py()
+        few = math.ceil(SAMPLED_SHARE * planned / (2 * len(self.probes)))
+        return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, few))
+
     def write_samples(self, when: str) -> None:
         """Greedy answers to the probes, into samples.jsonl; the main process only."""
         tokenizer: Any = self.processing_class
         if not self.is_world_process_zero() or not self.probes:
             return
         ids = [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p, _ in self.probes]
+        ends = end_tokens(self.model, tokenizer)
         with self.accelerator.autocast():
             answers = generate_answers(
                 self.model,
                 ids,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=end_tokens(self.model, tokenizer),
-                max_new_tokens=self.sample_tokens,
+                eos_token_id=ends,
+                max_new_tokens=self._sample_tokens(),
             )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         lines = [
@@ -136,9 +154,10 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
                 "when": when,
                 "prompt": prompt_text(prompt),
                 "completion": answer_text(text),
+                "truncated": answer[-1] not in ends,
                 "reference": reference,
             }
-            for (prompt, reference), text in zip(self.probes, texts, strict=True)
+            for (prompt, reference), text, answer in zip(self.probes, texts, answers, strict=True)
         ]
         append_lines(self.run_dir / SAMPLES, lines)
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,28 @@ def test_trains_and_writes_a_run(tmp_path):
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("training", "longest"),
+    [
+        ({"max_steps": 1, "per_device_train_batch_size": 1}, 8),
+        ({"max_steps": 1, "per_device_train_batch_size": 24}, 15),
+        ({"max_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}, 15),
+        ({"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 24}, 29),
+        ({"num_train_epochs": 9, "max_steps": -1, "per_device_train_batch_size": 24}, 30),
+    ],
+)
+def test_samples_of_a_short_run_are_short(training: dict[str, Any], longest: int, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 30)
+    monkeypatch.setattr("sft.trainer.SAMPLED_SHARE", 0.25)
+    model = chat_model()
+    bias = torch.zeros(TINY["vocab_size"])
+    bias[[1, 70]] = torch.tensor([-1e9, 1e9])  # always a letter, never an end
+    model.lm_head.register_forward_hook(lambda module, inputs, out: out + bias)
+    run(tmp_path, model=model, training={"save_strategy": "no", **training})
+    said = lines(tmp_path / "samples.jsonl")
+    assert {len(line["completion"]) for line in said} == {longest} and all(line["truncated"] for line in said)
+
+
 def test_samples_end_where_chat_and_evaluation_end(tmp_path, monkeypatch):
     """At the end tokens of generation_config.json too."""
     monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 9)
@@ -126,6 +149,7 @@ def test_samples_end_where_chat_and_evaluation_end(tmp_path, monkeypatch):
     run(tmp_path, model=model, training={"max_steps": 1, "save_strategy": "no"})
     (letter,) = {line["completion"] for line in lines(tmp_path / "samples.jsonl")}
     assert letter == byte_tokenizer().decode([70])
+    assert not any(line["truncated"] for line in lines(tmp_path / "samples.jsonl"))
 
 
 def test_the_loss_is_that_of_the_answers_alone(tmp_path):
