@@ -74,12 +74,16 @@ def encode_rows(
     return encoded_dataset(kept or Kept(), key, _FEATURES, encoded, rows=count, max_length=max_length)
 
 
+def lengths_of(data: Dataset) -> numpy.ndarray:
+    """The number of tokens of each row."""
+    chunks = data.data.column("input_ids").chunks
+    return numpy.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
+
+
 def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
     """Where the rows with these token ids stand, in the documents' order; of rows that are alike, each place once."""
     found: dict[tuple[int, ...], dict[str, None]] = {tuple(ids): {} for ids in documents}
-    chunks = data.data.column("input_ids").chunks
-    lengths = numpy.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
-    likely = numpy.isin(lengths, [len(ids) for ids in found]).nonzero()[0]
+    likely = numpy.isin(lengths_of(data), [len(ids) for ids in found]).nonzero()[0]
     rows: Any = data.select(likely)
     for row in rows:
         found.get(tuple(row["input_ids"]), {})[row["origin"]] = None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pyarrow.compute
 import torch
 from datasets import Dataset
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
@@ -25,7 +24,7 @@ from deepseek_v2_modeling.training import (
     append_lines,
     with_fused_head,
 )
-from sft.data import origins_of
+from sft.data import lengths_of, origins_of
 
 SAMPLED_SHARE = 0.02  # of the tokens of a run, at most, are sampled; a sampled token takes longer than a trained one
 FEWEST_SAMPLE_TOKENS = 8
@@ -124,11 +123,10 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
     def _sample_tokens(self) -> int:
         """Of each answer, by the size of the run: its speed would make them differ from machine to machine."""
         data: Any = self.train_dataset
-        lengths: Any = pyarrow.compute.list_value_length(data.data.column("input_ids"))
         rows = len(data) * self.args.num_train_epochs
         if self.args.max_steps > 0:
             rows = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        planned = rows * pyarrow.compute.mean(lengths).as_py()
+        planned = rows * lengths_of(data).mean()
         few = math.ceil(SAMPLED_SHARE * planned / (2 * len(self.probes)))
         return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, few))
 
