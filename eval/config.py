@@ -7,7 +7,7 @@ has "value" instead, and loss "loss", in nats.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,7 +35,7 @@ def decoding_name(temperature: float) -> str:
 
 # Of a task's settings of answers: those that its metric looks at.
 _USED_BY = {
-    "exact_match": ("rule", "temperatures"),
+    "exact_match": ("rule", "settings", "temperatures"),
     "refusal": ("patterns", "temperatures"),
     "format": ("patterns", "temperatures"),
 }
@@ -53,9 +53,10 @@ class EvalTask(Section):
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; by default the recipe's `data`."
     )
-    rule: Literal["number", "math"] = Field(
+    rule: Literal["number", "math", "code"] = Field(
         default="number", description="exact_match: the rule that compares an answer with its reference."
     )
+    settings: dict[str, Any] = Field(default_factory=dict, description="exact_match: the rule's own settings.")
     patterns: list[str] = Field(
         default_factory=list,
         description="Regular expressions; refusal: found in a sentence, empty takes the usual ones; format: one of "
@@ -71,6 +72,9 @@ class EvalTask(Section):
     def refusal(self) -> Refuse:
         """Says why a row is of no use to the task."""
         if self.metric == "exact_match":
+            from conversations.answers.rules import check_machine
+
+            check_machine(self.rule, self.settings)
             return first_of(no_reference, unreadable_reference([self.rule]))
         return {
             "refusal": no_question,
@@ -104,11 +108,18 @@ class EvalTask(Section):
     @model_validator(mode="after")
     def _only_what_the_metric_uses(self) -> "EvalTask":
         used = _USED_BY.get(self.metric, ())
-        for name in ("rule", "patterns", "temperatures"):
+        for name in ("rule", "settings", "patterns", "temperatures"):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
                 raise ValueError(f"{name} has no effect on {self.metric}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_rule(self) -> "EvalTask":
+        from conversations.answers.rules import check_rule
+
+        check_rule(self.rule, self.settings)
         return self
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from conversations import render_conversation, verify
 from conversations.answers.judging import is_pair, judge
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
-from conversations.answers.rules import check_reference
+from conversations.answers.rules import check_reference, judge_all
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.row import Row
@@ -194,17 +195,18 @@ def row_seed(seed: int, row: int, temperature: float) -> int:
 
 
 def _answered(
-    task: EvalTask, rows: Numbered, subject: Subject, judge_text: Callable[[Row, str], Verdict]
+    task: EvalTask, rows: Numbered, subject: Subject, rule: str, judge_text: Callable[[Row, str], Verdict]
 ) -> Iterator[list[Sample]]:
-    """The judged answers of every row at every temperature, some batches at a time."""
+    """The answers of every row at every temperature, judged by the rule, some batches at a time."""
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             answers = _generate(task, chunk, subject, temperature)
+            jobs = [partial(judge_text, row, text) for (_, row), (text, _) in zip(chunk, answers, strict=True)]
             yield [
-                _sample(number, row, decoding_name(temperature), text, truncated, judge_text(row, text))
-                for (number, row), (text, truncated) in zip(chunk, answers, strict=True)
+                _sample(number, row, decoding_name(temperature), text, truncated, verdict)
+                for (number, row), (text, truncated), verdict in zip(chunk, answers, judge_all(rule, jobs), strict=True)
             ]
 
 
@@ -284,17 +286,22 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the rule finds the reference in the answer."""
-    return _answered(task, rows, subject, lambda row, text: verify(task.rule, text, reference=row["reference"]))
+    judge_text = partial(_compare, task)
+    return _answered(task, rows, subject, task.rule, judge_text)
+
+
+def _compare(task: EvalTask, row: Row, text: str) -> Verdict:
+    return verify(task.rule, text, reference=row["reference"], **task.settings)
 
 
 def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where a sentence of the answer matches a refusal pattern."""
-    return _answered(task, rows, subject, lambda row, text: verify("refusal", text, patterns=task.patterns))
+    return _answered(task, rows, subject, "refusal", lambda row, text: verify("refusal", text, patterns=task.patterns))
 
 
 def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
-    return _answered(task, rows, subject, lambda row, text: verify("format", text, patterns=task.patterns))
+    return _answered(task, rows, subject, "format", lambda row, text: verify("format", text, patterns=task.patterns))
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:

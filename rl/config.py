@@ -1,6 +1,6 @@
 """The recipe of reinforcement learning (GRPO). No torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,9 @@ class RewardEntry(Section):
         default="error", description="Without such a model: stop, or (for trials) score at random in its place."
     )
     rule: str | None = Field(default=None, description="Name of a rule, such as math or number.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="The rule's own settings, such as {partial: true} of code (docs/rules.md)."
+    )
     weight: float = Field(default=1.0, description="Coefficient of this term; may be negative, not zero.")
     normalize: bool = Field(
         default=True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
@@ -44,14 +47,16 @@ class RewardEntry(Section):
         if self.weight == 0:
             raise ValueError("weight is 0: leave the reward out instead")
         if self.rule is not None:
-            from conversations.answers.rules import find_rule
+            from conversations.answers.rules import check_rule
 
-            find_rule(self.rule)
+            check_rule(self.rule, self.settings)
+        elif self.settings:
+            raise ValueError("settings belong to a rule, not to a reward model")
         return self
 
     def judges_like(self, other: "RewardEntry") -> bool:
         """Whether the two give the same value to every answer."""
-        same = (self.rule, self.model) == (other.rule, other.model)
+        same = (self.rule, self.settings, self.model) == (other.rule, other.settings, other.model)
         return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
 
 
@@ -100,8 +105,11 @@ class RlRecipe(TrainingRecipe):
 
     def _refusal(self) -> Refuse:
         """A row must ask something, and one of the rewards must have something to say."""
-        from conversations.answers.rules import needs_reference
+        from conversations.answers.rules import check_machine, needs_reference
 
+        for entry in self.rewards:
+            if entry.rule:
+                check_machine(entry.rule, entry.settings)
         rules = [entry.rule for entry in self.rewards if entry.rule and needs_reference(entry.rule)]
 
         def unjudged(row: Row) -> str | None:

@@ -8,12 +8,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation, verify
 from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.answers.reward_stats import RewardStats
-from conversations.answers.rules import find_rule
+from conversations.answers.rules import find_rule, judge_all
 from conversations.errors import ToolkitError
 from conversations.stage import OtherModel
 from deepseek_v2_modeling.inference import score_sequences
@@ -94,20 +95,27 @@ class RuleReward(Reward):
         ToolkitError: there is no such rule.
     """
 
-    def __init__(self, rule: str, weight: float = 1.0, on_error: OnError = "error"):
+    def __init__(
+        self,
+        rule: str,
+        weight: float = 1.0,
+        on_error: OnError = "error",
+        settings: Mapping[str, Any] | None = None,
+    ):
         super().__init__(rule, weight, on_error)
+        self.rule, self.settings = rule, dict(settings or {})
         rule_function = find_rule(rule)
         self.needs_reference = rule_function.needs_reference
         self.takes_finished = "finished" in rule_function.settings
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        return [self._value(answer) for answer in answers]
+        return judge_all(self.rule, [partial(self._value, answer) for answer in answers])
 
     def _value(self, answer: Answer) -> float | None:
         """The rule's score. A reference that cannot be read touches this answer only."""
-        settings = {"finished": answer.finished} if self.takes_finished else {}
+        settings = {**self.settings, **({"finished": answer.finished} if self.takes_finished else {})}
         try:
-            return verify(self.name, answer.text, prompt=answer.prompt, reference=answer.reference, **settings).score
+            return verify(self.rule, answer.text, prompt=answer.prompt, reference=answer.reference, **settings).score
         except ToolkitError:
             if self.on_error == "error":
                 raise
@@ -159,7 +167,7 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
     rewards: list[Reward] = []
     for index, entry in enumerate(entries):
         if entry.rule is not None:
-            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error))
+            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error, entry.settings))
             continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}

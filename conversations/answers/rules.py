@@ -1,11 +1,14 @@
 """All rules by name: the one entry for rewards, evaluation and whatever else judges an answer. No torch."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
+from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
 from conversations.answers.language import language
 from conversations.answers.mathematics import math, math_reference
@@ -14,6 +17,7 @@ from conversations.answers.refusing import refusal
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 
+_T = TypeVar("_T")
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -22,10 +26,16 @@ class Rule:
     """judge: (completion, prompt=, reference=, settings) -> Verdict; it receives only what it names.
 
     read_reference: raises ToolkitError for a reference that the rule cannot use; None where it needs none.
+    of_rows: whether its references are rows of a data set, not texts. need: raises ToolkitError, given its settings,
+    for a machine that lacks what the rule needs. waits: whether it waits for processes of its own, so that several
+    answers are judged at once.
     """
 
     judge: Callable[..., Verdict]
-    read_reference: Callable[[str], Any] | None = None
+    read_reference: Callable[[Any], Any] | None = None
+    of_rows: bool = False
+    need: Callable[[Mapping[str, Any]], None] | None = None
+    waits: bool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -47,6 +57,7 @@ RULES: dict[str, Rule] = {
     "refusal": Rule(refusal),
     "format": Rule(format),
     "language": Rule(language),
+    "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, waits=True),
 }
 
 
@@ -55,6 +66,43 @@ def find_rule(name: str) -> Rule:
     if name not in RULES:
         raise ToolkitError(f"unknown rule {name!r}{_nearest(name, RULES)}; the rules are: {', '.join(RULES)}")
     return RULES[name]
+
+
+def check_rule(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ToolkitError for an unknown rule, or a setting that it does not have or cannot read."""
+    rule = find_rule(name)
+    unknown = sorted(set(settings) - rule.settings)
+    if unknown:
+        raise ToolkitError(
+            f"the rule {name} has no setting {unknown[0]!r}{_nearest(unknown[0], rule.settings)}; "
+            f"it has: {', '.join(sorted(rule.settings)) or 'none'}"
+        )
+    for key, value in settings.items():
+        default = inspect.signature(rule.judge).parameters[key].default
+        plain = {bool: bool, int: int, float: (int, float)}.get(type(default))
+        if plain and (not isinstance(value, plain) or isinstance(value, bool) != isinstance(default, bool)):
+            raise ToolkitError(
+                f"the setting {key} of the rule {name} must be a {type(default).__name__}, not {value!r:.60}"
+            )
+        if plain and not isinstance(value, bool) and not 0 < value < 1e6:
+            raise ToolkitError(
+                f"the setting {key} of the rule {name} must be above 0 and below a million, not {value!r}"
+            )
+
+
+def check_machine(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ToolkitError where this machine lacks what the rule needs."""
+    if need := find_rule(name).need:
+        need(settings)
+
+
+def judge_all(name: str, jobs: Sequence[Callable[[], _T]]) -> list[_T]:
+    """What the jobs return, each of which judges an answer by the rule: one after the other, or as many at once as
+    there are cores, where the rule waits for other processes."""
+    if not find_rule(name).waits or len(jobs) < 2:
+        return [job() for job in jobs]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def needs_reference(name: str) -> bool:
@@ -66,7 +114,7 @@ def check_reference(name: str, reference: Any) -> None:
     """Raises ToolkitError where a rule that needs a reference cannot read this one."""
     rule = find_rule(name)
     if rule.read_reference is not None:
-        rule.read_reference(_reference_text(reference))
+        rule.read_reference(reference if rule.of_rows else _reference_text(reference))
 
 
 def verify(
@@ -75,27 +123,24 @@ def verify(
     """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
 
     Args:
-        name: of the rule: math, number, refusal, format, language.
+        name: of the rule: math, number, code, refusal, format, language.
         prompt: a text or messages, of which the last user turn counts.
-        reference: the right answer, a text or a number.
-        settings: the rule's own: `patterns` of refusal, `finished` of format.
+        reference: the right answer, a text or a number; for `code` a row with tests.
+        settings: the rule's own: `patterns` of refusal, `finished` of format, `partial`, `timeout`, `memory` and
+            `allow_unsandboxed` of code.
 
     Returns:
         The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt), and why.
 
     Raises:
-        ToolkitError: an unknown rule or setting, or a reference that the rule cannot read.
+        ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code`, a machine
+            without a sandbox.
     """
-    rule = find_rule(name)
-    unknown = sorted(set(settings) - rule.settings)
-    if unknown:
-        raise ToolkitError(
-            f"the rule {name} has no setting {unknown[0]!r}{_nearest(unknown[0], rule.settings)}; "
-            f"it has: {', '.join(sorted(rule.settings)) or 'none'}"
-        )
+    check_rule(name, settings)
+    rule = RULES[name]
     arguments = {
         "prompt": None if prompt is None else _question(prompt),
-        "reference": None if reference is None else _reference_text(reference),
+        "reference": reference if reference is None or rule.of_rows else _reference_text(reference),
     }
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters}
     missing = next((key for key, value in arguments.items() if value is None), None)

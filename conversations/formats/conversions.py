@@ -4,16 +4,17 @@ Each takes the source row, in which columns that hold turns have been read (list
 raises BadRow with the reason where the row cannot be used.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from conversations.formats.bad_row import BadRow, from_json, named, read_text
 from conversations.formats.tools import calls_text, tools_text
 from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
-from conversations.row import Row
+from conversations.row import Row, without_nulls
 
 # GSM8K writes the result after the reasoning, on a last line of its own.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
@@ -262,7 +263,26 @@ def _score(value: Any) -> float:
 
 
 def reference_text(value: Any) -> str:
+    """A reference that is an object or a list of them (tests, for the rule `code`) is kept as its JSON."""
+    if isinstance(value, dict) or (isinstance(value, list) and value and all(isinstance(v, dict) for v in value)):
+        return json.dumps(without_nulls(value), ensure_ascii=False)
     return read_text(value, "reference")
+
+
+def with_tests(row: Row, convert: Callable[[Row], Row], tests: Sequence[str]) -> Row:
+    """A problem of programming, whose reference is what the rule `code` tests an answer by. tests: its keys."""
+    return convert(row) | {"reference": reference_text({key: row.get(key) for key in tests})}
+
+
+def mbpp_task(row: Row, task_key: str, answer_key: str | None) -> Row:
+    """MBPP's text, and behind it the tests, without which nobody knows what to call the function."""
+    listed = row["test_list"]
+    if not isinstance(listed, list) or not all(isinstance(test, str) for test in listed):
+        raise BadRow("test_list must be a list of texts")
+    asked = f"{read_text(row[task_key], task_key)}\n\nYour code should pass these tests:\n\n" + "\n".join(listed)
+    if answer_key is None:
+        return prompt_only(row | {task_key: asked}, task_key)
+    return question(row | {task_key: asked}, task_key, answer_key)
 
 
 READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": _score}

@@ -12,6 +12,7 @@ from conversations.formats.conversions import (
     esft_test,
     gsm8k_question,
     judged,
+    mbpp_task,
     mt_bench,
     pair,
     plain_text,
@@ -24,6 +25,7 @@ from conversations.formats.conversions import (
     swift_pair,
     tool_calls,
     whole_pair,
+    with_tests,
 )
 from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import KEYS as REASONING_KEYS
@@ -154,6 +156,39 @@ _ANSWERED = (
       if (prompt_key, key) != ("question", "answer")),
 )  # fmt: skip
 
+_HUMANEVAL = ("prompt", "entry_point", "test")
+_MBPP = ("test_list", "test_setup_code", "test_imports")
+_TESTED = (
+    Format(
+        "HumanEval problems with their solution",
+        (*_HUMANEVAL, "canonical_solution"),
+        partial(
+            with_tests,
+            convert=partial(question, prompt_key="prompt", answer_key="canonical_solution"),
+            tests=_HUMANEVAL,
+        ),
+    ),
+    Format(
+        "HumanEval problems",
+        _HUMANEVAL,
+        partial(with_tests, convert=partial(prompt_only, key="prompt"), tests=_HUMANEVAL),
+    ),
+    *(
+        Format(
+            f"MBPP tasks ({task}{' with code' if answer else ''})",
+            (task, *answer, _MBPP[0]),
+            partial(
+                with_tests,
+                convert=partial(mbpp_task, task_key=task, answer_key=answer[0] if answer else None),
+                tests=_MBPP,
+            ),
+            _MBPP[1:],
+        )
+        for answer in (("code",), ())
+        for task in ("text", "prompt")
+    ),
+)
+
 JUDGED_FORMATS = tuple(
     Format(
         f"{source.name} with {verdict}",
@@ -171,6 +206,7 @@ FORMATS: tuple[Format, ...] = (
     *_PAIRS,
     *_RANKED,
     *JUDGED_FORMATS,
+    *_TESTED,
     Format("Self-Instruct tasks", ("instruction", "instances"), self_instruct),
     *_ANSWERED,
     Format("questions with tool calls", ("query", "answers"), partial(tool_calls, prompt_key="query", key="answers")),
@@ -187,6 +223,8 @@ _NO_TURNS = {
     "turns",
     "instances",
     "text",
+    *_HUMANEVAL[1:],
+    *_MBPP,
     *(key for known in _RANKED for key in known.keys[3:]),
 }
 

@@ -1,0 +1,165 @@
+"""The one place that runs code which a model wrote: a process with nothing but Python, an empty temporary folder, and
+limits (bubblewrap, which makes the namespaces; docs/sandbox.md says why that one).
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ToolkitError
+from conversations.sandbox.seccomp import program
+
+GUEST = Path(__file__).parent / "guest"
+INSIDE = "/guest"  # what that folder is in a sandbox
+MIB = 1 << 20
+
+UNSANDBOXED = (
+    "WARNING: allow_unsandboxed is true: code that a model wrote runs on this machine with your rights, and can read "
+    "and write whatever you can."
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one process. seconds: by the clock and of CPU. memory: address space, and with it threads. files: what the
+    temporary folder holds, and how long a file may be. output: what is read of a program. In MiB."""
+
+    seconds: float = 10.0
+    memory: int = 512
+    files: int = 16
+    output: int = 1
+
+    @property
+    def words(self) -> list[str]:
+        """As the scripts of `guest/` take them."""
+        return [str(number) for number in (int(self.seconds) + 1, self.memory * MIB, self.files * MIB)]
+
+
+def why_unavailable() -> str | None:
+    """Why nothing can be isolated here, with the remedy; None where it can."""
+    if not sys.platform.startswith("linux"):
+        return f"it needs Linux, and this is {platform.system()}"
+    if program() is None:
+        return f"it knows no {platform.machine()} machines: x86_64 and aarch64 are what it knows"
+    if shutil.which("bwrap") is None:
+        return "it needs bubblewrap: install it (Debian, Ubuntu and Fedora: the package bubblewrap)"
+    return _failed_trial()
+
+
+def require(allow_unsandboxed: bool = False) -> None:
+    """Raises ToolkitError where code cannot be isolated on this machine; says aloud where it need not be."""
+    if allow_unsandboxed:
+        _say_once(UNSANDBOXED)
+    elif why := why_unavailable():
+        raise ToolkitError(
+            f"the rule code runs what a model wrote in a sandbox, which cannot be had here: {why}. "
+            "allow_unsandboxed: true runs it with no protection at all"
+        )
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def _failed_trial() -> str | None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with _started(["-c", "print('ready')"], 1, isolated=True, **pipes) as process:
+        out, err = process.communicate(timeout=30)
+    if out == b"ready\n":
+        return None
+    said = err.decode(errors="replace").strip().splitlines()
+    return (
+        f"bubblewrap cannot isolate here ({said[-1] if said else f'exit code {process.returncode}'}): the system has "
+        "to allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); "
+        "in a container, its runtime has to"
+    )
+
+
+@contextmanager
+def guest(
+    script: str, arguments: Sequence[Any], limits: Limits, isolated: bool, fds: Sequence[int], **pipes: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A script of `guest/` in a sandbox of its own; at the end of the block it and all that it started are killed.
+
+    fds: of this process, which it has too. pipes: stdin, stdout, stderr as for Popen; nothing is written or read
+    without. isolated: False runs it with the limits alone.
+    """
+    folder = INSIDE if isolated else str(GUEST)
+    words = [f"{folder}/{script}", *limits.words, *map(str, arguments)]
+    with _started(words, limits.files, isolated=isolated, fds=fds, **pipes) as process:
+        yield process
+
+
+@contextmanager
+def _started(
+    arguments: Sequence[str], files: int, *, isolated: bool, fds: Sequence[int] = (), **pipes: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **pipes}
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", *arguments]
+    with ExitStack() as stack:
+        if isolated:
+            filtered = stack.enter_context(tempfile.TemporaryFile())
+            filtered.write(program() or b"")
+            filtered.seek(0)
+            fds = [*fds, filtered.fileno()]
+            command = [*isolation(files), "--seccomp", str(filtered.fileno()), *python]
+            folder = "/"
+        else:
+            command, folder = python, stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv2-code-"))
+        process = subprocess.Popen[bytes](
+            command,
+            pass_fds=fds,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            **pipes,
+        )
+        try:
+            yield process
+        finally:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """bubblewrap's end is that of all in its namespace; without it, that of the process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def isolation(files: int) -> list[str]:
+    """bubblewrap's words: no network, no other process, no capability, an empty environment; of the files, Python's
+    standard library and what it is linked with, read-only, and an empty folder."""
+    standard, python = sysconfig.get_path("stdlib"), os.path.realpath(sys.executable)
+    packages = f"{standard}/site-packages"
+    words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    words += ["--hostname", "sandbox", "--size", str(files * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    words += ["--ro-bind", standard, standard, "--tmpfs", packages, "--remount-ro", packages]
+    words += ["--ro-bind", str(GUEST), INSIDE]
+    for path in (python, *_linked(python, standard)):
+        words += ["--ro-bind", path, path]
+    return [*words, "--remount-ro", "/"]
+
+
+@cache
+def _linked(python: str, standard: str) -> tuple[str, ...]:
+    """The shared libraries of the interpreter and of its modules, but for those of a window system."""
+    modules = [str(path) for path in (Path(standard) / "lib-dynload").glob("*.so") if "tkinter" not in path.name]
+    listed = subprocess.run(["ldd", python, *modules], capture_output=True, text=True, check=False).stdout
+    found = (line.split("=>")[-1].split("(")[0].strip() for line in listed.splitlines() if "(0x" in line)
+    return tuple(sorted({path for path in found if path.startswith("/")}))

@@ -1,0 +1,166 @@
+"""Runs tests on a candidate that runs in another sandbox. Nothing of the candidate runs here: its functions are called
+there, and plain values come back.
+
+Arguments: the limits, the numbers of the candidate's channel and of the host's. From the host comes (the model's code,
+the prompt, whose functions may help, setup, tests, names of the candidate's), as `sandbox/tests.py` prepares them; to
+it goes (passed, failed, why the first failed).
+"""
+
+import builtins
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])
+
+from limits import limit
+from wire import Channel, Gone, Reference
+
+MUTABLE = (list, dict, set, bytearray)
+
+
+class Remote:
+    """A name or an object of the candidate."""
+
+    def __init__(self, asks, name, place):
+        object.__setattr__(self, "_at", (asks, name, place))
+
+    def __call__(self, *arguments, **named):
+        return self._at[0](self, "call", arguments, named)
+
+    def __getattr__(self, name):
+        return self._at[0](self, "get", (name,))
+
+    def __setattr__(self, name, value):
+        self._at[0](self, "set", (name, value))
+
+    def __getitem__(self, key):
+        return self._at[0](self, "item", (key,))
+
+    def __len__(self):
+        return self._at[0](self, "length")
+
+    def __bool__(self):
+        return True
+
+    def __iter__(self):
+        return iter(self._at[0](self, "items"))
+
+    def __str__(self):
+        return str(self._at[0](self, "text"))
+
+
+class Asks:
+    """Questions to the candidate, one after the other."""
+
+    def __init__(self, fd):
+        self.channel = Channel(fd, refuse, lambda place: Remote(self, None, place))
+
+    def __call__(self, remote, what, arguments=(), named=None):
+        _, name, place = remote._at
+        target = None if place is None else Reference(place)
+        sent = tuple(map(reference, arguments)), {key: reference(value) for key, value in (named or {}).items()}
+        self.channel.send((name, target, what, *sent))
+        result, error, after = parts(self.channel, 3)
+        if error is not None:
+            raise raised(error)
+        if what == "call" and result is None:
+            follow(arguments, after)
+        return result
+
+
+def parts(channel, number):
+    answer = channel.receive()
+    if type(answer) is not tuple or len(answer) != number:
+        channel.gone = True
+        raise Gone
+    return answer
+
+
+def reference(value):
+    return Reference(value._at[2]) if type(value) is Remote and value._at[2] is not None else value
+
+
+def refuse(value):
+    if type(value) is Remote and value._at[2] is not None:
+        return Reference(value._at[2])
+    raise TypeError(f"the tests hand over a {type(value).__name__}, which cannot leave their sandbox")
+
+
+def raised(error):
+    """An error of the candidate, as the built-in one of its name if there is one."""
+    name, text = map(str, error)
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(text)
+        except TypeError:  # those of Unicode take more than a text
+            pass
+    return RuntimeError(f"{name}: {text}")
+
+
+def follow(arguments, after):
+    """Arguments that a function without a result changed in place change here. Behind one with a result they do not:
+    a test may compare that with what it has handed over."""
+    if type(after) is not tuple or len(after) != len(arguments):
+        return
+    for mine, theirs in zip(arguments, after, strict=True):
+        if type(mine) is type(theirs) and isinstance(mine, MUTABLE) and mine != theirs:
+            mine.clear()
+            (mine.extend if isinstance(mine, (list, bytearray)) else mine.update)(theirs)
+
+
+class Tally:
+    def __init__(self):
+        self.passed, self.failed, self.why = 0, 0, None
+
+    def count(self, passed, source, error):
+        """Called by each assert of the tests."""
+        if passed:
+            self.passed += 1
+        else:
+            self.fail(f"{source}: {described(error)}" if error else f"{source} does not hold")
+
+    def fail(self, why):
+        self.failed += 1
+        self.why = self.why or why
+
+    def run(self, code, namespace):
+        """Code whose asserts are counted; that it ends in an exception is one more failure."""
+        try:
+            exec(compile(code, "<tests>", "exec"), namespace)
+        except (Exception, SystemExit) as error:
+            self.fail(described(error))
+
+
+def described(error):
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+def run(task, candidate):
+    code, prompt, setup, tests, names = task
+    asks, tally = Asks(candidate), Tally()
+    channel = asks.channel
+    try:
+        channel.send(code)
+        if (error := channel.receive()) is not None:
+            return 0, 1, described(raised(error))
+        namespace = {"__name__": "tests", "_count": tally.count}
+        exec(compile(prompt, "<prompt>", "exec"), namespace)
+        for name in names:
+            namespace[name] = Remote(asks, name, None)
+        tally.run(setup, namespace)
+        for test in tests:
+            tally.run(test, namespace)
+    except Gone:
+        pass
+    if channel.gone:  # a test may have caught that, too
+        tally.fail("the code ended its process")
+    return tally.passed, tally.failed, tally.why
+
+
+def main():
+    limit(*map(int, sys.argv[1:4]))
+    host = Channel(int(sys.argv[5]), refuse, refuse)
+    host.send(run(host.receive(), int(sys.argv[4])))
+
+
+main()
