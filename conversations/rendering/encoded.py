@@ -1,7 +1,9 @@
 """Encoded rows on disk: an Arrow file of token ids, and the report of what became of the rows."""
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,6 +57,7 @@ def encoded_dataset(
         with (
             ArrowWriter(path=str(folder / _ROWS), features=features) as writer,
             bar("encoding", rows, "rows", kept.shows) as advance,
+            _rare_collections(),
         ):
             for columns in encoded(report):
                 table = pyarrow.table(columns)
@@ -70,6 +73,18 @@ def encoded_dataset(
 
     place = kept.place("tokens", key, make)
     return EncodedRows(Dataset.from_file(str(_readable(place.folder))), LengthReport.read(place.folder), place)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python's garbage collector less often: among many lists that live on and no circles it takes a quarter of the
+    time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _readable(folder: Path) -> Path:

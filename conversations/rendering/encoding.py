@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from conversations.errors import ToolkitError
+from conversations.rendering.words import encode_by_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,15 @@ def encode_texts(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> 
     once = list(dict.fromkeys(texts))
     if not once:
         return {}
-    encoded: Any = tokenizer(once, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = encode_by_words(once, tokenizer)
     own = {token for ids in special_ids_of(tokenizer).values() for token in ids}
-    for text, ids in zip(once, encoded["input_ids"], strict=True):
+    for text, ids in zip(once, encoded, strict=True):
         if not own.isdisjoint(ids):
             raise ToolkitError(
                 f"the tokenizer encodes the plain text {text[:80]!r} as its begin or end token; the end of an answer "
                 "could then be forged by its words: use other begin and end tokens"
             )
-    return dict(zip(once, encoded["input_ids"], strict=True))
+    return dict(zip(once, encoded, strict=True))
 
 
 def texts_of(runs: Iterable[Run]) -> Iterator[str]:
