@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from conversations.row import is_utf8
@@ -28,6 +31,24 @@ def read_text(value: Any, what: str) -> str:
     if not value.isascii() and not is_utf8(value):
         raise BadRow(f"{what} contains half of a surrogate pair")
     return value
+
+
+def by_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Names by what all their spellings have in common, for `known_name`."""
+    return {_letters(name): name for name in names}
+
+
+def known_name(key: Any, names: Mapping[str, str]) -> str:
+    """The name that a key spells in its own way (lossMask, Loss-Mask for loss_mask); else the key.
+
+    names: of `by_spelling`.
+    """
+    return names.get(_letters(key), key)
+
+
+@lru_cache(maxsize=4096)
+def _letters(name: Any) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def from_json(text: str, otherwise: Any = None) -> Any:

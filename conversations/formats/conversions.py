@@ -37,7 +37,7 @@ def _prompt(row: Row, key: str) -> list[Turn]:
         text = "\n".join([read_text(value, key), *(read_text(row[name], name) for name in more)])
         turns = [Turn("user", text, where=key)]
     elif more:
-        raise BadRow(f"{more[0]} cannot be appended to {key}, which holds several turns: put it into one of them")
+        raise BadRow(f"{more[0]} cannot be appended to {key}, which has several turns: put its text into one of them")
     return _with_system(row, [*_history(row), *turns])
 
 
@@ -72,7 +72,7 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     if own and tools and own != tools:
         raise BadRow("the row and its system turn both define tools, and the definitions differ")
     if first and system.strip() and first.content.strip() != system.strip():
-        raise BadRow("the row has a system column and a system turn with other words; keep one of them")
+        raise BadRow("the row has a system column and a system turn that differ; keep one of them")
     words = first.content if first else system
     tools = own or tools
     if "<tools>" in words:  # Hermes: the system's words list the tools already
@@ -150,7 +150,7 @@ def gsm8k_question(row: Row, prompt_key: str, answer_key: str) -> Row:
 def self_instruct(row: Row) -> Row:
     instances = row["instances"]
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-        raise BadRow("instances must be a list of one {input, output}; write one row for each instance")
+        raise BadRow("instances must contain exactly one {input, output}; write one row for each instance")
     instance = {key: instances[0].get(key) for key in ("input", "output")}
     return question(row | instance, "instruction", "output")
 

@@ -25,14 +25,14 @@ _LIKELY_MORE = {
 def mapping_hint(columns: Mapping[str, str], row: Row) -> str:
     """For a row of no known format; columns: under which it would be one, empty where none are likely."""
     others = ", ".join(str(name) for name in row if name not in columns.values())
-    unread = f" (leaving unread: {others})" if others else ""
-    how = f"perhaps columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
+    unread = f" (not reading: {others})" if others else ""
+    how = f"for example columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
     return f"Map the columns in the recipe: {how}. Known keys: {_known_formats()}"
 
 
 def plain_hint(columns: Mapping[str, str]) -> str:
     """For rows with a verdict; columns: those of plain_columns."""
-    what = "To read such rows as plain conversations (of a pair, its chosen answer)"
+    what = "To train on such rows as plain conversations (for a pair: on its chosen answer)"
     return f"{what}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
 
 

@@ -24,7 +24,7 @@ def refuse_media(values: Mapping[str, Any], what: str) -> None:
         if _names_media(key) or _is_media(value):
             raise BadRow(
                 f"{what} has {key}: images, audio and video cannot be trained on: the model reads text only"
-                + f"; if it holds words, map it: columns: {{other: {key}}}" * (what == "the row")
+                + f"; if it contains text, map it: columns: {{other: {key}}}" * (what == "the row")
             )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from conversations.formats.bad_row import BadRow, named, read_text
+from conversations.formats.bad_row import BadRow, by_spelling, known_name, named, read_text
 
 Reasoning = Literal["refuse", "drop", "think_tags"]
 
@@ -13,6 +13,7 @@ KEYS = (
     "thought_process",
 )  # fmt: skip
 _KEYS = frozenset(KEYS)
+_NAMES = by_spelling(KEYS)
 PARTS = ("thinking", "reasoning", "redacted_thinking")  # types of content parts
 _TEXT_KEYS = ("text", "thinking", "summary", "content", "reasoning")
 # What a column `reasoning` or `thinking` of a whole row may hold instead: a switch.
@@ -39,15 +40,19 @@ def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) 
 
     answers: how many the row has: which of them each of several texts belongs to is not known.
     """
+    columns = {known_name(key, _NAMES): value for key, value in columns.items()}
     if _KEYS.isdisjoint(columns):
         return None
     texts = {key: columns[key] for key in KEYS if _holds_text(columns.get(key))}
     reasoning = reasoning_of(texts, "the row", mode)
     if reasoning and mode == "think_tags" and answers > 1 and isinstance(texts[reasoning[0]], list):
-        raise BadRow(
-            f"the row has {reasoning[0]}, a list beside {answers} answers: put each into the turn it belongs to"
-        )
+        raise BadRow(f"the row has {reasoning[0]}, a list beside {answers} answers: move each entry into its turn")
     return reasoning
+
+
+def is_reasoning(key: Any) -> bool:
+    """Whether a row's column is one of KEYS, however it is spelled."""
+    return known_name(key, _NAMES) in _KEYS
 
 
 def _holds_text(value: Any) -> bool:

@@ -28,9 +28,8 @@ from conversations.formats.conversions import (
     with_tests,
 )
 from conversations.formats.media import refuse_media
-from conversations.formats.reasoning import KEYS as REASONING_KEYS
-from conversations.formats.reasoning import column_reasoning, with_reasoning
-from conversations.formats.training_flags import ROW_FLAGS, row_flags
+from conversations.formats.reasoning import column_reasoning, is_reasoning, with_reasoning
+from conversations.formats.training_flags import is_row_flag, row_flags
 from conversations.formats.turn_reading import Rules, TurnReader, turns_in
 from conversations.row import VERDICTS, Row
 from conversations.tally import Event
@@ -268,8 +267,8 @@ def convert_row(
     _apply(converted, flags, thought, rules, events)
     if row.get("reference") not in (None, "") and "reference" not in known.optional:
         converted["reference"] = reference_text(row["reference"])
-    read = {*ROW_FLAGS, "kind", *(REASONING_KEYS if thought else ())}
-    events.extend(("columns", str(key)) for key in others if key not in read)
+    unused = [key for key in others if key != "kind" and not is_row_flag(key) and not (thought and is_reasoning(key))]
+    events.extend(("columns", str(key)) for key in unused)
     meta = converted.pop("meta", {}) | others
     own = row.get("meta")
     meta = own | meta if isinstance(own, dict) else meta | ({} if own is None else {"meta": own})
@@ -317,7 +316,7 @@ def _apply(
     is_answer = answer["role"] == "assistant"
     off = next((name for name, flag in flags or () if not flag), None)
     if off and not (is_answer and "messages" in converted):
-        raise BadRow(f"the row has {off} false, which cannot be honoured here: leave the row out")
+        raise BadRow(f"the row has {off} false, which cannot be honoured here: remove the row")
     if off and all(not flag for _, flag in flags or ()):  # the row as a whole, whatever its form
         for message in converted["messages"]:
             if message["role"] == "assistant" and message.get("train") is not False:
@@ -326,9 +325,7 @@ def _apply(
     if thought and is_answer:
         answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
     elif thought and rules.reasoning != "drop":
-        raise BadRow(
-            f"the row has {thought[0]}, but no answer that it belongs to (format.reasoning: drop leaves it out)"
-        )
+        raise BadRow(f"the row has {thought[0]}, but no answer to attach it to (format.reasoning: drop leaves it out)")
     if thought and rules.reasoning == "drop":
         events.append(("dropped reasoning", thought[0]))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from conversations.formats.bad_row import BadRow, from_json, named
+from conversations.formats.bad_row import BadRow, by_spelling, from_json, known_name, named
 
 REVERSED = ("masked", "no_loss", "ignore_loss")  # 1 means not trained
 FLAGS = (
@@ -23,8 +23,12 @@ ROW_FLAGS = (
     *FLAGS, *REVERSED, "loss_masks", "loss_weights", "train_mask", "assistant_mask", "assistant_masks",
     "completion_mask", "sample_weight", "example_weight", SPANS,
 )  # fmt: skip
-# Words about training, in a key whose meaning is not known.
-_ABOUT_TRAINING = re.compile(r"(?:^|_)(?:un)?(?:train|trained|training|trainable|loss|mask|masks|masked)(?:_|$)")
+_ROW_NAMES = by_spelling(ROW_FLAGS)
+# Words about training, in a key whose meaning is not known; and where a new word begins in lossMask.
+_ABOUT_TRAINING = re.compile(
+    r"(?:^|[_\W])(?:un)?(?:train|trained|training|trainable|loss|mask|masks|masked)(?:[_\W]|$)"
+)
+_NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _VALUES = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 
@@ -47,7 +51,7 @@ def turn_flag(
     flags = {name: _flag(values[name], name, what) for name in names if not is_absent(values.get(name))}
     for name, value in values.items():
         if speaks_of_training(name) and name not in (*names, SPANS) and not is_absent(value):
-            raise BadRow(f"{what} has {name} {named(value)}, which is not known; write train: true or false")
+            raise BadRow(f"{what} has {name} {named(value)}, a flag that is not supported; write train: true or false")
     if len(set(flags.values())) > 1:
         contradicting = " and ".join(f"{name} {values[name]!r}" for name in flags)
         raise BadRow(f"{what} has {contradicting}, which contradict each other")
@@ -60,7 +64,8 @@ def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, 
     One value for the whole row says something where it is false: then of one turn, or of all.
     turns: how many there are in the file, where they stand in one list.
     """
-    present = {name: columns[name] for name in ROW_FLAGS if name in columns and not is_absent(columns[name])}
+    named_flags = [key for key in columns if is_row_flag(key)]
+    present = {key: columns[key] for key in named_flags if not is_absent(columns[key])}
     by_name = {name: _of_turns(name, value, turns) for name, value in present.items()}
     by_name = {name: flags for name, flags in by_name.items() if flags is not None}
     if any(flags != next(iter(by_name.values())) for flags in by_name.values()):
@@ -68,11 +73,17 @@ def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, 
     return [(name, flag) for name, flags in list(by_name.items())[:1] for flag in flags] or None
 
 
+def is_row_flag(key: Any) -> bool:
+    """Whether a row's column is one of ROW_FLAGS, however it is spelled."""
+    return known_name(key, _ROW_NAMES) in ROW_FLAGS
+
+
 def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
-    if name == "mask" and str(value).lower() == "user":  # NeMo: whose words are hidden from the loss
+    known = known_name(name, _ROW_NAMES)
+    if known == "mask" and str(value).lower() == "user":  # NeMo: whose words are hidden from the loss
         return None
-    if name == SPANS:
-        raise BadRow(f"the row has {SPANS}: spans of characters cannot be honoured")
+    if known == SPANS:
+        raise BadRow(f"the row has {name}: spans of characters cannot be honoured")
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV file
         value = from_json(value, otherwise=value)
     if not isinstance(value, list):
@@ -87,11 +98,11 @@ def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
 def _flag(value: Any, name: str, what: str) -> bool:
     flag = _VALUES.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
     if flag is None:
-        remedy = f"; if it is not about training, map it: columns: {{other: {name}}}" if what == "the row" else ""
+        remedy = f"; if it means something else, map it: columns: {{other: {name}}}" if what == "the row" else ""
         raise BadRow(
             f"{what} has {name} {named(value)}, which cannot be honoured: a turn is trained or not (1 or 0){remedy}"
         )
-    return flag != (name.split("[")[0] in REVERSED)
+    return flag != (known_name(name.split("[")[0], _ROW_NAMES) in REVERSED)
 
 
 def refuse_flags(values: Mapping[str, Any], what: str) -> None:
@@ -104,4 +115,4 @@ def refuse_flags(values: Mapping[str, Any], what: str) -> None:
 @lru_cache(maxsize=4096)
 def speaks_of_training(name: str) -> bool:
     """Whether a key's name has a word about training."""
-    return bool(_ABOUT_TRAINING.search(str(name).lower()))
+    return bool(_ABOUT_TRAINING.search(_NEW_WORD.sub("_", str(name)).lower()))

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
-from conversations.formats.bad_row import BadRow, from_json, named, read_text
+from conversations.formats.bad_row import BadRow, by_spelling, from_json, known_name, named, read_text
 from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import KEYS as REASONING_KEYS
 from conversations.formats.reasoning import PARTS, Reasoning, reasoning_of, reasoning_text, with_reasoning
@@ -54,6 +53,7 @@ CONTENT_KEYS = ("content", "value", "text")
 TOOLS_KEYS = ("tools", "functions")
 CALL_KEYS = ("tool_calls", "function_call")
 READ_KEYS = frozenset((*CALL_KEYS, *FLAGS, *REVERSED, SPANS, *REASONING_KEYS))
+_SPELLINGS = by_spelling(READ_KEYS)
 
 # A turn without a role that holds what several speakers said: {user, assistant}, {input, output}.
 _SPEAKERS = {
@@ -125,8 +125,8 @@ class TurnReader:
         return Turn(role, words, train, where, self._tools(rest, role, what) if rest else None), use
 
     def _rest(self, raw: Mapping[str, Any], role: str, read: tuple[str | None, ...], what: str) -> dict[str, Any]:
-        """The turn's further known keys, in lower case; the others are counted as unused."""
-        rest = {_known_key(key): value for key, value in raw.items() if key not in read}
+        """The turn's further known keys, by our names; the others are counted as unused."""
+        rest = {known_name(key, _SPELLINGS): value for key, value in raw.items() if key not in read}
         refuse_media(rest, what)
         if rest.get("refusal"):
             raise BadRow(f"{what} has refusal, which is not supported")
@@ -264,13 +264,6 @@ def _only(values: Mapping[str, Any], what: str) -> Any:
     if any(value != first for value in values.values()):
         raise BadRow(f"{what} has {' and '.join(values)}, which differ; keep one of them")
     return first
-
-
-@lru_cache(maxsize=4096)
-def _known_key(key: str) -> str:
-    """The key in lower case, where it is one that we know so."""
-    lower = str(key).lower()
-    return lower if lower in READ_KEYS else key
 
 
 def role_of(value: Any, roles: Mapping[str, str], what: str) -> str:

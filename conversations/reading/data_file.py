@@ -38,8 +38,8 @@ class Unpacked:
         self._bytes += count
         if self._bytes > self._most:
             raise OSError(
-                f"unpacks to more than {self._most:,} bytes, {LARGEST_RATIO} times its size or "
-                f"{ALWAYS_ALLOWED:,}, the most that is read; unpack it yourself if it is meant"
+                f"decompresses to more than {self._most:,} bytes, {LARGEST_RATIO} times its size or "
+                f"{ALWAYS_ALLOWED:,}, the limit; decompress it yourself if this is intended"
             )
 
 
@@ -114,7 +114,7 @@ class DataFile:
         """The content, decompressed on the way; it can be read once, from the start to the end.
 
         Raises:
-            OSError: while it is read, where it unpacks to more than may be.
+            OSError: while it is read, where it decompresses to more than the limit.
         """
         stream = _COMPRESSIONS[self.compression](self.path)
         if not self.compression and isinstance(self.path, Path):
@@ -155,7 +155,7 @@ def data_file(path: Path | zipfile.Path) -> DataFile:
     kind, compression = _suffixes(path)
     if kind not in KINDS:
         raise ToolkitError(
-            f"{path}: unknown kind of file; known kinds are {', '.join(KINDS)}, each also as .gz or .zst, and .zip"
+            f"{path}: unsupported file type; supported types are {', '.join(KINDS)}, each also as .gz or .zst, and .zip"
         )
     return DataFile(path, kind, compression)
 

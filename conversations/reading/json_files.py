@@ -27,6 +27,19 @@ _NOT_UTF8 = "not valid UTF-8"
 _DEEPEST = 80  # spaces before an element of an array
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key with two values, of which a dict would lose one."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise ValueError(f"the key {key!r:.60} is given twice, with different values")
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
 def json_records(file: DataFile) -> Iterator[Record]:
     """The records of a .jsonl or .json file; either may hold lines, one array, or objects over several lines."""
     with file.open() as content:
@@ -64,7 +77,7 @@ def _parsed(line: int, written: bytes) -> Record:
     except UnicodeDecodeError:  # in the text of the record such bytes are lone surrogates
         return Record(line, written.decode(errors="surrogateescape"), {}, _NOT_UTF8)
     try:
-        return _object(line, text, json.loads(text))
+        return _object(line, text, json.loads(text, object_pairs_hook=_without_repeats))
     except json.JSONDecodeError as error:
         return Record(line, text, {}, f"broken JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
@@ -115,7 +128,9 @@ def _one_object(text: "_Window") -> Generator[Record, None, bool]:
                 if not (yield from _elements(text)):
                     return False
             else:
-                values[str(key)], _, problem = text.element()
+                value, _, problem = text.element()
+                if not problem and values.setdefault(str(key), value) != value:
+                    problem = f"unreadable JSON: the key {key!r:.60} is given twice, with different values"
         mark = text.peek()
         if not problem and mark == ",":
             text.skip(",")
@@ -182,7 +197,6 @@ class _Window:
         self._is_whole = False
         self.line = 1
         self._start = ""  # of the line that is being looked at; of a long one not all
-        self._json = json.JSONDecoder()
 
     def _read_more(self, size: int) -> None:
         data = self._file.read(size)
@@ -243,7 +257,7 @@ class _Window:
         size = _CHUNK
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end = _JSON.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._is_whole:  # else a number may continue
                     written = self._text[self._at : end]
                     self._move(end)

@@ -7,6 +7,7 @@ datasets wrote is read in its own order. A folder may hold splits: in folders or
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -52,7 +53,7 @@ def locate(path: Path, split: str = "") -> Located:
         matches = _matches(path)
         located = [locate(each, split) for each in matches if each.is_dir() or (_is_data(each) and _has_rows(each))]
         if not located:
-            raise ToolkitError(f"{path}: the pattern matches no file of a known kind")
+            raise ToolkitError(f"{path}: the pattern matches no file of a supported type")
         return Located(
             tuple(file for each in located for file in each.paths),
             tuple(file for each in located for file in each.files),
@@ -95,8 +96,10 @@ def _members(path: Path) -> Iterable[DataFile]:
         raise ToolkitError(f"{path}: {error}") from None
     names = [info.filename for info in entries if not _is_hidden(Path(info.filename))]
     members = [name for name in names if has_known_kind(Path(name)) and _has_rows(Path(name))]
+    if twice := next((name for name, number in Counter(members).items() if number > 1), None):
+        raise ToolkitError(f"{path} contains {twice} twice; pack it again with one of them")
     if not members:
-        raise ToolkitError(f"{path} holds no file of a known kind ({', '.join(KINDS)}), but {_listed(names)}")
+        raise ToolkitError(f"{path} contains no file of a supported type ({', '.join(KINDS)}), but {_listed(names)}")
     return [data_file(zipfile.Path(archive, name)) for name in members]
 
 
@@ -115,9 +118,10 @@ def _folder(path: Path, split: str) -> Located:
     data = [file for file in everything if _is_data(file) and _has_rows(file)]
     others = [str(file.relative_to(path)) for file in everything if file not in data and file.name not in _QUIET]
     if not data:
-        raise ToolkitError(f"{path} holds no file of a known kind ({', '.join(KINDS)}, {_ZIP}), but {_listed(others)}")
+        types = ", ".join([*KINDS, _ZIP])
+        raise ToolkitError(f"{path} contains no file of a supported type ({types}), but {_listed(others)}")
     located = _of_split(path, data, split)
-    notes = (*located.notes, *([f"files of unknown kinds, not read: {_listed(others)}"] if others else []))
+    notes = (*located.notes, *([f"files of unsupported types, not read: {_listed(others)}"] if others else []))
     return Located(located.paths, tuple(file for each in located.paths for file in _members(each)), notes)
 
 
@@ -170,7 +174,7 @@ def _texts(path: Path, names: Any) -> list[str]:
     """Names that a file of a data set lists, which are in its folder."""
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ToolkitError(f"{path}: names {name!r}, which is not a file or folder beside it")
+            raise ToolkitError(f"{path}: names {name!r}, which is not a file or folder next to it")
     return names
 
 

@@ -17,6 +17,7 @@ _BOM = "\ufeff"
 _ARROW_FILE, _ARROW_FILE_START = b"ARROW1", 8  # how a file of Arrow begins, and where its first message does
 NAMELESS = "Unnamed: 0"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = ("\t", ";", "|", ",")  # of files under either name
 
 
 def csv_records(file: DataFile) -> Iterator[Record]:
@@ -64,6 +65,11 @@ def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[R
 def _checked_names(path: str, names: list[str]) -> list[str]:
     if not is_utf8("".join(names)):
         raise ToolkitError(f"{path}:1: not valid UTF-8; save the file as UTF-8")
+    if len(names) == 1 and (other := _other_delimiter(names[0])):
+        raise ToolkitError(
+            f"{path}:1: the first line has {other!r} between its columns; save the file with commas (.csv) "
+            "or tabs (.tsv)"
+        )
     if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
         names = [NAMELESS, *names[1:]]
     twice = [name for name, number in Counter(names).items() if number > 1]
@@ -71,6 +77,11 @@ def _checked_names(path: str, names: list[str]) -> list[str]:
         wrong = f"names {twice[0]!r} twice" if twice and twice[0] else "has an empty name"
         raise ToolkitError(f"{path}:1: the first line {wrong}; it must name the columns")
     return names
+
+
+def _other_delimiter(line: str) -> str | None:
+    """What separates the columns of a first line that is read as one name."""
+    return next((mark for mark in _DELIMITERS if all(name.strip() for name in line.split(mark)) and mark in line), None)
 
 
 def _csv_problem(names: list[str], fields: list[str], written: str) -> str | None:
@@ -85,7 +96,7 @@ def parquet_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
-        OSError: not a parquet file, a damaged one, or unpacks to more than may be.
+        OSError: not a parquet file, a damaged one, or decompresses to more than the limit.
     """
     from pyarrow import parquet
 
@@ -95,10 +106,10 @@ def parquet_records(file: DataFile) -> Iterator[Record]:
 
 
 def _parquet_batches(table: Any, size: int) -> Iterator[Any]:
-    """Raises OSError for a file that says itself that it unpacks to more than may be."""
+    """Raises OSError for a file whose metadata says that it decompresses to more than the limit."""
     about = table.metadata
     if about.num_rows > max(_ROWS_ALLOWED, size):
-        raise OSError(f"has {about.num_rows:,} rows in {size:,} bytes; at most a row for each byte is read")
+        raise OSError(f"has {about.num_rows:,} rows in {size:,} bytes, over the limit of one row per byte")
     groups = map(about.row_group, range(about.num_row_groups))
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     unpacked = Unpacked(size)
@@ -113,7 +124,7 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
     """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
 
     Raises:
-        OSError: not an Arrow file, a damaged one, or unpacks to more than may be.
+        OSError: not an Arrow file, a damaged one, or decompresses to more than the limit.
     """
     from pyarrow import ipc
 

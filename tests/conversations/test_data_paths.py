@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_folder_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
     places = [reader.place for _ in reader]
     assert places == ["d/a.jsonl.gz:1", "d/a.jsonl.gz:2", "d/b.ndjson:1", "d/part/c.parquet:1"]
     assert reader.summary() == "d: prompt/response, 4 rows"
-    assert reader.notes() == ["files of unknown kinds, not read: notes.docx"]
+    assert reader.notes() == ["files of unsupported types, not read: notes.docx"]
 
 
 def test_a_bad_row_of_a_folder_names_its_file(tmp_path):
@@ -89,18 +90,35 @@ def test_zips_that_cannot_be_read(tmp_path):
     )
     for name, reason in (
         ("a", "cannot be read"),
-        ("b", "no file of a known kind .*a.docx"),
+        ("b", "no file of a supported type .*a.docx"),
         ("d", "encrypted|password"),
     ):
         with pytest.raises(ToolkitError, match=reason):
             asked(tmp_path / f"{name}.zip")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name(tmp_path):
+    """Else the second would be read twice and the first never."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", lines("1"))
+        archive.writestr("a.jsonl", lines("2"))
+    with pytest.raises(ToolkitError, match=r"a\.zip contains a\.jsonl twice"):
+        asked(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
+def test_another_delimiter(tmp_path, name, mark):
+    (tmp_path / name).write_text(f"question{mark}answer\nQ{mark}A\n")
+    with pytest.raises(ToolkitError, match=rf"{name}:1: the first line has {re.escape(repr(mark))} between"):
+        asked(tmp_path / name)
+
+
 def test_a_member_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("conversations.reading.data_file.ALWAYS_ALLOWED", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", " " * 5_000_000)
-    with pytest.raises(ToolkitError, match=r"a\.zip: unpacks to more than .* bytes, 200 times its size"):
+    with pytest.raises(ToolkitError, match=r"a\.zip: decompresses to more than .* bytes, 200 times its size"):
         asked(tmp_path / "a.zip")
 
 

@@ -99,6 +99,8 @@ BAD_LINES = [
     (b'\xef\xbb\xbf{"question": "Q", "answer": "A"}', "broken JSON: Unexpected UTF-8 BOM"),
     (b'{"question": "Q\\ud800", "answer": "A"}', "question contains half of a surrogate pair"),
     (b'{"question": "Q\\u0000", "answer": "A"}', "question contains a NUL"),
+    (b'{"question": "Q", "answer": "A", "answer": "B"}', "unreadable JSON: the key 'answer' is given twice, with"),
+    (b'{"question": "Q", "answer": "A", "more": {"a": 1, "a": 2}}', "unreadable JSON: the key 'a' is given twice"),
     (b"42", "not an object: 42"),
     (b'"text"', 'not an object: "text"'),
     (b"null", "not an object: null"),
@@ -250,9 +252,9 @@ def test_wrong_arguments_fail_at_the_call(tmp_path):
     good = written(tmp_path / "a.jsonl", row())
     for path, settings_, reason in (
         (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
-        (tmp_path / "folder", {}, "holds no file of a known kind .*, but b.docx, c.xls"),
-        (tmp_path / "*.xyz", {}, "the pattern matches no file of a known kind"),
-        (tmp_path / "a.docx", {}, "unknown kind of file; known kinds are .jsonl"),
+        (tmp_path / "folder", {}, "contains no file of a supported type .*, but b.docx, c.xls"),
+        (tmp_path / "*.xyz", {}, "the pattern matches no file of a supported type"),
+        (tmp_path / "a.docx", {}, "unsupported file type; supported types are .jsonl"),
         (good, {"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; use one of error, skip"),
     ):
         with pytest.raises(ToolkitError, match=reason):
@@ -286,3 +288,17 @@ def test_number_that_is_cut_between_two_reads_stays_one_number(tmp_path, monkeyp
     rejected = []
     assert questions(load_conversations(tmp_path / "a.json", on_bad_row="skip", on_rejected=rejected.append)) == ["Q"]
     assert [each.reason for each in rejected] == [f"not an object: {10**20}"]
+
+
+def test_a_key_twice_in_arrays_and_objects(tmp_path):
+    """With two values the row is bad; with one value nothing is lost."""
+    once = json.dumps(row("Q"))
+    (tmp_path / "a.json").write_text(f'[\n{once},\n{{"question": "P", "question": "R", "answer": "A"}},\n{once}\n]')
+    rejected = []
+    reader = load_conversations(tmp_path / "a.json", on_bad_row="skip", on_rejected=rejected.append)
+    assert questions(reader) == ["Q", "Q"] and [bad.line for bad in rejected] == [3]
+    (tmp_path / "b.json").write_text('{\n"question": "P",\n"question": "R",\n"answer": "A"\n}')
+    with pytest.raises(ToolkitError, match="the key 'question' is given twice"):
+        list(load_conversations(tmp_path / "b.json"))
+    (tmp_path / "c.jsonl").write_text('{"question": "P", "question": "P", "answer": "A"}')
+    assert questions(load_conversations(tmp_path / "c.jsonl")) == ["P"]

@@ -94,6 +94,8 @@ REASONED = [
     thought(content=[{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "R"}]),
     {"question": "Q", "answer": "R", "reasoning": "T"},
     {"messages": QA, "thinking": "T"},
+    {"messages": QA, "reasoningContent": "T"},
+    thought(**{"Reasoning-Content": "T"}),
 ]
 
 
@@ -123,7 +125,7 @@ def test_reasoning_before_a_call():
         ({"messages": [QA[0] | {"reasoning": "T"}, QA[1]]}, r"messages\[0\] has reasoning, but is a user turn"),
         (thought(content="", reasoning="T"), r"messages\[1\] has reasoning and no answer"),
         (thought(content="<think>T</think>R", reasoning="T"), "its content already contains <think>"),
-        (PAIR | {"reasoning": "T"}, "no answer that it belongs to"),
+        (PAIR | {"reasoning": "T"}, "no answer to attach it to"),
         (thought(reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}]), "that is not text"),
     ],
 )

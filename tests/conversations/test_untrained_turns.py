@@ -11,6 +11,7 @@ from conversations.errors import ToolkitError
 from conversations.formats.bad_row import BadRow
 from conversations.formats.table import convert_row
 from conversations.formats.training_flags import FLAGS
+from conversations.formats.turn_reading import Rules
 from conversations.rendering.fitting import NOTHING_TRAINED, Fitter
 from conversations.rendering.lengths import LengthReport
 
@@ -43,6 +44,19 @@ def of_row(row: dict, **settings) -> str:
 @pytest.mark.parametrize(("off", "on"), [*((off, True) for off in OFF), *((False, on) for on in ON)])
 def test_every_name_and_value_of_a_mask(name, off, on):
     assert of_row({"messages": turns({name: off}, {name: on}, {name: None})}) == "B C"
+
+
+@pytest.mark.parametrize("name", ["lossMask", "LossMask", "loss-mask", "Loss Mask", "LOSS_MASK"])
+def test_every_spelling_of_a_mask(name):
+    """Of a turn, of a row, and of a list of a row; none of them is reported as unused."""
+    events: list = []
+    assert of_row({"messages": turns({name: 0}, {name: 1})}) == "B"
+    assert of_row({"messages": turns({}, {}), name: [0, 1, 0, 0]}) == "A"
+    assert of_row({"messages": turns({}, {}), name: 0}) == ""
+    convert_row({"messages": turns({}, {}), name: [0, 1, 0, 0]}, None, Rules(), events)
+    assert [kind for kind, _ in events] == ["untrained"]
+    with pytest.raises(BadRow, match=f"the row has {name} 0.5.*columns: {{other: {name}}}"):
+        of_row({"messages": turns({}, {}), name: 0.5})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +189,9 @@ def test_flags_that_say_the_reverse_are_honoured(name: str) -> None:
     assert of_row({"messages": turns({name: True}, {name: 0}, {})}) == "B C"
 
 
-@pytest.mark.parametrize("key", ["train_on_this", "untrained", "Loss_Value", "assistant_mask"])
+@pytest.mark.parametrize(
+    "key", ["train_on_this", "untrained", "Loss_Value", "assistant_mask", "skipLoss", "no-training"]
+)
 def test_a_turns_key_that_speaks_of_training_is_honoured_or_refused(key: str) -> None:
     with pytest.raises(BadRow, match=key):
         convert_row({"messages": turns({key: 0.5})})
