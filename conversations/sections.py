@@ -32,8 +32,8 @@ Target = Literal[
 def _no_kernel_of_the_hub(name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(
-            "must be the name of an implementation, such as eager, sdpa or flash_attention_2: kernels of the hub "
-            "(OWNER/NAME) are code, and never loaded"
+            "must be the name of an implementation, such as eager, sdpa or flash_attention_2: kernels from the hub "
+            "(OWNER/NAME) are remote code and are never loaded"
         )
     return name
 
@@ -58,7 +58,7 @@ class ModelSection(Section):
         default=None, description="Preset of `dsv2 init` for a seeded random model when `path` does not exist."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Type of frozen weights and of computation; trained weights are float32 anyway."
+        default="float32", description="dtype of frozen weights and of computation; trained weights are always float32."
     )
     attn_implementation: AttentionName | None = Field(
         default=None, description="transformers' attention implementation (eager, sdpa, ...); null lets it choose."
@@ -76,7 +76,7 @@ class LoraSection(Section):
     alpha: Alpha | dict[Target, Alpha] | None = Field(
         default=None, description="The update is scaled by alpha / r: a number, or one for each target; null is 2 r."
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, at run time only.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, during training only.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     experts_file: str | None = Field(
         default=None, description="Train the adapters of these routed experts only: a file of `dsv2 experts`."
@@ -111,7 +111,7 @@ class LoraSection(Section):
 class FimSection(Section):
     """Fill-in-the-middle on plain text, with DeepSeek-Coder's tokens."""
 
-    rate: float = Field(default=0.5, gt=0, le=1, description="Share of the rows that are turned into it.")
+    rate: float = Field(default=0.5, gt=0, le=1, description="Share of the rows converted to fill-in-the-middle.")
     mode: FimMode = Field(
         default="psm", description="Prefix, suffix, middle (as DeepSeek-Coder was trained), or suffix, prefix, middle."
     )
@@ -137,10 +137,10 @@ class DataSource(Section):
         "the largest weight is used once, the others are sampled or repeated. Without any, all are used once.",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Our name: the file's name, for files in a form of their own."
+        default_factory=dict, description="Known key: the file's name for it, for files with names of their own."
     )
     roles: dict[str, Role] = Field(
-        default_factory=dict, description="The file's names of roles: system, user, assistant or tool."
+        default_factory=dict, description="The file's role name: system, user, assistant or tool."
     )
     on_bad_row: OnBadRow = Field(
         default="error", description="Stop at a bad row, or write it to rejected.jsonl with the reason and continue."
@@ -166,7 +166,7 @@ class FormatSection(Section):
     too_long: TooLong = Field(default="truncate", description="What happens to rows longer than training.max_length.")
     reasoning: Reasoning = Field(
         default="refuse",
-        description="Reasoning that rows keep beside an answer: a bad row, left out, or trained before the answer "
+        description="Reasoning stored with an answer: a bad row, dropped, or trained before the answer "
         "between <think> and </think>.",
     )
 
@@ -255,12 +255,12 @@ class TrainingRecipe(StageRecipe):
         default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
     max_seconds: float | None = Field(
-        default=None, gt=0, description="Stop training, as if the last step were reached, after so many seconds of it."
+        default=None, gt=0, description="Stop training after this many seconds, as if it had reached its last step."
     )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="The same after so many tokens of rows trained on: prompts and answers, no padding. Unlike seconds "
+        description="Stop after this many tokens of trained rows: prompts and answers, no padding. Unlike seconds "
         "they are the same on every machine.",
     )
 
@@ -285,7 +285,7 @@ class SupervisedRecipe(TrainingRecipe):
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations in a row that are not better than the best one so far, by "
+        description="Stop after this many consecutive evaluations without a new best value, by "
         "training.metric_for_best_model (the held-out loss, where it names none).",
     )
     format: FormatSection = Field(

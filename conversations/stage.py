@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations.answers.reward_stats import RewardStats
-from conversations.kept import Kept
+from conversations.row_cache import RowCache
 from conversations.run_files import FINAL
 from conversations.sections import Head, StageRecipe
 
@@ -109,7 +109,7 @@ class Work:
     """What a stage works on.
 
     rows: canonical rows by the name of their list; of a list whose sources go apart, by the source's name in turn.
-    others: by their keys in the recipe. kept: where encoded rows are found and kept. resume: whether the run has begun
+    others: by their keys in the recipe. cache: of encoded rows. resume: whether the run has begun
     before; resume_from: its newest checkpoint.
     """
 
@@ -118,7 +118,7 @@ class Work:
     run_dir: Path
     rows: Mapping[str, Any]
     others: Mapping[str, OtherModel] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)
+    cache: RowCache = field(default_factory=RowCache)
     resume: bool = False
     resume_from: Path | None = None
 

@@ -200,7 +200,7 @@ class LatentCache(Cache):
 
     def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
         if quantization is not None and quantization not in WIDTHS:
-            raise ModelError(f'quantization "{quantization}" is not known: use None, {", ".join(WIDTHS)}')
+            raise ModelError(f'quantization "{quantization}" is not supported: use None, {", ".join(WIDTHS)}')
         if quantization is None:
             codec = RawCodec()
         else:

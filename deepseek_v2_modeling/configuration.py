@@ -286,7 +286,7 @@ def check_rope_number(name: str, value: Any, may_be_zero: bool = False) -> None:
 def check_parts(config: Any) -> None:
     """Raises ModelError for names and token ids of a config that stand for nothing."""
     if config.hidden_act not in ACT2FN:
-        raise ModelError(f'hidden_act "{config.hidden_act}" is not known; DeepSeek-V2 has "silu"')
+        raise ModelError(f'hidden_act "{config.hidden_act}" is not supported; DeepSeek-V2 uses "silu"')
     padding = config.pad_token_id
     if padding is not None and not (is_number(padding) and 0 <= padding < config.vocab_size):
         raise ModelError(

@@ -43,7 +43,7 @@ def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
             return HEADS[head](settings)
     except Exception as error:  # an unknown hidden_act, a pad_token_id beyond the words, ...
         raise ModelError(
-            f"{settings.name_or_path}/config.json: no model can be made of it ({type(error).__name__}: {error})"
+            f"{settings.name_or_path}/config.json: it cannot be built into a model ({type(error).__name__}: {error})"
         ) from error
 
 

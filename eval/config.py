@@ -65,9 +65,9 @@ class EvalTask(Section):
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer, in tokens.")
-    batch_size: int = Field(default=32, ge=1, description="Prompts (or pairs) that run at once.")
-    limit: int | None = Field(default=None, ge=1, description="Use the first so many rows; null uses all.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of an answer, in tokens.")
+    batch_size: int = Field(default=32, ge=1, description="Batch size: prompts (or pairs) processed at once.")
+    limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
 
     def refusal(self) -> Refuse:
         """Says why a row is of no use to the task."""
@@ -88,7 +88,7 @@ class EvalTask(Section):
     def _a_figure_each(cls, temperatures: list[float]) -> list[float]:
         names = [decoding_name(temperature) for temperature in temperatures]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"must differ in six digits: two of them give the figure {twice[0]}")
+            raise ValueError(f"must differ within six digits: two of them are both named {twice[0]}")
         return temperatures
 
     @field_validator("patterns")
@@ -137,7 +137,7 @@ class EvalRecipe(StageRecipe):
             if _RESERVED.search(task.name) or (task.name.endswith("loss") and task.metric != "loss"):
                 raise ValueError(
                     f"a task cannot be called {task.name}: names ending in _n, _truncated, _t1 and the like, or in "
-                    "loss with another metric, mean other figures in results.json"
+                    "loss with another metric, are reserved for other figures in results.json"
                 )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

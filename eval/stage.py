@@ -129,7 +129,7 @@ def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sampl
     kept = kept_samples(run_dir)
     answers = sum("completion" in sample for sample in kept.values())
     if resume and state.is_main_process:
-        print(f"eval: {answers:,} answers from before are kept", file=sys.stderr, flush=True)
+        print(f"eval: {answers:,} answers of the interrupted evaluation are reused", file=sys.stderr, flush=True)
     state.wait_for_everyone()  # before the first appends to what the others read
     return kept
 
@@ -151,7 +151,7 @@ def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> 
     asked = obeyed(model)
     if asked and state.is_main_process and any(task.metric not in ("pair_accuracy", "loss") for task in recipe.tasks):
         settings = ", ".join(f"{field} {value}" for field, value in asked.items())
-        print(f"eval: the model's generation_config is obeyed: {settings}", file=sys.stderr, flush=True)
+        print(f"eval: applying the model's generation_config: {settings}", file=sys.stderr, flush=True)
 
 
 def _measure(

@@ -57,13 +57,13 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or a name that `dsv2 recipes` lists")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to replace, as YAML")
     parser.add_argument("--smoke", action="store_true", help="the recipe at toy size: 2 steps, batch 1")
-    parser.add_argument("--no-cache", action="store_true", help="read and encode all rows again, keep none of it")
+    parser.add_argument("--no-cache", action="store_true", help="read and encode all rows again, without the cache")
 
 
 def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
     from recipes.recipe.loader import load_recipe
 
-    return load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, keep=not arguments.no_cache)
+    return load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, use_cache=not arguments.no_cache)
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +74,9 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
-    parser.add_argument("--prompt", help="answer this and exit; without it, a conversation begins")
+    parser.add_argument("--prompt", help="answer this prompt and exit; without it, start a conversation")
     parser.add_argument("--system", help="the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="maximum answer tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="float32")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
@@ -101,7 +101,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
-    parser.add_argument("--base", metavar="MODEL", help="the model that it is for; the adapter's own config names one")
+    parser.add_argument("--base", metavar="MODEL", help="base model, if not the one in the adapter's config")
 
 
 def _experts_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +275,7 @@ def help_text() -> str:
             *lines,
             "",
             "dsv2 COMMAND --help says more. On several GPUs: torchrun --nproc_per_node 8 --no-python dsv2 COMMAND ...",
-            "Exit codes: 0 done, 2 wrong recipe, data or command, 1 a fault of the toolkit, 130 interrupted.",
+            "Exit codes: 0 done, 2 wrong recipe, data or command, 1 a bug in the toolkit, 130 interrupted.",
             "--traceback (or DSV2_TRACEBACK=1) shows where an error comes from.",
         ]
     )
@@ -300,7 +300,7 @@ def dispatch(argv: Sequence[str]) -> int:
     name, known = argv[0], commands()
     if name not in known:
         near = get_close_matches(name, known, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(known)}"
+        hint = f'did you mean "{near[0]}"?' if near else f"commands: {', '.join(known)}"
         raise ToolkitError(f'unknown command "{name}"; {hint}')
     command = known[name]
     parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)

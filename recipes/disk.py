@@ -27,7 +27,11 @@ def disk_fault(error: BaseException) -> str | None:
 
 def _remedy(number: int) -> str:
     full = number in (errno.ENOSPC, errno.EDQUOT)
-    return "make room and start the same command again" if full else "choose another place, or make this one writable"
+    return (
+        "free some space and run the same command again"
+        if full
+        else "choose another location, or make this one writable"
+    )
 
 
 def _place(error: BaseException) -> str:

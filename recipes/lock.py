@@ -111,7 +111,7 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
     except OSError as error:
         _remove_empty(new_folders)
         raise ToolkitError(
-            f"{place} cannot be written: {error.strerror or error}; make room, or choose another directory"
+            f"{place} cannot be written: {error.strerror or error}; free some space, or choose another directory"
         ) from error
     pid = os.getpid()
     try:
@@ -128,7 +128,7 @@ def _take(file: Path, place: Path) -> int:
     for _ in range(_TRIES):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_symlink() or (file.exists() and not file.is_file()):
-            raise ToolkitError(f"{file} is no plain file, as a lock is; remove it, or choose another directory")
+            raise ToolkitError(f"{file} is not a regular file, as locks are; remove it, or choose another directory")
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         owner = _read(handle)
         if _lock(handle, fcntl.LOCK_EX, owner):
@@ -142,7 +142,7 @@ def _take(file: Path, place: Path) -> int:
                     return handle
         os.close(handle)
         time.sleep(_PAUSE)
-    raise ToolkitError(f"{place} is in use by {owner}; wait for its end, stop it, or choose another directory")
+    raise ToolkitError(f"{place} is in use by {owner}; wait for it to finish, stop it, or choose another directory")
 
 
 def _lock(handle: int, kind: int, owner: Owner) -> bool:

@@ -7,7 +7,6 @@ from datasets import Features, List, Value
 
 from conversations.answers.judging import is_pair
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
 from conversations.rendering.ahead import encoded_ahead
 from conversations.rendering.conversation import conversation_runs
 from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, id_lists, key_of
@@ -15,6 +14,7 @@ from conversations.rendering.encoding import Known, Run, encode_runs
 from conversations.rendering.fitting import Encode, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import JUDGED, PAIR, VERDICTS, Row
+from conversations.row_cache import RowCache
 from reward.config import RewardRecipe
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def encoder(recipe: RewardRecipe, tokenizer: "PreTrainedTokenizerBase", max_leng
 
     def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
         sequences = [answer_ids(row["prompt"], row[key], tokenizer, None) for key in ANSWERS if key in row]
-        kept = _counted(sequences, max_length, recipe.format.too_long, report)
-        return [[(ids, [0] * len(ids)) for ids in kept]] if kept else []
+        fitted = _counted(sequences, max_length, recipe.format.too_long, report)
+        return [[(ids, [0] * len(ids)) for ids in fitted]] if fitted else []
 
     return encode
 
@@ -58,7 +58,7 @@ def encode_pairs(
     *,
     max_length: int | None,
     too_long: TooLong,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> EncodedRows:
     """Columns chosen_ids and rejected_ids, and what became of the rows.
 
@@ -77,12 +77,12 @@ def encode_pairs(
 
     def encoded(report: LengthReport) -> Iterator[Columns]:
         for batch in _answers_ahead(checked(), tokenizer, PAIR[1:]):
-            found = [kept for _, ids in batch if (kept := _counted(ids, max_length, too_long, report))]
+            found = [fitted for _, ids in batch if (fitted := _counted(ids, max_length, too_long, report))]
             yield {f"{key}_ids": id_lists([pair[place] for pair in found]) for place, key in enumerate(PAIR[1:])}
 
     key = key_of(rows, tokenizer, stage="reward", loss="pairwise", max_length=max_length, too_long=too_long)
     count = len(rows) if isinstance(rows, Sequence) else None
-    return encoded_dataset(kept or Kept(), key, _PAIRS, encoded, rows=count, max_length=max_length)
+    return encoded_dataset(cache or RowCache(), key, _PAIRS, encoded, rows=count, max_length=max_length)
 
 
 def encode_judged(
@@ -91,7 +91,7 @@ def encode_judged(
     *,
     max_length: int | None,
     too_long: TooLong,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> EncodedRows:
     """Columns input_ids and target (the label or the score), and what became of the rows.
 
@@ -111,14 +111,14 @@ def encode_judged(
         for batch in _answers_ahead(checked(), tokenizer, JUDGED[1:]):
             found, targets = [], []
             for row, ids in batch:
-                if kept := _counted(ids, max_length, too_long, report):
-                    found += kept
+                if fitted := _counted(ids, max_length, too_long, report):
+                    found += fitted
                     targets.append(float(row[verdict_of(row, report.rows)]))
             yield {"input_ids": id_lists(found), "target": targets}
 
     key = key_of(rows, tokenizer, stage="reward", loss="pointwise", max_length=max_length, too_long=too_long)
     count = len(rows) if isinstance(rows, Sequence) else None
-    return encoded_dataset(kept or Kept(), key, _JUDGED, encoded, rows=count, max_length=max_length)
+    return encoded_dataset(cache or RowCache(), key, _JUDGED, encoded, rows=count, max_length=max_length)
 
 
 def verdict_of(row: Row, number: int) -> str:

@@ -12,8 +12,8 @@ from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
 from conversations.answers.reward_stats import RewardStats
-from conversations.kept import Kept
 from conversations.rendering.encoded import EncodedRows
+from conversations.row_cache import RowCache
 from conversations.run_files import REJECTED, REWARD_STATS
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import score_sequences
@@ -38,7 +38,7 @@ def run(recipe: RewardRecipe, work: Work) -> dict[str, Any]:
         eval_rows=work.rows.get("eval_data"),
         run_dir=work.run_dir,
         resume_from=work.resume_from,
-        kept=work.kept,
+        cache=work.cache,
     )
 
 
@@ -51,7 +51,7 @@ def train(
     eval_rows: Iterable[Row] | None,
     run_dir: Path,
     resume_from: Path | None,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> dict[str, Any]:
     """Trains a DeepseekV2ForSequenceClassification with one label; writes metrics.jsonl, checkpoints and final/.
 
@@ -61,7 +61,7 @@ def train(
         rows: pairs (loss: pairwise) or judged answers (loss: pointwise).
         eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
         resume_from: a checkpoint of the same run to resume from.
-        kept: where encoded rows are found and kept; nowhere without it.
+        cache: of encoded rows; without it they go to a temporary directory.
 
     Returns:
         steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,
@@ -74,13 +74,13 @@ def train(
     datasets.disable_progress_bars()
     rows = rows if isinstance(rows, Sequence) else list(rows)
     eval_rows = eval_rows if isinstance(eval_rows, Sequence) else list(eval_rows or ())
-    trainer, (_, report, place) = build_trainer(
-        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, kept=kept
+    trainer, (_, report, entry) = build_trainer(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, cache=cache
     )
     max_length = recipe.training.get("max_length", RewardConfig.max_length)
     if trainer.is_world_process_zero():
         print(f"reward: {report.summary(max_length)}", file=sys.stderr)
-        print(f"reward: {place.line('encoded', report.rows)}", file=sys.stderr)
+        print(f"reward: {entry.line('encoded', report.rows)}", file=sys.stderr)
         if resume_from is None:
             append_lines(run_dir / REJECTED, report.rejected)
     output = trainer.train(resume_from)
@@ -106,11 +106,11 @@ def build_trainer(
     rows: Sequence[Row],
     eval_rows: Sequence[Row],
     run_dir: Path,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> tuple[PairTrainer | JudgedTrainer, EncodedRows]:
     """The trainer for the recipe's loss, and the rows that it trains on."""
     arguments = reward_config(recipe, run_dir, has_eval=bool(eval_rows))
-    fitting: dict[str, Any] = {"max_length": arguments.max_length, "too_long": recipe.format.too_long, "kept": kept}
+    fitting: dict[str, Any] = {"max_length": arguments.max_length, "too_long": recipe.format.too_long, "cache": cache}
     arguments.max_length = None  # TRL would leave out longer rows without a word
     common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": run_limits(recipe)}
     pairs = [row for row in eval_rows if is_pair(row)]

@@ -72,8 +72,8 @@ class RlRecipe(TrainingRecipe):
             for earlier, other in enumerate(self.rewards[:index]):
                 if entry.judges_like(other):
                     raise ValueError(
-                        f"rewards.{index} judges as rewards.{earlier} does, which would count twice; leave it out, and "
-                        "say in weight how much it counts"
+                        f"rewards.{index} is the same as rewards.{earlier}, so it would count twice; remove it, and "
+                        "set the weight of the other instead"
                     )
         return self
 

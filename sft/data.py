@@ -7,13 +7,13 @@ import numpy
 from datasets import Dataset, Features, List, Value
 
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
 from conversations.rendering.ahead import encoded_ahead
 from conversations.rendering.conversation import TrainOn
 from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, key_of, labelled
 from conversations.rendering.fitting import Encode, Fitter, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import Row
+from conversations.row_cache import RowCache
 from deepseek_v2_modeling.training import IGNORED
 from sft.config import SftRecipe
 
@@ -46,11 +46,11 @@ def encode_rows(
     train_on: TrainOn,
     max_length: int | None,
     too_long: TooLong,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> EncodedRows:
     """Columns input_ids, labels (-100 where nothing is trained) and origin, and what became of the rows.
 
-    The dataset is a file, kept or temporary: memory does not grow with it.
+    The dataset is a file, cached or temporary: memory does not grow with it.
 
     Raises:
         ToolkitError: a row without messages or text, or no row with anything to train.
@@ -71,7 +71,7 @@ def encode_rows(
 
     key = key_of(rows, tokenizer, stage="sft", train_on=train_on, max_length=max_length, too_long=too_long)
     count = len(rows) if isinstance(rows, Sequence) else None
-    return encoded_dataset(kept or Kept(), key, _FEATURES, encoded, rows=count, max_length=max_length)
+    return encoded_dataset(cache or RowCache(), key, _FEATURES, encoded, rows=count, max_length=max_length)
 
 
 def lengths_of(data: Dataset) -> numpy.ndarray:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from trl.trainer.sft_config import SFTConfig
 
-from conversations.kept import Kept
 from conversations.rendering.encoded import EncodedRows
 from conversations.row import Row
+from conversations.row_cache import RowCache
 from conversations.run_files import REJECTED
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, append_lines, training_arguments
@@ -37,7 +37,7 @@ def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:
         eval_rows=work.rows.get("eval_data"),
         run_dir=work.run_dir,
         resume_from=work.resume_from,
-        kept=work.kept,
+        cache=work.cache,
     )
 
 
@@ -50,7 +50,7 @@ def train(
     eval_rows: Iterable[Row] | Mapping[str, Iterable[Row]] | None,
     run_dir: Path,
     resume_from: Path | None,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> dict[str, Any]:
     """Trains `model` on conversations; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
@@ -58,7 +58,7 @@ def train(
         rows: canonical rows with `messages` or `text`; so are `eval_rows`, which give `eval_loss` and the samples'
             prompts. Several sources of them go by name, and give an `eval_NAME_loss` each.
         resume_from: a checkpoint of the same run to resume from.
-        kept: where encoded rows are found and kept; nowhere without it.
+        cache: of encoded rows; without it they go to a temporary directory.
 
     Returns:
         steps, seconds, what became of the rows, and the held-out losses of final/ where there are eval_rows.
@@ -69,7 +69,7 @@ def train(
         StopRequested: a signal ended training early, with a checkpoint.
     """
     trainer, encoded = build_trainer(
-        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, kept=kept
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, cache=cache
     )
     if trainer.is_world_process_zero():
         max_length = recipe.training.get("max_length", SFTConfig.max_length)
@@ -92,7 +92,7 @@ def build_trainer(
     rows: Iterable[Row],
     eval_rows: Iterable[Row] | Mapping[str, Iterable[Row]] | None,
     run_dir: Path,
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
 ) -> tuple[ChatTrainer, dict[str, EncodedRows]]:
     """The trainer of `train`, and what became of the rows: "" -> those trained on, and each held-out source's."""
     datasets.disable_progress_bars()
@@ -104,7 +104,7 @@ def build_trainer(
     max_length = arguments.max_length
     encode = partial(
         encode_rows, tokenizer=tokenizer, train_on=recipe.format.train_on, max_length=max_length,
-        too_long=recipe.format.too_long, kept=kept,
+        too_long=recipe.format.too_long, cache=cache,
     )  # fmt: skip
     encoded = encode(rows)
     held_out = {name: encode(source) for name, (shown, source) in peeked.items() if shown}
@@ -161,12 +161,12 @@ def _datasets(held_out: Mapping[str, EncodedRows]) -> Any:
 
 
 def _tell(encoded: Mapping[str, EncodedRows], max_length: int | None, rejected: Path | None) -> None:
-    """What became of the rows (of held-out ones only where something did), and where they are kept."""
-    for name, (_, report, place) in encoded.items():
+    """What became of the rows (of held-out ones only where something did), and where they are cached."""
+    for name, (_, report, entry) in encoded.items():
         of = f"sft: {name}{': ' if name else ''}"
         if not name or report.truncated or report.split or report.rejected:
             print(f"{of}{report.summary(max_length)}", file=sys.stderr)
-        print(f"{of}{place.line('encoded', report.rows)}", file=sys.stderr)
+        print(f"{of}{entry.line('encoded', report.rows)}", file=sys.stderr)
         if rejected is not None:
             append_lines(rejected, report.rejected)
 

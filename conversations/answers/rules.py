@@ -145,7 +145,7 @@ def verify(
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters}
     missing = next((key for key, value in arguments.items() if value is None), None)
     if missing:
-        return Verdict(None, f"no {missing} to judge by")
+        return Verdict(None, f"no {missing} to compare with")
     return rule.judge(completion, **arguments, **settings)
 
 

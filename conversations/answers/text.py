@@ -68,6 +68,6 @@ def matches(pattern: regex.Pattern[str], text: str, *, whole: bool = False) -> b
         return (pattern.fullmatch if whole else pattern.search)(text, timeout=MOST_SECONDS) is not None
     except TimeoutError:
         raise ToolkitError(
-            f"the pattern {shown(pattern.pattern)} takes over {MOST_SECONDS:g} s, the most that is allowed, on a text "
-            f"of {len(text):,} characters; write it without repeats inside repeats"
+            f"the pattern {shown(pattern.pattern)} took more than {MOST_SECONDS:g} s, the limit, on a text "
+            f"of {len(text):,} characters; write it without nested repeats"
         ) from None

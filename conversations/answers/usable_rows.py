@@ -21,20 +21,20 @@ def no_answer(row: Row) -> str | None:
     if "text" in row:
         return None
     if "messages" not in row:
-        return f"is {_kind(row)}, where a conversation or plain text is needed; for preferences use dsv2 reward"
+        return f"is {_kind(row)}, not a conversation or plain text; for preferences use dsv2 reward"
     answered = any(message["role"] == "assistant" for message in row["messages"])
     return None if answered else "has no answer to train on; for prompts use dsv2 rl or dsv2 eval"
 
 
 def no_conversation(row: Row) -> str | None:
     """No conversation with an answer."""
-    return "is plain text, where a conversation is needed" if "text" in row else no_answer(row)
+    return "is plain text, not a conversation" if "text" in row else no_answer(row)
 
 
 def no_question(row: Row) -> str | None:
     """Nothing that a model could answer."""
     if "text" in row:
-        return "is plain text, which asks nothing"
+        return "is plain text and contains no question"
     return None if split_prompt(row.get("prompt") or row["messages"])[0] else "has no question before its answer"
 
 
@@ -45,13 +45,13 @@ def no_reference(row: Row) -> str | None:
 
 def no_pair(row: Row) -> str | None:
     """No pair of answers."""
-    return None if "chosen" in row else f"is {_kind(row)}, where a pair of chosen and rejected is needed"
+    return None if "chosen" in row else f"is {_kind(row)}, not a pair of chosen and rejected"
 
 
 def no_verdict(row: Row) -> str | None:
     """No judged answer."""
     judged = "completion" in row
-    return None if judged else f"is {_kind(row)}, where an answer with a label or a score is needed (loss: pointwise)"
+    return None if judged else f"is {_kind(row)}, not an answer with a label or a score, which loss: pointwise needs"
 
 
 def other_verdict() -> Refuse:
@@ -64,7 +64,7 @@ def other_verdict() -> Refuse:
         kind = "label" if "label" in row else "score"
         kinds.append(kind)
         if kind != kinds[0]:
-            return f"has a {kind}, and rows before it have a {kinds[0]}; train on one kind at a time"
+            return f"has a {kind}, but earlier rows have a {kinds[0]}; train on one kind at a time"
         return None
 
     return refuse

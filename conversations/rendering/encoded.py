@@ -14,11 +14,11 @@ from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
 from conversations.errors import ToolkitError
-from conversations.kept import Kept, Place
 from conversations.progress import bar
 from conversations.rendering.encoding import tokenizer_identity
 from conversations.rendering.lengths import LengthReport
 from conversations.row import Row
+from conversations.row_cache import CacheEntry, RowCache
 from conversations.scratch import scratch_directory
 
 if TYPE_CHECKING:
@@ -31,17 +31,17 @@ Encoded = Callable[[LengthReport], Iterable[Columns]]
 
 
 class EncodedRows(NamedTuple):
-    """Rows as token ids, what became of them, and where they lie."""
+    """Rows as token ids, what became of them, and their entry in the cache."""
 
     data: Dataset
     report: LengthReport
-    place: Place
+    entry: CacheEntry
 
 
 def encoded_dataset(
-    kept: Kept, key: Any, features: Features, encoded: Encoded, *, rows: int | None, max_length: int | None
+    cache: RowCache, key: Any, features: Features, encoded: Encoded, *, rows: int | None, max_length: int | None
 ) -> EncodedRows:
-    """What `encoded` gives, as a data set that is mapped into memory; found, where it was made before.
+    """What `encoded` gives, as a data set that is mapped into memory; from the cache, if it is there.
 
     Args:
         key: all that the rows depend on, as JSON; None where that is not known.
@@ -56,7 +56,7 @@ def encoded_dataset(
         report, written, counted = LengthReport(), 0, 0
         with (
             ArrowWriter(path=str(folder / _ROWS), features=features) as writer,
-            bar("encoding", rows, "rows", kept.shows) as advance,
+            bar("encoding", rows, "rows", cache.shows) as advance,
             _rare_collections(),
         ):
             for columns in encoded(report):
@@ -71,8 +71,8 @@ def encoded_dataset(
             raise ToolkitError(report.nothing_left(max_length))
         report.write(folder)
 
-    place = kept.place("tokens", key, make)
-    return EncodedRows(Dataset.from_file(str(_readable(place.folder))), LengthReport.read(place.folder), place)
+    entry = cache.entry("tokens", key, make)
+    return EncodedRows(Dataset.from_file(str(_readable(entry.folder))), LengthReport.read(entry.folder), entry)
 
 
 @contextmanager

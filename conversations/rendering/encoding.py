@@ -57,8 +57,8 @@ def encode_texts(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> 
     for text, ids in zip(once, encoded, strict=True):
         if not own.isdisjoint(ids):
             raise ToolkitError(
-                f"the tokenizer encodes the plain text {text[:80]!r} as its begin or end token; the end of an answer "
-                "could then be forged by its words: use other begin and end tokens"
+                f"the tokenizer encodes the plain text {text[:80]!r} as its begin or end token; text in a row could "
+                "then forge the end of an answer: use different begin and end tokens"
             )
     return dict(zip(once, encoded, strict=True))
 

@@ -47,12 +47,13 @@ VLLM_RANK = 16
 # Last name of an adapted module: what a server is known not to do with it (docs/adapters.md).
 SERVER_NOTES = {
     "kv_b_proj": (
-        "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and else drops it silently (vllm#48974); or: dsv2 merge"
+        "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and otherwise drops it silently (vllm#48974); "
+        "set it, or use dsv2 merge"
     ),
-    "q_proj": "SGLang fails on q_proj of a model without q_lora_rank; dsv2 merge serves it",
-    "gate": "SGLang knows no adapter on the router; dsv2 merge serves it",
-    "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; dsv2 merge serves it",
-    "lm_head": "vLLM refuses adapters on lm_head of DeepSeek-V2; dsv2 merge serves it",
+    "q_proj": "SGLang fails on q_proj of a model without q_lora_rank; use dsv2 merge",
+    "gate": "SGLang does not support adapters on the router; use dsv2 merge",
+    "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; use dsv2 merge",
+    "lm_head": "vLLM refuses adapters on lm_head of DeepSeek-V2; use dsv2 merge",
 }
 
 

@@ -132,14 +132,14 @@ def refuse_variants(source: AdapterSource) -> None:
     for field, allowed in PLAIN.items():
         if source.config.get(field) not in allowed:
             raise ModelError(
-                f"{source.directory}/adapter_config.json: {field} is {source.config[field]!r}; use PEFT itself for it"
+                f"{source.directory}/adapter_config.json: {field} is {source.config[field]!r}; use PEFT itself"
             )
 
 
 def read_plain_lora(source: AdapterSource) -> LoraConfig:
     """`read_lora`. Raises ModelError for a kind of adapter other than LoRA, too."""
     if source.config.get("peft_type") != "LORA":
-        raise ModelError(f"{source.directory}: peft_type is {source.config.get('peft_type')}; only LORA is known here")
+        raise ModelError(f"{source.directory}: peft_type is {source.config.get('peft_type')}; only LORA is supported")
     return read_lora(source)
 
 
@@ -177,7 +177,7 @@ def open_adapter(path: str | Path) -> AdapterFiles:
     model = resolve_source(path)
     source = model.adapter
     if source is None:
-        raise ModelError(f"{path}: no adapter here (adapter_config.json); it is a full model already")
+        raise ModelError(f"{path}: not an adapter (there is no adapter_config.json), but already a full model")
     refuse_variants(source)
     pairs, transposed = match_adapter(source, model.settings)
     settings = with_labels(model.settings, source.header)

@@ -122,7 +122,7 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
     """
     directory = path / FINAL if (path / FINAL).is_dir() else path
     if not is_adapter(directory):
-        raise ModelError(f"{directory}: no adapter here (adapter_config.json)")
+        raise ModelError(f"{directory}: not an adapter (there is no adapter_config.json)")
     source = read_adapter(directory)
     lora = read_plain_lora(source)
     refuse_variants(source)

@@ -94,7 +94,7 @@ def pattern_fault(pattern: str) -> str | None:
     if re.search(r"\)[*+{]", bare):
         return "repeats a group, which can take forever; write the repeat without a group"
     if _steps(bare) > MOST_STEPS:
-        return f"can take over {MOST_STEPS:,} steps a name, the most that is allowed; use fewer repeats such as .*"
+        return f"can take over {MOST_STEPS:,} steps per name, the limit; use fewer repeats such as .*"
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -27,7 +27,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Tensor:
     """The tensor of a file. Raises ModelError when its numbers are not all finite."""
     if not is_finite(tensor):
-        raise ModelError(f"{where}: the numbers of {name} are not all finite (NaN or infinity)")
+        raise ModelError(f"{where}: {name} contains NaN or infinite values")
     return tensor
 
 

@@ -40,7 +40,7 @@ def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[No
         mb, room_mb = needed() / 1e6, room / 1e6
         raise ModelError(
             f"the disk of {run_dir} is full: a checkpoint takes about {mb:,.1f} MB and {room_mb:,.1f} MB are free; "
-            f"{whole_checkpoints(run_dir)}. Make room and start the same command again, or lower "
+            f"{whole_checkpoints(run_dir)}. Free some space and run the same command again, or lower "
             "training.save_total_limit, or choose another output_dir"
         ) from error
 

@@ -117,7 +117,7 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
     if not directory.exists():
         if is_hub_name(path):
             return ModelSource(os.fspath(path))  # or a mistyped path: loading tells
-        raise ModelError(f"{path}: there is no such directory; make a model with `dsv2 init {path} --preset tiny`")
+        raise ModelError(f"{path}: no such directory; make a model with `dsv2 init {path} --preset tiny`")
     if (directory / FINAL).is_dir():
         directory = directory / FINAL
     elif stages := sorted(final.parent.name for final in directory.glob(f"*/{FINAL}")):
@@ -131,8 +131,8 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
             raise ModelError(f"{directory}/adapter_config.json: base_model_name_or_path is empty; name the base model")
         if not Path(base).is_dir() and not is_hub_name(base):
             raise ModelError(
-                f"{directory}: its base model {base} is not there; put it back, or correct base_model_name_or_path in "
-                "adapter_config.json"
+                f"{directory}: its base model {base} does not exist; put it back, or correct base_model_name_or_path "
+                "in adapter_config.json"
             )
         if (Path(base) / CONFIG).is_file():
             raise ModelError(f"{directory}: its base {base} is an adapter itself; merge that one first")

@@ -255,9 +255,7 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
         rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sources
     }
     if doubled := sorted(sources.keys() - set(names.values())):
-        raise ModelError(
-            f"{name_of(load_config)}: tensors that are there under two names: {', '.join(doubled[:SHOWN])}"
-        )
+        raise ModelError(f"{name_of(load_config)}: tensors stored under two names: {', '.join(doubled[:SHOWN])}")
     if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk as well
         layout = hub_layout(parameters, names)
     check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})

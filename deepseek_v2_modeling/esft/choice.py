@@ -72,7 +72,7 @@ def read_choice(path: str | Path) -> ExpertChoice:
         raise ModelError(f"{path}: experts names a layer twice, such as 1 and 01")
     choice = ExpertChoice(dict(sorted(layers.items())), str(path))
     if not choice.count:
-        raise ModelError(f"{path}: it names no expert at all")
+        raise ModelError(f"{path}: it names no experts")
     return choice
 
 

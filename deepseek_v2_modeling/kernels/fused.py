@@ -35,7 +35,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:  # no Triton, no C compiler, an old driver
             compiled = function
-            logger.warning_once(f"nothing is compiled on this GPU, which is slower: {str(error).splitlines()[0]}")
+            logger.warning_once(f"kernels are not compiled on this GPU, which is slower: {str(error).splitlines()[0]}")
             return function(x, *args)
 
     return call

@@ -12,8 +12,8 @@ from .layouts import find_documents
 BOUNDARIES = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 JUMP = 2**31  # more than any position
 REMEDY = (
-    "a cache holds one sequence a row, or documents would see one another. Give packed documents with an empty cache "
-    "and do not continue with it, or give each document a row of its own"
+    "a cache holds one sequence per row; otherwise documents would attend to one another. Give packed documents "
+    "with an empty cache and do not continue with it, or give each document a row of its own"
 )
 
 

@@ -101,7 +101,7 @@ def _set_aside(run_dir: Path, name: str) -> None:
     """Move a run away that its recipe or input no longer fits."""
     if is_main() and run_dir.exists():
         if owner := owner_of(run_dir):
-            raise ToolkitError(f"{run_dir} is in use by {owner}, with another recipe; wait for its end, or stop it")
+            raise ToolkitError(f"{run_dir} is in use by {owner}, with another recipe; wait for it to finish or stop it")
         attic = run_dir.parent / SUPERSEDED
         attic.mkdir(exist_ok=True)
         number = next(n for n in range(1, 10**6) if not (attic / f"{name}-{n}").exists())

@@ -110,6 +110,6 @@ def resolve_stage(loaded: Loaded[ChainRecipe], entry: ChainStage, references: Re
     assert isinstance(recipe, StageRecipe)
     measures = stage_of(recipe).measures
     if (entry.results is not None) != measures:
-        fault = "say where its figures go, such as stages.sft" if measures else "for evaluations only"
+        fault = "set where its figures go, such as stages.sft" if measures else "for evaluations only"
         raise ToolkitError(f"{prefix}results: {fault}")
-    return Loaded(recipe, path, loaded.smoke, keep=loaded.keep)
+    return Loaded(recipe, path, loaded.smoke, use_cache=loaded.use_cache)

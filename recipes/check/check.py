@@ -18,8 +18,8 @@ from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
 from recipes.recipe.loader import Loaded, of_chain, of_stage
 from recipes.recipe.schema import ChainRecipe, Recipe
+from recipes.runs.caching import row_cache
 from recipes.runs.directory import inspect
-from recipes.runs.keeping import keeping
 from recipes.runs.prepare import Inputs, prepare, will_give
 from recipes.runs.training_fields import setting
 from recipes.stages import stage_of, stages
@@ -42,7 +42,7 @@ def check(loaded: Loaded[Recipe]) -> None:
             print(f"smoke: {note}")
         if not isinstance(loaded.recipe, ChainRecipe):
             inspect(Path(stage.recipe.output_dir), stage.resolved)
-        inputs = prepare(stage.recipe, earlier, kept=keeping(loaded.keep))
+        inputs = prepare(stage.recipe, earlier, cache=row_cache(loaded.use_cache))
         earlier |= will_give(stage.recipe, inputs)
         views.append(_measure_stage(name, stage, inputs))
     page = write_page(Path(loaded.recipe.output_dir), str(loaded.path), views)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
 from conversations.progress import bar
 from conversations.rendering.lengths import LengthReport
+from conversations.row_cache import RowCache
 from conversations.sections import TrainingRecipe
 from deepseek_v2_modeling.esft import OFFICIAL_SWITCHES, THRESHOLDS, ExpertScores, Score, score_experts, smallest_set
 from deepseek_v2_modeling.training import quiet_libraries
@@ -24,7 +24,7 @@ from recipes.processes import say
 from recipes.recipe.loader import load_recipe, of_stage
 from recipes.report.svg import LOAD_CLASSES, heat_map
 from recipes.results.layout import Cell, Table
-from recipes.runs.keeping import keeping
+from recipes.runs.caching import row_cache
 from recipes.runs.models import load_frozen, open_source
 from recipes.runs.prepare import prepare
 from recipes.runs.training_fields import setting
@@ -44,13 +44,13 @@ def find_experts(arguments: argparse.Namespace) -> str:
     if arguments.tokens < 1:
         raise ToolkitError(f"--tokens is {arguments.tokens}; it must be at least 1")
     scored = [stage.name for stage in stages().values() if stage.training and stage.marks_tokens]
-    keep = not arguments.no_cache
-    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, keep=keep)
+    use_cache = not arguments.no_cache
+    loaded = load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, use_cache=use_cache)
     recipe = of_stage(loaded, scored).recipe
     assert isinstance(recipe, TrainingRecipe)
     output = output_file(recipe, arguments.output)
     with hold_path(output):
-        content = _score(recipe, kind, threshold, arguments.tokens, keeping(keep))
+        content = _score(recipe, kind, threshold, arguments.tokens, row_cache(use_cache))
         page = output.with_suffix(".html")
         try:
             write_json(output, content)
@@ -60,10 +60,10 @@ def find_experts(arguments: argparse.Namespace) -> str:
     return f"{output}: {summary(content)}; {page}"
 
 
-def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, kept: Kept) -> dict[str, Any]:
+def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, cache: RowCache) -> dict[str, Any]:
     """The experts file of a recipe's data."""
     quiet_libraries()
-    mixture = prepare(recipe, ask_hub=True, kept=kept).lists[0].mixture
+    mixture = prepare(recipe, ask_hub=True, cache=cache).lists[0].mixture
     source, tokenizer = open_source(recipe.model, recipe.seed)
     for line in mixture.lines:
         say(f"data: {line}")
@@ -81,7 +81,7 @@ def check_threshold(kind: Score, given: float | None) -> float:
     """The share of the scores that the chosen experts must have; the paper's where none is given."""
     threshold = THRESHOLDS[kind] if given is None else given
     if not 0 < threshold <= 1:
-        raise ToolkitError(f"--threshold is {threshold:g}; it is a share of the scores: over 0, up to 1")
+        raise ToolkitError(f"--threshold is {threshold:g}; it must be a share of the scores: above 0, at most 1")
     return threshold
 
 

@@ -13,10 +13,10 @@ from urllib.parse import parse_qsl
 
 from conversations.errors import ToolkitError
 from conversations.formats.reasoning import Reasoning
-from conversations.kept import Kept
 from conversations.reading.load import RejectedRow
 from conversations.reading.locating import names_files
 from conversations.row import Refuse
+from conversations.row_cache import RowCache
 from conversations.sections import DataSource
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
@@ -52,10 +52,10 @@ def read_sources(
     key: str = "data",
     refuse: Refuse | None = None,
     reasoning: Reasoning = "drop",
-    kept: Kept | None = None,
+    cache: RowCache | None = None,
     refuses_by: Any = None,
 ) -> Mixture:
-    """Read all sources, or find them read before, and mix them.
+    """Read all sources, or reuse them from the cache, and mix them.
 
     Args:
         entries: the recipe's data entries.
@@ -64,23 +64,23 @@ def read_sources(
         key: where in the recipe the entries stand, for errors and for the order of each list.
         refuse: says why a row is of no use to the stage, which makes it a bad row.
         reasoning: what becomes of reasoning beside an answer.
-        kept: where rows are found and kept; nowhere without it.
-        refuses_by: what `refuse` depends on, as JSON; nothing is kept where that is not known.
+        cache: of the rows read; without it they go to a temporary directory.
+        refuses_by: what `refuse` depends on, as JSON; without it nothing is cached.
 
     Raises:
         ToolkitError: a missing file, an unreadable row, an empty source.
     """
-    kept = kept or Kept()
+    cache = cache or RowCache()
     sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
     _refuse_rows_twice(sources)
     depends_on = None
-    if kept.folder is not None and (refuse is None or refuses_by is not None):
+    if cache.folder is not None and (refuse is None or refuses_by is not None):
         read = [source.depends_on(seed) for source in sources]
         depends_on = {"sources": read, "refuses_by": refuses_by, "reasoning": reasoning}
-    place = kept.place(
-        "rows", depends_on, lambda folder: write_rows(sources, folder, seed, refuse, reasoning, kept.shows)
+    entry = cache.entry(
+        "rows", depends_on, lambda folder: write_rows(sources, folder, seed, refuse, reasoning, cache.shows)
     )
-    parts, rejected = read_parts(place.folder)
+    parts, rejected = read_parts(entry.folder)
     used = rows_used([part.rows for part in parts], [entry.weight for entry in entries])
     starts = list(accumulate((part.rows for part in parts), initial=0))[:-1]
     order = array("Q")
@@ -91,11 +91,11 @@ def read_sources(
     files = [{**part.file, "rows": part.rows, "used": count} for part, count in zip(parts, used, strict=True)]
     shares = [_share(file, len(order)) for file in files] if len(files) > 1 else []
     return Mixture(
-        rows=MixedRows(RowStore(place.folder), order, starts, place.folder.name if place.kept else None),
+        rows=MixedRows(RowStore(entry.folder), order, starts, entry.folder.name if entry.stored else None),
         rejected=rejected,
         files=files,
         lines=[*(line for part in parts for line in part.lines), *shares],
-        read=place.line("read", sum(part.rows for part in parts)),
+        read=entry.line("read", sum(part.rows for part in parts)),
     )
 
 
@@ -106,8 +106,8 @@ def _refuse_rows_twice(sources: Sequence[Source]) -> None:
         for other, earlier in enumerate(sources[:index]):
             if source.reads_like(earlier) and (both := sorted(files[index] & files[other])):
                 raise ToolkitError(
-                    f"{source.key} reads rows of {both[0].name} that {earlier.key} reads too, which would count twice; "
-                    "leave one out, and say in weight how often they are used"
+                    f"{source.key} reads rows of {both[0].name} that {earlier.key} also reads, so they would count "
+                    "twice; remove one, and set weight to use its rows more often"
                 )
 
 

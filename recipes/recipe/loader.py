@@ -21,14 +21,14 @@ R = TypeVar("R", bound=Recipe, covariant=True)
 
 @dataclass(frozen=True)
 class Loaded(Generic[R]):
-    """A checked recipe with where it came from. `notes` say what `--smoke` replaced; `keep`: whether prepared data is
-    found and kept."""
+    """A checked recipe with where it came from. `notes` say what `--smoke` replaced; `use_cache`: whether prepared
+    rows are cached."""
 
     recipe: R
     path: Path
     smoke: bool = False
     notes: list[str] = field(default_factory=list)
-    keep: bool = True
+    use_cache: bool = True
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -50,14 +50,16 @@ def read_tree(path: Path) -> dict[str, Any]:
     return absolute_paths(by_name(tree, name), Path.cwd())  # data files are the user's, not the toolkit's
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, keep: bool = True) -> Loaded[Recipe]:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, use_cache: bool = True
+) -> Loaded[Recipe]:
     """Read, shrink, override and check a recipe of any kind.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value` texts.
         smoke: shrink to toy size before the overrides.
-        keep: whether prepared data is found and kept.
+        use_cache: whether prepared rows are cached.
 
     Raises:
         ToolkitError: the file, an override, a key or a value is wrong.
@@ -72,14 +74,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, smoke: bool = Fals
         value = absolute_paths(override.value, Path.cwd(), override.keys)
         apply_override(tree, Override(override.keys, value))
     refuse_secrets(tree)
-    return Loaded(validate(tree), path, smoke, notes, keep)
+    return Loaded(validate(tree), path, smoke, notes, use_cache)
 
 
 def of_stage(loaded: Loaded[Recipe], names: Collection[str]) -> Loaded[StageRecipe]:
     """The recipe, which is of one of these stages. Raises ToolkitError for any other, with the command for it."""
     recipe = loaded.recipe
     if isinstance(recipe, StageRecipe) and recipe.stage in names:
-        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.keep)
+        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)
     raise _other(loaded, " or ".join(names))
 
 
@@ -87,7 +89,7 @@ def of_chain(loaded: Loaded[Recipe]) -> Loaded[ChainRecipe]:
     """The recipe, which is a chain. Raises as `of_stage`."""
     recipe = loaded.recipe
     if isinstance(recipe, ChainRecipe):
-        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.keep)
+        return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)
     raise _other(loaded, CHAIN)
 
 

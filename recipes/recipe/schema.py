@@ -113,7 +113,7 @@ def validate(tree: dict[str, Any], prefix: str = "") -> Recipe:
     if not isinstance(stage, str) or stage not in classes:
         near = get_close_matches(str(stage), list(classes), n=1)
         guess = f', did you mean "{near[0]}"?' if near else ""
-        raise ToolkitError(f"{prefix}stage: {stage!r} is none of {', '.join(classes)}{guess}")
+        raise ToolkitError(f"{prefix}stage: {stage!r} is not one of {', '.join(classes)}{guess}")
     cls = classes[stage]
     try:
         return cls.model_validate(tree)

@@ -97,7 +97,7 @@ def read_run(path: Path, name: str) -> Run:
     run.metrics = collect(_read_lines(path / METRICS, run.notes), run.notes)
     run.samples = _keep_ends(list(_read_lines(path / SAMPLES, run.notes)), run.notes)
     rejected = _read_lines(path / REJECTED, run.notes)
-    run.rejected = Counter(str(row.get("reason", "no reason stated")) for row in rejected)
+    run.rejected = Counter(str(row.get("reason", "no reason given")) for row in rejected)
     run.kind = _kind(run)
     return run
 

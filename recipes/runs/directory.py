@@ -46,7 +46,8 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
         return State("new")
     if RECIPE not in visible:
         raise ToolkitError(
-            f"output_dir {run_dir} holds other files ({', '.join(visible[:3])}) and no run; choose another output_dir"
+            f"output_dir {run_dir} contains other files ({', '.join(visible[:3])}) but no run; "
+            "choose another output_dir"
         )
     if links := [path.name for path in run_dir.iterdir() if path.is_symlink()]:
         raise ToolkitError(

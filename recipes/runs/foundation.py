@@ -158,7 +158,7 @@ def source_of(use: ModelUse) -> ModelSource | None:
     if not Path(use.path).exists():
         if use.stand_in:
             return None
-        raise ToolkitError(f"{use.path} is not there; {use.remedy}")
+        raise ToolkitError(f"{use.path} does not exist; {use.remedy}")
     source = resolve_source(use.path)
     check_kind(use.path, kind_of(source), use.head)
     return source
@@ -178,9 +178,9 @@ def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = Fals
         ToolkitError: the path is a model of the other kind.
     """
     if kind is None:
-        raise ToolkitError(f"{path} will hold no model; name a stage that makes one")
+        raise ToolkitError(f"{path} will not contain a model; name a stage that trains one")
     if kind == "score" and wanted == "causal_lm":
-        raise ToolkitError(f"{path} is a reward model: it scores answers and writes none; name a chat model")
+        raise ToolkitError(f"{path} is a reward model, which scores answers and cannot write them; name a chat model")
     if kind == "causal_lm" and wanted == "score" and not new_head:
         makes = next(stage.name for stage in stages().values() if stage.training and stage.training.head == wanted)
         raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 {makes} RECIPE")

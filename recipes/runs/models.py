@@ -40,7 +40,7 @@ def ensure_model(path: str, preset: str | None, seed: int) -> None:
     missing = preset is not None and not Path(path).exists()
     wait_for_all()
     if missing and preset is not None and is_main():
-        say(f"{path} is not there: making it, preset {preset}, seed {seed}")
+        say(f"{path} does not exist: creating it with preset {preset}, seed {seed}")
         make_model(Path(path), preset, seed)
     wait_for_all()
 

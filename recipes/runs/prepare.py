@@ -9,10 +9,10 @@ from typing import Any
 
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
 from conversations.row import Row
+from conversations.row_cache import RowCache
 from conversations.sections import RowList, StageRecipe, TrainingRecipe
 from conversations.stage import provided
 from deepseek_v2_modeling import DeepseekV2Config
@@ -98,9 +98,9 @@ def check_settings(recipe: StageRecipe) -> None:
 
 
 def prepare(
-    recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False, kept: Kept | None = None
+    recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False, cache: RowCache | None = None
 ) -> Inputs:
-    """`check_recipe`, and the data; `kept` is where its rows are found and kept.
+    """`check_recipe`, and the data; `cache` is that of its rows.
 
     Raises:
         ToolkitError, ModelError: whatever the run would refuse, but for what only tokenizing all rows tells.
@@ -113,7 +113,7 @@ def prepare(
     for listed in lists:
         refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
         mixture = read_sources(
-            listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, kept, refuses_by
+            listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, cache, refuses_by
         )
         found.append(ReadList(listed, mixture))
         if isinstance(recipe, TrainingRecipe) and (check := training_of(recipe).check_rows) and listed.name == "data":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
+from conversations.row_cache import RowCache
 from conversations.run_files import MANIFEST, RECIPE, REJECTED
 from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Work, provided
@@ -65,7 +65,7 @@ def _done_before(run_dir: Path, loaded: Loaded[StageRecipe]) -> Outcome | None:
 
 def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     from deepseek_v2_modeling.training import check_whole, quiet_libraries
-    from recipes.runs.keeping import keeping
+    from recipes.runs.caching import row_cache
 
     recipe, stage = loaded.recipe, stage_of(loaded.recipe)
     state = inspect(run_dir, loaded.resolved)
@@ -76,11 +76,11 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     keep_freed_memory()
     if state.checkpoint is not None and isinstance(recipe, TrainingRecipe) and is_main():
         check_whole(state.checkpoint, best=bool(recipe.training.get("load_best_model_at_end")))
-    kept = keeping(loaded.keep)
-    inputs = _load_inputs(recipe, kept)
+    cache = row_cache(loaded.use_cache)
+    inputs = _load_inputs(recipe, cache)
     manifest = _open_run(loaded, run_dir, state, inputs)
     try:
-        manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, kept, manifest)
+        manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, cache, manifest)
         if stage.measures and is_main():
             write_json(run_dir / stage.result, figures(metrics))
         lock.make_room()
@@ -94,7 +94,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     return Outcome("finished", manifest)
 
 
-def _load_inputs(recipe: StageRecipe, kept: Kept) -> "Inputs":
+def _load_inputs(recipe: StageRecipe, cache: RowCache) -> "Inputs":
     """What `dsv2 check` prepares, with a model of a preset made where it is missing; all that draws numbers from here
     on, new adapters and new heads, is seeded."""
     from transformers import set_seed
@@ -102,7 +102,7 @@ def _load_inputs(recipe: StageRecipe, kept: Kept) -> "Inputs":
     from recipes.runs.models import open_source
     from recipes.runs.prepare import prepare
 
-    inputs = prepare(recipe, ask_hub=True, kept=kept)
+    inputs = prepare(recipe, ask_hub=True, cache=cache)
     for read in inputs.lists:
         for line in (*read.mixture.lines, read.mixture.read):
             say(f"{read.listed.key}: {line}")
@@ -198,7 +198,7 @@ def _load_model(recipe: StageRecipe, source: "ModelSource", run_dir: Path, manif
 
 
 def _work(
-    recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", kept: Kept, manifest: dict[str, Any]
+    recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", cache: RowCache, manifest: dict[str, Any]
 ) -> Any:
     """Load the models and let the stage work; returns its metrics."""
     from recipes.runs.models import load_other_models
@@ -209,7 +209,7 @@ def _work(
         run_dir=run_dir,
         rows={read.listed.name: read.handed for read in inputs.lists},
         others=load_other_models(recipe, inputs.source),
-        kept=kept,
+        cache=cache,
         resume=state.status == "resume",
         resume_from=state.checkpoint,
     )

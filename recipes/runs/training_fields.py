@@ -168,7 +168,7 @@ def _check_trackers(report_to: Any) -> None:
     known, installed = sorted(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
     for name in names:
         if name not in known:
-            raise ToolkitError(f"training.report_to: {name!r} is none of none, all, {', '.join(known)}")
+            raise ToolkitError(f"training.report_to: {name!r} is not one of none, all, {', '.join(known)}")
         if name not in (*installed, "flyte", "azure_ml"):  # of these two transformers does not say it
             raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
 
@@ -181,7 +181,7 @@ def _check_metric(recipe: TrainingRecipe) -> None:
     apart = [source_names(each.entries) for each in recipe.row_lists() if each.apart]
     known = [evaluated[0], *(f"{name}_loss" for names in apart for name in names), *evaluated[1:]]
     if metric.removeprefix("eval_") not in known:
-        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is none of {', '.join(known)}")
+        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is not one of {', '.join(known)}")
 
 
 def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:

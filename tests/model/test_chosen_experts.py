@@ -392,7 +392,7 @@ def test_an_official_expert_config_is_read(tmp_path: Path) -> None:
         ({"experts": {"1": ["3"]}}, "layer 1 names '3'"),
         ({"experts": {"1": [True]}}, "layer 1 names True"),
         ({"experts": {"1": [-1]}}, "layer 1 names -1"),
-        ({"experts": {"1": [], "2": []}}, "names no expert at all"),
+        ({"experts": {"1": [], "2": []}}, "names no experts"),
         ({"experts": {"1": [0]}, "shared_experts": True}, "shared_experts is true"),
     ],
 )

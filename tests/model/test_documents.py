@@ -1,4 +1,4 @@
-"""Documents by whatever name a collator gives them, and a cache that holds one sequence a row."""
+"""Documents by whatever name a collator gives them, and a cache that holds one sequence per row."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_a_document_that_starts_on_a_filled_cache(name: str, kind: Any):
     model, ids = small_model(), random_ids(2, 10)
     cache = kind(config=model.config)
     logits_of(model, ids[:, :6], past_key_values=cache)
-    with pytest.raises(ModelError, match="one sequence a row"):
+    with pytest.raises(ModelError, match="one sequence per row"):
         logits_of(model, ids[:, 6:], past_key_values=cache, **RESTARTS[name])
     assert cache.get_seq_length() == 6  # refused before anything was stored
     torch.testing.assert_close(

@@ -266,7 +266,7 @@ def test_numbers_that_are_not_finite(base: Path, tmp_path: Path, target: str):
     tensors = load_file(tmp_path / "served" / WEIGHTS)
     name = next(name for name in tensors if ".lora_B" in name)
     edit_tensors(tmp_path / "served", **{name: torch.full_like(tensors[name], torch.inf)})
-    with pytest.raises(ModelError, match=f"{re.escape(name)} are not all finite"):
+    with pytest.raises(ModelError, match=f"{re.escape(name)} contains NaN"):
         import_adapter(tmp_path / "served", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -314,7 +314,7 @@ def test_import_refuses(base: Path, tmp_path: Path):
     make_adapter(tmp_path / "adapter", base)
     with pytest.raises(ModelError, match="PEFT's layout already"):
         import_adapter(tmp_path / "adapter", out)
-    with pytest.raises(ModelError, match="no adapter here"):
+    with pytest.raises(ModelError, match="not an adapter"):
         import_adapter(base, out)
     assert not out.exists()
 

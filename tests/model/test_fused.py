@@ -99,7 +99,9 @@ def test_without_a_compiler_it_runs_plainly(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(fused_file.logger, "warning_once", said.append)
     call: Any = fused(lambda x: "plain")
     assert [call(OnGpu(fused_file.MANY)) for _ in range(3)] == ["plain"] * 3
-    assert len(tried) == 1 and said == ["nothing is compiled on this GPU, which is slower: Failed to find C compiler"]
+    assert len(tried) == 1 and said == [
+        "kernels are not compiled on this GPU, which is slower: Failed to find C compiler"
+    ]
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch):

@@ -209,7 +209,7 @@ def test_no_adapter_and_no_base(base: Path, adapter: Path, tmp_path: Path):
     refuse("no such directory", tmp_path / "nowhere", tmp_path / "out")
     refuse("float8 .* is not one of|not one of", adapter, tmp_path / "out", dtype="float8")
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "gone" / "far" / "away"))
-    refuse("gone/far/away is not there", adapter, tmp_path / "out")
+    refuse("gone/far/away does not exist", adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_tensors_that_do_not_fit(base: Path, adapter: Path, tmp_path: Path):
         (EXPERT, None, f"1 tensors are missing: {re.escape(EXPERT)}"),
         (EXPERT, torch.zeros(3, 3), r"misshapen: .*\[3, 3\], not \[12, 32\]"),
         (EXPERT, state[EXPERT].to(torch.int8), "I8: quantised"),
-        (EXPERT, state[EXPERT] / 0, "not all finite"),
+        (EXPERT, state[EXPERT] / 0, "contains NaN or infinite"),
         ("model.layers.9.more", torch.zeros(1), "unexpected: model.layers.9.more"),
     ):
         put = {} if changed is None else {name: changed}

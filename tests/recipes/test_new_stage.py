@@ -71,7 +71,7 @@ def test_a_new_stage_is_one_folder_and_one_line(dsv2: Callable[..., int], capsys
 
 def test_new_stages_in_a_chain_and_a_report(dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert dsv2("check", "chain.yaml", "stages.more.model.path=${count}") == 2
-    assert "chain/count will hold no model; name a stage that makes one" in capsys.readouterr().err
+    assert "chain/count will not contain a model; name a stage that trains one" in capsys.readouterr().err
     assert dsv2("run", "chain.yaml") == 0
     assert Path("chain/count/tally.jsonl").read_text().count("\n") == 3
     first, more = (json.loads(Path(f"chain/{name}/manifest.json").read_text()) for name in ("learn", "more"))

@@ -50,8 +50,8 @@ def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["merge", "run", "base"], "base already exists and is not empty; choose another directory"),
-        (["export", "base", "out"], "base: no adapter here"),
-        (["merge", "nowhere", "out"], "nowhere: there is no such directory"),
+        (["export", "base", "out"], "base: not an adapter"),
+        (["merge", "nowhere", "out"], "nowhere: no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["merge", "run"], "the following arguments are required: OUT_DIR"),
         (["export", "run", "out", "--layout", "fused"], 'unknown layout "fused": use per_expert'),

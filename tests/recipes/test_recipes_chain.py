@@ -254,7 +254,7 @@ def test_a_directory_of_another_run_is_refused(stages: FakeStages, start: Any, t
         ("stages.sft.modle.path=x", 'unknown key "stages.sft.modle", did you mean "stages.sft.model"?'),
         ("stages.sft.output_dir=x", "stages.sft.output_dir: a chain's stage writes to OUTPUT_DIR/NAME"),
         ("stages.sft.results=stages.x", "stages.sft.results: for evaluations only"),
-        ("stages.eval_sft.results=null", "stages.eval_sft.results: say where its figures go"),
+        ("stages.eval_sft.results=null", "stages.eval_sft.results: set where its figures go"),
         ("stages.eval_sft.results=elsewhere", "results: must match pattern"),
         ("stages.sft.recipe=missing.yaml", "no such recipe"),
         ("stages.sft.recipe=chain.yaml", "is a chain itself"),
@@ -295,7 +295,7 @@ def test_a_plan_knows_the_shape_of_models_that_are_still_to_be_made(start: Any) 
         assert [name for name, _ in plan_stages(load_recipe(Path("chain.yaml"), new))] == ALL
         check_stages(load_recipe(Path("chain.yaml"), new))
         for wrong, fault in (
-            ("stages.more.model.path=${eval_sft}", "stages.more: out/eval_sft will hold no model; name a stage"),
+            ("stages.more.model.path=${eval_sft}", "stages.more: out/eval_sft will not contain a model; name a stage"),
             ("stages.more.model.config={n_group: 3}", "stages.more: model.config: n_group is 3"),
             (
                 "stages.more.model.config={n_routed_experts: 0}",

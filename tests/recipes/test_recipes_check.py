@@ -160,11 +160,11 @@ def test_bad_rows_and_missing_fill_in_tokens_end_with_2(
 @pytest.mark.parametrize(
     ("changes", "row", "reason"),
     [
-        ({"stage": "reward"}, {"prompt": "Q", "completion": "A"}, "is a conversation, where a pair of chosen and"),
-        ({"stage": "reward", "loss": "pointwise"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}, "is a pair, where"),
-        ({"stage": "rl", "rewards": [{"rule": "format"}]}, {"text": "T"}, "is plain text, which asks nothing"),
+        ({"stage": "reward"}, {"prompt": "Q", "completion": "A"}, "is a conversation, not a pair of chosen and"),
+        ({"stage": "reward", "loss": "pointwise"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}, "is a pair, not"),
+        ({"stage": "rl", "rewards": [{"rule": "format"}]}, {"text": "T"}, "is plain text and contains no question"),
         ({"stage": "eval", "tasks": [{"name": "a", "metric": "exact_match"}]}, {"prompt": "Q"}, "has no reference to"),
-        ({"stage": "sft"}, {"prompt": "Q", "completion": "A", "label": True}, "is a judged answer, where a"),
+        ({"stage": "sft"}, {"prompt": "Q", "completion": "A", "label": True}, "is a judged answer, not a conversation"),
     ],
 )
 def test_rows_of_no_use_to_the_stage_are_bad_rows(

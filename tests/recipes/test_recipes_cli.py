@@ -56,7 +56,7 @@ def test_help_and_the_schema_need_no_torch_and_no_time() -> None:
     ("arguments", "message"),
     [
         (["stf", "x.yaml"], 'unknown command "stf"; did you mean "sft"?'),
-        (["teach", "a", "b"], 'unknown command "teach"; there are: init, check'),
+        (["teach", "a", "b"], 'unknown command "teach"; commands: init, check'),
         (["sft"], "the following arguments are required: RECIPE"),
         (["sft", "missing.yaml"], "no such recipe: missing.yaml"),
         (["sft", str(SFT), "--smok"], "unrecognized arguments: --smok; see: dsv2 sft --help"),

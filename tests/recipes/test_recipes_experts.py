@@ -84,13 +84,13 @@ def test_experts_writes_a_file_and_a_page(dsv2: Callable[..., int], capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--threshold", "0"], "--threshold is 0; it is a share"),
+        (["--threshold", "0"], "--threshold is 0; it must be a share"),
         (["--threshold", "nan"], "--threshold is nan"),
         (["--threshold", "1.1"], "--threshold is 1.1"),
         (["--score", "mass"], "invalid choice: 'mass'"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--output", "e.txt"], "must be named FILE.json"),
-        (["model.path=nowhere"], "nowhere: there is no such directory"),
+        (["model.path=nowhere"], "nowhere: no such directory"),
         (["data=[{path: none.jsonl}]"], "data.0.path: no such file"),
         (["training.max_length=3"], "no row is left to score on"),
     ],

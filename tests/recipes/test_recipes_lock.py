@@ -196,7 +196,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_left(kind: str, capsys: pyt
         os.mkfifo(lock)
     assert main(["init", "new", "--preset", "tiny"]) == 2
     said = capsys.readouterr().err
-    assert ".new.lock is no plain file" in said and said.count("\n") == 1
+    assert ".new.lock is not a regular file" in said and said.count("\n") == 1
     assert notes.read_text() == "mine" and not Path("nowhere").exists() and not Path("new").exists()
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_in_a_run_leaves_a_manifest_that_says_so(
     monkeypatch.setattr(eval.stage, "append_lines", appends)
     assert main(["eval", "e.yaml"]) == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") and "No space left on device; make room" in error
+    assert error.splitlines()[-1].startswith("error: ") and "No space left on device; free some space" in error
     assert read_json(Path("run/manifest.json"))["status"] == "failed"
     assert not list(Path("run").glob(".*"))
 

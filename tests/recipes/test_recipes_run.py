@@ -102,14 +102,14 @@ def test_an_interrupted_run_goes_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("model.path=nowhere",), "nowhere: there is no such directory"),
+        (("model.path=nowhere",), "nowhere: no such directory"),
         (("model.path=.",), "no config.json and no adapter_config.json"),
         (("data=[{path: missing.jsonl}]",), "missing.jsonl"),
         (("data=[{path: empty.jsonl}]",), "empty.jsonl: no rows"),
         (("data.0.on_bad_row=error",), "rows.jsonl:5"),
         (("training.max_stepz=1",), 'unknown key "training.max_stepz", did you mean "training.max_steps"?'),
         (("model.config.topk=1",), 'unknown key "model.config.topk"'),
-        (("output_dir=.",), "holds other files"),
+        (("output_dir=.",), "contains other files"),
         (("output_dir=rows.jsonl",), "output_dir rows.jsonl is a file"),
         (("model.path=new", "model.preset=large"), 'unknown preset "large"'),
         (("lora.targets=[router]", "model.config.n_routed_experts=0"), 'the LoRA target "router" matches nothing'),
@@ -167,7 +167,7 @@ def test_a_broken_adapter_ends_with_2(dsv2: Callable[..., int], capsys: pytest.C
     assert rows["lm_head"]["scaling"] == pytest.approx(4 / 2**0.5)
     file = Path("run/final/adapter_model.safetensors")
     whole = file.read_bytes()
-    for content, message in ((whole[:-9], "cut short"), (whole[:-4] + b"\xff" * 4, "are not all finite")):
+    for content, message in ((whole[:-9], "cut short"), (whole[:-4] + b"\xff" * 4, "contains NaN or infinite")):
         file.write_bytes(content)
         assert dsv2("chat", "run", "--prompt", "1?") == 2
         said = capsys.readouterr().err

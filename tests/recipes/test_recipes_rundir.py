@@ -119,7 +119,7 @@ def test_another_recipes_run_is_refused_and_the_keys_are_named(tmp_path: Path, s
 
 def test_files_of_somebody_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ToolkitError, match=r"holds other files \(thesis\.tex\) and no run"):
+    with pytest.raises(ToolkitError, match=r"contains other files \(thesis\.tex\) but no run"):
         inspect(tmp_path, RECIPE_TREE)
     with pytest.raises(ToolkitError, match="is a file"):
         inspect(tmp_path / "thesis.tex", RECIPE_TREE)

@@ -141,7 +141,7 @@ def test_no_answer_that_was_written_is_generated_again(
     said = capsys.readouterr()
     assert ("run: resuming from samples.jsonl" in said.out) is (kept > 0)
     answers = sum("completion" in line for line in written)
-    assert (f"{answers} answers from before are kept" in said.err) is (kept > 0)
+    assert (f"{answers} answers of the interrupted evaluation are reused" in said.err) is (kept > 0)
     assert_the_same(unbroken, Path("run"))
 
 

@@ -66,9 +66,9 @@ def test_what_a_recipe_refuses_is_what_its_loss_cannot_train_on():
     sections = {**SECTIONS, "stage": "reward", "output_dir": "o"}
     pair, label, number = pairs(1)[0], judged(1)[0], judged(1, "score")[0]
     refuse = RewardRecipe(**sections, loss="pairwise").refusal()
-    assert refuse(pair) is None and "a pair of chosen and rejected is needed" in refuse(label)
+    assert refuse(pair) is None and "not a pair of chosen and rejected" in refuse(label)
     refuse = RewardRecipe(**sections, loss="pointwise").refusal()
-    assert refuse(label) is None and "an answer with a label or a score is needed" in refuse(pair)
+    assert refuse(label) is None and "not an answer with a label or a score" in refuse(pair)
     assert "train on one kind at a time" in refuse(number)
 
 

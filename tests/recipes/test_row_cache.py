@@ -1,4 +1,4 @@
-"""Prepared rows that are kept: the same as without, found again where nothing has changed, whole or not there."""
+"""Cached rows: the same as without the cache, reused where nothing has changed, whole or absent."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from conversations.answers.usable_rows import no_answer
 from conversations.errors import ToolkitError
-from conversations.kept import Kept
 from conversations.rendering.fitting import Fitter
 from conversations.rendering.lengths import LengthReport
+from conversations.row_cache import RowCache
 from conversations.scratch import PREFIX, remove_scratch, scratch_directory
 from conversations.sections import DataSource
 from deepseek_v2_modeling.training import IGNORED
@@ -67,9 +67,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(path: Path, kept: Kept | None, reasoning: Any = "drop") -> Mixture:
+def read(path: Path, cache: RowCache | None, reasoning: Any = "drop") -> Mixture:
     entry = DataSource(path=str(path), on_bad_row="skip")
-    return read_sources([entry], 0, refuse=no_answer, reasoning=reasoning, kept=kept, refuses_by="sft")
+    return read_sources([entry], 0, refuse=no_answer, reasoning=reasoning, cache=cache, refuses_by="sft")
 
 
 def told(mixture: Mixture) -> list[Any]:
@@ -93,70 +93,70 @@ def test_what_is_found_is_what_was_read_and_encoded_row_by_row(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], form: dict[str, Any], reasoning: str
 ) -> None:
     folder = tmp_path_factory.mktemp("kept")
-    path, kept = write(folder / "rows.jsonl", rows), Kept(folder / "prepared", "1")
+    path, cache = write(folder / "rows.jsonl", rows), RowCache(folder / "prepared", "1")
     try:
         plain = read(path, None, reasoning)
     except ToolkitError as error:
         with pytest.raises(ToolkitError) as again:
-            read(path, kept, reasoning)
+            read(path, cache, reasoning)
         assert str(again.value) == str(error) and not list(folder.glob("prepared/rows-*"))
         return
-    made, found = read(path, kept, reasoning), read(path, kept, reasoning)
-    assert "found in" in found.read and "found in" not in made.read
+    made, found = read(path, cache, reasoning), read(path, cache, reasoning)
+    assert "reused from" in found.read and "reused from" not in made.read
     assert told(plain) == told(made) == told(found)
     expected, report = one_by_one(plain.rows, **form)
     if not expected:
         with pytest.raises(ToolkitError, match="no row is left"):
-            encode_rows(made.rows, TOKENIZER, **form, kept=kept)
+            encode_rows(made.rows, TOKENIZER, **form, cache=cache)
         assert not list(folder.glob("prepared/tokens-*"))
         return
-    for mixture, place in ((plain, None), (made, kept), (found, kept)):
-        encoded = encode_rows(mixture.rows, TOKENIZER, **form, kept=place)
+    for mixture, place in ((plain, None), (made, cache), (found, cache)):
+        encoded = encode_rows(mixture.rows, TOKENIZER, **form, cache=place)
         assert encoded.data.to_list() == expected and encoded.report == report
-        assert encoded.place.found == (mixture is found)
+        assert encoded.entry.hit == (mixture is found)
     remove_scratch()
 
 
 def test_pairs_and_judged_answers_are_found_again(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "prepared", "1")
+    cache = RowCache(tmp_path / "prepared", "1")
     asked = [
         {"prompt": user(f"a {i}"), "chosen": assistant("b" * i), "rejected": assistant("c" * 9)} for i in range(1, 6)
     ]
     labels = [{"prompt": user("a"), "completion": assistant("b" * i), "label": bool(i % 2)} for i in range(1, 6)]
     scores = [{"prompt": user("a"), "completion": assistant("b" * i), "score": i / 8} for i in range(1, 6)]
     for encode, rows in ((encode_pairs, asked), (encode_judged, labels), (encode_judged, scores)):
-        mixture = read_sources([DataSource(path=str(write(tmp_path / "rows.jsonl", rows)))], 0, kept=kept)
+        mixture = read_sources([DataSource(path=str(write(tmp_path / "rows.jsonl", rows)))], 0, cache=cache)
         plain, made, found = (
-            encode(mixture.rows, TOKENIZER, max_length=20, too_long="truncate", kept=place)
-            for place in (None, kept, kept)
+            encode(mixture.rows, TOKENIZER, max_length=20, too_long="truncate", cache=place)
+            for place in (None, cache, cache)
         )
         assert plain.data.to_list() == made.data.to_list() == found.data.to_list() and len(plain.data) == 5
         assert plain.report == made.report == found.report
-        assert found.place.found and not made.place.found and not plain.place.kept
+        assert found.entry.hit and not made.entry.hit and not plain.entry.stored
 
 
 def test_whatever_the_rows_depend_on_makes_them_anew(tmp_path: Path) -> None:
     """And what they do not depend on finds them: a seed, of one source that is all used."""
     rows = [{"messages": user("a") + assistant(f"b {i}")} for i in range(4)]
-    path, kept = write(tmp_path / "rows.jsonl", rows), Kept(tmp_path / "prepared", "1")
+    path, cache = write(tmp_path / "rows.jsonl", rows), RowCache(tmp_path / "prepared", "1")
     form: Any = {"train_on": "all_assistant", "max_length": None, "too_long": "drop"}
     entry: dict[str, Any] = {"path": str(path)}
 
     def prepared(
-        tokenizer: Any = TOKENIZER, place: Kept = kept, seed: int = 0, more: Any = None, **changes: Any
+        tokenizer: Any = TOKENIZER, place: RowCache = cache, seed: int = 0, more: Any = None, **changes: Any
     ) -> int:
         """How many of the two steps had to be done."""
         mixture = read_sources(
-            [DataSource(**{**entry, **(more or {})})], seed, refuse=no_answer, kept=place, refuses_by="sft"
+            [DataSource(**{**entry, **(more or {})})], seed, refuse=no_answer, cache=place, refuses_by="sft"
         )
-        encoded = encode_rows(mixture.rows, tokenizer, **{**form, **changes}, kept=place)
-        return ("found in" not in mixture.read) + (not encoded.place.found)
+        encoded = encode_rows(mixture.rows, tokenizer, **{**form, **changes}, cache=place)
+        return ("reused from" not in mixture.read) + (not encoded.entry.hit)
 
     other = byte_tokenizer()
     other.add_tokens(["b 1"])
     assert [prepared(), prepared(), prepared(seed=1)] == [2, 0, 0]
     assert prepared(tokenizer=other) == prepared(max_length=30) == prepared(train_on="last_assistant") == 1
-    assert prepared(place=Kept(kept.folder, "2")) == 2
+    assert prepared(place=RowCache(cache.folder, "2")) == 2
     assert prepared(more={"split": "[:2]"}) == prepared(more={"roles": {"bot": "assistant"}}) == 2
     write(path, rows[1:])
     assert prepared() == 2 and prepared() == 0
@@ -165,47 +165,47 @@ def test_whatever_the_rows_depend_on_makes_them_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["rows.arrow", "lengths.npy", "contents.json"])
 def test_what_is_damaged_is_made_again(tmp_path: Path, file: str) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": user("a") + assistant("b")}])
-    kept = Kept(tmp_path / "prepared", "1")
-    form: Any = {"train_on": "all_assistant", "max_length": None, "too_long": "drop", "kept": kept}
-    place = encode_rows(read(path, kept).rows, TOKENIZER, **form).place
+    cache = RowCache(tmp_path / "prepared", "1")
+    form: Any = {"train_on": "all_assistant", "max_length": None, "too_long": "drop", "cache": cache}
+    place = encode_rows(read(path, cache).rows, TOKENIZER, **form).entry
     damaged = place.folder / file
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    again = encode_rows(read(path, kept).rows, TOKENIZER, **form)
-    assert not again.place.found and again.place.folder == place.folder and len(again.data) == 1
+    again = encode_rows(read(path, cache).rows, TOKENIZER, **form)
+    assert not again.entry.hit and again.entry.folder == place.folder and len(again.data) == 1
 
 
 def test_a_kill_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
     """What it leaves goes when the next one is made."""
-    kept = Kept(tmp_path / "prepared", "1")
+    cache = RowCache(tmp_path / "prepared", "1")
 
     def killed(folder: Path) -> None:
         (folder / "rows.arrow").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     if (child := os.fork()) == 0:
-        kept.place("tokens", "key", killed)
+        cache.entry("tokens", "key", killed)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     (left,) = (tmp_path / "prepared").iterdir()
     assert left.name.startswith(PREFIX)
-    place = kept.place("tokens", "key", lambda folder: (folder / "rows.arrow").write_text("whole") and None)
-    assert not place.found and (place.folder / "rows.arrow").read_text() == "whole" and not left.exists()
+    place = cache.entry("tokens", "key", lambda folder: (folder / "rows.arrow").write_text("whole") and None)
+    assert not place.hit and (place.folder / "rows.arrow").read_text() == "whole" and not left.exists()
 
 
 def test_an_error_keeps_nothing_and_what_another_process_made_meanwhile_is_taken(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "prepared", "1")
+    cache = RowCache(tmp_path / "prepared", "1")
 
     def fails(folder: Path) -> None:
         (folder / "rows.arrow").write_text("half")
         raise ToolkitError("no row is left")
 
     with pytest.raises(ToolkitError):
-        kept.place("tokens", "key", fails)
+        cache.entry("tokens", "key", fails)
 
     def overtaken(folder: Path) -> None:
-        kept.place("tokens", "key", lambda other: (other / "rows.arrow").write_text("theirs") and None)
+        cache.entry("tokens", "key", lambda other: (other / "rows.arrow").write_text("theirs") and None)
         (folder / "rows.arrow").write_text("ours")
 
-    place = kept.place("tokens", "key", overtaken)
+    place = cache.entry("tokens", "key", overtaken)
     assert (place.folder / "rows.arrow").read_text() == "theirs"
     assert [path.name for path in (tmp_path / "prepared").glob("tokens-*")] == [place.folder.name]
 
@@ -213,21 +213,24 @@ def test_an_error_keeps_nothing_and_what_another_process_made_meanwhile_is_taken
 def test_where_nothing_can_be_kept_it_says_so_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "prepared").write_text("a file")
     path = write(tmp_path / "rows.jsonl", [{"messages": user("a") + assistant("b")}])
-    mixture = read(path, Kept(tmp_path / "prepared", "1"))
-    assert len(mixture.rows) == 1 and "not kept: " in mixture.read and "prepared" in mixture.read
+    mixture = read(path, RowCache(tmp_path / "prepared", "1"))
+    assert len(mixture.rows) == 1 and "not cached: " in mixture.read and "prepared" in mixture.read
 
 
 def test_what_others_have_kept_is_read_where_nothing_may_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a trainer makes of the rows goes to a temporary directory then."""
-    path, kept = write(tmp_path / "rows.jsonl", [{"messages": user("a") + assistant("b")}]), Kept(tmp_path / "shared")
-    form: Any = {"train_on": "all_assistant", "max_length": None, "too_long": "drop", "kept": kept}
-    encode_rows(read(path, kept).rows, TOKENIZER, **form)
+    path, cache = (
+        write(tmp_path / "rows.jsonl", [{"messages": user("a") + assistant("b")}]),
+        RowCache(tmp_path / "shared"),
+    )
+    form: Any = {"train_on": "all_assistant", "max_length": None, "too_long": "drop", "cache": cache}
+    encode_rows(read(path, cache).rows, TOKENIZER, **form)
     monkeypatch.setattr(os, "access", lambda *_: False)
     before = sorted((tmp_path / "shared").rglob("*"))
-    found = encode_rows(read(path, kept).rows, TOKENIZER, **form)
-    assert found.place.found and len(found.data.map(lambda row: row, load_from_cache_file=False)) == 1
+    found = encode_rows(read(path, cache).rows, TOKENIZER, **form)
+    assert found.entry.hit and len(found.data.map(lambda row: row, load_from_cache_file=False)) == 1
     assert sorted((tmp_path / "shared").rglob("*")) == before
 
 
@@ -239,7 +242,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
             file.write("\n")
 
     with pytest.raises(ToolkitError, match="changed while it was read"):
-        read_sources([DataSource(path=str(path))], 0, refuse=changing, kept=Kept(tmp_path / "prepared"), refuses_by="")
+        read_sources(
+            [DataSource(path=str(path))], 0, refuse=changing, cache=RowCache(tmp_path / "prepared"), refuses_by=""
+        )
     assert not list((tmp_path / "prepared").glob("rows-*"))
 
 
@@ -261,7 +266,7 @@ def test_many_rows_are_one_call_of_the_tokenizer_and_of_all_cores(monkeypatch: p
 def test_a_run_tells_the_same_of_rows_that_it_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The second run, in a directory of its own, finds what the first one prepared; with --no-cache nothing is kept."""
+    """A second run, in a directory of its own, reuses the first one's entries; with --no-cache nothing is stored."""
     monkeypatch.chdir(tmp_path)
     rows = [{"messages": user("a") + assistant("b" * 9 * i), "id": i} for i in range(1, 9)]
     write(Path("rows.jsonl"), [*rows, {"messages": []}])
@@ -280,10 +285,12 @@ def test_a_run_tells_the_same_of_rows_that_it_finds(
         if arguments == ["--no-cache"]:
             assert not Path("runs").exists()
             run.rename("first")
-    counted = [[line for line in lines if "rows" in line and " in " not in line] for lines in said]
+    counted = [
+        [line for line in lines if "rows" in line and " in " not in line and "reused" not in line] for lines in said
+    ]
     assert len(counted[0]) >= 2 and counted[0] == counted[1] == counted[2] and len(set(rejected)) == 1
-    assert [sum("found in runs/prepared" in line for line in lines) for lines in said] == [0, 0, 2]
-    assert [sum("kept in runs/prepared" in line for line in lines) for lines in said] == [0, 2, 0]
+    assert [sum("reused from runs/prepared" in line for line in lines) for lines in said] == [0, 0, 2]
+    assert [sum("cached in runs/prepared" in line for line in lines) for lines in said] == [0, 2, 0]
 
 
 def test_a_directory_beside_is_a_processs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,5 +316,5 @@ def test_a_file_that_changes_between_its_hash_and_its_rows_is_refused(
 
     monkeypatch.setattr("recipes.data.reading.file_sha256", hash_then_change)
     with pytest.raises(ToolkitError, match=r"a\.jsonl has changed while it was read"):
-        read(data, Kept(tmp_path / "kept") if keeps else None)
+        read(data, RowCache(tmp_path / "kept") if keeps else None)
     assert not [path for path in (tmp_path / "kept").glob("rows-*")]

@@ -1,4 +1,4 @@
-"""Where runs keep prepared data, and what all of it depends on besides the data and the recipe."""
+"""The cache of prepared rows that runs use, and what every entry depends on besides the data and the recipe."""
 
 import hashlib
 import platform
@@ -6,7 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from conversations.kept import Kept
+from conversations.row_cache import RowCache
 from recipes.data.sources import CACHE
 from recipes.processes import is_main, main_first
 from recipes.stages import FOLDERS
@@ -16,15 +16,15 @@ _PACKAGES = ("conversations", "recipes.data", *FOLDERS)
 _LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers", "trl")
 
 
-def keeping(keep: bool) -> Kept:
-    """Rows, read or encoded, are found and kept in runs/prepared/, or nowhere."""
-    if not keep:
-        return Kept(shows=is_main())
-    return Kept(CACHE / "prepared", _version(), main_first, is_main())
+def row_cache(use_cache: bool) -> RowCache:
+    """The cache in runs/prepared/ of rows, read or encoded; without `use_cache` one that stores nothing."""
+    if not use_cache:
+        return RowCache(shows=is_main())
+    return RowCache(CACHE / "prepared", _version(), main_first, is_main())
 
 
 def _version() -> str:
-    """A hash of the code and of the versions of what it stands on."""
+    """A hash of the code and of the versions of its libraries."""
     digest = hashlib.sha256(platform.python_version().encode())
     for library in _LIBRARIES:
         digest.update(f"{library} {version(library)}\n".encode())

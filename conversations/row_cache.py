@@ -1,0 +1,114 @@
+"""A cache of prepared rows on disk, keyed by a hash of all that they were made from; an entry is whole or absent."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversations.scratch import remove_abandoned, scratch_directory
+from conversations.tally import counted
+
+CONTENTS = "contents.json"
+Make = Callable[[Path], None]  # writes an entry's files into the directory
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A directory of prepared data.
+
+    hit: it existed already; otherwise making it took `seconds`. stored: it stays when the process ends; otherwise
+    `why_not`, where it should have been stored.
+    """
+
+    folder: Path
+    hit: bool
+    stored: bool
+    seconds: float = 0.0
+    why_not: str = ""
+
+    def line(self, what: str, rows: int) -> str:
+        """For the user: "encoded 100,000 rows in 20.1 s (4,975 rows/s); cached in runs/prepared/tokens-5f"."""
+        if self.hit:
+            return f"{counted(rows)} {what} earlier, reused from {self.folder} ({self._size()})"
+        speed = f"{what} {counted(rows)} in {self.seconds:.1f} s ({rows / max(self.seconds, 1e-3):,.0f} rows/s)"
+        end = f"; cached in {self.folder} ({self._size()})" if self.stored else ""
+        return f"{speed}{end}{f'; not cached: {self.why_not}' if self.why_not else ''}"
+
+    def _size(self) -> str:
+        return f"{sum(file.stat().st_size for file in self.folder.iterdir()) / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True)
+class RowCache:
+    """Where prepared data is cached.
+
+    folder: holds a directory for each entry; None stores nothing. version: what every entry depends on: code and
+    libraries. first: lets the main one of several processes make what the others then reuse. shows: whether this
+    process draws progress bars.
+    """
+
+    folder: Path | None = None
+    version: str = ""
+    first: Callable[[Callable[[], CacheEntry]], CacheEntry] = lambda do: do()
+    shows: bool = True
+
+    def entry(self, kind: str, key: Any, make: Make) -> CacheEntry:
+        """The directory of what is made from `key` (JSON), made now if it is not in the cache.
+
+        Only a whole entry gets its name; without a folder, or a key (None), it is a temporary directory. Raises what
+        `make` raises, and stores nothing then.
+        """
+        if self.folder is None or key is None:
+            return _temporary(make)
+        contents = {"kind": kind, "version": self.version, "key": key}
+        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{kind}-{digest[:24]}"
+        return self.first(lambda: CacheEntry(path, True, True) if _is_whole(path) else self._made(path, contents, make))
+
+    def _made(self, path: Path, contents: dict[str, Any], make: Make) -> CacheEntry:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(path.parent)
+            made = scratch_directory(path.parent) / path.name
+            made.mkdir()  # with the mode of the umask, unlike a directory of tempfile's
+        except OSError as error:
+            return _temporary(make, f"{path.parent}: {error.strerror}")
+        began = time.monotonic()
+        try:
+            make(made)
+            sizes = {file.name: file.stat().st_size for file in made.iterdir()}
+            (made / CONTENTS).write_text(json.dumps({**contents, "files": sizes}, indent=1) + "\n", encoding="utf-8")
+            _publish(made, path)
+        finally:
+            shutil.rmtree(made.parent, ignore_errors=True)
+        return CacheEntry(path, False, True, time.monotonic() - began)
+
+
+def _publish(made: Path, path: Path) -> None:
+    """Rename it to its name; an entry that another process has stored there meanwhile is just as good."""
+    if path.exists() and not _is_whole(path):
+        shutil.rmtree(path)
+    try:
+        made.rename(path)
+    except OSError:
+        if not _is_whole(path):
+            raise
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all files are there with their sizes; after a crash the file system may have lost the end of one."""
+    try:
+        sizes = json.loads((path / CONTENTS).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _temporary(make: Make, why_not: str = "") -> CacheEntry:
+    began, folder = time.monotonic(), scratch_directory()
+    make(folder)
+    return CacheEntry(folder, False, False, time.monotonic() - began, why_not)
