@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import seconds, write
-from conversations import verify
-from conversations.answers.rules import judge_all
+from conversations.answers.many import Asked, verify_all
+from conversations.answers.verdict import Verdict
 from conversations.sandbox.box import isolation
 
 PYTHON = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", "pass"]
@@ -41,10 +41,9 @@ def main() -> None:
     commands = {"python": PYTHON, "unshare": [*NAMESPACES, *PYTHON], "bubblewrap": [*isolation(1), *PYTHON]}
     starts = {name: seconds(partial(subprocess.run, command, check=True), 20) for name, command in commands.items()}
     began = time.perf_counter()
-    jobs = [partial(verify, "code", row["canonical_solution"], reference=row) for row in rows]
-    verdicts = judge_all("code", jobs)
+    verdicts = verify_all("code", [Asked(row["canonical_solution"], reference=row) for row in rows])
     rate = len(rows) / (time.perf_counter() - began)
-    passed = sum(verdict.score == 1 for verdict in verdicts)
+    passed = sum(isinstance(verdict, Verdict) and verdict.score == 1 for verdict in verdicts)
     for name, start in starts.items():
         print(f"{name:<11} {1000 * start:5.1f} ms to start")
     print(f"{rate:.1f} checks a second; {passed} of {len(rows)} pass")

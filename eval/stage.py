@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from conversations import render_conversation, verify
+from conversations import render_conversation
 from conversations.answers.judging import is_pair, judge
+from conversations.answers.many import Asked, verify_all
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
-from conversations.answers.rules import check_reference, judge_all
+from conversations.answers.rules import check_reference, find_rule
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.row import Row
@@ -195,19 +195,32 @@ def row_seed(seed: int, row: int, temperature: float) -> int:
 
 
 def _answered(
-    task: EvalTask, rows: Numbered, subject: Subject, rule: str, judge_text: Callable[[Row, str], Verdict]
+    task: EvalTask, rows: Numbered, subject: Subject, rule: str, settings: Mapping[str, Any]
 ) -> Iterator[list[Sample]]:
     """The answers of every row at every temperature, judged by the rule, some batches at a time."""
+    compares = find_rule(rule).needs_reference
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             answers = _generate(task, chunk, subject, temperature)
-            jobs = [partial(judge_text, row, text) for (_, row), (text, _) in zip(chunk, answers, strict=True)]
-            yield [
-                _sample(number, row, decoding_name(temperature), text, truncated, verdict)
-                for (number, row), (text, truncated), verdict in zip(chunk, answers, judge_all(rule, jobs), strict=True)
+            asked = [
+                Asked(text, reference=row["reference"] if compares else None, settings=settings)
+                for (_, row), (text, _) in zip(chunk, answers, strict=True)
             ]
+            yield [
+                _sample(number, row, decoding_name(temperature), text, truncated, _found(verdict))
+                for (number, row), (text, truncated), verdict in zip(
+                    chunk, answers, verify_all(rule, asked), strict=True
+                )
+            ]
+
+
+def _found(verdict: Verdict | ToolkitError) -> Verdict:
+    """A check that was ended because it hung counts as a wrong answer, whose reason says so."""
+    if isinstance(verdict, ToolkitError):
+        raise verdict
+    return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)
 
 
 def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[tuple[str, bool]]:
@@ -286,22 +299,17 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the rule finds the reference in the answer."""
-    judge_text = partial(_compare, task)
-    return _answered(task, rows, subject, task.rule, judge_text)
-
-
-def _compare(task: EvalTask, row: Row, text: str) -> Verdict:
-    return verify(task.rule, text, reference=row["reference"], **task.settings)
+    return _answered(task, rows, subject, task.rule, task.settings)
 
 
 def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where a sentence of the answer matches a refusal pattern."""
-    return _answered(task, rows, subject, "refusal", lambda row, text: verify("refusal", text, patterns=task.patterns))
+    return _answered(task, rows, subject, "refusal", {"patterns": task.patterns})
 
 
 def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
-    return _answered(task, rows, subject, "format", lambda row, text: verify("format", text, patterns=task.patterns))
+    return _answered(task, rows, subject, "format", {"patterns": task.patterns})
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:

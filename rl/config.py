@@ -17,13 +17,19 @@ _MAP_REFERENCE = (
 
 
 class RewardEntry(Section):
-    """One term of the reward, r = sum of weight * value: a reward model or a named rule."""
+    """One term of the reward, r = sum of weight * value: a reward model, a named rule or a function of the user's."""
 
     model: str | None = Field(default=None, description="Run or directory of a reward model.")
     if_missing: Literal["error", "random"] = Field(
         default="error", description="Without such a model: stop, or (for trials) score at random in its place."
     )
     rule: str | None = Field(default=None, description="Name of a rule, such as math or number.")
+    python: str | None = Field(
+        default=None,
+        description='A function of yours, "FILE.py:FUNCTION", with the signature of TRL\'s reward functions.',
+    )
+    timeout: float = Field(default=10.0, gt=0, description="Of python: seconds for a call.")
+    workers: int = Field(default=1, ge=1, le=1024, description="Of python: processes that it runs in.")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="The rule's own settings, such as {partial: true} of code (docs/rules.md)."
     )
@@ -40,10 +46,12 @@ class RewardEntry(Section):
 
     @model_validator(mode="after")
     def _model_or_rule(self) -> "RewardEntry":
-        if (self.model is None) == (self.rule is None):
-            raise ValueError("needs either model or rule")
-        if self.rule is not None and self.clip is not None:
+        if [self.model, self.rule, self.python].count(None) != 2:
+            raise ValueError("needs one of model, rule and python")
+        if self.model is None and self.clip is not None:
             raise ValueError("clip belongs to a reward model, not to a rule")
+        if self.python is None and (self.timeout, self.workers) != (10.0, 1):
+            raise ValueError("timeout and workers belong to a function of yours (python); leave them out")
         if self.weight == 0:
             raise ValueError("weight is 0: leave the reward out instead")
         if self.rule is not None:
@@ -51,12 +59,17 @@ class RewardEntry(Section):
 
             check_rule(self.rule, self.settings)
         elif self.settings:
-            raise ValueError("settings belong to a rule, not to a reward model")
+            raise ValueError("settings belong to a rule; leave them out")
+        if self.python is not None:
+            from conversations.answers.own_function import place_of
+
+            place_of(self.python)
         return self
 
     def judges_like(self, other: "RewardEntry") -> bool:
         """Whether the two give the same value to every answer."""
-        same = (self.rule, self.settings, self.model) == (other.rule, other.settings, other.model)
+        judges = (self.rule, self.settings, self.model, self.python)
+        same = judges == (other.rule, other.settings, other.model, other.python)
         return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
 
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from conversations import render_conversation, verify
+from conversations import render_conversation
+from conversations.answers.many import Asked, verify_all
+from conversations.answers.own_function import call, place_of
 from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.answers.reward_stats import RewardStats
-from conversations.answers.rules import find_rule, judge_all
+from conversations.answers.rules import find_rule
+from conversations.answers.workers import TooLong, Workers
 from conversations.errors import ToolkitError
 from conversations.stage import OtherModel
 from deepseek_v2_modeling.inference import score_sequences
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 OnError = Literal["error", "zero", "skip"]
 Values = list[float | None]
 MIN_STD = 1e-6
+REMEMBERED = 100_000  # values of a function of the user's
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,64 @@ class RuleReward(Reward):
         self.takes_finished = "finished" in rule_function.settings
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        return judge_all(self.rule, [partial(self._value, answer) for answer in answers])
+        """The rule's scores. A reference that cannot be read touches its answer only."""
+        verdicts = verify_all(self.rule, [self._asked(answer) for answer in answers])
+        unread = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
+        if unread is not None and self.on_error == "error":
+            raise unread
+        return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
 
-    def _value(self, answer: Answer) -> float | None:
-        """The rule's score. A reference that cannot be read touches this answer only."""
+    def _asked(self, answer: Answer) -> Asked:
         settings = {**self.settings, **({"finished": answer.finished} if self.takes_finished else {})}
-        try:
-            return verify(self.rule, answer.text, prompt=answer.prompt, reference=answer.reference, **settings).score
-        except ToolkitError:
-            if self.on_error == "error":
-                raise
-            return math.nan
+        return Asked(answer.text, answer.prompt, answer.reference, settings)
+
+
+class FunctionReward(Reward):
+    """A function of the user's, in processes of its own: what it does to its process touches no other, and a call that
+    hangs is ended. It is asked once for each (prompt, answer, reference).
+
+    Raises:
+        ToolkitError: no such file or function.
+    """
+
+    def __init__(
+        self,
+        written: str,
+        weight: float = 1.0,
+        on_error: OnError = "error",
+        *,
+        timeout: float = 10.0,
+        workers: int = 1,
+    ):
+        super().__init__(place_of(written)[1], weight, on_error)
+        self.written, self.timeout, self.count = written, timeout, workers
+        self.workers = Workers(workers)
+        self.known: dict[tuple[str, str, str | None], float | None] = {}
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        new = {self._key(answer): answer for answer in answers if self._key(answer) not in self.known}
+        asked = [
+            {"prompt": a.prompt, "completion": a.text, "reference": a.reference, "finished": a.finished}
+            for a in new.values()
+        ]
+        size = max(1, math.ceil(len(asked) / self.count))
+        found = dict(zip(new, self.workers.map(partial(call, self.written), asked, size, self.timeout), strict=True))
+        failed = {key: error for key, error in found.items() if isinstance(error, Exception)}
+        if failed and self.on_error == "error":
+            error = next(iter(failed.values()))
+            raise ToolkitError(self._told(error)) from error
+        self.known |= {key: value for key, value in found.items() if key not in failed}
+        if len(self.known) > REMEMBERED:
+            self.known = {key: self.known[key] for key in map(self._key, answers) if key in self.known}
+        return [math.nan if (key := self._key(a)) in failed else self.known[key] for a in answers]
+
+    def _told(self, error: Exception) -> str:
+        if isinstance(error, TooLong):
+            return f"{self.written} took longer than timeout = {self.timeout:g} s for one answer"
+        return str(error) if isinstance(error, ToolkitError) else f"{self.written}: its process ended ({error})"
+
+    def _key(self, answer: Answer) -> tuple[str, str, str | None]:
+        return prompt_text(answer.prompt), answer.text, answer.reference
 
 
 class RewardModelReward(Reward):
@@ -169,6 +220,9 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
         if entry.rule is not None:
             rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error, entry.settings))
             continue
+        if entry.python is not None:
+            rewards.append(function_reward(entry))
+            continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
         rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
@@ -177,6 +231,13 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
         if names.count(names[index]) > 1:  # TRL logs by name
             reward.__name__ = f"{names[index]}_{index}"
     return rewards
+
+
+def function_reward(entry: RewardEntry) -> FunctionReward:
+    """Of an entry with `python`."""
+    assert entry.python is not None
+    settings = {"timeout": entry.timeout, "workers": entry.workers}
+    return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
 
 
 def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:

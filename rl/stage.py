@@ -15,7 +15,16 @@ from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RewardEntry, RlRecipe
-from rl.rewards import Answer, Reward, RewardModelReward, RuleReward, Values, build_rewards, check_references
+from rl.rewards import (
+    Answer,
+    Reward,
+    RewardModelReward,
+    RuleReward,
+    Values,
+    build_rewards,
+    check_references,
+    function_reward,
+)
 from rl.trainer import PolicyTrainer
 
 if TYPE_CHECKING:
@@ -117,6 +126,13 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
 def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> None:
     """Raises ToolkitError for rows that the run would refuse together, though each of them could be used."""
     check_references([RuleReward(entry.rule) for entry in recipe.rewards if entry.rule], rows)
+    for entry in recipe.rewards:
+        if entry.python and entry.on_error == "error" and rows:
+            reward, prompt = function_reward(entry), prompt_of(rows[0], 1)
+            try:
+                reward.judge([Answer(prompt, "", reference=rows[0].get("reference"))])
+            finally:
+                reward.workers.close()
     check_prompts(arguments, len(rows))
 
 

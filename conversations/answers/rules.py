@@ -1,12 +1,10 @@
 """All rules by name: the one entry for rewards, evaluation and whatever else judges an answer. No torch."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
@@ -17,7 +15,6 @@ from conversations.answers.refusing import refusal
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 
-_T = TypeVar("_T")
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
@@ -27,15 +24,15 @@ class Rule:
 
     read_reference: raises ToolkitError for a reference that the rule cannot use; None where it needs none.
     of_rows: whether its references are rows of a data set, not texts. need: raises ToolkitError, given its settings,
-    for a machine that lacks what the rule needs. waits: whether it waits for processes of its own, so that several
-    answers are judged at once.
+    for a machine that lacks what the rule needs. many: where many answers are judged: "here", in "threads" (a rule that
+    waits for processes of its own) or in "processes" (one that computes for long, or may hang).
     """
 
     judge: Callable[..., Verdict]
     read_reference: Callable[[Any], Any] | None = None
     of_rows: bool = False
     need: Callable[[Mapping[str, Any]], None] | None = None
-    waits: bool = False
+    many: Literal["here", "threads", "processes"] = "here"
 
     @property
     def needs_reference(self) -> bool:
@@ -52,12 +49,12 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "math": Rule(math, math_reference),
+    "math": Rule(math, math_reference, many="processes"),
     "number": Rule(number, number_reference),
     "refusal": Rule(refusal),
     "format": Rule(format),
     "language": Rule(language),
-    "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, waits=True),
+    "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
 }
 
 
@@ -94,15 +91,6 @@ def check_machine(name: str, settings: Mapping[str, Any]) -> None:
     """Raises ToolkitError where this machine lacks what the rule needs."""
     if need := find_rule(name).need:
         need(settings)
-
-
-def judge_all(name: str, jobs: Sequence[Callable[[], _T]]) -> list[_T]:
-    """What the jobs return, each of which judges an answer by the rule: one after the other, or as many at once as
-    there are cores, where the rule waits for other processes."""
-    if not find_rule(name).waits or len(jobs) < 2:
-        return [job() for job in jobs]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda job: job(), jobs))
 
 
 def needs_reference(name: str) -> bool:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from conversations import load_conversations, verify
 from conversations.answers.code import code_reference, written_code
-from conversations.answers.rules import judge_all
+from conversations.answers.many import Asked, verify_all
 from conversations.errors import ToolkitError
 from conversations.sandbox import box
 from conversations.sandbox.guest.wire import Reference, decode, encode
@@ -158,10 +158,9 @@ def test_rows_of_mbpp_and_of_programs(answer: str, row: Any, score: float) -> No
 @isolated
 def test_all_of_humaneval_passes_with_its_solution_and_fails_without() -> None:
     rows = [json.loads(line) for line in SHARED.read_text().splitlines()]
-    right = [lambda row=row: judge(row["canonical_solution"], row, timeout=60) for row in rows]
-    nothing = [lambda row=row: judge("    pass\n", row, timeout=60) for row in rows]
-    assert [score for score, _ in judge_all("code", right)] == [1.0] * 164
-    assert [score for score, _ in judge_all("code", nothing)] == [0.0] * 164
+    for write, score in ((lambda row: row["canonical_solution"], 1.0), (lambda row: "    pass\n", 0.0)):
+        asked = [Asked(write(row), reference=row, settings={"timeout": 60}) for row in rows]
+        assert [verdict.score for verdict in verify_all("code", asked)] == [score] * 164
 
 
 # --- hostile answers

@@ -1,0 +1,163 @@
+"""Rewards of the user's own, through the command line: the shipped examples, and functions that fail in every way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conversations.answers.own_function import call
+from conversations.errors import ToolkitError
+from recipes.cli import main as dsv2
+from rl.rewards import Answer, FunctionReward
+
+from ..helpers.stages import lines
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "my_rewards.py"
+BAD = """
+import time
+
+CALLS = []
+
+
+def hang(prompts, completions, **columns):
+    while True:
+        time.sleep(1)
+
+
+def hang_once(prompts, completions, **columns):
+    return [time.sleep(600) if c[-1]["content"] == "bad" else 1.0 for c in completions]
+
+
+def raises(prompts, completions):
+    return [1 / 0 for _ in prompts]
+
+
+def few(prompts, completions):
+    return [1.0] * (len(prompts) + 1)
+
+
+def words(prompts, completions):
+    return ["a"] * len(prompts)
+
+
+def dies(prompts, completions):
+    import os
+
+    os._exit(3)
+
+
+def nan(prompts, completions):
+    return [float("nan")] * len(prompts)
+
+
+def nothing(prompts, completions):
+    return [None] * len(prompts)
+
+
+def counted(prompts, completions):
+    CALLS.extend(completions)
+    return [float(len(CALLS))] * len(prompts)
+
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.py"
+    path.write_text(BAD)
+    return path
+
+
+def answers(*texts: str) -> list[Answer]:
+    return [Answer([{"role": "user", "content": "2 + 2?"}], text, reference="4") for text in texts]
+
+
+def judged(written: str, *texts: str, **more: Any) -> list[float | None]:
+    reward = FunctionReward(written, **more)
+    try:
+        return reward.judge(answers(*texts))
+    finally:
+        reward.workers.close()
+
+
+def test_the_example_trains_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rewards = [{"python": f"{EXAMPLES}:exact", "workers": 2}, {"python": f"{EXAMPLES}:short", "weight": 0.1}]
+    words = ["rl", "tiny/rl_reasoning", "--smoke", "model.path=base", "model.preset=tiny", "output_dir=run"]
+    assert dsv2([*words, f"rewards={json.dumps(rewards)}"]) == 0
+    for line in lines(Path("run/samples.jsonl")):
+        assert set(line["rewards"]) == {"exact", "short"} and 0 <= line["rewards"]["short"] <= 1
+
+
+def test_it_is_called_as_trl_calls_it() -> None:
+    rows = [{"prompt": [], "completion": text, "reference": "4", "finished": True} for text in ("So 4.", "5", "")]
+    assert call(f"{EXAMPLES}:exact", rows) == [1.0, 0.0, 0.0]
+    assert call(f"{EXAMPLES}:short", rows) == [0.98, 0.99, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("hang", "bad.py:hang took longer than timeout = 1 s for one answer"),
+        ("raises", "bad.py:17: ZeroDivisionError: division by zero"),
+        ("few", "bad.py:few: gave 2 values for 1 answers"),
+        ("words", "bad.py:words: gave 'a', where a number or None is needed"),
+        ("dies", "bad.py:dies: its process ended"),
+        ("none", "bad.py: defines no function none"),
+        ("NUMBER", "bad.py: defines no function NUMBER"),
+    ],
+)
+def test_check_calls_it_on_one_row(name: str, why: str, bad: Path, capsys: Any) -> None:
+    reward = {"python": f"bad.py:{name}", "timeout": 1}
+    words = ["check", "tiny/rl_reasoning", "model.path=base", "model.preset=tiny", "output_dir=run"]
+    assert dsv2([*words, f"rewards=[{json.dumps(reward)}]"]) == 2
+    said = capsys.readouterr().err
+    assert why in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("reward", "why"),
+    [
+        ({"python": "bad:raises"}, "must be"),
+        ({"python": "bad.py:a-b"}, "must be"),
+        ({"python": "other.py:f"}, "other.py: there is no such file"),
+        ({"python": "broken.py:f"}, "broken.py:1: "),
+        ({"rule": "number", "timeout": 3}, "timeout and workers belong to a function"),
+        ({"python": "bad.py:raises", "clip": 1}, "clip belongs to a reward model"),
+        ({"python": "bad.py:raises", "rule": "number"}, "needs one of model, rule and python"),
+        ({"python": "bad.py:raises", "settings": {"a": 1}}, "settings belong to a rule"),
+        ({"python": "bad.py:raises", "workers": 0}, "workers"),
+    ],
+)
+def test_what_cannot_be_is_one_message(reward: dict[str, Any], why: str, bad: Path, capsys: Any) -> None:
+    Path("broken.py").write_text("def f(:\n")
+    words = ["check", "tiny/rl_reasoning", "model.path=base", "model.preset=tiny", "output_dir=run"]
+    assert dsv2([*words, f"rewards=[{json.dumps(reward)}]"]) == 2
+    said = capsys.readouterr().err
+    assert why in said and said.startswith("error: ") and "Traceback" not in said
+
+
+def test_what_fails_counts_as_on_error_says(bad: Path) -> None:
+    rows = {"prompts": [[{"role": "user", "content": "?"}]] * 3}
+    said = [[{"role": "assistant", "content": text}] for text in ("good", "bad", "fine")]
+    for on_error, instead in (("zero", 0.0), ("skip", None)):
+        reward = FunctionReward("bad.py:hang_once", on_error=on_error, timeout=1, workers=2)  # pyright: ignore
+        assert reward(**rows, completions=said) == [1.0, instead, 1.0]
+        reward.workers.close()
+        reward = FunctionReward("bad.py:nan", on_error=on_error)  # pyright: ignore
+        assert reward(**rows, completions=said) == [instead] * 3
+        reward.workers.close()
+    assert judged("bad.py:nothing", "a", "b") == [None, None]
+    with pytest.raises(ToolkitError, match="no finite value"):
+        FunctionReward("bad.py:nan")(**rows, completions=said)
+
+
+def test_the_same_answer_is_judged_once(bad: Path) -> None:
+    reward = FunctionReward("bad.py:counted")
+    assert reward.judge(answers("a", "b", "a")) == [2.0, 2.0, 2.0]
+    assert reward.judge(answers("b", "c")) == [2.0, 3.0]
+    reward.workers.close()
