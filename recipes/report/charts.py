@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, count, repeat
+from operator import itemgetter
 
 from recipes.report.metrics import Point
 from recipes.results.words import short
@@ -67,15 +69,14 @@ class Chart:
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:
     """Centred mean over `window` values. At the start, where curves are steep, the window shrinks on both sides;
     at the end it takes the values that are there."""
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
-    smoothed = []
-    for index, (step, _) in enumerate(points):
-        half = min(window // 2, index)
-        first, last = index - half, min(index + half, len(points) - 1)
-        smoothed.append((step, (sums[last + 1] - sums[first]) / (last + 1 - first)))
-    return smoothed
+    half, n = window // 2, len(points)
+    sums = list(accumulate((value for _, value in points), initial=0.0))
+    starts = chain(repeat(0, half), count())
+    ends = chain(range(1, min(2 * half, n), 2), range(2 * half + 1, n + 1), repeat(n))
+    return [
+        (step, (sums[end] - sums[start]) / (end - start))
+        for (step, _), start, end in zip(points, starts, ends, strict=False)
+    ]
 
 
 def window_of(n: int) -> int:
@@ -91,5 +92,5 @@ def thin(points: Sequence[Point], most: int = MAX_DRAWN) -> Sequence[Point]:
     kept: list[Point] = []
     for index in range(bins):
         part = points[index * len(points) // bins : (index + 1) * len(points) // bins]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+        kept += sorted({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))})
     return kept

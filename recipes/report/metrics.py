@@ -40,6 +40,12 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             metrics.loose.update(row)
             continue
         for key, value in row.items():
+            if type(value) is float and key in values:  # nearly all of a long run
+                known = values[key]
+                if step in known:
+                    repeated.add(step)
+                known[step] = value
+                continue
             # A null stands for NaN or infinity, which JSON does not have.
             as_number = math.nan if value is None else number(value)
             if isinstance(value, list) and (layer := _share_layer(key)) is not None:
@@ -77,8 +83,9 @@ HUGE = 1e300
 
 def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point]:
     points = sorted(known.items())
-    bad = [step for step, value in points if not abs(value) < HUGE]
-    if bad:
+    drawn = [point for point in points if abs(point[1]) < HUGE]
+    if len(drawn) < len(points):
+        bad = [step for step, value in points if not abs(value) < HUGE]
         values = count(len(bad), "NaN or infinite value")
         notes.append(f"{key}: {values} not drawn, the first at step {bad[0]:g}")
-    return [(step, value) for step, value in points if abs(value) < HUGE]
+    return drawn
