@@ -326,8 +326,8 @@ def checkpoint(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, **inputs: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
