@@ -53,7 +53,7 @@ class EvalTask(Section):
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; by default the recipe's `data`."
     )
-    rule: Literal["number", "math", "code"] = Field(
+    rule: Literal["number", "math", "choice", "code"] = Field(
         default="number", description="exact_match: the rule that compares an answer with its reference."
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="exact_match: the rule's own settings.")

@@ -205,8 +205,8 @@ def _answered(
             chunk = rows[start : start + size]
             answers = _generate(task, chunk, subject, temperature)
             asked = [
-                Asked(text, reference=row["reference"] if compares else None, settings=settings)
-                for (_, row), (text, _) in zip(chunk, answers, strict=True)
+                Asked(text, prompt_of(row, number + 1), row["reference"] if compares else None, settings)
+                for (number, row), (text, _) in zip(chunk, answers, strict=True)
             ]
             yield [
                 _sample(number, row, decoding_name(temperature), text, truncated, _found(verdict))

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from conversations.answers.choice import choice, choice_reference
 from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
 from conversations.answers.language import language
 from conversations.answers.mathematics import math, math_reference
 from conversations.answers.number import number, number_reference
 from conversations.answers.refusing import refusal
+from conversations.answers.repetition import repetition
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 
@@ -44,6 +46,12 @@ class Rule:
         return frozenset(list(inspect.signature(self.judge).parameters)[1:])
 
     @property
+    def optional(self) -> frozenset[str]:
+        """What `judge` does without."""
+        parameters = inspect.signature(self.judge).parameters.items()
+        return frozenset(name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty)
+
+    @property
     def settings(self) -> frozenset[str]:
         return self.parameters - {"prompt", "reference"}
 
@@ -54,6 +62,8 @@ RULES: dict[str, Rule] = {
     "refusal": Rule(refusal),
     "format": Rule(format),
     "language": Rule(language),
+    "choice": Rule(choice, choice_reference),
+    "repetition": Rule(repetition),
     "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
 }
 
@@ -111,7 +121,7 @@ def verify(
     """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
 
     Args:
-        name: of the rule: math, number, code, refusal, format, language.
+        name: of the rule: math, number, choice, code, refusal, format, language, repetition.
         prompt: a text or messages, of which the last user turn counts.
         reference: the right answer, a text or a number; for `code` a row with tests.
         settings: the rule's own: `patterns` of refusal, `finished` of format, `partial`, `timeout`, `memory` and
@@ -131,7 +141,7 @@ def verify(
         "reference": reference if reference is None or rule.of_rows else _reference_text(reference),
     }
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters}
-    missing = next((key for key, value in arguments.items() if value is None), None)
+    missing = next((key for key, value in arguments.items() if value is None and key not in rule.optional), None)
     if missing:
         return Verdict(None, f"no {missing} to compare with")
     return rule.judge(completion, **arguments, **settings)
