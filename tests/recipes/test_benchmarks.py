@@ -1,4 +1,4 @@
-"""benchmarks/against_stock.py at toy size, and that docs/speed.md has its table as the script makes it."""
+"""Benchmarks at toy size, and that docs/speed.md has its table as benchmarks/against_stock.py makes it."""
 
 import json
 import sys
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import against_stock
+from benchmarks import against_stock, growth, preparation
 from benchmarks.common import RESULTS
+from recipes.runs import caching
+from recipes.runs.preset_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = "LoRA step with checkpointing, bf16, 4 x 2,048"
@@ -35,3 +37,24 @@ def test_the_table_of_the_docs_is_the_one_that_was_measured():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert against_stock.MARKS[0] + against_stock.page_text(results) + against_stock.MARKS[1] in page
     assert results["runs"].keys() <= against_stock.CASES.keys()
+
+
+def test_curves_are_measured_and_what_bends_lies_off_its_law(monkeypatch, capsys):
+    names = ["over context", "over checkpoint", "over metric lines"]
+    monkeypatch.setattr(sys, "argv", ["growth", "--toy", "--only", *names])
+    growth.main()
+    table = capsys.readouterr().out
+    assert all(any(name in line for line in table.splitlines() if line.startswith("| ")) for name in names)
+    sizes = [float(x) for x in (1, 10, 100)]
+    straight = growth.fitted([{"x": x, "seconds": 2 + 3 * x} for x in sizes], flat=False)
+    assert straight == pytest.approx({"start": 2, "each": 3, "off": 0}, abs=1e-9)
+    assert growth.fitted([{"x": x, "seconds": x * x} for x in sizes], flat=False)["off"] > 0.5
+    assert growth.fitted([{"x": x, "seconds": x} for x in sizes], flat=True)["off"] > 0.5
+
+
+def test_prepared_data_is_measured_and_read_from_the_cache(monkeypatch, tmp_path):
+    build_tokenizer("v2-lite-mini").save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(caching, "CACHE", tmp_path)
+    preparation.make(tmp_path / "rows.jsonl", 20)
+    where = str(tmp_path / "rows.jsonl"), str(tmp_path / "tokenizer")
+    assert [preparation.prepare(*where)["from_cache"] for _ in range(2)] == [False, True]
