@@ -242,6 +242,11 @@ class StageRecipe(Section):
         """The models that are used beside `model`."""
         return []
 
+    @property
+    def reads_lm_head(self) -> bool:
+        """Whether the stage uses the head of `model` that predicts tokens, though its own model has another one."""
+        return False
+
 
 class TrainingRecipe(StageRecipe):
     """What the recipes of sft, reward and rl share."""

@@ -109,8 +109,8 @@ class Work:
     """What a stage works on.
 
     rows: canonical rows by the name of their list; of a list whose sources go apart, by the source's name in turn.
-    others: by their keys in the recipe. cache: of encoded rows. resume: whether the run has begun
-    before; resume_from: its newest checkpoint.
+    others: by their keys in the recipe. lm_head: frozen, where the recipe reads it. cache: of encoded rows. resume:
+    whether the run has begun before; resume_from: its newest checkpoint.
     """
 
     model: Any
@@ -118,6 +118,7 @@ class Work:
     run_dir: Path
     rows: Mapping[str, Any]
     others: Mapping[str, OtherModel] = field(default_factory=dict)
+    lm_head: Any = None
     cache: RowCache = field(default_factory=RowCache)
     resume: bool = False
     resume_from: Path | None = None

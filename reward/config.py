@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conversations.answers.usable_rows import no_pair, other_verdict
 from conversations.row import Refuse
@@ -18,6 +18,29 @@ class RewardRecipe(SupervisedRecipe):
     loss: Literal["pairwise", "pointwise"] = Field(
         default="pairwise", description="Pairs of chosen and rejected, or single answers with a label or score."
     )
+    sft_coefficient: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of a language-model loss on the chosen answer beside the pairwise one, with the head of "
+        "the chat model that the reward model starts from, frozen (GRM, Yang et al. 2024).",
+    )
+    prefix_coefficient: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the pairwise loss at every token from the first on in which two answers differ, beside "
+        "that at the last token (so DeepSpeed-Chat).",
+    )
+
+    @model_validator(mode="after")
+    def _pairs_for_what_compares(self) -> "RewardRecipe":
+        for name in ("sft_coefficient", "prefix_coefficient"):
+            if getattr(self, name) and self.loss != "pairwise":
+                raise ValueError(f"{name} is for loss: pairwise; here single answers are judged")
+        return self
+
+    @property
+    def reads_lm_head(self) -> bool:
+        return self.sft_coefficient > 0
 
     def refusal(self) -> Refuse:
         return other_verdict() if self.loss == "pointwise" else no_pair

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import pyarrow
 from datasets import Features, List, Value
 
 from conversations.answers.judging import is_pair
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 ANSWERS = (*PAIR[1:], "completion")
 _IDS = List(Value("int32"))
-_PAIRS = Features({f"{key}_ids": _IDS for key in PAIR[1:]})
+_PAIRS = Features({**{f"{key}_ids": _IDS for key in PAIR[1:]}, "answer_tokens": Value("int32")})
 _JUDGED = Features({"input_ids": _IDS, "target": Value("float64")})
 
 
@@ -48,8 +49,20 @@ def answer_ids(
 
     known: as of encode_runs.
     """
-    ids = encode_runs(conversation_runs([*prompt, *answer], tokenizer), tokenizer, known)["input_ids"]
+    ids = _encoded(prompt, answer, tokenizer, known)["input_ids"]
     return ids if max_length is None else ids[-max_length:]
+
+
+def _encoded(
+    prompt: list[Row], answer: list[Row], tokenizer: "PreTrainedTokenizerBase", known: Known | None
+) -> dict[str, list[int]]:
+    """`encode_runs` of a conversation that ends in the answer."""
+    return encode_runs(conversation_runs([*prompt, *answer], tokenizer), tokenizer, known)
+
+
+def _last_turn(mask: list[int]) -> int:
+    """How many tokens at the end are an assistant's turn that may be trained on, its end token included."""
+    return next((count for count, trained in enumerate(reversed(mask)) if not trained), len(mask))
 
 
 def encode_pairs(
@@ -60,7 +73,8 @@ def encode_pairs(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Columns chosen_ids and rejected_ids, and what became of the rows.
+    """Columns chosen_ids, rejected_ids and answer_tokens (how many tokens at the end of chosen_ids are the answer's
+    last turn), and what became of the rows.
 
     Raises:
         ToolkitError: a row that is no pair, or nothing left.
@@ -77,10 +91,18 @@ def encode_pairs(
 
     def encoded(report: LengthReport) -> Iterator[Columns]:
         for batch in _answers_ahead(checked(), tokenizer, PAIR[1:]):
-            found = [fitted for _, ids in batch if (fitted := _counted(ids, max_length, too_long, report))]
-            yield {f"{key}_ids": id_lists([pair[place] for pair in found]) for place, key in enumerate(PAIR[1:])}
+            found, answers = [], []
+            for _, answered in batch:
+                if fitted := _counted([one["input_ids"] for one in answered], max_length, too_long, report):
+                    found.append(fitted)
+                    answers.append(_last_turn(answered[0]["assistant_mask"]))
+            ids = {f"{key}_ids": id_lists([pair[place] for pair in found]) for place, key in enumerate(PAIR[1:])}
+            yield {**ids, "answer_tokens": pyarrow.array(answers, pyarrow.int32())}
 
-    key = key_of(rows, tokenizer, stage="reward", loss="pairwise", max_length=max_length, too_long=too_long)
+    columns = sorted(_PAIRS)
+    key = key_of(
+        rows, tokenizer, stage="reward", loss="pairwise", max_length=max_length, too_long=too_long, columns=columns
+    )
     count = len(rows) if isinstance(rows, Sequence) else None
     return encoded_dataset(cache or RowCache(), key, _PAIRS, encoded, rows=count, max_length=max_length)
 
@@ -110,8 +132,8 @@ def encode_judged(
     def encoded(report: LengthReport) -> Iterator[Columns]:
         for batch in _answers_ahead(checked(), tokenizer, JUDGED[1:]):
             found, targets = [], []
-            for row, ids in batch:
-                if fitted := _counted(ids, max_length, too_long, report):
+            for row, answered in batch:
+                if fitted := _counted([one["input_ids"] for one in answered], max_length, too_long, report):
                     found += fitted
                     targets.append(float(row[verdict_of(row, report.rows)]))
             yield {"input_ids": id_lists(found), "target": targets}
@@ -134,15 +156,15 @@ def verdict_of(row: Row, number: int) -> str:
 
 def _answers_ahead(
     rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", keys: Sequence[str]
-) -> Iterator[list[tuple[Row, list[list[int]]]]]:
-    """Rows in batches, each with the ids of the answers that it has under these keys."""
+) -> Iterator[list[tuple[Row, list[dict[str, list[int]]]]]]:
+    """Rows in batches, each with the ids and masks of the answers that it has under these keys."""
 
     def runs_of(row: Row) -> list[Run]:
         return [run for key in keys for run in conversation_runs([*row["prompt"], *row[key]], tokenizer)]
 
     for batch in encoded_ahead(rows, runs_of, tokenizer):
         yield [
-            (one.row, [answer_ids(one.row["prompt"], one.row[key], tokenizer, None, one.known) for key in keys])
+            (one.row, [_encoded(one.row["prompt"], one.row[key], tokenizer, one.known) for key in keys])
             for one in batch
         ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from torch import nn
 from trl.trainer.reward_config import RewardConfig
 
 from conversations.answers.judging import Scorer, is_pair, judge, means, means_by_kind
@@ -20,7 +21,7 @@ from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import RewardRecipe
 from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs, verdict_of
-from reward.trainers import JudgedCollator, JudgedTrainer, PairTrainer
+from reward.trainers import Auxiliary, JudgedCollator, JudgedTrainer, PairCollator, PairTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ def run(recipe: RewardRecipe, work: Work) -> dict[str, Any]:
         run_dir=work.run_dir,
         resume_from=work.resume_from,
         cache=work.cache,
+        lm_head=work.lm_head,
     )
 
 
@@ -52,6 +54,7 @@ def train(
     run_dir: Path,
     resume_from: Path | None,
     cache: RowCache | None = None,
+    lm_head: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Trains a DeepseekV2ForSequenceClassification with one label; writes metrics.jsonl, checkpoints and final/.
 
@@ -62,6 +65,7 @@ def train(
         eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
         resume_from: a checkpoint of the same run to resume from.
         cache: of encoded rows; without it they go to a temporary directory.
+        lm_head: the chat model's, for sft_coefficient; it is not trained.
 
     Returns:
         steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,
@@ -75,7 +79,14 @@ def train(
     rows = rows if isinstance(rows, Sequence) else list(rows)
     eval_rows = eval_rows if isinstance(eval_rows, Sequence) else list(eval_rows or ())
     trainer, (_, report, entry) = build_trainer(
-        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, cache=cache
+        recipe,
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        eval_rows=eval_rows,
+        run_dir=run_dir,
+        cache=cache,
+        lm_head=lm_head,
     )
     max_length = recipe.training.get("max_length", RewardConfig.max_length)
     if trainer.is_world_process_zero():
@@ -107,6 +118,7 @@ def build_trainer(
     eval_rows: Sequence[Row],
     run_dir: Path,
     cache: RowCache | None = None,
+    lm_head: nn.Module | None = None,
 ) -> tuple[PairTrainer | JudgedTrainer, EncodedRows]:
     """The trainer for the recipe's loss, and the rows that it trains on."""
     arguments = reward_config(recipe, run_dir, has_eval=bool(eval_rows))
@@ -118,7 +130,14 @@ def build_trainer(
     if recipe.loss == "pairwise":
         encoded = encode_pairs(rows, tokenizer, **fitting)
         held_out = encode_pairs(pairs, tokenizer, **fitting).data if pairs else None
-        return PairTrainer(**common, train_dataset=encoded.data, eval_dataset=held_out), encoded
+        trainer = PairTrainer(
+            **common,
+            train_dataset=encoded.data,
+            eval_dataset=held_out,
+            data_collator=PairCollator(_pad_token_id(tokenizer)),
+            auxiliary=Auxiliary(recipe.sft_coefficient, recipe.prefix_coefficient, lm_head),
+        )
+        return trainer, encoded
     encoded = encode_judged(rows, tokenizer, **fitting)
     held_out = encode_judged(judged, tokenizer, **fitting).data if judged else None
     trainer = JudgedTrainer(
@@ -140,6 +159,8 @@ def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerB
     rows = [row] * 2
     held_out = rows if recipe.eval_data else ()
     inputs: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
+    if recipe.reads_lm_head:
+        inputs["lm_head"] = nn.Linear(model.config.hidden_size, model.config.vocab_size, dtype=model.dtype)
     return build_trainer(recipe, **inputs, run_dir=run_dir)[0]
 
 

@@ -4,7 +4,7 @@ exactly, and the files of a run. What is here by name is imported when it is ask
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.token_scores import IGNORED
+from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_lines
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ __all__ = [
     "RunTrainerMixin",
     "StopRequested",
     "append_lines",
+    "blockwise_loss",
     "check_batches",
     "check_whole",
     "cut_file",
     "fuse_head",
     "quiet_libraries",
     "read_lines",
+    "shifted_labels",
     "training_arguments",
     "with_fused_head",
     "write_lines",

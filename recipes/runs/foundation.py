@@ -101,6 +101,8 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
     head = head_of(recipe)
     if foundation.settings is not None or foundation.kind is None:
         check_kind(recipe.model.path, foundation.kind, head, new_head=trained)
+        if recipe.reads_lm_head:
+            check_kind(recipe.model.path, foundation.kind, "causal_lm")
     if foundation.settings is None:
         return None
     settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config)

@@ -94,6 +94,11 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     )
 
 
+def load_lm_head(section: ModelSection, source: ModelSource) -> Any:
+    """What turns hidden states into logits in the chat model that a stage starts from, frozen."""
+    return load_frozen(section, source, "causal_lm").get_output_embeddings()
+
+
 def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherModel]:
     """The models that a stage uses beside its own, loaded and frozen, by their keys in the recipe.
 

@@ -201,7 +201,7 @@ def _work(
     recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", cache: RowCache, manifest: dict[str, Any]
 ) -> Any:
     """Load the models and let the stage work; returns its metrics."""
-    from recipes.runs.models import load_other_models
+    from recipes.runs.models import load_lm_head, load_other_models
 
     work = Work(
         model=_load_model(recipe, inputs.source, run_dir, manifest),
@@ -209,6 +209,7 @@ def _work(
         run_dir=run_dir,
         rows={read.listed.name: read.handed for read in inputs.lists},
         others=load_other_models(recipe, inputs.source),
+        lm_head=load_lm_head(recipe.model, inputs.source) if recipe.reads_lm_head else None,
         cache=cache,
         resume=state.status == "resume",
         resume_from=state.checkpoint,

@@ -56,7 +56,7 @@ WRONG_IN_TONES = 0.3
 
 # Of the pairs of right and wrong working to learn from, the share where every step is wrong: from them a reward model
 # finds out what to look at, and then tells single slips.
-ALL_WRONG_SHARE = 0.4
+ALL_WRONG_SHARE = 0.1
 
 _GLUE = {"en": " ", "zh": ""}
 

@@ -7,13 +7,15 @@ import torch
 
 from conversations.answers.judging import judge, means, means_by_kind
 from conversations.errors import ToolkitError
+from conversations.rendering.conversation import render_conversation
 from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
+from deepseek_v2_modeling.inference import pad_batch, token_losses
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from reward.config import RewardRecipe
 from reward.data import answer_ids, encode_judged, encode_pairs, encoder
 from reward.stage import rehearsal, train
-from reward.trainers import JudgedCollator, pointwise_loss
+from reward.trainers import JudgedCollator, next_answer_tokens, pointwise_loss, prefix_loss
 
 from ..helpers.stages import (
     SECTIONS,
@@ -41,7 +43,7 @@ def judged(n, verdict="label"):
     return rows
 
 
-def run(run_dir: Path, model=None, rows=None, eval_rows=None, resume_from=None, **changes):
+def run(run_dir: Path, model=None, rows=None, eval_rows=None, resume_from=None, lm_head=None, **changes):
     training = {
         "per_device_train_batch_size": 4,
         "max_steps": 8,
@@ -59,6 +61,7 @@ def run(run_dir: Path, model=None, rows=None, eval_rows=None, resume_from=None, 
         eval_rows=eval_rows,
         run_dir=run_dir,
         resume_from=resume_from,
+        lm_head=lm_head,
     )
 
 
@@ -85,10 +88,12 @@ def test_what_check_measures_of_a_row_is_both_of_its_answers(too_long, left, tru
         assert all(mask == [0] * len(ids) for ids, mask in pieces[0])
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "pointwise"])
-def test_the_toy_run_of_a_check_is_the_recipes_own(tmp_path, loss):
+@pytest.mark.parametrize(
+    "how", [{"loss": "pairwise"}, {"loss": "pointwise"}, {"sft_coefficient": 1.0, "prefix_coefficient": 1.0}]
+)
+def test_the_toy_run_of_a_check_is_the_recipes_own(tmp_path, how):
     training = {"per_device_train_batch_size": 1, "max_steps": 1, "learning_rate": 0.25, "max_length": 64}
-    sections = {**SECTIONS, "stage": "reward", "output_dir": str(tmp_path), "training": training, "loss": loss}
+    sections = {**SECTIONS, "stage": "reward", "output_dir": str(tmp_path), "training": training, **how}
     trainer = rehearsal(RewardRecipe(**sections), score_model(), byte_tokenizer(), tmp_path)
     assert trainer.args.learning_rate == 0.25 and len(trainer.train_dataset) == 2
     assert trainer.train().global_step == 1
@@ -209,6 +214,69 @@ def test_pairs_are_scored_without_padding(tmp_path):
     assert logged["accuracy"] == (good > bad).float().mean().item()
     lengths = [len(answer_ids(row["prompt"], row[key], byte_tokenizer(), None)) for row in rows for key in keys]
     assert read[0] == sum(lengths) < len(lengths) * max(lengths) and logged["num_tokens"] == sum(lengths)
+
+
+def scores_of_prefixes(model, ids):
+    return [model(input_ids=torch.tensor([ids[: end + 1]])).logits.item() for end in range(len(ids))]
+
+
+def test_what_stands_beside_the_pairwise_loss(tmp_path):
+    """The first step's figures, over answers of different lengths: the chat model's loss on the chosen ones, and the
+    pair-wise loss of every two prefixes from where the answers differ. The head of the chat model is left as it is."""
+    answers = ["a", "not at all", "c" * 4, "d" * 13]
+    rows = [{**row, "chosen": assistant(answer)} for row, answer in zip(pairs(4), answers, strict=True)]
+    model, chat, tokenizer = score_model().eval(), chat_model(seed=5).eval(), byte_tokenizer()
+    chat.model.load_state_dict(model.model.state_dict())
+    head = chat.lm_head.weight.detach().clone()
+    ids = [[answer_ids(row["prompt"], row[key], tokenizer, None) for key in ("chosen", "rejected")] for row in rows]
+    masks = [render_conversation(row["prompt"] + row["chosen"], tokenizer)["assistant_mask"] for row in rows]
+    nats = [loss for loss, _ in token_losses(chat, [good for good, _ in ids], masks, pad_token_id=2)]
+    losses = []
+    for good, bad in ids:
+        first = next(i for i, (one, other) in enumerate(zip(good, bad, strict=False)) if one != other)
+        margins = [a - b for a, b in zip(scores_of_prefixes(model, good), scores_of_prefixes(model, bad), strict=False)]
+        losses.append(-torch.nn.functional.logsigmoid(torch.tensor(margins[first:])).mean().item())
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9, "eval_strategy": "steps", "eval_steps": 1}
+    extras = {"sft_coefficient": 0.5, "prefix_coefficient": 3.0, "lm_head": chat.lm_head.requires_grad_(False)}
+    run(tmp_path / "a", model=model.train(), rows=rows, eval_rows=rows, training=settings, **extras)
+    run(tmp_path / "b", model=model.train(), rows=rows, training={**settings, "eval_strategy": "no"})
+    logged, held_out, plain = [*lines(tmp_path / "a" / "metrics.jsonl")[:2], lines(tmp_path / "b" / "metrics.jsonl")[0]]
+    assert logged["sft_loss"] == pytest.approx(sum(nats) / sum(map(sum, masks)), rel=1e-4)
+    assert logged["prefix_loss"] == pytest.approx(statistics.fmean(losses), rel=1e-4)
+    whole = plain["task_loss"] + 0.5 * logged["sft_loss"] + 3 * logged["prefix_loss"]
+    assert logged["task_loss"] == pytest.approx(whole, rel=1e-4)
+    assert held_out["eval_loss"] == pytest.approx(whole, rel=1e-4) and held_out["eval_sft_loss"] > 0
+    assert logged["accuracy"] == plain["accuracy"] and "sft_loss" not in plain
+    assert torch.equal(chat.lm_head.weight, head)
+
+
+@pytest.mark.parametrize("lora", [None, {"targets": ["attention"], "r": 2}])
+def test_what_stands_beside_the_pairwise_loss_trains(tmp_path, lora):
+    """A reward model of random weights learns to say the chosen answer."""
+    chat_model(seed=3).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    source = resolve_source(tmp_path / "base")
+    adapters = LoraSettings(("attention", "experts"), 4, 8) if lora else None
+    model = prepare_trainable(source, lora=adapters, head="score", merge_dir=tmp_path / "merged")
+    head = load_model(source).get_output_embeddings()
+    run(tmp_path / "rm", model=model, lm_head=head, sft_coefficient=1.0, prefix_coefficient=1.0)
+    log = [line for line in lines(tmp_path / "rm" / "metrics.jsonl") if "sft_loss" in line]
+    assert log[-1]["sft_loss"] < log[0]["sft_loss"] and log[-1]["prefix_loss"] < log[0]["prefix_loss"]
+
+
+def test_tokens_that_are_predicted_and_pairs_that_are_equal():
+    ids, mask = pad_batch([[5, 6, 7, 8], [5, 9], [5, 6, 7], [5, 9]], 2, left=False)
+    labels = next_answer_tokens(ids, mask, torch.tensor([2, 9]))  # the second was cut to less than its answer
+    assert labels.tolist() == [[-100, 7, 8, -100, 9, -100, *[-100] * 5]]
+    scores = torch.arange(16.0).reshape(4, 4).requires_grad_()
+    loss = prefix_loss(scores, ids, mask)  # one answer goes on where the other ends; two are the same
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("name", ["sft_coefficient", "prefix_coefficient"])
+def test_single_answers_have_nothing_beside_their_loss(name):
+    with pytest.raises(ValueError, match=f"{name} is for loss: pairwise"):
+        RewardRecipe.model_validate({**SECTIONS, "stage": "reward", "output_dir": "o", "loss": "pointwise", name: 0.5})
 
 
 def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
