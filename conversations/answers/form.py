@@ -1,11 +1,15 @@
 """The rule `format`: is the answer a finished, readable text?"""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from conversations.answers.text import compiled, matches, prose, sentences
 from conversations.answers.verdict import Verdict, judged, shown
+from conversations.errors import ToolkitError
 
 _LABEL = re.compile(r"(?:^|\n)\s*(?:User|Assistant)\s*:|<｜[^｜]*｜>")
 _LAUGHS = "哈嘿呵嘻哇啊嗯呜唉哼"
@@ -21,16 +25,33 @@ _LEAST_WORDS = 3  # of a sentence that may not come again at once
 _MOST_TIMES = 3  # of a sentence anywhere
 
 
-def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = ()) -> Verdict:
+_JSON_BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def format(
+    completion: str,
+    *,
+    finished: bool = True,
+    patterns: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    schema: Mapping[str, Any] | None = None,
+) -> Verdict:
     """1 for text that the model ended itself, without template labels, special tokens, stutter or repeated sentences.
 
     finished: False where the limit of tokens cut it. Words in code and formulas may repeat.
     patterns: regular expressions, one of which must match the whole answer, where there are any.
+    tags: names of tags that must stand in the answer once each, in this order, with something in each of them.
+    schema: a JSON schema; the answer, or its only fenced block, must be JSON that conforms to it.
 
     Raises:
-        ToolkitError: a pattern is not a regular expression, or takes too long.
+        ToolkitError: a pattern is not a regular expression, or takes too long; no name of a tag; no JSON schema.
     """
     forms = compiled(tuple(patterns), "the format pattern")
+    for tag in tags:
+        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+            raise ToolkitError(f"tags of the rule format must be names, such as [think, answer], not {tag!r:.60}")
+    validator = None if schema is None else _validator(_as_json(schema))
     text = completion.strip()
     if not finished:
         return judged(False, "the answer was cut off at the token limit")
@@ -39,6 +60,9 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     label = _LABEL.search(text)
     if label:
         return judged(False, f"the answer contains {shown(label[0].strip())}")
+    wrong = _wrong_tags(text, tags) or (validator and _wrong_json(text, validator))
+    if wrong:
+        return judged(False, wrong)
     text = prose(text)
     for pattern, what in _STUTTERS:
         match = next((m for m in pattern.finditer(text) if not set(m[0]) <= set(_LAUGHS)), None)
@@ -50,6 +74,59 @@ def format(completion: str, *, finished: bool = True, patterns: Sequence[str] = 
     if forms and not any(matches(form, completion.strip(), whole=True) for form in forms):
         return judged(False, "the answer matches none of the patterns")
     return judged(True, "the answer is well formed")
+
+
+def _wrong_tags(text: str, tags: Sequence[str]) -> str | None:
+    """Why the tags are not in the answer as they must be, None where they are."""
+    end = 0
+    for tag in tags:
+        found = list(re.finditer(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL))
+        marks = text.count(f"<{tag}>") + text.count(f"</{tag}>")
+        if len(found) != 1 or marks != 2:
+            return f"the answer has {'no' if not marks else 'not just one'} <{tag}>...</{tag}>"
+        if not found[0][1].strip():
+            return f"<{tag}> is empty"
+        if found[0].start() < end:
+            return f"<{tag}> stands before what it must follow"
+        end = found[0].end()
+    return None
+
+
+def _wrong_json(text: str, validator: Any) -> str | None:
+    """Why the answer is not JSON of the schema, None where it is."""
+    blocks = _JSON_BLOCK.findall(text)
+    try:
+        value = json.loads(blocks[0] if len(blocks) == 1 else text)
+    except (ValueError, RecursionError) as error:
+        return f"the answer is not JSON: {str(error)[:100]}"
+    error = next(validator.iter_errors(value), None)
+    return None if error is None else f"the JSON does not conform: {error.json_path}: {error.message[:100]}"
+
+
+def _as_json(schema: Any) -> str:
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise ToolkitError(f"schema of the rule format must be a JSON schema: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _validator(text: str) -> Any:
+    """Raises ToolkitError for what is no schema, or refers to another one, which is never fetched."""
+    from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    schema = json.loads(text)
+    try:
+        kind: Any = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ToolkitError(f"schema of the rule format is no JSON schema: {error.json_path}: {error.message}") from None
+    outside = re.search(r'"\$(?:dynamic)?ref": "(?!#)([^"]*)"', text, re.IGNORECASE)
+    if outside:
+        raise ToolkitError(f"schema of the rule format refers to {outside[1]!r}, which is not looked up: write it out")
+    return kind(schema, registry=Registry())
 
 
 def _repeated_sentence(text: str) -> str | None:

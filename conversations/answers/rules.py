@@ -77,6 +77,13 @@ def find_rule(name: str) -> Rule:
 
 def check_rule(name: str, settings: Mapping[str, Any]) -> None:
     """Raises ToolkitError for an unknown rule, or a setting that it does not have or cannot read."""
+    _check_settings(name, settings)
+    rule = RULES[name]
+    if rule.settings and rule.parameters & {"prompt", "reference"} <= rule.optional:
+        rule.judge("", **settings)  # reads them
+
+
+def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
     rule = find_rule(name)
     unknown = sorted(set(settings) - rule.settings)
     if unknown:
@@ -134,7 +141,7 @@ def verify(
         ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code`, a machine
             without a sandbox.
     """
-    check_rule(name, settings)
+    _check_settings(name, settings)
     rule = RULES[name]
     arguments = {
         "prompt": None if prompt is None else _question(prompt),

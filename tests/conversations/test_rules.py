@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations import verify
-from conversations.answers.rules import RULES, check_reference
+from conversations.answers.rules import RULES, check_reference, check_rule
 from conversations.answers.text import sentences
 from conversations.answers.verdict import shown
 from conversations.errors import ToolkitError
@@ -249,3 +249,69 @@ def test_math_in_a_thread():
     thread.start()
     thread.join()
     assert found == [1]
+
+
+# --- tags and schemas
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("<think>2 + 2</think>\n<answer>4</answer>", 1),
+        ("So:\n<think>2 + 2</think> and <answer>4</answer>.", 1),
+        ("<answer>4</answer><think>2 + 2</think>", 0),
+        ("<think>2 + 2</think>", 0),
+        ("<think> </think><answer>4</answer>", 0),
+        ("<think>2</think><think>3</think><answer>4</answer>", 0),
+        ("<think>2<answer>4</answer></think>", 0),
+        ("<think>2</think><answer>4", 0),
+        ("4", 0),
+    ],
+)
+def test_tags_stand_once_and_in_order(text, good):
+    assert verify("format", text, tags=["think", "answer"]).score == good
+
+
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ('{"answer": 4}', 1),
+        ('Here it is:\n```json\n{"answer": 4}\n```', 1),
+        ('```\n{"answer": 4, "why": "2 + 2"}\n```', 1),
+        ('{"answer": "4"}', 0),
+        ("{}", 0),
+        ("4", 0),
+        ('{"answer": 4', 0),
+        ("[" * 100_000, 0),
+        ('It is {"answer": 4}', 0),
+    ],
+)
+def test_json_conforms_to_the_schema(text, good):
+    assert verify("format", text, schema=SCHEMA).score == good
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"schema": {"type": "number of apples"}}, "is no JSON schema"),
+        ({"schema": {"$ref": "http://127.0.0.1:9/x.json"}}, "which is not looked up"),
+        ({"schema": {"properties": {"a": {"$ref": "other.json"}}}}, "which is not looked up"),
+        ({"schema": {"enum": {1, 2}}}, "must be a JSON schema"),
+        ({"tags": ["a b"]}, "must be names"),
+        ({"tags": [3]}, "must be names"),
+        ({"patterns": ["("]}, "not a regular expression"),
+        ({"patern": ["a"]}, "did you mean 'patterns'"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_one_message(settings, why):
+    with pytest.raises(ToolkitError, match=why):
+        check_rule("format", settings)
+
+
+def test_a_schema_may_refer_to_itself():
+    tree = {"$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}
+    assert verify("format", "[[], [[]]]", schema=tree).score == 1
+    assert verify("format", "[[], [1]]", schema=tree).score == 0
