@@ -67,7 +67,7 @@ class _Partner:
 
         from conversations.rendering.template import has_other_template
         from conversations.sections import ModelSection
-        from deepseek_v2_modeling.loading import load_tokenizer, resolve_source
+        from deepseek_v2_modeling.loading import check_vocabulary, load_tokenizer, resolve_source
         from deepseek_v2_modeling.training import quiet_libraries
         from recipes.runs.models import load_frozen
 
@@ -79,6 +79,7 @@ class _Partner:
             print(f"{arguments.model}: uses its own chat template, not DeepSeek-V2's", file=sys.stderr)
         section = ModelSection(path=arguments.model, dtype=arguments.dtype)
         self.model = load_frozen(section, source, "causal_lm")
+        check_vocabulary(self.tokenizer, self.model.config, source.tokenizer_dir)
         if torch.cuda.is_available():
             self.model = self.model.to("cuda")
         set_seed(arguments.seed)

@@ -167,3 +167,13 @@ def test_chat_keeps_a_models_own_template_and_training_says_that_it_does_not(
     assert dsv2("chat", "base", "--prompt", "Hi") == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "error: the model's own chat template rejects this conversation: no talk here"
+
+
+def test_chat_refuses_a_tokenizer_with_more_words_than_the_model(
+    dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.add_tokens([f"<word {n}>" for n in range(2000)])
+    tokenizer.save_pretrained("base")
+    assert dsv2("chat", "base", "--prompt", "<word 1999>") == 2
+    assert "error: base: the tokenizer has ids up to" in capsys.readouterr().err
