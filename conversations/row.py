@@ -3,7 +3,8 @@
 A canonical row has one of these sets of keys:
 
     messages                     a conversation; a prompt where it ends in a user turn
-    prompt, chosen, rejected     a preference pair; all three are lists of messages
+    prompt, chosen, rejected     a preference pair; all three are lists of messages; `margin` (a number) beside them
+                                 where the source says by how much the first is better
     prompt, completion, label    a judged answer (true or false), both lists of messages
     prompt, completion, score    a scored answer (a number)
     text                         plain text, for language modelling
@@ -22,6 +23,7 @@ Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; 
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
+MARGIN = "margin"  # may stand beside PAIR
 VERDICTS = ("label", "score")  # one of them stands beside JUDGED
 
 

@@ -10,9 +10,12 @@ from conversations.run_files import METRICS
 from conversations.sections import SupervisedRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
+CENTER_REWARDS = 0.01  # what TRL recommends
+
 
 class RewardRecipe(SupervisedRecipe):
-    """A reward model from preferences; `training` feeds trl.RewardConfig. `format.train_on` plays no part."""
+    """A reward model from preferences; `training` feeds trl.RewardConfig, whose center_rewards_coefficient is 0.01
+    unless stated. `format.train_on` plays no part."""
 
     stage: Literal["reward"] = Field(description="Which stage this is.")
     loss: Literal["pairwise", "pointwise"] = Field(
@@ -36,6 +39,8 @@ class RewardRecipe(SupervisedRecipe):
         for name in ("sft_coefficient", "prefix_coefficient"):
             if getattr(self, name) and self.loss != "pairwise":
                 raise ValueError(f"{name} is for loss: pairwise; here single answers are judged")
+        if self.training.get("center_rewards_coefficient") and self.loss != "pairwise":
+            raise ValueError("training.center_rewards_coefficient is for loss: pairwise; leave it out")
         return self
 
     @property

@@ -1,6 +1,8 @@
 """Canonical rows -> token ids for a reward model: pairs, or single answers with a verdict."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -14,7 +16,7 @@ from conversations.rendering.encoded import Columns, EncodedRows, encoded_datase
 from conversations.rendering.encoding import Known, Run, encode_runs
 from conversations.rendering.fitting import Encode, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
-from conversations.row import JUDGED, PAIR, VERDICTS, Row
+from conversations.row import JUDGED, MARGIN, PAIR, VERDICTS, Row
 from conversations.row_cache import RowCache
 from reward.config import RewardRecipe
 
@@ -23,41 +25,94 @@ if TYPE_CHECKING:
 
 ANSWERS = (*PAIR[1:], "completion")
 _IDS = List(Value("int32"))
-_PAIRS = Features({**{f"{key}_ids": _IDS for key in PAIR[1:]}, "answer_tokens": Value("int32")})
+_PAIRS = Features(
+    {**{f"{key}_ids": _IDS for key in PAIR[1:]}, "answer_tokens": Value("int32"), MARGIN: Value("float64")}
+)
 _JUDGED = Features({"input_ids": _IDS, "target": Value("float64")})
 
 
 def encoder(recipe: RewardRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
     """What becomes of one row: its answers, a pair or one, are trained on together."""
+    fit = Fit(tokenizer, max_length, recipe.format.too_long)
 
     def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
-        sequences = [answer_ids(row["prompt"], row[key], tokenizer, None) for key in ANSWERS if key in row]
-        fitted = _counted(sequences, max_length, recipe.format.too_long, report)
-        return [[(ids, [0] * len(ids)) for ids in fitted]] if fitted else []
+        fitted = fit.answers(row, [key for key in ANSWERS if key in row], {}, report)
+        return [[(ids, [0] * len(ids)) for ids, _ in fitted]] if fitted else []
 
     return encode
 
 
 def answer_ids(
-    prompt: list[Row],
-    answer: list[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
-    known: Known | None = None,
+    prompt: list[Row], answer: list[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> list[int]:
-    """A conversation that ends in the answer. The score is read at its end, so a long one loses its beginning.
+    """A conversation that ends in the answer, cut as those that are trained on."""
+    return Fit(tokenizer, max_length).one(prompt, answer)[0]
 
-    known: as of encode_runs.
+
+@dataclass(frozen=True)
+class Fit:
+    """How the answers of a row become token ids and masks.
+
+    max_length: in tokens; None lets every row be. too_long: "drop" leaves a longer row out. "truncate" cuts the
+    beginning of the prompt, down to a quarter of max_length, and then the end of the answer with its end token: an
+    answer that was cut has none, here as in RL.
     """
-    ids = _encoded(prompt, answer, tokenizer, known)["input_ids"]
-    return ids if max_length is None else ids[-max_length:]
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int | None
+    too_long: TooLong = "truncate"
+
+    def answers(self, row: Row, keys: Sequence[str], known: Known, report: LengthReport) -> list[Piece]:
+        """The answers under these keys, each with its prompt, counted in `report`; none when the row is left out.
+
+        known: as of encode_runs.
+        """
+        pieces = self._whole(row["prompt"], [row[key] for key in keys], known)
+        longest, limit = max(len(ids) for ids, _ in pieces), self.max_length
+        report.rows += 1
+        report.margins += MARGIN in row
+        report.lengths.append(longest)
+        if limit is None or longest <= limit:
+            return pieces
+        if self.too_long == "split":
+            raise ToolkitError("format.too_long: split is for conversations; a reward model needs truncate or drop")
+        if self.too_long == "drop":
+            report.reject(f"longer than {limit} tokens")
+            return []
+        pieces = self._cut(row["prompt"], pieces, known)
+        if len(pieces) > 1 and pieces[0][0] == pieces[1][0]:
+            report.reject(f"two answers that are equal when cut to {limit} tokens")
+            return []
+        report.truncated += 1
+        return pieces
+
+    def one(self, prompt: list[Row], answer: list[Row]) -> Piece:
+        """An answer after its prompt, cut whatever too_long says."""
+        return self._cut(prompt, self._whole(prompt, [answer], {}), {})[0]
+
+    def _cut(self, prompt: list[Row], whole: list[Piece], known: Known) -> list[Piece]:
+        limit = self.max_length
+        if limit is None or all(len(ids) <= limit for ids, _ in whole):
+            return whole
+        asked = conversation_runs(prompt, self.tokenizer, add_generation_prompt=True)
+        start = len(encode_runs(asked, self.tokenizer, known)["input_ids"])
+        return [(cut(ids, start, limit), cut(mask, start, limit)) for ids, mask in whole]
+
+    def _whole(self, prompt: list[Row], answers: Sequence[list[Row]], known: Known) -> list[Piece]:
+        runs = [conversation_runs([*prompt, *answer], self.tokenizer) for answer in answers]
+        rendered = [encode_runs(one, self.tokenizer, known) for one in runs]
+        return [(one["input_ids"], one["assistant_mask"]) for one in rendered]
 
 
-def _encoded(
-    prompt: list[Row], answer: list[Row], tokenizer: "PreTrainedTokenizerBase", known: Known | None
-) -> dict[str, list[int]]:
-    """`encode_runs` of a conversation that ends in the answer."""
-    return encode_runs(conversation_runs([*prompt, *answer], tokenizer), tokenizer, known)
+def cut(tokens: list[int], start: int, limit: int) -> list[int]:
+    """A value for each token of a prompt and its answer, which begins at `start`, cut to `limit` (see Fit)."""
+    asked = min(start, max(limit - (len(tokens) - start), limit // 4))
+    return tokens[start - asked : start - asked + limit]
+
+
+def _runs_of(row: Row, keys: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Run]:
+    """What is encoded of the answers under these keys, each after the prompt."""
+    return [run for key in keys for run in conversation_runs([*row["prompt"], *row[key]], tokenizer)]
 
 
 def _last_turn(mask: list[int]) -> int:
@@ -73,8 +128,8 @@ def encode_pairs(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Columns chosen_ids, rejected_ids and answer_tokens (how many tokens at the end of chosen_ids are the answer's
-    last turn), and what became of the rows.
+    """Columns chosen_ids, rejected_ids, answer_tokens (how many tokens at the end of chosen_ids are the answer's
+    last turn) and margin (null where the row has none), and what became of the rows.
 
     Raises:
         ToolkitError: a row that is no pair, or nothing left.
@@ -89,15 +144,21 @@ def encode_pairs(
                 )
             yield row
 
+    fit = Fit(tokenizer, max_length, too_long)
+
     def encoded(report: LengthReport) -> Iterator[Columns]:
-        for batch in _answers_ahead(checked(), tokenizer, PAIR[1:]):
-            found, answers = [], []
-            for _, answered in batch:
-                if fitted := _counted([one["input_ids"] for one in answered], max_length, too_long, report):
-                    found.append(fitted)
-                    answers.append(_last_turn(answered[0]["assistant_mask"]))
-            ids = {f"{key}_ids": id_lists([pair[place] for pair in found]) for place, key in enumerate(PAIR[1:])}
-            yield {**ids, "answer_tokens": pyarrow.array(answers, pyarrow.int32())}
+        runs_of = partial(_runs_of, keys=PAIR[1:], tokenizer=tokenizer)
+        for batch in encoded_ahead(checked(), runs_of, tokenizer):
+            found = [(one.row, fit.answers(one.row, PAIR[1:], one.known, report)) for one in batch]
+            found = [(row, fitted) for row, fitted in found if fitted]
+            ids = {f"{key}_ids": id_lists([pair[place][0] for _, pair in found]) for place, key in enumerate(PAIR[1:])}
+            answers = [_last_turn(chosen[1]) for _, (chosen, _) in found]
+            margins = [row.get(MARGIN) for row, _ in found]
+            yield {
+                **ids,
+                "answer_tokens": pyarrow.array(answers, pyarrow.int32()),
+                MARGIN: pyarrow.array(margins, pyarrow.float64()),
+            }
 
     columns = sorted(_PAIRS)
     key = key_of(
@@ -129,13 +190,16 @@ def encode_judged(
                 raise ToolkitError("data: some rows have a label and some a score; train on one kind at a time")
             yield row
 
+    fit = Fit(tokenizer, max_length, too_long)
+
     def encoded(report: LengthReport) -> Iterator[Columns]:
-        for batch in _answers_ahead(checked(), tokenizer, JUDGED[1:]):
+        runs_of = partial(_runs_of, keys=JUDGED[1:], tokenizer=tokenizer)
+        for batch in encoded_ahead(checked(), runs_of, tokenizer):
             found, targets = [], []
-            for row, answered in batch:
-                if fitted := _counted([one["input_ids"] for one in answered], max_length, too_long, report):
-                    found += fitted
-                    targets.append(float(row[verdict_of(row, report.rows)]))
+            for one in batch:
+                if fitted := fit.answers(one.row, JUDGED[1:], one.known, report):
+                    found.append(fitted[0][0])
+                    targets.append(float(one.row[verdict_of(one.row, report.rows)]))
             yield {"input_ids": id_lists(found), "target": targets}
 
     key = key_of(rows, tokenizer, stage="reward", loss="pointwise", max_length=max_length, too_long=too_long)
@@ -152,42 +216,3 @@ def verdict_of(row: Row, number: int) -> str:
             "prompt, completion and a label or a score"
         )
     return verdict
-
-
-def _answers_ahead(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", keys: Sequence[str]
-) -> Iterator[list[tuple[Row, list[dict[str, list[int]]]]]]:
-    """Rows in batches, each with the ids and masks of the answers that it has under these keys."""
-
-    def runs_of(row: Row) -> list[Run]:
-        return [run for key in keys for run in conversation_runs([*row["prompt"], *row[key]], tokenizer)]
-
-    for batch in encoded_ahead(rows, runs_of, tokenizer):
-        yield [
-            (one.row, [_encoded(one.row["prompt"], one.row[key], tokenizer, one.known) for key in keys])
-            for one in batch
-        ]
-
-
-def _counted(
-    sequences: list[list[int]], max_length: int | None, too_long: TooLong, report: LengthReport
-) -> list[list[int]]:
-    """`fitted`, of a row that is counted here."""
-    report.rows += 1
-    report.lengths.append(max(map(len, sequences)))
-    return fitted(sequences, max_length, too_long, report)
-
-
-def fitted(
-    sequences: list[list[int]], max_length: int | None, too_long: TooLong, report: LengthReport
-) -> list[list[int]]:
-    """The sequences of a row, cut at the beginning; none when the row is left out."""
-    if max_length is None or all(len(ids) <= max_length for ids in sequences):
-        return sequences
-    if too_long == "split":
-        raise ToolkitError("format.too_long: split is for conversations; a reward model needs truncate or drop")
-    if too_long == "drop":
-        report.reject(f"longer than {max_length} tokens")
-        return []
-    report.truncated += 1
-    return [ids[-max_length:] for ids in sequences]

@@ -19,7 +19,7 @@ from conversations.run_files import REJECTED, REWARD_STATS
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import score_sequences
 from deepseek_v2_modeling.training import RunLimits, RunTrainerMixin, append_lines, training_arguments
-from reward.config import RewardRecipe
+from reward.config import CENTER_REWARDS, RewardRecipe
 from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs, verdict_of
 from reward.trainers import Auxiliary, JudgedCollator, JudgedTrainer, PairCollator, PairTrainer
 
@@ -179,7 +179,7 @@ def reward_config(recipe: RewardRecipe, run_dir: Path, has_eval: bool = False) -
         limits=run_limits(recipe),
         has_eval=has_eval,
     )
-    return RewardConfig(**arguments)
+    return RewardConfig(**{"center_rewards_coefficient": CENTER_REWARDS, **arguments})
 
 
 def planned_config(recipe: RewardRecipe) -> RewardConfig:

@@ -11,13 +11,17 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 from deepseek_v2_modeling.inference import pad_batch, unpad_batch
 from deepseek_v2_modeling.training import IGNORED, RunTrainerMixin, blockwise_loss, shifted_labels
 
+PAIR_BATCH = ("input_ids", "attention_mask", "answer_tokens", "margin")
+
 
 class PairCollator(DataCollatorForPreference):
-    """TRL's, with answer_tokens [B]: how many tokens at the end of each chosen row are the answer."""
+    """TRL's, with answer_tokens [B]: how many tokens at the end of each chosen row are the answer. A margin that is
+    missing (None) is 0."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         answers = torch.tensor([example["answer_tokens"] for example in examples])
-        return {**super().torch_call(examples), "answer_tokens": answers}
+        with_margins = [{**example, "margin": example["margin"] or 0.0} for example in examples]
+        return {**super().torch_call(with_margins), "answer_tokens": answers}
 
 
 def next_answer_tokens(ids: torch.Tensor, mask: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
@@ -30,14 +34,16 @@ def next_answer_tokens(ids: torch.Tensor, mask: torch.Tensor, answer_tokens: tor
     return shifted_labels(ids.where(is_answer, IGNORED))[mask.bool()][None]
 
 
-def prefix_loss(scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def prefix_loss(
+    scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, margin: torch.Tensor | float = 0.0
+) -> torch.Tensor:
     """The pair-wise loss at each token from the first on in which the two differ, the mean over these, then over pairs.
 
-    scores, ids, mask [2 B, T], padded on the right, the B chosen rows first -> a scalar.
+    scores, ids, mask [2 B, T], padded on the right, the B chosen rows first; margin [B, 1] -> a scalar.
     """
     (good, bad), (chosen, rejected), (one, other) = (part.chunk(2) for part in (scores, ids, mask.bool()))
     compared = ((chosen != rejected).cumsum(-1) > 0) & one & other
-    losses = -F.logsigmoid(good - bad) * compared
+    losses = -F.logsigmoid(good - bad - margin) * compared
     return (losses.sum(-1) / compared.sum(-1).clamp(min=1)).mean()
 
 
@@ -70,15 +76,15 @@ class PackedRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids, mask, answer_tokens = (inputs[key] for key in ("input_ids", "attention_mask", "answer_tokens"))
+        ids, mask, answer_tokens, margin = (inputs[key] for key in PAIR_BATCH)
         packed = unpad_batch(ids, mask)
-        inputs = {"attention_mask": torch.ones_like(packed["input_ids"]), **packed}
+        inputs = {"attention_mask": torch.ones_like(packed["input_ids"]), **packed, "margin": margin}
         if not (self.auxiliary.sft or self.auxiliary.prefix):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["output_hidden_states"] = True
         result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = result
-        loss = loss + self._auxiliary_loss(model, outputs.hidden_states[-1], ids, mask, answer_tokens)
+        loss = loss + self._auxiliary_loss(model, outputs.hidden_states[-1], ids, mask, answer_tokens, margin)
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 
     def _auxiliary_loss(
@@ -88,6 +94,7 @@ class PackedRewardTrainer(RewardTrainer):
         ids: torch.Tensor,
         mask: torch.Tensor,
         answer_tokens: torch.Tensor,
+        margin: torch.Tensor,
     ) -> torch.Tensor:
         """hidden [1, N, D] of the packed rows -> the losses beside the pair-wise one, by their weights, and logged."""
         lm_head: Any = self.auxiliary.lm_head
@@ -99,7 +106,8 @@ class PackedRewardTrainer(RewardTrainer):
             bare: Any = self.accelerator.unwrap_model(model)
             head = (bare.get_base_model() if hasattr(bare, "peft_config") else bare).score
             scores = head(hidden)[0, :, 0].float()
-            losses["prefix"] = prefix_loss(scores.new_zeros(ids.shape).masked_scatter(mask.bool(), scores), ids, mask)
+            scores = scores.new_zeros(ids.shape).masked_scatter(mask.bool(), scores)
+            losses["prefix"] = prefix_loss(scores, ids, mask, margin[:, None])
         for name, value in losses.items():
             self._metrics["train" if model.training else "eval"][f"{name}_loss"].append(value.item())
         return torch.stack([getattr(self.auxiliary, name) * value for name, value in losses.items()]).sum()

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from conversations.formats.bad_row import BadRow, from_json, named, read_text
@@ -21,6 +22,8 @@ _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
 
 # Columns with more of a question: Alpaca's, Dolly's.
 MORE = ("input", "context")
+
+_LARGEST = 3.4e38  # of float32
 
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -252,14 +255,15 @@ def _label(value: Any) -> bool:
     return label
 
 
-def _score(value: Any) -> float:
+def read_number(value: Any, what: str) -> float:
+    """A number that is trained with: finite, in float32 too."""
     try:
-        score = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise BadRow(f"score must be a finite number, not {value!r}")
-    return score
+        number = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:
+        raise BadRow(f"{what} must be a finite number, not {named(value)}")
+    return number
 
 
 def reference_text(value: Any) -> str:
@@ -285,4 +289,4 @@ def mbpp_task(row: Row, task_key: str, answer_key: str | None) -> Row:
     return question(row | {task_key: asked}, task_key, answer_key)
 
 
-READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": _score}
+READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": partial(read_number, what="score")}

@@ -19,6 +19,7 @@ from conversations.formats.conversions import (
     prompt_only,
     question,
     ranked,
+    read_number,
     reference_text,
     self_instruct,
     swift_answers,
@@ -31,7 +32,7 @@ from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import column_reasoning, is_reasoning, with_reasoning
 from conversations.formats.training_flags import is_row_flag, row_flags
 from conversations.formats.turn_reading import Rules, TurnReader, turns_in
-from conversations.row import VERDICTS, Row
+from conversations.row import MARGIN, VERDICTS, Row
 from conversations.tally import Event
 
 # Keys that every format may have beside its own.
@@ -214,6 +215,7 @@ FORMATS: tuple[Format, ...] = (
     Format("MT-Bench questions (the first turn)", ("question_id", "turns"), mt_bench, ("reference",)),
     Format("plain text", ("text",), plain_text),
 )
+_COMPARED = frozenset(known.name for known in (*_PAIRS, *_RANKED))  # two answers each
 # Columns that never hold turns of a conversation.
 _NO_TURNS = {
     *VERDICTS,
@@ -256,7 +258,8 @@ def convert_row(
     known = recognise(row)
     if known is None:
         raise _unknown(row)
-    others = {key: row[key] for key in row if key not in (*known.keys, *known.optional, *COMMON_KEYS)}
+    read = (*known.keys, *known.optional, *COMMON_KEYS, *((MARGIN,) if known.name in _COMPARED else ()))
+    others = {key: row[key] for key in row if key not in read}
     others = {key: value for key, value in others.items() if value is not None}
     flags = None
     if others:
@@ -267,6 +270,8 @@ def convert_row(
     _apply(converted, flags, thought, rules, events)
     if row.get("reference") not in (None, "") and "reference" not in known.optional:
         converted["reference"] = reference_text(row["reference"])
+    if known.name in _COMPARED and row.get(MARGIN) not in (None, ""):
+        converted[MARGIN] = read_number(row[MARGIN], MARGIN)
     unused = [key for key in others if key != "kind" and not is_row_flag(key) and not (thought and is_reasoning(key))]
     events.extend(("columns", str(key)) for key in unused)
     meta = converted.pop("meta", {}) | others

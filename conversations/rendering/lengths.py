@@ -22,7 +22,8 @@ class LengthReport:
 
     truncated: rows that lost their end (of a split row: an exchange that is too long by itself) and are trained.
     split: rows that became several. cut_exchanges: of split rows, exchanges without a word of their answer left.
-    unfilled: texts too long for fill-in-the-middle. lengths: tokens of each row, before all this.
+    unfilled: texts too long for fill-in-the-middle. margins: pairs that have one. lengths: tokens of each row, before
+    all this.
     """
 
     rows: int = 0
@@ -30,6 +31,7 @@ class LengthReport:
     split: int = 0
     cut_exchanges: int = 0
     unfilled: int = 0
+    margins: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
     lengths: array = field(default_factory=lambda: array("L"))
 
@@ -45,6 +47,7 @@ class LengthReport:
             f"{self.split:,} split at turns into parts of up to {max_length} tokens": self.split,
             f"{self.unfilled:,} too long for fill-in-the-middle, kept as plain text": self.unfilled,
             f"{counted(self.cut_exchanges, 'exchange')} of split rows dropped ({CUT_AWAY})": self.cut_exchanges,
+            f"{self.rows - self.margins:,} without a margin, which counts as 0": 0 < self.margins < self.rows,
             **{f"{n:,} dropped ({why})": n for why, n in self._reasons().items()},
         }
         return "; ".join([counted(self.rows), *(text for text, n in said.items() if n)])

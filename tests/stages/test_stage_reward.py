@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conversations.answers.judging import judge, means, means_by_kind
 from conversations.errors import ToolkitError
@@ -13,8 +15,8 @@ from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
 from deepseek_v2_modeling.inference import pad_batch, token_losses
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from reward.config import RewardRecipe
-from reward.data import answer_ids, encode_judged, encode_pairs, encoder
-from reward.stage import rehearsal, train
+from reward.data import answer_ids, cut, encode_judged, encode_pairs, encoder
+from reward.stage import planned_config, rehearsal, train
 from reward.trainers import JudgedCollator, next_answer_tokens, pointwise_loss, prefix_loss
 
 from ..helpers.stages import (
@@ -209,7 +211,9 @@ def test_pairs_are_scored_without_padding(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
     run(tmp_path, model=model.train(), rows=rows, training=settings)
     logged = lines(tmp_path / "metrics.jsonl")[0]
-    assert logged["task_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(good - bad).mean().item(), rel=1e-4)
+    centred = 0.01 * (good + bad).square().mean()
+    ranked = -torch.nn.functional.logsigmoid(good - bad).mean()
+    assert logged["task_loss"] == pytest.approx((ranked + centred).item(), rel=1e-4)
     assert logged["margin"] == pytest.approx((good - bad).mean().item(), abs=1e-4)
     assert logged["accuracy"] == (good > bad).float().mean().item()
     lengths = [len(answer_ids(row["prompt"], row[key], byte_tokenizer(), None)) for row in rows for key in keys]
@@ -273,10 +277,18 @@ def test_tokens_that_are_predicted_and_pairs_that_are_equal():
     assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize("name", ["sft_coefficient", "prefix_coefficient"])
+@pytest.mark.parametrize("name", ["sft_coefficient", "prefix_coefficient", "center_rewards_coefficient"])
 def test_single_answers_have_nothing_beside_their_loss(name):
+    asked = {"training": {name: 0.5}} if name.startswith("center") else {name: 0.5}
     with pytest.raises(ValueError, match=f"{name} is for loss: pairwise"):
-        RewardRecipe.model_validate({**SECTIONS, "stage": "reward", "output_dir": "o", "loss": "pointwise", name: 0.5})
+        RewardRecipe.model_validate({**SECTIONS, "stage": "reward", "output_dir": "o", "loss": "pointwise", **asked})
+
+
+@pytest.mark.parametrize(("stated", "used"), [({}, 0.01), (0, 0), (None, None), (0.5, 0.5)])
+def test_scores_are_centred_unless_the_recipe_says_otherwise(tmp_path, stated, used):
+    training = {} if stated == {} else {"center_rewards_coefficient": stated}
+    recipe = RewardRecipe(**{**SECTIONS, "stage": "reward", "output_dir": "o", "training": training})
+    assert planned_config(recipe).center_rewards_coefficient == used
 
 
 def test_statistics_are_of_a_seeded_sample(tmp_path, monkeypatch):
@@ -300,8 +312,72 @@ def test_rows_left_out_are_written_once(tmp_path):
     assert lines(tmp_path / "b" / "rejected.jsonl") == rejected
 
 
+def test_margins_are_between_the_scores(tmp_path):
+    """A missing one is 0; the loss of every prefix has them too."""
+    rows = [{**row, **({} if i == 1 else {"margin": i - 1.5})} for i, row in enumerate(pairs(4))]
+    rows[2] = {**rows[2], "chosen": assistant("certainly, here it is")}
+    model, tokenizer = score_model().eval(), byte_tokenizer()
+    wanted = torch.tensor([row.get("margin", 0.0) for row in rows])
+    ids = [[answer_ids(row["prompt"], row[key], tokenizer, None) for key in ("chosen", "rejected")] for row in rows]
+    good, bad = torch.tensor([[scores_of_prefixes(model, one)[-1] for one in pair] for pair in ids]).unbind(1)
+    ranked = -torch.nn.functional.logsigmoid(good - bad - wanted).mean().item()
+    settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9, "eval_strategy": "steps", "eval_steps": 1}
+    settings["center_rewards_coefficient"] = None
+    run(tmp_path / "a", model=model.train(), rows=rows, eval_rows=rows, training=settings)
+    logged, held_out = lines(tmp_path / "a" / "metrics.jsonl")[:2]
+    assert logged["task_loss"] == pytest.approx(ranked, rel=1e-4)
+    assert held_out["eval_loss"] == pytest.approx(ranked, rel=1e-4)
+    assert logged["margin"] == pytest.approx((good - bad).mean().item(), abs=1e-4)  # of scores, as TRL logs it
+    settings["eval_strategy"] = "no"
+    run(tmp_path / "b", model=model.train(), rows=rows, training=settings, prefix_coefficient=1.0)
+    model.eval()
+    losses = []
+    for (one, other), margin in zip(ids, wanted, strict=True):
+        first = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        scores = zip(scores_of_prefixes(model, one), scores_of_prefixes(model, other), strict=False)
+        between = torch.tensor([a - b for a, b in scores][first:]) - margin
+        losses.append(-torch.nn.functional.logsigmoid(between).mean().item())
+    logged = lines(tmp_path / "b" / "metrics.jsonl")[0]
+    assert logged["prefix_loss"] == pytest.approx(statistics.fmean(losses), rel=1e-4)
+
+
+def test_an_answer_that_was_cut_has_no_end_token():
+    tokenizer, limit = byte_tokenizer(), 64
+    end = tokenizer.eos_token_id
+    row = {**pairs(1)[0], "chosen": assistant("yes, " * 30)}
+    whole = answer_ids(row["prompt"], row["chosen"], tokenizer, None)
+    asked = len(render_conversation(row["prompt"], tokenizer, add_generation_prompt=True)["input_ids"])
+    data, report, _ = encode_pairs([row], tokenizer, max_length=limit, too_long="truncate")
+    assert end in data[0]["rejected_ids"][-1:] and end not in data[0]["chosen_ids"][1:]
+    assert len(data[0]["chosen_ids"]) == limit and report.truncated == 1
+    assert data[0]["chosen_ids"] == whole[asked - limit // 4 :][:limit]
+    assert data[0]["answer_tokens"] == limit - limit // 4
+    assert answer_ids(row["prompt"], row["chosen"], tokenizer, limit) == data[0]["chosen_ids"]
+    single = {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
+    judged_data, report, _ = encode_judged([single], tokenizer, max_length=limit, too_long="truncate")
+    assert judged_data[0]["input_ids"] == data[0]["chosen_ids"] and report.truncated == 1
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
+def test_what_a_cut_leaves_of_a_conversation(asked, answered, limit):
+    """All of a short one; of a long one as many tokens as may be, its answer's end only where the answer is whole."""
+    tokens = list(range(asked + answered))
+    left = cut(tokens, asked, limit)
+    assert len(left) == min(limit, len(tokens)) and left == list(range(left[0], left[-1] + 1))
+    before = sum(token < asked for token in left)
+    whole = left[-1] == tokens[-1]
+    assert whole or before == min(asked, limit // 4)
+    assert before >= min(asked, limit // 4)
+
+
+def test_answers_that_a_cut_leaves_equal_are_left_out():
+    row = {**pairs(1)[0], "chosen": assistant("y" * 80 + "a"), "rejected": assistant("y" * 80 + "b")}
+    _, report, _ = encode_pairs([row, *pairs(1)], byte_tokenizer(), max_length=64, too_long="truncate")
+    assert report.rejected == [{"row": 1, "reason": "two answers that are equal when cut to 64 tokens"}]
+
+
 def test_long_rows_are_measured_as_they_are_trained(tmp_path):
-    """Without their beginning: the score is read at the end."""
+    """Without their prompt's beginning: the score is read at the end."""
     rows = [{**row, "prompt": user(f"{i} " + "x" * 100)} for i, row in enumerate(pairs(4))]
     settings = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-9}
     metrics = run(tmp_path, rows=rows, training=settings, format={"too_long": "truncate"})
