@@ -22,7 +22,7 @@ from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
-from .kernels.float32_products import Linear
+from .kernels.float32_products import Linear, WideLinear
 from .kernels.token_scores import IGNORED, blockwise_loss
 from .layers.attention import DeepseekV2Attention
 from .layers.attention_plan import plan_attention
@@ -32,7 +32,7 @@ from .layers.norm import DeepseekV2RMSNorm
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
-from .packing.last_tokens import scored_tokens
+from .packing.last_tokens import real_runs, scored_tokens
 from .routing_replay import Routes, next_routes
 
 logger = logging.get_logger(__name__)
@@ -43,6 +43,7 @@ LOST_BALANCE = (
     "is in deepseek_v2_modeling); so does `collect_balance` in a loop of your own, or adding the output's aux_loss to "
     "your loss. Coefficients of 0 (aux_loss_alpha, ...) turn them off."
 )
+BATCH_SHAPED = ("output_hidden_states", "output_attentions", "output_router_logits")  # results with a value a token
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -329,7 +330,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
 
 
 class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
-    """A score (or class logits) read off the last real token of each row, or of each packed document.
+    """A score (or class logits), in float32, read off the last real token of each row, or of each packed document.
 
     `logits` is [B, num_labels]. In a packed batch (position_ids that restart, cu_seq_lens or seq_idx) it is
     [documents, num_labels], row by row, and `labels` has one entry a document. Padding beside documents has no
@@ -344,7 +345,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
-        self.score = Linear(config.hidden_size, config.num_labels or 1, bias=False)
+        self.score = WideLinear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -360,8 +361,18 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """As stock's, but padding is told by attention_mask where there is one: a real token may have the
-        padding id (many set pad = eos). In training with labels the balance losses are in `loss`."""
+        padding id (many set pad = eos). Rows with a mask are read without their padding, as packed documents, so that
+        neither its side nor what else is in the batch changes a score; there is no cache then unless `use_cache` is
+        true, which prevents it. In training with labels the balance losses are in `loss`."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
+            given: Any = input_ids if input_ids is not None else inputs_embeds
+            real = real_runs(attention_mask, given.shape[:2])
+            if real is not None:
+                input_ids = None if input_ids is None else input_ids[real][None]
+                inputs_embeds = None if inputs_embeds is None else inputs_embeds[real][None]
+                position_ids = (real.cumsum(-1) - 1)[real][None]
+                attention_mask, use_cache = torch.ones_like(position_ids), False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -390,6 +401,15 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _packs(self, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
+        """Whether a padded batch may be read as packed documents. Not where the caller gets, or has given, something of
+        the batch's shape, and not where attention would build a mask over all tokens of the batch."""
+        asked = [kwargs.get(name, getattr(self.config, name, None)) for name in (*BATCH_SHAPED, *BOUNDARIES)]
+        routes = self.model.recordings or self.model.replayed_routes is not None
+        if use_cache or routes or torch.compiler.is_compiling() or any(a is not None and a is not False for a in asked):
+            return False
+        return (self.config._attn_implementation or "eager").startswith(("sdpa", "flash"))
 
 
 HEADS: dict[Head, type[PreTrainedModel]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 ROWS = 64  # from here on a faster product pays for converting the weights
 PIECE = 2**20  # weights converted at a time: 4 MiB in float32
@@ -89,6 +90,15 @@ class _WideLinear(torch.autograd.Function):
 def is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight is numbers as they are: no tensor subclass, as torchao's quantised ones."""
     return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+class WideLinear(nn.Linear):
+    """nn.Linear in float32, autocast or not, whose result is float32 whatever the weight and the input are."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
 
 
 class Linear(nn.Linear):

@@ -10,6 +10,16 @@ from .boundaries import BOUNDARIES, documents_of
 Places = tuple[torch.Tensor, torch.Tensor]
 
 
+def real_runs(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
+    """The mask [B, T] as booleans, where it can be taken for the documents of a packed batch: each row has real tokens,
+    side by side."""
+    if attention_mask is None or attention_mask.shape != shape:
+        return None
+    real = attention_mask.bool()
+    begun, to_come = real.cummax(-1).values, real.flip(-1).cummax(-1).values.flip(-1)
+    return real if bool((real.any(-1, keepdim=True) & (real == (begun & to_come))).all()) else None
+
+
 def scored_tokens(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,

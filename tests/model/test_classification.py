@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
+from deepseek_v2_modeling.inference import pad_batch, score_sequences, unpad_batch
 
 from ..helpers.models import logits_of, random_ids, small_model
 
@@ -65,6 +66,54 @@ def test_with_a_cache_the_mask_covers_the_past():
     first = model(ids[:, :4], use_cache=True)
     found = model(ids[:, 4:], attention_mask=torch.ones(2, 6), past_key_values=first.past_key_values)
     torch.testing.assert_close(found.logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def bf16_scores(model: DeepseekV2ForSequenceClassification, rows: list[list[int]], how: str) -> torch.Tensor:
+    """[rows]"""
+    ids, mask = pad_batch(rows, PAD, left=how == "left")
+    if how == "packed":
+        packed = unpad_batch(ids, mask)
+        return logits_of(model, packed["input_ids"], position_ids=packed["position_ids"])[:, 0]
+    if how == "embedded":
+        with torch.no_grad():
+            return model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=mask).logits[:, 0]
+    if how == "one by one":
+        return torch.cat(
+            [logits_of(model, torch.tensor([row]), attention_mask=torch.ones(1, len(row)))[0] for row in rows]
+        )
+    return logits_of(model, ids, attention_mask=mask)[:, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_bf16_neither_padding_nor_the_batch_changes_a_score(seed: int):
+    model = small_model(DeepseekV2ForSequenceClassification, seed, num_labels=1, pad_token_id=PAD).to(torch.bfloat16)
+    rows = [random_ids(1, n, seed=n + seed)[0].tolist() for n in (37, 5, 64, 12, 50, 21, 1, 33)]
+    rows[1][-1] = PAD
+    wanted = bf16_scores(model, rows, "right")
+    for how in ("left", "packed", "one by one", "embedded"):
+        torch.testing.assert_close(bf16_scores(model, rows, how), wanted, rtol=0, atol=1e-3)
+    listed = torch.tensor(score_sequences(model, rows, pad_token_id=PAD, batch_size=3))
+    torch.testing.assert_close(listed, wanted, rtol=0, atol=1e-3)
+    assert wanted.dtype == torch.float32 and (wanted != wanted.bfloat16()).any()  # on no grid of bf16
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 0, 0, 0], [1, 1, 1, 1]]])
+def test_a_mask_that_leaves_no_plain_row_is_taken_as_it_is(mask: list[list[int]]):
+    """A gap, and a row without a token: one score a row, and positions count the gap."""
+    model, ids, given = scored(), random_ids(2, 4), torch.tensor(mask)
+    found = logits_of(model, ids, attention_mask=given)
+    torch.testing.assert_close(found[1:], logits_of(model, ids[1:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, logits_of(model, ids, attention_mask=given, use_cache=True), rtol=0, atol=1e-5)
+
+
+def test_what_has_the_shape_of_the_batch_keeps_it():
+    model, (_, ids, mask) = scored(), batch("left", ends_in_eos=True)
+    plain = logits_of(model, ids, attention_mask=mask)
+    for asked in ({"output_hidden_states": True}, {"use_cache": True}):
+        out = model(ids, attention_mask=mask, **asked)
+        torch.testing.assert_close(out.logits, plain, rtol=0, atol=1e-5)
+        kept = out.hidden_states[0].shape[:2] if out.hidden_states else (3, out.past_key_values.get_seq_length())
+        assert tuple(kept) == tuple(ids.shape)
 
 
 # Packed

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 
 import sft.stage
+from deepseek_v2_modeling.inference import score_sequences
 from recipes.cli import main
 
 # In a process of its own, from which our packages cannot be imported: here, they have registered their classes.
@@ -51,6 +54,15 @@ with torch.no_grad():
             inner = model
         assert type(inner).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
         told[folder] = model.eval()(ids).logits.tolist()
+        if folder == "reward/final":
+            answers = ("42", "Sure, it is 42, I think.", "")
+            said = [[*TALK, {"role": "assistant", "content": answer}] for answer in answers]
+            texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in said]
+            batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+            ends = batch.attention_mask.sum(-1, keepdim=True) - 1
+            assert (batch.input_ids.gather(1, ends) == tokenizer.eos_token_id).all()
+            rows = [row[real.bool()].tolist() for row, real in zip(batch.input_ids, batch.attention_mask)]
+            told["scores"] = [rows, model(**batch).logits[:, 0].tolist()]
         if not scores:
             GenerationConfig.from_pretrained(folder if not adapted else "base")
             answer = model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -104,3 +116,28 @@ def test_stock_classes_read_all_of_it_and_give_the_same(written: Path) -> None:
     torch.testing.assert_close(found["merged"], found["lora/final"], rtol=0, atol=2e-5)
     assert (found["lora/final"] - found["full/final"]).abs().max() > 1e-3
     assert told["scorer/final"] != told["reward/final"]
+    rows, scores = told["scores"]
+    assert len({*map(len, rows)}) == 3
+    assert score_sequences(ours["reward/final"], rows, pad_token_id=2) == pytest.approx(scores, abs=1e-5)
+
+
+def test_trl_takes_a_reward_model_by_its_path(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewards of GRPO are our scores of what was said, whatever the padding."""
+    monkeypatch.chdir(written)
+    tokenizer = AutoTokenizer.from_pretrained("reward/final")
+    trainer = GRPOTrainer(
+        "base",
+        reward_funcs="reward/final",
+        args=GRPOConfig("grpo", max_steps=1, num_generations=2, per_device_train_batch_size=4, max_completion_length=6,
+                        bf16=False, report_to="none", use_cpu=True, save_strategy="no"),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i} + 1?"}]} for i in (7, 123456)]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    logged = trainer._logs
+    said = [prompt + completion for prompt, completion in zip(logged["prompt"], logged["completion"], strict=True)]
+    texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in said]
+    rows = tokenizer(texts, add_special_tokens=False).input_ids
+    model = AutoModelForSequenceClassification.from_pretrained("reward/final")
+    (rewards,) = logged["rewards"].values()
+    assert len(rows) == 4 and score_sequences(model, rows, pad_token_id=2) == pytest.approx(list(rewards), abs=1e-5)

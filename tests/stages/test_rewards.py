@@ -131,10 +131,11 @@ def test_reward_model_scores_the_rendered_conversation():
 
 def test_reward_model_scores_equal_answers_once():
     model, seen = score_model().eval(), []
-    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     reward = RewardModelReward("helpful", model, byte_tokenizer())
     values = call(reward, ["a", "a", "b", "a"], ["yes", "no", "yes", "yes"])
-    assert seen == [3]
+    said = [user(prompt) + assistant(answer) for prompt, answer in (("a", "yes"), ("a", "no"), ("b", "yes"))]
+    assert seen == [sum(len(render_conversation(turns, byte_tokenizer())["input_ids"]) for turns in said)]
     assert values[0] == values[3] and len(set(values)) == 3
 
 
