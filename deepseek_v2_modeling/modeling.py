@@ -365,14 +365,14 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         neither its side nor what else is in the batch changes a score; there is no cache then unless `use_cache` is
         true, which prevents it. In training with labels the balance losses are in `loss`."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
-            given: Any = input_ids if input_ids is not None else inputs_embeds
-            real = real_runs(attention_mask, given.shape[:2])
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
+            real: Any = real_runs(attention_mask, given.shape[:2])
             if real is not None:
-                input_ids = None if input_ids is None else input_ids[real][None]
-                inputs_embeds = None if inputs_embeds is None else inputs_embeds[real][None]
-                position_ids = (real.cumsum(-1) - 1)[real][None]
-                attention_mask, use_cache = torch.ones_like(position_ids), False
+                packed: Any = given[real][None]
+                input_ids, inputs_embeds = (packed, None) if inputs_embeds is None else (input_ids, packed)
+                places: Any = (real.cumsum(-1) - 1)[real][None]
+                position_ids, attention_mask, use_cache = places, torch.ones_like(places), False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

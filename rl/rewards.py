@@ -49,11 +49,13 @@ class Reward(ABC):
     """
 
     needs_reference = False
+    gives_reasons = False
 
     def __init__(self, name: str, weight: float = 1.0, on_error: OnError = "error"):
         self.__name__ = name  # what TRL calls it in its log
         self.weight = weight
         self.on_error = on_error
+        self.reasons: Sequence[str | None] = ()  # for the values that were given last
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ class Reward(ABC):
                 strict=True,
             )
         ]
+        self.reasons = [None] * len(answers)
         return self._guarded(answers)
 
     def _guarded(self, answers: Sequence[Answer]) -> Values:
@@ -99,6 +102,8 @@ class RuleReward(Reward):
         ToolkitError: there is no such rule.
     """
 
+    gives_reasons = True
+
     def __init__(
         self,
         rule: str,
@@ -118,6 +123,7 @@ class RuleReward(Reward):
         unread = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
         if unread is not None and self.on_error == "error":
             raise unread
+        self.reasons = [str(v) if isinstance(v, ToolkitError) else v.reason for v in verdicts]
         return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
 
     def _asked(self, answer: Answer) -> Asked:
@@ -174,7 +180,8 @@ class FunctionReward(Reward):
 
 
 class RewardModelReward(Reward):
-    """A reward model's score of the conversation that ends in the answer; normalised, then cut.
+    """A reward model's score of the conversation that ends in the answer, without an end token where the answer was cut
+    before it; normalised, then clipped.
 
     Args:
         model: a DeepseekV2ForSequenceClassification with one label, in evaluation mode.
@@ -204,13 +211,21 @@ class RewardModelReward(Reward):
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """A policy that has learned something says the same thing often: each conversation is scored once."""
-        places = {(prompt_text(a.prompt), a.text): i for i, a in enumerate(answers)}
-        unique = [answers[i] for i in places.values()]
-        conversations = [[*a.prompt, {"role": "assistant", "content": a.text}] for a in unique]
-        ids = [render_conversation(c, self.tokenizer)["input_ids"] for c in conversations]
+        places = {_said(answer): i for i, answer in enumerate(answers)}
+        ids = [self._ids(answers[i]) for i in places.values()]
         scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         by_place = dict(zip(places, scores, strict=True))
-        return [normalised(by_place[prompt_text(a.prompt), a.text], self.stats, self.clip) for a in answers]
+        return [normalised(by_place[_said(answer)], self.stats, self.clip) for answer in answers]
+
+    def _ids(self, answer: Answer) -> list[int]:
+        turns = [*answer.prompt, {"role": "assistant", "content": answer.text}]
+        ids = render_conversation(turns, self.tokenizer)["input_ids"]
+        return ids if answer.finished else ids[:-1]
+
+
+def _said(answer: Answer) -> tuple[str, str, bool]:
+    """What a reward model's score depends on."""
+    return prompt_text(answer.prompt), answer.text, answer.finished
 
 
 def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherModel]) -> list[Reward]:

@@ -73,6 +73,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             self.ref_model = self._prepare_reference(reference)
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
         self.unwritten = False  # are there completions that no line of samples.jsonl could hold yet
 
@@ -158,6 +159,10 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         finished = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
         inputs = [{**row, "finished": done} for row, done in zip(inputs, finished, strict=True)]
         values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_completion_extra("truncated", [not done for done in finished])
+        for reward in self.rewards:
+            if reward.gives_reasons:
+                self._log_completion_extra(f"reason/{reward.name}", list(reward.reasons))
         self._require_words(values)
         self.unwritten = True
         return values
@@ -198,12 +203,16 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         chosen = range(0, len(prompts), max(1, len(prompts) // SAMPLES_A_STEP))[:SAMPLES_A_STEP]
         completions, advantages = list(self._logs["completion"]), list(self._logs["advantages"])
         rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
+        extra = {name: list(values) for name, values in self._logs["extra"].items()}
+        reasons = {name: extra[key] for name in rewards if (key := f"reason/{name}") in extra}
         return [
             {
                 "step": self.state.global_step,
                 "prompt": prompt_text(prompts[i]),
                 "completion": answer_text(completions[i][-1]["content"]),
+                "truncated": extra["truncated"][i],
                 "rewards": {name: values[i] for name, values in rewards.items()},
+                **({"reasons": {name: said[i] for name, said in reasons.items() if said[i]}} if reasons else {}),
                 "advantage": advantages[i],
             }
             for i in chosen

@@ -14,7 +14,20 @@ from recipes.results.words import count, number, plain
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200
 # Keys of a sample that have a place of their own; any other plain value is listed below the completion.
-_PLACED = {"step", "prompt", "completion", "reference", "rewards", "task", "meta", "row", "when", "value", "decoding"}
+_PLACED = {
+    "step",
+    "prompt",
+    "completion",
+    "reference",
+    "rewards",
+    "reasons",
+    "task",
+    "meta",
+    "row",
+    "when",
+    "value",
+    "decoding",
+}
 
 Key = tuple[str, str]  # task, prompt
 Answers = dict[Key, dict[float, dict[str, Any]]]  # of each prompt, the sample at each step, in their order
@@ -123,12 +136,13 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
 
 
 def _said(row: dict[str, Any]) -> Said:
-    rewards = row.get("rewards")
+    rewards, reasons = row.get("rewards"), row.get("reasons")
+    reasons = reasons if isinstance(reasons, dict) else {}
     marks = {text_of(row.get("task")) or "value": row["value"]} if row.get("value") is not None else {}
     marks |= rewards if isinstance(rewards, dict) else {}
     marks |= {k: v for k, v in row.items() if k not in _PLACED and not isinstance(v, dict | list)}
     words = [str(row["decoding"])] if "decoding" in row else []
-    words += map(" ".join, zip(marks, map(plain, marks.values()), strict=True))
+    words += [f"{k} {plain(v)}" + (f" ({_cut(text_of(reasons[k]))})" if k in reasons else "") for k, v in marks.items()]
     return Said(_cut(text_of(row.get("completion"))), words)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from conversations.errors import ToolkitError
 from recipes.lock import hold_directory
 from recipes.report.report import write_report
+from recipes.report.samples import answers, within_run
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -433,3 +434,13 @@ def test_no_json_breaks_the_page(found: dict, rows: list[dict]) -> None:
 def test_no_torch_is_imported() -> None:
     code = "import sys, recipes.report; sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_reason_for_a_reward_stands_beside_it() -> None:
+    rewards = {"rewards": {"math": 1.0, "helpful": 0.25}, "reasons": {"math": "'42' equals the reference"}}
+    gallery = within_run(answers([said("6 * 7?", "42", step=step, **rewards) for step in (1, 2)]))
+    assert gallery is not None
+    for column in gallery.rows[0].said:
+        assert column is not None and column.marks == ["math 1 ('42' equals the reference)", "helpful 0.25"]
+    odd = within_run(answers([said("6 * 7?", "42", step=step, rewards={"math": 1}, reasons="x") for step in (1, 2)]))
+    assert odd is not None and odd.rows[0].said[0] is not None and odd.rows[0].said[0].marks == ["math 1"]

@@ -139,6 +139,31 @@ def test_reward_model_scores_equal_answers_once():
     assert values[0] == values[3] and len(set(values)) == 3
 
 
+def test_a_cut_answer_is_scored_without_an_end_token():
+    tokenizer, model = byte_tokenizer(), score_model().eval()
+    reward = RewardModelReward("helpful", model, tokenizer)
+    values = call(reward, ["a", "a", "b"], ["yes", "yes", "no"], finished=[True, False, False])
+    for value, prompt, answer, finished in zip(values, "aab", ("yes", "yes", "no"), (True, False, False), strict=True):
+        ids = render_conversation(user(prompt) + assistant(answer), tokenizer)["input_ids"]
+        ids = ids if finished else ids[:-1]
+        assert (ids[-1] == tokenizer.eos_token_id) is finished
+        mask = torch.ones(1, len(ids))
+        assert value == pytest.approx(model(torch.tensor([ids]), attention_mask=mask).logits.item(), abs=1e-5)
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("on_error", ["zero", "skip"])
+def test_rules_say_why_and_other_rewards_do_not(on_error):
+    rule = RuleReward("number", on_error=on_error)
+    assert call(rule, ["a"] * 3, ["7", "8", "7"], reference=["7", "7", "many"])[:2] == [1.0, 0.0]
+    assert all(rule.reasons) and len(rule.reasons) == len(set(rule.reasons)) == 3 and "many" in rule.reasons[2]
+    call(rule, ["a"], ["7"], reference=["7"])
+    assert len(rule.reasons) == 1
+    broken = Broken("broken", on_error=on_error)
+    call(broken, ["a"], ["7"])
+    assert not any(broken.reasons)
+
+
 def test_reward_model_clips():
     reward = RewardModelReward("helpful", score_model().eval(), byte_tokenizer(), clip=1e-3)
     assert all(abs(value) <= 1e-3 for value in call(reward, ["a", "b"], ["c", "d"]))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from trl import GRPOTrainer
 
-from conversations import render_conversation
+from conversations import render_conversation, verify
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
 from deepseek_v2_modeling.inference import end_tokens
@@ -143,6 +143,12 @@ def test_trains_and_writes_a_run(tmp_path):
     said = lines(tmp_path / "samples.jsonl")
     assert [line["step"] for line in said] == [step for step in (1, 2, 3, 4) for _ in range(4)]
     assert set(said[0]["rewards"]) == {"vowels", "helpful", "number"}
+    for line in said:
+        question = [{"role": "user", "content": line["prompt"].removeprefix("User: ")}]
+        reference = str(int(question[0]["content"].split()[0]) + 1)
+        verdict = verify("number", line["completion"], prompt=question, reference=reference)
+        assert line["reasons"] == {"number": verdict.reason} and line["rewards"]["number"] == verdict.score
+        assert isinstance(line["truncated"], bool)
     assert said[0]["prompt"].endswith("+ 1")
     assert final(tmp_path).config.use_cache
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
@@ -157,6 +163,7 @@ def test_samples_hold_what_was_said_with_its_rewards_and_advantage(tmp_path):
     for group in (said[:4], said[4:]):
         assert len({line["prompt"] for line in group}) == 1 and len({line["completion"] for line in group}) > 1
         for line in group:
+            assert "reasons" not in line
             vowels, length = sum(letter in "aeiouAEIOU" for letter in line["completion"]), len(line["completion"])
             assert line["rewards"] == {"vowels": vowels, "length": length}
         values = torch.tensor([line["rewards"]["vowels"] - 0.5 * line["rewards"]["length"] for line in group])
