@@ -362,7 +362,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """As stock's, but padding is told by attention_mask where there is one: a real token may have the
         padding id (many set pad = eos). Rows with a mask are read without their padding, as packed documents, so that
-        neither its side nor what else is in the batch changes a score; there is no cache then unless `use_cache` is
+        its side changes no score; there is no cache then unless `use_cache` is
         true, which prevents it. In training with labels the balance losses are in `loss`."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
