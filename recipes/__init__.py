@@ -1,1 +1,1 @@
-"""The top floor: the command line, the recipe schema, the shipped recipes, and what runs them."""
+"""The top layer: the command line, the recipe schema, the shipped recipes, and the code that runs them."""

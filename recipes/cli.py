@@ -1,10 +1,10 @@
-"""The command line: `dsv2 COMMAND ...`. Imports nothing heavy; each command imports what it needs.
+"""The command line: `dsv2 COMMAND ...`. Heavy modules are imported inside the command that needs them.
 
-Exit codes: 0 done; 2 the recipe, the data or the command is wrong (one message); 1 a fault of the toolkit; 130
-interrupted, with a checkpoint where training had begun.
+Exit codes: 0 success; 2 an error in the recipe, the data or the command (one message); 1 a bug in the toolkit; 130
+interrupted, with a checkpoint if training had begun.
 """
 
-import dsv2_start  # first, so that what follows is our own
+import dsv2_start  # first: it checks that the packages imported below are our own
 
 # isort: split
 import argparse
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of `dsv2`: its usage line, its help, what reads its arguments, what runs it, and whether it resumes
-    from where it was interrupted."""
+    """A `dsv2` command: its usage line, its help, the function that declares its arguments, the function that runs it,
+    and whether it resumes after an interruption."""
 
     usage: str
     help: str
@@ -44,7 +44,7 @@ class Command:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong arguments are the user's error, in our one form."""
+    """Reports wrong arguments as a ToolkitError, like every other user error."""
 
     def error(self, message: str) -> NoReturn:
         raise ToolkitError(f"{message}; see: {self.prog} --help")
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if is_main():
                 _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
             return 130
-        except BrokenPipeError:  # the reader of our output has gone
+        except BrokenPipeError:  # the program reading our output has exited
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception, argv: Sequence[str]) -> int:
-    """Say what went wrong; returns the exit code. A fault of ours is shown with where it comes from."""
+    """Report an error and return the exit code. A bug in the toolkit is shown with its traceback."""
     message = str(error) if _is_for_the_user(error) else disk_fault(error)
     if message is None or "--traceback" in argv or os.environ.get("DSV2_TRACEBACK", "0") not in ("", "0"):
         _complain("".join(traceback.format_exception(error)).rstrip())
@@ -345,20 +345,20 @@ def _failed(error: Exception, argv: Sequence[str]) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """ToolkitError, or the model floor's ModelError, whose module is only there once torch is."""
-    models = sys.modules.get("deepseek_v2_modeling.errors")
-    return isinstance(error, ToolkitError) or (models is not None and isinstance(error, models.ModelError))
+    """Whether it is a ToolkitError or a ModelError; the latter's module is only imported once torch is."""
+    model_errors = sys.modules.get("deepseek_v2_modeling.errors")
+    return isinstance(error, ToolkitError) or (model_errors is not None and isinstance(error, model_errors.ModelError))
 
 
 def _complain(message: str) -> None:
-    """Every process speaks, since an error may be that of one alone; all but the first say which they are."""
-    who = "" if is_main() else f"rank {rank()}: "
-    print(f"{who}{without_secrets(message)}", file=sys.stderr, flush=True)
+    """Print from every process, since an error may occur in only one; all but the first prefix their rank."""
+    prefix = "" if is_main() else f"rank {rank()}: "
+    print(f"{prefix}{without_secrets(message)}", file=sys.stderr, flush=True)
 
 
 def _prepare_process() -> None:
-    """SIGTERM ends like Ctrl-C, which is heard in the background of a script too (a shell has it ignored there); long
-    messages of libraries stay out of the way; what killed processes left goes."""
+    """Handle SIGTERM like Ctrl-C, restore SIGINT (a shell ignores it for background jobs in a script), silence the
+    fork warning of tokenizers, and remove temporary files left by killed processes."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A disk that takes nothing more, in one line."""
+"""Describes a full, read-only or broken disk in one line."""
 
 import errno
 import sys
@@ -6,19 +6,19 @@ import tempfile
 
 _REFUSED = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
-    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not for writing
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not writable
     *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR),
 }
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What to tell the user where an error comes of a full, read-only or broken disk; None for any other."""
+    """The message for an error caused by a full, read-only or broken disk; None for any other error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _REFUSED:
             return f"{_place(cause)}: {cause.strerror}; {_remedy(cause.errno)}"
         cause = cause.__cause__ or cause.__context__
-    # What libraries in Rust and C++ raise instead.
+    # The same errors as raised by libraries in Rust and C++.
     files = sys.modules.get("deepseek_v2_modeling.checkpoints.full_disk")
     if files is not None and files.is_full(error, short=False):
         return f"{_place(error)}: No space left on device; {_remedy(errno.ENOSPC)}"

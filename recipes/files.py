@@ -1,4 +1,4 @@
-"""Files: written so that a reader never sees half of one and a crash leaves the old one; read; known by a hash."""
+"""Atomic file writing (a reader never sees a partial file, a crash leaves the old one), JSON reading, and hashing."""
 
 import contextlib
 import hashlib
@@ -16,10 +16,10 @@ _CHUNK = 1 << 20
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to `path` when the block ends well, removed when it fails."""
+    """Yield a temporary path beside `path`; it is renamed to `path` on success and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.touch(exist_ok=False)  # with the mode that the umask says, unlike a file of tempfile's
+    temporary.touch(exist_ok=False)  # its mode follows the umask, unlike that of a tempfile
     try:
         yield temporary
         temporary.replace(path)
@@ -31,23 +31,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically; a byte of a file's name that is not UTF-8 is `\\udcff`, as in JSON."""
+    """Write UTF-8 text atomically; undecodable bytes of file names are escaped as in JSON, such as `\\udcff`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented; numbers that are not finite become null."""
+    """Write indented JSON atomically; non-finite numbers become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; None when the file is not there. Raises ToolkitError for a damaged one."""
+    """Read JSON; None if the file does not exist. Raises ToolkitError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have, with None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

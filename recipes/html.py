@@ -1,5 +1,5 @@
-"""The HTML pages of reports: jinja templates of the folder templates, escaped, an unknown name an error,
-unprintable characters replaced."""
+"""Renders the HTML pages from the Jinja templates in templates/: values are escaped, unprintable characters replaced,
+and an undefined name is an error."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-# Characters that HTML or UTF-8 forbids, and those that reorder the text around them.
+# Characters that HTML or UTF-8 forbids, and bidirectional controls, which reorder the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page of `template`, a file name such as "report.html.jinja"."""
+    """Render the page from `template`, a file name such as "report.html.jinja"."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,

@@ -1,8 +1,8 @@
-"""One process at a time writes to a place: a lock file that says who does.
+"""Lock files: one process at a time writes to a directory or file, and the lock names its owner.
 
-The kernel keeps the lock (flock) and gives it up when its owner ends, however it ends, so that what a killed process
-leaves behind is taken over. A lock file that was written on another host is not: flock need not reach that far. It has
-to be removed by hand, and the message says which file.
+The kernel holds the lock (flock) and releases it when the owner exits for any reason, so a lock file left by a killed
+process is taken over. A lock file written on another host is not, because flock may not work across hosts: it has to
+be removed by hand, and the message names the file.
 """
 
 import errno
@@ -21,15 +21,15 @@ from conversations.errors import ToolkitError
 from recipes.processes import command_line, is_main, now
 
 LOCK = ".lock"
-ROOM = 64 << 10  # bytes; enough for a manifest
-_SHOWN = 500  # characters of each thing that a lock says
+ROOM = 64 << 10  # bytes reserved; enough for a manifest
+_SHOWN = 500  # characters of each field of a lock
 _TRIES, _PAUSE = 5, 0.1  # `dsv2 report` looks at a lock by taking it for a moment
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without them
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as its file says. Empty and 0 where it does not."""
+    """The holder of a lock, as recorded in its file; missing fields are empty or 0."""
 
     host: str = ""
     pid: int = 0
@@ -41,13 +41,13 @@ class Owner:
 
 
 class Lock:
-    """A lock that is held. `handle` is that of its file; None for the other processes of a launch."""
+    """A lock that is held. `handle` is its file descriptor; None in the other processes of a launch."""
 
     def __init__(self, handle: int | None = None):
         self._handle = handle
 
     def make_room(self) -> None:
-        """Give up the room that the lock file keeps, so that a full disk takes the last words of a run."""
+        """Free the space reserved by the lock file, so that a run can write its final manifest to a full disk."""
         if self._handle is not None:
             with suppress(OSError):
                 os.ftruncate(self._handle, len(os.pread(self._handle, ROOM, 0).rstrip()))
@@ -55,12 +55,12 @@ class Lock:
 
 @contextmanager
 def hold_directory(folder: Path) -> Iterator[Lock]:
-    """Be the only one to write into a run directory, which is made when missing and goes again when it stays empty.
+    """Lock a run directory for writing. It is created if missing, and removed again if it stays empty.
 
-    The processes of one launch are one owner. Files that a killed owner had half written are removed.
+    The processes of one launch share the lock. Partial files left by a killed owner are removed.
 
     Raises:
-        ToolkitError: somebody else holds it, or it cannot be written.
+        ToolkitError: another process holds it, or it is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise ToolkitError(f"output_dir {folder} is a file; choose another output_dir")
@@ -74,17 +74,17 @@ def hold_directory(folder: Path) -> Iterator[Lock]:
 
 @contextmanager
 def hold_path(target: Path) -> Iterator[Lock]:
-    """Be the only one to write a file or directory that appears at once, when it is whole. Raises as above."""
+    """Lock a file or directory that is written atomically. Raises as `hold_directory`."""
     target = target.absolute()
     with _hold(target.with_name(f".{target.name}.lock"), target, 0) as lock:
         yield lock
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """Who works in a run directory now; None where nobody does. On another host that cannot be known: its owner is
+    """The process working in a run directory; None if there is none. An owner on another host cannot be checked and is
     taken to be alive."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # whatever it is: a pipe would wait for a writer
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     except OSError:
         return None
     try:
@@ -117,13 +117,13 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
     try:
         yield Lock(handle)
     finally:
-        if os.getpid() == pid:  # and no child of this process
+        if os.getpid() == pid:  # and not a forked child
             _release(file, handle)
             _remove_empty(new_folders)
 
 
 def _take(file: Path, place: Path) -> int:
-    """Open and lock the file. Raises ToolkitError when somebody else has it."""
+    """Open and lock the file. Raises ToolkitError if another process holds it."""
     owner = Owner()
     for _ in range(_TRIES):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _take(file: Path, place: Path) -> int:
                 raise ToolkitError(
                     f"{place} is in use by {owner}, which cannot be checked from here; if it has ended, remove {file}"
                 )
-            with suppress(FileNotFoundError):  # its last owner has removed it, and it must be made again
+            with suppress(FileNotFoundError):  # its previous owner removed it, so it must be created again
                 if os.stat(file).st_ino == os.fstat(handle).st_ino:
                     return handle
         os.close(handle)
@@ -158,7 +158,7 @@ def _lock(handle: int, kind: int, owner: Owner) -> bool:
 
 
 def _is_alive(owner: Owner) -> bool:
-    """Where the file system has no locks: is there a process of that number on this host?"""
+    """For file systems without locks: whether a process with that id exists on this host."""
     if owner.pid <= 0:
         return False
     try:
@@ -172,9 +172,9 @@ def _is_alive(owner: Owner) -> bool:
 
 def _read(handle: int) -> Owner:
     try:
-        said = json.loads(os.pread(handle, ROOM, 0))
-        host, command, since = (_one_line(said[key]) for key in ("host", "command", "since"))
-        return Owner(host, int(said["pid"]), command, since)
+        fields = json.loads(os.pread(handle, ROOM, 0))
+        host, command, since = (_one_line(fields[key]) for key in ("host", "command", "since"))
+        return Owner(host, int(fields["pid"]), command, since)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):
         return Owner()
 
@@ -199,7 +199,7 @@ def _release(file: Path, handle: int) -> None:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders that nothing was put into, the innermost first."""
+    """Remove folders that are still empty, innermost first."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()

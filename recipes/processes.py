@@ -1,5 +1,5 @@
-"""Which of the processes of a launch this is, and how it was started. `torchrun` and `accelerate launch` tell by
-environment variables."""
+"""The rank of this process within a launch, and its command line. `torchrun` and `accelerate launch` set environment
+variables."""
 
 import os
 import shlex
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process, 0 when there is one only."""
+    """Rank of this process; 0 if there is only one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Number of processes in the launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -30,13 +30,13 @@ def is_main() -> bool:
 
 
 def say(*parts: Any) -> None:
-    """Print a message, once for all processes."""
+    """Print a message from the main process only."""
     if is_main():
         print(*parts, flush=True)
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this point."""
     if world_size() == 1:
         return
     import torch
@@ -48,7 +48,7 @@ def wait_for_all() -> None:
 
 
 def main_first(do: Callable[[], T]) -> T:
-    """Let the main process go first: what it writes on the way, the others find."""
+    """Run `do` in the main process first, then in the others, which find the files that it has written."""
     if is_main():
         done = do()
         wait_for_all()
@@ -58,7 +58,7 @@ def main_first(do: Callable[[], T]) -> T:
 
 
 def command_line() -> str:
-    """The command as it could be typed again, without the directory of the program and without secrets."""
+    """The command as it could be typed again, without the program's directory and without secrets."""
     program = Path(sys.argv[0]).name
     program = "dsv2" if program == "cli.py" else program
     return without_secrets(" ".join([program, *(shlex.quote(word) for word in sys.argv[1:])]))

@@ -1,4 +1,4 @@
-"""Secrets are no part of a recipe: it is copied into run directories, manifests, checkpoints and reports."""
+"""Keeps secrets out of recipes, which are copied into run directories, manifests, checkpoints and reports."""
 
 import re
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 
-# Names of tokens of text, which end like those of secrets.
+# Fields about text tokens, whose names end like those of secrets.
 _TEXT_TOKENS = {f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image")}
 _SECRET = r"(?:token|secret|password|passwd|passphrase|credentials?|(?:api|access|private|secret|auth)_?key)"
 _SECRET_NAME = re.compile(rf"(?:.*[_-])?{_SECRET}", re.IGNORECASE)
 _UPLOAD_NAME = re.compile(r"(?:push_to_hub|hub|trackio)(?:_.*)?|log_completions_hub_repo")
-# What the tokens of the model hub and of the largest services look like.
+# Access tokens of the model hub and of the largest services.
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}")
 _WRITTEN = re.compile(rf"(?<![\w.-])([\w.-]*(?<![A-Za-z]){_SECRET}(?:=|['\"]\s*:\s*))[^\s,}}]+", re.IGNORECASE)
-# The user and password of an address (also where a path has lost its second slash), and what its query calls a secret.
+# User and password in a URL (also if path handling removed its second slash), and secrets in its query.
 _ADDRESS = re.compile(
     rf"(?<=:/)/?[^\s/?#@]+(?=@)|(?<=[?&])(?:[\w.-]*{_SECRET}|key|sig(?:nature)?|auth|x-amz-[\w-]+)=[^\s&#'\"]+",
     re.IGNORECASE,
@@ -23,7 +23,7 @@ _NAMED_FREELY = {"columns", "roles"}  # sections whose keys are the user's own w
 
 
 def refuse_secrets(tree: Any, prefix: str = "") -> None:
-    """Refuse keys that hold secrets or upload a run, and values that look like a secret; no value is ever shown.
+    """Refuse keys that hold secrets or upload a run, and values that look like secrets; values are never shown.
 
     Raises:
         ToolkitError: naming the key.
@@ -43,12 +43,12 @@ def refuse_secrets(tree: Any, prefix: str = "") -> None:
 
 
 def without_secrets(text: str) -> str:
-    """The text with what looks like a secret left out, for messages and manifests."""
+    """The text with anything that looks like a secret removed, for messages and manifests."""
     return _SECRET_VALUE.sub("***", _WRITTEN.sub(r"\1***", _ADDRESS.sub("***", text)))
 
 
 def _entries(tree: Any, prefix: str) -> Iterator[tuple[str, str, Any]]:
-    """(path, key, value) of every key and of every entry of a list, at any depth."""
+    """Yield (path, key, value) of every key and every list entry, at any depth."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in pairs:
         path = f"{prefix}{key}"

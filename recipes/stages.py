@@ -1,4 +1,4 @@
-"""The stages there are. Everything else about a stage stands in its own folder, in the STAGE of its config.py."""
+"""The list of stages. Everything else about a stage is in its own folder, in the STAGE record of its config.py."""
 
 from importlib import import_module
 
@@ -15,12 +15,12 @@ def stages() -> dict[str, Stage]:
 
 
 def stage_of(recipe: StageRecipe) -> Stage:
-    """The stage that a recipe is for."""
+    """The stage of a recipe."""
     return stages()[recipe.stage]
 
 
 def training_of(recipe: TrainingRecipe) -> Training:
-    """How the stage of a recipe with `training` trains."""
+    """The `Training` record of the recipe's stage."""
     training = stage_of(recipe).training
     assert training is not None, recipe.stage
     return training

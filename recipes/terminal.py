@@ -1,7 +1,7 @@
-"""The terminal: what goes out is text that cannot steer it, what comes in is text.
+"""Safe terminal output: untrusted text cannot send control sequences to the terminal.
 
-Answers of a model, keys and names of files are other people's words. While the command line runs, everything that
-Python prints goes through `printable`. Progress bars, which do move the cursor, write to `sys.__stderr__` themselves.
+Model answers, keys and file names are untrusted. While the command line runs, everything that Python prints goes
+through `printable`. Progress bars, which need to move the cursor, write to `sys.__stderr__` directly.
 """
 
 import re
@@ -10,26 +10,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Control characters of both sets (a tab and a newline are text), marks that reorder the text around them, separators
-# that some terminals take for newlines, and halves of characters, which no encoding has.
+# C0 and C1 control characters (except tab and newline), bidirectional controls, separators that some terminals treat
+# as newlines, and surrogates, which cannot be encoded.
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )
 
 
 def printable(text: str) -> str:
-    """The text with what would steer a terminal written out: an escape character is `\\x1b`, as in Python."""
+    """The text with control characters escaped as in Python: an escape character becomes `\\x1b`."""
     return _STEERING.sub(_written_out, text)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded; bytes that could not be decoded are halves of characters in it."""
+    """Whether the text can be encoded; undecodable bytes appear in it as surrogates."""
     return not re.search("[\ud800-\udfff]", text)
 
 
 @contextmanager
 def safe_terminal() -> Iterator[None]:
-    """Inside, `sys.stdout` and `sys.stderr` print what is `printable`, and what their encoding lacks as `\\u4e2d`."""
+    """Make `sys.stdout` and `sys.stderr` escape what is not `printable`, or not in their encoding (as `\\u4e2d`)."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Printable, before)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -39,7 +39,7 @@ def safe_terminal() -> Iterator[None]:
 
 
 class _Printable:
-    """A text stream that writes what is printable; all else is the stream's own."""
+    """Wraps a text stream and makes everything written to it printable."""
 
     def __init__(self, stream: Any):
         self._stream = stream

@@ -1,7 +1,7 @@
 """`dsv2 run`: the stages of a chain in order, each in its own directory, in one process.
 
-A stage is not run twice unless its recipe, the data or a model it starts from has changed: what it depends on is kept
-as a fingerprint in chain.json. A run that its recipe no longer fits is moved to .superseded/, never overwritten.
+A finished stage runs again only if its recipe, its data or a model that it starts from has changed: chain.json stores a
+fingerprint of its inputs. A run that no longer matches its recipe is moved to .superseded/, never overwritten.
 """
 
 import gc
@@ -32,11 +32,11 @@ SUPERSEDED = ".superseded"
 
 
 def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
-    """Run or resume a chain; returns and writes results.json.
+    """Run or resume a chain; writes results.json and returns its contents.
 
     Raises:
-        ToolkitError, ModelError: a recipe, the data or the output_dir is wrong; before anything is run, if possible.
-        KeyboardInterrupt: stopped; the same command resumes.
+        ToolkitError, ModelError: a recipe, the data or the output_dir is wrong; before any stage runs if possible.
+        KeyboardInterrupt: interrupted; the same command resumes the chain.
     """
     output = Path(loaded.recipe.output_dir)
     for note in loaded.notes:
@@ -53,7 +53,7 @@ def run_chain(loaded: Loaded[ChainRecipe]) -> dict[str, Any]:
             _say_how_it_ended(output, "finished", **costs)
         except BaseException as error:
             lock.make_room()
-            with suppress(OSError):  # of a disk that is broken the error itself says more
+            with suppress(OSError):  # on a broken disk the original error says more
                 _say_how_it_ended(output, "stopped" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
     say(f"\n{table_text(results, titles_of(loaded.resolved))}\n\n{output / RESULTS}")
@@ -71,7 +71,7 @@ def _run_stages(loaded: Loaded[ChainRecipe], state: ChainState) -> dict[str, Any
 
 
 def _run_entry(entry: ChainStage, stage: Loaded[StageRecipe], state: ChainState, references: References) -> None:
-    """Run one stage unless it has been run as it is now."""
+    """Run one stage unless it has already run with the same inputs."""
     from recipes.runs.models import ensure_model
 
     run_dir = Path(stage.recipe.output_dir)
@@ -89,7 +89,7 @@ def _run_entry(entry: ChainStage, stage: Loaded[StageRecipe], state: ChainState,
     try:
         run_stage(stage)
     except BaseException:
-        with suppress(OSError):  # a full disk; what it cost so far stands in the stage's own manifest
+        with suppress(OSError):  # full disk: the cost so far is in the stage's own manifest
             state.count(entry.name, read_manifest(run_dir))
         raise
     finally:
@@ -98,7 +98,7 @@ def _run_entry(entry: ChainStage, stage: Loaded[StageRecipe], state: ChainState,
 
 
 def _set_aside(run_dir: Path, name: str) -> None:
-    """Move a run away that its recipe or input no longer fits."""
+    """Move away a run that no longer matches its recipe or inputs."""
     if is_main() and run_dir.exists():
         if owner := owner_of(run_dir):
             raise ToolkitError(f"{run_dir} is in use by {owner}, with another recipe; wait for it to finish or stop it")
@@ -111,10 +111,10 @@ def _set_aside(run_dir: Path, name: str) -> None:
 
 
 def refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
-    """A chain's directory may hold this chain's stages, or nothing that is a run of its own.
+    """Refuse an output directory that already holds some other run.
 
     Raises:
-        ToolkitError: it holds the run of a stage or of another chain.
+        ToolkitError: it holds the run of a single stage or of another chain.
     """
     if not (output / RECIPE).exists():
         return
@@ -122,7 +122,7 @@ def refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
     remedy = "choose another output_dir, or move that run away"
     if there.get("stage") != CHAIN:
         raise ToolkitError(f"output_dir {output} holds a run of stage {there.get('stage')}, not a chain; {remedy}")
-    file = read_manifest(output).get("recipe", str(loaded.path.absolute()))  # a kill may have come before it
+    file = read_manifest(output).get("recipe", str(loaded.path.absolute()))  # not written yet if it was killed
     names = [stage.get("name") for stage in there.get("stages", [])]
     moved = Path(file).name == loaded.path.name and names == [stage.name for stage in loaded.recipe.stages]
     if file != str(loaded.path.absolute()) and not moved:
@@ -142,7 +142,7 @@ def _open_chain(loaded: Loaded[ChainRecipe], output: Path) -> ChainState:
 
 
 def _collect(chain: ChainRecipe, state: ChainState) -> dict[str, Any]:
-    """The results of all evaluations."""
+    """Collect the results of all evaluations."""
     evaluations: dict[str, dict[str, Any]] = {}
     for entry in chain.stages:
         if entry.results:
@@ -167,7 +167,7 @@ def _say_how_it_ended(output: Path, status: str, **more: Any) -> None:
 
 
 def _free_memory() -> None:
-    """Give back what the last stage held: models in reference cycles, the allocator's free pages."""
+    """Release the last stage's memory: models in reference cycles, the allocator's free pages."""
     gc.collect()
     with suppress(OSError, AttributeError):
         import ctypes

@@ -1,4 +1,4 @@
-"""A chain's stages before they run: each stage's recipe, looked at as far as they are known."""
+"""Checks a chain's stages before they run: each stage's recipe is resolved as far as possible."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,22 +13,22 @@ from recipes.recipe.overrides import merge
 from recipes.recipe.schema import CHAIN, ChainRecipe, ChainStage, validate
 from recipes.stages import stage_of
 
-PLANNED_TOKENS = 1  # stands for `${NAME.tokens}` while the stage has not run
+PLANNED_TOKENS = 1  # placeholder for `${NAME.tokens}` until the stage has run
 
 
 def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
-    """Every stage with its checked recipe, as far as it is known before anything has run.
+    """Yield every stage's name with its checked recipe, as far as it can be resolved before anything has run.
 
     Raises:
-        ToolkitError: a wrong recipe or override, or a `${name}` that names no earlier stage.
+        ToolkitError: a wrong recipe or override, or a `${name}` that is not an earlier stage.
     """
     chain = loaded.recipe
     references = References(chain)
-    tasks: dict[str, dict[str, Any]] = {}  # of evaluations, by their stage
+    tasks: dict[str, dict[str, Any]] = {}  # the tasks of each evaluation stage, by name
     for entry in chain.stages:
         stage = resolve_stage(loaded, entry, references)
         if entry.results:
-            recipe: Any = stage.recipe  # with results, an evaluation
+            recipe: Any = stage.recipe  # one with `results` is an evaluation
             tasks[entry.name] = {task.name: task for task in recipe.tasks}
             _refuse_figures_twice(chain, entry, tasks)
         yield entry.name, stage
@@ -38,7 +38,7 @@ def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[Stage
 
 
 def _refuse_figures_twice(chain: ChainRecipe, entry: ChainStage, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ToolkitError where an earlier evaluation puts a task's figures where this one does."""
+    """Raise ToolkitError if an earlier evaluation writes a task's figures to the same place in the results."""
     for other in chain.stages:
         if other is entry:
             return
@@ -50,7 +50,7 @@ def _refuse_figures_twice(chain: ChainRecipe, entry: ChainStage, tasks: Mapping[
 
 
 def _check_comparisons(chain: ChainRecipe, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Both sides of a comparison must have its task, and a way of decoding in common."""
+    """Raise ToolkitError unless both sides of each comparison have its task and a decoding method in common."""
     for comparison in chain.compare:
         where, sides = f"compare.{comparison.name}", (comparison.before, comparison.after)
         for name in sides:
@@ -63,10 +63,10 @@ def _check_comparisons(chain: ChainRecipe, tasks: Mapping[str, Mapping[str, Any]
 
 
 def check_stages(loaded: Loaded[ChainRecipe]) -> None:
-    """Look at all of every stage but its data, before the first one runs.
+    """Check everything about every stage except its data, before the first one runs.
 
     Raises:
-        ToolkitError, ModelError: a stage that would be refused later, as far as that is known.
+        ToolkitError, ModelError: a stage would be refused later, as far as that can be known.
     """
     from recipes.runs.prepare import check_recipe, will_give
 
@@ -78,7 +78,7 @@ def check_stages(loaded: Loaded[ChainRecipe]) -> None:
 
 @contextmanager
 def naming_stage(name: str) -> Iterator[None]:
-    """Puts the stage's name in front of what is wrong with it."""
+    """Prefix error messages with the stage's name."""
     try:
         yield
     except ValueError as error:
@@ -88,10 +88,10 @@ def naming_stage(name: str) -> Iterator[None]:
 
 
 def resolve_stage(loaded: Loaded[ChainRecipe], entry: ChainStage, references: References) -> Loaded[StageRecipe]:
-    """A stage's recipe with the chain's model and seed, then the entry's overrides, then `${name}` filled in.
+    """Build a stage's recipe: the chain's model and seed, then the entry's overrides, then `${name}` references.
 
     Raises:
-        ToolkitError: the recipe is missing, of stage chain, or wrong; keys are named as stages.NAME.KEY.
+        ToolkitError: the recipe is missing, is itself a chain, or is wrong; keys are shown as stages.NAME.KEY.
     """
     chain = loaded.recipe
     path = Path(entry.recipe)

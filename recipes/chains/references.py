@@ -1,4 +1,4 @@
-"""`${name}` in a chain's recipe: the model, an earlier stage's run directory, or how many tokens it trained on."""
+"""`${name}` references in a chain: the model, an earlier stage's run directory, or its number of trained tokens."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
 class References:
-    """What `${...}` may name so far. Grows as stages end."""
+    """The values that `${...}` can refer to so far; grows as stages finish."""
 
     def __init__(self, chain: ChainRecipe):
         self._all = [entry.name for entry in chain.stages]
@@ -22,15 +22,15 @@ class References:
             self._values["model"] = self.fill(chain.model.path, "model.path: ")
 
     def add(self, name: str, run_dir: str, tokens: int | None) -> None:
-        """A stage that later ones may name; tokens: how many it trained on, None where it trained nothing."""
+        """Add a stage that later ones may refer to. tokens: how many it trained on; None if it trains nothing."""
         self._run_dirs[name] = run_dir
         self._values |= {name: run_dir} | ({} if tokens is None else {f"{name}.tokens": tokens})
 
     def fill(self, value: Any, where: str) -> Any:
-        """`value` with every `${name}` replaced. One that is the whole text keeps its type (`${sft.tokens}`).
+        """Replace every `${name}` in `value`. A reference that is the whole string keeps its type (`${sft.tokens}`).
 
         Raises:
-            ToolkitError: a name that is not known (yet).
+            ToolkitError: an unknown name, or a stage that comes later.
         """
         if isinstance(value, dict):
             return {key: self.fill(item, f"{where}{key}.") for key, item in value.items()}
@@ -44,7 +44,7 @@ class References:
         return _REFERENCE.sub(lambda match: str(self._value(match[1], where)), value)
 
     def used(self, recipe: StageRecipe) -> dict[str, str]:
-        """The stages that a filled-in recipe names: their run directories, by name."""
+        """The stages that a resolved recipe refers to: {name: run directory}."""
         texts = list(_texts(recipe.model_dump(mode="json", exclude={"output_dir"})))
         return {
             name: run_dir

@@ -1,4 +1,4 @@
-"""chain.json: which stages of a chain were run and what they cost; fingerprints of what their results depend on."""
+"""chain.json: which stages of a chain have run, what they cost, and fingerprints of their inputs."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _SMALL = 1 << 20
 
 
 class ChainState:
-    """The stages' entries: {fingerprint, status, seconds, training_seconds, peak_memory_gb, metrics}."""
+    """The entries of the stages, each {fingerprint, status, seconds, training_seconds, peak_memory_gb, metrics}."""
 
     def __init__(self, file: Path, stages: dict[str, dict[str, Any]]):
         self.file = file
@@ -26,7 +26,7 @@ class ChainState:
 
     @classmethod
     def read(cls, output: Path) -> "ChainState":
-        """The state of a chain's directory; empty when there is none."""
+        """Read the state of a chain's directory; empty if there is none."""
         content = read_json(output / CHAIN_STATE)
         stages = content.get("stages") if isinstance(content, dict) else None
         whole = isinstance(stages, dict) and all(
@@ -38,27 +38,27 @@ class ChainState:
         return cls(output / CHAIN_STATE, stages or {})
 
     def begin(self, name: str, fingerprint: str) -> None:
-        """A stage that starts or resumes."""
+        """Record that a stage starts or resumes."""
         self.stages[name] = {"fingerprint": fingerprint, "status": "running", "metrics": {}}
         self.count(name, {})
 
     def count(self, name: str, manifest: Mapping[str, Any]) -> None:
-        """What a stage has cost so far, by its manifest."""
+        """Record what a stage has cost so far, from its manifest."""
         for key in ("seconds", "training_seconds", "peak_memory_gb"):
             self.stages[name][key] = manifest.get(key, 0.0)
         self._write()
 
     def finish(self, name: str, manifest: Mapping[str, Any]) -> None:
-        """A stage that has ended well."""
+        """Record that a stage has finished successfully."""
         self.stages[name] |= {"status": "finished", "metrics": manifest["metrics"]}
         self.count(name, manifest)
 
     def seconds(self, names: Iterable[str]) -> float:
-        """Seconds of work in these stages, interrupted runs included."""
+        """Total seconds spent in these stages, including interrupted runs."""
         return sum(self.stages[name]["seconds"] for name in names)
 
     def peak_memory_gb(self, names: Iterable[str]) -> float:
-        """Most memory that any of these stages held."""
+        """Highest peak memory of these stages, in GB."""
         return max(self.stages[name]["peak_memory_gb"] for name in names)
 
     def _write(self) -> None:
@@ -67,11 +67,11 @@ class ChainState:
 
 
 def fingerprint(stage: Loaded[StageRecipe], used: Mapping[str, str]) -> str:
-    """A hash of all that a stage's result depends on.
+    """A hash of everything that a stage's result depends on.
 
     Args:
-        stage: the stage's resolved recipe: hashed with the data files and models outside the chain that it names.
-        used: fingerprints of the chain's stages that it names, by their run directories.
+        stage: the stage's resolved recipe, hashed together with its data files and the models from outside the chain.
+        used: fingerprints of the stages of the chain that it refers to, by run directory.
     """
     recipe = stage.recipe
     paths = [recipe.model.path, *(other.path for other in recipe.other_models())]
@@ -86,7 +86,7 @@ def fingerprint(stage: Loaded[StageRecipe], used: Mapping[str, str]) -> str:
 
 
 def _data_hashes(recipe: StageRecipe) -> list[str]:
-    """Those of all data entries; generated ones are made."""
+    """Hashes of all data entries; generated data sets are created if missing."""
     return [
         source_hash(entry, recipe.seed, f"{key}.{index}")
         for key, entries in {each.key: each.entries for each in recipe.row_lists()}.items()
@@ -95,11 +95,11 @@ def _data_hashes(recipe: StageRecipe) -> list[str]:
 
 
 def _model_hash(path: Path) -> dict[str, Any]:
-    """Small files by their bytes, large ones by size and time; empty for a hub name."""
+    """Identifies small files by content, large ones by size and modification time; empty for a hub name."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
     return {
         str(file.relative_to(path)): file_sha256(file)
-        if (about := file.stat()).st_size <= _SMALL
-        else [about.st_size, about.st_mtime_ns]
+        if (stat := file.stat()).st_size <= _SMALL
+        else [stat.st_size, stat.st_mtime_ns]
         for file in files
     }

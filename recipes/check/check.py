@@ -1,6 +1,6 @@
-"""`dsv2 check`: a recipe and its data, without loading weights or making a model.
+"""`dsv2 check`: checks a recipe and its data without loading weights or creating a model.
 
-What it prints also goes to a page, OUTPUT_DIR.check.html: beside the run directory, which stays empty.
+Its output is also written to a page, OUTPUT_DIR.check.html, beside the run directory, which is not created.
 """
 
 import math
@@ -24,16 +24,16 @@ from recipes.runs.prepare import Inputs, prepare, will_give
 from recipes.runs.training_fields import setting
 from recipes.stages import stage_of, stages
 
-_SHOWN = 600  # characters of an example on the terminal
-# Around trained text on the terminal.
+_SHOWN = 600  # characters of an example shown on the terminal
+# Marks around trained text on the terminal.
 _TRAINED = ("\u27e6", "\u27e7")
 
 
 def check(loaded: Loaded[Recipe]) -> None:
-    """Print what the recipe would do, and write the same as a page.
+    """Print what the recipe would do, and write the same to a page.
 
     Raises:
-        ToolkitError, ModelError: whatever would stop the run before its first step.
+        ToolkitError, ModelError: anything that would stop the run before its first step.
     """
     quiet_libraries()
     views, earlier = [], {}
@@ -50,7 +50,7 @@ def check(loaded: Loaded[Recipe]) -> None:
 
 
 def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
-    """The recipe under its file's name, or the stages of a chain under theirs."""
+    """Yield the recipe with its file's name, or each stage of a chain with its own name."""
     if not isinstance(loaded.recipe, ChainRecipe):
         yield loaded.path.stem, of_stage(loaded, stages())
         return
@@ -88,7 +88,7 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
 
 
 def _described(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, max_length: int | None) -> Iterator[str]:
-    """The token counts, line by line."""
+    """Yield the token counts, line by line."""
     if figures is None:
         return
     if figures.sampling:
@@ -119,7 +119,7 @@ def length_summary(lengths: Sequence[int], max_length: int | None) -> str:
 
 
 def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> str:
-    """How long the run is: "training: 500 steps of batch 64 (40 per epoch of 120,000 tokens; 12.50 epochs)"."""
+    """The length of the run: "training: 500 steps of batch 64 (40 per epoch of 120,000 tokens; 12.50 epochs)"."""
     guessed = figures is None or figures.step > 1
     tokens = f" of {figures.about}{figures.tokens:,} tokens" if figures and stage_of(recipe).encode else ""
     packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
@@ -134,7 +134,7 @@ def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> st
 
 
 def _examples(examples: Sequence[Example]) -> Iterator[str]:
-    """The examples as text, what is trained between marks."""
+    """Yield the examples as text, with marks around what is trained."""
     for number, example in enumerate(examples, start=1):
         text = "".join(f"{_TRAINED[0]}{part}{_TRAINED[1]}" if trained else part for part, trained in example.runs)
         more = " ..." if len(text) > _SHOWN or example.more else ""

@@ -1,4 +1,4 @@
-"""How a list of lengths is spread: bins of one round width, and the same as lines of text."""
+"""Histogram of token lengths: bins of equal, round width, and the same as lines of text."""
 
 import math
 from collections import Counter
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _BINS = 12
-_BAR = 40  # characters of the longest bar
+_BAR = 40  # characters in the longest bar
 
 
 class Bin(NamedTuple):
-    """How many rows (measured ones scaled to all) have from `low` to `high` tokens, both included."""
+    """Number of rows (scaled up if only a sample was measured) with `low` to `high` tokens, inclusive."""
 
     low: int
     high: int
@@ -25,7 +25,7 @@ def bins(lengths: Sequence[int], scale: float = 1) -> list[Bin]:
 
 
 def text_lines(spread: Sequence[Bin]) -> list[str]:
-    """A bar of # for each bin, from the first that is not empty."""
+    """A bar of # for each bin, starting at the first non-empty one."""
     first = next(index for index, each in enumerate(spread) if each.rows)
     spread = spread[first:]
     most = max(each.rows for each in spread)
@@ -37,6 +37,6 @@ def text_lines(spread: Sequence[Bin]) -> list[str]:
 
 
 def _round_width(rough: float) -> int:
-    """The next whole number of 1, 2 or 5 times a power of ten."""
+    """The next integer of the form 1, 2 or 5 times a power of ten."""
     power = 10 ** max(0, math.floor(math.log10(max(rough, 1))))
     return next(power * k for k in (1, 2, 5, 10) if power * k >= rough)

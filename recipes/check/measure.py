@@ -1,4 +1,4 @@
-"""The token figures of a mixture of rows, for `dsv2 check`: no weights, memory that does not grow with the rows."""
+"""Token counts of a mixture for `dsv2 check`: needs no weights, and memory does not grow with the number of rows."""
 
 import math
 from bisect import bisect_left, insort
@@ -16,15 +16,15 @@ from recipes.stages import stage_of, training_of
 
 EXAMPLES = 3
 EXAMPLE_TOKENS = 1500
-_BUDGET = 8 << 20  # bytes of rows that are tokenized, a few seconds' worth; of more rows a sample is taken
-_PACKED_AT_ONCE = 1000  # rows that TRL packs together (the batch size of datasets.map)
+_BUDGET = 8 << 20  # bytes of rows to tokenize, a few seconds' work; larger data is sampled
+_PACKED_AT_ONCE = 1000  # rows that TRL packs at a time (the batch size of datasets.map)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model sees it: runs of text, each with whether it is trained; `more` tokens are not shown.
+    """A row as the model sees it: spans of text, each with whether it is trained on; `more` tokens are not shown.
 
-    part_of: tokens of the whole row, of which this is a part; 0 where it is all of it.
+    part_of: token count of the whole row if this is only a part of it; 0 otherwise.
     """
 
     origin: str
@@ -39,11 +39,11 @@ class Example:
 
 @dataclass
 class Figures:
-    """Token counts of a mixture. Where `step` is over 1, only every step-th row was measured, and counts of all rows
-    are `scale` times those of the measured ones.
+    """Token counts of a mixture. If `step` is over 1, only every step-th row was measured, and the totals are `scale`
+    times the measured counts.
 
-    pieces: tokens of each measured piece that is trained on. samples: how many samples they make up.
-    by_source: source -> its measured tokens, and those of them that are trained.
+    pieces: token count of each measured piece that is trained on. samples: how many samples they make up.
+    by_source: source -> its measured tokens, and how many of them are trained on.
     """
 
     step: int
@@ -56,36 +56,36 @@ class Figures:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one epoch."""
+        """Tokens in one epoch."""
         return round(sum(self.pieces) * self.scale)
 
     def tokens_of(self, source: int) -> tuple[int, int]:
-        """(tokens, trained tokens) of one epoch's rows of a source."""
+        """(tokens, trained tokens) of a source's rows in one epoch."""
         tokens, trained = self.by_source.get(source, (0, 0))
         return round(tokens * self.scale), round(trained * self.scale)
 
     def fate(self, too_long: str, max_length: int | None) -> str:
-        """What `format.too_long` does to the rows, or to those of the sample."""
+        """What `format.too_long` does to the measured rows."""
         summary = self.report.summary(max_length)
         unchanged = "" if ";" in summary else ", none too long"
         return f"{'of the sample: ' if self.step > 1 else ''}{summary}{unchanged}; format.too_long is {too_long}"
 
     @property
     def sampling(self) -> str:
-        """How the counts were estimated; empty where all rows were measured."""
+        """How the counts were estimated; empty if all rows were measured."""
         return f"many rows: token counts are estimates from 1 row in {self.step:,}" if self.step > 1 else ""
 
     @property
     def about(self) -> str:
-        """What stands before an estimated count."""
+        """Prefix of an estimated count."""
         return "about " if self.sampling else ""
 
 
 def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None = None) -> Figures:
-    """Tokenize the rows (the first `limit` of them), or an even sample where there are too many for a quick answer.
+    """Tokenize the rows (the first `limit` of them), or an even sample if there are too many for a quick answer.
 
     Raises:
-        ToolkitError: rows that the stage cannot render.
+        ToolkitError: a row that the stage cannot render.
     """
     total = len(rows) if limit is None else min(limit, len(rows))
     step = max(1, math.ceil(total * rows.mean_bytes / _BUDGET))
@@ -106,7 +106,7 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
         for piece in pieces[: EXAMPLES - len(shown)]:
             whole = figures.report.lengths[-1]
             shown.append(_example(row, *piece, tokenizer, whole if whole > max(len(ids) for ids, _ in pieces) else 0))
-    in_turn = chain.from_iterable(zip_longest(*examples.values()))  # so that each source is shown
+    in_turn = chain.from_iterable(zip_longest(*examples.values()))  # alternate between sources, so that each is shown
     figures.examples = [example for example in in_turn if example][:EXAMPLES]
     return figures
 
@@ -123,7 +123,7 @@ def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any, 
 
 
 def packs(lengths: Sequence[int], capacity: int) -> int:
-    """How many packs of `capacity` tokens best fit makes of rows (longest first), as TRL does it, 1,000 at a time."""
+    """Number of packs of `capacity` tokens after best-fit-decreasing packing, as in TRL, 1,000 rows at a time."""
     return sum(
         _best_fit(lengths[start : start + _PACKED_AT_ONCE], capacity)
         for start in range(0, len(lengths), _PACKED_AT_ONCE)
@@ -131,9 +131,9 @@ def packs(lengths: Sequence[int], capacity: int) -> int:
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> int:
-    """Each row goes to the pack with the least room that still holds it."""
+    """Best fit: each row goes to the pack with the least free space that still holds it."""
     rooms: Counter[int] = Counter()
-    sizes: list[int] = []  # those of rooms, in order
+    sizes: list[int] = []  # the distinct amounts of free space, ascending
     opened = 0
     for length in sorted(lengths, reverse=True):
         at = bisect_left(sizes, length)
@@ -154,7 +154,7 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is. samples: what one epoch's batches are made of; passes: how often the run goes through them."""
+    """The length of a run. samples: training samples per epoch; passes: number of epochs, possibly fractional."""
 
     steps: int
     steps_per_epoch: int
@@ -165,10 +165,10 @@ class Plan:
 
 
 def plan(recipe: TrainingRecipe, rows: int, figures: Figures | None) -> Plan:
-    """The updates of a run that trains; an estimate where rows were sampled, or packed but not measured.
+    """Number of updates of a training run; an estimate if rows were sampled, or packed but not measured.
 
     Raises:
-        ModelError: no batch comes out of the rows.
+        ModelError: the rows do not fill a single batch.
     """
     from deepseek_v2_modeling.training import check_batches
     from recipes.processes import world_size

@@ -1,4 +1,4 @@
-"""The page of `dsv2 check`: one self-contained HTML file. No scripts, no network; everything from data is escaped."""
+"""The `dsv2 check` page: one self-contained HTML file without scripts or requests; all data is escaped."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ HEADINGS = ("Source", "Rows", "Left out", "Used", "Share", "Tokens", "Trained")
 
 @dataclass(frozen=True)
 class DataView:
-    """A list of data entries: `key` in the recipe, its rows, and their tokens where a tokenizer was at hand."""
+    """A list of data entries: its `key` in the recipe, its rows, and their token counts if there was a tokenizer."""
 
     key: str
     mixture: Mixture
@@ -29,7 +29,7 @@ class DataView:
 
     @property
     def table(self) -> Table:
-        """A row for each source."""
+        """A table with a row for each source."""
         rows = []
         for index, file in enumerate(self.mixture.files):
             tokens, trained = self.figures.tokens_of(index) if self.figures else (0, 0)
@@ -40,7 +40,7 @@ class DataView:
         return Table(f"Sources of {self.key}", [*map(Cell, HEADINGS)], rows)
 
     def histogram(self, max_length: int | None) -> tuple[Markup, str]:
-        """The lengths as a drawing, and where max_length stands in it."""
+        """The lengths as a drawing that marks max_length, and a caption."""
         assert self.figures is not None
         spread = bins(self.figures.report.lengths, self.figures.scale)
         drawing = histogram(spread, max_length, f"Lengths of the rows of {self.key}, in tokens")
@@ -52,7 +52,7 @@ class DataView:
 
 @dataclass
 class StageView:
-    """A stage on the page. format: the recipe's section; missing: why there are no token figures."""
+    """A stage on the page. format: the recipe's section; missing: why there are no token counts."""
 
     name: str
     recipe: str
@@ -71,10 +71,10 @@ def page_path(output_dir: Path) -> Path:
 
 
 def write_page(output_dir: Path, recipe: str, stages: list[StageView]) -> Path:
-    """Write the page beside the run directory and return where it is.
+    """Write the page beside the run directory and return its path.
 
     Raises:
-        ToolkitError: it cannot be written there.
+        ToolkitError: it cannot be written.
     """
     target = page_path(output_dir)
     try:

@@ -1,4 +1,4 @@
-"""`dsv2 merge`, `dsv2 export` and `dsv2 import`: adapters on their way out and in."""
+"""`dsv2 merge`, `dsv2 export` and `dsv2 import`: converting adapters."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from recipes.lock import hold_path
 
 @contextmanager
 def _bar(command: str) -> Iterator[Progress]:
-    """A bar of the bytes written; none when the output is no terminal."""
+    """A progress bar of the bytes written; none if the output is not a terminal."""
     from tqdm import tqdm
 
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""`dsv2 chat`: talk to a model, streamed."""
+"""`dsv2 chat`: chat with a model, with streamed answers."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Answer one prompt, or hold a conversation.
 
     Raises:
-        ToolkitError, ModelError: wrong settings, or no such model.
+        ToolkitError, ModelError: wrong settings, or the model does not exist.
     """
     if arguments.max_new_tokens < 1:
         raise ToolkitError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
@@ -39,10 +39,10 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def _read_line() -> str | None:
-    """The next thing the user says; None at the end.
+    """The user's next line; None at the end of input.
 
     Raises:
-        ToolkitError: it is not in the encoding of standard input.
+        ToolkitError: the input is not in the encoding of standard input.
     """
     try:
         text = input("> " if sys.stdin.isatty() else "").strip()
@@ -59,7 +59,7 @@ def _read_line() -> str | None:
 
 
 class _Partner:
-    """A model with the conversation so far."""
+    """A model and the conversation so far."""
 
     def __init__(self, arguments: argparse.Namespace):
         import torch
@@ -93,7 +93,7 @@ class _Partner:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> None:
-        """Print the model's answer as it comes, and remember it."""
+        """Stream the model's answer to the terminal and add it to the conversation."""
         import torch
 
         from deepseek_v2_modeling.inference import end_tokens
@@ -118,7 +118,7 @@ class _Partner:
         self.messages.append({"role": "assistant", "content": said})
 
     def _prompt_ids(self) -> list[int]:
-        """The conversation so far, up to where the answer begins; by the model's own template where it has another."""
+        """Token ids of the conversation up to the start of the answer, in the model's own template if it has one."""
         from conversations.rendering.conversation import render_conversation
         from conversations.rendering.template import own_prompt
 
@@ -128,17 +128,17 @@ class _Partner:
 
 
 def _only_numbers(model: Any, ids: Any, scores: Any) -> Any:
-    """Scores as they are. Raises ModelError for NaN, of which `generate` would make an empty answer."""
+    """Return the scores unchanged. Raises ModelError for NaN, which `generate` would turn into an empty answer."""
     import torch
 
     from deepseek_v2_modeling.inference import finite
 
-    finite(model, "logits", scores.clamp(min=torch.finfo(scores.dtype).min))  # a forbidden token has -infinity
+    finite(model, "logits", scores.clamp(min=torch.finfo(scores.dtype).min))  # forbidden tokens have -inf
     return scores
 
 
 def _streamer(tokenizer: Any) -> Any:
-    """Prints an answer word by word, without the space that every answer begins with."""
+    """A streamer that prints an answer word by word, without the leading space that every answer has."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

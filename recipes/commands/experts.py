@@ -1,4 +1,4 @@
-"""`dsv2 experts`: which routed experts a data set uses (ESFT), as an experts file and a page with a heat map."""
+"""`dsv2 experts`: which routed experts a data set uses (ESFT); writes an experts file and a page with a heat map."""
 
 import argparse
 import random
@@ -34,7 +34,7 @@ BATCH_SIZE = 8
 
 
 def find_experts(arguments: argparse.Namespace) -> str:
-    """Score and choose the experts of an SFT recipe's data; writes FILE.json and FILE.html, returns a line about them.
+    """Score and choose experts for an SFT recipe's data; writes FILE.json and FILE.html and returns a summary line.
 
     Raises:
         ToolkitError, ModelError: the recipe, the data, the model or a setting is wrong.
@@ -61,7 +61,7 @@ def find_experts(arguments: argparse.Namespace) -> str:
 
 
 def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, cache: RowCache) -> dict[str, Any]:
-    """The experts file of a recipe's data."""
+    """Build the contents of the experts file for a recipe's data."""
     quiet_libraries()
     mixture = prepare(recipe, ask_hub=True, cache=cache).lists[0].mixture
     source, tokenizer = open_source(recipe.model, recipe.seed)
@@ -78,7 +78,7 @@ def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, c
 
 
 def check_threshold(kind: Score, given: float | None) -> float:
-    """The share of the scores that the chosen experts must have; the paper's where none is given."""
+    """The share of the scores that the chosen experts must reach; defaults to the paper's value."""
     threshold = THRESHOLDS[kind] if given is None else given
     if not 0 < threshold <= 1:
         raise ToolkitError(f"--threshold is {threshold:g}; it must be a share of the scores: above 0, at most 1")
@@ -86,7 +86,7 @@ def check_threshold(kind: Score, given: float | None) -> float:
 
 
 def output_file(recipe: TrainingRecipe, chosen: Path | None) -> Path:
-    """Where the file goes: where it is asked for, where the recipe looks for it, or beside the run directory."""
+    """The output path: the one requested, the one that the recipe reads, or one beside the run directory."""
     named, folder = recipe.chosen_experts_file, Path(recipe.output_dir)
     output = chosen or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
     if output.suffix != ".json" or output.is_dir():
@@ -95,10 +95,10 @@ def output_file(recipe: TrainingRecipe, chosen: Path | None) -> Path:
 
 
 def sample(recipe: TrainingRecipe, mixture: Mixture, tokenizer: Any, tokens: int) -> list[list[int]]:
-    """Rows as they would be trained on, in a random order, until there are enough tokens.
+    """Encoded rows as in training, in random order, until there are `tokens` tokens.
 
     Raises:
-        ToolkitError: there is nothing to train on in any row.
+        ToolkitError: no row has anything to train on.
     """
     max_length = setting(recipe, "max_length")
     encode = encoder(recipe, tokenizer, max_length)
@@ -123,7 +123,7 @@ def sample(recipe: TrainingRecipe, mixture: Mixture, tokenizer: Any, tokens: int
 def experts_file(
     kind: Score, threshold: float, scores: ExpertScores, model: str, files: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the file holds: `experts`, best first, and the switches are as in the official repository's configs."""
+    """The file's contents: `experts`, best first, and the switches are as in the official repository's configs."""
     shares = dict(zip(scores.layers, scores.shares[kind].tolist(), strict=True))
     return {
         "experts": {str(layer): smallest_set(values, threshold) for layer, values in shares.items()},
@@ -150,7 +150,7 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def write_page(page: Path, content: dict[str, Any]) -> None:
-    """The heat map and the chosen experts as one HTML file: no scripts, no network."""
+    """Write the heat map and the chosen experts as one HTML file without scripts or requests."""
     experts: dict[str, list[int]] = content["experts"]
     scores: dict[str, list[float]] = content["scores"]
     columns = [str(expert) for expert in range(len(next(iter(scores.values()))))]
