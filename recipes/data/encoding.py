@@ -1,4 +1,4 @@
-"""A row as its stage sees it: token ids and masks, before any weight is loaded."""
+"""Encodes rows as their stage does, into token ids and masks, without loading any weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from recipes.stages import stage_of
 
 
 def encoder(recipe: StageRecipe, tokenizer: Any, max_length: int | None) -> Encode:
-    """What the recipe's stage makes of a row; of one that it lets a model answer, the prompt."""
+    """The encoding function of the recipe's stage; for rows that a model is to answer, it encodes the prompt."""
     if encode := stage_of(recipe).encode:
         return provided(encode)(recipe, tokenizer, max_length)
 

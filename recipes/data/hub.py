@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: their rows are streamed, once, to a file of JSON lines."""
+"""Hugging Face Hub data sets: their rows are streamed once to a JSON-lines file."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from recipes.files import atomic_path
 
 
 def hub_file(path: str, split: Split, folder: Path, key: str) -> Path:
-    """The file with the rows of OWNER/NAME or OWNER/NAME:CONFIG; written when it is not there.
+    """The file with the rows of OWNER/NAME or OWNER/NAME:CONFIG; written if it does not exist.
 
-    Memory does not grow with the data set. Of a split of rows by number no more than those are fetched.
+    Memory does not grow with the data set. For a split by row number, no further rows are fetched.
 
     Raises:
-        ToolkitError: there is no such data set, or it cannot be fetched.
+        ToolkitError: the data set does not exist or cannot be fetched.
     """
     name, _, config = path.partition(":")
     named = split.name or "train"
@@ -38,7 +38,7 @@ def _rows(name: str, config: str | None, named: str, split: Split, key: str) -> 
 
     try:
         rows = load_dataset(name, config, split=named, streaming=True)
-    except Exception as error:  # whatever the hub, the network or a missing name raises, the user has to mend it
+    except Exception as error:  # any error from the hub, the network or a missing name is for the user to fix
         raise ToolkitError(
             f"{key}.path: no file {name}, and no hub data set of this name can be loaded: {_one_line(error)}"
         ) from error

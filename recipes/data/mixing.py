@@ -1,4 +1,4 @@
-"""How many rows of each source a mixture has, and which."""
+"""Chooses how many rows of each source go into a mixture, and which."""
 
 import random
 import re
@@ -10,10 +10,10 @@ from conversations.sections import DataSource
 
 
 def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many rows each source gives, from how many it has.
+    """The number of rows to use from each source, given how many it has.
 
-    Without weights each gives all it has. Else they stand to one another as the weights (1 where there is none), and
-    the source with the largest weight (of several, the one with the most rows) gives every row once.
+    Without weights, all rows are used. Otherwise the numbers are proportional to the weights (1 by default), and the
+    source with the largest weight (if tied, the one with the most rows) contributes each row once.
     """
     if all(weight is None for weight in weights):
         return list(rows)
@@ -23,7 +23,7 @@ def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]
 
 
 def chosen(rows: int, count: int, rng: random.Random) -> array:
-    """`count` of the row numbers 0 to `rows` - 1, each as often as any other, give or take one."""
+    """Choose `count` of the row numbers 0 to `rows` - 1; how often each occurs differs by at most one."""
     whole, part = divmod(count, rows)
     order = array("Q", range(rows)) * whole
     order.extend(sorted(rng.sample(range(rows), part)))
@@ -31,7 +31,7 @@ def chosen(rows: int, count: int, rng: random.Random) -> array:
 
 
 def source_names(entries: Sequence[DataSource]) -> list[str]:
-    """A short name of each source, for metrics: that of its file, data set or generator; `_2` behind a second one."""
+    """A short name for each source, for metrics: that of its file, data set or generator; repeats get `_2`, `_3`."""
     names: list[str] = []
     for entry in entries:
         stem = PurePath(entry.path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Sources of a recipe -> a directory with their rows, and all that was counted on the way."""
+"""Reads the sources of a recipe into a directory with their rows and the counts made while reading."""
 
 import json
 import os
@@ -27,7 +27,7 @@ _PARTS, _REJECTED = "sources.json", "rejected.jsonl"
 
 @dataclass(frozen=True)
 class Source:
-    """A source with the local file that holds its rows, and which of the file's rows it takes. key: data.0"""
+    """A source with its local file and the split of the file that it uses. key: its place in the recipe, as data.0."""
 
     entry: DataSource
     file: Path
@@ -35,9 +35,9 @@ class Source:
     key: str
 
     def reads_like(self, other: "Source") -> bool:
-        """Whether the two read some row of one file to one conversation."""
-        ways = [(source.entry.columns, source.entry.roles, source.entry.fim) for source in (self, other)]
-        return ways[0] == ways[1] and self.split.meets(other.split)
+        """Whether both would turn some row of the same file into the same conversation."""
+        settings = [(source.entry.columns, source.entry.roles, source.entry.fim) for source in (self, other)]
+        return settings[0] == settings[1] and self.split.meets(other.split)
 
     @property
     def located(self) -> Located:
@@ -45,12 +45,12 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """That of the one file; of several, that of their names and hashes."""
+        """Hash of the file; of several files, the hash of their names and hashes."""
         return self._hashed[1]
 
     @cached_property
     def _hashed(self) -> tuple[list[tuple[int, int]], str]:
-        """(the state that was hashed, the hash)"""
+        """(the files' state when they were hashed, the hash)"""
         return self._state(), self._hash()
 
     def _hash(self) -> str:
@@ -62,15 +62,15 @@ class Source:
 
     @property
     def has_changed(self) -> bool:
-        """Since its hash was asked for."""
+        """Whether the files have changed since they were hashed."""
         return self._hashed[0] != self._state()
 
     def _state(self) -> list[tuple[int, int]]:
-        """What changes where the files do."""
-        return [(about.st_size, about.st_mtime_ns) for about in map(Path.stat, self.located.paths)]
+        """Size and modification time of each file, to detect changes."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.located.paths)]
 
     def depends_on(self, seed: int) -> dict[str, Any]:
-        """All that its rows depend on, and what is told of them."""
+        """Everything that its rows, and the messages about them, depend on."""
         entry = self.entry.model_dump(mode="json", exclude={"weight"})
         drawn = [seed, self.key] if self.entry.fim else None
         return {**entry, "file": str(self.file), "sha256": self.sha256, "notes": self.located.notes, "drawn": drawn}
@@ -78,7 +78,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """What a source gave: `rows` rows of the store, and what there is to tell of it. file: see Mixture.files."""
+    """What was read from a source: its number of rows in the store, and messages. file: see Mixture.files."""
 
     rows: int
     file: dict[str, Any]
@@ -88,10 +88,10 @@ class Part:
 def write_rows(
     sources: Sequence[Source], folder: Path, seed: int, refuse: Refuse | None, reasoning: Reasoning, shows: bool
 ) -> None:
-    """Read all sources into files of the folder, for `RowStore` and `read_parts`.
+    """Read all sources into files in `folder`, for `RowStore` and `read_parts`.
 
     Raises:
-        ToolkitError: an unreadable row, an empty source, a file that changes meanwhile.
+        ToolkitError: an unreadable row, an empty source, or a file that changes while it is read.
     """
     with (
         RowWriter(folder) as store,
@@ -107,7 +107,7 @@ def write_rows(
 
 
 def read_parts(folder: Path) -> tuple[list[Part], list[RejectedRow]]:
-    """What each source gave, and all rows that were left out."""
+    """What was read from each source, and all rejected rows."""
     parts = [Part(**part) for part in json.loads((folder / _PARTS).read_text(encoding="utf-8"))]
     with (folder / _REJECTED).open(encoding="utf-8") as lines:
         return parts, [RejectedRow(**json.loads(line)) for line in lines]
@@ -122,8 +122,8 @@ def _read(
     reject: Callable[[RejectedRow], Any],
     advance: Callable[[int], Any],
 ) -> Part:
-    """Append the source's rows, with their origin, to the store."""
-    entry, before, sha256 = source.entry, len(store), source.sha256  # of what is read now
+    """Append the source's rows, with their `origin`, to the store."""
+    entry, before, sha256 = source.entry, len(store), source.sha256  # hashed before reading, to notice a change
     reader = load_conversations(
         source.file,
         entry.on_bad_row,
@@ -139,7 +139,7 @@ def _read(
     for row in source.split.select(row | {"origin": reader.place} for row in reader):
         store.append(with_hole(row, entry.fim.rate, entry.fim.mode, rng) if entry.fim else row)
         advance(1)
-    reader.check()  # a split by number stops before the end
+    reader.check()  # a split by row number stops before the end of the file
     if len(store) == before:
         raise ToolkitError(f"{source.key}.split: no row of {entry.path} falls into {entry.split!r}")
     if source.has_changed:

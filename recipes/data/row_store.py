@@ -1,4 +1,4 @@
-"""Rows of a mixture in a file: memory does not grow with them but for eight bytes each."""
+"""Stores the rows of a mixture in a file: in memory each row takes only eight bytes."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class RowWriter:
-    """Rows into the files of a directory, one after the other, for `RowStore`; they are there when the block ends."""
+    """Context manager that writes rows to a directory for `RowStore`; the files are complete when the block ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,7 +44,7 @@ class RowWriter:
 
 
 class RowStore:
-    """Rows of a directory of a `RowWriter`, read in any order."""
+    """Random access to the rows in a directory written by `RowWriter`."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / _ROWS).open("rb")
@@ -64,10 +64,10 @@ class RowStore:
 
 
 class MixedRows(Sequence[Row]):
-    """Rows of a store in an order of their own, some of them more than once.
+    """Rows of a store in a given order, possibly repeated.
 
-    order: numbers of rows in the store. starts: the number of each source's first row there. name: of what the store
-    holds; None where it has none.
+    order: row numbers in the store. starts: number of each source's first row in the store. name: identifies the
+    store's contents; None if unnamed.
     """
 
     def __init__(self, store: RowStore, order: array, starts: Sequence[int], name: str | None = None):
@@ -102,10 +102,10 @@ class MixedRows(Sequence[Row]):
 
     @property
     def identity(self) -> str | None:
-        """Says which rows these are, in which order; None where that is not known."""
+        """Identifies the rows and their order; None if the store is unnamed."""
         return None if self._name is None else f"{self._name}/{hashlib.sha256(self._order.tobytes()).hexdigest()}"
 
     @property
     def mean_bytes(self) -> float:
-        """Bytes of JSON a row, about."""
+        """Approximate mean size of a row, in bytes of JSON."""
         return self._store.nbytes / max(1, len(self._store))

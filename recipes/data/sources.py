@@ -1,4 +1,4 @@
-"""Data entries of a recipe -> rows: files, generated data and hub data sets, mixed by weight."""
+"""Turns the data entries of a recipe into rows: files, generated data and hub data sets, mixed by weight."""
 
 import os
 import random
@@ -26,17 +26,17 @@ from recipes.data.splits import Split, parse_split
 from recipes.processes import main_first
 from recipes.recipe.paths import GENERATED, is_hub_name
 
-CACHE = Path(os.environ.get("DSV2_CACHE") or "runs")  # what is made or fetched for runs: demo data, rows of a hub
+CACHE = Path(os.environ.get("DSV2_CACHE") or "runs")  # generated demo data and rows fetched from the hub
 _GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The rows of a list of sources, and how they came to be.
+    """The rows of a list of sources, and where they came from.
 
-    rows: canonical rows with their `origin` (file:line); shuffled when there is more than one source, else in the
-    file's order. rejected: rows left out. files: for each source {path, sha256, formats, left_out, rows, used}.
-    lines: what to tell the user of them. read: how they were read, or where they were found.
+    rows: canonical rows with their `origin` (file:line); shuffled if there is more than one source, else in file
+    order. rejected: rows left out. files: for each source {path, sha256, formats, left_out, rows, used}.
+    lines: messages about the rows for the user. read: a line saying whether they were read or came from the cache.
     """
 
     rows: MixedRows
@@ -59,16 +59,15 @@ def read_sources(
 
     Args:
         entries: the recipe's data entries.
-        seed: of generated data without a seed of its own, of samples by weight, of fill-in-the-middle, and of the
-            order.
-        key: where in the recipe the entries stand, for errors and for the order of each list.
-        refuse: says why a row is of no use to the stage, which makes it a bad row.
-        reasoning: what becomes of reasoning beside an answer.
-        cache: of the rows read; without it they go to a temporary directory.
+        seed: for generated data without its own seed, sampling by weight, fill-in-the-middle, and the order.
+        key: the entries' key in the recipe, for errors and to seed each list's order.
+        refuse: returns why the stage cannot use a row, which is then a bad row.
+        reasoning: how to handle reasoning given beside an answer.
+        cache: holds the rows read; without one they go to a temporary directory.
         refuses_by: what `refuse` depends on, as JSON; without it nothing is cached.
 
     Raises:
-        ToolkitError: a missing file, an unreadable row, an empty source.
+        ToolkitError: a missing file, an unreadable row, or an empty source.
     """
     cache = cache or RowCache()
     sources = [_find(entry, seed, f"{key}.{index}") for index, entry in enumerate(entries)]
@@ -100,7 +99,7 @@ def read_sources(
 
 
 def _refuse_rows_twice(sources: Sequence[Source]) -> None:
-    """Raises ToolkitError where two entries read the same rows of a file in the same way."""
+    """Raise ToolkitError if two entries read the same rows of a file in the same way."""
     files = [{path.resolve() for path in source.located.paths} for source in sources]
     for index, source in enumerate(sources):
         for other, earlier in enumerate(sources[:index]):
@@ -112,10 +111,10 @@ def _refuse_rows_twice(sources: Sequence[Source]) -> None:
 
 
 def source_hash(entry: DataSource, seed: int, key: str) -> str:
-    """SHA-256 of what holds a source's rows; generated data and hub data sets are written to a file first.
+    """SHA-256 of a source's files; generated data and hub data sets are written to a file first.
 
     Raises:
-        ToolkitError: no such file, generator or data set, or a split that it does not have.
+        ToolkitError: the file, generator, data set or split does not exist.
     """
     return _find(entry, seed, key).sha256
 
@@ -137,14 +136,14 @@ def _find(entry: DataSource, seed: int, key: str) -> Source:
 
 
 def _share(file: dict[str, Any], total: int) -> str:
-    """What a source gave to a mixture of several."""
+    """One line about a source's share of a mixture."""
     rows, used = file["rows"], file["used"]
     often = f"{used:,} of {rows:,} rows used" if used <= rows else f"{rows:,} rows used {used / rows:.3g} times each"
     return f"{Path(file['path']).name}: {often}, {100 * used / total:.1f} % of the mixture"
 
 
 def _generated(path: str, seed: int, key: str) -> Path:
-    """Make `tiny:NAME?seed=&n=` and say where it is."""
+    """Generate `tiny:NAME?seed=&n=` and return its path."""
     from recipes.tiny.world import materialize
 
     match = _GENERATED.fullmatch(path)

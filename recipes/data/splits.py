@@ -1,4 +1,4 @@
-"""The `split` of a data entry: which rows of a source are used."""
+"""The `split` of a data entry, which selects rows of a source."""
 
 import hashlib
 import math
@@ -16,14 +16,15 @@ _SPLIT = re.compile(rf"(?P<name>[\w.-]*)(?:\[(?P<start>{_END}):(?P<end>{_END})\]
 
 @dataclass(frozen=True)
 class Split:
-    """name: of the hub's split, or "". rows: (first, end) by number, or shares: (from, to) in [0, 1] by question."""
+    """name: the data set's split, or "". rows: range of row numbers (first, end); or shares: range (from, to) in [0, 1]
+    of the hash of the first question."""
 
     name: str = ""
     rows: tuple[int, int | None] | None = None
     shares: tuple[float, float] | None = None
 
     def meets(self, other: "Split") -> bool:
-        """Whether some row may be in both, of one file."""
+        """Whether both may contain the same row of a file."""
         if self.rows is not None and other.rows is not None:
             ends = [math.inf if split.rows[1] is None else split.rows[1] for split in (self, other) if split.rows]
             return max(self.rows[0], other.rows[0]) < min(ends)
@@ -32,7 +33,7 @@ class Split:
         return True
 
     def select(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The rows of this split, read as they are asked for."""
+        """Yield the rows of this split, reading lazily."""
         if self.rows is not None:
             return islice(rows, *self.rows)
         if self.shares is None:
@@ -45,7 +46,7 @@ def parse_split(text: str | None, key: str) -> Split:
     """`NAME`, `NAME[10:20]` or `NAME[10%:20%]`; the name may be left out.
 
     Raises:
-        ToolkitError: it is none of these, or takes nothing.
+        ToolkitError: the text has another form, or selects no rows.
     """
     match = _SPLIT.fullmatch(text or "")
     if match is None:
@@ -68,10 +69,10 @@ def parse_split(text: str | None, key: str) -> Split:
 
 
 def place(row: Row) -> float:
-    """A number in [0, 1) that depends on nothing but how a conversation begins.
+    """A number in [0, 1) that depends only on how a conversation begins.
 
-    So rows with one first question (turns of one conversation, answers to one prompt, copies) are never parted, and
-    the parts are the same in every recipe, whatever its seed and the file's order.
+    So rows with the same first question (turns of a conversation, answers to a prompt, duplicates) always fall into
+    the same split, and splits do not depend on the recipe, its seed, or the file's order.
     """
     digest = hashlib.sha256(_opening(row).encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

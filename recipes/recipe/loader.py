@@ -1,4 +1,4 @@
-"""A recipe file, `--smoke` and overrides, in this order, to a checked recipe. No torch."""
+"""Loads a recipe file, applies `--smoke` and then the overrides, and validates the result. No torch."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -21,8 +21,8 @@ R = TypeVar("R", bound=Recipe, covariant=True)
 
 @dataclass(frozen=True)
 class Loaded(Generic[R]):
-    """A checked recipe with where it came from. `notes` say what `--smoke` replaced; `use_cache`: whether prepared
-    rows are cached."""
+    """A validated recipe and its file. `notes` list what `--smoke` replaced; `use_cache`: whether prepared rows are
+    cached."""
 
     recipe: R
     path: Path
@@ -32,15 +32,15 @@ class Loaded(Generic[R]):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, as recipe.yaml holds it."""
+        """Every key with its value, as written to recipe.yaml."""
         return dump(self.recipe)
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping of a recipe file, or of a shipped recipe by its name, with its relative files made absolute.
+    """Read a recipe file, or a shipped recipe by name, as a mapping with relative file names made absolute.
 
     Raises:
-        ToolkitError: as `read_mapping`, and for secrets in it.
+        ToolkitError: as `read_mapping`, or the recipe holds secrets.
     """
     file, name = find_recipe(path), recipe_name(path)
     tree = read_mapping(file)
@@ -53,7 +53,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 def load_recipe(
     path: Path, overrides: Sequence[str] = (), *, smoke: bool = False, use_cache: bool = True
 ) -> Loaded[Recipe]:
-    """Read, shrink, override and check a recipe of any kind.
+    """Read, shrink, override and validate a recipe of any stage or a chain.
 
     Args:
         path: the YAML file.
@@ -78,7 +78,7 @@ def load_recipe(
 
 
 def of_stage(loaded: Loaded[Recipe], names: Collection[str]) -> Loaded[StageRecipe]:
-    """The recipe, which is of one of these stages. Raises ToolkitError for any other, with the command for it."""
+    """Narrow to a recipe of one of these stages. Raises ToolkitError for any other, naming the right command."""
     recipe = loaded.recipe
     if isinstance(recipe, StageRecipe) and recipe.stage in names:
         return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)
@@ -86,7 +86,7 @@ def of_stage(loaded: Loaded[Recipe], names: Collection[str]) -> Loaded[StageReci
 
 
 def of_chain(loaded: Loaded[Recipe]) -> Loaded[ChainRecipe]:
-    """The recipe, which is a chain. Raises as `of_stage`."""
+    """Narrow to a chain recipe. Raises as `of_stage`."""
     recipe = loaded.recipe
     if isinstance(recipe, ChainRecipe):
         return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)

@@ -1,6 +1,6 @@
-"""Overrides on the command line: `key.path=value`, the value being YAML.
+"""Command-line overrides: `key.path=value`, where the value is YAML.
 
-A number in the path is an index of a list; entries with a `name` may be addressed by it
+A number in the path is a list index; entries with a `name` may also be addressed by name
 (`stages.sft.training.max_steps=2`).
 """
 
@@ -17,7 +17,7 @@ LONGEST_PATH, DEEPEST_PATH = 300, 30  # characters, and keys
 
 @dataclass(frozen=True)
 class Override:
-    """One parsed override: `keys` is the path, `value` the parsed YAML."""
+    """A parsed override: `keys` is the path, `value` the parsed YAML."""
 
     keys: tuple[str, ...]
     value: Any
@@ -32,7 +32,7 @@ def parse_override(text: str) -> Override:
 
     Raises:
         ToolkitError: no `=`, an empty key, a path that is too long, bytes that are not UTF-8, or a value that is not
-            YAML. Values stay out of the message: one may be a secret.
+            YAML. The message never shows the value, which may be a secret.
     """
     path, equals, value = text.partition("=")
     keys = tuple(path.strip().split("."))
@@ -51,7 +51,7 @@ def parse_override(text: str) -> Override:
 
 
 def apply_override(tree: dict[str, Any], override: Override) -> None:
-    """Set one value in `tree`, in place; missing sections are made, lists are never grown.
+    """Set one value in `tree`, in place; missing sections are created, lists are never extended.
 
     Raises:
         ToolkitError: the path leads through a value that has no keys, or past the end of a list.
@@ -67,7 +67,7 @@ def apply_override(tree: dict[str, Any], override: Override) -> None:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`: mappings merge key by key, anything else replaces. Neither is changed."""
+    """Merge `changes` into a copy of `base`: mappings are merged key by key, anything else is replaced."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)

@@ -1,9 +1,8 @@
-"""Which strings of a recipe are files, and what they are relative to.
+"""Which strings of a recipe are paths, and what they are relative to.
 
 Data files (`data`, `eval_data`, also inside tasks and a chain's stages) and a chain's stage recipes are relative to the
-recipe file; the same keys in an override, and in a shipped recipe that is given by name, to the working directory.
-Everything else (models, runs, output_dir) is relative to the working directory wherever it stands. In all of them a
-leading `~` is the home directory.
+recipe file; the same keys in an override, or in a shipped recipe loaded by name, to the working directory. Everything
+else (models, runs, output_dir) is always relative to the working directory. A leading `~` is the home directory.
 """
 
 import os
@@ -21,10 +20,10 @@ _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:[\w.-]+)?")
 
 
 def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
-    """`value`, found under `keys` of a recipe, with its relative file names made absolute from `base`.
+    """Make the relative file names in `value`, found under `keys` of a recipe, absolute from `base`.
 
     Raises:
-        ToolkitError: text with a zero byte, or a home directory that there is not.
+        ToolkitError: a path with a null byte, or a home directory that does not exist.
     """
     if isinstance(value, dict):
         return {key: absolute_paths(item, base, (*keys, str(key))) for key, item in value.items()}
@@ -32,7 +31,7 @@ def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
         return [absolute_paths(item, base, (*keys, str(i))) for i, item in enumerate(value)]
     if not isinstance(value, str):
         return value
-    if "\0" in value:  # which no file's name may have, and no system call takes
+    if "\0" in value:  # not allowed in a file name
         raise ToolkitError(f"{'.'.join(keys)}: contains a NUL byte; remove it")
     if _is_file_key(keys):
         return _absolute(value, base, data=keys[-1] == "path", key=".".join(keys))
@@ -40,10 +39,10 @@ def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
 
 
 def from_home(text: str, key: str) -> str:
-    """A path with the home directory in the place of its `~` or `~user`.
+    """Expand a leading `~` or `~user`.
 
     Raises:
-        ToolkitError: there is no such user.
+        ToolkitError: the user does not exist.
     """
     if not text.startswith("~"):
         return text
@@ -54,7 +53,7 @@ def from_home(text: str, key: str) -> str:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a data path can name a hub data set: OWNER/NAME or OWNER/NAME:CONFIG, no data file's suffix."""
+    """Whether a data path can be a hub data set: OWNER/NAME or OWNER/NAME:CONFIG without a data file's suffix."""
     match = _HUB_NAME.fullmatch(path)
     return match is not None and not match["name"].endswith(DATA_SUFFIXES)
 
@@ -66,7 +65,7 @@ def _is_file_key(keys: tuple[str, ...]) -> bool:
 
 
 def _is_local_key(keys: tuple[str, ...]) -> bool:
-    """Whether a model, a run, or a file that a run makes stands here."""
+    """Whether the key holds a model, a run, or a file that a run writes."""
     model = keys[-2:] == ("model", "path") or (keys[-1:] == ("model",) and "rewards" in keys)
     return model or keys[-1:] in (("output_dir",), ("experts_file",))
 
@@ -77,6 +76,6 @@ def _absolute(text: str, base: Path, *, data: bool, key: str) -> str:
     path = base / from_home(text, key)
     if not data and not path.exists() and recipe_name(text):
         return text
-    if data and is_hub_name(text) and not path.parent.is_dir():  # else a file that is missing in a folder of ours
+    if data and is_hub_name(text) and not path.parent.is_dir():  # else a missing file in an existing folder
         return text
     return os.path.normpath(path.absolute())

@@ -1,4 +1,4 @@
-"""All recipes by their stage, and the errors that name a wrong key. No torch."""
+"""The recipe schema: chains, validation for every stage, and error messages that name the wrong key. No torch."""
 
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,11 +11,11 @@ from conversations.sections import AttentionName, Section, StageRecipe
 from recipes.stages import stages
 
 NAME = r"^[a-z][a-z0-9_]*$"
-_RESULTS = {"seed", "stages", "reward_models", "seconds", "peak_memory_gb"}  # of results.json, beside the comparisons
+_RESULTS = {"seed", "stages", "reward_models", "seconds", "peak_memory_gb"}  # other keys of results.json
 
 
 class ChainModel(Section):
-    """The model a chain begins with: the default `model` of every stage. What is not given, a stage's recipe says."""
+    """The model that a chain starts from: the default `model` of every stage. Fields left out come from its recipe."""
 
     path: str | None = Field(default=None, min_length=1, description="A model directory, run, or hub name.")
     preset: str | None = Field(default=None, description="Preset that makes the model when `path` does not exist.")
@@ -25,7 +25,7 @@ class ChainModel(Section):
 
 
 class ChainStage(Section):
-    """One stage of a chain: any further key overrides that key of its recipe (mappings are merged)."""
+    """One stage of a chain: any additional key overrides that key of its recipe (mappings are merged)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -42,11 +42,11 @@ class ChainStage(Section):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The keys that replace keys of the stage's recipe."""
+        """The keys that override the stage's recipe."""
         return dict(self.model_extra or {})
 
 
-ENTRY_KEYS = frozenset(ChainStage.model_fields)  # of a chain's entry, which are none of its stage's recipe
+ENTRY_KEYS = frozenset(ChainStage.model_fields)  # keys of a chain's entry itself, not overrides of its recipe
 
 
 class Comparison(Section):
@@ -100,10 +100,10 @@ Recipe = StageRecipe | ChainRecipe
 
 
 def validate(tree: dict[str, Any], prefix: str = "") -> Recipe:
-    """A checked recipe from a mapping. `prefix` stands before every key in errors.
+    """Validate a mapping as a recipe. `prefix` is put before every key in errors.
 
     Raises:
-        ToolkitError: unknown or missing keys, wrong types or values, each on a line of its own.
+        ToolkitError: unknown or missing keys, wrong types or values, one per line.
     """
     classes: dict[str, type[Recipe]] = {name: stage.recipe for name, stage in stages().items()}
     classes[CHAIN] = ChainRecipe
@@ -128,18 +128,18 @@ def dump(recipe: BaseModel) -> dict[str, Any]:
 
 
 def _messages(error: ValidationError, tree: dict[str, Any], cls: type[BaseModel], prefix: str) -> list[str]:
-    """One line for each wrong key; what a union's members say about one value is joined."""
+    """One line for each wrong key; the errors of all members of a union are joined."""
     by_key: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         by_key.setdefault(_location(detail, tree), []).append(detail)
-    for keys in list(by_key):  # a fault inside a section says more than that the section is no number
+    for keys in list(by_key):  # an error inside a section says more than "not a number" about the section itself
         if any(other[: len(keys)] == keys and other != keys for other in by_key):
             del by_key[keys]
     return [_message(keys, details, cls, prefix) for keys, details in by_key.items()]
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
-    """The error's keys as they stand in the file: pydantic adds the names of union members to the path."""
+    """The error's keys as in the file: pydantic adds the names of union members to the path."""
     keys: list[str | int] = []
     node: Any = tree
     for key in detail["loc"]:
@@ -200,7 +200,7 @@ def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str)
 
 
 def _section_at(cls: type[BaseModel], keys: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The class of the section under `keys`; list indices are passed over."""
+    """The class of the section at `keys`, ignoring list indices."""
     section: type[BaseModel] | None = cls
     for key in keys:
         if isinstance(key, int):

@@ -1,7 +1,7 @@
 """The recipes that come with the toolkit, by name: `v2_lite/sft_lora` is recipes/v2_lite/sft_lora.yaml. No torch.
 
-A name is for an installed toolkit, whose sources are not in the working directory. A file of the working directory
-always comes first.
+Names are for an installed toolkit, whose sources are not in the working directory. A file in the working directory
+takes precedence.
 """
 
 import re
@@ -17,21 +17,21 @@ _STAGE_RECIPE = re.compile(r"(\brecipe: )([\w-]+)\.yaml\b")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """{name: file} of all of them."""
+    """All shipped recipes: {name: file}."""
     return {f"{path.parent.name}/{path.stem}": path for path in sorted(_HOME.glob("*/*.yaml"))}
 
 
 def recipe_name(path: str | PurePath) -> str | None:
-    """The name of the shipped recipe that a path stands for; None where there is a file of it, or no such recipe."""
+    """The name of the shipped recipe that a path refers to; None if the path exists, or there is no such recipe."""
     name = PurePath(path).as_posix().removeprefix("recipes/").removesuffix(".yaml")
     return name if not Path(path).exists() and name in shipped_recipes() else None
 
 
 def find_recipe(path: Path) -> Path:
-    """The file that a path, or the name of a shipped recipe, stands for.
+    """Resolve a path, or the name of a shipped recipe, to a file.
 
     Raises:
-        ToolkitError: there is neither.
+        ToolkitError: neither exists.
     """
     if path.exists():
         return path
@@ -44,7 +44,7 @@ def find_recipe(path: Path) -> Path:
 
 
 def by_name(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """A shipped recipe with the recipes of its stages, which lie beside it, by name too."""
+    """Refer to the stage recipes of a shipped chain by name; they are in the same folder."""
     stages, folder = tree.get("stages"), PurePath(name).parent
     if not isinstance(stages, list):
         return tree
@@ -52,17 +52,17 @@ def by_name(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def headline(path: Path) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """The first sentence of a recipe's opening comment."""
     lines = path.read_text(encoding="utf-8").splitlines()
     first_paragraph = takewhile(lambda line: line.startswith("#") and line.strip() != "#", lines)
     return " ".join(line.removeprefix("#").strip() for line in first_paragraph).split(". ")[0].rstrip(".")
 
 
 def copy_recipe(name: str, target: Path) -> None:
-    """Write a shipped recipe to a file, to be changed there. A chain's stages stay the shipped ones, by name.
+    """Copy a shipped recipe to a file for editing. A chain still refers to the shipped stage recipes, by name.
 
     Raises:
-        ToolkitError: there is no such recipe, or `target` is there already.
+        ToolkitError: there is no such recipe, or `target` already exists.
     """
     source = shipped_recipes().get(recipe_name(name) or "") or find_recipe(Path(name))
     if target.exists():

@@ -1,4 +1,4 @@
-"""`--smoke`: a recipe at toy size. The one way to shrink a recipe whose settings are real."""
+"""`--smoke`: shrinks a real recipe to toy size."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ _ABSENT = object()
 
 
 def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A stage's recipe at toy size, and one line for each value replaced: `training.max_steps: 500 -> 2`."""
+    """Shrink a stage's recipe; also returns one line for each replaced value, as `training.max_steps: 500 -> 2`."""
     tree = copy.deepcopy(tree)
     stage = stages().get(str(tree.get("stage")))
     lines: list[str] = []
@@ -37,7 +37,7 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def shrink_chain(tree: dict[str, Any], read_tree: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """A chain whose stages' entries override their recipes to toy size."""
+    """Shrink a chain, by adding overrides to the entries of its stages."""
     tree = copy.deepcopy(tree)
     changed_in: dict[str, list[str]] = {}
     for entry in tree.get("stages") or []:

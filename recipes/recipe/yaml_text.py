@@ -1,4 +1,4 @@
-"""YAML as recipes use it: no key twice, and scalars as in YAML 1.2 (`1e-4` is a number, `on` is text)."""
+"""YAML for recipes: duplicate keys are errors, and scalars are as in YAML 1.2 (`1e-4` is a number, `on` is text)."""
 
 import re
 from collections.abc import Hashable
@@ -9,16 +9,16 @@ import yaml
 
 from conversations.errors import ToolkitError
 
-LONGEST = 1 << 20  # bytes of a recipe
-DEEPEST = 100  # lists and sections inside one another
-LARGEST = 100_000  # values of a recipe, aliases written out: a few of them can stand for more than any memory holds
+LONGEST = 1 << 20  # maximum size of a recipe, in bytes
+DEEPEST = 100  # maximum nesting of lists and sections
+LARGEST = 100_000  # values with aliases expanded: a few nested aliases can expand beyond any memory
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
 _INT = re.compile(r"^[-+]?[0-9]+$")
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2 that refuses a key given twice."""
+    """SafeLoader with YAML 1.2 scalars that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -35,7 +35,7 @@ class _RecipeLoader(yaml.SafeLoader):
 def _integer(loader: Any, node: yaml.ScalarNode) -> int:
     try:
         return int(node.value)
-    except ValueError as error:  # of thousands of digits
+    except ValueError as error:  # thousands of digits
         raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
@@ -56,14 +56,14 @@ _with_yaml_1_2_scalars()
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML text. `name` stands for the file in errors.
+    """Parse YAML text. `name` is the file's name for errors.
 
     Raises:
-        ToolkitError: naming `name` and the line, or the bound that is passed.
+        ToolkitError: the text is not valid YAML or exceeds a limit; names `name` and the line or the limit.
     """
     loader = None
     try:
-        loader = _RecipeLoader(text)  # looks for characters that YAML does not allow
+        loader = _RecipeLoader(text)  # raises for characters that YAML does not allow
         node = loader.get_single_node()
         if node is None:
             return None
@@ -85,7 +85,7 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ToolkitError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ToolkitError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # of a tag, or a character
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # from a bad tag or character
         raise ToolkitError(f"{name}: not valid YAML: a value is not what its tag or escape says ({error})") from None
     finally:
         if loader is not None:
@@ -93,8 +93,8 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node has, and how deep they stand, when every alias in it is written out; RecursionError for
-    one inside itself."""
+    """Number of values and nesting depth of a node with all aliases expanded. Raises RecursionError for a node that
+    contains itself."""
     if id(node) not in known:
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         children = [] if isinstance(node, yaml.ScalarNode) else [_extent(child, known) for child in parts]
@@ -103,7 +103,7 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file that contains one mapping.
 
     Raises:
         ToolkitError: the file is missing, not UTF-8, not YAML, or not a mapping.

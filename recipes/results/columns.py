@@ -1,4 +1,4 @@
-"""Figures of evaluations as columns of a table: headings, shares with their intervals, sample sizes, answers cut."""
+"""Evaluation metrics as table columns: headings, shares with intervals, sample sizes, share of truncated answers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 Z95 = NormalDist().inv_cdf(0.975)
-TRUNCATED = "_truncated"  # the end of a figure's name: the share of answers that max_new_tokens cut
+TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_tokens
 SAMPLED = re.compile(r"_t([0-9.]+)$")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of several entries. kind: of FORMATS; sizes: how many prompts stand behind it, each number once."""
+    """A metric of several evaluations. kind: a key of FORMATS; sizes: the distinct numbers of prompts behind it."""
 
     key: str
     title: str
@@ -43,7 +43,7 @@ class Column:
 
 
 def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list[Column]:
-    """The columns of evaluations: the shares of the titled tasks in their order, other shares, what else there is."""
+    """The columns of evaluations: shares of titled tasks in order, then other shares, then other metrics."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
     shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
     columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in shown]
@@ -57,7 +57,7 @@ def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list
 
 
 def _column(key: str, evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> Column:
-    """The column of a figure that all of these evaluations have."""
+    """The column of a metric that all of these evaluations have."""
     task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
     generated = any(
         other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for entry in evaluations for other in entry
@@ -65,14 +65,14 @@ def _column(key: str, evaluations: Sequence[Figures], tasks: Mapping[str, str]) 
     decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
     sizes = frozenset(sample_size(entry, key) for entry in evaluations)
     values = [value for entry in evaluations if (value := number(entry.get(key))) is not None]
-    # A figure without a title is a share where its n is known and it lies in [0, 1].
+    # A metric without a title counts as a share if its n is known and it lies in [0, 1].
     is_share = task in tasks or (sizes != {None} and all(0 <= value <= 1 for value in values))
     kind = LOSS if task.endswith(LOSS) else SHARE if is_share else OTHER
     return Column(key, heading_of(task, tasks), kind, decoding, sizes)
 
 
 def share_cell(entry: Figures, key: str) -> Cell:
-    """A share in per cent with its interval. What is not a share is shown as it is, marked."""
+    """A share in per cent with its interval. An invalid value is shown unchanged and marked."""
     share = number(entry.get(key))
     if share is None:
         return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), ("not a number",), "bad")
@@ -98,14 +98,14 @@ FORMATS: dict[str, Callable[[Figures, str], Cell]] = {
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share out of n (Wilson 1927), inside [0, 1] also at 0 % and 100 %."""
+    """95 % confidence interval of a share of n (Wilson 1927); stays within [0, 1] even at 0 % and 100 %."""
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sample_size(entry: Figures, key: str) -> float | None:
-    """How many prompts stand behind `key`: `TASK_n` or `n_TASK`; plain `n` is that of the first task."""
+    """The number of prompts behind `key`: `TASK_n` or `n_TASK`; plain `n` belongs to the first task."""
     task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
     first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not is_cut(known)), None)
@@ -127,5 +127,5 @@ def _size(n: float | None) -> tuple[str]:
 
 
 def heading_of(task: str, tasks: Mapping[str, str]) -> str:
-    """The task's title, or its name as words."""
+    """The task's title, or its name in words."""
     return tasks.get(task) or (task[:1].upper() + task[1:]).replace("_", " ")

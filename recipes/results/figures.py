@@ -1,4 +1,4 @@
-"""Figures of evaluations: their flat names, the results of a chain, paired comparisons."""
+"""Evaluation metrics: flat names, the results of a chain, and paired comparisons."""
 
 import json
 import math
@@ -12,19 +12,19 @@ from recipes.results.columns import LOSS, TRUNCATED
 Figures = dict[str, float | int | None]
 Metrics = Mapping[str, Mapping[str, Any]]
 
-# What stands behind a task's name for each value that eval.stage.evaluate returns.
+# Suffix added to a task's name for each value that eval.stage.evaluate returns.
 _SUFFIX = {"greedy": "", "value": "", "greedy_truncated": TRUNCATED}
 
 
 class Outcome(NamedTuple):
-    """Of one prompt. value: 1.0 or 0.0, or a loss in nats a token; weight: 1.0, or the number of tokens of a loss."""
+    """The outcome of one prompt. value: 1.0 or 0.0, or a loss in nats per token; weight: 1.0, or a loss's tokens."""
 
     value: float
     weight: float = 1.0
 
 
 def figures(metrics: Metrics) -> Figures:
-    """Flat figures of one evaluation: `exact_match`, `exact_match_t1`, `n`, ...
+    """Flatten the metrics of one evaluation: `exact_match`, `exact_match_t1`, `n`, ...
 
     `n` belongs to the first task, `TASK_n` to the others.
     """
@@ -41,10 +41,10 @@ def figures(metrics: Metrics) -> Figures:
 def chain_results(
     seed: int, evaluations: Mapping[str, Metrics], comparisons: Mapping[str, Any], seconds: float, peak_gb: float
 ) -> dict[str, Any]:
-    """results.json of a chain.
+    """The contents of a chain's results.json.
 
     Args:
-        evaluations: metrics by their place, such as `stages.sft` or `reward_models.helpful`.
+        evaluations: metrics by their place in it, such as `stages.sft` or `reward_models.helpful`.
         comparisons: paired comparisons by name.
     """
     results: dict[str, Any] = {"seed": seed, "stages": {}, "reward_models": {}}
@@ -58,11 +58,11 @@ def chain_results(
 
 
 def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[str, float | int]:
-    """The mean change over the prompts that both evaluations have, with its standard error.
+    """The mean change over the prompts common to both evaluations, with its standard error.
 
-    Pairing takes the prompts' own difficulty out of the error: with d = after - before and weights w, the mean is
-    sum(w d) / sum(w), and its variance n / (n - 1) * sum(w^2 (d - mean)^2) / sum(w)^2, as of any ratio (Cochran 1977,
-    chapter 6); with equal weights var(d) / n.
+    Pairing removes the variance due to the prompts' difficulty: with d = after - before and weights w, the mean is
+    sum(w d) / sum(w), and its variance n / (n - 1) * sum(w^2 (d - mean)^2) / sum(w)^2, as for any ratio estimator
+    (Cochran 1977, chapter 6); with equal weights this is var(d) / n.
     """
     both = [(after[key].value - before[key].value, before[key].weight) for key in before if key in after]
     n, total = len(both), sum(weight for _, weight in both)
@@ -75,7 +75,7 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
 
 
 def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:
-    """The outcome of each prompt of an evaluation: {"greedy" | "t1" | "loss": {number of the row: outcome}}."""
+    """The outcome of each prompt of an evaluation: {"greedy" | "t1" | "loss": {row number: outcome}}."""
     outcomes: dict[str, dict[int, Outcome]] = {}
     with (run_dir / SAMPLES).open(encoding="utf-8") as file:
         for line in file:
@@ -87,6 +87,6 @@ def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:
-    """The paired change of a task between two evaluation runs, by way of decoding."""
+    """The paired change of a task between two evaluation runs, by decoding method."""
     first, second = read_outcomes(before, task), read_outcomes(after, task)
     return {kind: paired(first[kind], second[kind]) for kind in first if kind in second}

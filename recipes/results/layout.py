@@ -1,4 +1,4 @@
-"""A table as data, for a page and for the terminal alike."""
+"""Tables as data, for HTML pages and the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from recipes.results.words import flatten, plain
 
-# Signs of the page that a reader of the terminal's text, or a program, may not expect.
+# Typographic characters of the page, replaced by ASCII in terminal output.
 _ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2192": "->"})
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table; each of `minor` in smaller type below; `bar` is a share with its interval, drawn on a
-    page; `tone` is good, bad or nothing."""
+    """A table cell. `minor` lines appear in smaller type below; `bar` is a share with its interval, drawn on a page;
+    `tone` is good, bad or empty."""
 
     text: str
     minor: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` are the headings, the first of them above the headings of the rows; `notes` are sentences."""
+    """`columns` are the headings, the first one for the row headings; `notes` are sentences."""
 
     title: str
     columns: Sequence[Cell]
@@ -41,8 +41,8 @@ def plain_cell(value: Any) -> Cell:
 
 
 def as_text(table: Table) -> str:
-    """The table for a terminal, never wrapped: headings of rows on the left, all else on the right of its column."""
-    # Of each row a line for what its cells say, and one for each part of what is minor.
+    """The table for a terminal, never wrapped: row headings left-aligned, everything else right-aligned."""
+    # Each row takes one line for the main text of its cells, and one for each `minor` line.
     grid = [
         line
         for row in (table.columns, *table.rows)

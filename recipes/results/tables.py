@@ -1,4 +1,4 @@
-"""The tables of results.json and of evaluations: one layout (layout.py) for the page and for the terminal."""
+"""The tables of results.json and of evaluations, with one layout (layout.py) for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table_text(results: Mapping[str, Any], titles: Titles = UNTITLED) -> str:
 
 
 def headline(results: Mapping[str, Any], titles: Titles = UNTITLED) -> list[Table]:
-    """The tables of a chain's results.json, or of {"stages": {name: figures}}: those that have something to show."""
+    """The non-empty tables of a chain's results.json, or of {"stages": {name: figures}}."""
     tables = [
         figures_table("Stages", entries(results, "stages"), titles.section("stages"), titles.tasks),
         changes(results, titles),
@@ -37,7 +37,7 @@ def headline(results: Mapping[str, Any], titles: Titles = UNTITLED) -> list[Tabl
 def figures_table(
     title: str, evaluations: Mapping[str, Figures], names: Mapping[str, str], tasks: Mapping[str, str]
 ) -> Table | None:
-    """Rows are entries (those in `names` first, in its order); columns are their shares, then their other figures."""
+    """Rows are entries (those in `names` first, in that order); columns are shares, then other metrics."""
     shown = columns_of(list(evaluations.values()), tasks)
     if not shown:
         return None
@@ -60,7 +60,7 @@ def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any
 
 
 def _in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The names, known ones first and in their order."""
+    """The names, those in `known` first and in that order."""
     there = dict.fromkeys(names)
     return list(dict.fromkeys([*(name for name in known if name in there), *there]))
 
@@ -94,7 +94,7 @@ def _compared(name: str, value: Mapping[str, Any], titles: Titles) -> Cell:
 
 
 def _paired_cell(kind: str, change: Any) -> Cell:
-    """A change of a share in percentage points, of a loss in nats."""
+    """A change in percentage points for a share, in nats for a loss."""
     stated = change if isinstance(change, dict) else {}
     mean, error, n = (number(stated.get(key)) for key in ("difference", "standard_error", "n"))
     if mean is None or error is None or n is None or not math.isfinite(mean + error):
@@ -127,7 +127,7 @@ def other_results(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str], tasks: Mapping[str, str]) -> Table | None:
-    """Mean and range of every share over the results of several chains (seeds)."""
+    """Mean and range of every share across the results of several chains (seeds)."""
     if len(chains) < 2:
         return None
     by_stage = [entries(results, "stages") for results in chains]

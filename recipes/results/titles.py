@@ -1,4 +1,4 @@
-"""What a chain's recipe calls its stages, its results and its comparisons, for tables and pages."""
+"""Titles from a chain's recipe for its stages, results and comparisons, for tables and pages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Titles:
-    """`stages`: name of a stage -> what its run is about, in the order of the chain; `places`: of results.json, such
-    as stages.sft -> whose figures they are; `comparisons`: by their names; `tasks`: of evaluations, in the order of
-    their columns."""
+    """`stages`: stage name -> title of its run, in chain order; `places`: place in results.json, such as stages.sft ->
+    title of the model evaluated there; `comparisons`: by name; `tasks`: of evaluations, in column order."""
 
     stages: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
@@ -28,8 +27,8 @@ UNTITLED = Titles()
 
 
 def titles_of(recipe: Mapping[str, Any]) -> Titles:
-    """The titles of a chain, whose recipe need not be a valid one. A stage without a title has its name; an evaluation
-    has the title of the stage that it measures, so that both stand together."""
+    """The titles of a chain, whose recipe may be invalid. A stage without a title is shown by its name; an evaluation
+    has the title of the stage that it measures, so that both are shown together."""
     listed = _by_name(recipe.get("stages"))
     stages = {name: str(stage.get("title") or name) for name, stage in listed.items()}
     places: dict[str, str] = {}
@@ -53,7 +52,7 @@ def _by_name(entries: Any) -> dict[str, dict[str, Any]]:
 
 
 def _maker(stage: Mapping[str, Any]) -> str:
-    """The stage that made the model of this one, by its `model.path: ${NAME}`."""
+    """The stage that produced this one's model, from its `model.path: ${NAME}`."""
     model = stage.get("model")
     reference = re.fullmatch(r"\$\{([^}.]+)\}", str(model.get("path"))) if isinstance(model, dict) else None
     return reference[1] if reference else ""

@@ -1,4 +1,4 @@
-"""Values in words: numbers, counts, durations, nested JSON, and the facts of a manifest."""
+"""Values as text: numbers, counts, durations, nested JSON, and the facts of a manifest."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 NOT_STATED = "not stated"
-_TRAINERS = ("python", "torch", "transformers", "trl", "peft")  # whose versions a reader wants first
+_TRAINERS = ("python", "torch", "transformers", "trl", "peft")  # versions shown first
 
 
 def number(value: Any) -> float | None:
-    """`value` as a float (NaN and infinity included), or None when it is not a number."""
+    """`value` as a float (including NaN and infinity), or None if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -20,7 +20,7 @@ def number(value: Any) -> float | None:
 
 
 def short(value: float) -> str:
-    """Four significant digits at most, in few characters: 1.234, 12.5k, 3e-5."""
+    """A compact form with at most four significant digits: 1.234, 12.5k, 3e-5."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -38,7 +38,7 @@ def count(n: int, noun: str) -> str:
 
 
 def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of a manifest that a reader wants first, those that it states."""
+    """The most important facts of a manifest, as far as it has them."""
     code, versions = (stated if isinstance(stated := manifest.get(key), dict) else {} for key in ("code", "versions"))
     stated = {
         "Status": manifest.get("status"),
@@ -54,7 +54,7 @@ def brief(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as (dotted key, text) pairs; lists of plain values stay together."""
+    """Nested JSON as (dotted key, text) pairs; lists of scalars are kept as one value."""
     if isinstance(value, dict):
         return [pair for key, item in value.items() for pair in flatten(item, f"{path}.{key}" if path else str(key))]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
@@ -65,7 +65,7 @@ def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
 
 
 def plain(value: Any) -> str:
-    """One JSON value in words."""
+    """One JSON value as text."""
     if value is None:
         return NOT_STATED
     if isinstance(value, bool):
@@ -101,7 +101,7 @@ def _commit(code: dict[str, Any]) -> str | None:
 
 
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Seed, seconds and memory of a chain, as words."""
+    """Seed, duration and memory of a chain, as text."""
     pairs = [("Seed", plain(results.get("seed")))]
     seconds = results.get("seconds")
     if isinstance(seconds, dict):

@@ -1,4 +1,4 @@
-"""The cache of prepared rows that runs use, and what every entry depends on besides the data and the recipe."""
+"""The cache of prepared rows, and what every entry depends on besides the data and the recipe."""
 
 import hashlib
 import platform
@@ -11,20 +11,20 @@ from recipes.data.sources import CACHE
 from recipes.processes import is_main, main_first
 from recipes.stages import FOLDERS
 
-# What reads, renders and encodes rows: all of our own above the model, and these libraries.
+# The code that reads, renders and encodes rows: our own packages above the model, and these libraries.
 _PACKAGES = ("conversations", "recipes.data", *FOLDERS)
 _LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers", "trl")
 
 
 def row_cache(use_cache: bool) -> RowCache:
-    """The cache in runs/prepared/ of rows, read or encoded; without `use_cache` one that stores nothing."""
+    """The cache of read or encoded rows in runs/prepared/; without `use_cache`, one that stores nothing."""
     if not use_cache:
         return RowCache(shows=is_main())
     return RowCache(CACHE / "prepared", _version(), main_first, is_main())
 
 
 def _version() -> str:
-    """A hash of the code and of the versions of its libraries."""
+    """A hash of the code and its libraries' versions."""
     digest = hashlib.sha256(platform.python_version().encode())
     for library in _LIBRARIES:
         digest.update(f"{library} {version(library)}\n".encode())

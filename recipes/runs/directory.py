@@ -1,4 +1,4 @@
-"""A run directory before a run: new, to be resumed, finished, or another recipe's."""
+"""Inspects a run directory before a run: new, to be resumed, finished, or another recipe's."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory holds: nothing worth keeping, a run to resume (from a checkpoint, or with the answers that
-    an evaluation has written), or a finished one.
+    """What a run directory holds: nothing worth keeping, a run to resume (from a checkpoint, or from the answers that
+    an evaluation has written), or a finished run.
 
-    fault: why a finished run must be resumed nevertheless."""
+    fault: why a finished run has to be resumed anyway."""
 
     status: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None
@@ -29,14 +29,14 @@ class State:
 
 
 def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
-    """Compare a run directory with the recipe that wants it. Writes nothing.
+    """Compare a run directory with the recipe about to use it. Writes nothing.
 
     Args:
         run_dir: the recipe's output_dir.
         resolved: the recipe as recipe.yaml would hold it.
 
     Raises:
-        ToolkitError: it is no directory, holds other files or symbolic links, or the run of another recipe.
+        ToolkitError: it is not a directory, or holds other files, symbolic links or another recipe's run.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ToolkitError(f"output_dir {run_dir} is a file; choose another output_dir")
@@ -72,7 +72,7 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
 
 
 def _has_begun(run_dir: Path, name: Any) -> bool:
-    """Whether a stage that resumes without checkpoints has written something; each of its processes has a file."""
+    """Whether a stage that resumes without checkpoints has written any results; each of its processes has a file."""
     stage = stages().get(str(name))
     if stage is None or stage.continues is None:
         return False
@@ -80,14 +80,14 @@ def _has_begun(run_dir: Path, name: Any) -> bool:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint-N directory with the highest N; these are whole, since they are written atomically."""
+    """The checkpoint-N directory with the highest N; checkpoints are complete, since they are written atomically."""
     folders = [path for path in run_dir.glob(f"{CHECKPOINT}*") if path.is_dir()]
     by_step = [(int(match[1]), path) for path in folders if (match := _CHECKPOINT.fullmatch(path.name))]
     return max(by_step)[1] if by_step else None
 
 
 def differences(there: Any, here: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two recipes, with both values; a missing key counts as None."""
+    """The keys that differ between two recipes, with both values; a missing key counts as None."""
     if isinstance(there, dict) and isinstance(here, dict):
         differing: dict[str, tuple[Any, Any]] = {}
         for key in dict.fromkeys([*there, *here]):
@@ -116,20 +116,20 @@ def dump_text(resolved: dict[str, Any]) -> str:
 
 
 def is_finished(recipe: StageRecipe) -> bool:
-    """Whether a recipe's run has ended well and its result is there, whole."""
+    """Whether a recipe's run has finished and its result is complete."""
     run_dir = Path(recipe.output_dir)
     return has_ended(run_dir) and missing_of_result(run_dir, stage_of(recipe).result) is None
 
 
 def has_ended(run_dir: Path) -> bool:
-    """Whether its manifest says that a run has ended well."""
+    """Whether a run has finished successfully, according to its manifest."""
     manifest = read_json(run_dir / MANIFEST)
     return isinstance(manifest, dict) and manifest.get("status") == "finished"
 
 
 def missing_of_result(run_dir: Path, result: str) -> str | None:
-    """What is missing of a run's result, final/ or a file, or broken in it; None when it is whole. Weights are looked
-    at by their headers and sizes."""
+    """What is missing from or broken in a run's result (final/ or a file); None if it is complete. Of weight files only
+    headers and sizes are checked."""
     if result != FINAL:
         whole = _is_json(run_dir / result) if result.endswith(".json") else (run_dir / result).is_file()
         return None if whole else f"{result} is missing or broken"

@@ -1,6 +1,6 @@
-"""What is known of a recipe's models before a weight is read: files, config, tokenizer. Imports torch.
+"""What can be known about a recipe's models without reading weights: files, config, tokenizer. Imports torch.
 
-`dsv2 check` and a run look here first, so that whatever loading would refuse is refused before anything is loaded.
+`dsv2 check` and runs start here, so that anything that loading would refuse is refused before anything is loaded.
 """
 
 import copy
@@ -36,11 +36,11 @@ from recipes.stages import stages, training_of
 
 @dataclass(frozen=True)
 class Foundation:
-    """A model whose weights are not read yet.
+    """A model whose weights have not been read yet.
 
-    source: its files; None where a preset or an earlier stage is still to make them, or a hub to send them.
-    settings, tokenizer: None for a model on a hub that was not asked. kind: the head that its weights have; None for
-    an evaluation, which makes no model.
+    source: its files; None if they are yet to be created by a preset or an earlier stage, or downloaded from a hub.
+    settings, tokenizer: None for a hub model that was not looked up. kind: the head of its weights; None for an
+    evaluation, which produces no model.
     """
 
     source: ModelSource | None = None
@@ -49,15 +49,15 @@ class Foundation:
     kind: Head | None = "causal_lm"
 
 
-# What stages that have not been run yet will give, by their run directories.
+# What stages that have not run yet will produce, by run directory.
 Earlier = Mapping[str, Foundation]
 
 
 def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Foundation:
-    """The config and the tokenizer, with our template, of files, of an earlier stage, or of a preset.
+    """Find a model's config and tokenizer (with our template): from files, an earlier stage, or a preset.
 
     Raises:
-        ToolkitError, ModelError: no such model, or files of it that cannot be read.
+        ToolkitError, ModelError: the model does not exist, or its files cannot be read.
     """
     if foundation := coming(section.path, earlier):
         return foundation
@@ -78,12 +78,12 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
 
 
 def coming(path: str, earlier: Earlier) -> Foundation | None:
-    """What the stage will give in whose run directory the path lies; None for any other path."""
+    """What the stage whose run directory contains `path` will produce; None for any other path."""
     return next((foundation for run_dir, foundation in earlier.items() if Path(path).is_relative_to(run_dir)), None)
 
 
 def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
-    """What the files say; nothing where they are on a hub that is not to be asked."""
+    """Read the config and tokenizer; both are None for a hub model that is not to be looked up."""
     if not (ask_hub or Path(source.base).exists()):
         return Foundation()
     check_generation(source.base, source.settings.vocab_size)
@@ -91,10 +91,10 @@ def read_foundation(source: ModelSource, ask_hub: bool) -> Foundation:
 
 
 def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config | None:
-    """Hold the model against the recipe; returns its settings as the stage has them, None where they are not known.
+    """Check the model against the recipe; returns its settings as the stage uses them, None if they are not known.
 
     Raises:
-        ToolkitError, ModelError: whatever loading it, or putting the recipe's adapters on it, would refuse.
+        ToolkitError, ModelError: loading it, or adding the recipe's adapters, would be refused.
     """
     trained = isinstance(recipe, TrainingRecipe)
     experts = expert_choice(recipe) if trained else None
@@ -115,10 +115,10 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
 
 
 def check_files(foundation: Foundation, settings: DeepseekV2Config, head: Head, path: str) -> None:
-    """Match tokenizer, weights and adapter to the settings they are loaded with, by the headers of the files.
+    """Check tokenizer, weights and adapter against the settings they are loaded with, reading only file headers.
 
     Raises:
-        ModelError: ids without an embedding, or tensors without a place, places without a tensor, broken files.
+        ModelError: token ids without an embedding, missing or unexpected tensors, or broken files.
     """
     source = foundation.source
     check_vocabulary(foundation.tokenizer, settings, source.tokenizer_dir if source else path)
@@ -130,10 +130,10 @@ def check_files(foundation: Foundation, settings: DeepseekV2Config, head: Head, 
 
 
 def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> None:
-    """Look at the models that the stage uses beside its own.
+    """Check the models that the stage uses besides its own.
 
     Raises:
-        ToolkitError, ModelError: no such model, or one that has another head or cannot be loaded.
+        ToolkitError, ModelError: a model does not exist, has another head, or cannot be loaded.
     """
     for use in recipe.other_models():
         if foundation := coming(use.path, earlier):
@@ -152,7 +152,7 @@ def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> 
 
 
 def source_of(use: ModelUse) -> ModelSource | None:
-    """The files of a model that is used beside the stage's own; None where a random one takes its place.
+    """The files of a model used besides the stage's own; None if a random one replaces it.
 
     Raises:
         ToolkitError, ModelError: it is missing, or has another head.
@@ -167,12 +167,12 @@ def source_of(use: ModelUse) -> ModelSource | None:
 
 
 def stats_of(use: ModelUse, source: ModelSource) -> RewardStats | None:
-    """The statistics of the model's scores, where the recipe wants them."""
+    """The statistics of the model's scores, if the recipe asks for them."""
     return RewardStats.read(source.own_dir) if use.stats else None
 
 
 def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = False) -> None:
-    """Refuse a chat model as a reward model, which would score at random, and the other way round.
+    """Refuse a chat model used as a reward model, which would give random scores, and vice versa.
 
     new_head: whether a chat model may get a new score head.
 
@@ -189,7 +189,7 @@ def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = Fals
 
 
 def kind_of(source: ModelSource) -> Head:
-    """The head that the files hold. A hub name that is not on this machine counts as a chat model."""
+    """The head that the files contain. A hub model that is not on this machine counts as a chat model."""
     if source.adapter:
         return source.adapter.head
     kinds = (source.settings.architectures if Path(source.base).is_dir() else None) or []
@@ -202,11 +202,11 @@ def head_of(recipe: StageRecipe) -> Head:
 
 
 def lora_settings(section: LoraSection) -> LoraSettings:
-    """The model floor's form of a `lora` section."""
+    """Convert a `lora` section to the model package's settings."""
     values: dict[str, Any] = section.model_dump(include={"r", "alpha", "dropout", "rslora"})
     return LoraSettings(tuple(section.targets), **values)
 
 
 def expert_choice(recipe: TrainingRecipe) -> ExpertChoice | None:
-    """The routed experts that the recipe wants to train; None for all. Raises ModelError for a file of no use."""
+    """The routed experts that the recipe trains; None for all. Raises ModelError for an unusable experts file."""
     return read_choice(recipe.chosen_experts_file) if recipe.chosen_experts_file else None

@@ -1,4 +1,4 @@
-"""What a run depends on besides its recipe and data, as fingerprints: a run resumes with the same, or not at all."""
+"""Fingerprints of what a run depends on besides its recipe and data; a run resumes only if they are unchanged."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ from recipes.runs.foundation import expert_choice, source_of
 from recipes.runs.models import MERGE_DIR
 from recipes.runs.training_fields import setting
 
-WHOLE = 64 << 20  # files up to this size are read whole, of larger ones a piece of each STRIDE
+WHOLE = 64 << 20  # files up to this size are read completely, larger ones are sampled once per STRIDE
 PIECE, STRIDE = 1 << 20, 16 << 20
 ADAPTER = (WEIGHTS, CONFIG)
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
 )  # fmt: skip
-# Keys that say where a file came from, not what it holds.
+# Keys that record where a file came from, not its content.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "chat_template")
 EXTENT = ("processes", "global batch")
 MERGED = "merged base model"
 
 
 def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str, str]]:
-    """{part: {path, sha256 of its content}} of all that a run starts from, but for its data."""
+    """{part: {path, sha256 of its content}} of everything a run starts from, except its data."""
     base, folder = source.base, Path(source.tokenizer_dir)
     parts = {"base model": (base, _model(base))}
     if source.adapter:
@@ -48,23 +48,23 @@ def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str
 
 
 def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:
-    """That of the base and adapter merged for a run; empty where it has none, or none yet."""
+    """Fingerprint of the base model with the adapter merged for a run; empty if there is none (yet)."""
     folder = run_dir / MERGE_DIR
     return {MERGED: {"path": str(folder), "sha256": _model(str(folder))}} if folder.is_dir() else {}
 
 
 def extent(recipe: TrainingRecipe) -> dict[str, int]:
-    """How many processes share an update, and its rows."""
+    """The number of processes and the global batch size of an update."""
     batch = setting(recipe, "per_device_train_batch_size") * setting(recipe, "gradient_accumulation_steps")
     return dict(zip(EXTENT, (world_size(), batch * world_size()), strict=True))
 
 
 def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare what a run began with and what it would resume with.
+    """Compare what a run began with to what it would resume with.
 
     Raises:
-        ToolkitError: a model, a tokenizer, a template, an experts file or (unless `now` says nothing of it) the number
-            of processes has changed.
+        ToolkitError: a model, a tokenizer, a template, an experts file or (if `now` has it) the number of processes has
+            changed.
     """
     processes, batch = EXTENT
     if processes in now and (before.get(processes) or now[processes]) != now[processes]:
@@ -74,9 +74,9 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
             f"with {before[processes]} again, or choose another output_dir"
         )
     old, new = before.get("files"), now["files"]
-    if not old or not new:  # a process that does not look at files, or a run of a toolkit that did not
+    if not old or not new:  # a process other than the main one, or a run of a version that did not record files
         return
-    remade = {MERGED} - (old.keys() & new.keys())  # what is merged again comes out the same
+    remade = {MERGED} - (old.keys() & new.keys())  # merging again gives the same result
     parts = [part for part in {**old, **new} if part not in remade]
     changed = [part for part in parts if _content_of(old, part) != _content_of(new, part)]
     if changed:
@@ -99,7 +99,7 @@ def _other(source: ModelSource, with_stats: bool) -> str:
 
 
 def _model(base: str) -> str:
-    """A model directory's weights and config; of a hub name the commit."""
+    """Hash of a model directory's weights and config; for a hub name, the commit."""
     folder = Path(base)
     if not folder.is_dir():
         return str(getattr(read_settings(base), "_commit_hash", None))
@@ -113,7 +113,7 @@ def _template(folder: Path) -> str:
 
 
 def _files(folder: Path, names: Iterable[str]) -> str:
-    """A hash over those of the files that are there; configs count without what says where they came from."""
+    """A hash of those files that exist; in configs, keys that only record the origin are ignored."""
     return _hash([[name, _content(folder / name)] for name in names if (folder / name).is_file()])
 
 

@@ -1,4 +1,4 @@
-"""manifest.json: what made a run. The command, versions, code, data, seeds, and how it ended."""
+"""manifest.json: how a run was made (command, versions, code, data, seeds) and how it ended."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ from recipes.processes import command_line, is_main, now, world_size
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 _HOME = Path(__file__).resolve().parents[2]
-_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", CHAIN_STATE, f"{CHECKPOINT}*", FINAL)  # what a run writes on its way
+_WRITTEN = (MANIFEST, RESULTS, "*.jsonl", CHAIN_STATE, f"{CHECKPOINT}*", FINAL)  # what a run writes as it goes
 
 
 def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
-    """What is known when a run starts; `status` is "running" until it ends."""
+    """The manifest at the start of a run; `status` is "running" until it ends."""
     return {
         "status": "running",
         "command": command_line(),
@@ -40,20 +40,20 @@ def new_manifest(recipe_file: Path, seed: int) -> dict[str, Any]:
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run, empty when there is none."""
+    """The manifest of a run; empty if there is none."""
     manifest = read_json(run_dir / MANIFEST)
     return manifest if isinstance(manifest, dict) else {}
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, by the main process only."""
+    """Write the manifest, from the main process only."""
     if is_main():
         write_json(run_dir / MANIFEST, manifest)
 
 
 def seconds_so_far(run_dir: Path, manifest: dict[str, Any]) -> float:
-    """Seconds of work in a run: those that its manifest counts and, where that still says "running", those from its
-    last start to the last thing that it wrote."""
+    """Seconds spent in a run: those counted in its manifest and, if that still says "running", the time from its last
+    start to its last written file."""
     counted = manifest.get("seconds")
     counted = counted if isinstance(counted, int | float) else 0.0
     start = _last_start(manifest)
@@ -64,7 +64,7 @@ def seconds_so_far(run_dir: Path, manifest: dict[str, Any]) -> float:
 
 
 def _last_start(manifest: dict[str, Any]) -> float | None:
-    """The time of the last start or resume, in seconds; None where the manifest tells none."""
+    """The time of the last start or resume, in seconds; None if the manifest has none."""
     resumed = manifest.get("resumed")
     last = resumed[-1] if isinstance(resumed, list) and resumed else None
     try:
@@ -76,7 +76,7 @@ def _last_start(manifest: dict[str, Any]) -> float | None:
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Installed versions of what trains; None for a package that is not installed."""
+    """Installed versions of the libraries used for training; None for a package that is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -88,8 +88,8 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def code_state() -> dict[str, str | None]:
-    """Commit of the toolkit's own code and a hash of what differs from it; None where it is in no repository of its
-    own: a virtual environment may lie in somebody else's."""
+    """Commit of the toolkit and a hash of uncommitted changes; None if it is not in its own repository (a virtual
+    environment may be inside another project's)."""
     top = _git("rev-parse", "--show-toplevel")
     own = (
         top is not None and Path(top.rstrip("\n")).resolve() == _HOME and _git("ls-files", "--error-unmatch", __file__)
@@ -103,7 +103,7 @@ def code_state() -> dict[str, str | None]:
 
 
 def peak_memory_gb() -> float:
-    """Most memory this process or one of its children has held, in GB; 0 where the system does not tell."""
+    """Peak memory of this process or one of its children, in GB; 0 if the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -117,7 +117,7 @@ def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
-            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},  # a hook's
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},  # from hooks
             capture_output=True, text=True, errors="replace", timeout=20, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

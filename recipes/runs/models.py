@@ -1,4 +1,4 @@
-"""From a recipe's model, lora and rewards sections to loaded models. Imports torch."""
+"""Loads the models of a recipe's model, lora and rewards sections. Imports torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +32,11 @@ from recipes.runs.foundation import (
 from recipes.runs.new_model import make_model
 from recipes.runs.training_fields import trl_config
 
-MERGE_DIR = "base"  # in a run directory: the model that the run starts from, where an adapter had to be merged
+MERGE_DIR = "base"  # in a run directory: the model that the run starts from, if an adapter had to be merged
 
 
 def ensure_model(path: str, preset: str | None, seed: int) -> None:
-    """Make the preset's model at `path` when there is none, by the main process."""
+    """Create the preset's model at `path` if there is none, in the main process."""
     missing = preset is not None and not Path(path).exists()
     wait_for_all()
     if missing and preset is not None and is_main():
@@ -46,7 +46,7 @@ def ensure_model(path: str, preset: str | None, seed: int) -> None:
 
 
 def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
-    """The model's files, made from the preset where missing, and its tokenizer with our template."""
+    """The model's files, created from the preset if missing, and its tokenizer with our template."""
     ensure_model(section.path, section.preset, seed)
     source = resolve_source(section.path)
     tokenizer = load_tokenizer(source)
@@ -55,7 +55,7 @@ def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
 
 
 def runtime_lora(recipe: TrainingRecipe) -> LoraSettings | None:
-    """The recipe's adapters as they train: without dropout where the trainer turns all of it off, which is told."""
+    """The recipe's adapters as trained: without dropout if the trainer disables all dropout, which is reported."""
     lora = lora_settings(recipe.lora) if recipe.lora else None
     if lora is None or not lora.dropout or not getattr(trl_config(recipe), "disable_dropout", False):
         return lora
@@ -64,7 +64,7 @@ def runtime_lora(recipe: TrainingRecipe) -> LoraSettings | None:
 
 
 def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path) -> Any:
-    """The model as the stage trains it. A merge that it needs is written to <run_dir>/base, once."""
+    """Load the model as the stage trains it. An adapter that has to be merged first goes to <run_dir>/base."""
     section, lora = recipe.model, runtime_lora(recipe)
 
     def load() -> Any:
@@ -83,7 +83,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
 
 
 def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
-    """The model for evaluation or chat."""
+    """Load a model for evaluation or chat."""
     check_kind(section.path, kind_of(source), head)
     return load_model(
         source,
@@ -95,12 +95,12 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
 
 
 def load_lm_head(section: ModelSection, source: ModelSource) -> Any:
-    """What turns hidden states into logits in the chat model that a stage starts from, frozen."""
+    """The frozen LM head of the chat model that a stage starts from."""
     return load_frozen(section, source, "causal_lm").get_output_embeddings()
 
 
 def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherModel]:
-    """The models that a stage uses beside its own, loaded and frozen, by their keys in the recipe.
+    """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe.
 
     Raises:
         ToolkitError, ModelError: as `source_of`.
@@ -120,7 +120,7 @@ def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherM
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:
-    """What LoRA adapts, for the manifest; for a model without adapters, how much of it is trained."""
+    """What LoRA adapts, for the manifest; for a model without adapters, how many parameters are trained."""
     if hasattr(model, "peft_config"):
         return adapted_modules(model)
     if rows := trained_rows(model):

@@ -1,4 +1,4 @@
-"""`dsv2 init`: a seeded random model with its tokenizer, in hub layout."""
+"""`dsv2 init`: writes a seeded random model with its tokenizer, in hub layout."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from recipes.lock import hold_path
 
 
 def make_model(directory: Path, preset: str, seed: int) -> None:
-    """Write a random model of a preset, whole or not at all.
+    """Write a random model of a preset, atomically.
 
     Raises:
-        ToolkitError: the directory is not empty, or another process writes it.
-        ModelError: no such preset, a full disk.
+        ToolkitError: the directory is not empty, or another process is writing to it.
+        ModelError: the preset does not exist, or the disk is full.
     """
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ToolkitError(f"{directory} already exists and is not empty; choose another directory")
@@ -23,7 +23,7 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
 
     quiet_libraries()
     if preset not in PRESETS:
-        build_model(preset, seed)  # raises with the names of the presets
+        build_model(preset, seed)  # its error lists the presets
     tokenizer = build_tokenizer(preset)
     install_template(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

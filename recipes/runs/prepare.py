@@ -1,6 +1,6 @@
-"""All that a stage works on, short of weights: read and checked here for `dsv2 check` and for the run alike.
+"""Reads and checks everything that a stage works on except weights, for both `dsv2 check` and runs.
 
-What a run would refuse is refused here, so that the two cannot differ: check measures what it gets, a run loads.
+Everything that a run would refuse is refused here, so that the two cannot differ.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ from recipes.runs.rehearsal import rehearse
 from recipes.runs.training_fields import check_model_config, check_training, setting, trl_config
 from recipes.stages import training_of
 
-# A template adds no more tokens to a message than this; a token is a byte of text at least.
+# Upper bound on the tokens that a template adds to a message. (A token is at least one byte of text.)
 _AROUND = 16
-# What of a recipe says nothing about which of its rows are of use; of new keys that is not known.
+# Recipe keys that do not affect which rows are usable; any new key is assumed to.
 _NOT_OF_ROWS = {
     *("model", "output_dir", "seed", "on_nan", "lora", "experts_file", "training", "data", "eval_data"),
     *("max_seconds", "max_tokens", "early_stopping_patience"),
@@ -36,7 +36,7 @@ _NOT_OF_ROWS = {
 
 @dataclass(frozen=True)
 class ReadList:
-    """A list of data of a recipe, read."""
+    """A data list of a recipe, with its rows read."""
 
     listed: RowList
     mixture: Mixture
@@ -49,7 +49,7 @@ class ReadList:
 
     @property
     def handed(self) -> Sequence[Row] | dict[str, Sequence[Row]]:
-        """The rows as the stage gets them; those of each source by its name where they go apart."""
+        """The rows as the stage gets them: by source name if the sources are kept apart."""
         if not self.listed.apart:
             return self.used
         names = source_names(self.listed.entries)
@@ -58,7 +58,7 @@ class ReadList:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage works on. settings: the model's, None where they are not known."""
+    """The inputs of a stage. settings: the model's config; None if it is not known."""
 
     foundation: Foundation
     settings: DeepseekV2Config | None
@@ -66,17 +66,17 @@ class Inputs:
 
     @property
     def source(self) -> ModelSource:
-        """The model's files, once they are there."""
+        """The model's files, once they exist."""
         assert self.foundation.source is not None
         return self.foundation.source
 
 
 def check_recipe(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False) -> Inputs:
-    """Everything of a stage but its data.
+    """Check everything about a stage except its data.
 
     Args:
-        earlier: what stages that have not been run yet will give, by their run directories.
-        ask_hub: whether a model on a hub is looked up there; without, it is not known.
+        earlier: what stages that have not run yet will produce, by run directory.
+        ask_hub: whether to look up a hub model; otherwise its config is not known.
 
     Raises:
         ToolkitError, ModelError: a setting or a model that the run would refuse.
@@ -91,7 +91,7 @@ def check_recipe(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: b
 
 
 def check_settings(recipe: StageRecipe) -> None:
-    """What the schema cannot check without torch: `training` and `model.config`."""
+    """Check what the schema cannot check without torch: `training` and `model.config`."""
     check_model_config(recipe.model.config)
     if isinstance(recipe, TrainingRecipe):
         check_training(recipe)
@@ -100,32 +100,32 @@ def check_settings(recipe: StageRecipe) -> None:
 def prepare(
     recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: bool = False, cache: RowCache | None = None
 ) -> Inputs:
-    """`check_recipe`, and the data; `cache` is that of its rows.
+    """`check_recipe`, then read the data; `cache` holds prepared rows.
 
     Raises:
-        ToolkitError, ModelError: whatever the run would refuse, but for what only tokenizing all rows tells.
+        ToolkitError, ModelError: anything the run would refuse, except what only tokenizing all rows can show.
     """
     inputs = check_recipe(recipe, earlier, ask_hub)
     lists, tokenizer = recipe.row_lists(), inputs.foundation.tokenizer
     if tokenizer is not None and any(entry.fim for listed in lists for entry in listed.entries):
         fim_ids(tokenizer)
-    found = []
+    read_lists = []
     for listed in lists:
         refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
         mixture = read_sources(
             listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, cache, refuses_by
         )
-        found.append(ReadList(listed, mixture))
+        read_lists.append(ReadList(listed, mixture))
         if isinstance(recipe, TrainingRecipe) and (check := training_of(recipe).check_rows) and listed.name == "data":
             provided(check)(recipe, trl_config(recipe), mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
-            check_positions(found[-1].used, tokenizer, inputs.settings, longest, listed.answer)
-    return replace(inputs, lists=found)
+            check_positions(read_lists[-1].used, tokenizer, inputs.settings, longest, listed.answer)
+    return replace(inputs, lists=read_lists)
 
 
 def value_of(recipe: StageRecipe, key: str) -> Any:
-    """The value of a key of a recipe, such as tasks.0.limit; what `training` leaves out is TRL's own."""
+    """The value of a recipe key, such as tasks.0.limit; keys left out of `training` have TRL's default."""
     section, _, name = key.partition(".")
     if section == "training" and isinstance(recipe, TrainingRecipe):
         return setting(recipe, name)
@@ -136,7 +136,7 @@ def value_of(recipe: StageRecipe, key: str) -> Any:
 
 
 def will_give(recipe: StageRecipe, inputs: Inputs) -> Earlier:
-    """What the stage's run directory will hold for later stages; nothing where it holds it already."""
+    """What the stage's run directory will hold for later stages; empty if it is already there."""
     if is_finished(recipe):
         return {}
     if not isinstance(recipe, TrainingRecipe):
@@ -148,7 +148,7 @@ def will_give(recipe: StageRecipe, inputs: Inputs) -> Earlier:
 def check_positions(
     rows: Sequence[Row], tokenizer: Any, settings: DeepseekV2Config | None, answer: int, key: str
 ) -> None:
-    """Raises ToolkitError for a prompt that with an answer of `answer` tokens (`key`) has more than the model's
+    """Raise ToolkitError for a prompt that, with an answer of `answer` tokens (set by `key`), exceeds the model's
     positions."""
     if settings is None:
         return
@@ -161,7 +161,7 @@ def check_positions(
 
 
 def _long_prompts(rows: Sequence[Row], tokenizer: Any, room: int) -> Iterator[tuple[str, int]]:
-    """(where it stands, its tokens) of every prompt with more than `room`."""
+    """Yield (origin, token count) of every prompt of more than `room` tokens."""
     for number, row in enumerate(rows, 1):
         prompt = prompt_of(row, number)
         if sum(len(message["content"].encode("utf-8", "replace")) + _AROUND for message in prompt) + _AROUND <= room:

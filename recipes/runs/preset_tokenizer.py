@@ -1,9 +1,9 @@
-"""Tokenizers for models that start from random weights: byte-level BPE, trained in a moment on the project's own text.
+"""Tokenizers for models that start from random weights: byte-level BPE, quickly trained on the project's own text.
 
-A model that sees only some thousand sentences cannot learn to spell as well as to add. So digits stay single, and
-for the tiny model the text between them is merged whole: "User: What is |2|3| + |4|5|?\\n\\nAssistant:" is 8 tokens
-with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each a text of its
-own, words counting most: so no merge glues a word to the sentence around it. All other text falls back to bytes.
+A model that sees only a few thousand sentences cannot learn to spell as well as to add. So digits are single tokens,
+and for the tiny model each span between them is one token: "User: What is |2|3| + |4|5|?\\n\\nAssistant:" is 8 tokens
+with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each as a separate
+text, with the highest weight on words, so that no merge joins a word to its sentence. Other text falls back to bytes.
 """
 
 import re
@@ -29,7 +29,7 @@ SPANS = (
     rf"|[^\d\n{_MARKS}]+(?:[{_MARKS}](?!{_ASSISTANT}))?|[{_MARKS}]"
 )
 
-# The usual cuts: digits, words with the space before them, runs of signs, runs of white space.
+# The usual pre-tokenization: digits, words with the preceding space, runs of punctuation, runs of white space.
 WORDS = r"\d| ?\p{L}+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+"
 
 _WORD, _HAN = r" ?[A-Za-z']+", rf"[\u4e00-\u9fff{_MARKS}]"
@@ -39,7 +39,7 @@ _WORD_SLOT = r" ?\{(?:verb|object|intent|target)\}"
 
 
 def world_pieces() -> Iterator[str]:
-    """The demo world's text in its natural pieces: fixed parts of templates, words, clauses."""
+    """Yield the demo world's text in natural pieces: fixed parts of templates, words, clauses."""
     yield from (f"{mark}\n\nAssistant:" for mark in ("", ".", "?", "!", "。", "？", "！"))
     for language in lx.LANGUAGES:
         space = " " if language == "en" else ""
@@ -79,9 +79,9 @@ def _sentences(language: str) -> Iterator[tuple[tuple[str, ...], ...]]:
 
 
 def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a preset, the same at every call; ids 0, 1, 2 are bos, eos and pad.
+    """Build a preset's tokenizer, deterministically; ids 0, 1, 2 are bos, eos and pad.
 
-    "tiny" has the world's whole spans; every other preset words, from general text besides.
+    "tiny" has the demo world's whole spans as tokens; other presets have words, also from general text.
     """
     if preset == "tiny":
         pieces = sorted({piece for piece in world_pieces() if piece})
@@ -91,7 +91,7 @@ def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
 
 
 def _train(cuts: str, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with all merges that the texts have to give."""
+    """Byte-level BPE with every merge that occurs in the texts."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(cuts), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,7 +1,7 @@
-"""One step of a stage's own trainer on a toy model: what TRL and transformers refuse only then, they refuse here.
+"""Runs one step of a stage's trainer on a toy model, to find settings that TRL or transformers refuse only then.
 
-Their trainers, optimizers, schedulers, data loaders and generation check many fields when they are made or first
-used, which is after the weights of a real model have been loaded.
+Their trainers, optimizers, schedulers, data loaders and generation check many fields when they are created or first
+used, which in a real run is after the model's weights have been loaded.
 """
 
 import contextlib
@@ -35,25 +35,25 @@ _SIZES: dict[str, Any] = {
     "topk_method": "greedy", "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _BATCH = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-_NOTHING = 50  # above every level of the log
+_NOTHING = 50  # above every log level
 
 
 def rehearse(recipe: StageRecipe, settings: DeepseekV2Config | None, tokenizer: Any) -> None:
-    """Make a toy of the model and train it for a step as the recipe says, with its batch at the least size.
+    """Train a toy version of the model for one step with the recipe's settings and the smallest batch.
 
-    Nothing is rehearsed in a launch of several processes, or with vLLM, which needs a model on disk.
+    Skipped in a launch of several processes, and with vLLM, which needs a model on disk.
 
     Raises:
-        ToolkitError: the libraries refuse a field of `training`, which is named where leaving it out helps.
-        OSError, ModelError: the disk of temporary files is full.
-        KeyboardInterrupt: a signal came.
+        ToolkitError: the libraries refuse a field of `training`; it is named if leaving it out helps.
+        OSError, ModelError: the disk for temporary files is full.
+        KeyboardInterrupt: interrupted by a signal.
     """
     if settings is None or world_size() > 1:
         return
     try:
         _try(recipe, settings, tokenizer)
     except StopRequested:
-        raise KeyboardInterrupt from None  # of what it says, nothing is true of the run
+        raise KeyboardInterrupt from None  # its message would not apply to the run
     except Exception as error:
         if disk_fault(error):
             raise
@@ -61,7 +61,7 @@ def rehearse(recipe: StageRecipe, settings: DeepseekV2Config | None, tokenizer: 
 
 
 def _culprit(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> str:
-    """The field without which it works."""
+    """The field without which the step succeeds."""
     if not isinstance(recipe, TrainingRecipe):
         return "model"
     for key, value in recipe.training.items():
@@ -85,7 +85,7 @@ def _try(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> Non
 
 
 def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
-    """A model of the same kind of layers and as many words, with random weights, and the recipe's adapters on it."""
+    """A small random model with the same kinds of layers and vocabulary size, and the recipe's adapters."""
     head = head_of(recipe)
     values = {**settings.to_dict(), **_SIZES, "q_lora_rank": settings.q_lora_rank and 8}
     values |= {"n_routed_experts": settings.n_routed_experts and 4, "n_shared_experts": settings.n_shared_experts and 1}
@@ -100,7 +100,7 @@ def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
 
 
 class _OneStep(TrainerCallback):
-    """Ends training after its first step."""
+    """Stops training after the first step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = True
@@ -108,8 +108,8 @@ class _OneStep(TrainerCallback):
 
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
-    """No output, no warnings, and the random state as it was."""
-    gc.freeze()  # the Trainer collects garbage, which takes longer than all the rest where there are many objects
+    """Suppress output and warnings, and restore the random state afterwards."""
+    gc.freeze()  # the Trainer collects garbage, which with many objects takes longer than everything else
     verbosity = logging.get_verbosity()
     logging.set_verbosity(_NOTHING)
     silence = io.StringIO()

@@ -1,7 +1,7 @@
-"""One stage from its recipe to a finished run directory.
+"""Runs one stage, from its recipe to a finished run directory.
 
-Reads everything first, so that a wrong recipe, model or data set leaves no trace; then makes the run directory, loads
-the model and calls the stage. Only the main process writes.
+Everything is read first, so that an error in the recipe, model or data leaves nothing behind; then the run directory is
+created, the model loaded and the stage called. Only the main process writes.
 """
 
 import shutil
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """How a stage ended. `manifest` is that of its run directory."""
+    """How a stage ended. `manifest` is its run directory's manifest."""
 
     status: Literal["finished", "done_before"]
     manifest: dict[str, Any]
 
 
 def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
-    """Run a stage, resume it, or find it finished.
+    """Run or resume a stage, unless it is already finished.
 
     Raises:
         ToolkitError, ModelError: the recipe, the data, the model or the run directory is wrong.
-        KeyboardInterrupt: stopped; the run directory holds a checkpoint where training had begun.
+        KeyboardInterrupt: interrupted; the run directory holds a checkpoint if training had begun.
     """
     for note in loaded.notes:
         say(f"smoke: {note}")
     run_dir = Path(loaded.recipe.output_dir)
-    if done := _done_before(run_dir, loaded):  # asked first without the lock, which a read-only disk does not give
+    if done := _done_before(run_dir, loaded):  # checked without the lock, which cannot be taken on a read-only disk
         return done
     with hold_directory(run_dir) as lock:
         return _done_before(run_dir, loaded) or _run(loaded, run_dir, lock)
@@ -87,7 +87,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
         _close(run_dir, manifest, "finished", began)
     except BaseException as error:
         lock.make_room()
-        with suppress(OSError):  # of a disk that is broken the error itself says more
+        with suppress(OSError):  # on a broken disk the original error says more
             _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
         raise
     wait_for_all()
@@ -95,8 +95,8 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
 
 
 def _load_inputs(recipe: StageRecipe, cache: RowCache) -> "Inputs":
-    """What `dsv2 check` prepares, with a model of a preset made where it is missing; all that draws numbers from here
-    on, new adapters and new heads, is seeded."""
+    """Prepare the same inputs as `dsv2 check`, creating a preset's model if it is missing, and seed the random numbers
+    used from here on (new adapters and heads)."""
     from transformers import set_seed
 
     from recipes.runs.models import open_source
@@ -112,7 +112,7 @@ def _load_inputs(recipe: StageRecipe, cache: RowCache) -> "Inputs":
 
 
 def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: "Inputs") -> dict[str, Any]:
-    """Make the run directory with what is known before the stage begins; returns the manifest."""
+    """Write what is known before the stage begins into the run directory; returns the manifest."""
     before = read_manifest(run_dir) if state.status == "resume" else {}
     recipe = loaded.recipe
     manifest = new_manifest(loaded.path, recipe.seed)
@@ -132,7 +132,7 @@ def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: 
     try:
         if is_main():
             write_text(run_dir / RECIPE, dump_text(loaded.resolved))
-            if state.status == "new":  # the stage adds what it leaves out itself
+            if state.status == "new":  # the stage appends the rows that it drops itself
                 rejected = (row.as_dict() for read in inputs.lists for row in read.mixture.rejected)
                 write_jsonl(run_dir / REJECTED, rejected)
         write_manifest(run_dir, manifest)
@@ -145,7 +145,7 @@ def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: 
 
 
 def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
-    """What an earlier run that left no checkpoint has merged may be of another model."""
+    """Remove the merged model of an earlier run that left no checkpoint: it may be from another model."""
     from recipes.runs.models import MERGE_DIR
 
     merged = run_dir / MERGE_DIR
@@ -155,8 +155,8 @@ def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
 
 
 def _start(recipe: StageRecipe, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
-    """What the run starts from and, where it matters, how many processes share it; files are looked at by the main
-    process only."""
+    """What the run starts from and, where it matters, the number of processes; only the main process reads the
+    files."""
     from recipes.runs.identity import extent, fingerprints, merged_base
 
     files = {**fingerprints(recipe, inputs.source), **merged_base(run_dir)} if is_main() else {}
@@ -181,7 +181,7 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
 
 
 def _load_model(recipe: StageRecipe, source: "ModelSource", run_dir: Path, manifest: dict[str, Any]) -> Any:
-    """The stage's own model; the manifest and the user are told what of it trains."""
+    """Load the stage's own model; records in the manifest and prints which parts are trained."""
     from recipes.runs import models
     from recipes.runs.identity import merged_base
 
@@ -200,7 +200,7 @@ def _load_model(recipe: StageRecipe, source: "ModelSource", run_dir: Path, manif
 def _work(
     recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", cache: RowCache, manifest: dict[str, Any]
 ) -> Any:
-    """Load the models and let the stage work; returns its metrics."""
+    """Load the models and run the stage; returns its metrics."""
     from recipes.runs.models import load_lm_head, load_other_models
 
     work = Work(
@@ -229,10 +229,10 @@ def _close(run_dir: Path, manifest: dict[str, Any], status: str, began: float) -
 
 
 def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
-    """Say where the result is, and an evaluation's figures.
+    """Print where the result is, and an evaluation's metrics.
 
     Raises:
-        ToolkitError: the manifest of a run that was finished before does not hold them.
+        ToolkitError: the manifest of a run finished earlier does not contain them.
     """
     stage, run_dir = stage_of(recipe), Path(recipe.output_dir)
     try:

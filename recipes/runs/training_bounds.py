@@ -1,7 +1,7 @@
-"""The numbers that TRL's configs take, and between which bounds. No torch.
+"""Bounds of the numeric fields of TRL's configs. No torch.
 
-Neither TRL nor transformers looks at most of them: `max_length: -1` would cut off every end token, and accumulation
-over 0 batches ends in a ZeroDivisionError in the middle of a run. A test holds the table to the configs' fields.
+TRL and transformers do not check most of them: `max_length: -1` would cut off every end token, and accumulation over 0
+batches ends in a ZeroDivisionError in the middle of a run. A test checks the table against the configs' fields.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from conversations.errors import ToolkitError
 
-LARGEST = 10**12  # of any of them; what is far beyond that fits into no 64 bits, or overflows in the first step
+LARGEST = 10**12  # for any of them; much larger values do not fit into 64 bits, or overflow in the first step
 
 
 class Bounds(NamedTuple):
-    """low <= value <= high; with `open_low`, low < value. also: values outside these that mean something else."""
+    """low <= value <= high; with `open_low`, low < value. also: values outside the bounds with a special meaning."""
 
     low: float = 0
     high: float = math.inf
@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
 
 
 def _is_finite(value: float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)  # a whole number of 400 digits has no float
+    return isinstance(value, int) or math.isfinite(value)  # an integer of 400 digits has no float
 
 
 _COUNT = Bounds(1)
@@ -43,7 +43,7 @@ _SHARE = Bounds(0, 1)
 _PORT = Bounds(1, 65535)
 
 BOUNDS: dict[str, Bounds] = {
-    # Lengths in tokens. One trained token needs one before it.
+    # Lengths in tokens. A trained token needs one before it.
     "max_length": Bounds(2),
     "max_completion_length": _COUNT,
     "pad_to_multiple_of": _COUNT,
@@ -59,7 +59,7 @@ BOUNDS: dict[str, Bounds] = {
         ),
         _COUNT,
     ),
-    "num_generations": Bounds(2),  # an advantage is the distance from the group's mean
+    "num_generations": Bounds(2),  # advantages are relative to the group's mean
     "max_steps": Bounds(1, also=(-1,)),
     "num_train_epochs": _OVER_0,
     "max_tool_calling_iterations": _FROM_0,
@@ -73,7 +73,7 @@ BOUNDS: dict[str, Bounds] = {
     "adam_beta1": Bounds(0, math.nextafter(1, 0)),
     "adam_beta2": Bounds(0, math.nextafter(1, 0)),
     "adam_epsilon": _OVER_0,
-    "max_grad_norm": _FROM_0,  # 0 cuts nothing
+    "max_grad_norm": _FROM_0,  # 0 disables clipping
     "label_smoothing_factor": _SHARE,
     "neftune_noise_alpha": _FROM_0,
     # Rewards and policies.
@@ -108,10 +108,10 @@ BOUNDS: dict[str, Bounds] = {
 
 
 def check_bounds(training: Mapping[str, Any]) -> None:
-    """Check the numbers of a recipe's `training`, whose types are right.
+    """Check the numbers in a recipe's `training`, whose types have been checked already.
 
     Raises:
-        ToolkitError: one is outside its bounds, or not finite.
+        ToolkitError: a number is outside its bounds, or not finite.
     """
     for key, value in training.items():
         bounds = BOUNDS.get(key)

@@ -1,4 +1,4 @@
-"""What is under `training` and `model.config`, checked against the classes they feed. Imports torch and trl."""
+"""Checks `training` and `model.config` against the classes that they configure. Imports torch and trl."""
 
 from contextlib import suppress
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from recipes.data.mixing import source_names
 from recipes.runs.training_bounds import check_bounds
 from recipes.stages import training_of
 
-# Fields of the TRL configs that this toolkit sets itself, and where the recipe says the same.
+# Fields of the TRL configs that the toolkit sets itself, and what to use in the recipe instead.
 OWNED = {
     "output_dir": "write output_dir at the recipe's top level",
     "seed": "write seed at the recipe's top level",
@@ -54,8 +54,8 @@ def check_training(recipe: TrainingRecipe) -> None:
     """Check the `training` section of a recipe.
 
     Raises:
-        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
-        ToolkitError: a field that the TRL config does not have, that is ours, or with a wrong value.
+        ModelError: a dtype that this machine cannot train in, or evaluation without evaluation rows.
+        ToolkitError: a field that the TRL config does not have or the toolkit sets itself, or a wrong value.
     """
     config_name = training_of(recipe).config
     fields = config_fields(config_name)
@@ -79,7 +79,7 @@ def check_training(recipe: TrainingRecipe) -> None:
 
 
 def check_model_config(config: dict[str, Any]) -> None:
-    """Check the keys under `model.config`; their values are checked when the config is made.
+    """Check the keys under `model.config`; their values are checked when the config is created.
 
     Raises:
         ToolkitError: a key that DeepseekV2Config does not have.
@@ -95,7 +95,7 @@ def check_model_config(config: dict[str, Any]) -> None:
 
 
 def config_class(name: str) -> Any:
-    """A config class of TRL."""
+    """The TRL config class with this name."""
     import trl
 
     return getattr(trl, name)
@@ -111,7 +111,7 @@ _LENIENT = ConfigDict(arbitrary_types_allowed=True)
 
 @cache
 def config_fields(name: str) -> dict[str, Any]:
-    """The fields of a config class of TRL, with their types."""
+    """The fields of a TRL config class, with their types."""
     import dataclasses
 
     cls = config_class(name)
@@ -120,22 +120,22 @@ def config_fields(name: str) -> dict[str, Any]:
 
 
 def _try_config(recipe: TrainingRecipe) -> None:
-    """Make the config once: TRL and transformers check how fields fit together when it is made."""
+    """Create the config once: TRL and transformers then check that its fields are consistent."""
     try:
         trl_config(recipe)
     except ModelError:
         raise
-    except Exception as error:  # whatever the libraries raise at a field that they cannot use
+    except Exception as error:  # anything the libraries raise for a field that they cannot use
         raise ToolkitError(f"{_culprit(recipe)}: {' '.join(str(error).split())}") from None
 
 
 def trl_config(recipe: TrainingRecipe) -> Any:
-    """The TRL config of a recipe, made as its stage makes it."""
+    """The TRL config of a recipe, built as its stage builds it."""
     return provided(training_of(recipe).planned_config)(recipe)
 
 
 def _culprit(recipe: TrainingRecipe) -> str:
-    """The field without which TRL takes the rest; all of `training` where there is none."""
+    """The field without which TRL accepts the others; `training` as a whole if there is none."""
     for key, value in recipe.training.items():
         without = {name: other for name, other in recipe.training.items() if name != key}
         with suppress(Exception):
@@ -145,7 +145,7 @@ def _culprit(recipe: TrainingRecipe) -> str:
 
 
 def _check_patterns(training: dict[str, Any]) -> None:
-    """Regular expressions are matched against the names of all modules, which must not take for ever."""
+    """Check regular expressions, which are matched against all module names and must not take forever."""
     from deepseek_v2_modeling.adapters import pattern_fault
 
     sharding = training.get("fsdp_config")
@@ -158,7 +158,7 @@ def _check_patterns(training: dict[str, Any]) -> None:
 
 
 def _check_trackers(report_to: Any) -> None:
-    """TRL would find out when the model is loaded already."""
+    """Check `report_to` early: TRL would fail only after the model is loaded."""
     from transformers.integrations import integration_utils as trackers
 
     named = {report_to} if isinstance(report_to, str) else set(report_to or ())
@@ -169,12 +169,12 @@ def _check_trackers(report_to: Any) -> None:
     for name in names:
         if name not in known:
             raise ToolkitError(f"training.report_to: {name!r} is not one of none, all, {', '.join(known)}")
-        if name not in (*installed, "flyte", "azure_ml"):  # of these two transformers does not say it
+        if name not in (*installed, "flyte", "azure_ml"):  # transformers does not report these two as installed
             raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
 
 
 def _check_metric(recipe: TrainingRecipe) -> None:
-    """Does every evaluation give the metric that chooses the best checkpoint?"""
+    """Check that every evaluation reports the metric that selects the best checkpoint."""
     metric, evaluated = recipe.training.get("metric_for_best_model"), training_of(recipe).evaluated
     if not evaluated or metric is None:
         return
