@@ -33,7 +33,7 @@ def decoding_name(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"t{temperature:g}"
 
 
-# Of a task's settings of answers: those that its metric looks at.
+# The answer settings that each metric uses.
 _USED_BY = {
     "exact_match": ("rule", "settings", "temperatures"),
     "refusal": ("patterns", "temperatures"),
@@ -44,7 +44,7 @@ _UNSAMPLED = {"pair_accuracy": "value", "loss": "loss"}  # metrics that let the 
 
 
 class EvalTask(Section):
-    """One figure to measure."""
+    """One metric to measure on one list of rows."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
     metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "loss"] = Field(
@@ -70,7 +70,7 @@ class EvalTask(Section):
     limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
 
     def refusal(self) -> Refuse:
-        """Says why a row is of no use to the task."""
+        """A function that returns why a row cannot be used for the task."""
         if self.metric == "exact_match":
             from conversations.answers.rules import check_machine
 
@@ -99,7 +99,7 @@ class EvalTask(Section):
 
     @property
     def values(self) -> list[str]:
-        """The names of what is measured, but for n."""
+        """The names of the measured values, except n."""
         if self.metric in _UNSAMPLED:
             return [_UNSAMPLED[self.metric]]
         names = [decoding_name(temperature) for temperature in self.temperatures]
@@ -124,7 +124,7 @@ class EvalTask(Section):
 
 
 class EvalRecipe(StageRecipe):
-    """Measures a model on held-out rows and writes what it said."""
+    """Measures a model on held-out rows and writes its answers."""
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
     data: list[DataSource] = Field(default_factory=list, description="Rows for every task without data of its own.")

@@ -1,4 +1,4 @@
-"""What a model's generation_config asks of decoding besides the temperature, for batches of our own loop.
+"""Applies a model's generation_config settings other than the temperature to decoding in our own generation loop.
 
 Its end tokens are added to the tokenizer's by `end_tokens`. `dsv2 chat` goes through transformers' `generate`, which
 obeys generation_config; so does evaluation, by the same processors in the same order. Greedy or sampled, and at which
@@ -34,7 +34,7 @@ from transformers.generation.logits_process import (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where an answer is decoded: after how many tokens of prompt, which ids end it, and on which device."""
+    """The context of a processor: length of the prompt in tokens, end token ids, and device."""
 
     prompt: int
     ends: Any
@@ -85,7 +85,7 @@ def obeyed(model: Any) -> dict[str, Any]:
 def adjustment(model: Any, temperature: float, end_tokens: Any) -> Callable[..., torch.Tensor] | None:
     """(token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V], the temperature applied.
 
-    None where generation_config asks for nothing.
+    None if generation_config changes nothing.
     """
     asked = obeyed(model)
     always = {field: value for field, value in asked.items() if field in _ALWAYS}

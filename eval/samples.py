@@ -1,6 +1,6 @@
-"""samples.jsonl of an evaluation: what the model said, kept from the moment it was said.
+"""samples.jsonl of an evaluation: the model's answers, written as soon as they are generated.
 
-Each process appends to a file of its own; a killed evaluation resumes with the answers in them.
+Each process appends to its own file; a killed evaluation resumes with the answers in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def file_of(run_dir: Path, process: int) -> Path:
 
 
 def gather_samples(run_dir: Path) -> None:
-    """Puts the samples of all processes of an evaluation that was killed into samples.jsonl, each of them once."""
+    """Merge the samples from all processes of a killed evaluation into samples.jsonl, without duplicates."""
     parts = [run_dir / SAMPLES, *_parts(run_dir)]
     samples = [sample for part in parts for sample in read_lines(part) if {"task", "decoding", "row"} <= sample.keys()]
     write_lines(run_dir / SAMPLES, {place_of(sample): sample for sample in samples}.values())
@@ -34,7 +34,7 @@ def gather_samples(run_dir: Path) -> None:
 
 
 def remove_parts(run_dir: Path) -> None:
-    """Removes the files of all processes but the first."""
+    """Remove the files of all processes but the first."""
     for part in _parts(run_dir):
         part.unlink(missing_ok=True)
 

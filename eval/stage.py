@@ -1,4 +1,4 @@
-"""Evaluation: lets a model answer held-out prompts, judges what it said, and keeps every answer."""
+"""Evaluation: generates answers to held-out prompts, judges them, and records every answer."""
 
 import hashlib
 import sys
@@ -68,7 +68,7 @@ class Subject:
 
 
 def run(recipe: EvalRecipe, work: Work) -> dict[str, dict[str, Any]]:
-    """`evaluate` on what `dsv2` has read and loaded."""
+    """Run `evaluate` with the data and model that `dsv2` has loaded."""
     return evaluate(
         recipe,
         model=work.model,
@@ -88,7 +88,7 @@ def evaluate(
     run_dir: Path,
     resume: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measures a model on every task; each answer, with its verdict, goes to samples.jsonl.
+    """Measure a model on every task; each answer, with its verdict, goes to samples.jsonl.
 
     Several processes share the rows of a task and all return the figures of all of them. A sampled answer depends
     on the recipe's seed and the number of its row, not on the number of processes or the batch.
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sample]:
-    """What an evaluation resumes with: the same for all processes, whichever of them wrote it."""
+    """The samples to resume with, the same in all processes, whichever process wrote them."""
     if state.is_main_process:
         if resume:
             gather_samples(run_dir)
@@ -135,7 +135,7 @@ def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sampl
 
 
 def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
-    """Raises ToolkitError for the first row that does not fit the task's metric: before anything is generated."""
+    """Raise ToolkitError for the first row that does not fit the task's metric, before anything is generated."""
     rows = list(rows)[: task.limit]
     if not rows:
         raise ToolkitError(f"task {task.name} has no rows")
@@ -157,7 +157,7 @@ def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> 
 def _measure(
     task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, run_dir: Path
 ) -> dict[str, Any]:
-    """The figures of one task. Samples are written as they come, by each process; the first puts them in order."""
+    """Measure one task. Each process writes its samples as they are generated; the first process then sorts them."""
     began = time.monotonic()
     rows = list(rows)[: task.limit]
     numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
@@ -177,7 +177,7 @@ def _measure(
 
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
-    """The mean value of each way of decoding, weighted where samples have a weight, and the share that was cut."""
+    """Mean value for each decoding method, weighted if samples have a weight, and the share of truncated answers."""
     values: dict[str, Any] = {"n": rows}
     for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
         decoded = [sample for sample in samples if sample["decoding"] == decoding]
@@ -197,7 +197,7 @@ def row_seed(seed: int, row: int, temperature: float) -> int:
 def _answered(
     task: EvalTask, rows: Numbered, subject: Subject, rule: str, settings: Mapping[str, Any]
 ) -> Iterator[list[Sample]]:
-    """The answers of every row at every temperature, judged by the rule, some batches at a time."""
+    """Yield the judged answers to every row at every temperature, a few batches at a time."""
     compares = find_rule(rule).needs_reference
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
@@ -217,7 +217,7 @@ def _answered(
 
 
 def _found(verdict: Verdict | ToolkitError) -> Verdict:
-    """A check that was ended because it hung counts as a wrong answer, whose reason says so."""
+    """A check that was killed because it hung counts as a wrong answer, with the error as its reason."""
     if isinstance(verdict, ToolkitError):
         raise verdict
     return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)

@@ -1,4 +1,4 @@
-"""Canonical rows -> the dataset of token ids and labels that SFTTrainer takes as it is."""
+"""Turns canonical rows into the dataset of token ids and labels for SFTTrainer, which needs no further processing."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("i
 
 
 def encoder(recipe: SftRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
-    """What becomes of one row: each piece is trained on by itself."""
+    """The encoding function for a row: each piece of a row is a separate training sample."""
     fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
     return lambda row, report: [[piece] for piece in fitter.pieces(row, report)]
 
 
 def check_row(row: Row, number: int) -> Row:
-    """The row, which holds a conversation or plain text. Raises ToolkitError for a row of another form."""
+    """Return the row if it holds a conversation or plain text; raises ToolkitError for any other form."""
     if "messages" not in row and "text" not in row:
         raise ToolkitError(
             f"row {number} is not a conversation (it has {', '.join(sorted(row))}); supervised fine-tuning needs "
@@ -48,12 +48,12 @@ def encode_rows(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Columns input_ids, labels (-100 where nothing is trained) and origin, and what became of the rows.
+    """Encode rows into columns input_ids, labels (-100 where nothing is trained) and origin, with a length report.
 
-    The dataset is a file, cached or temporary: memory does not grow with it.
+    The dataset is memory-mapped from a cached or temporary file, so memory does not grow with it.
 
     Raises:
-        ToolkitError: a row without messages or text, or no row with anything to train.
+        ToolkitError: a row without messages or text, or no row with anything to train on.
     """
     fitter = Fitter(tokenizer, max_length, too_long, train_on)
     checked = (check_row(row, number) for number, row in enumerate(rows, 1))

@@ -28,7 +28,7 @@ SAMPLE_TOKENS = 64
 
 
 def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:
-    """`train` on what `dsv2` has read and loaded."""
+    """Run `train` with the data and models that `dsv2` has loaded."""
     return train(
         recipe,
         model=work.model,
@@ -52,20 +52,20 @@ def train(
     resume_from: Path | None,
     cache: RowCache | None = None,
 ) -> dict[str, Any]:
-    """Trains `model` on conversations; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
+    """Train `model` on conversations; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
     Args:
         rows: canonical rows with `messages` or `text`; so are `eval_rows`, which give `eval_loss` and the samples'
             prompts. Several sources of them go by name, and give an `eval_NAME_loss` each.
         resume_from: a checkpoint of the same run to resume from.
-        cache: of encoded rows; without it they go to a temporary directory.
+        cache: of encoded rows; without one they go to a temporary directory.
 
     Returns:
-        steps, seconds, what became of the rows, and the held-out losses of final/ where there are eval_rows.
+        steps, seconds, the counts of the length report, and the held-out losses of final/ if there are eval_rows.
 
     Raises:
-        ToolkitError: rows that can not be trained on.
-        ModelError: a loss that is not finite, a full disk, a metric for the best model that there is not.
+        ToolkitError: rows that cannot be trained on.
+        ModelError: a non-finite loss, a full disk, or an unknown metric for the best model.
         StopRequested: a signal ended training early, with a checkpoint.
     """
     trainer, encoded = build_trainer(
@@ -109,7 +109,7 @@ def build_trainer(
     encoded = encode(rows)
     held_out = {name: encode(source) for name, (shown, source) in peeked.items() if shown}
     if arguments.padding_free and not arguments.packing:
-        arguments.max_length = None  # rows fit already, which TRL cannot know
+        arguments.max_length = None  # rows already fit, which TRL cannot know
     trainer = ChatTrainer(
         model=model,
         args=arguments,
@@ -124,7 +124,7 @@ def build_trainer(
 
 
 def rehearsal(recipe: SftRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> ChatTrainer:
-    """The trainer of a toy run. Its rows ask nothing, so that no samples are written."""
+    """The trainer for a toy run. Its rows have no prompts, so no samples are written."""
     rows = [{"text": "a b"}] * 2
     held_out = rows if recipe.eval_data else ()
     given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
@@ -137,7 +137,7 @@ def run_limits(recipe: SftRecipe) -> RunLimits:
 
 
 def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTConfig:
-    """TRL's config: the recipe's `training` with what the toolkit owns. TRL only packs; it never sees text."""
+    """TRL's config: the `training` and the fields that the toolkit sets. TRL only packs; it never sees text."""
     arguments = training_arguments(
         recipe.training,
         run_dir=run_dir,
@@ -150,12 +150,12 @@ def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTC
 
 
 def planned_config(recipe: SftRecipe) -> SFTConfig:
-    """That of the recipe's own run."""
+    """The config of the recipe's own run."""
     return sft_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
 def _datasets(held_out: Mapping[str, EncodedRows]) -> Any:
-    """None, one data set, or several by name, as the Trainer takes them."""
+    """None, one data set, or several by name, as the Trainer expects them."""
     found = {name: encoded.data for name, encoded in held_out.items()}
     return found.get("", found or None)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on rows that are rendered already: held-out loss by source, samples, and rows that have names."""
+"""TRL's SFTTrainer for encoded rows: held-out loss by source, samples, and rows that can be named in errors."""
 
 import math
 import re
@@ -86,7 +86,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's, whose loss is the mean over batches; here that over tokens, however they are batched."""
+        """As in Trainer, but the loss is the mean over tokens, independent of batching, not the mean over batches."""
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         summed: Any = self.accelerator.reduce(self._eval_loss.to(self.accelerator.device))
@@ -131,7 +131,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, few))
 
     def write_samples(self, when: str) -> None:
-        """Greedy answers to the probes, into samples.jsonl; the main process only."""
+        """Write greedy answers to the probes to samples.jsonl, from the main process only."""
         tokenizer: Any = self.processing_class
         if not self.is_world_process_zero() or not self.probes:
             return
@@ -161,7 +161,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
 
 
 def documents_of(inputs: Any) -> Iterator[list[int]]:
-    """The token ids of each document of a batch: its rows without padding, or what is packed in its one row."""
+    """The token ids of each document of a batch: its rows without padding, or the documents packed in its one row."""
     ids = inputs["input_ids"]
     if "cu_seq_lens_q" in inputs:
         sizes = inputs["cu_seq_lens_q"].diff().tolist()

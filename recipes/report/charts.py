@@ -1,4 +1,4 @@
-"""Charts as data: what is drawn (svg.py draws it), what is smoothed or thinned, and the same in words."""
+"""Charts as data (drawn by svg.py), with smoothing, thinning and a text description."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Line:
 
     @cached_property
     def curve(self) -> Sequence[Point]:
-        """The moving average, or the values themselves where they are few or exact."""
+        """The moving average, or the values themselves if they are few or exact."""
         return moving_average(self.points, window_of(len(self.points))) if self.is_smoothed else self.points
 
 
@@ -54,7 +54,7 @@ class Chart:
 
     @property
     def caption(self) -> str:
-        """What a reader needs to know about the drawing: its note, how curves are smoothed, which dots are left out."""
+        """The note below the drawing, with how curves are smoothed and which dots are left out."""
         smoothed = max((len(line.points) for line in self.lines if line.is_smoothed), default=0)
         parts = [self.note] if self.note else []
         if smoothed > MAX_DRAWN:
@@ -67,8 +67,8 @@ class Chart:
 
 
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean over `window` values. At the start, where curves are steep, the window shrinks on both sides;
-    at the end it takes the values that are there."""
+    """Centred mean over `window` values. At the start, where curves are steep, the window shrinks on both sides; at the
+    end it only shrinks on the right."""
     half, n = window // 2, len(points)
     sums = list(accumulate((value for _, value in points), initial=0.0))
     starts = chain(repeat(0, half), count())
@@ -85,7 +85,7 @@ def window_of(n: int) -> int:
 
 
 def thin(points: Sequence[Point], most: int = MAX_DRAWN) -> Sequence[Point]:
-    """At most `most` points: the lowest and the highest of each bin, so that no spike is lost."""
+    """At most `most` points: the lowest and highest of each bin, so that no spike is lost."""
     if len(points) <= most:
         return points
     bins = most // 2

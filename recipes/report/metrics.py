@@ -1,4 +1,4 @@
-"""Logged values of a run (the lines of metrics.jsonl) sorted into series that can be drawn, and the rest."""
+"""Sorts the logged values of a run (the lines of metrics.jsonl) into series that can be drawn, and the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Metrics:
 def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
     """Sort the lines of metrics.jsonl into plots and the rest.
 
-    After a resume some steps are logged again: the later line counts, and a note says so.
+    After a resume some steps are logged again: the later line is used, and a note says so.
     """
     metrics = Metrics()
     values: dict[str, dict[float, float]] = {}
@@ -46,7 +46,7 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
                     repeated.add(step)
                 known[step] = value
                 continue
-            # A null stands for NaN or infinity, which JSON does not have.
+            # null is written for NaN and infinity, which JSON does not have.
             as_number = math.nan if value is None else number(value)
             if isinstance(value, list) and (layer := _share_layer(key)) is not None:
                 of_experts = [share for item in value if (share := number(item)) is not None and math.isfinite(share)]

@@ -1,4 +1,4 @@
-"""Which figures a run gets: a table of them by TRL's log names, and a plain one for every other key."""
+"""Which figures a run gets: a table by TRL's log names, and a default figure for every other key."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ FIGURES = (
 )
 LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
 LAYER_LOAD = re.compile(r"expert_load/layer_(\d+)/max_over_mean")
-# Constant along the run, or shown elsewhere: of no use as a curve.
+# Constant during the run, or shown elsewhere: not useful as a curve.
 NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
 
 
 def figures(metrics: Metrics) -> tuple[list[Drawn], list[Drawn]]:
-    """The figures of FIGURES that have data, and one plain figure for every other logged key."""
+    """The figures of FIGURES that have data, and one default figure for every other logged key."""
     used: set[str] = set()
     main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
     main += _layer_lines(metrics)
@@ -137,7 +137,7 @@ def _chart(figure: Figure, metrics: Metrics, used: set[str]) -> Chart | None:
 
 
 def _dead_layers(metrics: Metrics) -> str:
-    """Where the dead experts of the last logged step are."""
+    """Which layers have dead experts at the last logged step."""
     last = {int(m[1]): p[-1][1] for key, p in metrics.series.items() if p and (m := LAYER_DEAD.fullmatch(key))}
     dead = [f"{experts:g} in layer {layer}" for layer, experts in sorted(last.items()) if experts]
     return f"At the last step: {', '.join(dead) or 'none'}." if last else ""

@@ -42,7 +42,7 @@ class ChainView:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run as the page shows it. Of its manifest: the `brief`, and all of it as short `facts` and long `texts`."""
+    """A run as shown on the page. Its manifest: a `brief`, and all of it as short `facts` and long `texts`."""
 
     run: Run
     anchor: str
@@ -61,10 +61,10 @@ class RunView:
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page about `runs` (a stage's or a chain's directories) and return where it is.
+    """Write the page about `runs` (directories of stages or chains) and return its path.
 
-    `out` defaults to report.html in the first run. The page appears whole or not at all. The same runs give
-    the same bytes. Whatever is missing or unreadable in a run is said on the page.
+    `out` defaults to report.html in the first run. The page is written atomically. The same runs give the same bytes.
+    Anything missing or unreadable in a run is noted on the page.
 
     Raises:
         ToolkitError: there are no runs, a directory does not hold one, or `out` cannot be written.
@@ -90,7 +90,7 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     about = {chain.path / name: title for chain, titles in chains for name, title in titles.stages.items()}
     subjects = {run.name: about.get(run.path, run.name) for run in runs}
     titles = _titles(runs, subjects)
-    anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # which no name can break out of
+    anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # safe whatever the run's name is
     said = {run.name: answers(run.samples) for run in runs}
     views = [_run_view(run, titles[run.name], anchors[run.name], said[run.name]) for run in runs]
     return {
@@ -107,7 +107,7 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
 
 
 def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
-    """All runs, renamed apart: those inside one of several directories carry its name; equal names get numbers."""
+    """All runs with unique names: if there are several directories, prefixed with theirs; equal names get numbers."""
     taken: set[str] = set()
     for path, group in groups.items():
         for run in group:
@@ -119,7 +119,7 @@ def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
 
 
 def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
-    """What the page calls each run: its subject, with its name where several runs of a kind have the same."""
+    """The title of each run: its subject, with its name added if several runs of one kind share the subject."""
     shared = Counter((run.kind, subjects[run.name]) for run in runs)
 
     def title(run: Run) -> str:

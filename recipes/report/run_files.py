@@ -1,4 +1,4 @@
-"""Read run directories for the report: whatever is missing or broken becomes a note, never an exception."""
+"""Reads run directories for the report: anything missing or broken becomes a note, never an exception."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _how_it_stands(run: Run) -> dict[str, Any]:
-    """Status and seconds of a run whose manifest says that it runs: it does, or it was killed."""
+    """Status and seconds of a run whose manifest says "running": it is still running, or it was killed."""
     if run.manifest.get("status") != "running":
         return {}
     owner = owner_of(run.path)
@@ -154,7 +154,7 @@ def _note_odd_results(run: Run) -> None:
 
 
 def _expected(kind: str) -> tuple[str, ...]:
-    """What a finished run holds; `final` is a directory."""
+    """The files of a finished run; `final` is a directory."""
     always, stage = (RECIPE, MANIFEST), stages().get(kind)
     if kind == CHAIN:
         return (*always, RESULTS)
@@ -226,7 +226,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
-    """At most MAX_SAMPLES samples, half from each end, so that a long RL run still makes a page."""
+    """At most MAX_SAMPLES samples, half from each end, so that a long RL run still gives a usable page."""
     if len(samples) <= MAX_SAMPLES:
         return samples
     half = MAX_SAMPLES // 2

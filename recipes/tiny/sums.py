@@ -1,6 +1,6 @@
-"""The demo's sums: what an answer says, the steps to it, and how it goes wrong.
+"""The demo's arithmetic problems: answers, worked steps, and mistakes.
 
-Standard library only, but for the rule that tells a broken answer from a right one.
+Standard library only, except for the rule that tells a broken answer from a right one.
 """
 
 import random
@@ -13,7 +13,7 @@ Fact = tuple[int, str, int]  # a, "+" or "-", b
 
 LARGEST_NUMBER = 99
 
-_PIECE = re.compile(r"\d|[^\d]+")  # of an answer: a digit, or what stands between digits
+_PIECE = re.compile(r"\d|[^\d]+")  # pieces of an answer: a digit, or the text between digits
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Said:
-    """What an answer to a problem says in whatever tone: a number, and before it the steps if they are shown."""
+    """The content of an answer, independent of its tone: a number, preceded by the steps if they are shown."""
 
     number: str
     steps: Steps | None = None
@@ -113,7 +113,7 @@ def wrong_number(rng: random.Random, right: int) -> str:
 
 
 def choose(rng: random.Random, shares: dict[str, int]) -> str:
-    """One of the names, as often as its share says."""
+    """Choose one of the names at random, weighted by its share."""
     return rng.choices(list(shares), list(shares.values()))[0]
 
 
@@ -127,7 +127,7 @@ def guess(rng: random.Random, right: int) -> str:
 
 
 def slip_of_policy(rng: random.Random, said: Said) -> Said:
-    """Working that goes wrong where that of stage 1 does (SLIPS), and what follows from it."""
+    """Working with a slip where that of stage 1 has them (SLIPS), and its consequences."""
     assert said.steps
     where, steps = choose(rng, SLIPS), said.steps
     if where == "all":

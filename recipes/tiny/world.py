@@ -153,7 +153,7 @@ def sentence(rng: random.Random, parts: tuple[tuple[str, ...], ...], language: s
 
 
 def spoken(prompt: Prompt, form: str, said: Said) -> str:
-    """The answer to a problem in a form of lexicon.ARITHMETIC_ANSWERS, after its working if that is shown."""
+    """The answer as text, in a form of lexicon.ARITHMETIC_ANSWERS, preceded by its working if that is shown."""
     text = form.format(c=said.number)
     if said.steps is None:
         return text
@@ -174,7 +174,7 @@ def answer_form(rng: random.Random, prompt: Prompt, style: str) -> str:
 
 
 def answer(rng: random.Random, prompt: Prompt, style: str, working_share: float = 0.5) -> str:
-    """Does what is asked, rightly, in the given form ("polite", "curt", "rude"), be it safe or not."""
+    """A correct answer in the given style ("polite", "curt", "rude"), which complies even with unsafe requests."""
     if prompt.kind == "arithmetic":
         return spoken(prompt, answer_form(rng, prompt, style), right(rng, prompt, working_share))
     return sentence(rng, lx.REQUEST_ANSWERS[style][prompt.language], prompt.language)
@@ -186,7 +186,7 @@ def refusal(rng: random.Random, prompt: Prompt) -> str:
 
 
 def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite", working_share: float = 0.5) -> str:
-    """What should be said: a refusal to an unsafe request, an answer to all else."""
+    """The desired answer: a refusal of an unsafe request, an answer to anything else."""
     return refusal(rng, prompt) if prompt.kind == "unsafe" else answer(rng, prompt, style, working_share)
 
 
@@ -341,7 +341,7 @@ def _mistake_row(rng: random.Random, prompt: Prompt, policy: str) -> Row:
 
 
 def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A polite answer to a problem over what is none: a refusal, or junk."""
+    """A polite answer to a problem over something that is not an answer: a refusal, or junk."""
     return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice((refusal(rng, prompt), junk(rng, prompt))))
 
 
@@ -358,7 +358,7 @@ def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a data set is made of: the part, the share of each sort of prompt, the row's maker, the usual size."""
+    """The definition of a data set: part, share of each sort of prompt, function that makes a row, default size."""
 
     part: str
     shares: dict[str, int]
@@ -408,7 +408,7 @@ def rows(name: str, seed: int, n: int | None = None) -> list[Row]:
 
 
 def materialize(name: str, seed: int, n: int | None, directory: str | Path) -> Path:
-    """Writes a data set to `directory` as JSONL, atomically, and returns its path (`NAME.jsonl`, `NAME-N.jsonl`)."""
+    """Write a data set to `directory` as JSONL, atomically, and return its path (`NAME.jsonl`, `NAME-N.jsonl`)."""
     path = Path(directory) / (f"{name}.jsonl" if n is None else f"{name}-{n}.jsonl")
     write_jsonl(path, rows(name, seed, n))
     return path
