@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from conversations.errors import ToolkitError
 from conversations.run_files import CHECKPOINT, FINAL, MANIFEST, METRICS, RECIPE, REJECTED, RESULTS, SAMPLES
 from recipes.lock import owner_of
@@ -23,7 +25,6 @@ from recipes.stages import stages
 RUN_FILES = (RECIPE, MANIFEST, METRICS, SAMPLES, RESULTS)
 MAX_SAMPLES = 20_000
 _NESTING = 2
-_BLANKS, _DECODE = " \t\r\n", json.JSONDecoder().raw_decode
 
 
 @dataclass
@@ -210,9 +211,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                text = line.decode("utf-8").strip(_BLANKS)
-                row, end = _DECODE(text)  # a quarter less time than json.loads, which looks for more
-                row = row if end == len(text) else None
+                row = _read_object(line)
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
@@ -223,6 +222,13 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         where = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
         noun = "line" if len(broken) == 1 else "lines"
         notes.append(f"{count(len(broken), 'unreadable line')} in {path.name} ({noun} {where})")
+
+
+def _read_object(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError:  # which numbers beyond 64 bits are to it, and NaN
+        return json.loads(line.decode("utf-8"))
 
 
 def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:

@@ -63,7 +63,8 @@ DOES = {
     "text": str,
 }
 
-try:
-    main()
-except Gone:  # the tests are done
-    sys.exit()
+if __name__ == "__main__":
+    try:
+        main()
+    except Gone:  # the tests are done
+        sys.exit()

@@ -21,31 +21,31 @@ class Remote:
     """A name or an object of the candidate."""
 
     def __init__(self, asks, name, place):
-        object.__setattr__(self, "_at", (asks, name, place))
+        object.__setattr__(self, "remote_at", (asks, name, place))
 
     def __call__(self, *arguments, **named):
-        return self._at[0](self, "call", arguments, named)
+        return self.remote_at[0](self, "call", arguments, named)
 
     def __getattr__(self, name):
-        return self._at[0](self, "get", (name,))
+        return self.remote_at[0](self, "get", (name,))
 
     def __setattr__(self, name, value):
-        self._at[0](self, "set", (name, value))
+        self.remote_at[0](self, "set", (name, value))
 
     def __getitem__(self, key):
-        return self._at[0](self, "item", (key,))
+        return self.remote_at[0](self, "item", (key,))
 
     def __len__(self):
-        return self._at[0](self, "length")
+        return self.remote_at[0](self, "length")
 
     def __bool__(self):
         return True
 
     def __iter__(self):
-        return iter(self._at[0](self, "items"))
+        return iter(self.remote_at[0](self, "items"))
 
     def __str__(self):
-        return str(self._at[0](self, "text"))
+        return str(self.remote_at[0](self, "text"))
 
 
 class Asks:
@@ -55,7 +55,7 @@ class Asks:
         self.channel = Channel(fd, refuse, lambda place: Remote(self, None, place))
 
     def __call__(self, remote, what, arguments=(), named=None):
-        _, name, place = remote._at
+        _, name, place = remote.remote_at
         target = None if place is None else Reference(place)
         sent = tuple(map(reference, arguments)), {key: reference(value) for key, value in (named or {}).items()}
         self.channel.send((name, target, what, *sent))
@@ -76,12 +76,12 @@ def parts(channel, number):
 
 
 def reference(value):
-    return Reference(value._at[2]) if type(value) is Remote and value._at[2] is not None else value
+    return Reference(value.remote_at[2]) if type(value) is Remote and value.remote_at[2] is not None else value
 
 
 def refuse(value):
-    if type(value) is Remote and value._at[2] is not None:
-        return Reference(value._at[2])
+    if type(value) is Remote and value.remote_at[2] is not None:
+        return Reference(value.remote_at[2])
     raise TypeError(f"the tests hand over a {type(value).__name__}, which cannot leave their sandbox")
 
 
@@ -163,4 +163,5 @@ def main():
     host.send(run(host.receive(), int(sys.argv[4])))
 
 
-main()
+if __name__ == "__main__":
+    main()
