@@ -1,4 +1,4 @@
-"""A bar of what has been done; none where the output is no terminal."""
+"""A progress bar, shown only if the output is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def bar(what: str, total: int | None, unit: str, shows: bool = True) -> Iterator[Callable[[int], Any]]:
-    """Draws on the terminal; gives a function that counts on. shows: false draws nothing."""
+    """Draw a progress bar and yield a function that advances it by a count. shows: if false, nothing is drawn."""
     from tqdm import tqdm
 
     with tqdm(

@@ -1,4 +1,4 @@
-"""Canonical rows: what every room of this package and every stage knows of a row.
+"""Canonical rows: the row format shared by this package and all stages.
 
 A canonical row has one of these sets of keys:
 
@@ -23,8 +23,8 @@ Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; 
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
-MARGIN = "margin"  # may stand beside PAIR
-VERDICTS = ("label", "score")  # one of them stands beside JUDGED
+MARGIN = "margin"  # optional beside PAIR
+VERDICTS = ("label", "score")  # exactly one of them beside JUDGED
 
 
 def is_utf8(text: str) -> bool:
@@ -39,10 +39,10 @@ def is_utf8(text: str) -> bool:
 
 
 def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
-    """A value without the keys that are null in its objects, except those in `keep`.
+    """Remove the keys whose values are null from all objects in a value, except those in `keep`.
 
-    In a table all objects of a column have the same keys: those that a row does not have are there as null. A null that
-    a file had before it became a table cannot be told from these.
+    In a table all objects of a column have the same keys, and those missing in a row are null. They cannot be told from
+    nulls that the data had before it became a table.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item, keep) for key, item in value.items() if item is not None or key in keep}

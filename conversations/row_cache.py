@@ -1,4 +1,4 @@
-"""A cache of prepared rows on disk, keyed by a hash of all that they were made from; an entry is whole or absent."""
+"""An on-disk cache of prepared rows, keyed by a hash of everything they depend on; entries are written atomically."""
 
 import hashlib
 import json
@@ -57,10 +57,10 @@ class RowCache:
     shows: bool = True
 
     def entry(self, kind: str, key: Any, make: Make) -> CacheEntry:
-        """The directory of what is made from `key` (JSON), made now if it is not in the cache.
+        """The directory of the entry for `key` (JSON); calls `make` if it is not in the cache.
 
-        Only a whole entry gets its name; without a folder, or a key (None), it is a temporary directory. Raises what
-        `make` raises, and stores nothing then.
+        Only a complete entry gets its final name; without a folder or a key (None) it is a temporary directory. Raises
+        whatever `make` raises, and then stores nothing.
         """
         if self.folder is None or key is None:
             return _temporary(make)
@@ -89,7 +89,7 @@ class RowCache:
 
 
 def _publish(made: Path, path: Path) -> None:
-    """Rename it to its name; an entry that another process has stored there meanwhile is just as good."""
+    """Move an entry to its final name; one that another process has stored there in the meantime is equivalent."""
     if path.exists() and not _is_whole(path):
         shutil.rmtree(path)
     try:
@@ -100,7 +100,7 @@ def _publish(made: Path, path: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all files are there with their sizes; after a crash the file system may have lost the end of one."""
+    """Whether all files exist with their recorded sizes; a file system crash may have truncated one."""
     try:
         sizes = json.loads((path / CONTENTS).read_text(encoding="utf-8"))["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())

@@ -1,7 +1,7 @@
-"""The names of what a run directory holds, for the stages and whatever runs them. No torch.
+"""File names in a run directory, for the stages and the code that runs them. No torch.
 
-The model's floor has its own names of those that it reads and writes (training/run_files.py, checkpoints/sources.py):
-it knows nothing of this one, and importing it loads torch. A test compares the two.
+The model package defines the names that it uses itself (training/run_files.py, checkpoints/sources.py): it may not
+import this module, and importing it loads torch. A test compares the two.
 """
 
 RECIPE = "recipe.yaml"  # as resolved

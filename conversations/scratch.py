@@ -1,6 +1,6 @@
-"""Temporary files that a killed process does not leave for good: one directory per process, which it keeps locked.
+"""Temporary files that are cleaned up even after a kill: one directory per process, locked while it runs.
 
-The directory goes when the process ends. After a kill the next start finds it unlocked and removes it.
+The directory is removed when the process ends. After a kill, the next start finds it unlocked and removes it.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from pathlib import Path
 PREFIX = "dsv2-"
 _LOCK = "lock"
 _OLD = 24 * 3600  # seconds, after which a directory without a lock is nobody's
-# Of this process, by its number (a fork has its own) and by where they lie.
+# Directories of this process, by process id (a fork has its own) and parent directory.
 _homes: dict[tuple[int, Path], tuple[Path, int]] = {}
 
 
@@ -38,7 +38,7 @@ def remove_scratch() -> None:
 
 
 def remove_abandoned(where: Path | None = None) -> None:
-    """Remove the directories of this user's processes that have been killed."""
+    """Remove the directories of this user's killed processes."""
     for folder in (where or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):
             about = folder.lstat()
@@ -47,7 +47,7 @@ def remove_abandoned(where: Path | None = None) -> None:
 
 
 def _make_home(where: Path) -> tuple[Path, int]:
-    """The process's directory and the handle of its lock. It gets its name when it is locked, not before."""
+    """The process's directory and its lock's file descriptor. It gets its final name only once it is locked."""
     made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=where))
     handle = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     with suppress(OSError):  # a file system without locks

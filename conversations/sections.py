@@ -1,6 +1,6 @@
 """Sections of a recipe that several stages share, as pydantic models. No torch: a recipe is refused before torch loads.
 
-Every field has a type, its bounds and one sentence. Types are strict: `seed: "7"` is an error, not seven.
+Every field has a type, bounds and a one-sentence description. Types are strict: `seed: "7"` is an error, not seven.
 """
 
 import re
@@ -18,7 +18,7 @@ from conversations.rendering.fill_in_the_middle import FimMode
 from conversations.rendering.lengths import TooLong
 from conversations.row import Refuse
 
-Head = Literal["causal_lm", "score"]  # that of deepseek_v2_modeling.loading, which imports torch
+Head = Literal["causal_lm", "score"]  # as in deepseek_v2_modeling.loading, which imports torch
 
 # The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
 # together).
@@ -173,14 +173,14 @@ class FormatSection(Section):
 
 @dataclass(frozen=True)
 class RowList:
-    """A list of data of a recipe, and what the stage wants of its rows.
+    """A data list of a recipe, and what the stage requires of its rows.
 
     Args:
-        name: what the stage calls it.
-        key: where it stands in the recipe.
+        name: the stage's name for it.
+        key: its key in the recipe.
         limit: how many of its rows are used; None uses all.
-        answer: the key that says how many tokens an answer to a row may have; None where nothing is generated.
-        apart: whether the rows of each source are used on their own.
+        answer: the key that holds the maximum answer length in tokens; None if nothing is generated.
+        apart: whether the rows of each source are used separately.
     """
 
     name: str
@@ -194,13 +194,13 @@ class RowList:
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model that a stage uses beside the one that it starts from, as a recipe names it.
+    """A model named in a recipe that a stage uses besides the one it starts from.
 
     Args:
-        kind: what it is, in words.
-        key: where its path stands in the recipe.
-        remedy: what to do where it is missing.
-        stand_in: where it is missing, the stage's own model with a random head takes its place.
+        kind: its role, in words.
+        key: the recipe key of its path.
+        remedy: what to do if it is missing.
+        stand_in: if it is missing, use the stage's own model with a random head instead.
         stats: whether the statistics of its scores are used.
     """
 
@@ -214,7 +214,7 @@ class ModelUse:
 
 
 class StageRecipe(Section):
-    """What every stage's recipe has. `output_dir` is relative to the working directory."""
+    """The keys common to every stage's recipe. `output_dir` is relative to the working directory."""
 
     stage: str = Field(description="Which stage this is.")
     model: ModelSection = Field(description="The model the stage starts from.")
@@ -226,30 +226,30 @@ class StageRecipe(Section):
 
     @property
     def head(self) -> Head:
-        """The head that a stage's model is loaded with, where the stage trains none."""
+        """The head with which a stage that does not train loads its model."""
         return "causal_lm"
 
     @property
     def reasoning(self) -> Reasoning:
-        """What becomes of reasoning beside an answer. Prompts leave it out: a model is not shown its old reasoning."""
+        """How reasoning beside an answer is handled. Prompts omit it: a model is not shown its earlier reasoning."""
         return "drop"
 
     def row_lists(self) -> list[RowList]:
-        """All lists of data."""
+        """All data lists."""
         raise NotImplementedError
 
     def other_models(self) -> list[ModelUse]:
-        """The models that are used beside `model`."""
+        """The models used besides `model`."""
         return []
 
     @property
     def reads_lm_head(self) -> bool:
-        """Whether the stage uses the head of `model` that predicts tokens, though its own model has another one."""
+        """Whether the stage uses the LM head of `model` although it trains another head."""
         return False
 
 
 class TrainingRecipe(StageRecipe):
-    """What the recipes of sft, reward and rl share."""
+    """The keys common to the recipes of sft, reward and rl."""
 
     lora: LoraSection | None = Field(default=None, description="Adapters to train; null trains all weights.")
     experts_file: str | None = Field(
@@ -282,7 +282,7 @@ class TrainingRecipe(StageRecipe):
 
 
 class SupervisedRecipe(TrainingRecipe):
-    """What the recipes of sft and reward share."""
+    """The keys common to the recipes of sft and reward."""
 
     eval_data: list[DataSource] = Field(
         default_factory=list, description="Held-out rows for evaluation in training; may be empty."
@@ -304,7 +304,7 @@ class SupervisedRecipe(TrainingRecipe):
         return self.format.reasoning
 
     def refusal(self) -> Refuse:
-        """A function that says why a row cannot be used; one for each list, since it may remember earlier rows."""
+        """Returns why a row cannot be used; a new function for each list, since it may remember earlier rows."""
         raise NotImplementedError
 
     def row_lists(self) -> list[RowList]:

@@ -1,6 +1,6 @@
-"""What a stage is to whatever runs it: plain facts, and functions that are named, so that nothing loads. No torch.
+"""The interface of a stage: plain data, with functions given by name so that nothing is imported. No torch.
 
-Each stage's config.py owns one record, STAGE. A function is written "module:function".
+Each stage's config.py defines one record, STAGE. A function is written as "module:function".
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class Shrink(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """How a stage trains, through a config and a trainer of TRL.
+    """How a stage trains, with a config and a trainer from TRL.
 
     Args:
         config: the class of TRL that the recipe's `training` feeds.

@@ -17,7 +17,7 @@ _MAP_REFERENCE = (
 
 
 class RewardEntry(Section):
-    """One term of the reward, r = sum of weight * value: a reward model, a named rule or a function of the user's."""
+    """One term of the reward, r = sum of weight * value: a reward model, a named rule or a user-defined function."""
 
     model: str | None = Field(default=None, description="Run or directory of a reward model.")
     if_missing: Literal["error", "random"] = Field(
@@ -67,7 +67,7 @@ class RewardEntry(Section):
         return self
 
     def judges_like(self, other: "RewardEntry") -> bool:
-        """Whether the two give the same value to every answer."""
+        """Whether both give every answer the same value."""
         judges = (self.rule, self.settings, self.model, self.python)
         same = judges == (other.rule, other.settings, other.model, other.python)
         return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
@@ -117,7 +117,7 @@ class RlRecipe(TrainingRecipe):
         ]
 
     def _refusal(self) -> Refuse:
-        """A row must ask something, and one of the rewards must have something to say."""
+        """Refuses rows without a question, or on which no reward gives a value."""
         from conversations.answers.rules import check_machine, needs_reference
 
         for entry in self.rewards:

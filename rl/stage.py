@@ -1,4 +1,4 @@
-"""Reinforcement learning with GRPO: prompts in, sampled answers judged by rewards, a policy out."""
+"""Reinforcement learning with GRPO: samples answers to prompts, scores them with rewards, and trains the policy."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
 
 
 def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
-    """`train` on what `dsv2` has read and loaded."""
+    """Run `train` with the data and models that `dsv2` has loaded."""
     return train(
         recipe,
         model=work.model,
@@ -56,7 +56,7 @@ def train(
     run_dir: Path,
     resume_from: Path | None,
 ) -> dict[str, Any]:
-    """Trains `model` by GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
+    """Train `model` with GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
     Args:
         rows: canonical rows; the prompt is what comes before the last answer, `reference` goes to the rewards.
@@ -67,7 +67,7 @@ def train(
         steps, seconds, and the last logged reward, each of its terms, KL, entropy and length.
 
     Raises:
-        ToolkitError: rows without a question, a reward that can not be had or says nothing.
+        ToolkitError: rows without a question, or a reward that is unavailable or gives no values.
         StopRequested: a signal ended training early, with a checkpoint.
     """
     trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
@@ -104,14 +104,14 @@ def build_trainer(
 
 
 class Indifferent(Reward):
-    """Likes all answers alike, in a rehearsal; the recipe's own rewards are looked at elsewhere."""
+    """Gives all answers the same value, for a rehearsal; the recipe's own rewards are checked elsewhere."""
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         return [1.0] * len(answers)
 
 
 def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> PolicyTrainer:
-    """The trainer of a toy run."""
+    """The trainer for a toy run."""
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": asked, "reference": "1"}] * 2
     rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
@@ -124,7 +124,7 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
 
 
 def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> None:
-    """Raises ToolkitError for rows that the run would refuse together, though each of them could be used."""
+    """Raise ToolkitError if the rows are refused as a whole, though each of them is usable."""
     check_references([RuleReward(entry.rule) for entry in recipe.rewards if entry.rule], rows)
     for entry in recipe.rewards:
         if entry.python and entry.on_error == "error" and rows:
@@ -137,7 +137,7 @@ def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> 
 
 
 def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
-    """Raises ToolkitError where the prompts are fewer than one rollout takes: TRL would train on nothing."""
+    """Raise ToolkitError if there are fewer prompts than one rollout takes: TRL would train on nothing."""
     assert arguments.generation_batch_size and arguments.num_generations
     needed = arguments.generation_batch_size // arguments.num_generations
     if prompts < needed:
@@ -169,7 +169,7 @@ def prompt_dataset(rows: Iterable[Row]) -> Dataset:
 def grpo_config(
     recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward | RewardEntry]
 ) -> GRPOConfig:
-    """TRL's config: the recipe's `training` with what the toolkit owns."""
+    """TRL's config: the recipe's `training` and the fields that the toolkit sets."""
     arguments = training_arguments(
         {"disable_dropout": True, **recipe.training},
         run_dir=run_dir,
@@ -181,12 +181,12 @@ def grpo_config(
 
 
 def planned_config(recipe: RlRecipe) -> GRPOConfig:
-    """That of the recipe's own run."""
+    """The config of the recipe's own run."""
     return grpo_config(recipe, Path(recipe.output_dir), run_limits(recipe), recipe.rewards)
 
 
 def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The last value of each figure that says how the run ended."""
+    """The last logged value of each metric that summarizes the run."""
     last: dict[str, float] = {}
     for line in history:
         last |= {key: line[key] for key in line if key in LOGGED_AT_END or key.endswith("/mean")}

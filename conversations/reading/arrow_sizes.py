@@ -1,7 +1,7 @@
-"""What the batches of an Arrow file unpack to, as it says itself: read before anything is unpacked.
+"""Reads the declared decompressed sizes of the batches of an Arrow file, before anything is decompressed.
 
-pyarrow unpacks a batch whole. Each packed buffer of one begins with the size that it unpacks to; where the buffers lie
-stands in the message before them. Source: Arrow columnar format, "Serialization and Interprocess Communication (IPC)",
+pyarrow decompresses a batch as a whole. Each compressed buffer begins with its decompressed size; the message before
+the buffers has their offsets. Source: Arrow columnar format, "Serialization and Interprocess Communication (IPC)",
 Message.fbs and FlatBuffers' own layout of tables.
 """
 

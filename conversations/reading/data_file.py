@@ -1,4 +1,4 @@
-"""What every reader of files shares: a data file, its bytes (decompressed as they are read) and lines, and a record."""
+"""Shared by all file readers: a data file, its bytes (decompressed while reading) and lines, and a record."""
 
 import gzip
 import io
@@ -140,7 +140,7 @@ class DataFile:
 
 
 def has_known_kind(path: Path) -> bool:
-    """Whether the name ends like a data file's."""
+    """Whether the file name has a known data suffix."""
     return _suffixes(path)[0] in KINDS
 
 

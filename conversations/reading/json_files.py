@@ -28,7 +28,7 @@ _DEEPEST = 80  # spaces before an element of an array
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError for a key with two values, of which a dict would lose one."""
+    """Build a JSON object. Raises ValueError for a duplicate key, one value of which a dict would lose."""
     values = dict(pairs)
     if len(values) != len(pairs):
         for key, value in pairs:
@@ -54,7 +54,7 @@ def json_records(file: DataFile) -> Iterator[Record]:
 
 
 def _line_records(file: IO[bytes]) -> Iterator[Record]:
-    """One object a line; empty lines are skipped."""
+    """One object per line; empty lines are skipped."""
     lines = BoundedLines(file)
     for line in count(1):
         lines.taken = 0
@@ -186,7 +186,7 @@ def _elements(text: "_Window") -> Generator[Record, None, bool]:
 
 
 class _Window:
-    """The part of a text file that is being looked at; it moves on and counts lines."""
+    """A sliding window over a text file, which counts lines."""
 
     def __init__(self, file: IO[bytes]):
         # A BOM at the start is skipped; bytes that are not UTF-8 become lone surrogates.

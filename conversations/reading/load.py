@@ -1,4 +1,4 @@
-"""A data file -> canonical rows, with every row that is left out accounted for."""
+"""Reads a data file into canonical rows, and accounts for every row that is left out."""
 
 import gzip
 import json
@@ -105,9 +105,9 @@ def load_conversations(
 
 
 class ConversationReader(Iterator[Row]):
-    """The rows of one path, once; and counts of what has been read so far.
+    """A one-time iterator over the rows of a path, with counts of what has been read so far.
 
-    formats: name of each recognised format -> rows. rejected: number of rows left out. line: where the last row stands.
+    formats: name of each recognised format -> rows. rejected: number of rows left out. line: line of the last row.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class ConversationReader(Iterator[Row]):
 
     @property
     def place(self) -> str:
-        """Where the last row stands: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
+        """The location of the last row: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
         return f"{self._named}:{self.line}"
 
     def _name_of(self, file: Path | zipfile.Path) -> str:
@@ -228,7 +228,7 @@ class ConversationReader(Iterator[Row]):
             raise ToolkitError(self._message(f"more than max_bad_rows = {limit} bad rows in {self.path}"))
 
     def check(self) -> None:
-        """Checks the rows read so far: raises ToolkitError when none is good, or more are bad than may be.
+        """Check the rows read so far: raises ToolkitError if none is good, or more are bad than allowed.
 
         Called at the end of the file; a caller that stops before the end calls it itself."""
         total = self.rows + self.rejected
@@ -256,7 +256,7 @@ class ConversationReader(Iterator[Row]):
 
 
 def _records(file: DataFile) -> Iterator[Record]:
-    """The records of a file, read as they are asked for; what cannot be read is a record with a `problem`.
+    """Yield the records of a file lazily; one that cannot be read has a `problem`.
 
     Raises ToolkitError for a file that cannot be opened or decompressed.
     """

@@ -1,4 +1,4 @@
-"""What a data path names -> the files that hold its rows: a file, the members of a .zip, a folder, or a pattern.
+"""Resolves a data path to the files that hold its rows: a file, the members of a .zip, a folder, or a pattern.
 
 Files of a folder or a pattern are read in the order of their names. A folder that `save_to_disk` of the library
 datasets wrote is read in its own order. A folder may hold splits: in folders or files called train, test, validation.
@@ -45,7 +45,7 @@ def locate(path: Path, split: str = "") -> Located:
     split: the name of one of a folder's splits; "" takes train where there are several.
 
     Raises:
-        ToolkitError: there is no such file, none of a known kind, or no such split.
+        ToolkitError: the file or split does not exist, or no file has a known kind.
     """
     if path.is_dir():
         return _folder(path, split)
@@ -63,13 +63,13 @@ def locate(path: Path, split: str = "") -> Located:
 
 
 def names_files(path: Path) -> bool:
-    """Whether there is something at a data path."""
+    """Whether a data path names any file."""
     return path.exists() or (has_magic(str(path)) and bool(_matches(path)))
 
 
 def _matches(pattern: Path) -> list[Path]:
     """What a pattern names, each file once: of `data/**`, which names folders and all that is in them, the latter."""
-    text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # several of them take for ever, and mean no more than one
+    text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # repeated `**/` takes forever, and means the same as one
     paths = sorted({Path(name) for name in glob(text, recursive=True)})
     around = {parent for each in paths for parent in each.parents}
     return [each for each in paths if each not in around]
@@ -80,7 +80,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _members(path: Path) -> Iterable[DataFile]:
-    """The file itself, or what a .zip holds."""
+    """The file itself, or the members of a .zip."""
     if path.suffix.lower() != _ZIP or not path.exists():
         return [data_file(path)]
     try:
@@ -171,7 +171,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _texts(path: Path, names: Any) -> list[str]:
-    """Names that a file of a data set lists, which are in its folder."""
+    """Paths of the files that a data set's metadata lists; they are in its folder."""
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ToolkitError(f"{path}: names {name!r}, which is not a file or folder next to it")

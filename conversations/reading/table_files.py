@@ -1,4 +1,4 @@
-"""CSV, TSV, parquet and Arrow files -> records. CSV is read as it goes; of a table a batch of rows is held."""
+"""Reads CSV, TSV, parquet and Arrow files into records: CSV line by line, the others a batch of rows at a time."""
 
 import csv
 import io
@@ -149,12 +149,12 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
 
 
 def _check_column(column: Any) -> None:
-    """pyarrow trusts the places of texts and lists that a file states, and reads beyond its memory in a damaged one.
+    """Validate the offsets of texts and lists: pyarrow trusts them, and reads out of bounds in a damaged file.
 
-    Texts that are not UTF-8 are no damage: their rows are refused one by one.
+    Texts that are not UTF-8 do not count as damage: their rows are refused one by one.
 
     Raises:
-        pyarrow.ArrowException: a place that is none.
+        pyarrow.ArrowException: an invalid offset.
     """
     import pyarrow
 
@@ -165,7 +165,7 @@ def _check_column(column: Any) -> None:
 
 
 def _as_bytes(kind: Any) -> Any:
-    """The type with bytes in the place of texts, in lists and structs too."""
+    """The type with strings replaced by bytes, also inside lists and structs."""
     import pyarrow
 
     types = pyarrow.types
@@ -201,7 +201,7 @@ def _table_records(batches: Callable[[], Iterable[Any]], packed_size: int) -> It
 
 
 def _written_out(batch: Any) -> Any:
-    """The batch with the values of dictionary-encoded columns in their places."""
+    """The batch with dictionary-encoded columns decoded."""
     import pyarrow
 
     columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]

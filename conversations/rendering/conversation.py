@@ -58,7 +58,7 @@ def conversation_runs(
     train_on: TrainOn = "all_assistant",
     add_generation_prompt: bool = False,
 ) -> list[Run]:
-    """What `render_conversation` encodes, each text of it by itself; raises what it raises, but for the last."""
+    """The runs that `render_conversation` encodes separately; raises the same errors, except the last."""
     if train_on not in get_args(TrainOn):
         raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
     contents = _contents(messages)
@@ -71,7 +71,7 @@ def conversation_runs(
 
 
 def _left_out(messages: Sequence[Mapping[str, Any]]) -> set[int | None]:
-    """The numbers of the assistant's turns that say so themselves, counted from 0."""
+    """The indices of the assistant turns with `train: False`, counted from 0."""
     flags: list[bool | None] = []
     for number, message in enumerate(messages, start=1):
         flag = message.get("train")
@@ -110,7 +110,7 @@ def _runs(
 
 
 def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str) -> None:
-    """Put `text` at the end of the last piece where that is text of the same turn, else begin a new piece."""
+    """Append `text` to the last piece if that is text of the same turn, else begin a new piece."""
     if runs and runs[-1][0] == turn and isinstance(last := runs[-1][1], str):
         runs[-1] = (turn, last + text)
     else:

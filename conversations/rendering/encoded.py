@@ -1,4 +1,4 @@
-"""Encoded rows on disk: an Arrow file of token ids, and the report of what became of the rows."""
+"""Encoded rows on disk: an Arrow file of token ids, and the length report."""
 
 import gc
 import os
@@ -31,7 +31,7 @@ Encoded = Callable[[LengthReport], Iterable[Columns]]
 
 
 class EncodedRows(NamedTuple):
-    """Rows as token ids, what became of them, and their entry in the cache."""
+    """Rows as token ids, their length report, and their cache entry."""
 
     data: Dataset
     report: LengthReport
@@ -41,7 +41,7 @@ class EncodedRows(NamedTuple):
 def encoded_dataset(
     cache: RowCache, key: Any, features: Features, encoded: Encoded, *, rows: int | None, max_length: int | None
 ) -> EncodedRows:
-    """What `encoded` gives, as a data set that is mapped into memory; from the cache, if it is there.
+    """The columns that `encoded` yields, as a memory-mapped data set; from the cache if present.
 
     Args:
         key: all that the rows depend on, as JSON; None where that is not known.
@@ -98,7 +98,7 @@ def _readable(folder: Path) -> Path:
 
 
 def key_of(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> dict[str, Any] | None:
-    """The key of encoded rows; None where it is not known which rows these are, or what the tokenizer does."""
+    """The cache key of encoded rows; None if the rows or the tokenizer cannot be identified."""
     identity = getattr(rows, "identity", None)
     if identity is None or (by := tokenizer_identity(tokenizer)) is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs of text -> token ids and loss mask, so that text cannot forge control tokens.
+"""Encodes runs of text into token ids and loss masks, so that text cannot forge control tokens.
 
 Where a text contains the string of a special token (or of an added token of the shape <｜...｜>, such as the
 fill-in-the-middle tokens, which the released tokenizer does not call special), it is cut inside that string and
@@ -37,7 +37,7 @@ def special_ids_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """A hash of all that the ids of a text depend on; None for a tokenizer that is not a fast one."""
+    """A hash of everything that a text's ids depend on; None for a slow tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -48,7 +48,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def encode_texts(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Known:
-    """The token ids of each text, encoded by itself: one call of the tokenizer, each text once."""
+    """The token ids of each text, encoded separately: one call of the tokenizer, each distinct text once."""
     once = list(dict.fromkeys(texts))
     if not once:
         return {}
@@ -71,9 +71,9 @@ def texts_of(runs: Iterable[Run]) -> Iterator[str]:
 def encode_runs(
     runs: Iterable[Run], tokenizer: "PreTrainedTokenizerBase", known: Known | None = None
 ) -> dict[str, list[int]]:
-    """`input_ids` and `assistant_mask` of runs that follow one another.
+    """`input_ids` and `assistant_mask` of consecutive runs.
 
-    known: ids of texts that have been encoded before; receives those of the others.
+    known: ids of texts that are already encoded; the ids of the others are added.
     """
     runs, known = list(runs), {} if known is None else known
     known.update(encode_texts((text for text in texts_of(runs) if text not in known), tokenizer))

@@ -1,4 +1,4 @@
-"""A row -> the token ids and loss masks that are trained, none longer than a run allows; all of it counted."""
+"""Encodes a row into training pieces (token ids and loss masks) of limited length, and counts what it does."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Fitter:
         return self.fit(Prepared(row, self.runs(row), {}), report)
 
     def fit(self, prepared: Prepared, report: LengthReport) -> Iterator[Piece]:
-        """`pieces` of a row whose texts have been encoded together with others'."""
+        """`pieces` of a row whose texts have been encoded in a batch with others."""
         row = prepared.row
         report.rows += 1
         ids, mask = whole = self._encoded(prepared.runs, prepared.known)
@@ -66,14 +66,14 @@ class Fitter:
             yield from self._fitted(row, whole, prepared.known, report)
 
     def _fitted(self, row: Row, whole: Piece, known: Known, report: LengthReport) -> list[Piece]:
-        """What is left of a row that is too long; counted by what becomes of the row."""
+        """The pieces of a row that is too long; counts how it was handled."""
         if row.get("fim"):  # without its end the middle would be missing
             report.unfilled += 1
             row = {key: value for key, value in row.items() if key != "fim"}
             whole = self._rendered(row, known)
             if self._fits(whole):
                 return [whole]
-        # turns may say that they are not trained
+        # all turns may be excluded from training
         parts = [part for part in self._parts(row, whole, known) if any(part[1])]
         # The first token is never predicted: a piece in which that one alone counts would train nothing.
         kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
@@ -97,7 +97,7 @@ class Fitter:
                 yield self._rendered({"messages": part}, known)
 
     def _whole_exchanges(self, messages: Sequence[Message], known: Known) -> Iterator[list[Message]]:
-        """Parts of as many exchanges as fit; one that does not fit by itself is a part, too."""
+        """Parts with as many exchanges as fit; an exchange that does not fit alone is a part of its own."""
         first = int(messages[0]["role"] == "system")
         system = list(messages[:first])
         part: list[Message] = []

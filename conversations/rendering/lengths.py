@@ -1,4 +1,4 @@
-"""The count of what happens to rows that are longer than a run allows."""
+"""Counts what happens to rows that are too long."""
 
 import json
 from array import array
@@ -36,7 +36,7 @@ class LengthReport:
     lengths: array = field(default_factory=lambda: array("L"))
 
     def reject(self, reason: str, row: Mapping[str, Any] | None = None) -> None:
-        """Leaves out the row that was counted last."""
+        """Reject the row that was counted last."""
         origin = {"origin": row["origin"]} if row and "origin" in row else {}
         self.rejected.append({"row": self.rows, **origin, "reason": reason})
 
@@ -53,7 +53,7 @@ class LengthReport:
         return "; ".join([counted(self.rows), *(text for text, n in said.items() if n)])
 
     def nothing_left(self, max_length: int | None) -> str:
-        """The error of data without a row to train on."""
+        """The error message for data without a single row to train on."""
         shortest = min(self.lengths, default=0)
         too_short = max_length is not None and shortest > max_length
         remedy = f"; the shortest row has {shortest:,} tokens: raise training.max_length" if too_short else ""

@@ -23,14 +23,14 @@ _PART = re.compile(r"(?s:.)[^ ]*(?:(?<![A-Za-z]) (?![A-Za-z])[^ ]*)*")
 _LINE_BREAKS, _WORDS = "[\r\n]", re.compile(r"\\s\?(\[A-Za-z[^\[\]\\&]*\])\+")
 _INSIDE_PIECES = {"Split", "Digits", "ByteLevel"}  # stages that see nothing but the piece
 _ADDED_APART = re.compile(r"[^A-Za-z ]([^ ]*[^A-Za-z ])?")
-_MOST_WORDS = 1 << 18  # that are remembered, so that memory does not grow with the texts
+_MOST_WORDS = 1 << 18  # cached at most, so that memory does not grow with the texts
 
 # tokenizer -> (its size when it was looked at, the words encoded so far; None where it does not cut at words)
 _words_of: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, dict[str, Ids] | None]]" = WeakKeyDictionary()
 
 
 def encode_by_words(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The ids of each text, encoded by itself without special tokens around it."""
+    """The ids of each text, encoded separately and without special tokens."""
     words = _words(tokenizer)
     if words is None:
         return _encode(texts, tokenizer)
