@@ -1,4 +1,4 @@
-"""From files to a model ready to answer, score or train, and back to a directory."""
+"""Loads models for inference, scoring or training, and saves them."""
 
 import copy
 import json

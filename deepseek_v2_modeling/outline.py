@@ -1,4 +1,4 @@
-"""A model's outline, made of its config alone: what can be checked before a weight is read."""
+"""A model's structure, built from its config alone, for checks before any weights are read."""
 
 from collections.abc import Mapping
 from pathlib import Path

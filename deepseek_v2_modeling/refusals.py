@@ -1,4 +1,4 @@
-"""What looks loadable and would be computed wrongly, or not at all: each is one ModelError."""
+"""Refuses, with a ModelError, models that look loadable but would compute wrong results or none."""
 
 import json
 import os

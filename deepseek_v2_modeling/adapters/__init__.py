@@ -1,4 +1,4 @@
-"""LoRA adapters: made, loaded, merged into their base, and written in the layouts of others."""
+"""LoRA adapters: creating, loading, merging into the base, and converting to and from other layouts."""
 
 from ..checkpoints.adapter_config import CONFIG, WEIGHTS, pattern_fault
 from ..checkpoints.tensor_files import Progress

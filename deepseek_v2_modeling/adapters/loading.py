@@ -1,4 +1,4 @@
-"""Loads and saves adapters so that every tensor finds a place and every place a tensor."""
+"""Loads and saves adapters strictly: missing or unexpected tensors are errors."""
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -28,7 +28,7 @@ _PLAIN = (bool, str, list, dict)
 
 
 def read_lora(source: AdapterSource) -> LoraConfig:
-    """adapter_config.json as PEFT reads it. Raises ModelError for values that are of no use."""
+    """adapter_config.json as PEFT reads it. Raises ModelError for unusable values."""
     path = source.directory / CONFIG
     for name, hint in _types_of_fields().items():
         if not fits(value := source.config.get(name), hint):

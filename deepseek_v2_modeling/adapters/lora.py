@@ -132,7 +132,7 @@ def lora_config(
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a recipe's `lora` section says."""
+    """The settings of a recipe's `lora` section."""
 
     targets: tuple[str, ...]
     r: int | Mapping[str, int] = 16

@@ -1,6 +1,6 @@
 """Merges an adapter into its base on disk: a plain checkpoint in the hub's layout, file by file.
 
-Of a whole model the result is a copy, in another type if wished.
+For a whole model the result is a copy, optionally in another dtype.
 
 First everything is planned and checked from the files' headers, then each shard of the base is streamed to its merged
 twin in pieces of a few megabytes. No model is made; memory does not grow with the checkpoint.

@@ -1,4 +1,4 @@
-"""What a merge will write, worked out and checked from the headers of the base and the adapter alone."""
+"""Plans and checks what a merge will write, from the headers of the base and the adapter alone."""
 
 import re
 from collections.abc import Mapping

@@ -87,7 +87,7 @@ def check_patterns(config: Mapping[str, Any], where: str) -> None:
 
 
 def pattern_fault(pattern: str) -> str | None:
-    """What is wrong with a pattern; None when matching it takes little time."""
+    """What is wrong with a pattern; None if it is cheap to match."""
     if len(pattern) > LONGEST:
         return f"has {len(pattern):,} characters; a pattern has at most {LONGEST:,}"
     bare = _ONE_CHARACTER.sub("c", _DIGITS.sub("d", pattern))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, found while files are read: a model with one NaN answers nothing, and scores nothing."""
+"""Detects non-finite numbers while files are read: a model with a single NaN weight gives no usable output."""
 
 from pathlib import Path
 from typing import Any

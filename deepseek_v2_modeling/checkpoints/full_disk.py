@@ -1,4 +1,4 @@
-"""A disk that is full: the last whole checkpoint stays, and the message says how much room was needed."""
+"""Handles a full disk: the last complete checkpoint is kept, and the message says how much space was needed."""
 
 import errno
 import shutil
@@ -21,7 +21,7 @@ _WRITE_FAILED = ("write failed", "unexpected pos")
 
 @contextmanager
 def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[None]:
-    """Around whatever writes: an error of a full disk becomes a message; what was half written is removed.
+    """Wrap code that writes: a full disk becomes a clear error, and partial files are removed.
 
     needed: bytes of what was to be written.
 

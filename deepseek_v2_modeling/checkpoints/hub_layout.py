@@ -1,4 +1,4 @@
-"""The hub's layout of a checkpoint: what each tensor on disk is to the model's parameters.
+"""The hub's layout of a checkpoint: how tensors on disk map to the model's parameters.
 
 On disk each expert is a tensor of its own; in the model the experts of a layer are fused into one parameter.
 """

@@ -1,4 +1,4 @@
-"""Sums balance losses and expert counts between two logs of a run, over all processes."""
+"""Accumulates balance losses and expert counts between two logs of a run, over all processes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Is a checkpoint whole? It holds the size and the CRC-32 of each of its files.
+"""Checks that a checkpoint is complete, by the recorded size and CRC-32 of each of its files.
 
 Without one of them, or with a part of one, the Trainer would continue to other numbers, often without a word.
 """
@@ -26,7 +26,7 @@ def write_sums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words that name the file; None where it is whole."""
+    """What is wrong with a checkpoint, naming the file; None if it is complete."""
     if not folder.is_dir():
         return "it is not there"
     try:

@@ -1,4 +1,4 @@
-"""What a trainer does about a loss or a gradient that is not finite: stop and say where it came from, or skip it."""
+"""How a trainer handles a non-finite loss or gradient: stop and report where it came from, or skip the update."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where a number that is not finite comes from: the forward runs again, and every module's output is looked at."""
+"""Finds the source of a non-finite number: runs the forward again and checks every module's output."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -38,7 +38,7 @@ def first_bad_gradient(model: nn.Module, backward: Callable[[], Any]) -> str | N
 
 
 def count_bad(value: Any) -> int:
-    """How many numbers in the tensors of a nested value are not finite."""
+    """The number of non-finite values in the tensors of a nested value."""
     return sum(int((~torch.isfinite(tensor)).sum()) for tensor in _tensors(value))
 
 

@@ -1,4 +1,4 @@
-"""Keeps the libraries' own bars and notices out of the user's sight."""
+"""Silences the libraries' own progress bars and notices."""
 
 import warnings
 

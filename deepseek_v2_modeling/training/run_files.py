@@ -18,7 +18,7 @@ TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint, the Trainer's
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, with None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
