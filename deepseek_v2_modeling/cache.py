@@ -1,4 +1,4 @@
-"""The latent cache: a token and layer cost kv_lora_rank + qk_rope_head_dim values, never expanded keys and values."""
+"""The latent cache: stores kv_lora_rank + qk_rope_head_dim values per token and layer, not expanded keys and values."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -186,7 +186,7 @@ def with_room(keys: torch.Tensor) -> torch.Tensor:
 
 
 class LatentCache(Cache):
-    """Cache of a DeepSeek-V2 model; `generate` makes one when it is given none.
+    """Cache of a DeepSeek-V2 model; `generate` creates one if none is given.
 
     `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and
     returns both for all tokens so far.

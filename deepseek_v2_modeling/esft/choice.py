@@ -50,10 +50,10 @@ def moe_layers(config: DeepseekV2Config) -> list[int]:
 
 
 def read_choice(path: str | Path) -> ExpertChoice:
-    """The choice that an experts file holds; whether it fits a model is for `ExpertChoice.check`.
+    """Read the choice in an experts file; `ExpertChoice.check` then checks it against a model.
 
     Raises:
-        ModelError: no such file, no JSON, not of this form, or no expert in it.
+        ModelError: the file does not exist, is not JSON, has another form, or names no expert.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -99,6 +99,6 @@ def smallest_set(scores_E: Sequence[float] | torch.Tensor, threshold: float) -> 
     scores = torch.as_tensor(scores_E, dtype=torch.float64)
     order = scores.argsort(descending=True, stable=True)
     reached = scores[order].cumsum(0)
-    needed = threshold * reached[-1] * (1 - 1e-12)  # sums of floats miss 1 by a rounding error
+    needed = threshold * reached[-1] * (1 - 1e-12)  # allow for rounding errors in the sum
     count = int(torch.searchsorted(reached, needed)) + 1
     return order[:count].tolist()

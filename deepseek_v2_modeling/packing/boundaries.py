@@ -1,4 +1,4 @@
-"""Which documents a forward's tokens belong to, by whatever a collator gives, and that a cache never holds several."""
+"""Finds the documents of a forward's tokens from a collator's outputs, and refuses packed documents with a cache."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which tokens a score is read off: the last real one of each row, or of each packed document."""
+"""Finds the tokens at which a score is read: the last real one of each row, or of each packed document."""
 
 from collections.abc import Mapping
 from typing import Any

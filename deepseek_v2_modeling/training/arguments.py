@@ -1,4 +1,4 @@
-"""From a recipe's `training` section to the arguments of a TRL or transformers training config."""
+"""Turns a recipe's `training` section into arguments for a TRL or transformers training config."""
 
 import dataclasses
 import os
@@ -72,7 +72,7 @@ def training_arguments(
 
 
 def check_batches(arguments: TrainingArguments, rows: int) -> None:
-    """Raises ModelError where no whole batch comes out of the rows (packs, pairs) and the rest of one is dropped."""
+    """Raise ModelError if the rows (packs, pairs) do not fill one batch and incomplete batches are dropped."""
     batch = arguments.per_device_train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and rows < batch:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: one line of metrics a log, a progress bar, the end at a limit.
+"""Trainer callbacks: one line of metrics per log, a progress bar, and stopping at a limit.
 
 For `RunTrainerMixin`; they need transformers only.
 """
@@ -56,7 +56,7 @@ class Progress(TrainerCallback):
         self.began = time.monotonic()
         self.spoken = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
-            # A bar moves the cursor, which sys.stderr may be kept from.
+            # A bar moves the cursor, which sys.stderr may not be allowed to do.
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.__stderr__
             )

@@ -1,4 +1,4 @@
-"""Checkpoints and final/ that are complete under their names; resuming from a checkpoint to the same numbers."""
+"""Writes checkpoints and final/ atomically, and resumes from a checkpoint with identical results."""
 
 import json
 import os
@@ -100,7 +100,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return self.loss_sum / max(1, self.state.global_step)
 
     def count_loss(self, mean: float) -> None:
-        """Takes a logged loss, the mean of the steps since the last log, into account."""
+        """Add a logged loss, the mean over the steps since the last log, to the running sum."""
         self.loss_sum += mean * (self.state.global_step - self.logged_step)
         self.logged_step = self.state.global_step
 
@@ -229,7 +229,7 @@ def _report_lost_lines(path: Path, size: int) -> None:
 
 
 def remove_old_checkpoints(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Keeps the newest `limit` checkpoints and the best one; None keeps all."""
+    """Keep the newest `limit` checkpoints and the best one; None keeps all."""
     if limit is None:
         return
     checkpoints = checkpoints_of(run_dir)

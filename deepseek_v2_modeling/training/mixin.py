@@ -1,4 +1,4 @@
-"""What every trainer of a DeepSeek-V2 model needs, as one mixin to put before a transformers or TRL trainer.
+"""A mixin for transformers and TRL trainers, with everything that training a DeepSeek-V2 model needs.
 
 Balance losses in the loss, expert load in the log, float32 weights under bf16 computation, whole checkpoints, exact
 resume, a stop that keeps the work, limits of time and tokens. Needs transformers only.
@@ -89,9 +89,9 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Does `compute_loss` return its share of the update's loss? The rule of Trainer.training_step."""
-        said = getattr(self, "loss_is_scaled_for_ga", None)  # transformers has it from 5.18 on
-        if said is not None:
-            return said
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.18 and later
+        if scaled is not None:
+            return scaled
         by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or self.compute_loss_func is not None
 
