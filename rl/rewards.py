@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conversations import render_conversation
 from conversations.answers.many import Asked, verify_all
-from conversations.answers.own_function import call, place_of
+from conversations.answers.own_function import call, check_loaded, place_of
 from conversations.answers.prompts import Row, answer_text, prompt_text
 from conversations.answers.reward_stats import RewardStats
 from conversations.answers.rules import find_rule
@@ -133,7 +133,7 @@ class RuleReward(Reward):
 
 class FunctionReward(Reward):
     """A function of the user's, in processes of its own: what it does to its process touches no other, and a call that
-    hangs is ended. It is asked once for each (prompt, answer, reference).
+    hangs is ended. It is asked once for each answer to a prompt.
 
     Raises:
         ToolkitError: no such file or function.
@@ -151,7 +151,7 @@ class FunctionReward(Reward):
         super().__init__(place_of(written)[1], weight, on_error)
         self.written, self.timeout, self.count = written, timeout, workers
         self.workers = Workers(workers)
-        self.known: dict[tuple[str, str, str | None], float | None] = {}
+        self.known: dict[tuple[str, str, str | None, bool], float | None] = {}
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         new = {self._key(answer): answer for answer in answers if self._key(answer) not in self.known}
@@ -170,13 +170,29 @@ class FunctionReward(Reward):
             self.known = {key: self.known[key] for key in map(self._key, answers) if key in self.known}
         return [math.nan if (key := self._key(a)) in failed else self.known[key] for a in answers]
 
+    def check(self, answer: Answer) -> None:
+        """Calls the function once, and ends its processes.
+
+        Raises:
+            ToolkitError: the file cannot be read or run, or has no such function; or, with on_error "error", the call
+                failed.
+        """
+        try:
+            (function,) = self.workers.map(check_loaded, [self.written], 1, self.timeout)
+            if isinstance(function, Exception):
+                raise ToolkitError(self._told(function)) from function
+            if self.on_error == "error":
+                self.judge([answer])
+        finally:
+            self.workers.close()
+
     def _told(self, error: Exception) -> str:
         if isinstance(error, TooLong):
             return f"{self.written} took longer than timeout = {self.timeout:g} s for one answer"
         return str(error) if isinstance(error, ToolkitError) else f"{self.written}: its process ended ({error})"
 
-    def _key(self, answer: Answer) -> tuple[str, str, str | None]:
-        return prompt_text(answer.prompt), answer.text, answer.reference
+    def _key(self, answer: Answer) -> tuple[str, str, str | None, bool]:
+        return prompt_text(answer.prompt), answer.text, answer.reference, answer.finished
 
 
 class RewardModelReward(Reward):

@@ -127,12 +127,8 @@ def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> 
     """Raise ToolkitError if the rows are refused as a whole, though each of them is usable."""
     check_references([RuleReward(entry.rule) for entry in recipe.rewards if entry.rule], rows)
     for entry in recipe.rewards:
-        if entry.python and entry.on_error == "error" and rows:
-            reward, prompt = function_reward(entry), prompt_of(rows[0], 1)
-            try:
-                reward.judge([Answer(prompt, "", reference=rows[0].get("reference"))])
-            finally:
-                reward.workers.close()
+        if entry.python and rows:
+            function_reward(entry).check(Answer(prompt_of(rows[0], 1), "", reference=rows[0].get("reference")))
     check_prompts(arguments, len(rows))
 
 

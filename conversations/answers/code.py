@@ -12,7 +12,7 @@ from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.sandbox import box
 from conversations.sandbox.checking import Outcome, check_functions, check_program
-from conversations.sandbox.tests import Tests, prepared
+from conversations.sandbox.tests import Tests, parsed, prepared
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "py", "python3")
@@ -170,7 +170,7 @@ def written_code(completion: str, problem: Problem) -> str | None:
 
 def _tree(source: str) -> ast.Module | None:
     try:
-        return ast.parse(source)
+        return parsed(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from conversations.answers.rules import Prompt, find_rule, verify
 from conversations.answers.verdict import Verdict
-from conversations.answers.workers import TooLong, cores, shared_workers
+from conversations.answers.workers import Died, TooLong, cores, shared_workers
 from conversations.errors import ToolkitError
 
 FEW = 16  # answers, for which no process is started
 AT_ONCE = 8  # answers handed to a process together
+ENDED = (TooLong, Died)
 SECONDS = 30.0  # for those; a rule that takes long has a limit of its own, and this one is for where it hangs
 
 
@@ -26,13 +27,14 @@ class Asked(NamedTuple):
 
 def verify_all(name: str, asked: Sequence[Asked]) -> list[Verdict | ToolkitError]:
     """The verdict on each answer, in order; a ToolkitError in its place where the rule cannot read a reference. A check
-    that hangs is ended, and its score is None."""
-    judged = _WAYS[find_rule(name).many](name, asked)
-    return [_hung(verdict) if isinstance(verdict, TooLong) else verdict for verdict in judged]
+    that hangs is ended; its score is None, as that of one whose process dies."""
+    return [_without_verdict(judged) or judged for judged in _WAYS[find_rule(name).many](name, asked)]
 
 
-def _hung(_: TooLong) -> Verdict:
-    return Verdict(None, f"not judged within {SECONDS:g} s")
+def _without_verdict(judged: Any) -> Verdict | None:
+    if isinstance(judged, TooLong):
+        return Verdict(None, f"not judged within {SECONDS:g} s")
+    return Verdict(None, f"not judged: its process ended ({judged})") if isinstance(judged, Died) else None
 
 
 def _one(name: str, asked: Asked) -> Verdict | ToolkitError:
@@ -55,9 +57,9 @@ def _in_processes(name: str, asked: Sequence[Asked]) -> list[Any]:
     if len(asked) < FEW:
         return _here(name, asked)
     judged = shared_workers().map(partial(_here, name), asked, AT_ONCE, SECONDS)
-    for verdict in judged:
-        if isinstance(verdict, Exception) and not isinstance(verdict, (ToolkitError, TooLong)):
-            raise verdict
+    fault = next((v for v in judged if isinstance(v, Exception) and not isinstance(v, (ToolkitError, *ENDED))), None)
+    if fault is not None:
+        raise fault
     return judged
 
 

@@ -44,6 +44,11 @@ def loaded(written: str) -> Callable[..., Any]:
     return function
 
 
+def check_loaded(written: Sequence[str]) -> list[bool]:
+    """True for each function that can be had; raises as `loaded`."""
+    return [callable(loaded(one)) for one in written]
+
+
 def call(written: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """The function's values for answers, each {"prompt": messages, "completion": text, and columns of its row}. It is
     handed lists: prompts, completions (lists of messages), and of the columns those that it takes.

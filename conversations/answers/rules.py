@@ -68,6 +68,16 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Of a setting, by its default: what it must be.
+_KINDS: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
+    (bool, "true or false", lambda value: isinstance(value, bool)),
+    (int, "a whole number from 1 to 1,000,000", lambda value: type(value) is int and 1 <= value <= 1_000_000),
+    (float, "a number above 0, and 1,000,000 at most", lambda value: type(value) in (int, float) and 0 < value <= 1e6),
+    (tuple, "a list", lambda value: isinstance(value, (list, tuple))),
+    (type(None), "an object", lambda value: isinstance(value, Mapping)),
+)
+
+
 def find_rule(name: str) -> Rule:
     """The rule of this name; raises ToolkitError with the nearest name and all names where it is unknown."""
     if name not in RULES:
@@ -93,15 +103,9 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
         )
     for key, value in settings.items():
         default = inspect.signature(rule.judge).parameters[key].default
-        plain = {bool: bool, int: int, float: (int, float)}.get(type(default))
-        if plain and (not isinstance(value, plain) or isinstance(value, bool) != isinstance(default, bool)):
-            raise ToolkitError(
-                f"the setting {key} of the rule {name} must be a {type(default).__name__}, not {value!r:.60}"
-            )
-        if plain and not isinstance(value, bool) and not 0 < value < 1e6:
-            raise ToolkitError(
-                f"the setting {key} of the rule {name} must be above 0 and below a million, not {value!r}"
-            )
+        wrong = next((needed for kind, needed, fits in _KINDS if type(default) is kind and not fits(value)), None)
+        if wrong:
+            raise ToolkitError(f"the setting {key} of the rule {name} must be {wrong}, not {value!r:.60}")
 
 
 def check_machine(name: str, settings: Mapping[str, Any]) -> None:

@@ -83,7 +83,23 @@ def unreadable_reference(rules: Sequence[str]) -> Refuse:
                 return f"cannot be judged by the rule {rule}: {error}"
         return None
 
-    return lambda row: fault(row["reference"]) if row.get("reference") is not None else None
+    def refuse(row: Row) -> str | None:
+        if row.get("reference") is None:
+            return None
+        return fault(row["reference"]) or next((why for rule in rules if (why := _beside_its_prompt(rule, row))), None)
+
+    return refuse
+
+
+def _beside_its_prompt(rule: str, row: Row) -> str | None:
+    """Why a rule that looks into the prompt for what the reference means finds nothing there (choice)."""
+    from conversations.answers.rules import find_rule, verify
+
+    if "prompt" not in find_rule(rule).optional:
+        return None
+    asked = split_prompt(row.get("prompt") or row["messages"])[0]
+    verdict = verify(rule, "", prompt=asked, reference=row["reference"])
+    return f"cannot be judged by the rule {rule}: {verdict.reason}" if verdict.score is None else None
 
 
 def _kind(row: Row) -> str:

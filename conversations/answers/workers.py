@@ -4,11 +4,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError as TooLong
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import cache
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
+
+# What `Workers.map` gives for a call that was ended, or whose process ended.
+TooLong, Died = FutureTimeoutError, ProcessExpired
 
 
 def cores() -> int:
@@ -30,19 +33,17 @@ class Workers:
     def map(
         self, function: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any], size: int, seconds: float
     ) -> list[Any]:
-        """What the function gives for `size` items at a time, item by item; the exception instead, for those of a call
-        that raised one or was ended. A call of several items that took longer than `seconds` is made again for each
-        alone."""
+        """What the function gives for `size` items at a time, item by item; the exception instead, for one whose call
+        raised it or was ended. A call of several items that fails, or takes longer than `seconds`, is made again for
+        each alone."""
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         calls = [self.pool.schedule(function, [chunk], timeout=seconds) for chunk in chunks]
         results: list[Any] = []
         for chunk, call in zip(chunks, calls, strict=True):
             try:
                 results += call.result()
-            except (TooLong, ProcessExpired) as error:
-                results += [error] if len(chunk) == 1 else self.map(function, chunk, 1, seconds)
             except Exception as error:
-                results += [error] * len(chunk)
+                results += [error] if len(chunk) == 1 else self.map(function, chunk, 1, seconds)
         return results
 
     def close(self) -> None:

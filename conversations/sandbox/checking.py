@@ -47,8 +47,8 @@ def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool =
             timer = threading.Timer(limits.seconds, stop)
             timer.start()
             try:
-                host.send((code, *tests))
-                return Outcome(*host.receive())
+                host.send((code, *tests.task))
+                return _reached(Outcome(*host.receive()), tests)
             except (Gone, ValueError, TypeError):
                 why = (
                     f"not done after {limits.seconds:g} s"
@@ -58,6 +58,12 @@ def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool =
                 return Outcome(0, 1, why)
             finally:
                 timer.cancel()
+
+
+def _reached(outcome: Outcome, tests: Tests) -> Outcome:
+    """A failure where none of the asserts was reached, as in a loop over what the code gave, which was empty."""
+    missed = tests.counted and not outcome.passed + outcome.failed
+    return Outcome(0, 1, "no assert of the tests was reached") if missed else outcome
 
 
 def _nothing(value: Any) -> Any:

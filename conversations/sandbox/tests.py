@@ -2,20 +2,36 @@
 
 import ast
 import builtins
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from conversations.errors import ToolkitError
 
+_PARSING = threading.Lock()
+
+
+def parsed(source: str) -> ast.Module:
+    """ast.parse, in one thread at a time: its depth counter is shared, and in several threads Python 3.11 fails with a
+    SystemError now and then."""
+    with _PARSING:
+        return ast.parse(source)
+
 
 class Tests(NamedTuple):
     """Source that is run one part after the other, and the names in it that are the candidate's. prompt: defines what
-    the tests may use beside the candidate."""
+    the tests may use beside the candidate. counted: whether there are asserts to count."""
 
     prompt: str
     setup: str
     tests: tuple[str, ...]
     names: tuple[str, ...]
+    counted: bool
+
+    @property
+    def task(self) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+        """What guest/tester.py is sent."""
+        return self[:4]
 
 
 def prepared(tests: Sequence[str], *, setup: str = "", prompt: str = "", entry_point: str | None = None) -> Tests:
@@ -27,24 +43,28 @@ def prepared(tests: Sequence[str], *, setup: str = "", prompt: str = "", entry_p
     trees = {}
     for what, code in (("prompt", prompt), ("setup", setup), *((f"test {n}", test) for n, test in enumerate(tests, 1))):
         try:
-            trees[what] = ast.parse(code)
+            trees[what] = parsed(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ToolkitError(f"the {what} of a reference is not Python: {error}") from error
     of_prompt = trees.pop("prompt")
     names = {entry_point} if entry_point else _read(trees.values()) - _bound([of_prompt, *trees.values()])
-    counted_setup, *counted = (ast.unparse(_Counted().visit(tree)) for tree in trees.values())
-    return Tests(prompt, counted_setup, tuple(counted), tuple(sorted(names)))
+    counting = _Counted()
+    setup, *tests = (ast.unparse(counting.visit(tree)) for tree in trees.values())
+    return Tests(prompt, setup, tuple(tests), tuple(sorted(names)), counting.asserts > 0)
 
 
 class _Counted(ast.NodeTransformer):
     """Asserts that are counted, so that those behind a failed one count too. One that says nothing of the candidate
     (`assert True`) is left as it is."""
 
+    asserts = 0
+
     def visit_Assert(self, node: ast.Assert) -> ast.stmt:
         if isinstance(node.test, ast.Constant):
             return node
+        self.asserts += 1
         source = repr(ast.unparse(node.test)[:200])
-        (attempt,) = ast.parse(
+        (attempt,) = parsed(
             "try:\n    _passed = bool(...)\n"
             f"except Exception as _error:\n    _count(False, {source}, _error)\n"
             f"else:\n    _count(_passed, {source}, None)"
@@ -54,13 +74,13 @@ class _Counted(ast.NodeTransformer):
         return attempt
 
 
-def _read(trees: Sequence[ast.AST] | object) -> set[str]:
+def _read(trees: Iterable[ast.AST]) -> set[str]:
     """Names that are read, but for Python's own."""
-    nodes = (node for tree in trees for node in ast.walk(tree))  # pyright: ignore
+    nodes = (node for tree in trees for node in ast.walk(tree))
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - set(dir(builtins))
 
 
-def _bound(trees: Sequence[ast.AST]) -> set[str]:
+def _bound(trees: Iterable[ast.AST]) -> set[str]:
     """Names that get a value somewhere."""
     bound: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):

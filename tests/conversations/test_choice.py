@@ -1,5 +1,8 @@
 """The rules `choice` and `repetition`."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +11,7 @@ from conversations import verify
 from conversations.answers.choice import options_in
 from conversations.answers.rules import check_reference
 from conversations.errors import ToolkitError
+from recipes.cli import main as dsv2
 
 LETTERS = "ABCDEFGHIJ"
 CITIES = "Which city is the capital of France?\nA. Rome\nB. Paris\nC. Berlin\nD. Bern"
@@ -88,6 +92,23 @@ def test_a_reference_that_is_no_option_has_nothing_to_say() -> None:
     assert verdict.score is None and "none of the prompt's options" in verdict.reason
     with pytest.raises(ToolkitError, match="must be letters"):
         check_reference("choice", " ")
+
+
+def test_check_refuses_a_row_whose_reference_is_no_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": CITIES, "reference": city} for city in ("Paris", "B", "London")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"model": {"path": "base", "preset": "tiny"}, "data": [{"path": "rows.jsonl"}], "output_dir": "run"}
+    stages = [
+        {"stage": "eval", "tasks": [{"name": "a", "metric": "exact_match", "rule": "choice"}]},
+        {"stage": "rl", "rewards": [{"rule": "choice"}]},
+    ]
+    for stage in stages:
+        Path("recipe.yaml").write_text(json.dumps(recipe | stage))
+        assert dsv2(["check", "recipe.yaml"]) == 2
+        assert "rows.jsonl:3: cannot be judged by the rule choice: 'London' is none" in capsys.readouterr().err
 
 
 @given(st.text(max_size=80), st.text(max_size=80))

@@ -163,6 +163,15 @@ def test_all_of_humaneval_passes_with_its_solution_and_fails_without() -> None:
         assert [verdict.score for verdict in verify_all("code", asked)] == [score] * 164
 
 
+@isolated
+def test_tests_that_reach_no_assert_are_not_passed() -> None:
+    row = {"test_list": ["for number in numbers():\n    assert number > 0"]}
+    assert judge("def numbers(): return [1, 2]", row) == (1.0, "passes 2 of 2 tests")
+    assert judge("def numbers(): return []", row) == (0.0, "passes 0 of 1 tests; no assert of the tests was reached")
+    raises = {"test_list": ["if numbers() != [1]:\n    raise ValueError"]}
+    assert [judge(f"def numbers(): return {value}", raises)[0] for value in ([1], [])] == [1, 0]
+
+
 # --- hostile answers
 
 FORGERIES = {
@@ -313,11 +322,13 @@ def test_a_reference_that_cannot_be_read_is_one_message(reference: Any, why: str
     ("settings", "why"),
     [
         ({"time": 3}, "has no setting 'time'"),
-        ({"timeout": 0}, "must be above 0"),
-        ({"timeout": "3"}, "must be a float"),
-        ({"memory": 1.5}, "must be a int"),
-        ({"memory": True}, "must be a int"),
-        ({"partial": 1}, "must be a bool"),
+        ({"timeout": 0}, "must be a number above 0"),
+        ({"timeout": "3"}, "must be a number above 0"),
+        ({"timeout": True}, "must be a number above 0"),
+        ({"timeout": float("nan")}, "must be a number above 0"),
+        ({"memory": 1.5}, "must be a whole number"),
+        ({"memory": True}, "must be a whole number"),
+        ({"partial": 1}, "must be true or false"),
     ],
 )
 def test_a_bad_setting_is_one_message(settings: dict[str, Any], why: str) -> None:

@@ -1,6 +1,7 @@
 """Rewards of the user's own, through the command line: the shipped examples, and functions that fail in every way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def hang(prompts, completions, **columns):
 
 def hang_once(prompts, completions, **columns):
     return [time.sleep(600) if c[-1]["content"] == "bad" else 1.0 for c in completions]
+
+
+def raises_once(prompts, completions):
+    return [1 / (c[-1]["content"] != "bad") for c in completions]
 
 
 def raises(prompts, completions):
@@ -103,7 +108,7 @@ def test_it_is_called_as_trl_calls_it() -> None:
     ("name", "why"),
     [
         ("hang", "bad.py:hang took longer than timeout = 1 s for one answer"),
-        ("raises", "bad.py:17: ZeroDivisionError: division by zero"),
+        ("raises", "bad.py:21: ZeroDivisionError: division by zero"),
         ("few", "bad.py:few: gave 2 values for 1 answers"),
         ("words", "bad.py:words: gave 'a', where a number or None is needed"),
         ("dies", "bad.py:dies: its process ended"),
@@ -148,12 +153,28 @@ def test_what_fails_counts_as_on_error_says(bad: Path) -> None:
         reward = FunctionReward("bad.py:hang_once", on_error=on_error, timeout=1, workers=2)  # pyright: ignore
         assert reward(**rows, completions=said) == [1.0, instead, 1.0]
         reward.workers.close()
+        reward = FunctionReward("bad.py:raises_once", on_error=on_error)  # pyright: ignore
+        assert reward(**rows, completions=said) == [1.0, instead, 1.0]
+        reward.workers.close()
         reward = FunctionReward("bad.py:nan", on_error=on_error)  # pyright: ignore
         assert reward(**rows, completions=said) == [instead] * 3
         reward.workers.close()
     assert judged("bad.py:nothing", "a", "b") == [None, None]
     with pytest.raises(ToolkitError, match="no finite value"):
         FunctionReward("bad.py:nan")(**rows, completions=said)
+
+
+def test_check_refuses_a_function_that_is_not_there_whatever_on_error_says(bad: Path, capsys: Any) -> None:
+    words = ["check", "tiny/rl_reasoning", "model.path=base", "model.preset=tiny", "output_dir=run"]
+    for name, code in (("none", 2), ("raises", 0)):
+        assert dsv2([*words, f'rewards=[{{"python": "bad.py:{name}", "on_error": "zero"}}]']) == code
+    assert "bad.py: defines no function none" in capsys.readouterr().err
+
+
+def test_an_answer_that_was_cut_is_judged_apart(bad: Path) -> None:
+    reward, (answer,) = FunctionReward("bad.py:counted"), answers("a")
+    assert reward.judge([answer]) == [1.0] and reward.judge([replace(answer, finished=False)]) == [2.0]
+    reward.workers.close()
 
 
 def test_the_same_answer_is_judged_once(bad: Path) -> None:
