@@ -10,6 +10,8 @@ NEWEST_PYTHON = $(shell for p in python$(NEWEST) $$HOME/.pyenv/versions/$(NEWEST
     $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 BIN := .venv/bin
 READY := .venv/.installed
+# Side by side on all cores, the tests of one file in one process, since they share fixtures.
+ALL_CORES := -n auto --maxprocesses 8 --dist loadfile
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
 
@@ -22,7 +24,7 @@ demo: $(READY)
 	$(BIN)/dsv2 report runs/tiny
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ALL_CORES)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -41,11 +43,11 @@ api: $(READY)
 # The model's floor on the oldest torch and transformers that pyproject.toml allows. The project itself is not installed
 # here, since this floor must do without TRL; it is found from its root.
 test-oldest: $(READY_OLDEST)
-	.venv-oldest/bin/python -m pytest tests/model
+	.venv-oldest/bin/python -m pytest $(ALL_CORES) tests/model
 
 # All but the tests that are marked slow: few, of many seconds each, in processes of their own.
 test-newest: $(if $(NEWEST_PYTHON),$(READY_NEWEST))
-	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest -m "not slow",\
+	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest $(ALL_CORES) -m "not slow",\
 	    @echo "NOT TESTED on Python $(NEWEST): there is no python$(NEWEST) here")
 
 # On a machine with a GPU whose Python has torch, transformers and peft; nothing is installed.
@@ -64,7 +66,7 @@ $(READY): pyproject.toml constraints.txt
 $(READY_OLDEST): Makefile
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check \
-	    'torch==2.11.*' 'transformers==5.17.*' 'peft==0.21.*' hypothesis pytest
+	    'torch==2.11.*' 'transformers==5.17.*' 'peft==0.21.*' hypothesis pytest pytest-xdist
 	@touch $@
 
 $(READY_NEWEST): pyproject.toml constraints.txt
