@@ -1,10 +1,10 @@
-"""How data travels through the house: files entered and changes of file, trip by trip. No timing.
+"""How many of our files typical calls pass through, and how often they change from one file to another. No timing.
 
     python benchmarks/trips.py [--trip NAME] [--show]
 
-Each trip is one call of a public function on a tiny model or row, traced by `sys.setprofile`: every call of a function
-of ours is a step, in the file that defines it. A change is a step in another file than the step before. Imports are
-done before the trace begins. `--show` prints the walk, one line for each change.
+Each trip is one call of a public function on a tiny model or row, traced by `sys.setprofile`: every call of one of our
+functions is a step, in the file that defines it. A change is a step in a different file from the step before. Imports
+happen before the trace. `--show` prints one line for each change.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def walk(call: Callable[[], Any]) -> list[tuple[str, str]]:
 
 
 def changes(steps: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The steps that are in another file than the one before, the first among them."""
+    """The steps in a different file from the step before, including the first."""
     files = [None, *(file for file, _ in steps)]
     return [step for step, before in zip(steps, files, strict=False) if step[0] != before]
 
@@ -109,7 +109,7 @@ def make_adapter(folder: Path) -> Path:
 
 
 def adapter_trip(folder: Path) -> Callable[[], Any]:
-    """An adapter of a run -> a model that trains it on, as an RL stage does."""
+    """An adapter of a run -> a model that continues training it, as an RL stage does."""
     from deepseek_v2_modeling.loading import prepare_trainable
     from recipes.cli import main  # noqa: F401 - loaded outside the trace
 
