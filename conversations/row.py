@@ -7,6 +7,8 @@ A canonical row has one of these sets of keys:
                                  where the source says by how much the first is better
     prompt, completion, label    a judged answer (true or false), both lists of messages
     prompt, completion, score    a scored answer (a number)
+    prompt, right_answers,       a question with right and with wrong answers, each answer a list of messages
+        wrong_answers
     text                         plain text, for language modelling
 
 And, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of all the
@@ -23,6 +25,7 @@ Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; 
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
+RANKED = ("prompt", "right_answers", "wrong_answers")
 MARGIN = "margin"  # optional beside PAIR
 VERDICTS = ("label", "score")  # exactly one of them beside JUDGED
 

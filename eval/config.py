@@ -3,7 +3,8 @@
 What `eval.stage.evaluate` returns: one entry for each task, by its name,
 `{"n": rows, "greedy": value at temperature 0, "t1": value at temperature 1}`; a temperature T other than 0 and 1
 is called "t" + T; "greedy_truncated", "t1_truncated" are the shares of answers that max_new_tokens cut. pair_accuracy
-has "value" instead, and loss "loss", in nats.
+has "value" instead, and loss "loss", in nats. reward has "value", the accuracy, and figures by name, each with its
+interval, under "details", "by_source" and "by_kind" (eval/agreement.py).
 """
 
 import re
@@ -18,6 +19,7 @@ from conversations.answers.usable_rows import (
     no_pair,
     no_question,
     no_reference,
+    not_judged,
     unreadable_reference,
 )
 from conversations.row import Refuse
@@ -25,7 +27,7 @@ from conversations.run_files import RESULTS, SAMPLES
 from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
-_RESERVED = re.compile(r"(^|_)(n|truncated|t\d+)$")
+_RESERVED = re.compile(r"(^|_)(n|truncated|t\d+|details|by_source|by_kind)$")
 
 
 def decoding_name(temperature: float) -> str:
@@ -40,15 +42,18 @@ _USED_BY = {
     "format": ("patterns", "temperatures"),
 }
 
-_UNSAMPLED = {"pair_accuracy": "value", "loss": "loss"}  # metrics that let the model say nothing, and their value
+# Metrics that let the model say nothing, and their value.
+UNSAMPLED_METRICS = {"pair_accuracy": "value", "reward": "value", "loss": "loss"}
+SCORED = ("pair_accuracy", "reward")  # metrics of a reward model
 
 
 class EvalTask(Section):
     """One metric to measure on one list of rows."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
-    metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "loss"] = Field(
-        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; or the mean loss."
+    metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "reward", "loss"] = Field(
+        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; all figures of a "
+        "reward model on pairs, labels, scores or right and wrong answers; or the mean loss."
     )
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; by default the recipe's `data`."
@@ -80,6 +85,7 @@ class EvalTask(Section):
             "refusal": no_question,
             "format": no_question,
             "pair_accuracy": no_pair,
+            "reward": not_judged,
             "loss": no_conversation,
         }[self.metric]
 
@@ -100,8 +106,8 @@ class EvalTask(Section):
     @property
     def values(self) -> list[str]:
         """The names of the measured values, except n."""
-        if self.metric in _UNSAMPLED:
-            return [_UNSAMPLED[self.metric]]
+        if self.metric in UNSAMPLED_METRICS:
+            return [UNSAMPLED_METRICS[self.metric]]
         names = [decoding_name(temperature) for temperature in self.temperatures]
         return [*names, *(f"{name}_truncated" for name in names)]
 
@@ -145,14 +151,16 @@ class EvalRecipe(StageRecipe):
         for task in self.tasks:
             if not task.data and not self.data:
                 raise ValueError(f"task {task.name} has no data: give it some, or give the recipe `data`")
-        scored = {task.metric == "pair_accuracy" for task in self.tasks}
+        scored = {task.metric in SCORED for task in self.tasks}
         if len(scored) == 2:
-            raise ValueError("pair_accuracy needs a reward model, the other metrics a chat model: use two recipes")
+            raise ValueError(
+                f"{' and '.join(SCORED)} need a reward model, the other metrics a chat model: use two recipes"
+            )
         return self
 
     @property
     def head(self) -> Head:
-        return "score" if self.tasks[0].metric == "pair_accuracy" else "causal_lm"
+        return "score" if self.tasks[0].metric in SCORED else "causal_lm"
 
     def row_lists(self) -> list[RowList]:
         return [
@@ -162,7 +170,7 @@ class EvalRecipe(StageRecipe):
                 task.data or self.data,
                 task.refusal(),
                 limit=task.limit,
-                answer=f"tasks.{index}.max_new_tokens" if task.metric not in ("pair_accuracy", "loss") else None,
+                answer=f"tasks.{index}.max_new_tokens" if task.metric not in UNSAMPLED_METRICS else None,
             )
             for index, task in enumerate(self.tasks)
         ]

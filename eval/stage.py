@@ -17,14 +17,16 @@ from conversations.answers.judging import is_pair, judge
 from conversations.answers.many import Asked, verify_all
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
 from conversations.answers.rules import check_reference, find_rule
+from conversations.answers.usable_rows import not_judged
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
-from conversations.row import Row
+from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
 from conversations.run_files import SAMPLES
 from conversations.stage import Work
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
 from deepseek_v2_modeling.training import append_lines, cut_file
-from eval.config import EvalRecipe, EvalTask, decoding_name
+from eval.agreement import agreement, remark
+from eval.config import UNSAMPLED_METRICS, EvalRecipe, EvalTask, decoding_name
 from eval.decoding import adjustment, obeyed
 from eval.samples import (
     Place,
@@ -94,15 +96,15 @@ def evaluate(
     on the recipe's seed and the number of its row, not on the number of processes or the batch.
 
     Args:
-        model: with a score head where the metric is pair_accuracy, else a language model; frozen.
+        model: with a score head where the metric is pair_accuracy or reward, else a language model; frozen.
         rows_by_task: canonical rows, by the task's name.
         resume: reuse the answers that an earlier, stopped evaluation of the same left in run_dir; they are judged
             again. Without it they are removed.
 
     Returns:
         Task name -> {"n": rows, "greedy": ..., "greedy_truncated": ..., "t1": ..., ...}, one value for each
-        temperature with the share of answers that max_new_tokens cut, or {"n": rows, "value": ...} for pairs and
-        {"n": rows, "loss": ...}, in nats.
+        temperature with the share of answers that max_new_tokens cut, or {"n": rows, "value": ...} for pairs,
+        {"n": rows, "loss": ...}, in nats, and what `agreement` returns for the metric reward.
 
     Raises:
         ToolkitError: rows that do not fit the metric (no reference, no pair, no question).
@@ -149,7 +151,7 @@ def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
 def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> None:
     """Greedy or sampled is the task's to say, the rest of decoding the model's generation_config's."""
     asked = obeyed(model)
-    if asked and state.is_main_process and any(task.metric not in ("pair_accuracy", "loss") for task in recipe.tasks):
+    if asked and state.is_main_process and any(task.metric not in UNSAMPLED_METRICS for task in recipe.tasks):
         settings = ", ".join(f"{field} {value}" for field, value in asked.items())
         print(f"eval: applying the model's generation_config: {settings}", file=sys.stderr, flush=True)
 
@@ -167,13 +169,14 @@ def _measure(
         append_lines(file_of(run_dir, state.process_index), (s for s in named if place_of(s) not in subject.kept))
         samples += named
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
+    found = agreement(samples) if task.metric == "reward" else figures(samples, len(rows))
     if state.is_main_process:
         finish_task(run_dir, task.name, samples)
         remove_parts(run_dir)
         seconds = time.monotonic() - began
-        print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s{remark(found)}", file=sys.stderr, flush=True)
     state.wait_for_everyone()  # before the next task's first answer
-    return figures(samples, len(rows))
+    return found
 
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
@@ -280,6 +283,11 @@ def _needs_pair(task: EvalTask, row: Row, number: int) -> None:
         raise ToolkitError(f"row {number} is not a pair of chosen and rejected answers")
 
 
+def _needs_verdict(task: EvalTask, row: Row, number: int) -> None:
+    if why := not_judged(row):
+        raise ToolkitError(f"row {number} {why}")
+
+
 def _needs_messages(task: EvalTask, row: Row, number: int) -> None:
     if "messages" not in row:
         raise ToolkitError(f"row {number} is not a conversation with messages")
@@ -290,6 +298,7 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
     "refusal": lambda task, row, number: prompt_of(row, number),
     "format": lambda task, row, number: prompt_of(row, number),
     "pair_accuracy": _needs_pair,
+    "reward": _needs_verdict,
     "loss": _needs_messages,
 }
 
@@ -335,6 +344,47 @@ def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[
     ]
 
 
+def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
+    """The scores of a row's answers and their lengths in tokens, beside the row's verdict (see eval/agreement.py)."""
+    answers = [(place, answer) for place, (_, row) in enumerate(rows) for answer in _answers_of(row)]
+    prompts = [
+        len(render_conversation(row["prompt"], subject.tokenizer, add_generation_prompt=True)["input_ids"])
+        for _, row in rows
+    ]
+    ids = [
+        render_conversation([*rows[place][1]["prompt"], *answer], subject.tokenizer)["input_ids"]
+        for place, answer in answers
+    ]
+    scores = score_sequences(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
+    scored: list[list[tuple[float, int, str]]] = [[] for _ in rows]
+    for (place, answer), tokens, score in zip(answers, ids, scores, strict=True):
+        scored[place].append((score, len(tokens) - prompts[place], prompt_text(answer)))
+    yield [_scored_sample(number, row, found) for (number, row), found in zip(rows, scored, strict=True)]
+
+
+def _answers_of(row: Row) -> list[list[Row]]:
+    """All answers of a row, the right ones first."""
+    lists = [row[key] for key in RANKED[1:] if key in row]
+    return [answer for listed in lists for answer in listed] or [
+        row[key] for key in (*PAIR[1:], JUDGED[1]) if key in row
+    ]
+
+
+def _scored_sample(number: int, row: Row, found: Sequence[tuple[float, int, str]]) -> Sample:
+    scores, lengths, answers = (list(column) for column in zip(*found, strict=True))
+    verdict = {key: row[key] for key in VERDICTS if key in row} or {"right": len(row.get(RANKED[1], [None]))}
+    return {
+        "row": number,
+        "decoding": UNSAMPLED,
+        "prompt": prompt_text(row["prompt"]),
+        "answers": answers,
+        "scores": scores,
+        "lengths": lengths,
+        **verdict,
+        **({"meta": row["meta"]} if row.get("meta") else {}),
+    }
+
+
 def loss(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """Mean cross-entropy of the assistant's tokens, in nats; `weight` is their number."""
     rendered = [render_conversation(row["messages"], subject.tokenizer) for _, row in rows]
@@ -356,5 +406,6 @@ METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], Iterator[list[Sample]
     "refusal": refusal,
     "format": format_share,
     "pair_accuracy": pair_accuracy,
+    "reward": reward,
     "loss": loss,
 }

@@ -8,7 +8,7 @@ from functools import cache
 
 from conversations.answers.prompts import split_prompt
 from conversations.errors import ToolkitError
-from conversations.row import Refuse, Row
+from conversations.row import RANKED, Refuse, Row
 
 
 def first_of(*refusals: Refuse) -> Refuse:
@@ -46,6 +46,12 @@ def no_reference(row: Row) -> str | None:
 def no_pair(row: Row) -> str | None:
     """No pair of answers."""
     return None if "chosen" in row else f"is {_kind(row)}, not a pair of chosen and rejected"
+
+
+def not_judged(row: Row) -> str | None:
+    """No answers that are said to be better or worse."""
+    judged = any(key in row for key in ("chosen", "completion", RANKED[1]))
+    return None if judged else f"is {_kind(row)}, not a pair and not an answer with a label or a score"
 
 
 def no_verdict(row: Row) -> str | None:
@@ -103,5 +109,11 @@ def _beside_its_prompt(rule: str, row: Row) -> str | None:
 
 
 def _kind(row: Row) -> str:
-    kinds = {"text": "plain text", "messages": "a conversation", "chosen": "a pair", "completion": "a judged answer"}
+    kinds = {
+        "text": "plain text",
+        "messages": "a conversation",
+        "chosen": "a pair",
+        "completion": "a judged answer",
+        RANKED[1]: "a question with right and wrong answers",
+    }
     return next(name for key, name in kinds.items() if key in row)

@@ -15,7 +15,7 @@ from typing import Any
 from conversations.formats.bad_row import BadRow, from_json, named, read_text
 from conversations.formats.tools import calls_text, tools_text
 from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
-from conversations.row import Row, without_nulls
+from conversations.row import RANKED, Row, without_nulls
 
 # GSM8K writes the result after the reasoning, on a last line of its own.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
@@ -196,6 +196,21 @@ def pair(row: Row, prompt_key: str) -> Row:
 def whole_pair(row: Row) -> Row:
     """chosen and rejected hold the whole conversation each, as a transcript or as turns."""
     return _paired(*(_whole(row, key) for key in ("chosen", "rejected")))
+
+
+def right_and_wrong(row: Row) -> Row:
+    """A question with lists of right and of wrong answers (RewardBench 2)."""
+    question_turns, read = _prompt(row, RANKED[0]), {}
+    for key in RANKED[1:]:
+        if not isinstance(row[key], list) or not row[key]:
+            raise BadRow(f"{key} must be a list with at least one answer, not {named(row[key])}")
+        read[key] = []
+        for number, text in enumerate(row[key]):
+            turns = [*question_turns, Turn("assistant", read_text(text, f"{key}[{number}]"), where=key)]
+            read[key].append(as_messages(_ending_in_answer(turns, key, may_be_empty=True)[-1:]))
+    if any(answer in read[RANKED[2]] for answer in read[RANKED[1]]):
+        raise BadRow("the same answer is among the right and the wrong ones")
+    return {"prompt": as_messages(question_turns), **read}
 
 
 def swift_pair(row: Row, key: str) -> Row:

@@ -21,6 +21,7 @@ from conversations.formats.conversions import (
     ranked,
     read_number,
     reference_text,
+    right_and_wrong,
     self_instruct,
     swift_answers,
     swift_pair,
@@ -32,7 +33,7 @@ from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import column_reasoning, is_reasoning, with_reasoning
 from conversations.formats.training_flags import is_row_flag, row_flags
 from conversations.formats.turn_reading import Rules, TurnReader, turns_in
-from conversations.row import MARGIN, VERDICTS, Row
+from conversations.row import MARGIN, PAIR, RANKED, VERDICTS, Row
 from conversations.tally import Event
 
 # Keys that every format may have beside its own.
@@ -203,6 +204,7 @@ JUDGED_FORMATS = tuple(
 
 # Longer sets of keys come before the shorter ones that they contain.
 FORMATS: tuple[Format, ...] = (
+    Format("right and wrong answers", RANKED, right_and_wrong, _more("prompt")),
     *_PAIRS,
     *_RANKED,
     *JUDGED_FORMATS,
@@ -220,6 +222,7 @@ _COMPARED = frozenset(known.name for known in (*_PAIRS, *_RANKED))  # two answer
 _NO_TURNS = {
     *VERDICTS,
     "reference",
+    *RANKED[1:],
     "answers",
     "turns",
     "instances",
@@ -362,6 +365,9 @@ def _with_our_names(row: Row) -> Row:
         rest = {key: value for key, value in row.items() if key not in _OPENAI_PAIR}
         prompt = {"prompt": row["input"].get("messages"), "tools": row["input"].get("tools")}
         return rest | prompt | {ours: row.get(theirs) for theirs, ours in _OPENAI_PAIR.items() if ours}
+    if "prompt" in row and all(map(_are_texts, (row.get(PAIR[1]), row.get(PAIR[2])))):  # RewardBench 2's
+        lists: dict[str, str] = dict(zip(PAIR[1:], RANKED[1:], strict=True))
+        return {lists.get(key, key): value for key, value in row.items()}
     named = {theirs: ours for theirs, ours in OTHER_NAMES.items() if row.get(theirs) not in (None, "", [])}
     named = {theirs: ours for theirs, ours in named.items() if row.get(ours) in (None, "", [], row[theirs])}
     if "chosen" in named.values() and row.get("rejected") is None and row.get("rejected_response") is not None:
@@ -370,6 +376,10 @@ def _with_our_names(row: Row) -> Row:
         return row
     rest = {key: value for key, value in row.items() if key not in named}
     return rest | {ours: row[theirs] for theirs, ours in named.items()}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:

@@ -52,7 +52,7 @@ class RunView:
     maps: list[tuple[str, Markup]]
     other: list[Drawn]
     loose: list[tuple[str, str]]
-    table: Table | None
+    tables: list[Table]
     rejected: list[tuple[str, str]]
     brief: list[tuple[str, str]]
     facts: list[tuple[str, str]]
@@ -162,13 +162,18 @@ def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
         maps=expert_maps(run.metrics),
         other=other,
         loose=words.flatten(run.metrics.loose),
-        table=None if run.is_chain else tables.figures_table("Figures", {title: run.results}, {}, {}),
+        tables=[] if run.is_chain else _figures_tables(run, title),
         rejected=_rejected(run),
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
         samples=within_run(said),
     )
+
+
+def _figures_tables(run: Run, title: str) -> list[Table]:
+    table = tables.figures_table("Figures", {title: run.results}, {}, {})
+    return [*([table] if table else []), *tables.detail_tables("Figures", run.results, {})]
 
 
 def _rejected(run: Run) -> list[tuple[str, str]]:

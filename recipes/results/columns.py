@@ -6,15 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any
 
+from conversations.answers.intervals import wilson
 from recipes.results.layout import Cell, plain_cell
 from recipes.results.words import number, short
 
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
-Z95 = NormalDist().inv_cdf(0.975)
 TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_tokens
 SAMPLED = re.compile(r"_t([0-9.]+)$")
 
@@ -45,7 +44,9 @@ class Column:
 def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list[Column]:
     """The columns of evaluations: shares of titled tasks in order, then other shares, then other metrics."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
+    nested = {key for entry in evaluations for key, value in entry.items() if isinstance(value, dict)}
     shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
+    shown = [key for key in shown if key not in nested]  # these have tables of their own
     columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in shown]
     order = [*tasks]
 
@@ -95,13 +96,6 @@ FORMATS: dict[str, Callable[[Figures, str], Cell]] = {
     LOSS: _loss_cell,
     OTHER: lambda entry, key: plain_cell(entry.get(key)),
 }
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % confidence interval of a share of n (Wilson 1927); stays within [0, 1] even at 0 % and 100 %."""
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sample_size(entry: Figures, key: str) -> float | None:

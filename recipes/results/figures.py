@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from conversations.run_files import SAMPLES
 from recipes.results.columns import LOSS, TRUNCATED
 
-Figures = dict[str, float | int | None]
+Figures = dict[str, Any]
 Metrics = Mapping[str, Mapping[str, Any]]
 
 # Suffix added to a task's name for each value that eval.stage.evaluate returns.
@@ -26,7 +26,8 @@ class Outcome(NamedTuple):
 def figures(metrics: Metrics) -> Figures:
     """Flatten the metrics of one evaluation: `exact_match`, `exact_match_t1`, `n`, ...
 
-    `n` belongs to the first task, `TASK_n` to the others.
+    `n` belongs to the first task, `TASK_n` to the others. Figures that are listed by name stay nested, as
+    `TASK_details` and the like.
     """
     flat: Figures = {}
     for index, (task, values) in enumerate(metrics.items()):

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from recipes.results.columns import LOSS, SHARE, Z95, Figures, columns_of, heading_of, is_cut
+from conversations.answers.intervals import Z95
+from recipes.results.columns import LOSS, SHARE, Figures, columns_of, heading_of, is_cut
 from recipes.results.layout import Cell, Table, as_text, plain_cell
 from recipes.results.titles import UNTITLED, Titles
-from recipes.results.words import NOT_STATED, flatten, number
+from recipes.results.words import NOT_STATED, flatten, number, short
 
 OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
@@ -31,7 +32,13 @@ def headline(results: Mapping[str, Any], titles: Titles = UNTITLED) -> list[Tabl
         ),
         targets(results),
     ]
-    return [table for table in tables if table]
+    details = [
+        table
+        for section in ("stages", "reward_models")
+        for name, entry in entries(results, section).items()
+        for table in detail_tables(titles.section(section).get(name, name), entry, titles.tasks)
+    ]
+    return [*(table for table in tables if table), *details]
 
 
 def figures_table(
@@ -51,6 +58,31 @@ def figures_table(
     notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
     notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
     return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)
+
+
+def detail_tables(title: str, evaluation: Figures, tasks: Mapping[str, str]) -> list[Table]:
+    """The figures of one evaluation that are listed by name: {name: {value, interval, n}}."""
+    listed = {key: value for key, value in evaluation.items() if _is_listed(value)}
+    headings = (Cell(""), Cell("Value"), Cell("95 % interval"), Cell("Rows"))
+    return [
+        Table(f"{title}: {heading_of(key, tasks)}", headings, [_detail_row(key, *item) for item in value.items()])
+        for key, value in listed.items()
+    ]
+
+
+def _is_listed(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(one, dict) and "value" in one for one in value.values())
+    )
+
+
+def _detail_row(key: str, name: str, figure: Mapping[str, Any]) -> list[Cell]:
+    shown = [number(bound) for bound in figure.get("interval") or ()]
+    interval = Cell(" to ".join(short(bound) for bound in shown if bound is not None) or "–")
+    title = heading_of(name, {"auc": "AUC"}) if key.endswith("details") else name
+    return [Cell(title), plain_cell(figure["value"]), interval, plain_cell(figure.get("n"))]
 
 
 def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:

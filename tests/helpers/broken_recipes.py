@@ -174,6 +174,7 @@ REWARDS: list[list[dict[str, Any]]] = [
 ]  # fmt: skip
 TASKS: list[dict[str, Any]] = [
     {"temperatures": [1, 1.0]}, {"temperatures": [11]}, {"max_new_tokens": 10**9}, {"patterns": ["["]}, {"limit": 1},
+    {"metric": "reward"},
     {"metric": "pair_accuracy"}, {"metric": "loss"}, {"rule": "math"}, {"name": "a_n"}, {"batch_size": 10**9},
 ]  # fmt: skip
 OUTPUTS = ("base", "chat.jsonl", "folder", "chat.jsonl/x", "runs/sft", "x" * 300, "~nobody/x", ".")

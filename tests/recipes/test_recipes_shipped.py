@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import sft.stage
+from eval.config import SCORED
 from recipes.chains.plan import plan_stages
 from recipes.cli import main
 from recipes.files import read_json
@@ -78,7 +79,7 @@ def test_a_recipe_runs_at_toy_size(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sft.stage, "SAMPLE_TOKENS", 4)
     tree = read_mapping(path)
-    score = tree["stage"] == "eval" and tree["tasks"][0]["metric"] == "pair_accuracy"
+    score = tree["stage"] == "eval" and tree["tasks"][0]["metric"] in SCORED
     words: list[str] = [f"model.path={models['score' if score else 'causal_lm']}", "output_dir=run"]
     if path.parent.name != "tiny":
         words.append("model.dtype=float32")
