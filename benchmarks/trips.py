@@ -73,7 +73,7 @@ def render_trip(folder: Path) -> Callable[[], Any]:
 
 
 def reward_trip(folder: Path) -> Callable[[], Any]:
-    from rl.rewards import RuleReward
+    from conversations.rewards.rule import RuleReward
 
     reward = RuleReward("number")
     prompts, answers = [PLAIN["messages"][:1]], [PLAIN["messages"][1:]]

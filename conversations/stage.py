@@ -43,7 +43,6 @@ class Training:
         rehearsal: (recipe, model, tokenizer, run_dir) -> the stage's trainer on two rows, to be tried for one step.
         rehearsal_training: values of `training` that make the step small, beside a batch of 1.
         row_uses: fields of the config by which the uses of a row in one epoch multiply.
-        check_rows: (recipe, the TRL config, rows) -> None; raises ToolkitError for rows that together are of no use.
         evaluated: held-out figures that can choose the best checkpoint; empty where they are not known beforehand.
     """
 
@@ -53,7 +52,6 @@ class Training:
     head: Head = "causal_lm"
     rehearsal_training: Mapping[str, Any] = field(default_factory=dict)
     row_uses: tuple[str, ...] = ()
-    check_rows: str | None = None
     evaluated: tuple[str, ...] = ()
 
 
@@ -69,6 +67,7 @@ class Stage:
         training: how it trains; None for a stage that loads its model frozen.
         encode: (recipe, tokenizer, max_length) -> conversations.rendering.fitting.Encode, what the stage makes of a
             row; None where rows are prompts.
+        check_rows: (recipe, rows) -> None; raises ToolkitError if the rows of `data` are unusable as a whole.
         marks_tokens: whether single tokens of a row count or not, by its mask.
         result: what a finished run holds: a model in final/, or a file.
         measures: whether its metrics are figures of tasks, {task: {"n": rows, ...}}, for results.json and for tables.
@@ -85,6 +84,7 @@ class Stage:
     run: str
     training: Training | None = None
     encode: str | None = None
+    check_rows: str | None = None
     marks_tokens: bool = False
     result: str = FINAL
     measures: bool = False

@@ -11,20 +11,14 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
+from conversations.rewards.base import Answer, Reward, Values
+from conversations.rewards.entry import RewardEntry
+from conversations.rewards.model import RewardModelReward
+from conversations.rewards.terms import build_rewards, check_references, check_rewards
 from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
-from rl.config import RewardEntry, RlRecipe
-from rl.rewards import (
-    Answer,
-    Reward,
-    RewardModelReward,
-    RuleReward,
-    Values,
-    build_rewards,
-    check_references,
-    function_reward,
-)
+from rl.config import RlRecipe
 from rl.trainer import PolicyTrainer
 
 if TYPE_CHECKING:
@@ -123,13 +117,10 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
 
 
-def check_rows(recipe: RlRecipe, arguments: GRPOConfig, rows: Sequence[Row]) -> None:
+def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
     """Raise ToolkitError if the rows are refused as a whole, though each of them is usable."""
-    check_references([RuleReward(entry.rule) for entry in recipe.rewards if entry.rule], rows)
-    for entry in recipe.rewards:
-        if entry.python and rows:
-            function_reward(entry).check(Answer(prompt_of(rows[0], 1), "", reference=rows[0].get("reference")))
-    check_prompts(arguments, len(rows))
+    check_rewards(recipe.rewards, rows)
+    check_prompts(planned_config(recipe), len(rows))
 
 
 def check_prompts(arguments: GRPOConfig, prompts: int) -> None:

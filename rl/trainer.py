@@ -16,6 +16,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text
 from conversations.errors import ToolkitError
+from conversations.rewards.base import Reward
 from conversations.row import Row
 from conversations.run_files import SAMPLES
 from deepseek_v2_modeling.inference import end_tokens, generate_answers, unpad_batch
@@ -27,7 +28,6 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
-from rl.rewards import Reward
 
 SAMPLED_STEPS = 25  # of a run, about
 SAMPLES_A_STEP = 4

@@ -22,8 +22,8 @@ from recipes.data.sources import Mixture, read_sources
 from recipes.runs.directory import is_finished
 from recipes.runs.foundation import Earlier, Foundation, check_model, check_other_models, find_model, head_of
 from recipes.runs.rehearsal import rehearse
-from recipes.runs.training_fields import check_model_config, check_training, setting, trl_config
-from recipes.stages import training_of
+from recipes.runs.training_fields import check_model_config, check_training, setting
+from recipes.stages import stage_of
 
 # Upper bound on the tokens that a template adds to a message. (A token is at least one byte of text.)
 _AROUND = 16
@@ -116,8 +116,8 @@ def prepare(
             listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, cache, refuses_by
         )
         read_lists.append(ReadList(listed, mixture))
-        if isinstance(recipe, TrainingRecipe) and (check := training_of(recipe).check_rows) and listed.name == "data":
-            provided(check)(recipe, trl_config(recipe), mixture.rows)
+        if (check := stage_of(recipe).check_rows) and listed.name == "data":
+            provided(check)(recipe, mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1].used, tokenizer, inputs.settings, longest, listed.answer)

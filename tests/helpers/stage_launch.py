@@ -9,12 +9,12 @@ import torch
 from accelerate import PartialState
 
 import sft.stage
+from conversations.rewards.rule import RuleReward
 from eval.config import EvalRecipe
 from eval.stage import evaluate
 from reward.config import RewardRecipe
 from reward.stage import train as train_reward
 from rl.config import RlRecipe
-from rl.rewards import RuleReward
 from rl.stage import train as train_rl
 from sft.config import SftRecipe
 from tests.helpers.stages import SECTIONS, byte_tokenizer, chat_model, conversations, pairs, score_model

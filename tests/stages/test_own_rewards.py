@@ -9,8 +9,9 @@ import pytest
 
 from conversations.answers.own_function import call
 from conversations.errors import ToolkitError
+from conversations.rewards.base import Answer
+from conversations.rewards.function import FunctionReward
 from recipes.cli import main as dsv2
-from rl.rewards import Answer, FunctionReward
 
 from ..helpers.stages import lines
 

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from conversations import render_conversation
 from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
-from rl.rewards import Answer, Reward, RewardModelReward, RuleReward, check_references, normalised
+from conversations.rewards.base import Answer, Reward
+from conversations.rewards.model import RewardModelReward, normalised
+from conversations.rewards.rule import RuleReward
+from conversations.rewards.terms import check_references
 
 from ..helpers.stages import assistant, byte_tokenizer, score_model, user
 

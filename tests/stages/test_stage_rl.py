@@ -10,12 +10,14 @@ from trl import GRPOTrainer
 
 from conversations import render_conversation, verify
 from conversations.errors import ToolkitError
+from conversations.rewards.base import Reward
+from conversations.rewards.model import RewardModelReward
+from conversations.rewards.rule import RuleReward
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
 from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
-from rl.rewards import Reward, RewardModelReward, RuleReward
 from rl.stage import grpo_config, planned_config, prompt_dataset, rehearsal, train
 from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
 

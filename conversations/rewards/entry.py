@@ -1,0 +1,120 @@
+"""The `rewards` of a recipe, for stages that judge what a model says (rl, pairs). No torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from conversations.answers.usable_rows import first_of, no_question, unreadable_reference
+from conversations.row import Refuse, Row
+from conversations.sections import ModelUse, Section, StageRecipe
+
+_MAP_REFERENCE = (
+    "name the columns of the prompt and of the right answer, such as data.0.columns: "
+    "{prompt: question, reference: answer} (a nested one: reference: reward_model.ground_truth)"
+)
+
+
+class RewardEntry(Section):
+    """One term of the reward, r = sum of weight * value: a reward model, a named rule or a user-defined function."""
+
+    model: str | None = Field(default=None, description="Run or directory of a reward model.")
+    if_missing: Literal["error", "random"] = Field(
+        default="error", description="Without such a model: stop, or (for trials) score at random in its place."
+    )
+    rule: str | None = Field(default=None, description="Name of a rule, such as math or number.")
+    python: str | None = Field(
+        default=None,
+        description='A function of yours, "FILE.py:FUNCTION", with the signature of TRL\'s reward functions.',
+    )
+    timeout: float = Field(default=10.0, gt=0, description="Of python: seconds for a call.")
+    workers: int = Field(default=1, ge=1, le=1024, description="Of python: processes that it runs in.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="The rule's own settings, such as {partial: true} of code (docs/rules.md)."
+    )
+    weight: float = Field(default=1.0, description="Coefficient of this term; may be negative, not zero.")
+    normalize: bool = Field(
+        default=True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
+    )
+    clip: float | None = Field(
+        default=None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
+    )
+    on_error: Literal["error", "zero", "skip"] = Field(
+        default="error", description="When the reward cannot be computed: stop, count 0, or leave the completion out."
+    )
+
+    @model_validator(mode="after")
+    def _model_or_rule(self) -> "RewardEntry":
+        if [self.model, self.rule, self.python].count(None) != 2:
+            raise ValueError("needs one of model, rule and python")
+        if self.model is None and self.clip is not None:
+            raise ValueError("clip belongs to a reward model, not to a rule")
+        if self.python is None and (self.timeout, self.workers) != (10.0, 1):
+            raise ValueError("timeout and workers belong to a function of yours (python); leave them out")
+        if self.weight == 0:
+            raise ValueError("weight is 0: leave the reward out instead")
+        if self.rule is not None:
+            from conversations.answers.rules import check_rule
+
+            check_rule(self.rule, self.settings)
+        elif self.settings:
+            raise ValueError("settings belong to a rule; leave them out")
+        if self.python is not None:
+            from conversations.answers.own_function import place_of
+
+            place_of(self.python)
+        return self
+
+    def judges_like(self, other: "RewardEntry") -> bool:
+        """Whether both give every answer the same value."""
+        judges = (self.rule, self.settings, self.model, self.python)
+        same = judges == (other.rule, other.settings, other.model, other.python)
+        return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
+
+
+class RewardedRecipe(StageRecipe):
+    """The keys common to the recipes of stages that judge answers."""
+
+    rewards: list[RewardEntry] = Field(min_length=1, description="The terms of the reward.")
+
+    @model_validator(mode="after")
+    def _no_reward_twice(self) -> "RewardedRecipe":
+        for index, entry in enumerate(self.rewards):
+            for earlier, other in enumerate(self.rewards[:index]):
+                if entry.judges_like(other):
+                    raise ValueError(
+                        f"rewards.{index} is the same as rewards.{earlier}, so it would count twice; remove it, and "
+                        "set the weight of the other instead"
+                    )
+        return self
+
+    def other_models(self) -> list[ModelUse]:
+        return [
+            ModelUse(
+                kind="reward model",
+                key=f"rewards.{index}.model",
+                path=entry.model,
+                head="score",
+                remedy="train it with: dsv2 reward RECIPE, or set if_missing: random",
+                stand_in=entry.if_missing == "random",
+                stats=entry.normalize,
+            )
+            for index, entry in enumerate(self.rewards)
+            if entry.model is not None
+        ]
+
+    def judged_refusal(self) -> Refuse:
+        """Refuses rows without a question, or on which no reward gives a value."""
+        from conversations.answers.rules import check_machine, needs_reference
+
+        for entry in self.rewards:
+            if entry.rule:
+                check_machine(entry.rule, entry.settings)
+        rules = [entry.rule for entry in self.rewards if entry.rule and needs_reference(entry.rule)]
+
+        def unjudged(row: Row) -> str | None:
+            if "reference" in row or len(rules) < len(self.rewards):
+                return None
+            return f"has no reference, which every reward needs ({', '.join(rules)}); {_MAP_REFERENCE}"
+
+        strict = [entry.rule for entry in self.rewards if entry.rule in rules and entry.on_error == "error"]
+        return first_of(no_question, unjudged, unreadable_reference(strict))

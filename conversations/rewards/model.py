@@ -1,0 +1,72 @@
+"""A reward model as a reward."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from conversations import render_conversation
+from conversations.answers.prompts import prompt_text
+from conversations.answers.reward_stats import RewardStats
+from conversations.rewards.base import Answer, OnError, Reward, Values
+from deepseek_v2_modeling.inference import score_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_STD = 1e-6
+
+
+class RewardModelReward(Reward):
+    """A reward model's score of the conversation that ends in the answer, without an end token where the answer was cut
+    before it; normalised, then clipped.
+
+    Args:
+        model: a DeepseekV2ForSequenceClassification with one label, in evaluation mode.
+        tokenizer: the reward model's own.
+        stats: subtract the mean and divide by the spread; None leaves scores as they are.
+        clip: cut to [-clip, clip]; None leaves them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        stats: RewardStats | None = None,
+        clip: float | None = None,
+        weight: float = 1.0,
+        on_error: OnError = "error",
+        batch_size: int = 128,
+    ):
+        super().__init__(name, weight, on_error)
+        self.model = model
+        self.tokenizer: Any = tokenizer
+        self.stats = stats
+        self.clip = clip
+        self.batch_size = batch_size
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        """A policy that has learned something says the same thing often: each conversation is scored once."""
+        places = {_said(answer): i for i, answer in enumerate(answers)}
+        ids = [self._ids(answers[i]) for i in places.values()]
+        scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        by_place = dict(zip(places, scores, strict=True))
+        return [normalised(by_place[_said(answer)], self.stats, self.clip) for answer in answers]
+
+    def _ids(self, answer: Answer) -> list[int]:
+        turns = [*answer.prompt, {"role": "assistant", "content": answer.text}]
+        ids = render_conversation(turns, self.tokenizer)["input_ids"]
+        return ids if answer.finished else ids[:-1]
+
+
+def _said(answer: Answer) -> tuple[str, str, bool]:
+    """What a reward model's score depends on."""
+    return prompt_text(answer.prompt), answer.text, answer.finished
+
+
+def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:
+    """(score - mean) / std, cut to [-clip, clip]. NaN stays NaN."""
+    if stats is not None:
+        score = (score - stats.mean) / max(stats.std, MIN_STD)
+    return score if clip is None or math.isnan(score) else max(-clip, min(clip, score))

@@ -1,0 +1,46 @@
+"""A rule as a reward."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conversations.answers.many import Asked, verify_all
+from conversations.answers.rules import find_rule
+from conversations.errors import ToolkitError
+from conversations.rewards.base import Answer, OnError, Reward, Values
+
+
+class RuleReward(Reward):
+    """The score of a rule of `conversations.verify`.
+
+    Raises:
+        ToolkitError: there is no such rule.
+    """
+
+    gives_reasons = True
+
+    def __init__(
+        self,
+        rule: str,
+        weight: float = 1.0,
+        on_error: OnError = "error",
+        settings: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(rule, weight, on_error)
+        self.rule, self.settings = rule, dict(settings or {})
+        rule_function = find_rule(rule)
+        self.needs_reference = rule_function.needs_reference
+        self.takes_finished = "finished" in rule_function.settings
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        """The rule's scores. A reference that cannot be read touches its answer only."""
+        verdicts = verify_all(self.rule, [self._asked(answer) for answer in answers])
+        unread = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
+        if unread is not None and self.on_error == "error":
+            raise unread
+        self.reasons = [str(v) if isinstance(v, ToolkitError) else v.reason for v in verdicts]
+        return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
+
+    def _asked(self, answer: Answer) -> Asked:
+        settings = {**self.settings, **({"finished": answer.finished} if self.takes_finished else {})}
+        return Asked(answer.text, answer.prompt, answer.reference, settings)

@@ -1,0 +1,61 @@
+"""From a recipe's `rewards` to the terms of the reward."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conversations.answers.prompts import prompt_of
+from conversations.errors import ToolkitError
+from conversations.rewards.base import Answer, Reward
+from conversations.rewards.entry import RewardEntry
+from conversations.rewards.function import FunctionReward
+from conversations.rewards.model import RewardModelReward
+from conversations.rewards.rule import RuleReward
+from conversations.row import Row
+from conversations.stage import OtherModel
+
+
+def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherModel]) -> list[Reward]:
+    """The terms of a recipe's reward, by names that differ. models: the reward models, by their keys in the recipe."""
+    rewards: list[Reward] = []
+    for index, entry in enumerate(entries):
+        if entry.rule is not None:
+            rewards.append(RuleReward(entry.rule, entry.weight, entry.on_error, entry.settings))
+            continue
+        if entry.python is not None:
+            rewards.append(function_reward(entry))
+            continue
+        other = models[f"rewards.{index}.model"]
+        settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
+        rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
+    names = [reward.name for reward in rewards]
+    for index, reward in enumerate(rewards):
+        if names.count(names[index]) > 1:  # TRL logs by name
+            reward.__name__ = f"{names[index]}_{index}"
+    return rewards
+
+
+def function_reward(entry: RewardEntry) -> FunctionReward:
+    """Of an entry with `python`."""
+    assert entry.python is not None
+    settings = {"timeout": entry.timeout, "workers": entry.workers}
+    return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
+
+
+def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
+    """Raises ToolkitError for a reward that needs a reference where no row has one: it would say nothing, ever."""
+    if any(row.get("reference") is not None for row in rows):
+        return
+    for reward in rewards:
+        if reward.needs_reference:
+            raise ToolkitError(
+                f"the reward {reward.name} needs a reference, and none of the {len(rows):,} rows has one; "
+                "map the column that holds the right answer: data.0.columns: {reference: NAME}"
+            )
+
+
+def check_rewards(entries: Sequence[RewardEntry], rows: Sequence[Row]) -> None:
+    """Raise ToolkitError if a rule has no reference on any row, or a user-defined function fails on the first row."""
+    check_references([RuleReward(entry.rule) for entry in entries if entry.rule], rows)
+    for entry in entries:
+        if entry.python and rows:
+            function_reward(entry).check(Answer(prompt_of(rows[0], 1), "", reference=rows[0].get("reference")))
