@@ -8,28 +8,33 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters.loading import adapts_embeddings, continues, load_adapter
 from .adapters.lora import LoraSettings, apply_lora, train_in_float32
 from .adapters.merge import merge_lora
+from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation
 from .checkpoints.sources import (
     TASKS,
     AdapterSource,
     Head,
     ModelSource,
+    base_directory,
     load_tokenizer,
     read_adapter,
     read_settings,
     resolve_source,
 )
-from .checkpoints.tensor_files import whole_directory
+from .checkpoints.tensor_files import base_headers, whole_directory
 from .checkpoints.tokenizer_files import save_tokenizer
 from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .esft.choice import ExpertChoice
 from .esft.full_weights import train_chosen_experts
+from .kernels.float32_products import Linear
 from .modeling import HEADS
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
@@ -46,6 +51,7 @@ __all__ = [
     "check_vocabulary",
     "check_weights",
     "load_base",
+    "load_lm_head",
     "load_model",
     "load_tokenizer",
     "meta_model",
@@ -90,6 +96,30 @@ def load_model(
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False, task_type=TASKS[head])
     return model.requires_grad_(False).eval()
+
+
+def load_lm_head(source: ModelSource, dtype: str = "float32", attn_implementation: str | None = None) -> nn.Module:
+    """The frozen LM head alone: of a base only its one tensor is read. An adapter on embeddings or head needs the whole
+    model for a moment.
+
+    Raises:
+        ModelError: the tensor is missing, has another shape or is not finite.
+    """
+    if source.adapter and any("embed_tokens" in name or "lm_head" in name for name in source.adapter.header):
+        model: Any = load_model(source, dtype=dtype, attn_implementation=attn_implementation)
+        return model.get_output_embeddings()
+    config, base = source.settings, base_directory(source.base)
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    path = next((path for path, infos in base_headers(base).items() if name in infos), None)
+    if path is None:
+        raise ModelError(f"{base}: {name} is missing")
+    with safe_open(path, "pt") as file:
+        weight = check_finite(name, file.get_tensor(name), base)
+    if weight.shape != (config.vocab_size, config.hidden_size):
+        raise ModelError(f"{base}: {name} is {tuple(weight.shape)}, not {(config.vocab_size, config.hidden_size)}")
+    head = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+    head.weight = nn.Parameter(weight.to(getattr(torch, dtype)), requires_grad=False)
+    return head
 
 
 def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:

@@ -94,11 +94,6 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     )
 
 
-def load_lm_head(section: ModelSection, source: ModelSource) -> Any:
-    """The frozen LM head of the chat model that a stage starts from."""
-    return load_frozen(section, source, "causal_lm").get_output_embeddings()
-
-
 def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherModel]:
     """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe.
 

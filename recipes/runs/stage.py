@@ -201,15 +201,19 @@ def _work(
     recipe: StageRecipe, run_dir: Path, state: State, inputs: "Inputs", cache: RowCache, manifest: dict[str, Any]
 ) -> Any:
     """Load the models and run the stage; returns its metrics."""
-    from recipes.runs.models import load_lm_head, load_other_models
+    from deepseek_v2_modeling.loading import load_lm_head
+    from recipes.runs.models import load_other_models
 
+    section = recipe.model
     work = Work(
         model=_load_model(recipe, inputs.source, run_dir, manifest),
         tokenizer=inputs.foundation.tokenizer,
         run_dir=run_dir,
         rows={read.listed.name: read.handed for read in inputs.lists},
         others=load_other_models(recipe, inputs.source),
-        lm_head=load_lm_head(recipe.model, inputs.source) if recipe.reads_lm_head else None,
+        lm_head=load_lm_head(inputs.source, section.dtype, section.attn_implementation)
+        if recipe.reads_lm_head
+        else None,
         cache=cache,
         resume=state.status == "resume",
         resume_from=state.checkpoint,

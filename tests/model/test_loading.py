@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import deepseek_v2_modeling.loading
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, ModelError
 from deepseek_v2_modeling.checkpoints.tensor_files import whole_directory
 from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,
     load_base,
+    load_lm_head,
     load_model,
     load_tokenizer,
     prepare_trainable,
@@ -230,3 +232,41 @@ def test_an_unfinished_run_says_so(tmp_path: Path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ModelError, match="no final/ yet"):
         resolve_source(tmp_path)
+
+
+# The LM head alone
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lm_head_is_read_without_the_model(tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_directory(small_model(tie_word_embeddings=tied), tokenizer(), tmp_path / "base")
+    base = tmp_path / "base"
+    whole: Any = load_model(ModelSource(str(base)), dtype=dtype)
+    monkeypatch.setattr(deepseek_v2_modeling.loading, "load_base", None)
+    head: Any = load_lm_head(ModelSource(str(base)), dtype)
+    assert torch.equal(head.weight, whole.lm_head.weight) and head.weight.dtype == whole.lm_head.weight.dtype
+    assert not head.weight.requires_grad and head.bias is None
+    hidden = torch.randn(3, whole.config.hidden_size, dtype=head.weight.dtype)
+    assert torch.equal(head(hidden), whole.lm_head(hidden))
+
+
+def test_an_adapter_on_the_lm_head_is_part_of_it(base: Path, run: Path, tmp_path: Path):
+    assert torch.equal(load_lm_head(resolve_source(run)).weight, load_base(str(base)).lm_head.weight)
+    model = random_adapter(load_base(str(base)), LoraSettings(targets=("lm_head",), r=2).config("CAUSAL_LM"))
+    save_directory(model, tokenizer(), tmp_path / "adapter")
+    hidden = torch.randn(3, model.config.hidden_size)
+    expected = model.get_output_embeddings()(hidden)
+    assert torch.equal(load_lm_head(resolve_source(tmp_path / "adapter"))(hidden), expected)
+
+
+def test_a_lm_head_that_is_damaged_is_named(base: Path):
+    weights = load_file(base / "model.safetensors")
+    for damaged, said in (
+        ({**weights, "lm_head.weight": weights["lm_head.weight"][1:]}, r"lm_head.weight is \("),
+        ({**weights, "lm_head.weight": weights["lm_head.weight"] * torch.nan}, "lm_head.weight"),
+        ({k: v for k, v in weights.items() if k != "lm_head.weight"}, "lm_head.weight is missing"),
+    ):
+        save_file({k: v.contiguous() for k, v in damaged.items()}, base / "model.safetensors")
+        with pytest.raises(ModelError, match=said):
+            load_lm_head(ModelSource(str(base)))
