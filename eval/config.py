@@ -58,8 +58,8 @@ class EvalTask(Section):
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; by default the recipe's `data`."
     )
-    rule: Literal["number", "math", "choice", "code"] = Field(
-        default="number", description="exact_match: the rule that compares an answer with its reference."
+    rule: str = Field(
+        default="number", description="exact_match: the rule that judges an answer (docs/rules.md); its score counts."
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="exact_match: the rule's own settings.")
     patterns: list[str] = Field(
@@ -77,9 +77,11 @@ class EvalTask(Section):
     def refusal(self) -> Refuse:
         """A function that returns why a row cannot be used for the task."""
         if self.metric == "exact_match":
-            from conversations.answers.rules import check_machine
+            from conversations.answers.rules import check_machine, needs_reference
 
             check_machine(self.rule, self.settings)
+            if not needs_reference(self.rule):
+                return no_question
             return first_of(no_reference, unreadable_reference([self.rule]))
         return {
             "refusal": no_question,
@@ -125,7 +127,8 @@ class EvalTask(Section):
     def _settings_of_the_rule(self) -> "EvalTask":
         from conversations.answers.rules import check_rule
 
-        check_rule(self.rule, self.settings)
+        if self.metric == "exact_match":
+            check_rule(self.rule, self.settings)
         return self
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -16,7 +16,7 @@ from conversations import render_conversation
 from conversations.answers.judging import is_pair, judge
 from conversations.answers.many import Asked, verify_all
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
-from conversations.answers.rules import check_reference, find_rule
+from conversations.answers.rules import MEASURED, check_reference, find_rule
 from conversations.answers.usable_rows import not_judged
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
@@ -45,6 +45,14 @@ LOSS = "loss"
 CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
 
 
+class Said(NamedTuple):
+    """An answer. finished: the model ended it, not max_new_tokens. tokens: their number, the end token included."""
+
+    text: str
+    finished: bool
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model under evaluation. seed: of sampling, the same in all processes (each row makes its own from it).
@@ -57,7 +65,7 @@ class Subject:
     tokenizer: Any
     seed: int
     kept: Mapping[Place, Sample] = field(default_factory=dict)
-    said: dict[tuple[Any, ...], tuple[str, bool]] = field(default_factory=dict)
+    said: dict[tuple[Any, ...], Said] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
@@ -202,20 +210,24 @@ def _answered(
 ) -> Iterator[list[Sample]]:
     """Yield the judged answers to every row at every temperature, a few batches at a time."""
     compares = find_rule(rule).needs_reference
+    measured = [key for key in MEASURED if key in find_rule(rule).settings]
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             answers = _generate(task, chunk, subject, temperature)
             asked = [
-                Asked(text, prompt_of(row, number + 1), row["reference"] if compares else None, settings)
-                for (number, row), (text, _) in zip(chunk, answers, strict=True)
+                Asked(
+                    answer.text,
+                    prompt_of(row, number + 1),
+                    row["reference"] if compares else None,
+                    {**{key: getattr(answer, key) for key in measured}, **settings},
+                )
+                for (number, row), answer in zip(chunk, answers, strict=True)
             ]
             yield [
-                _sample(number, row, decoding_name(temperature), text, truncated, _found(verdict))
-                for (number, row), (text, truncated), verdict in zip(
-                    chunk, answers, verify_all(rule, asked), strict=True
-                )
+                _sample(number, row, decoding_name(temperature), answer, _found(verdict))
+                for (number, row), answer, verdict in zip(chunk, answers, verify_all(rule, asked), strict=True)
             ]
 
 
@@ -226,8 +238,8 @@ def _found(verdict: Verdict | ToolkitError) -> Verdict:
     return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)
 
 
-def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[tuple[str, bool]]:
-    """(answer, whether max_new_tokens cut it) for each row."""
+def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[Said]:
+    """The answer to each row."""
     prompts = [
         render_conversation(prompt_of(row, number + 1), subject.tokenizer, add_generation_prompt=True)["input_ids"]
         for number, row in rows
@@ -235,8 +247,9 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
     said = subject.said
     asked = [(temperature, task.max_new_tokens, number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)]
     for key, (number, _) in zip(asked, rows, strict=True):
-        if before := subject.kept.get((task.name, decoding_name(temperature), number)):
-            said[key] = before["completion"], before["truncated"]
+        before = subject.kept.get((task.name, decoding_name(temperature), number))
+        if before and "tokens" in before:
+            said[key] = Said(before["completion"], not before["truncated"], before["tokens"])
     new = [place for place, key in enumerate(asked) if key not in said]
     ends, decode = subject.end_token_ids, subject.tokenizer.decode
     answers = generate_answers(
@@ -251,15 +264,24 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
         adjust=adjustment(subject.model, temperature, ends),
     )
     for place, ids in zip(new, answers, strict=True):
-        said[asked[place]] = answer_text(decode(ids, skip_special_tokens=True)), ids[-1] not in ends
+        said[asked[place]] = Said(answer_text(decode(ids, skip_special_tokens=True)), ids[-1] in ends, len(ids))
     return [said[key] for key in asked]
 
 
-def _sample(number: int, row: Row, decoding: str, text: str, truncated: bool, verdict: Verdict) -> Sample:
+def _sample(number: int, row: Row, decoding: str, answer: Said, verdict: Verdict) -> Sample:
     kept = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
     prompt = prompt_text(prompt_of(row, number + 1))
-    said = {"row": number, "decoding": decoding, "prompt": prompt, "completion": text, "truncated": truncated}
-    return {**said, "value": verdict.score, "reason": verdict.reason, **kept}
+    return {
+        "row": number,
+        "decoding": decoding,
+        "prompt": prompt,
+        "completion": answer.text,
+        "truncated": not answer.finished,
+        "tokens": answer.tokens,
+        "value": verdict.score,
+        "reason": verdict.reason,
+        **kept,
+    }
 
 
 # --- what each metric needs of a row
@@ -267,6 +289,8 @@ def _sample(number: int, row: Row, decoding: str, text: str, truncated: bool, ve
 
 def _needs_reference(task: EvalTask, row: Row, number: int) -> None:
     prompt_of(row, number)
+    if not find_rule(task.rule).needs_reference:
+        return
     if row.get("reference") is None:
         raise ToolkitError(
             f"row {number} has no reference to compare answers with; map the column that holds it: "
@@ -307,7 +331,7 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
 
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """1 where the rule finds the reference in the answer."""
+    """The rule's score: 1 where it finds the reference in the answer."""
     return _answered(task, rows, subject, task.rule, task.settings)
 
 
@@ -318,7 +342,8 @@ def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[S
 
 def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
-    return _answered(task, rows, subject, "format", {"patterns": task.patterns})
+    settings = {"patterns": task.patterns, "finished": True}  # how many were cut is a figure of its own
+    return _answered(task, rows, subject, "format", settings)
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:

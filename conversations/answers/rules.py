@@ -10,11 +10,12 @@ from conversations.answers.choice import choice, choice_reference
 from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
 from conversations.answers.language import language
+from conversations.answers.length import length
 from conversations.answers.mathematics import math, math_reference
 from conversations.answers.number import number, number_reference
 from conversations.answers.refusing import refusal
 from conversations.answers.repetition import repetition
-from conversations.answers.verdict import Verdict
+from conversations.answers.verdict import Count, Verdict
 from conversations.errors import ToolkitError
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -64,13 +65,20 @@ RULES: dict[str, Rule] = {
     "language": Rule(language),
     "choice": Rule(choice, choice_reference),
     "repetition": Rule(repetition),
+    "length": Rule(length),
     "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
 }
 
 
-# Of a setting, by its default: what it must be.
-_KINDS: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
+# What stages know of an answer and hand on to the rules that take it, and no recipe sets: whether the model ended it itself,
+# and its number of tokens.
+MEASURED = {"finished": True, "tokens": 0}
+
+
+# Of a setting, by its default, or its annotation where it has none: what it must be.
+_KINDS: tuple[tuple[Any, str, Callable[[Any], bool]], ...] = (
     (bool, "true or false", lambda value: isinstance(value, bool)),
+    (Count, "a whole number from 0", lambda value: type(value) is int and value >= 0),
     (int, "a whole number from 1 to 1,000,000", lambda value: type(value) is int and 1 <= value <= 1_000_000),
     (float, "a number above 0, and 1,000,000 at most", lambda value: type(value) in (int, float) and 0 < value <= 1e6),
     (tuple, "a list", lambda value: isinstance(value, (list, tuple))),
@@ -86,11 +94,14 @@ def find_rule(name: str) -> Rule:
 
 
 def check_rule(name: str, settings: Mapping[str, Any]) -> None:
-    """Raises ToolkitError for an unknown rule, or a setting that it does not have or cannot read."""
+    """Raises ToolkitError for an unknown rule, or a setting that it lacks, does not have or cannot read."""
     _check_settings(name, settings)
     rule = RULES[name]
+    measured = {key: value for key, value in MEASURED.items() if key in rule.settings}
+    if lacking := sorted(rule.settings - rule.optional - set(settings) - set(measured)):
+        raise ToolkitError(f"the rule {name} needs the setting {lacking[0]}: {{{', '.join(lacking)}}}")
     if rule.settings and rule.parameters & {"prompt", "reference"} <= rule.optional:
-        rule.judge("", **settings)  # reads them
+        rule.judge("", **{**measured, **settings})  # reads them
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -102,8 +113,9 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
             f"it has: {', '.join(sorted(rule.settings)) or 'none'}"
         )
     for key, value in settings.items():
-        default = inspect.signature(rule.judge).parameters[key].default
-        wrong = next((needed for kind, needed, fits in _KINDS if type(default) is kind and not fits(value)), None)
+        parameter = inspect.signature(rule.judge).parameters[key]
+        needs = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
+        wrong = next((needed for kind, needed, fits in _KINDS if needs is kind and not fits(value)), None)
         if wrong:
             raise ToolkitError(f"the setting {key} of the rule {name} must be {wrong}, not {value!r:.60}")
 
@@ -132,14 +144,14 @@ def verify(
     """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
 
     Args:
-        name: of the rule: math, number, choice, code, refusal, format, language, repetition.
+        name: of the rule: math, number, choice, code, refusal, format, language, repetition, length.
         prompt: a text or messages, of which the last user turn counts.
         reference: the right answer, a text or a number; for `code` a row with tests.
-        settings: the rule's own: `patterns` of refusal, `finished` of format, `partial`, `timeout`, `memory` and
-            `allow_unsandboxed` of code.
+        settings: the rule's own: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer` of
+            length, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
 
     Returns:
-        The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt), and why.
+        The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt, no tokens), and why.
 
     Raises:
         ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code`, a machine
@@ -151,10 +163,10 @@ def verify(
         "prompt": None if prompt is None else _question(prompt),
         "reference": reference if reference is None or rule.of_rows else _reference_text(reference),
     }
-    arguments = {key: value for key, value in arguments.items() if key in rule.parameters}
-    missing = next((key for key, value in arguments.items() if value is None and key not in rule.optional), None)
-    if missing:
-        return Verdict(None, f"no {missing} to compare with")
+    arguments = {key: value for key, value in arguments.items() if key in rule.parameters and value is not None}
+    lacking = rule.parameters - rule.optional - set(arguments) - set(settings)
+    if lacking:
+        return Verdict(None, f"no {min(lacking)} to compare with")
     return rule.judge(completion, **arguments, **settings)
 
 

@@ -1,6 +1,9 @@
 """The verdict of a rule on an answer."""
 
 from dataclasses import dataclass
+from typing import NewType
+
+Count = NewType("Count", int)  # a setting that is a whole number from 0
 
 
 @dataclass(frozen=True)

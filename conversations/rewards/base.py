@@ -20,12 +20,17 @@ Values = list[float | None]
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion to judge. finished: whether the model ended it itself, before the limit of tokens."""
+    """One completion to judge.
+
+    finished: whether the model ended it itself, before the limit of tokens. tokens: their number, the end token
+    included; None where it is not known.
+    """
 
     prompt: list[Row]
     text: str
     finished: bool = True
     reference: str | None = None
+    tokens: int | None = None
 
 
 class Reward(ABC):
@@ -55,12 +60,19 @@ class Reward(ABC):
         """TRL's call: prompts and completions are lists of messages, columns lists of the rows' other fields."""
         nothing = [None] * len(prompts)
         answers = [
-            Answer(prompt, answer_text(completion[-1]["content"]), finished is not False, reference)
-            for prompt, completion, finished, reference in zip(
+            Answer(
+                prompt,
+                answer_text(completion[-1]["content"]),
+                finished is not False,
+                reference,
+                None if ids is None else len(ids),
+            )
+            for prompt, completion, finished, reference, ids in zip(
                 prompts,
                 completions,
                 columns.get("finished") or nothing,
                 columns.get("reference") or nothing,
+                columns.get("completion_ids") or nothing,
                 strict=True,
             )
         ]

@@ -11,6 +11,7 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, OnError, Reward, Values
 
 REMEMBERED = 100_000  # values
+Key = tuple[str, str, str | None, bool, int | None]
 
 
 class FunctionReward(Reward):
@@ -33,12 +34,13 @@ class FunctionReward(Reward):
         super().__init__(place_of(written)[1], weight, on_error)
         self.written, self.timeout, self.count = written, timeout, workers
         self.workers = Workers(workers)
-        self.known: dict[tuple[str, str, str | None, bool], float | None] = {}
+        self.known: dict[Key, float | None] = {}
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         new = {self._key(answer): answer for answer in answers if self._key(answer) not in self.known}
         asked = [
-            {"prompt": a.prompt, "completion": a.text, "reference": a.reference, "finished": a.finished}
+            {"prompt": a.prompt, "completion": a.text}
+            | {column: getattr(a, column) for column in ("reference", "finished", "tokens")}
             for a in new.values()
         ]
         size = max(1, math.ceil(len(asked) / self.count))
@@ -73,5 +75,5 @@ class FunctionReward(Reward):
             return f"{self.written} took longer than timeout = {self.timeout:g} s for one answer"
         return str(error) if isinstance(error, ToolkitError) else f"{self.written}: its process ended ({error})"
 
-    def _key(self, answer: Answer) -> tuple[str, str, str | None, bool]:
-        return prompt_text(answer.prompt), answer.text, answer.reference, answer.finished
+    def _key(self, answer: Answer) -> Key:
+        return prompt_text(answer.prompt), answer.text, answer.reference, answer.finished, answer.tokens

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conversations.answers.many import Asked, verify_all
-from conversations.answers.rules import find_rule
+from conversations.answers.rules import MEASURED, find_rule
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, OnError, Reward, Values
 
@@ -30,7 +30,7 @@ class RuleReward(Reward):
         self.rule, self.settings = rule, dict(settings or {})
         rule_function = find_rule(rule)
         self.needs_reference = rule_function.needs_reference
-        self.takes_finished = "finished" in rule_function.settings
+        self.measured = [key for key in MEASURED if key in rule_function.settings]
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """The rule's scores. A reference that cannot be read touches its answer only."""
@@ -42,5 +42,5 @@ class RuleReward(Reward):
         return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
 
     def _asked(self, answer: Answer) -> Asked:
-        settings = {**self.settings, **({"finished": answer.finished} if self.takes_finished else {})}
-        return Asked(answer.text, answer.prompt, answer.reference, settings)
+        measured = {key: value for key in self.measured if (value := getattr(answer, key)) is not None}
+        return Asked(answer.text, answer.prompt, answer.reference, {**self.settings, **measured})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conversations import verify
 from conversations.answers.rules import RULES, check_reference, check_rule
 from conversations.answers.text import sentences
-from conversations.answers.verdict import shown
+from conversations.answers.verdict import Verdict, shown
 from conversations.errors import ToolkitError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -69,13 +69,15 @@ def test_a_long_text_without_an_answer_is_no_reference():
 
 # The rule `code` runs what it is given: test_code_rule.py.
 TEXT_RULES = [name for name in RULES if not RULES[name].of_rows]
+NEEDED = {"length": {"tokens": 7, "max_tokens": 8, "buffer": 4}}  # settings
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("\\{}$^_()[]0123456789.,:%-+*/ #是"), max_size=60))
 def test_any_answer_gets_a_verdict(text):
     for name in TEXT_RULES:
-        verdict = verify(name, text, prompt="What is 3?", reference="B" if name == "choice" else "7")
+        reference = "B" if name == "choice" else "7"
+        verdict = verify(name, text, prompt="What is 3?", reference=reference, **NEEDED.get(name, {}))
         assert verdict.score is not None and 0 <= verdict.score <= 1 and verdict.reason
 
 
@@ -88,7 +90,8 @@ def test_any_answer_gets_a_verdict(text):
 )  # fmt: skip
 def test_answers_made_to_hang_or_crash(text):
     for name in TEXT_RULES:
-        score = verify(name, text, prompt="3?", reference="B" if name == "choice" else "7").score
+        reference = "B" if name == "choice" else "7"
+        score = verify(name, text, prompt="3?", reference=reference, **NEEDED.get(name, {})).score
         assert score is not None and 0 <= score <= 1
         assert verify("math", f"\\boxed{{{text}}}", reference=r"\frac{x}{2}").score == 0
 
@@ -319,3 +322,44 @@ def test_a_schema_may_refer_to_itself():
     tree = {"$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}
     assert verify("format", "[[], [[]]]", schema=tree).score == 1
     assert verify("format", "[[], [1]]", schema=tree).score == 0
+
+
+# --- length
+
+
+@pytest.mark.parametrize(
+    ("tokens", "score"), [(0, 1), (1, 1), (60, 1), (61, 0.975), (80, 0.5), (99, 0.025), (100, 0), (101, 0), (9999, 0)]
+)
+def test_length_is_the_soft_overlong_penalty_plus_one(tokens, score):
+    verdict = verify("length", "whatever", tokens=tokens, max_tokens=100, buffer=40)
+    assert verdict.score == pytest.approx(score) and f"{tokens:,} tokens" in verdict.reason
+
+
+@given(st.integers(1, 10**6), st.data())
+def test_length_never_grows_with_the_tokens(max_tokens, data):
+    buffer = data.draw(st.integers(1, max_tokens))
+    tokens = sorted(data.draw(st.lists(st.integers(0, 2 * max_tokens), min_size=2)))
+    scores = [verify("length", "", tokens=n, max_tokens=max_tokens, buffer=buffer).score for n in tokens]
+    assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
+
+
+def test_length_says_nothing_without_a_number_of_tokens():
+    assert verify("length", "a", max_tokens=9, buffer=3) == Verdict(None, "no tokens to compare with")
+    assert verify("length", "a", tokens=9).score is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "needs the setting buffer: {buffer, max_tokens}"),
+        ({"max_tokens": 9}, "needs the setting buffer"),
+        ({"max_tokens": 9, "buffer": 10}, "buffer 10 is more than max_tokens 9"),
+        ({"max_tokens": 9, "buffer": 0}, "buffer of the rule length must be a whole number from 1"),
+        ({"max_tokens": "9", "buffer": 1}, "max_tokens of the rule length must be a whole number from 1"),
+        ({"max_tokens": 9, "buffer": 1, "tokens": -1}, "tokens of the rule length must be a whole number from 0"),
+        ({"max_tokens": 9, "bufer": 1}, "no setting 'bufer'.*buffer"),
+    ],
+)
+def test_settings_of_length_are_checked(settings, why):
+    with pytest.raises(ToolkitError, match=why):
+        check_rule("length", settings)

@@ -51,6 +51,13 @@ def test_language_and_format_rules_need_no_reference():
     assert call(RuleReward("format"), prompts, ["A cat.", ""]) == [1.0, 0.0]
 
 
+def test_a_rule_is_handed_the_number_of_tokens_of_a_completion():
+    penalty = RuleReward("length", settings={"max_tokens": 4, "buffer": 2})
+    ids = [[5], [5, 6], [5, 6, 7], [5, 6, 7, 8]]
+    assert call(penalty, ["?"] * 4, ["a"] * 4, completion_ids=ids) == [1.0, 1.0, 0.5, 0.0]
+    assert call(penalty, ["?"], ["a"]) == [None]
+
+
 def test_unknown_rule_names_the_known_ones():
     with pytest.raises(ToolkitError, match="number"):
         RuleReward("nmber")

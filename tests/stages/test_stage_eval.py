@@ -70,6 +70,7 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
         "prompt": "0 + 1",
         "completion": "It is 1.",
         "truncated": False,
+        "tokens": 10,
         "value": 1.0,
         "reason": "the last number is the reference '1'",
         "reference": "1",
@@ -81,6 +82,17 @@ def test_exact_match_by_mathematics(tmp_path, monkeypatch):
     Parrot(monkeypatch, lambda prompt, temperature: " So it is $\\frac{1}{2}$.")
     rows = [{"messages": user("half?"), "reference": "0.5"}, {"messages": user("third?"), "reference": "1/3"}]
     assert run(tmp_path, rows, metric="exact_match", rule="math")[0]["greedy"] == 0.5
+
+
+def test_any_rule_judges_and_is_told_what_is_known_of_an_answer(tmp_path, monkeypatch):
+    Parrot(monkeypatch, lambda prompt, temperature: " four!" if "0" in prompt else " no")
+    rows = [{"messages": user("0?")}, {"messages": user("1?")}]
+    settings = {"max_tokens": 9, "buffer": 4}
+    found, said = run(tmp_path, rows, metric="exact_match", rule="length", settings=settings)
+    assert [line["tokens"] for line in said] == [7, 4] and [line["value"] for line in said] == [0.5, 1.0]
+    assert found["greedy"] == 0.75
+    again, _ = run(tmp_path, rows, metric="exact_match", rule="repetition", settings={"n": 2})
+    assert again["greedy"] == 1.0
 
 
 def test_refusals_by_the_tasks_own_patterns(tmp_path, monkeypatch):

@@ -156,6 +156,18 @@ def test_trains_and_writes_a_run(tmp_path):
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "README.md").exists()
 
 
+def test_the_length_penalty_counts_the_tokens_that_were_sampled(tmp_path):
+    penalty = RuleReward("length", settings={"max_tokens": 8, "buffer": 8})
+    run(tmp_path, rewards=[Vowels("vowels"), penalty], training={"max_completion_length": 8, "max_steps": 2})
+    said = lines(tmp_path / "samples.jsonl")
+    assert said
+    for line in said:
+        tokens = len(line["completion"]) + (not line["truncated"])  # at least: a token is a byte, and the end is one
+        assert line["rewards"]["length"] <= 1 - min(tokens, 8) / 8
+        assert (line["rewards"]["length"] == 0) == (line["reasons"]["length"].startswith("8 tokens"))
+        assert not line["truncated"] or line["rewards"]["length"] == 0
+
+
 def test_samples_hold_what_was_said_with_its_rewards_and_advantage(tmp_path):
     """A group is one prompt's answers, and of four all are written."""
     settings = {"per_device_train_batch_size": 4, "max_steps": 2, "beta": 0.0, "save_strategy": "no"}
