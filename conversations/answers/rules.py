@@ -70,8 +70,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-# What stages know of an answer and hand on to the rules that take it, and no recipe sets: whether the model ended it itself,
-# and its number of tokens.
+# What stages know of an answer and hand on to the rules that take it, and no recipe sets: whether the model ended it
+# itself, and its number of tokens.
 MEASURED = {"finished": True, "tokens": 0}
 
 
