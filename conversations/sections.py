@@ -247,6 +247,11 @@ class StageRecipe(Section):
         """Whether the stage uses the LM head of `model` although it trains another head."""
         return False
 
+    @property
+    def score_heads(self) -> int | None:
+        """How many score heads the trained model gets; None for as many as it has."""
+        return None
+
 
 class TrainingRecipe(StageRecipe):
     """The keys common to the recipes of sft, reward and rl."""

@@ -6,6 +6,7 @@ B batch, T tokens.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -194,7 +195,6 @@ def finite(model: nn.Module, what: str, values: torch.Tensor) -> None:
         )
 
 
-@torch.no_grad()
 def score_sequences(
     model: nn.Module,
     sequences: Sequence[Sequence[int]],
@@ -202,15 +202,28 @@ def score_sequences(
     pad_token_id: int,
     batch_size: int = 32,
 ) -> list[float]:
-    """The reward model's score of each sequence of token ids, in their order (right-padded, evaluation mode)."""
-    scores = [0.0] * len(sequences)
+    """The reward model's score of each sequence of token ids, in their order; the mean of several heads."""
+    return [fmean(scores) for scores in score_heads(model, sequences, pad_token_id=pad_token_id, batch_size=batch_size)]
+
+
+@torch.no_grad()
+def score_heads(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """The score that each head of a reward model gives each sequence of token ids, in their order (right-padded,
+    evaluation mode)."""
+    scores: list[list[float]] = [[] for _ in sequences]
     device = next(model.parameters()).device
     with evaluation_mode(model):
         for batch in by_length(sequences, batch_size):
             ids, mask = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             finite(model, "scores", logits)
-            for i, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
+            for i, score in zip(batch, logits.float().tolist(), strict=True):
                 scores[i] = score
     return scores
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
 from .adapters.lora import LoraSettings, apply_lora, train_in_float32
 from .adapters.merge import merge_lora
@@ -71,13 +72,15 @@ def load_base(
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
     settings: DeepseekV2Config | None = None,
+    heads: int | None = None,
 ) -> PreTrainedModel:
     """A checkpoint in hub layout, every tensor accounted for.
 
     config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
-    settings: those of the checkpoint, where they have been read already.
+    settings: those of the checkpoint, where they have been read already. heads: of a reward model; None for as many as
+    the checkpoint has, one where it has none.
     """
-    settings = apply_settings(copy.deepcopy(settings) or read_settings(base), head, config)
+    settings = apply_settings(copy.deepcopy(settings) or read_settings(base), head, config, heads)
     check_generation(base, settings.vocab_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return HEADS[head].from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
@@ -92,7 +95,8 @@ def load_model(
     config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A frozen model in eval mode, adapter included: for answering, scoring, evaluating."""
-    model: Any = load_base(source.base, head, dtype, attn_implementation, config, source.settings)
+    settings = with_labels(source.settings, source.adapter.header) if source.adapter else source.settings
+    model: Any = load_base(source.base, head, dtype, attn_implementation, config, settings)
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False, task_type=TASKS[head])
     return model.requires_grad_(False).eval()
@@ -148,18 +152,19 @@ def prepare_trainable(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
+    heads: int | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A model ready for a trainer. Trainable weights are float32 whatever `dtype` (that of frozen weights) is.
 
     An adapter with the same targets, ranks and experts is trained on; with others, or for full fine-tuning, it is
     merged into `merge_dir` first. experts: those that train (of the routed ones); without LoRA everything else is
-    frozen.
+    frozen. heads: of a reward model, as in `load_base`.
     """
     wanted = lora.config(TASKS[head]) if lora else None
     if source.adapter and not (wanted and continues(source.adapter, wanted, experts, source.settings)):
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"
-    model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings)
+    model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads)
     if wanted is None or lora is None:
         if experts is not None:
             train_chosen_experts(model, experts)

@@ -19,9 +19,23 @@ from .errors import ModelError
 from .modeling import HEADS
 
 
-def apply_settings(settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None) -> DeepseekV2Config:
-    """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones."""
-    changes = {**({"num_labels": 1} if head == "score" else {}), **(config or {})}
+def apply_settings(
+    settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None, heads: int | None = None
+) -> DeepseekV2Config:
+    """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones.
+
+    heads: of a reward model; None for as many as its config says (`reward_heads`, which is there for several).
+    """
+    if head == "score":
+        heads = heads or getattr(settings, "reward_heads", 1)
+        if type(heads) is not int or heads < 1:
+            raise ModelError(
+                f"{settings.name_or_path}/config.json: reward_heads must be a number from 1, not {heads!r}"
+            )
+        settings.__dict__.pop("reward_heads", None)
+        if heads > 1:
+            settings.reward_heads = heads
+    changes = {**({"num_labels": heads} if head == "score" else {}), **(config or {})}
     if not changes:
         return settings
     if unknown := [key for key in changes if not hasattr(settings, key)]:

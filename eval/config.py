@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from conversations.answers.combining import Combine
 from conversations.answers.text import compiled
 from conversations.answers.usable_rows import (
     first_of,
@@ -40,6 +41,8 @@ _USED_BY = {
     "exact_match": ("rule", "settings", "temperatures"),
     "refusal": ("patterns", "temperatures"),
     "format": ("patterns", "temperatures"),
+    "pair_accuracy": ("combine",),
+    "reward": ("combine",),
 }
 
 # Metrics that let the model say nothing, and their value.
@@ -69,6 +72,11 @@ class EvalTask(Section):
     )
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
+    )
+    combine: Combine = Field(
+        default="mean",
+        description="Of a reward model with several heads: the mean of their scores, the least, or the mean less their "
+        "spread.",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of an answer, in tokens.")
     batch_size: int = Field(default=32, ge=1, description="Batch size: prompts (or pairs) processed at once.")
@@ -116,7 +124,7 @@ class EvalTask(Section):
     @model_validator(mode="after")
     def _only_what_the_metric_uses(self) -> "EvalTask":
         used = _USED_BY.get(self.metric, ())
-        for name in ("rule", "settings", "patterns", "temperatures"):
+        for name in ("rule", "settings", "patterns", "temperatures", "combine"):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from conversations import render_conversation
+from conversations.answers.combining import COMBINE
 from conversations.answers.judging import is_pair, judge
 from conversations.answers.many import Asked, verify_all
 from conversations.answers.prompts import answer_text, prompt_of, prompt_text
@@ -23,7 +24,7 @@ from conversations.errors import ToolkitError
 from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
 from conversations.run_files import SAMPLES
 from conversations.stage import Work
-from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_sequences, token_losses
+from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_heads, token_losses
 from deepseek_v2_modeling.training import append_lines, cut_file
 from eval.agreement import agreement, remark
 from eval.config import UNSAMPLED_METRICS, EvalRecipe, EvalTask, decoding_name
@@ -351,7 +352,7 @@ def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[
 
     def scorer(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
         ids = [render_conversation([*p, *a], subject.tokenizer)["input_ids"] for p, a in conversations]
-        return score_sequences(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
+        return _scores(task, subject, ids)
 
     verdicts = judge(scorer, [row for _, row in rows])
     yield [
@@ -380,11 +381,16 @@ def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sa
         render_conversation([*rows[place][1]["prompt"], *answer], subject.tokenizer)["input_ids"]
         for place, answer in answers
     ]
-    scores = score_sequences(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
+    scores = _scores(task, subject, ids)
     scored: list[list[tuple[float, int, str]]] = [[] for _ in rows]
     for (place, answer), tokens, score in zip(answers, ids, scores, strict=True):
         scored[place].append((score, len(tokens) - prompts[place], prompt_text(answer)))
     yield [_scored_sample(number, row, found) for (number, row), found in zip(rows, scored, strict=True)]
+
+
+def _scores(task: EvalTask, subject: Subject, ids: Sequence[Sequence[int]]) -> list[float]:
+    heads = score_heads(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
+    return [COMBINE[task.combine](scores) for scores in heads]
 
 
 def _answers_of(row: Row) -> list[list[Row]]:

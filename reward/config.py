@@ -21,6 +21,13 @@ class RewardRecipe(SupervisedRecipe):
     loss: Literal["pairwise", "pointwise"] = Field(
         default="pairwise", description="Pairs of chosen and rejected, or single answers with a label or score."
     )
+    heads: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Score heads on one backbone, each trained on its own bootstrap sample of the rows; in rl, "
+        "`combine` makes their scores one.",
+    )
     sft_coefficient: float = Field(
         default=0.0,
         ge=0,
@@ -42,6 +49,10 @@ class RewardRecipe(SupervisedRecipe):
         if self.training.get("center_rewards_coefficient") and self.loss != "pairwise":
             raise ValueError("training.center_rewards_coefficient is for loss: pairwise; leave it out")
         return self
+
+    @property
+    def score_heads(self) -> int:
+        return self.heads
 
     @property
     def reads_lm_head(self) -> bool:

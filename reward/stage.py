@@ -2,9 +2,9 @@
 
 import random
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -17,7 +17,7 @@ from conversations.rendering.encoded import EncodedRows
 from conversations.row_cache import RowCache
 from conversations.run_files import REJECTED, REWARD_STATS
 from conversations.stage import Work
-from deepseek_v2_modeling.inference import score_sequences
+from deepseek_v2_modeling.inference import score_heads
 from deepseek_v2_modeling.training import RunLimits, RunTrainerMixin, append_lines, training_arguments
 from reward.config import CENTER_REWARDS, RewardRecipe
 from reward.data import ANSWERS, Row, answer_ids, encode_judged, encode_pairs, verdict_of
@@ -26,6 +26,8 @@ from reward.trainers import Auxiliary, JudgedCollator, JudgedTrainer, PairCollat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# (prompt, answer), each a list of messages, -> the score of each head for each.
+HeadScorer = Callable[[Sequence[tuple[list[Row], list[Row]]]], list[list[float]]]
 STATS_ROWS = 500  # training rows whose scores make the statistics
 
 
@@ -56,7 +58,7 @@ def train(
     cache: RowCache | None = None,
     lm_head: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Trains a DeepseekV2ForSequenceClassification with one label; writes metrics.jsonl, checkpoints and final/.
+    """Trains a DeepseekV2ForSequenceClassification, a label a head; writes metrics.jsonl, checkpoints and final/.
 
     final/ has reward_stats.json besides: {mean, std, n} of the scores of training rows, with which RL normalises.
 
@@ -103,7 +105,7 @@ def train(
         "tokens": trainer.tokens,
         **report.as_metrics(),
         "reward_stats": stats,
-        **judge_rows(scorer, eval_rows),
+        **judge_rows(lambda asked: [fmean(heads) for heads in scorer(asked)], eval_rows),
     }
     trainer.finish(recipe.model.dtype, {REWARD_STATS: stats})
     return metrics
@@ -134,7 +136,7 @@ def build_trainer(
             **common,
             train_dataset=encoded.data,
             eval_dataset=held_out,
-            data_collator=PairCollator(_pad_token_id(tokenizer)),
+            data_collator=PairCollator(_pad_token_id(tokenizer), heads=recipe.heads, seed=recipe.seed),
             auxiliary=Auxiliary(recipe.sft_coefficient, recipe.prefix_coefficient, lm_head),
         )
         return trainer, encoded
@@ -144,7 +146,7 @@ def build_trainer(
         **common,
         train_dataset=encoded.data,
         eval_dataset=held_out,
-        data_collator=JudgedCollator(_pad_token_id(tokenizer)),
+        data_collator=JudgedCollator(_pad_token_id(tokenizer), recipe.heads, recipe.seed),
         verdict=verdict_of(rows[0], 1),
     )
     return trainer, encoded
@@ -187,13 +189,15 @@ def planned_config(recipe: RewardRecipe) -> RewardConfig:
     return reward_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
-def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Scorer:
+def trained_scorer(
+    trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+) -> HeadScorer:
     """Scores conversations with a trainer's model as it trains them (autocast, lengths)."""
 
-    def scores(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
+    def scores(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[list[float]]:
         ids = [answer_ids(prompt, answer, tokenizer, max_length) for prompt, answer in conversations]
         with trainer.accelerator.autocast():
-            return score_sequences(
+            return score_heads(
                 trainer.model,
                 ids,
                 pad_token_id=_pad_token_id(tokenizer),
@@ -203,10 +207,10 @@ def trained_scorer(trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase
     return scores
 
 
-def score_stats(scorer: Scorer, rows: Sequence[Row]) -> dict[str, float]:
-    """{mean, std, n} over every answer in these rows, chosen and rejected alike."""
+def score_stats(scorer: HeadScorer, rows: Sequence[Row]) -> dict[str, Any]:
+    """{mean, std, n} over every answer in these rows, chosen and rejected alike, and those of several heads."""
     answers = [(row["prompt"], row[key]) for row in rows for key in ANSWERS if key in row]
-    return asdict(RewardStats.of(scorer(answers)))
+    return RewardStats.of(scorer(answers)).as_json()
 
 
 def judge_rows(scorer: Scorer, rows: Sequence[Row]) -> dict[str, Any]:

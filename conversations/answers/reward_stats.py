@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversations.errors import ToolkitError
 from conversations.run_files import REWARD_STATS
@@ -16,15 +16,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardStats:
-    """Mean and spread of a reward model's scores of its training pairs, and how many scores they are from."""
+    """Mean and spread of a reward model's scores of its training pairs, and how many scores they are from; of several
+    heads those of each beside those of their mean."""
 
     mean: float
     std: float
     n: int
+    heads: tuple["RewardStats", ...] = ()
 
     @classmethod
-    def of(cls, scores: "Sequence[float]") -> "RewardStats":
-        return cls(fmean(scores), pstdev(scores), len(scores))
+    def of(cls, scores: "Sequence[Sequence[float]]") -> "RewardStats":
+        """scores: of each answer, by each head."""
+        by_head = [cls(fmean(column), pstdev(column), len(column)) for column in zip(*scores, strict=True)]
+        if len(by_head) == 1:
+            return by_head[0]
+        means = [fmean(row) for row in scores]
+        return cls(fmean(means), pstdev(means), len(means), tuple(by_head))
+
+    @property
+    def by_head(self) -> "list[RewardStats]":
+        """One for each head."""
+        return list(self.heads) or [self]
+
+    def as_json(self) -> dict[str, Any]:
+        heads = [head.as_json() for head in self.heads]
+        return {"mean": self.mean, "std": self.std, "n": self.n, **({"heads": heads} if heads else {})}
+
+    @classmethod
+    def _from_json(cls, values: Any) -> "RewardStats":
+        mean, std, n = float(values["mean"]), float(values["std"]), int(values["n"])
+        stats = cls(mean, std, n, tuple(cls._from_json(head) for head in values.get("heads", ())))
+        if not (math.isfinite(stats.mean) and math.isfinite(stats.std) and stats.std >= 0):
+            raise ValueError(f"mean is {stats.mean} and std {stats.std}")
+        return stats
 
     @classmethod
     def read(cls, folder: Path) -> "RewardStats":
@@ -37,10 +61,6 @@ class RewardStats:
         if not path.is_file():
             raise ToolkitError(f"{path} is missing: train the reward model with `dsv2 reward`, or set normalize: false")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            stats = cls(mean=float(values["mean"]), std=float(values["std"]), n=int(values["n"]))
-            if not (math.isfinite(stats.mean) and math.isfinite(stats.std) and stats.std >= 0):
-                raise ValueError(f"mean is {stats.mean} and std {stats.std}")
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ToolkitError(f"{path}: unreadable statistics ({error}); train the reward model again") from error
-        return stats

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from conversations.answers.combining import Combine
 from conversations.answers.usable_rows import first_of, no_question, unreadable_reference
 from conversations.row import Refuse, Row
 from conversations.sections import ModelUse, Section, StageRecipe
@@ -38,6 +39,11 @@ class RewardEntry(Section):
     clip: float | None = Field(
         default=None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
     )
+    combine: Combine = Field(
+        default="mean",
+        description="Of a model with several heads: their mean, the least, or the mean less their spread (each head's "
+        "score normalised first).",
+    )
     on_error: Literal["error", "zero", "skip"] = Field(
         default="error", description="When the reward cannot be computed: stop, count 0, or leave the completion out."
     )
@@ -48,6 +54,8 @@ class RewardEntry(Section):
             raise ValueError("needs one of model, rule and python")
         if self.model is None and self.clip is not None:
             raise ValueError("clip belongs to a reward model, not to a rule")
+        if self.model is None and self.combine != "mean":
+            raise ValueError("combine belongs to a reward model, not to a rule or a function")
         if self.python is None and (self.timeout, self.workers) != (10.0, 1):
             raise ValueError("timeout and workers belong to a function of yours (python); leave them out")
         if self.weight == 0:
@@ -68,7 +76,8 @@ class RewardEntry(Section):
         """Whether both give every answer the same value."""
         judges = (self.rule, self.settings, self.model, self.python)
         same = judges == (other.rule, other.settings, other.model, other.python)
-        return same and (self.model is None or (self.normalize, self.clip) == (other.normalize, other.clip))
+        own, others = ((entry.normalize, entry.clip, entry.combine) for entry in (self, other))
+        return same and (self.model is None or own == others)
 
 
 class RewardedRecipe(StageRecipe):

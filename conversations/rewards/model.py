@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from conversations import render_conversation
+from conversations.answers.combining import COMBINE, Combine
 from conversations.answers.prompts import prompt_text
 from conversations.answers.reward_stats import RewardStats
+from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, OnError, Reward, Values
-from deepseek_v2_modeling.inference import score_sequences
+from deepseek_v2_modeling.inference import score_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +23,14 @@ class RewardModelReward(Reward):
     before it; normalised, then clipped.
 
     Args:
-        model: a DeepseekV2ForSequenceClassification with one label, in evaluation mode.
+        model: a DeepseekV2ForSequenceClassification in evaluation mode, with one label for each head.
         tokenizer: the reward model's own.
         stats: subtract the mean and divide by the spread; None leaves scores as they are.
         clip: cut to [-clip, clip]; None leaves them.
+        combine: how the normalised scores of several heads become one.
+
+    Raises:
+        ToolkitError: the statistics are of another number of heads.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class RewardModelReward(Reward):
         *,
         stats: RewardStats | None = None,
         clip: float | None = None,
+        combine: Combine = "mean",
         weight: float = 1.0,
         on_error: OnError = "error",
         batch_size: int = 128,
@@ -44,15 +51,27 @@ class RewardModelReward(Reward):
         self.tokenizer: Any = tokenizer
         self.stats = stats
         self.clip = clip
+        self.combine: Combine = combine
+        heads = model.config.num_labels
+        self.head_stats = [None] * heads if stats is None else stats.by_head
+        if len(self.head_stats) != heads:
+            raise ToolkitError(
+                f"the reward model {name} has {heads} heads and statistics of {len(self.head_stats)}; train it again"
+            )
         self.batch_size = batch_size
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """A policy that has learned something says the same thing often: each conversation is scored once."""
         places = {_said(answer): i for i, answer in enumerate(answers)}
         ids = [self._ids(answers[i]) for i in places.values()]
-        scores = score_sequences(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        by_place = dict(zip(places, scores, strict=True))
-        return [normalised(by_place[_said(answer)], self.stats, self.clip) for answer in answers]
+        scores = score_heads(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        by_place = {place: self._value(heads) for place, heads in zip(places, scores, strict=True)}
+        return [by_place[_said(answer)] for answer in answers]
+
+    def _value(self, heads: Sequence[float]) -> float:
+        """Heads differ in scale and offset, so that each is normalised before they are compared."""
+        scores = [normalised(score, stats, None) for score, stats in zip(heads, self.head_stats, strict=True)]
+        return normalised(COMBINE[self.combine](scores), None, self.clip)
 
     def _ids(self, answer: Answer) -> list[int]:
         turns = [*answer.prompt, {"role": "assistant", "content": answer.text}]

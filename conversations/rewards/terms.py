@@ -26,6 +26,7 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
             continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
+        settings["combine"] = entry.combine
         rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
     names = [reward.name for reward in rewards]
     for index, reward in enumerate(rewards):

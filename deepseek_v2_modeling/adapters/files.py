@@ -148,7 +148,9 @@ def with_labels(settings: DeepseekV2Config, infos: Mapping[str, TensorInfo]) -> 
     settings = copy.deepcopy(settings)
     score = next((info for name, info in infos.items() if hub_name(name) == "score.weight"), None)
     if score is not None:
-        settings.num_labels = score.shape[0]
+        settings.num_labels = heads = score.shape[0]
+        if heads > 1:
+            settings.reward_heads = heads
     return settings
 
 

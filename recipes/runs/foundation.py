@@ -105,7 +105,7 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
             check_kind(recipe.model.path, foundation.kind, "causal_lm")
     if foundation.settings is None:
         return None
-    settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config)
+    settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config, recipe.score_heads)
     if experts is not None:
         experts.check(settings)
     if trained and recipe.lora is not None:

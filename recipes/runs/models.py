@@ -77,6 +77,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             config=section.config,
+            heads=recipe.score_heads,
         )
 
     return main_first(load)
