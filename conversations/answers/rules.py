@@ -9,6 +9,7 @@ from typing import Any, Literal
 from conversations.answers.choice import choice, choice_reference
 from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
+from conversations.answers.ifeval import ifeval, ifeval_reference
 from conversations.answers.language import language
 from conversations.answers.length import length
 from conversations.answers.mathematics import math, math_reference
@@ -66,6 +67,7 @@ RULES: dict[str, Rule] = {
     "choice": Rule(choice, choice_reference),
     "repetition": Rule(repetition),
     "length": Rule(length),
+    "ifeval": Rule(ifeval, ifeval_reference, of_rows=True),
     "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
 }
 
@@ -144,11 +146,13 @@ def verify(
     """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
 
     Args:
-        name: of the rule: math, number, choice, code, refusal, format, language, repetition, length.
+        name: of the rule: math, number, choice, code, refusal, format, language, repetition, length,
+            ifeval.
         prompt: a text or messages, of which the last user turn counts.
-        reference: the right answer, a text or a number; for `code` a row with tests.
+        reference: the right answer, a text or a number; for `code` a row with tests, for `ifeval` one
+            with instructions.
         settings: the rule's own: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer` of
-            length, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
+            length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
 
     Returns:
         The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt, no tokens), and why.

@@ -288,9 +288,9 @@ def reference_text(value: Any) -> str:
     return read_text(value, "reference")
 
 
-def with_tests(row: Row, convert: Callable[[Row], Row], tests: Sequence[str]) -> Row:
-    """A problem of programming, whose reference is what the rule `code` tests an answer by. tests: its keys."""
-    return convert(row) | {"reference": reference_text({key: row.get(key) for key in tests})}
+def with_checks(row: Row, convert: Callable[[Row], Row], checks: Sequence[str]) -> Row:
+    """A problem whose reference is what a rule (`code`, `ifeval`) checks an answer by. checks: its keys."""
+    return convert(row) | {"reference": reference_text({key: row.get(key) for key in checks})}
 
 
 def mbpp_task(row: Row, task_key: str, answer_key: str | None) -> Row:

@@ -27,7 +27,7 @@ from conversations.formats.conversions import (
     swift_pair,
     tool_calls,
     whole_pair,
-    with_tests,
+    with_checks,
 )
 from conversations.formats.media import refuse_media
 from conversations.formats.reasoning import column_reasoning, is_reasoning, with_reasoning
@@ -136,6 +136,9 @@ _PAIRS = (
 )
 
 
+_IFEVAL = ("instruction_id_list", "kwargs")
+
+
 def _question(prompt_key: str, answer_key: str) -> Format:
     convert = gsm8k_question if (prompt_key, answer_key) == ("question", "answer") else question
     return Format(
@@ -164,24 +167,24 @@ _TESTED = (
         "HumanEval problems with their solution",
         (*_HUMANEVAL, "canonical_solution"),
         partial(
-            with_tests,
+            with_checks,
             convert=partial(question, prompt_key="prompt", answer_key="canonical_solution"),
-            tests=_HUMANEVAL,
+            checks=_HUMANEVAL,
         ),
     ),
     Format(
         "HumanEval problems",
         _HUMANEVAL,
-        partial(with_tests, convert=partial(prompt_only, key="prompt"), tests=_HUMANEVAL),
+        partial(with_checks, convert=partial(prompt_only, key="prompt"), checks=_HUMANEVAL),
     ),
     *(
         Format(
             f"MBPP tasks ({task}{' with code' if answer else ''})",
             (task, *answer, _MBPP[0]),
             partial(
-                with_tests,
+                with_checks,
                 convert=partial(mbpp_task, task_key=task, answer_key=answer[0] if answer else None),
-                tests=_MBPP,
+                checks=_MBPP,
             ),
             _MBPP[1:],
         )
@@ -212,6 +215,11 @@ FORMATS: tuple[Format, ...] = (
     Format("Self-Instruct tasks", ("instruction", "instances"), self_instruct),
     *_ANSWERED,
     Format("questions with tool calls", ("query", "answers"), partial(tool_calls, prompt_key="query", key="answers")),
+    Format(
+        "IFEval prompts",
+        ("prompt", *_IFEVAL),
+        partial(with_checks, convert=partial(prompt_only, key="prompt"), checks=_IFEVAL),
+    ),
     Format("ESFT test prompts", ("prompt", "answers"), esft_test),
     Format("prompts", ("prompt",), partial(prompt_only, key="prompt"), _more("prompt")),
     Format("MT-Bench questions (the first turn)", ("question_id", "turns"), mt_bench, ("reference",)),
@@ -229,6 +237,7 @@ _NO_TURNS = {
     "text",
     *_HUMANEVAL[1:],
     *_MBPP,
+    *_IFEVAL,
     *(key for known in _RANKED for key in known.keys[3:]),
 }
 

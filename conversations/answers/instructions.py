@@ -1,0 +1,246 @@
+"""The 25 verifiable instructions of IFEval (Zhou et al. 2023, table 1), as functions of an answer and their arguments.
+
+They follow the paper's own checks, so that figures compare, but in three things: sentences are counted without a model
+that would have to be downloaded, languages are told apart by another one (detecting.py), and what the paper checks for
+English holds for Chinese as well: a character is a word, forbidden words need no spaces around them, its punctuation
+counts. An argument's annotation says what it must be.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import NewType
+
+from conversations.answers.detecting import LANGUAGES, may_be
+
+Relation = NewType("Relation", str)
+Language = NewType("Language", str)
+Letter = NewType("Letter", str)
+
+RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
+    "less than": lambda count, wanted: count < wanted,
+    "at least": lambda count, wanted: count >= wanted,
+}
+CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+
+_CJK = "\u3400-\u9fff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+_TOKEN = re.compile(r"[^\W_]+(?:[-.][^\W_]+)*")  # of capital_words: U.S and well-KNOWN are one each, AI's is two
+_COMMAS = re.compile("[,，、،]")
+_BULLET = re.compile(r"^[^\S\n]*(?:\*[^*]|-)", re.MULTILINE)
+_POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\.", re.IGNORECASE), "P.P.S": re.compile(r"p\.\s?p\.\s?s", re.IGNORECASE)}
+_FENCE = re.compile(r"\A```(?:json)?|```\Z", re.IGNORECASE)
+_QUOTES = ('""', "“”")
+
+_ENDS = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|\Z)|[。！？]+[”’」』）"]*""")
+_LONGEST = 100  # characters of a word, about
+_NEXT = re.compile(r"\s*(\S?)")
+_NEVER_END = frozenset("mr mrs ms dr prof st jr sr vs e.g i.e fig no gen gov sen rep capt lt col rev cf approx".split())  # noqa: SIM905
+_MAY_END = frozenset("etc inc ltd co corp u.s u.k a.m p.m ph.d b.c a.d".split())  # noqa: SIM905
+
+
+# --- counting
+
+
+def sentence_count(text: str) -> int:
+    """The sentences of an English or Chinese text; what follows the last full stop is one."""
+    count, start = 0, 0
+    for end in _ENDS.finditer(text):
+        if _is_end(text, start, end):
+            count += bool(re.search(r"\w", text[start : end.start()]))
+            start = end.end()
+    return count + bool(re.search(r"\w", text[start:]))
+
+
+def _is_end(text: str, start: int, end: re.Match[str]) -> bool:
+    follows = _NEXT.match(text, end.end())
+    goes_on = follows is not None and follows[1].islower()
+    if end[0][-1] in "\"'”’)]" and goes_on:  # "Go!" he said.
+        return False
+    if end[0][0] != "." or end[0].startswith(".."):
+        return True
+    line = text[max(start, end.start() - _LONGEST) : end.start()].rpartition("\n")[2].split()
+    word = line[-1].lstrip("\"'“‘([*_").lower() if line else ""
+    if word in _MAY_END:
+        return not goes_on
+    numbered = word.isdecimal() and len(line) == 1  # 1. of a list
+    initial = len(word) == 1 and word.isascii() and word.isalpha() and word != "i"
+    return not (word in _NEVER_END or numbered or initial)
+
+
+def _compared(count: int, relation: str, wanted: int) -> bool:
+    return RELATIONS[relation](count, wanted)
+
+
+# --- the instructions
+
+
+def keywords(text: str, keywords: list) -> bool:
+    return all(keyword.lower() in text.lower() for keyword in keywords)
+
+
+def keyword_frequency(text: str, keyword: str, frequency: int, relation: Relation) -> bool:
+    return _compared(text.lower().count(keyword.lower()), relation, frequency)
+
+
+def forbidden_words(text: str, forbidden_words: list) -> bool:
+    def said(word: str) -> bool:
+        if re.search(f"[{_CJK}]", word):
+            return word in text
+        return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+    return not any(said(word) for word in forbidden_words)
+
+
+def letter_frequency(text: str, letter: Letter, let_frequency: int, let_relation: Relation) -> bool:
+    return _compared(text.lower().count(letter.lower()), let_relation, let_frequency)
+
+
+def response_language(text: str, language: Language) -> bool:
+    return may_be(text, language.split("-")[0])
+
+
+def paragraphs(text: str, num_paragraphs: int) -> bool:
+    """Divided by ***."""
+    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
+    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
+    return all(parts) and len(parts) == num_paragraphs
+
+
+def words(text: str, num_words: int, relation: Relation) -> bool:
+    return _compared(len(_WORD.findall(text)), relation, num_words)
+
+
+def sentences(text: str, num_sentences: int, relation: Relation) -> bool:
+    return _compared(sentence_count(text), relation, num_sentences)
+
+
+def first_word_of_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """Divided by an empty line."""
+    parts = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if len(parts) != num_paragraphs or not 1 <= nth_paragraph <= len(parts):
+        return False
+    first = re.match(r"""["'“‘]*([^\s.,?!'"，。？！”’]*)""", parts[nth_paragraph - 1])
+    found, wanted = first[1].lower() if first else "", first_word.lower()
+    return found == wanted or (re.search(f"[{_CJK}]", wanted) is not None and found.startswith(wanted))
+
+
+def postscript(text: str, postscript_marker: str) -> bool:
+    known = _POSTSCRIPTS.get(postscript_marker)
+    return bool(known.search(text)) if known else postscript_marker.lower() in text.lower()
+
+
+def placeholders(text: str, num_placeholders: int) -> bool:
+    return len(re.findall(r"\[[^\[\]\n]*\]", text)) >= num_placeholders
+
+
+def bullets(text: str, num_bullets: int) -> bool:
+    return len(_BULLET.findall(text)) == num_bullets
+
+
+def title(text: str) -> bool:
+    """In << and >>, on one line."""
+    lines = [line.partition("<<")[2].rpartition(">>")[0] for line in text.split("\n")]
+    return any(line.strip("<> \t") for line in lines)
+
+
+def constrained_response(text: str) -> bool:
+    return any(choice in text for choice in CHOICES)
+
+
+def highlights(text: str, num_highlights: int) -> bool:
+    found = [*re.findall(r"\*[^\n*]*\*", text), *re.findall(r"\*\*[^\n*]*\*\*", text)]
+    return sum(bool(part.strip("* \t")) for part in found) >= num_highlights
+
+
+def sections(text: str, section_spliter: str, num_sections: int) -> bool:
+    return len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", text)) >= num_sections
+
+
+def json_format(text: str) -> bool:
+    try:
+        json.loads(_FENCE.sub("", text.strip()))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
+    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+
+
+def two_responses(text: str) -> bool:
+    """Divided by six asterisks, and different."""
+    parts = [part.strip() for part in text.split("******")]
+    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
+    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+
+
+def capital_words(text: str, capital_frequency: int, capital_relation: Relation) -> bool:
+    return _compared(sum(token.isupper() for token in _TOKEN.findall(text)), capital_relation, capital_frequency)
+
+
+def all_capital(text: str) -> bool:
+    return text.isupper() and may_be(text.lower(), "en")
+
+
+def all_lowercase(text: str) -> bool:
+    return text.islower() and may_be(text, "en")
+
+
+def end_phrase(text: str, end_phrase: str) -> bool:
+    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+def quotation(text: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] + text[-1] in _QUOTES
+
+
+def no_comma(text: str) -> bool:
+    return _COMMAS.search(text) is None
+
+
+INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
+    "keywords:existence": keywords,
+    "keywords:frequency": keyword_frequency,
+    "keywords:forbidden_words": forbidden_words,
+    "keywords:letter_frequency": letter_frequency,
+    "language:response_language": response_language,
+    "length_constraints:number_paragraphs": paragraphs,
+    "length_constraints:number_words": words,
+    "length_constraints:number_sentences": sentences,
+    "length_constraints:nth_paragraph_first_word": first_word_of_paragraph,
+    "detectable_content:postscript": postscript,
+    "detectable_content:number_placeholders": placeholders,
+    "detectable_format:number_bullet_lists": bullets,
+    "detectable_format:title": title,
+    "detectable_format:constrained_response": constrained_response,
+    "detectable_format:number_highlighted_sections": highlights,
+    "detectable_format:multiple_sections": sections,
+    "detectable_format:json_format": json_format,
+    "combination:repeat_prompt": repeat_prompt,
+    "combination:two_responses": two_responses,
+    "change_case:capital_word_frequency": capital_words,
+    "change_case:english_capital": all_capital,
+    "change_case:english_lowercase": all_lowercase,
+    "startend:end_checker": end_phrase,
+    "startend:quotation": quotation,
+    "punctuation:no_comma": no_comma,
+}
+
+# What an argument must be, by its annotation.
+ARGUMENTS: Mapping[object, tuple[str, Callable[[object], bool]]] = {
+    int: ("a whole number from 0", lambda value: type(value) is int and value >= 0),
+    str: ("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())),
+    list: (
+        "a list of texts",
+        lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value),
+    ),
+    Relation: (f"one of {', '.join(RELATIONS)}", lambda value: value in list(RELATIONS)),
+    Letter: ("one character", lambda value: isinstance(value, str) and len(value) == 1),
+    Language: (
+        f"one of {', '.join(LANGUAGES)}",
+        lambda value: isinstance(value, str) and value.split("-")[0] in LANGUAGES,
+    ),
+}
