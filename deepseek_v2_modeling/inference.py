@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cache import LatentCache
 from .checkpoints.finite import check_weights, is_finite
 from .decode_steps import decode_step, logits_of, new_cache
 from .errors import ModelError
+from .shared_prefixes import Group, shared_prefixes
 
 # (token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V]
 Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -215,17 +217,36 @@ def score_heads(
     batch_size: int = 32,
 ) -> list[list[float]]:
     """The score that each head of a reward model gives each sequence of token ids, in their order (right-padded,
-    evaluation mode)."""
+    evaluation mode). Sequences that begin alike, as answers to one prompt do, are read as one up to where they differ.
+    """
     scores: list[list[float]] = [[] for _ in sequences]
     device = next(model.parameters()).device
+    groups, rest = shared_prefixes(sequences)
     with evaluation_mode(model):
-        for batch in by_length(sequences, batch_size):
-            ids, mask = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        for shared, batch in _score_batches(sequences, groups, rest, batch_size):
+            ids, mask = (t.to(device) for t in pad_batch([sequences[i] for i in batch], pad_token_id, left=False))
+            cache = None
+            if shared:
+                cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
+                model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+                cache.batch_repeat_interleave(len(batch))
+            read = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
+            logits = model(**read, use_cache=cache is not None).logits
             finite(model, "scores", logits)
             for i, score in zip(batch, logits.float().tolist(), strict=True):
                 scores[i] = score
     return scores
+
+
+def _score_batches(
+    sequences: Sequence[Sequence[int]], groups: Sequence[Group], rest: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(length of the prefix that is read once, indices into `sequences`) of each batch."""
+    for shared, group in groups:
+        for batch in by_length([sequences[i] for i in group], batch_size):
+            yield shared if len(batch) > 1 else 0, [group[i] for i in batch]
+    for batch in by_length([sequences[i] for i in rest], batch_size):
+        yield 0, [rest[i] for i in batch]
 
 
 @torch.no_grad()
