@@ -8,6 +8,7 @@ RECIPE = "recipe.yaml"  # as resolved
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+JUDGED_LINES = "judge.jsonl"  # what a language model was asked that judges answers, and its verdicts
 REJECTED = "rejected.jsonl"  # rows left out, with reasons
 RESULTS = "results.json"  # the figures of an evaluation or a chain
 CHAIN_STATE = "chain.json"  # which stages of a chain are done

@@ -34,7 +34,7 @@ def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
         model=work.model,
         tokenizer=work.tokenizer,
         rows=work.rows["data"],
-        rewards=build_rewards(recipe.rewards, work.others),
+        rewards=build_rewards(recipe.rewards, work.others, work.run_dir),
         run_dir=work.run_dir,
         resume_from=work.resume_from,
     )
@@ -74,6 +74,9 @@ def train(
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
+    for reward in rewards:
+        if trainer.is_world_process_zero() and (told := reward.summary()):
+            print(f"rl: {reward.name}: {told}", file=sys.stderr)
     counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
     return counted | last_logged(trainer.state.log_history)
 

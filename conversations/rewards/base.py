@@ -52,6 +52,10 @@ class Reward(ABC):
     def name(self) -> str:
         return self.__name__
 
+    def summary(self) -> str | None:
+        """What the run should say of it when it ends; None for nothing."""
+        return None
+
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> Values:
         """A value for each answer; None where the reward does not apply."""

@@ -1,5 +1,6 @@
 """The `rewards` of a recipe, for stages that judge what a model says (rl, pairs). No torch."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,8 +16,57 @@ _MAP_REFERENCE = (
 )
 
 
+class JudgeSettings(Section):
+    """A language model behind an endpoint with OpenAI's protocol, which judges answers by a rubric."""
+
+    base_url: str = Field(
+        pattern=r"^https?://\S+$", description="Of the endpoint, without /chat/completions: https://HOST/v1."
+    )
+    model: str = Field(min_length=1, description="The judge's name at the endpoint.")
+    rubric: str = Field(description="File with what makes an answer good, looked up from the current folder.")
+    scale: list[float] = Field(
+        default_factory=lambda: [1.0, 10.0],
+        min_length=2,
+        max_length=2,
+        description="The lowest and the highest points.",
+    )
+    mode: Literal["pointwise", "pairwise"] = Field(
+        default="pointwise", description="Points for each answer, or a comparison with the reference in both orders."
+    )
+    key_variable: str = Field(
+        default="OPENAI_API_KEY",
+        pattern=r"^[A-Za-z_]\w*$",
+        description="Environment variable that holds the key; the key itself is written nowhere.",
+    )
+    timeout: float = Field(default=60.0, gt=0, le=3600, description="Seconds for a request.")
+    retries: int = Field(default=5, ge=0, le=100, description="Further tries after one that failed.")
+    concurrency: int = Field(default=8, ge=1, le=256, description="Requests at once.")
+    per_minute: int | None = Field(default=None, ge=1, description="Most requests a minute, of a process.")
+    max_requests: int | None = Field(
+        default=None, ge=1, description="Budget of requests of a process, those before it was resumed included."
+    )
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> "JudgeSettings":
+        low, high = self.scale
+        if not low < high:
+            raise ValueError(f"scale must rise, such as [1, 10], not [{low:g}, {high:g}]")
+        self.rubric_text()
+        return self
+
+    def rubric_text(self) -> str:
+        """Raises ValueError for a file that cannot be read or is empty."""
+        try:
+            text = Path(self.rubric).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"rubric {self.rubric} cannot be read, from the current folder: {error}") from None
+        if not text:
+            raise ValueError(f"rubric {self.rubric} is empty")
+        return text
+
+
 class RewardEntry(Section):
-    """One term of the reward, r = sum of weight * value: a reward model, a named rule or a user-defined function."""
+    """One term of the reward, r = sum of weight * value: a reward model, a rule, a function of yours or a judge."""
 
     model: str | None = Field(default=None, description="Run or directory of a reward model.")
     if_missing: Literal["error", "random"] = Field(
@@ -27,6 +77,7 @@ class RewardEntry(Section):
         default=None,
         description='A function of yours, "FILE.py:FUNCTION", with the signature of TRL\'s reward functions.',
     )
+    judge: JudgeSettings | None = Field(default=None, description="A language model that judges answers.")
     timeout: float = Field(default=10.0, gt=0, description="Of python: seconds for a call.")
     workers: int = Field(default=1, ge=1, le=1024, description="Of python: processes that it runs in.")
     settings: dict[str, Any] = Field(
@@ -50,8 +101,8 @@ class RewardEntry(Section):
 
     @model_validator(mode="after")
     def _model_or_rule(self) -> "RewardEntry":
-        if [self.model, self.rule, self.python].count(None) != 2:
-            raise ValueError("needs one of model, rule and python")
+        if [self.model, self.rule, self.python, self.judge].count(None) != 3:
+            raise ValueError("needs one of model, rule and python, or a judge")
         if self.model is None and self.clip is not None:
             raise ValueError("clip belongs to a reward model, not to a rule")
         if self.model is None and self.combine != "mean":
@@ -74,8 +125,8 @@ class RewardEntry(Section):
 
     def judges_like(self, other: "RewardEntry") -> bool:
         """Whether both give every answer the same value."""
-        judges = (self.rule, self.settings, self.model, self.python)
-        same = judges == (other.rule, other.settings, other.model, other.python)
+        judges = (self.rule, self.settings, self.model, self.python, self.judge)
+        same = judges == (other.rule, other.settings, other.model, other.python, other.judge)
         own, others = ((entry.normalize, entry.clip, entry.combine) for entry in (self, other))
         return same and (self.model is None or own == others)
 

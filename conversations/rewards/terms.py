@@ -1,21 +1,29 @@
 """From a recipe's `rewards` to the terms of the reward."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward
+from conversations.rewards.endpoint import EndpointSettings
 from conversations.rewards.entry import RewardEntry
 from conversations.rewards.function import FunctionReward
+from conversations.rewards.judge import JudgeReward
 from conversations.rewards.model import RewardModelReward
 from conversations.rewards.rule import RuleReward
 from conversations.row import Row
 from conversations.stage import OtherModel
 
 
-def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherModel]) -> list[Reward]:
-    """The terms of a recipe's reward, by names that differ. models: the reward models, by their keys in the recipe."""
+def build_rewards(
+    entries: Sequence[RewardEntry], models: Mapping[str, OtherModel], run_dir: Path | None = None
+) -> list[Reward]:
+    """The terms of a recipe's reward, by names that differ.
+
+    models: the reward models, by their keys in the recipe. run_dir: where a judge's verdicts are kept.
+    """
     rewards: list[Reward] = []
     for index, entry in enumerate(entries):
         if entry.rule is not None:
@@ -23,6 +31,9 @@ def build_rewards(entries: Sequence[RewardEntry], models: Mapping[str, OtherMode
             continue
         if entry.python is not None:
             rewards.append(function_reward(entry))
+            continue
+        if entry.judge is not None:
+            rewards.append(judge_reward(entry, run_dir))
             continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
@@ -42,6 +53,31 @@ def function_reward(entry: RewardEntry) -> FunctionReward:
     return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
 
 
+def judge_reward(entry: RewardEntry, run_dir: Path | None = None) -> JudgeReward:
+    """Of an entry with `judge`."""
+    assert entry.judge is not None
+    judge = entry.judge
+    endpoint = EndpointSettings(
+        judge.base_url,
+        judge.model,
+        judge.key_variable,
+        judge.timeout,
+        judge.retries,
+        judge.per_minute,
+        judge.max_requests,
+    )
+    return JudgeReward(
+        endpoint,
+        judge.rubric_text(),
+        entry.weight,
+        entry.on_error,
+        scale=(judge.scale[0], judge.scale[1]),
+        pairwise=judge.mode == "pairwise",
+        concurrency=judge.concurrency,
+        run_dir=run_dir,
+    )
+
+
 def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
     """Raises ToolkitError for a reward that needs a reference where no row has one: it would say nothing, ever."""
     if any(row.get("reference") is not None for row in rows):
@@ -55,8 +91,10 @@ def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
 
 
 def check_rewards(entries: Sequence[RewardEntry], rows: Sequence[Row]) -> None:
-    """Raise ToolkitError if a rule has no reference on any row, or a user-defined function fails on the first row."""
-    check_references([RuleReward(entry.rule) for entry in entries if entry.rule], rows)
+    """Raise ToolkitError if a rule has no reference on any row, a user-defined function fails on the first row, or a
+    judge lacks its key. No judge is asked."""
+    judges = [judge_reward(entry) for entry in entries if entry.judge]
+    check_references([*(RuleReward(entry.rule) for entry in entries if entry.rule), *judges], rows)
     for entry in entries:
         if entry.python and rows:
             function_reward(entry).check(Answer(prompt_of(rows[0], 1), "", reference=rows[0].get("reference")))
