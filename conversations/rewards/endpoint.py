@@ -5,13 +5,14 @@ its own retries could not be counted against the budget. Redirects are not follo
 machine only, so that it ends up nowhere else.
 """
 
+import json
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from conversations.errors import ToolkitError
@@ -30,7 +31,8 @@ class NoReply(Exception):
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """retries: after the first try. per_minute, budget: of requests, None for no limit."""
+    """parameters: of a request, beside model and messages. retries: after the first try. per_minute, budget: of
+    requests, None for no limit."""
 
     base_url: str
     model: str
@@ -39,19 +41,28 @@ class EndpointSettings:
     retries: int = 5
     per_minute: int | None = None
     budget: int | None = None
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})
 
     def key(self) -> str | None:
         """From the environment. Raises ToolkitError where the variable that the recipe names is not set, or the key
         would travel unencrypted."""
         from httpx2 import URL
 
-        key = os.environ.get(self.key_variable)
+        key = os.environ.get(self.key_variable, "").strip()
         if not key and self.key_variable != DEFAULT_KEY:
             raise ToolkitError(f"the environment variable {self.key_variable}, which is to hold the key, is not set")
-        url = URL(self.base_url)
-        if key and url.scheme != "https" and url.host not in _HERE:
+        if not (key.isascii() and key.isprintable()):
+            raise ToolkitError(f"the environment variable {self.key_variable} holds no key: it has odd characters")
+        if key and URL(self.base_url).scheme != "https" and not self.here:
             raise ToolkitError(f"base_url {self.base_url} is not encrypted, and the key would be sent to it: use https")
         return key or None
+
+    @property
+    def here(self) -> bool:
+        """Whether the endpoint is on this machine."""
+        from httpx2 import URL
+
+        return URL(self.base_url).host in _HERE
 
 
 class Endpoint:
@@ -65,7 +76,10 @@ class Endpoint:
         self.next = 0.0  # when the rate allows another request
         self.key = settings.key()
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.client = Client(headers=headers, timeout=settings.timeout, follow_redirects=False)
+        # To this machine through no proxy, which would get the key in clear.
+        self.client = Client(
+            headers=headers, timeout=settings.timeout, follow_redirects=False, trust_env=not settings.here
+        )
         self.address = f"{settings.base_url.rstrip('/')}/chat/completions"
 
     def ask(self, messages: Sequence[dict[str, str]], read: Callable[[str], Read]) -> tuple[Read, str, int]:
@@ -75,7 +89,7 @@ class Endpoint:
         Raises:
             NoReply: (why, the number of requests): no try succeeded, or the budget is spent.
         """
-        body = {"model": self.settings.model, "messages": list(messages), "temperature": 0}
+        body = {**self.settings.parameters, "model": self.settings.model, "messages": list(messages)}
         made, why = 0, ""
         for attempt in range(self.settings.retries + 1):
             if not self._take():
@@ -103,15 +117,16 @@ class Endpoint:
         except InvalidURL as error:
             return None, str(error), None
         except HTTPError as error:
-            return None, f"{type(error).__name__} {error}".strip(), 0
+            return None, f"{type(error).__name__} {self._without_key(str(error))}".strip(), 0
+        text = self._without_key(answered.text)
         if answered.status_code != 200:
             again = answered.status_code in _AGAIN
-            text = self._without_key(answered.text[:200])
-            return None, f"HTTP {answered.status_code} {text}".strip(), _wait_of(answered.headers) if again else None
+            why = f"HTTP {answered.status_code} {text[:200]}".strip()
+            return None, why, _wait_of(answered.headers) if again else None
         try:
-            content = answered.json()["choices"][0]["message"]["content"]
+            content = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            return None, f"a reply of another form: {self._without_key(answered.text[:100])!r}", 0
+            return None, f"a reply of another form: {text[:100]!r}", 0
         return (content, "", 0) if isinstance(content, str) else (None, "a reply without text", 0)
 
     def _without_key(self, text: str) -> str:

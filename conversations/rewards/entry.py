@@ -38,6 +38,9 @@ class JudgeSettings(Section):
         pattern=r"^[A-Za-z_]\w*$",
         description="Environment variable that holds the key; the key itself is written nowhere.",
     )
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda: {"temperature": 0}, description="Of a request, such as {max_tokens: 512}."
+    )
     timeout: float = Field(default=60.0, gt=0, le=3600, description="Seconds for a request.")
     retries: int = Field(default=5, ge=0, le=100, description="Further tries after one that failed.")
     concurrency: int = Field(default=8, ge=1, le=256, description="Requests at once.")
@@ -51,6 +54,8 @@ class JudgeSettings(Section):
         low, high = self.scale
         if not low < high:
             raise ValueError(f"scale must rise, such as [1, 10], not [{low:g}, {high:g}]")
+        if owned := sorted({"model", "messages", "stream", "n"} & set(self.parameters)):
+            raise ValueError(f"parameters cannot set {owned[0]}; leave it out")
         self.rubric_text()
         return self
 

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,16 @@ class JudgeReward(Reward):
         """Each distinct answer to a prompt is judged once."""
         keys = [self._key(answer) for answer in answers]
         distinct = dict(zip(keys, answers, strict=True))
+        found: dict[str, Judged] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
-            found = dict(zip(distinct, pool.map(self._judged, distinct.values()), strict=True))
-        judged = [found[key] for key in keys]
-        self.reasons = [verdict.reason for verdict in judged]
-        failed = next((v for v in judged if v.value is not None and math.isnan(v.value)), None)
-        if failed and self.on_error == "error":
-            raise ToolkitError(failed.reason)
-        return [verdict.value for verdict in judged]
+            asked = {pool.submit(self._judged, answer): key for key, answer in distinct.items()}
+            for done in as_completed(asked):
+                verdict = found[asked[done]] = done.result()
+                if self.on_error == "error" and verdict.value is not None and math.isnan(verdict.value):
+                    pool.shutdown(cancel_futures=True)  # what is asked now would be paid for nothing
+                    raise ToolkitError(verdict.reason)
+        self.reasons = [found[key].reason for key in keys]
+        return [found[key].value for key in keys]
 
     def _judged(self, answer: Answer) -> Judged:
         if self.pairwise and answer.reference is None:
@@ -158,8 +160,9 @@ class JudgeReward(Reward):
 
     def _hash(self, texts: Sequence[str | None]) -> str:
         """What a verdict depends on."""
-        depends = [self.settings.base_url, self.settings.model, self.rubric, self.scale, self.pairwise, *texts]
-        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+        settings = self.settings
+        judge = [settings.base_url, settings.model, settings.parameters, self.rubric, self.scale, self.pairwise]
+        return hashlib.sha256(json.dumps([*judge, *texts], sort_keys=True).encode()).hexdigest()
 
 
 def _process() -> int:

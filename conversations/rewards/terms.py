@@ -65,6 +65,7 @@ def judge_reward(entry: RewardEntry, run_dir: Path | None = None) -> JudgeReward
         judge.retries,
         judge.per_minute,
         judge.max_requests,
+        judge.parameters,
     )
     return JudgeReward(
         endpoint,

@@ -72,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(endpoints, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # which must not see what stays on this machine
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.chdir(tmp_path)
     started = Server()
     thread = threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True)
@@ -141,6 +143,7 @@ def test_what_fails_is_tried_again(server: Server, failure: Reply | float) -> No
     [
         ((500, {}, "oops"), r"HTTP 500 oops \(3 tries\)", 3),
         ((401, {}, f"wrong key {KEY}"), r"HTTP 401 wrong key \.\.\.", 1),
+        ((403, {}, "." * 190 + KEY), "HTTP 403", 1),
         ((404, {}, "no model"), "HTTP 404 no model", 1),
         ((302, {"location": "http://127.0.0.1:9/steal"}, ""), "HTTP 302", 1),
         (said("Score: 11"), "score 11 is not from 1 to 10", 3),
@@ -152,7 +155,7 @@ def test_what_goes_on_failing_counts_as_on_error_says(server: Server, failure: R
     server.replies = [failure] * 9
     with pytest.raises(ToolkitError, match=why) as told:
         values_of(judge(server, retries=2), "a")
-    assert len(server.requests) == tries and KEY not in str(told.value)
+    assert len(server.requests) == tries and KEY[:6] not in str(told.value)
     for on_error, instead in (("zero", 0.0), ("skip", None)):
         server.replies = [failure] * tries
         reward = judge(server, retries=2, on_error=on_error, concurrency=1)
@@ -214,6 +217,19 @@ def test_both_orders_are_asked(server: Server) -> None:
     assert len(server.requests) == 10
 
 
+def test_the_first_failure_ends_the_asking(server: Server) -> None:
+    server.replies = [(401, {}, "")] * 99
+    with pytest.raises(ToolkitError, match="HTTP 401"):
+        judge(server, concurrency=2).judge(answers(*map(str, range(50))))
+    assert len(server.requests) < 20
+
+
+def test_a_reply_that_echoes_the_key_is_kept_without_it(server: Server, tmp_path: Path) -> None:
+    server.judge = lambda messages: f"{KEY}\nScore: 10"
+    assert judge(server, tmp_path).judge(answers("a")) == [1.0]
+    assert KEY not in (tmp_path / "judge.jsonl").read_text()
+
+
 def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert judge(server, run_dir).judge(answers("a", "b", "a")) == [pytest.approx(6 / 9)] * 3
@@ -264,6 +280,11 @@ def test_a_key_is_not_sent_in_clear_nor_missing_where_named(server: Server, monk
         judge(server, base_url="http://judge.example/v1")
     with pytest.raises(ToolkitError, match=r"variable MY_KEY.*is not set"):
         judge(server, key_variable="MY_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
+    with pytest.raises(ToolkitError, match="odd characters"):
+        judge(server)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    assert judge(server).judge(answers("a")) and server.requests[-1]["authorization"] == f"Bearer {KEY}"
     monkeypatch.delenv("OPENAI_API_KEY")
     assert judge(server).judge(answers("a")) and server.requests[-1]["authorization"] is None
 
@@ -296,6 +317,7 @@ def test_from_the_command_line(server: Server, capsys: Any) -> None:
         ({"api_key": "x"}, "a secret must not be in a recipe"),
         ({"key_variable": "NOT_SET"}, "the environment variable NOT_SET"),
         ({"model": ""}, "model"),
+        ({"parameters": {"messages": []}}, "parameters cannot set messages"),
         ({"rubrik": "a"}, "rubric"),
     ],
 )
