@@ -67,6 +67,21 @@ def counted(prompts, completions):
 
 
 NUMBER = 3
+
+
+async def waits(prompts, completions):
+    import asyncio
+
+    await asyncio.sleep(600 if completions[0][-1]["content"] == "bad" else 0)
+    return [1.0] * len(prompts)
+
+
+async def breaks(prompts, completions):
+    return [1 / (c[-1]["content"] != "bad") for c in completions]
+
+
+def known(completions, prompts, tokens, finished):
+    return [count + done for count, done in zip(tokens, finished)]
 """
 
 
@@ -163,6 +178,23 @@ def test_what_fails_counts_as_on_error_says(bad: Path) -> None:
     assert judged("bad.py:nothing", "a", "b") == [None, None]
     with pytest.raises(ToolkitError, match="no finite value"):
         FunctionReward("bad.py:nan")(**rows, completions=said)
+
+
+@pytest.mark.parametrize("name", ["waits", "breaks"])
+def test_a_coroutine_that_fails_takes_no_other_with_it(name: str, bad: Path) -> None:
+    rows = {"prompts": [[{"role": "user", "content": "?"}]] * 3}
+    said = [[{"role": "assistant", "content": text}] for text in ("good", "bad", "fine")]
+    reward = FunctionReward(f"bad.py:{name}", on_error="skip", timeout=1, workers=3)
+    assert reward(**rows, completions=said) == [1.0, None, 1.0]
+    reward.workers.close()
+
+
+def test_it_is_told_what_is_known_of_an_answer(bad: Path) -> None:
+    reward = FunctionReward("bad.py:known")
+    columns = {"completion_ids": [[1, 2, 3], [4]], "finished": [True, False]}
+    said = [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+    assert reward([[{"role": "user", "content": "?"}]] * 2, said, **columns) == [4.0, 1.0]
+    reward.workers.close()
 
 
 def test_check_refuses_a_function_that_is_not_there_whatever_on_error_says(bad: Path, capsys: Any) -> None:
