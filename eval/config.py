@@ -23,6 +23,7 @@ from conversations.answers.usable_rows import (
     not_judged,
     unreadable_reference,
 )
+from conversations.rewards.entry import JudgeSettings
 from conversations.row import Refuse
 from conversations.run_files import RESULTS, SAMPLES
 from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
@@ -41,6 +42,7 @@ _USED_BY = {
     "exact_match": ("rule", "settings", "temperatures"),
     "refusal": ("patterns", "temperatures"),
     "format": ("patterns", "temperatures"),
+    "judge": ("judge", "temperatures"),
     "pair_accuracy": ("combine",),
     "reward": ("combine",),
 }
@@ -54,9 +56,10 @@ class EvalTask(Section):
     """One metric to measure on one list of rows."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
-    metric: Literal["exact_match", "refusal", "format", "pair_accuracy", "reward", "loss"] = Field(
-        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; all figures of a "
-        "reward model on pairs, labels, scores or right and wrong answers; or the mean loss."
+    metric: Literal["exact_match", "refusal", "format", "judge", "pair_accuracy", "reward", "loss"] = Field(
+        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; the mean verdict "
+        "of a judge; all figures of a reward model on pairs, labels, scores or right and wrong answers; or the mean "
+        "loss."
     )
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; by default the recipe's `data`."
@@ -65,6 +68,9 @@ class EvalTask(Section):
         default="number", description="exact_match: the rule that judges an answer (docs/rules.md); its score counts."
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="exact_match: the rule's own settings.")
+    judge: JudgeSettings | None = Field(
+        default=None, description="judge: the language model that judges answers, as among the rewards of rl."
+    )
     patterns: list[str] = Field(
         default_factory=list,
         description="Regular expressions; refusal: found in a sentence, empty takes the usual ones; format: one of "
@@ -91,6 +97,9 @@ class EvalTask(Section):
             if not needs_reference(self.rule):
                 return no_question
             return first_of(no_reference, unreadable_reference([self.rule]))
+        if self.judge is not None:
+            self.judge.endpoint().key()
+            return no_reference if self.judge.mode == "pairwise" else no_question
         return {
             "refusal": no_question,
             "format": no_question,
@@ -124,11 +133,17 @@ class EvalTask(Section):
     @model_validator(mode="after")
     def _only_what_the_metric_uses(self) -> "EvalTask":
         used = _USED_BY.get(self.metric, ())
-        for name in ("rule", "settings", "patterns", "temperatures", "combine"):
+        for name in ("rule", "settings", "judge", "patterns", "temperatures", "combine"):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
                 raise ValueError(f"{name} has no effect on {self.metric}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_judge(self) -> "EvalTask":
+        if self.metric == "judge" and self.judge is None:
+            raise ValueError("the metric judge needs judge: {base_url, model, rubric}")
         return self
 
     @model_validator(mode="after")

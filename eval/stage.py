@@ -21,6 +21,9 @@ from conversations.answers.rules import MEASURED, check_reference, find_rule
 from conversations.answers.usable_rows import not_judged
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
+from conversations.rewards.base import Answer
+from conversations.rewards.judge import JudgeReward
+from conversations.rewards.terms import judge_reward
 from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
 from conversations.run_files import SAMPLES
 from conversations.stage import Work
@@ -54,6 +57,9 @@ class Said(NamedTuple):
     tokens: int
 
 
+VerdictsOn = Callable[[Numbered, Sequence[Said]], list[Verdict]]
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model under evaluation. seed: of sampling, the same in all processes (each row makes its own from it).
@@ -65,6 +71,7 @@ class Subject:
     model: Any
     tokenizer: Any
     seed: int
+    run_dir: Path
     kept: Mapping[Place, Sample] = field(default_factory=dict)
     said: dict[tuple[Any, ...], Said] = field(default_factory=dict)
 
@@ -124,7 +131,7 @@ def evaluate(
     _say_what_is_obeyed(recipe, model, state)
     for task in recipe.tasks:
         check_rows(task, rows_by_task[task.name])
-    subject = Subject(model, tokenizer, recipe.seed, _kept(run_dir, state, resume))
+    subject = Subject(model, tokenizer, recipe.seed, run_dir, _kept(run_dir, state, resume))
     return {task.name: _measure(task, rows_by_task[task.name], subject, state, run_dir) for task in recipe.tasks}
 
 
@@ -206,30 +213,48 @@ def row_seed(seed: int, row: int, temperature: float) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {row} {temperature:g}".encode()).digest()[:7], "big")
 
 
-def _answered(
-    task: EvalTask, rows: Numbered, subject: Subject, rule: str, settings: Mapping[str, Any]
-) -> Iterator[list[Sample]]:
+def _answered(task: EvalTask, rows: Numbered, subject: Subject, verdicts_on: VerdictsOn) -> Iterator[list[Sample]]:
     """Yield the judged answers to every row at every temperature, a few batches at a time."""
-    compares = find_rule(rule).needs_reference
-    measured = [key for key in MEASURED if key in find_rule(rule).settings]
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             answers = _generate(task, chunk, subject, temperature)
-            asked = [
-                Asked(
-                    answer.text,
-                    prompt_of(row, number + 1),
-                    row["reference"] if compares else None,
-                    {**{key: getattr(answer, key) for key in measured}, **settings},
-                )
-                for (number, row), answer in zip(chunk, answers, strict=True)
-            ]
             yield [
-                _sample(number, row, decoding_name(temperature), answer, _found(verdict))
-                for (number, row), answer, verdict in zip(chunk, answers, verify_all(rule, asked), strict=True)
+                _sample(number, row, decoding_name(temperature), answer, verdict)
+                for (number, row), answer, verdict in zip(chunk, answers, verdicts_on(chunk, answers), strict=True)
             ]
+
+
+def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
+    compares = find_rule(rule).needs_reference
+    measured = [key for key in MEASURED if key in find_rule(rule).settings]
+
+    def verdicts_on(rows: Numbered, answers: Sequence[Said]) -> list[Verdict]:
+        asked = [
+            Asked(
+                answer.text,
+                prompt_of(row, number + 1),
+                row["reference"] if compares else None,
+                {**{key: getattr(answer, key) for key in measured}, **settings},
+            )
+            for (number, row), answer in zip(rows, answers, strict=True)
+        ]
+        return [_found(verdict) for verdict in verify_all(rule, asked)]
+
+    return verdicts_on
+
+
+def _by_judge(reward: JudgeReward) -> VerdictsOn:
+    def verdicts_on(rows: Numbered, answers: Sequence[Said]) -> list[Verdict]:
+        asked = [
+            Answer(prompt_of(row, number + 1), answer.text, answer.finished, row.get("reference"), answer.tokens)
+            for (number, row), answer in zip(rows, answers, strict=True)
+        ]
+        values = reward.judge(asked)
+        return [Verdict(value, reason or "") for value, reason in zip(values, reward.reasons, strict=True)]
+
+    return verdicts_on
 
 
 def _found(verdict: Verdict | ToolkitError) -> Verdict:
@@ -322,6 +347,7 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
     "exact_match": _needs_reference,
     "refusal": lambda task, row, number: prompt_of(row, number),
     "format": lambda task, row, number: prompt_of(row, number),
+    "judge": lambda task, row, number: prompt_of(row, number),
     "pair_accuracy": _needs_pair,
     "reward": _needs_verdict,
     "loss": _needs_messages,
@@ -333,18 +359,26 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """The rule's score: 1 where it finds the reference in the answer."""
-    return _answered(task, rows, subject, task.rule, task.settings)
+    return _answered(task, rows, subject, _by_rule(task.rule, task.settings))
 
 
 def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where a sentence of the answer matches a refusal pattern."""
-    return _answered(task, rows, subject, "refusal", {"patterns": task.patterns})
+    return _answered(task, rows, subject, _by_rule("refusal", {"patterns": task.patterns}))
 
 
 def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
     settings = {"patterns": task.patterns, "finished": True}  # how many were cut is a figure of its own
-    return _answered(task, rows, subject, "format", settings)
+    return _answered(task, rows, subject, _by_rule("format", settings))
+
+
+def judge_score(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
+    """The verdict of a language model, from 0 to 1."""
+    assert task.judge is not None
+    reward = judge_reward(task.judge, subject.run_dir)
+    yield from _answered(task, rows, subject, _by_judge(reward))
+    print(f"eval: {task.name}: {reward.summary()}", file=sys.stderr, flush=True)
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
@@ -436,6 +470,7 @@ METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], Iterator[list[Sample]
     "exact_match": exact_match,
     "refusal": refusal,
     "format": format_share,
+    "judge": judge_score,
     "pair_accuracy": pair_accuracy,
     "reward": reward,
     "loss": loss,

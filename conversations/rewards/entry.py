@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from conversations.answers.combining import Combine
 from conversations.answers.usable_rows import first_of, no_question, unreadable_reference
+from conversations.rewards.endpoint import EndpointSettings
 from conversations.row import Refuse, Row
 from conversations.sections import ModelUse, Section, StageRecipe
 
@@ -58,6 +59,19 @@ class JudgeSettings(Section):
             raise ValueError(f"parameters cannot set {owned[0]}; leave it out")
         self.rubric_text()
         return self
+
+    def endpoint(self) -> EndpointSettings:
+        """The endpoint that judges."""
+        return EndpointSettings(
+            self.base_url,
+            self.model,
+            self.key_variable,
+            self.timeout,
+            self.retries,
+            self.per_minute,
+            self.max_requests,
+            self.parameters,
+        )
 
     def rubric_text(self) -> str:
         """Raises ValueError for a file that cannot be read or is empty."""

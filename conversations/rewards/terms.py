@@ -6,9 +6,8 @@ from typing import Any
 
 from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
-from conversations.rewards.base import Answer, Reward
-from conversations.rewards.endpoint import EndpointSettings
-from conversations.rewards.entry import RewardEntry
+from conversations.rewards.base import Answer, OnError, Reward
+from conversations.rewards.entry import JudgeSettings, RewardEntry
 from conversations.rewards.function import FunctionReward
 from conversations.rewards.judge import JudgeReward
 from conversations.rewards.model import RewardModelReward
@@ -33,7 +32,7 @@ def build_rewards(
             rewards.append(function_reward(entry))
             continue
         if entry.judge is not None:
-            rewards.append(judge_reward(entry, run_dir))
+            rewards.append(judge_reward(entry.judge, run_dir, entry.weight, entry.on_error))
             continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
@@ -53,25 +52,15 @@ def function_reward(entry: RewardEntry) -> FunctionReward:
     return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
 
 
-def judge_reward(entry: RewardEntry, run_dir: Path | None = None) -> JudgeReward:
-    """Of an entry with `judge`."""
-    assert entry.judge is not None
-    judge = entry.judge
-    endpoint = EndpointSettings(
-        judge.base_url,
-        judge.model,
-        judge.key_variable,
-        judge.timeout,
-        judge.retries,
-        judge.per_minute,
-        judge.max_requests,
-        judge.parameters,
-    )
+def judge_reward(
+    judge: JudgeSettings, run_dir: Path | None = None, weight: float = 1.0, on_error: OnError = "error"
+) -> JudgeReward:
+    """Of a recipe's `judge`."""
     return JudgeReward(
-        endpoint,
+        judge.endpoint(),
         judge.rubric_text(),
-        entry.weight,
-        entry.on_error,
+        weight,
+        on_error,
         scale=(judge.scale[0], judge.scale[1]),
         pairwise=judge.mode == "pairwise",
         concurrency=judge.concurrency,
@@ -94,7 +83,7 @@ def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
 def check_rewards(entries: Sequence[RewardEntry], rows: Sequence[Row]) -> None:
     """Raise ToolkitError if a rule has no reference on any row, a user-defined function fails on the first row, or a
     judge lacks its key. No judge is asked."""
-    judges = [judge_reward(entry) for entry in entries if entry.judge]
+    judges = [judge_reward(entry.judge) for entry in entries if entry.judge]
     check_references([*(RuleReward(entry.rule) for entry in entries if entry.rule), *judges], rows)
     for entry in entries:
         if entry.python and rows:

@@ -328,3 +328,20 @@ def test_a_judge_that_cannot_be_asked_is_one_message(server: Server, change: Any
     assert dsv2(["check", *RL, f"rewards=[{json.dumps(entry)}]"]) == 2
     told = capsys.readouterr().err
     assert why in told and told.startswith("error: ") and "Traceback" not in told and not server.requests
+
+
+def test_an_evaluation_by_a_judge(server: Server, capsys: Any) -> None:
+    Path("rubric.md").write_text("Be right.")
+    judge = {"base_url": server.url, "model": "m", "rubric": "rubric.md", "mode": "pairwise"}
+    task = {"name": "wins", "metric": "judge", "judge": judge, "data": [{"path": "rows.jsonl"}], "max_new_tokens": 4}
+    Path("rows.jsonl").write_text('{"prompt": "2 + 2?", "reference": "4"}\n{"prompt": "3 + 3?", "reference": "6"}\n')
+    server.judge = lambda messages: "Better: B"
+    words = ["eval", "tiny/eval", "model.path=base", "model.preset=tiny", "output_dir=run"]
+    assert dsv2([*words, f"tasks=[{json.dumps(task)}]"]) == 0
+    assert json.loads(Path("run/results.json").read_text())["wins"] == 0.5
+    assert "eval: wins: 4 requests to m; both orders agree on 0 of 2" in capsys.readouterr().err
+    assert "orders disagree" in lines(Path("run/samples.jsonl"))[0]["reason"] and len(server.requests) == 4
+
+    del task["judge"]
+    assert dsv2([*words, f"tasks=[{json.dumps(task)}]", "output_dir=other"]) == 2
+    assert "needs judge: {base_url, model, rubric}" in capsys.readouterr().err
