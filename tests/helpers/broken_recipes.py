@@ -170,11 +170,12 @@ ROLLOUTS: list[dict[str, Any]] = [
 REWARDS: list[list[dict[str, Any]]] = [
     [{"rule": "banana"}], [{"rule": "math"}], [{"rule": "number", "weight": 0}], [{"rule": "number"}] * 2, [{}],
     [{"model": "base"}], [{"model": "runs/sft"}], [{"model": "absent"}], [{"model": "absent", "if_missing": "random"}],
+    [{"model": "runs/reward", "combine": "min"}], [{"rule": "format", "combine": "min"}],
     [{"model": "runs/reward", "clip": 1}], [{"rule": "number", "on_error": "skip"}, {"rule": "format"}],
 ]  # fmt: skip
 TASKS: list[dict[str, Any]] = [
     {"temperatures": [1, 1.0]}, {"temperatures": [11]}, {"max_new_tokens": 10**9}, {"patterns": ["["]}, {"limit": 1},
-    {"metric": "reward"},
+    {"metric": "reward"}, {"metric": "reward", "combine": "min"}, {"combine": "min"},
     {"metric": "pair_accuracy"}, {"metric": "loss"}, {"rule": "math"}, {"name": "a_n"}, {"batch_size": 10**9},
 ]  # fmt: skip
 OUTPUTS = ("base", "chat.jsonl", "folder", "chat.jsonl/x", "runs/sft", "x" * 300, "~nobody/x", ".")
