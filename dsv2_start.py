@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "recipes", "reward", "rl", "sft")
+PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "pairs", "recipes", "reward", "rl", "sft")
 
 
 def in_the_way() -> str | None:

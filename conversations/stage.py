@@ -24,8 +24,8 @@ SMOKE_TRAINING = {  # of every stage that trains
 
 
 class Shrink(NamedTuple):
-    """What `--smoke` writes into a section of the recipe, or into each entry of a list: of those with the key `where`,
-    if it names one."""
+    """What `--smoke` writes into a section of the recipe ("" is the recipe itself), or into each entry of a list: of
+    those with the key `where`, if it names one."""
 
     section: str
     values: Mapping[str, Any]

@@ -1,12 +1,11 @@
 """Evaluation: generates answers to held-out prompts, judges them, and records every answer."""
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,48 +15,31 @@ from conversations import render_conversation
 from conversations.answers.combining import COMBINE
 from conversations.answers.judging import is_pair, judge
 from conversations.answers.many import Asked, verify_all
-from conversations.answers.prompts import answer_text, prompt_of, prompt_text
+from conversations.answers.prompts import prompt_of, prompt_text
 from conversations.answers.rules import MEASURED, check_reference, find_rule
 from conversations.answers.usable_rows import not_judged
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
+from conversations.generation.generating import Generated, generate_texts, padding_of, print_obeyed, seed_of
+from conversations.generation.sample_files import Place, Sample, SampleFiles
 from conversations.rewards.base import Answer
 from conversations.rewards.judge import JudgeReward
 from conversations.rewards.terms import judge_reward
 from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
-from conversations.run_files import SAMPLES
 from conversations.stage import Work
-from deepseek_v2_modeling.inference import end_tokens, generate_answers, score_heads, token_losses
-from deepseek_v2_modeling.training import append_lines, cut_file
+from deepseek_v2_modeling.inference import score_heads, token_losses
+from deepseek_v2_modeling.training import append_lines, read_lines, write_lines
 from eval.agreement import agreement, remark
 from eval.config import UNSAMPLED_METRICS, EvalRecipe, EvalTask, decoding_name
-from eval.decoding import adjustment, obeyed
-from eval.samples import (
-    Place,
-    Sample,
-    file_of,
-    finish_task,
-    gather_samples,
-    kept_samples,
-    place_of,
-    remove_parts,
-)
 
 Numbered = Sequence[tuple[int, Row]]  # rows with their number in the task, from 0
 UNSAMPLED = "value"
 LOSS = "loss"
+PLACE = ("task", "decoding", "row")  # what identifies a sample
 CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
 
 
-class Said(NamedTuple):
-    """An answer. finished: the model ended it, not max_new_tokens. tokens: their number, the end token included."""
-
-    text: str
-    finished: bool
-    tokens: int
-
-
-VerdictsOn = Callable[[Numbered, Sequence[Said]], list[Verdict]]
+VerdictsOn = Callable[[Numbered, Sequence[Generated]], list[Verdict]]
 
 
 @dataclass(frozen=True)
@@ -73,16 +55,11 @@ class Subject:
     seed: int
     run_dir: Path
     kept: Mapping[Place, Sample] = field(default_factory=dict)
-    said: dict[tuple[Any, ...], Said] = field(default_factory=dict)
+    said: dict[tuple[Any, ...], Generated] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        return end_tokens(self.model, self.tokenizer)
+        return padding_of(self.tokenizer)
 
 
 def run(recipe: EvalRecipe, work: Work) -> dict[str, dict[str, Any]]:
@@ -128,28 +105,17 @@ def evaluate(
     # torch.distributed is up already when the caller waited for the others; on CPUs this must not look for GPUs.
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
     model.to(state.device)
-    _say_what_is_obeyed(recipe, model, state)
+    if state.is_main_process and any(task.metric not in UNSAMPLED_METRICS for task in recipe.tasks):
+        print_obeyed("eval", model)  # greedy or sampled, and how, is up to the task
     for task in recipe.tasks:
         check_rows(task, rows_by_task[task.name])
-    subject = Subject(model, tokenizer, recipe.seed, run_dir, _kept(run_dir, state, resume))
-    return {task.name: _measure(task, rows_by_task[task.name], subject, state, run_dir) for task in recipe.tasks}
-
-
-def _kept(run_dir: Path, state: PartialState, resume: bool) -> dict[Place, Sample]:
-    """The samples to resume with, the same in all processes, whichever process wrote them."""
-    if state.is_main_process:
-        if resume:
-            gather_samples(run_dir)
-        else:
-            cut_file(run_dir / SAMPLES, 0)
-            remove_parts(run_dir)
-    state.wait_for_everyone()
-    kept = kept_samples(run_dir)
-    answers = sum("completion" in sample for sample in kept.values())
+    files = SampleFiles(run_dir, PLACE)
+    kept = files.open(state, resume)
     if resume and state.is_main_process:
+        answers = sum("completion" in sample for sample in kept.values())
         print(f"eval: {answers:,} answers of the interrupted evaluation are reused", file=sys.stderr, flush=True)
-    state.wait_for_everyone()  # before the first appends to what the others read
-    return kept
+    subject = Subject(model, tokenizer, recipe.seed, run_dir, kept)
+    return {task.name: _measure(task, rows_by_task[task.name], subject, state, files) for task in recipe.tasks}
 
 
 def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
@@ -164,16 +130,8 @@ def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
             raise ToolkitError(f"task {task.name}: {error}") from None
 
 
-def _say_what_is_obeyed(recipe: EvalRecipe, model: Any, state: PartialState) -> None:
-    """Greedy or sampled is the task's to say, the rest of decoding the model's generation_config's."""
-    asked = obeyed(model)
-    if asked and state.is_main_process and any(task.metric not in UNSAMPLED_METRICS for task in recipe.tasks):
-        settings = ", ".join(f"{field} {value}" for field, value in asked.items())
-        print(f"eval: applying the model's generation_config: {settings}", file=sys.stderr, flush=True)
-
-
 def _measure(
-    task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, run_dir: Path
+    task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, files: SampleFiles
 ) -> dict[str, Any]:
     """Measure one task. Each process writes its samples as they are generated; the first process then sorts them."""
     began = time.monotonic()
@@ -182,13 +140,16 @@ def _measure(
     samples: list[Sample] = []
     for chunk in METRICS[task.metric](task, numbered, subject):
         named = [{"task": task.name, **sample} for sample in chunk]
-        append_lines(file_of(run_dir, state.process_index), (s for s in named if place_of(s) not in subject.kept))
+        new = (sample for sample in named if files.place(sample) not in subject.kept)
+        append_lines(files.of_process(state.process_index), new)
         samples += named
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
     found = agreement(samples) if task.metric == "reward" else figures(samples, len(rows))
     if state.is_main_process:
-        finish_task(run_dir, task.name, samples)
-        remove_parts(run_dir)
+        # in their order, after those of other tasks
+        others = [sample for sample in read_lines(files.path) if sample.get("task") != task.name]
+        write_lines(files.path, [*others, *samples])
+        files.remove_parts()
         seconds = time.monotonic() - began
         print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s{remark(found)}", file=sys.stderr, flush=True)
     state.wait_for_everyone()  # before the next task's first answer
@@ -208,11 +169,6 @@ def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
     return values
 
 
-def row_seed(seed: int, row: int, temperature: float) -> int:
-    """The seed of a row's answer: it depends on nothing but the recipe's seed, the row's number and the temperature."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {row} {temperature:g}".encode()).digest()[:7], "big")
-
-
 def _answered(task: EvalTask, rows: Numbered, subject: Subject, verdicts_on: VerdictsOn) -> Iterator[list[Sample]]:
     """Yield the judged answers to every row at every temperature, a few batches at a time."""
     size = CHUNK_BATCHES * task.batch_size
@@ -230,7 +186,7 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
     compares = find_rule(rule).needs_reference
     measured = [key for key in MEASURED if key in find_rule(rule).settings]
 
-    def verdicts_on(rows: Numbered, answers: Sequence[Said]) -> list[Verdict]:
+    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
         asked = [
             Asked(
                 answer.text,
@@ -246,7 +202,7 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
 
 
 def _by_judge(reward: JudgeReward) -> VerdictsOn:
-    def verdicts_on(rows: Numbered, answers: Sequence[Said]) -> list[Verdict]:
+    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
         asked = [
             Answer(prompt_of(row, number + 1), answer.text, answer.finished, row.get("reference"), answer.tokens)
             for (number, row), answer in zip(rows, answers, strict=True)
@@ -264,8 +220,8 @@ def _found(verdict: Verdict | ToolkitError) -> Verdict:
     return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)
 
 
-def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[Said]:
-    """The answer to each row."""
+def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[Generated]:
+    """An answer for each row."""
     prompts = [
         render_conversation(prompt_of(row, number + 1), subject.tokenizer, add_generation_prompt=True)["input_ids"]
         for number, row in rows
@@ -275,26 +231,22 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
     for key, (number, _) in zip(asked, rows, strict=True):
         before = subject.kept.get((task.name, decoding_name(temperature), number))
         if before and "tokens" in before:
-            said[key] = Said(before["completion"], not before["truncated"], before["tokens"])
+            said[key] = Generated(before["completion"], not before["truncated"], before["tokens"])
     new = [place for place, key in enumerate(asked) if key not in said]
-    ends, decode = subject.end_token_ids, subject.tokenizer.decode
-    answers = generate_answers(
+    answers = generate_texts(
         subject.model,
+        subject.tokenizer,
         [prompts[place] for place in new],
-        pad_token_id=subject.pad_token_id,
-        eos_token_id=ends,
-        max_new_tokens=task.max_new_tokens,
+        [seed_of(subject.seed, rows[place][0], f"{temperature:g}") for place in new],
         temperature=temperature,
+        max_new_tokens=task.max_new_tokens,
         batch_size=task.batch_size,
-        seeds=[row_seed(subject.seed, rows[place][0], temperature) for place in new],
-        adjust=adjustment(subject.model, temperature, ends),
     )
-    for place, ids in zip(new, answers, strict=True):
-        said[asked[place]] = Said(answer_text(decode(ids, skip_special_tokens=True)), ids[-1] in ends, len(ids))
+    said |= {asked[place]: answer for place, answer in zip(new, answers, strict=True)}
     return [said[key] for key in asked]
 
 
-def _sample(number: int, row: Row, decoding: str, answer: Said, verdict: Verdict) -> Sample:
+def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Verdict) -> Sample:
     kept = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
     prompt = prompt_text(prompt_of(row, number + 1))
     return {

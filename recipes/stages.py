@@ -5,7 +5,7 @@ from importlib import import_module
 from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Stage, Training
 
-FOLDERS = ("sft", "reward", "rl", "eval")
+FOLDERS = ("sft", "reward", "rl", "eval", "pairs")
 
 
 def stages() -> dict[str, Stage]:

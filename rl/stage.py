@@ -14,7 +14,7 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.rewards.entry import RewardEntry
 from conversations.rewards.model import RewardModelReward
-from conversations.rewards.terms import build_rewards, check_references, check_rewards
+from conversations.rewards.terms import check_references, check_rewards, opened_rewards
 from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
@@ -29,15 +29,16 @@ LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
 
 def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
     """Run `train` with the data and models that `dsv2` has loaded."""
-    return train(
-        recipe,
-        model=work.model,
-        tokenizer=work.tokenizer,
-        rows=work.rows["data"],
-        rewards=build_rewards(recipe.rewards, work.others, work.run_dir),
-        run_dir=work.run_dir,
-        resume_from=work.resume_from,
-    )
+    with opened_rewards(recipe.rewards, work.others, work.run_dir) as rewards:
+        return train(
+            recipe,
+            model=work.model,
+            tokenizer=work.tokenizer,
+            rows=work.rows["data"],
+            rewards=rewards,
+            run_dir=work.run_dir,
+            resume_from=work.resume_from,
+        )
 
 
 def train(

@@ -56,6 +56,9 @@ class Reward(ABC):
         """What the run should say of it when it ends; None for nothing."""
         return None
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Release what the reward holds besides memory; it is not asked again."""
+
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> Values:
         """A value for each answer; None where the reward does not apply."""
@@ -80,10 +83,15 @@ class Reward(ABC):
                 strict=True,
             )
         ]
-        self.reasons = [None] * len(answers)
-        return self._guarded(answers)
+        return self.judged(answers)
 
-    def _guarded(self, answers: Sequence[Answer]) -> Values:
+    def judged(self, answers: Sequence[Answer]) -> Values:
+        """A finite value for each answer, or what `on_error` says; `reasons` has why.
+
+        Raises:
+            ToolkitError: a value is not available, and on_error is "error".
+        """
+        self.reasons = [None] * len(answers)
         try:
             values = self.judge(answers)
         except Exception as error:

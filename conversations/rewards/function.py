@@ -68,7 +68,11 @@ class FunctionReward(Reward):
             if self.on_error == "error":
                 self.judge([answer])
         finally:
-            self.workers.close()
+            self.close()
+
+    def close(self) -> None:
+        """End its processes."""
+        self.workers.close()
 
     def _told(self, error: Exception) -> str:
         if isinstance(error, TooLong):

@@ -1,6 +1,7 @@
 """From a recipe's `rewards` to the terms of the reward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def build_rewards(
         if names.count(names[index]) > 1:  # TRL logs by name
             reward.__name__ = f"{names[index]}_{index}"
     return rewards
+
+
+@contextmanager
+def opened_rewards(
+    entries: Sequence[RewardEntry], models: Mapping[str, OtherModel], run_dir: Path | None = None
+) -> Iterator[list[Reward]]:
+    """`build_rewards`; the rewards are closed at the end."""
+    rewards = build_rewards(entries, models, run_dir)
+    try:
+        yield rewards
+    finally:
+        for reward in rewards:
+            reward.close()
 
 
 def function_reward(entry: RewardEntry) -> FunctionReward:

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
-from .run_files import append_lines, cut_file, read_lines, write_lines
+from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
     from .arguments import RunLimits, check_batches, training_arguments
@@ -44,6 +44,7 @@ __all__ = [
     "shifted_labels",
     "training_arguments",
     "with_fused_head",
+    "write_json",
     "write_lines",
 ]
 

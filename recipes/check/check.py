@@ -70,6 +70,8 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
     if tokenizer is None:
         view.missing = f"{recipe.model.path} is not on this machine; tokens are not counted"
         print(f"model: {view.missing}")
+    for key in inputs.later:
+        print(f"{key}: an earlier stage writes it; its rows are checked when that stage has run")
     for read in inputs.lists:
         key, mixture, figures = read.listed.key, read.mixture, None
         if tokenizer is not None:

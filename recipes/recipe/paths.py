@@ -1,8 +1,9 @@
 """Which strings of a recipe are paths, and what they are relative to.
 
 Data files (`data`, `eval_data`, also inside tasks and a chain's stages) and a chain's stage recipes are relative to the
-recipe file; the same keys in an override, or in a shipped recipe loaded by name, to the working directory. Everything
-else (models, runs, output_dir) is always relative to the working directory. A leading `~` is the home directory.
+recipe file; the same keys in an override, or in a shipped recipe loaded by name, to the working directory. So is a data
+file that is not beside the recipe but is there, such as one that a run has written. Everything else (models, runs,
+output_dir) is always relative to the working directory. A leading `~` is the home directory.
 """
 
 import os
@@ -78,4 +79,6 @@ def _absolute(text: str, base: Path, *, data: bool, key: str) -> str:
         return text
     if data and is_hub_name(text) and not path.parent.is_dir():  # else a missing file in an existing folder
         return text
+    if data and not path.exists() and (beside := Path.cwd() / from_home(text, key)).exists():
+        path = beside
     return os.path.normpath(path.absolute())

@@ -21,11 +21,12 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         training = tree.get("training")
         tree["training"] = training if isinstance(training, dict) else {}
     for section, values, where in stage.smoke if stage else ():
-        value = tree.get(section)
+        value = tree.get(section) if section else tree
         listed = enumerate(value) if isinstance(value, list) else [(None, value)]
         for index, part in listed:
             if isinstance(part, dict) and (not where or where in part):
-                _replace(part, values, f"{section}." if index is None else f"{section}.{index}.", lines)
+                prefix = f"{section}." if index is None else f"{section}.{index}."
+                _replace(part, values, prefix.lstrip("."), lines)
     if stage is not None and stage.training is not None:
         if tree["training"].get("load_best_model_at_end"):
             _replace(tree["training"], {"load_best_model_at_end": False}, "training.", lines)

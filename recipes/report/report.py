@@ -18,7 +18,7 @@ from recipes.html import render_page
 from recipes.lock import hold_path
 from recipes.report.plots import expert_maps, figures
 from recipes.report.run_files import Run, directory_name, open_runs
-from recipes.report.samples import Answers, Gallery, across_runs, answers, within_run
+from recipes.report.samples import Answers, Gallery, across_runs, answers, best_and_worst, within_run
 from recipes.report.svg import LOAD_CLASSES, Drawn
 from recipes.results import tables, words
 from recipes.results.layout import Table
@@ -167,7 +167,7 @@ def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
-        samples=within_run(said),
+        samples=within_run(said) or best_and_worst(run.samples),
     )
 
 

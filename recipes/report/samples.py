@@ -24,6 +24,7 @@ _PLACED = {
     "task",
     "meta",
     "row",
+    "answer",
     "when",
     "value",
     "decoding",
@@ -105,6 +106,26 @@ def within_run(answered: Answers) -> Gallery | None:
     rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:few]]
     rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:few]]
     return Gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
+
+
+def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
+    """Of prompts with several answers, those with the highest and the lowest reward."""
+    by_prompt: dict[Any, list[dict[str, Any]]] = {}
+    for sample in samples:
+        if "answer" in sample and number(sample.get("reward")) is not None:
+            by_prompt.setdefault(text_of(sample.get("prompt")), []).append(sample)
+    unlike = {prompt: ranked for prompt, of in by_prompt.items() if (ranked := _ranked(of))}
+    if not unlike:
+        return None
+    rows = [_comparison(("", prompt), [best, worst]) for prompt, (best, worst) in list(unlike.items())[:MAX_PROMPTS]]
+    note = f"{len(rows)} of {count(len(unlike), 'prompt')} whose answers differ in reward."
+    return Gallery(["highest reward", "lowest reward"], rows, note)
+
+
+def _ranked(answers: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
+    """A best and a worst of the answers to one prompt; None if all have the same reward."""
+    ordered = sorted(answers, key=lambda sample: sample["reward"])
+    return ([ordered[-1]], [ordered[0]]) if ordered[-1]["reward"] > ordered[0]["reward"] else None
 
 
 def text_of(value: Any) -> str:

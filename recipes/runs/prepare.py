@@ -20,7 +20,7 @@ from deepseek_v2_modeling.loading import ModelSource
 from recipes.data.mixing import source_names
 from recipes.data.sources import Mixture, read_sources
 from recipes.runs.directory import is_finished
-from recipes.runs.foundation import Earlier, Foundation, check_model, check_other_models, find_model, head_of
+from recipes.runs.foundation import Earlier, Foundation, check_model, check_other_models, coming, find_model, head_of
 from recipes.runs.rehearsal import rehearse
 from recipes.runs.training_fields import check_model_config, check_training, setting
 from recipes.stages import stage_of
@@ -58,11 +58,13 @@ class ReadList:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a stage. settings: the model's config; None if it is not known."""
+    """The inputs of a stage. settings: the model's config; None if it is not known. later: keys of data lists that an
+    earlier stage has yet to write."""
 
     foundation: Foundation
     settings: DeepseekV2Config | None
     lists: Sequence[ReadList] = ()
+    later: Sequence[str] = ()
 
     @property
     def source(self) -> ModelSource:
@@ -109,8 +111,11 @@ def prepare(
     lists, tokenizer = recipe.row_lists(), inputs.foundation.tokenizer
     if tokenizer is not None and any(entry.fim for listed in lists for entry in listed.entries):
         fim_ids(tokenizer)
-    read_lists = []
+    read_lists, later = [], []
     for listed in lists:
+        if any(coming(entry.path, earlier or {}) for entry in listed.entries):
+            later.append(listed.key)
+            continue
         refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
         mixture = read_sources(
             listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, cache, refuses_by
@@ -121,7 +126,7 @@ def prepare(
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1].used, tokenizer, inputs.settings, longest, listed.answer)
-    return replace(inputs, lists=read_lists)
+    return replace(inputs, lists=read_lists, later=later)
 
 
 def value_of(recipe: StageRecipe, key: str) -> Any:

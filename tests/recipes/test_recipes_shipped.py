@@ -1,5 +1,6 @@
 """Every recipe in the tree: it parses, says what it needs, and runs at toy size with model and data replaced."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,20 @@ NAMES = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
 STAGES = {path: read_mapping(path)["stage"] for path in RECIPES}
 ALONE = [path for path in RECIPES if STAGES[path] != "chain"]
 CHAINS = [path for path in RECIPES if STAGES[path] == "chain"]
-TINY_DATA = {"sft": "sft_train", "reward": "safety_train", "rl": "rl_reasoning", "eval": "test_problems"}
+TINY_DATA = {
+    "sft": "sft_train",
+    "reward": "safety_train",
+    "rl": "rl_reasoning",
+    "eval": "test_problems",
+    "pairs": "rl_reasoning",
+}
+RESULTS = {"eval": "results.json", "pairs": "pairs.jsonl"}
+CODE = {
+    "text": "Write a function that adds.",
+    "test_list": ["assert add(1, 2) == 3"],
+    "task_id": 1,
+    "code": "def add(a, b):\n    return a + b",
+}
 
 
 def name_of(path: Path) -> str:
@@ -30,11 +44,12 @@ def name_of(path: Path) -> str:
 
 def test_all_recipes_are_found() -> None:
     expected = {
-        "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain"),
+        "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain", "pairs"),
         "v2_lite": (
             "sft_lora", "sft_full", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "chain",
+            "pairs_reasoning", "reward_reasoning",
         ),
-        "coder_v2_lite": ("sft_lora",),
+        "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
         "v2": ("sft_lora",),
     }  # fmt: skip
     assert {f"{room}/{name}.yaml" for room, names in expected.items() for name in names} <= NAMES
@@ -83,12 +98,17 @@ def test_a_recipe_runs_at_toy_size(
     words: list[str] = [f"model.path={models['score' if score else 'causal_lm']}", "output_dir=run"]
     if path.parent.name != "tiny":
         words.append("model.dtype=float32")
-    if tree.get("data"):
+    if (tree.get("rewards") or [{}])[0].get("rule") == "code":  # a random model writes none
+        (tmp_path / "code.jsonl").write_text(8 * f"{json.dumps(CODE)}\n")
+        words += ["data=[{path: code.jsonl}]", "rewards.0.settings={allow_unsandboxed: true}"]
+    elif tree.get("data"):
         words.append(f"data=[{{path: 'tiny:{TINY_DATA[tree['stage']]}?n=8'}}]")
+    if tree.get("eval_data"):
+        words.append("eval_data=[]")
     assert main([tree["stage"], str(path), "--smoke", *words]) == 0
     manifest = read_json(tmp_path / "run" / "manifest.json")
     assert manifest["status"] == "finished" and manifest["data"][0]["sha256"]
-    result: Any = tmp_path / "run" / ("results.json" if tree["stage"] == "eval" else "final/config.json")
+    result: Any = tmp_path / "run" / RESULTS.get(tree["stage"], "final/config.json")
     adapter = tmp_path / "run" / "final" / "adapter_config.json"
     assert result.exists() or (tree.get("lora") and adapter.exists())
     assert main([tree["stage"], str(path), "--smoke", *words]) == 0  # and again: finished, nothing to do

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import eval.stage
+from conversations.generation import generating
 from deepseek_v2_modeling.presets import PRESETS
 from recipes.cli import main
 from recipes.files import read_json
@@ -93,13 +94,13 @@ def killed_at(name: str, call: int, after: bool = False) -> None:
 
 def count_answers(patch: pytest.MonkeyPatch) -> list[int]:
     """How many answers each call generates, from now on."""
-    real, asked = eval.stage.generate_answers, []
+    real, asked = generating.generate_answers, []
 
     def counting(model: Any, prompts: Any, **settings: Any) -> Any:
         asked.append(len(prompts))
         return real(model, prompts, **settings)
 
-    patch.setattr(eval.stage, "generate_answers", counting)
+    patch.setattr(generating, "generate_answers", counting)
     return asked
 
 
@@ -115,10 +116,10 @@ def assert_the_same(unbroken: Path, run: Path) -> None:
         ("append_lines", 1, False, 0),
         ("append_lines", 2, True, 8),
         ("append_lines", 5, False, 14),
-        ("finish_task", 1, False, 20),
-        ("finish_task", 1, True, 20),
+        ("write_lines", 1, False, 20),
+        ("write_lines", 1, True, 20),
         ("append_lines", 11, True, 28),
-        ("finish_task", 4, False, 30),
+        ("write_lines", 4, False, 30),
     ],
 )
 def test_no_answer_that_was_written_is_generated_again(
@@ -146,7 +147,7 @@ def test_no_answer_that_was_written_is_generated_again(
 
 
 def test_killed_again_and_again(home: Path, unbroken: Path) -> None:
-    for name, call in (("append_lines", 2), ("append_lines", 3), ("finish_task", 1), ("finish_task", 2)):
+    for name, call in (("append_lines", 2), ("append_lines", 3), ("write_lines", 1), ("finish_task", 2)):
         killed_at(name, call)
     assert main(["eval", "e.yaml"]) == 0
     assert_the_same(unbroken, Path("run"))

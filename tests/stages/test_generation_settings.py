@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from conversations import render_conversation
+from conversations.generation.decoding import adjustment
 from deepseek_v2_modeling.loading import load_model, load_tokenizer, resolve_source
-from eval.decoding import adjustment
 from recipes.cli import main
 from recipes.runs.new_model import make_model
 

@@ -34,7 +34,7 @@ class Parrot:
             texts = [answers(tokenizer.decode(ids), temperature) for ids in prompts]
             return [[*tokenizer.encode(text), 1] for text in texts]
 
-        monkeypatch.setattr("eval.stage.generate_answers", generate)
+        monkeypatch.setattr("conversations.generation.generating.generate_answers", generate)
 
 
 def run(run_dir: Path, rows, model=None, **task):

@@ -1,0 +1,71 @@
+"""samples.jsonl of a stage in which a model answers: its answers, written as soon as they are generated.
+
+Each process appends to its own file; a killed run resumes with the answers in them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversations.run_files import SAMPLES
+from deepseek_v2_modeling.training import cut_file, read_lines, write_lines
+
+Sample = dict[str, Any]
+Place = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The sample files of a run. keys: those that identify a sample; there is one sample for each of their values."""
+
+    run_dir: Path
+    keys: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The first process's file, which becomes the result."""
+        return self.run_dir / SAMPLES
+
+    def of_process(self, process: int) -> Path:
+        """The file that a process appends to."""
+        return self.path if process == 0 else self.path.with_name(f"{self.path.stem}.{process}{self.path.suffix}")
+
+    def place(self, sample: Mapping[str, Any]) -> Place:
+        """Which answer a sample is."""
+        return tuple(sample[key] for key in self.keys)
+
+    def gather(self) -> None:
+        """Merge the samples of all processes of a killed run into samples.jsonl, without duplicates."""
+        samples = [sample for part in (self.path, *self._parts()) for sample in read_lines(part)]
+        whole = (sample for sample in samples if set(self.keys) <= sample.keys())
+        write_lines(self.path, {self.place(sample): sample for sample in whole}.values())
+        self.remove_parts()
+
+    def kept(self) -> dict[Place, Sample]:
+        """The samples in samples.jsonl, by their place."""
+        return {self.place(sample): sample for sample in read_lines(self.path)}
+
+    def open(self, state: Any, resume: bool) -> dict[Place, Sample]:
+        """The samples to resume with, the same in all processes; without `resume` all samples are removed.
+
+        state: accelerate's PartialState.
+        """
+        if state.is_main_process:
+            if resume:
+                self.gather()
+            else:
+                cut_file(self.path, 0)
+                self.remove_parts()
+        state.wait_for_everyone()
+        kept = self.kept()
+        state.wait_for_everyone()  # before the first process appends to what the others read
+        return kept
+
+    def remove_parts(self) -> None:
+        """Remove the files of all processes but the first."""
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.run_dir.glob(f"{self.path.stem}.*{self.path.suffix}"))

@@ -1,0 +1,57 @@
+"""The recipe of preference data: answers of a model, judged by rewards. No torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from conversations.rewards.entry import RewardedRecipe
+from conversations.run_files import RESULTS, SAMPLES
+from conversations.sections import DataSource, RowList
+from conversations.stage import Shrink, Stage
+
+PAIRS = "pairs.jsonl"  # for a reward model or DPO
+SCORED = "scored.jsonl"  # for a point-wise reward model or KTO
+BEST = "best.jsonl"  # rejection sampling, for SFT
+
+
+class PairsRecipe(RewardedRecipe):
+    """Preference data as the paper makes it (section 4.2): several judged answers to each prompt, paired."""
+
+    stage: Literal["pairs"] = Field(description="Which stage this is.")
+    data: list[DataSource] = Field(min_length=1, description="Prompts, with references where a rule needs them.")
+    limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
+    num_generations: int = Field(default=8, ge=2, le=256, description="Answers sampled for each prompt.")
+    temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Maximum length of an answer, in tokens.")
+    batch_size: int = Field(default=32, ge=1, description="Answers generated at once.")
+    max_pairs_per_prompt: int = Field(default=4, ge=1, description="At most this many pairs of each prompt.")
+    min_margin: float = Field(
+        default=0.0, ge=0, description="Smallest difference of the rewards in a pair; equal rewards are never a pair."
+    )
+    balance_lengths: bool = Field(
+        default=True,
+        description="Leave out pairs until the chosen answer is the longer one as often as the shorter one, so that "
+        "length does not give the better answer away.",
+    )
+
+    def row_lists(self) -> list[RowList]:
+        return [
+            RowList("data", "data", self.data, self.judged_refusal(), limit=self.limit, answer="max_new_tokens"),
+        ]
+
+
+STAGE = Stage(
+    name="pairs",
+    recipe=PairsRecipe,
+    help="make preference data from a model's own answers",
+    title="preference data",
+    run="pairs.stage:run",
+    check_rows="pairs.stage:check_rows",
+    result=PAIRS,
+    continues=SAMPLES,
+    writes=(SAMPLES, RESULTS),
+    smoke=(
+        Shrink("", {"limit": 2, "num_generations": 2, "max_new_tokens": 16, "batch_size": 1}),
+        Shrink("rewards", {"if_missing": "random"}, where="model"),
+    ),
+)
