@@ -1,4 +1,4 @@
-"""The rule `choice`: which of the options A to J an answer takes, one or several."""
+"""The rule `choice`: which of the options A to J an answer chooses, one or several."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _OPTION = re.compile(
 
 
 def choice(completion: str, *, reference: str, prompt: str | None = None) -> Verdict:
-    """1 where the answer takes the options of the reference, all of them and no other.
+    """1 if the answer chooses exactly the options of the reference.
 
     reference: letters (B; A, C; ACD), or the text of the right option, whose letter is then that of the prompt's
     options, so that they may stand in any order. The answer may give the letter or the option's text.
@@ -59,7 +59,7 @@ def options_in(prompt: str) -> dict[str, str]:
 
 
 def chosen_letters(completion: str, options: Mapping[str, str]) -> frozenset[str] | None:
-    """The options that an answer takes; None where it takes none."""
+    """The options that an answer chooses; None if it chooses none."""
     text = completion.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
     places, said = candidates(text), sentences(text)
     in_prose = [place for place in (after_phrase(text), *said[-1:], *said[:1]) if place]
@@ -90,7 +90,7 @@ def letters_alone(text: str) -> frozenset[str] | None:
 
 
 def _of_text(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
-    """The option with this text, with its letter before it or not."""
+    """The option with this text, with or without its letter in front."""
     wanted = _plain(text)
     found = {letter for letter, option in options.items() if wanted in (_plain(option), _plain(f"{letter} {option}"))}
     return frozenset(found) if wanted and len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""The rule `code`: whether the code of an answer passes the tests of a data set's row, in a sandbox."""
+"""The rule `code`: whether an answer's code passes the tests of its row, in a sandbox."""
 
 import ast
 import json
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
     @property
     def names(self) -> frozenset[str]:
-        """What the answer is to define."""
+        """The names that the answer should define."""
         return frozenset(self.tests.names if self.tests else ())
 
 
@@ -176,7 +176,7 @@ def _tree(source: str) -> ast.Module | None:
 
 
 def _defined(source: str) -> set[str]:
-    """Names that the code gives a value at its top level."""
+    """Names that the code defines at its top level."""
     names: set[str] = set()
     for node in getattr(_tree(source), "body", ()):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
@@ -187,7 +187,7 @@ def _defined(source: str) -> set[str]:
 
 
 def _before(problem: Problem) -> str:
-    """The prompt's imports and helping functions: all before the function that the answer is to define."""
+    """The prompt's imports and helper functions: everything before the function that the answer should define."""
     for node in getattr(_tree(problem.prompt), "body", ()):
         if getattr(node, "name", None) == problem.entry_point and isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])

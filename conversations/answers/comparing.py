@@ -1,4 +1,4 @@
-"""Is a value the wanted one? By its kind where it has one, by math-verify where it is an expression."""
+"""Compares an answer's value with the reference's: by kind if it has one, by math-verify if it is an expression."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ def same(gold: Value, answer: Value) -> bool:
 
 
 def compact(text: str) -> str:
-    """Without the blanks and braces that say nothing; 2 2/3 keeps its blank."""
+    """The text without meaningless spaces and braces; 2 2/3 keeps its space."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<=\d) (?=\d)", "\0", text.strip())
     return re.sub(r"(?<![A-Za-z])\{(\w)\}", r"\1", text.replace(" ", "")).replace("\0", " ")
@@ -230,7 +230,7 @@ def _clearly_differ(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
 
 
 def _seconds() -> Any:
-    """math-verify limits its time by a signal, which only the main thread may set."""
+    """math-verify's time limit uses a signal, which only the main thread can set."""
     return MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
@@ -239,7 +239,7 @@ def _is_readable(text: str) -> bool:
 
 
 def _differ_in_letters(gold: str, answer: str) -> bool:
-    """math-verify takes x and X for the same."""
+    """Whether the letters differ: math-verify treats x and X as the same."""
     names = (re.sub(r"\\[A-Za-z]+|\s", "", text) for text in (gold, answer))
     one, other = (set(re.findall("[A-Za-z]", text)) for text in names)
     return one != other and {c.lower() for c in one} == {c.lower() for c in other}

@@ -1,4 +1,4 @@
-"""Where the final answer stands in what a model said.
+"""Finds the final answer in a model's text.
 
 In this order: <answer>...</answer>, a last line "#### 72", the last \\boxed{} (several joined by "and" are one answer),
 "the answer is ..." or 答案是..., and else the last formula, number or end of the last sentence. What a place holds is
@@ -64,7 +64,7 @@ _ATOM = re.compile(
 
 
 def candidates(text: str) -> list[str]:
-    """The readings of the final answer, best first; empty where the text has none."""
+    """Possible readings of the final answer, best first; empty if there is none."""
     text = text.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
     tagged = _TAGGED.findall(text)
     if tagged and tagged[-1].strip():
@@ -80,13 +80,13 @@ def candidates(text: str) -> list[str]:
 
 
 def final_line(text: str) -> str | None:
-    """What follows "####" on the last line; a Markdown heading in an answer is not such a line."""
+    """The text after "####" on the last line; a Markdown heading does not count."""
     match = _FINAL_LINE.search(text)
     return match[1].strip() if match else None
 
 
 def after_phrase(text: str) -> str | None:
-    """What follows the last "the answer is" or 答案是 in its sentence."""
+    """The rest of the sentence after the last "the answer is" or 答案是."""
     phrase = next(reversed(list(_PHRASE.finditer(text))), None)
     tail = _SENTENCE.split(text[phrase.end() :].lstrip(), 1)[0].strip() if phrase else ""
     return tail or None
@@ -159,7 +159,7 @@ def _in_prose(text: str) -> Iterator[str]:
 
 
 def _ends(text: str) -> Iterator[str]:
-    """With and without the mark at the end: 5! may be a factorial, or a sentence."""
+    """The text with and without its final punctuation: 5! may be a factorial or a sentence."""
     text = text.strip()
     yield text
     if text.endswith(("!", "！", "?", "？")):
@@ -177,7 +177,7 @@ def _value_begins(link: re.Match[str]) -> bool:
 
 
 def _only_run(text: str) -> list[str]:
-    """The formula in a text with words around it, where there is one and no other."""
+    """The only formula in a text of words; None if there are several or none."""
     runs = math_runs(text) if _has_prose(text) else []
     return runs if len(runs) == 1 else []
 
@@ -209,7 +209,7 @@ def math_runs(sentence: str) -> list[str]:
 
 
 def _trimmed(run: str) -> str:
-    """Without commas, connecting words, quotes and lone brackets at its ends."""
+    """The text without commas, connecting words, quotes and unmatched brackets at its ends."""
     before = None
     while before != run:
         before = run

@@ -1,4 +1,4 @@
-"""The rule `format`: is the answer a finished, readable text?"""
+"""The rule `format`: whether the answer is a complete, well-formed text."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def format(
     tags: Sequence[str] = (),
     schema: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """1 for text that the model ended itself, without template labels, special tokens, stutter or repeated sentences.
+    """1 for text that the model ended itself, without template labels, special tokens or repetition.
 
     finished: False where the limit of tokens cut it. Words in code and formulas may repeat.
     patterns: regular expressions, one of which must match the whole answer, where there are any.
@@ -77,7 +77,7 @@ def format(
 
 
 def _wrong_tags(text: str, tags: Sequence[str]) -> str | None:
-    """Why the tags are not in the answer as they must be, None where they are."""
+    """Why the answer does not contain the tags as required; None if it does."""
     end = 0
     for tag in tags:
         found = list(re.finditer(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL))
@@ -93,7 +93,7 @@ def _wrong_tags(text: str, tags: Sequence[str]) -> str | None:
 
 
 def _wrong_json(text: str, validator: Any) -> str | None:
-    """Why the answer is not JSON of the schema, None where it is."""
+    """Why the answer is not JSON that conforms to the schema; None if it is."""
     blocks = _JSON_BLOCK.findall(text)
     try:
         value = json.loads(blocks[0] if len(blocks) == 1 else text)

@@ -1,4 +1,4 @@
-"""Many answers judged by one rule, as many at once as there are cores where that pays. No torch."""
+"""Judges many answers by one rule, on all cores if that pays off. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ SECONDS = 30.0  # for those; a rule that takes long has a limit of its own, and 
 
 
 class Asked(NamedTuple):
-    """What `verify` takes, for one answer."""
+    """The arguments of `verify` for one answer."""
 
     completion: str
     prompt: Prompt | None = None

@@ -1,4 +1,4 @@
-"""The rule `math`: has the final answer the reference's value?"""
+"""The rule `math`: whether the final answer has the reference's value."""
 
 import re
 from functools import lru_cache

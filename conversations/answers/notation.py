@@ -1,4 +1,4 @@
-"""One spelling for what can be written in many: Unicode signs, LaTeX's spacing, \\dfrac, $...$, 1,234."""
+"""Normalises notation: Unicode signs, LaTeX spacing, \\dfrac, $...$, 1,234."""
 
 import re
 import unicodedata
@@ -96,7 +96,7 @@ _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 def unwrapped(text: str) -> str:
-    """A text without the signs around it: blanks, a full stop, dollars, \\boxed{...}."""
+    """The text without what surrounds it: spaces, a full stop, dollar signs, \\boxed{...}."""
     before = None
     while before != text:
         before = text

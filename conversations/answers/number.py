@@ -1,4 +1,4 @@
-"""The rule `number`: is the answer's last number the reference's?"""
+"""The rule `number`: whether the answer's last number is the reference's."""
 
 import re
 from fractions import Fraction
@@ -50,7 +50,7 @@ def final_number(text: str) -> Fraction | None:
 
 @lru_cache(maxsize=4096)
 def number_reference(reference: str) -> int:
-    """The whole number that a reference ends in.
+    """The integer that a reference ends in.
 
     Raises:
         ToolkitError: it ends in none.
@@ -64,7 +64,7 @@ def number_reference(reference: str) -> int:
 
 
 def number(completion: str, *, reference: str) -> Verdict:
-    """1 where the last number of the answer is the last number of the reference, which is a whole one.
+    """1 if the last number of the answer equals the last number of the reference, an integer.
 
     Raises:
         ToolkitError: the reference does not end in a whole number.

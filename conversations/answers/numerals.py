@@ -30,7 +30,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a text is, all of it; None for any other text and for numbers of more than MAX_DIGITS digits."""
+    """Parses a text that is a number and nothing else; None for any other text, or more than MAX_DIGITS digits."""
     if len(text) > MAX_DIGITS:
         return None
     for name, pattern in _READ.items():
@@ -46,7 +46,7 @@ def read_number(text: str) -> Number | None:
 
 
 def _value(form: str, parts: list[str]) -> Fraction | None:
-    """None where it would divide by zero or have more than MAX_DIGITS digits."""
+    """The value; None for a division by zero, or more than MAX_DIGITS digits."""
     if form == "repeating":
         return _repeating(*parts)
     first = exact(parts[0])
@@ -69,12 +69,13 @@ def _repeating(whole: str, fixed: str, repeated: str) -> Fraction:
 
 
 def exact(digits: str) -> Fraction:
-    """Of any length: int() refuses more than 4,300 digits."""
+    """An integer of any length: int() refuses more than 4,300 digits."""
     return Fraction(Decimal(digits))
 
 
 def equal_numbers(a: Number, b: Number) -> bool:
-    """Exactly, or to six places where one is written out and the other is a fraction (0.333333 for 1/3)."""
+    """Whether two numbers are equal: exactly, or to six places if one is a decimal and the other a fraction (0.333333
+    for 1/3)."""
     if a.value == b.value:
         return True
     written_out = {a.decimals is None, b.decimals is None} == {True, False}

@@ -1,4 +1,4 @@
-"""A reward of the user's own: a function in a file, which is called as TRL calls its reward functions. No torch."""
+"""A user-defined reward: a function in a file, called as TRL calls its reward functions. No torch."""
 
 import asyncio
 import importlib.util
@@ -45,7 +45,7 @@ def loaded(written: str) -> Callable[..., Any]:
 
 
 def check_loaded(written: Sequence[str]) -> list[bool]:
-    """True for each function that can be had; raises as `loaded`."""
+    """True for each function that can be loaded; raises as `loaded`."""
     return [callable(loaded(one)) for one in written]
 
 
@@ -85,7 +85,7 @@ def _number(written: str, value: Any) -> float | None:
 
 
 def _told(path: Path, error: Exception) -> str:
-    """What went wrong, and in which line of the user's file."""
+    """The error, with the line of the user's file."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"
     frames, here = traceback.extract_tb(error.__traceback__), path.resolve()

@@ -1,4 +1,4 @@
-"""The rule `repetition`: how much of an answer says something new."""
+"""The rule `repetition`: how much of an answer is not repeated."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The statistics of a reward model's scores, kept with it: its training writes them, whoever uses it reads them."""
+"""The statistics of a reward model's scores, stored with it by its training and read wherever it is used."""
 
 import json
 import math

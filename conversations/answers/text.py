@@ -1,4 +1,4 @@
-"""Prose: its sentences, and text without what is not prose."""
+"""Splits text into sentences, and removes what is not prose."""
 
 import math
 import re
@@ -25,7 +25,7 @@ _REPEATED = re.compile(r"(?<!\))\{(\d{1,9})")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of an English or Chinese text, without blank ones."""
+    """The sentences of an English or Chinese text, without empty ones."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]
 
 

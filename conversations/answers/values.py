@@ -1,4 +1,4 @@
-"""What an answer is: a number, a list, an interval, a matrix, a quantity with its unit, ... read from one spelling."""
+"""Parses a normalised answer into a value: a number, a list, an interval, a matrix, a quantity with its unit, ..."""
 
 import re
 from collections.abc import Callable
@@ -138,7 +138,7 @@ _ENCLOSED = {"(": ")", "[": "]"}
 
 @lru_cache(maxsize=4096)
 def value_of(text: str) -> Value:
-    """The value of an answer's text, whatever it is; a Leaf where it is of no other kind."""
+    """The value of an answer's text; a Leaf if it is of no other kind."""
     if len(text) > MAX_LENGTH:
         return read_number(text.strip()) or Words(text)
     text = formula(text)
@@ -302,7 +302,7 @@ READERS: tuple[Callable[[str, int], Value | None], ...] = (
 
 
 def _depth_stays_positive(inner: str) -> bool:
-    """Is it one pair of brackets, not `(a)(b)` or `(1,2] \\cup [3,4)`? Half-open brackets close one another."""
+    """Whether it is one pair of brackets, not `(a)(b)` or `(1,2] \\cup [3,4)`; half-open brackets match."""
     depth = 0
     for token in re.findall(r"\\[{}]|\\.|[()\[\]{}]", inner):
         depth += 1 if token in ("(", "[", "{", "\\{") else -1 if token in (")", "]", "}", "\\}") else 0
@@ -312,7 +312,7 @@ def _depth_stays_positive(inner: str) -> bool:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Split at what stands outside of all brackets, braces, environments and \\text."""
+    """Split at separators outside all brackets, braces, environments and \\text."""
     parts, start, i, depth = [], 0, 0, 0
     while i < len(text):
         match = separator.match(text, i) if depth == 0 else None

@@ -1,4 +1,4 @@
-"""Calls in processes of their own, side by side: one that takes too long is killed, and the others go on. No torch."""
+"""Runs calls in parallel processes; one that takes too long is killed without affecting the others. No torch."""
 
 import multiprocessing
 import os
@@ -15,15 +15,15 @@ TooLong, Died = FutureTimeoutError, ProcessExpired
 
 
 def cores() -> int:
-    """Cores for this process, of those that the processes of one launch share."""
+    """This process's share of the cores among the processes of one launch."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Workers:
-    """Up to `count` processes, started when they are needed, which stay.
+    """Up to `count` processes, started when needed and kept.
 
-    They are new ones, not copies of this one, which may hold gigabytes and threads.
+    They are spawned, not forked: this process may hold gigabytes and threads.
     """
 
     def __init__(self, count: int):
@@ -47,17 +47,17 @@ class Workers:
         return results
 
     def close(self) -> None:
-        """Ends them, whatever they do."""
+        """End the processes, whatever they are doing."""
         self.pool.stop()
         self.pool.join()
 
 
 @cache
 def shared_workers() -> Workers:
-    """Those of the rules."""
+    """The workers shared by all rules."""
     return Workers(cores())
 
 
 def _leave_signals() -> None:
-    """Ctrl-C goes to all processes of a terminal: the run's own one decides what becomes of it."""
+    """Ignore Ctrl-C, which a terminal sends to all processes: the run's main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

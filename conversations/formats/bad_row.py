@@ -15,7 +15,7 @@ class BadRow(ValueError):
 
 
 def named(value: Any) -> str:
-    """A bad value, short enough for a message."""
+    """A bad value, shortened for a message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -34,12 +34,12 @@ def read_text(value: Any, what: str) -> str:
 
 
 def by_spelling(names: Iterable[str]) -> dict[str, str]:
-    """Names by what all their spellings have in common, for `known_name`."""
+    """Names by a key that all their spellings share, for `known_name`."""
     return {_letters(name): name for name in names}
 
 
 def known_name(key: Any, names: Mapping[str, str]) -> str:
-    """The name that a key spells in its own way (lossMask, Loss-Mask for loss_mask); else the key.
+    """The known name of which the key is another spelling (lossMask, Loss-Mask for loss_mask); otherwise the key.
 
     names: of `by_spelling`.
     """

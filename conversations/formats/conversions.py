@@ -1,4 +1,4 @@
-"""What turns a row of a known format into its canonical form (conversations/row.py), one function a kind.
+"""Converts rows of known formats to canonical rows (conversations/row.py), one function per kind.
 
 Each takes the source row, in which columns that hold turns have been read (lists of Turn), and names of its keys, and
 raises BadRow with the reason where the row cannot be used.
@@ -94,7 +94,7 @@ def _answer(row: Row, key: str) -> list[Turn]:
 
 
 def _answered(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False) -> list[Turn]:
-    """Prompt and answer as one conversation that ends in the answer."""
+    """A conversation of prompt and answer."""
     prompt, answer = _prompt(row, prompt_key), _answer(row, key)
     if isinstance(row[prompt_key], str) and _transcript_prompt(row[prompt_key]):
         answer = [replace(turn, content=turn.content.strip()) for turn in answer]  # as in the transcript
@@ -159,7 +159,7 @@ def self_instruct(row: Row) -> Row:
 
 
 def tool_calls(row: Row, prompt_key: str, key: str) -> Row:
-    """A question that is answered with calls of tools (xLAM)."""
+    """A question answered with tool calls (xLAM)."""
     words, _ = calls_text(row[key], key)
     return question(row | {key: words}, prompt_key, key)
 
@@ -214,13 +214,13 @@ def right_and_wrong(row: Row) -> Row:
 
 
 def swift_pair(row: Row, key: str) -> Row:
-    """A conversation, and another answer in the place of its last (ms-swift)."""
+    """A conversation, and an alternative to its last answer (ms-swift)."""
     chosen = _ending_in_answer(_conversation(row, key), key, may_be_empty=True)
     return _paired(chosen, [*chosen[:-1], *_answer(row, "rejected_response")])
 
 
 def swift_answers(row: Row, prompt_key: str, answer_key: str) -> Row:
-    """A question with an answer and one that is worse (ms-swift)."""
+    """A question with a better and a worse answer (ms-swift)."""
     return pair(row | {"chosen": row[answer_key], "rejected": row["rejected_response"]}, prompt_key)
 
 
@@ -271,7 +271,7 @@ def _label(value: Any) -> bool:
 
 
 def read_number(value: Any, what: str) -> float:
-    """A number that is trained with: finite, in float32 too."""
+    """A number used in training: finite, also in float32."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Pictures, sounds and films in rows: the model reads text only, so these are refused by name."""
+"""Images, audio and video in rows: the model reads text only, so these are refused by name."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".mp3", "
 
 
 def refuse_media(values: Mapping[str, Any], what: str) -> None:
-    """Raises BadRow for a key that holds a picture, a sound or a film (empty values and numbers hold none)."""
+    """Raises BadRow for a key that holds an image, audio or video (empty values and numbers do not)."""
     for key, value in values.items():
         if value in (None, "", [], {}, [None]) or isinstance(value, (bool, int, float)):
             continue

@@ -1,4 +1,4 @@
-"""The reasoning before an answer, kept beside it under many names: refused, left out, or trained in tags."""
+"""Reasoning stored beside an answer under various names: refused, dropped, or trained inside tags."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -51,7 +51,7 @@ def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) 
 
 
 def is_reasoning(key: Any) -> bool:
-    """Whether a row's column is one of KEYS, however it is spelled."""
+    """Whether a row's column is one of KEYS, in any spelling."""
     return known_name(key, _NAMES) in _KEYS
 
 
@@ -62,7 +62,7 @@ def _holds_text(value: Any) -> bool:
 
 
 def reasoning_text(value: Any, key: str, what: str) -> str:
-    """Text, or blocks of it as OpenRouter and Anthropic write them."""
+    """Reasoning as text, from a string or from blocks as OpenRouter and Anthropic write them."""
     if isinstance(value, list):
         return "\n".join(reasoning_text(part, key, what) for part in value)
     if isinstance(value, dict):
@@ -74,7 +74,7 @@ def reasoning_text(value: Any, key: str, what: str) -> str:
 
 
 def with_reasoning(content: str, reasoning: tuple[str, str], mode: Reasoning, what: str) -> str:
-    """An assistant's words, with the reasoning before them or without it."""
+    """An assistant's text, with or without the reasoning in front."""
     key, text = reasoning
     if mode == "refuse":
         raise BadRow(

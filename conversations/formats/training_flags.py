@@ -1,4 +1,4 @@
-"""What a file says about the training of a turn or a row: a mask of 0 or 1, in one of many names.
+"""Flags in a file that say whether a turn or a row is trained: masks of 0 or 1 under various names.
 
 Masks and weights of 0 and 1 (also true, false, and these as text) are honoured: a turn with a 0 is not trained, one
 with a 1 is, if format.train_on selects it; names such as `masked` mean the reverse. Everything else, such as a weight
@@ -34,14 +34,14 @@ _VALUES = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.
 
 
 def is_absent(value: Any) -> bool:
-    """null, or what stands for it in a table: an empty string, NaN."""
+    """Whether the value is null or a table's equivalent: an empty string, NaN."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def turn_flag(
     values: Mapping[str, Any], what: str, names: tuple[str, ...] = (*FLAGS, *REVERSED)
 ) -> tuple[str, bool] | None:
-    """The name and the value of a turn's own flag; None where it has none."""
+    """The name and value of a turn's own flag; None if it has none."""
     if not values:
         return None
     if values.get(SPANS):
@@ -106,7 +106,7 @@ def _flag(value: Any, name: str, what: str) -> bool:
 
 
 def refuse_flags(values: Mapping[str, Any], what: str) -> None:
-    """Raises BadRow for a flag on a part of a turn."""
+    """Raises BadRow for a flag that covers part of a turn."""
     for name, value in values.items():
         if (speaks_of_training(name) or name in FLAGS or name == SPANS) and not is_absent(value):
             raise BadRow(f"{what} has {name}, which cannot be honoured: a turn is trained or not, as a whole")
@@ -114,5 +114,5 @@ def refuse_flags(values: Mapping[str, Any], what: str) -> None:
 
 @lru_cache(maxsize=4096)
 def speaks_of_training(name: str) -> bool:
-    """Whether a key's name has a word about training."""
+    """Whether a key's name contains a word about training."""
     return bool(_ABOUT_TRAINING.search(_NEW_WORD.sub("_", str(name)).lower()))
