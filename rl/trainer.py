@@ -91,7 +91,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     # --- rollouts -----------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[list[Row]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Each prompt comes num_generations times: rendered once."""
+        """Each prompt occurs num_generations times and is rendered once."""
         rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
         ids = []
         for prompt in prompts:
@@ -121,7 +121,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
 
     @property
     def samples_plainly(self) -> bool:
-        """Is it sampling by temperature alone, from the model itself? Anything more is left to TRL."""
+        """Whether answers are sampled by temperature alone, from the model itself; anything else is left to TRL."""
         args = self.args
         cut = (args.top_p, args.top_k, args.min_p, args.repetition_penalty)
         elsewhere = (args.use_vllm, args.use_transformers_continuous_batching)
@@ -222,7 +222,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         return folder / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save_extra(self, folder: Path) -> None:
-        """A checkpoint may lie between two updates on the same completions: those are kept with it."""
+        """Save completions with a checkpoint that lies between two updates on them."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"micro_step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(folder))
 

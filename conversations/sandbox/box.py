@@ -41,12 +41,12 @@ class Limits:
 
     @property
     def words(self) -> list[str]:
-        """As the scripts of `guest/` take them."""
+        """The limits as command-line arguments for the scripts of `guest/`."""
         return [str(number) for number in (int(self.seconds) + 1, self.memory * MIB, self.files * MIB)]
 
 
 def why_unavailable() -> str | None:
-    """Why nothing can be isolated here, with the remedy; None where it can."""
+    """Why code cannot be isolated on this machine, with the remedy; None if it can."""
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, and this is {platform.system()}"
     if program() is None:
@@ -57,7 +57,7 @@ def why_unavailable() -> str | None:
 
 
 def require(allow_unsandboxed: bool = False) -> None:
-    """Raises ToolkitError where code cannot be isolated on this machine; says aloud where it need not be."""
+    """Raises ToolkitError if code cannot be isolated on this machine; prints a warning if the recipe allows that."""
     if allow_unsandboxed:
         _say_once(UNSANDBOXED)
     elif why := why_unavailable():
@@ -133,7 +133,7 @@ def _started(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """bubblewrap's end is that of all in its namespace; without it, that of the process group."""
+    """Kill bubblewrap, and with it everything in its namespace; without bubblewrap, the process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
     process.wait()
@@ -158,7 +158,7 @@ def isolation(files: int) -> list[str]:
 
 @cache
 def _linked(python: str, standard: str) -> tuple[str, ...]:
-    """The shared libraries of the interpreter and of its modules, but for those of a window system."""
+    """The shared libraries of the interpreter and its modules, except those of a window system."""
     modules = [str(path) for path in (Path(standard) / "lib-dynload").glob("*.so") if "tkinter" not in path.name]
     listed = subprocess.run(["ldd", python, *modules], capture_output=True, text=True, check=False).stdout
     found = (line.split("=>")[-1].split("(")[0].strip() for line in listed.splitlines() if "(0x" in line)

@@ -28,7 +28,7 @@ class Outcome:
 
 
 def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool = True) -> Outcome:
-    """Runs tests on what the code defines."""
+    """Run tests on the functions and classes that the code defines."""
     (of_candidate, of_tester), (here, there) = socket.socketpair(), socket.socketpair()
     with of_candidate, of_tester, here, there:
         in_tester = [of_tester.fileno(), there.fileno()]
@@ -61,7 +61,7 @@ def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool =
 
 
 def _reached(outcome: Outcome, tests: Tests) -> Outcome:
-    """A failure where none of the asserts was reached, as in a loop over what the code gave, which was empty."""
+    """A failure if no assert was reached, as in a loop over an empty result of the code."""
     missed = tests.counted and not outcome.passed + outcome.failed
     return Outcome(0, 1, "no assert of the tests was reached") if missed else outcome
 
@@ -83,7 +83,7 @@ def check_program(code: str, cases: Sequence[Mapping[str, str]], limits: Limits,
 
 
 def _wrong(code: str, case: Mapping[str, str], limits: Limits, seconds: float, isolated: bool) -> str | None:
-    """Why the program fails the case, None where it does not."""
+    """Why the program fails the case; None if it passes."""
     here, there = socket.socketpair()
     with here, there, TemporaryFile() as read, TemporaryFile() as written:
         read.write(case["stdin"].encode())

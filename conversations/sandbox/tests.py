@@ -1,4 +1,4 @@
-"""Tests of a data set's row, prepared for guest/tester.py: parsed and rewritten here, run there."""
+"""Prepares the tests of a row for guest/tester.py, which runs them: parses and rewrites them."""
 
 import ast
 import builtins
@@ -30,12 +30,12 @@ class Tests(NamedTuple):
 
     @property
     def task(self) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-        """What guest/tester.py is sent."""
+        """The message for guest/tester.py."""
         return self[:4]
 
 
 def prepared(tests: Sequence[str], *, setup: str = "", prompt: str = "", entry_point: str | None = None) -> Tests:
-    """Tests whose asserts are counted one by one.
+    """Prepares tests so that their asserts are counted one by one.
 
     Raises:
         ToolkitError: a test that is no Python.
@@ -75,13 +75,13 @@ class _Counted(ast.NodeTransformer):
 
 
 def _read(trees: Iterable[ast.AST]) -> set[str]:
-    """Names that are read, but for Python's own."""
+    """Names that are read, except builtins."""
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - set(dir(builtins))
 
 
 def _bound(trees: Iterable[ast.AST]) -> set[str]:
-    """Names that get a value somewhere."""
+    """Names that are assigned somewhere."""
     bound: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):

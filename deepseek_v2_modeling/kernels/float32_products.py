@@ -1,4 +1,4 @@
-"""Matrix products of low-precision numbers on CPUs that are slow at them.
+"""Matrix products of low-precision tensors on CPUs where these are slow.
 
 An x86 CPU without AMX multiplies bf16 at half the rate of float32, or worse (docs/speed.md). There, from ROWS rows on,
 products run in float32 on pieces of the weights that stay in the CPU's cache, and their results are rounded to the low
@@ -88,12 +88,12 @@ class _WideLinear(torch.autograd.Function):
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether a weight is numbers as they are: no tensor subclass, as torchao's quantised ones."""
+    """Whether a weight is a plain tensor, not a subclass such as torchao's quantised ones."""
     return type(weight) in (torch.Tensor, nn.Parameter)
 
 
 class WideLinear(nn.Linear):
-    """nn.Linear in float32, autocast or not, whose result is float32 whatever the weight and the input are."""
+    """nn.Linear computed and returned in float32, whatever the autocast, weight and input dtypes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
