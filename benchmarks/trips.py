@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "recipes", "reward", "rl", "sft")
+PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "pairs", "recipes", "reward", "rl", "sft")
 PLAIN = {"messages": [{"role": "user", "content": "What is 17 + 25?"}, {"role": "assistant", "content": "42."}]}
 
 

@@ -13,6 +13,7 @@ from recipes.results.words import count, number, plain
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 1200
+TOTAL = "reward"  # of a sample: the weighted sum of its rewards
 # Keys of a sample that have a place of their own; any other plain value is listed below the completion.
 _PLACED = {
     "step",
@@ -112,7 +113,7 @@ def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
     """Of prompts with several answers, those with the highest and the lowest reward."""
     by_prompt: dict[Any, list[dict[str, Any]]] = {}
     for sample in samples:
-        if "answer" in sample and number(sample.get("reward")) is not None:
+        if "answer" in sample and number(sample.get(TOTAL)) is not None:
             by_prompt.setdefault(text_of(sample.get("prompt")), []).append(sample)
     unlike = {prompt: ranked for prompt, of in by_prompt.items() if (ranked := _ranked(of))}
     if not unlike:
@@ -124,8 +125,8 @@ def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
 
 def _ranked(answers: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
     """A best and a worst of the answers to one prompt; None if all have the same reward."""
-    ordered = sorted(answers, key=lambda sample: sample["reward"])
-    return ([ordered[-1]], [ordered[0]]) if ordered[-1]["reward"] > ordered[0]["reward"] else None
+    ordered = sorted(answers, key=lambda sample: sample[TOTAL])
+    return ([ordered[-1]], [ordered[0]]) if ordered[-1][TOTAL] > ordered[0][TOTAL] else None
 
 
 def text_of(value: Any) -> str:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)+)", PAGE, re.MULTILINE))
-PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "recipes", "reward", "rl", "sft")
+PACKAGES = ("conversations", "deepseek_v2_modeling", "eval", "pairs", "recipes", "reward", "rl", "sft")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands one after the other in one process, which loads torch once; other commands by the shell.
 DRIVER = """

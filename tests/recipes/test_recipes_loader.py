@@ -341,7 +341,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (RL, "rewards.0.wieght=1", 'unknown key "rewards.0.wieght", did you mean "rewards.0.weight"?'),
         (CHAIN, "stges=[]", 'unknown key "stges", did you mean "stages"?'),
         (CHAIN, "model.presett=tiny", 'unknown key "model.presett", did you mean "model.preset"?'),
-        (SFT, "stage=stf", "stage: 'stf' is not one of sft, reward, rl, eval, chain, did you mean \"sft\"?"),
+        (SFT, "stage=stf", "stage: 'stf' is not one of sft, reward, rl, eval, pairs, chain, did you mean \"sft\"?"),
         (SFT, "stage=null", "stage: None is not one of"),
         (SFT, "seed=abc", "seed: must be a valid integer, not 'abc'"),
         (SFT, "seed=true", "seed: must be a valid integer, not True"),
