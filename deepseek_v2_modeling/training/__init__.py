@@ -8,7 +8,7 @@ from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
-    from .arguments import RunLimits, check_batches, training_arguments
+    from .arguments import RunLimits, check_batches, describe_computation, training_arguments
     from .checksums import check_whole
     from .fused_head import HeadSettings, fuse_head, with_fused_head
     from .mixin import RunTrainerMixin, StopRequested
@@ -21,6 +21,7 @@ _HOMES = {
     "StopRequested": "mixin",
     "check_batches": "arguments",
     "check_whole": "checksums",
+    "describe_computation": "arguments",
     "fuse_head": "fused_head",
     "quiet_libraries": "quiet",
     "training_arguments": "arguments",
@@ -38,6 +39,7 @@ __all__ = [
     "check_batches",
     "check_whole",
     "cut_file",
+    "describe_computation",
     "fuse_head",
     "quiet_libraries",
     "read_lines",

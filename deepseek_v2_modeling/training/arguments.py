@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import ModelError
+from ..kernels.float32_products import float32_is_faster
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def training_arguments(
         raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
     if strategy == "no" and limits.early_stopping_patience is not None:
         raise ModelError("early_stopping_patience counts evaluations: give eval_data and training.eval_strategy")
-    on_cpu = bool(training.get("use_cpu", not torch.cuda.is_available()))
+    on_cpu = runs_on_cpu(training)
     if on_cpu and dtype == "float16":
         raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
     defaults = {
@@ -69,6 +70,24 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,  # how many evaluations in a row were no better
     }
     return {**defaults, **_with_known_names(training), **ours}
+
+
+def runs_on_cpu(training: dict[str, Any]) -> bool:
+    """Whether training with these settings uses the CPU of this machine."""
+    return bool(training.get("use_cpu", not torch.cuda.is_available()))
+
+
+def describe_computation(training: dict[str, Any], dtype: str) -> str:
+    """Where and in which dtype training computes on this machine."""
+    if not runs_on_cpu(training):
+        return f"{dtype} on {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    on_cpu = f"{dtype} on the CPU ({threads} thread{'s' if threads > 1 else ''})"
+    if dtype != "bfloat16":
+        return on_cpu
+    if float32_is_faster():
+        return f"{on_cpu}; large products in float32, which is faster on a CPU without AMX"
+    return f"{on_cpu}; large products in bfloat16, which is fast on this CPU"
 
 
 def check_batches(arguments: TrainingArguments, rows: int) -> None:

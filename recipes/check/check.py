@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conversations.errors import ToolkitError
 from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
-from deepseek_v2_modeling.training import quiet_libraries
+from deepseek_v2_modeling.training import describe_computation, quiet_libraries
 from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
 from recipes.check.measure import Example, Figures, Plan, measure, plan
@@ -85,6 +85,7 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
         if isinstance(recipe, TrainingRecipe) and key == "data":
             view.plan = plan(recipe, len(mixture.rows), figures)
             print(plan_line(recipe, view.plan, figures))
+            print(f"training: {describe_computation(recipe.training, recipe.model.dtype)}")
             print("\n".join(_examples(figures.examples if figures else ())), end="")
     return view
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.data_utils import pack_dataset
 
+from deepseek_v2_modeling.training import arguments
 from recipes.check import measure
 from recipes.check.check import check
 from recipes.check.histogram import bins, text_lines
@@ -102,6 +103,18 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     assert "rows.jsonl: prompt/completion, 30 rows" in said and "histogram" in said
     assert re.search(r"example 1 \(rows\.jsonl:1; .*⟦ 1<｜end▁of▁sentence｜>⟧", said, re.DOTALL)
     assert not (tmp_path / "out" / "run").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_dtype_of_large_products_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": "nowhere/base", "preset": "tiny", "dtype": "bfloat16"}
+    path = recipe(tmp_path, conversations(8), model=model, training={"max_length": 64, "use_cpu": True})
+    for without_amx, products in ((True, "float32, which is faster"), (False, "bfloat16, which is fast")):
+        monkeypatch.setattr(arguments, "float32_is_faster", lambda answer=without_amx: answer)
+        check(load_recipe(path))
+        line = rf"training: bfloat16 on the CPU \(\d+ threads?\); large products in {products}"
+        assert re.search(line, capsys.readouterr().out)
 
 
 def test_packing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
