@@ -1,10 +1,10 @@
-"""One decode step for a batch of rows: as it comes, or at fixed shapes and captured as a CUDA graph.
+"""One decode step for a batch of rows: eager, or with static shapes and captured as a CUDA graph.
 
-A step of V2-Lite is some 3,000 kernels of a few microseconds each; launched one by one from Python they take ten times
-as long as they run. Captured once and replayed, they take as long as they run. For that every tensor of a step stays
-where it is: the cache has its final length from the beginning, and the mask says how far it is filled.
+A decode step of V2-Lite launches about 3,000 kernels of a few microseconds each; launching them from Python takes ten
+times as long as running them. Replaying a captured graph removes that overhead. A graph needs every tensor at a fixed
+address, so the cache is allocated at its final length and the mask tells how much of it is filled.
 
-B rows, S tokens of room, T tokens so far, V words.
+B rows, S tokens of capacity, T tokens so far, V vocabulary.
 """
 
 from typing import Any
@@ -18,34 +18,34 @@ from transformers.utils import logging
 from .cache import FixedLayer, LatentCache, whole_blocks
 
 logger = logging.get_logger(__name__)
-WORTH_CAPTURING = 24  # steps; a capture costs about as much as three
+WORTH_CAPTURING = 24  # steps; a capture costs about as much as three eager steps
 
 
 class EagerStep:
-    """The model on one more token for each row. mask [B, T]: 1 on the real tokens that the cache holds."""
+    """An eager forward on one more token per row. mask [B, T]: 1 on the real tokens in the cache."""
 
-    worth_dropping = 0.85  # ended rows leave the batch when this share or less is left
+    worth_dropping = 0.85  # finished rows are dropped when less than this fraction of the rows is still generating
 
     def __init__(self, model: nn.Module, cache: LatentCache, mask: torch.Tensor):
         self.model, self.cache, self.mask = model, cache, mask
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B] -> logits of the next ones [B, V]."""
+        """tokens [B] -> logits of the next tokens [B, V]."""
         self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.mask), 1)), dim=1)
         positions = self.mask.sum(-1, keepdim=True) - 1
         return logits_of(self.model, tokens[:, None], self.mask, positions, self.cache)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows but these."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
 
 class FixedStep:
-    """As EagerStep, for up to `steps` more tokens, at fixed shapes, on a cache with room reserved for them; captured
-    where `capture` says so."""
+    """Like EagerStep, with static shapes, for up to `steps` more tokens, for which the cache has reserved capacity;
+    captured as a CUDA graph if `capture` is set."""
 
-    worth_dropping = 0.5  # each time costs another capture
+    worth_dropping = 0.5  # dropping rows costs another capture
 
     def __init__(self, model: nn.Module, cache: LatentCache, mask: torch.Tensor, steps: int, *, capture: bool = True):
         self.model, self.capture = model, capture
@@ -56,7 +56,7 @@ class FixedStep:
         self._prepare()
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B] -> logits of the next ones [B, V]; they hold until the next call."""
+        """tokens [B] -> logits of the next tokens [B, V], which the next call overwrites."""
         self.tokens.copy_(tokens[:, None])
         if self.graph is None:
             return self._step()
@@ -64,7 +64,7 @@ class FixedStep:
         return self.logits
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows but these."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self._prepare()
@@ -82,11 +82,11 @@ class FixedStep:
         if not self.capture:
             return
         place, mask = self.place.clone(), self.mask.clone()
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._step()  # kernels are chosen and built; what it writes, the first real token overwrites
-        current.wait_stream(side)
+        warm_up_stream, current_stream = torch.cuda.Stream(), torch.cuda.current_stream()
+        warm_up_stream.wait_stream(current_stream)
+        with torch.cuda.stream(warm_up_stream):
+            self._step()  # warm-up: selects and compiles kernels; the first real token overwrites what it wrote
+        current_stream.wait_stream(warm_up_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._step()
@@ -98,7 +98,7 @@ class FixedStep:
 def logits_of(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
-    """[B, V] of the last of ids [B, T]."""
+    """The logits [B, V] of the last position of ids [B, T]."""
     out = model(
         ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
@@ -106,7 +106,8 @@ def logits_of(
 
 
 def new_cache(model: nn.Module, steps: int) -> LatentCache:
-    """An empty cache for a prompt and `steps` more tokens: with room for them where their steps can be captured."""
+    """An empty cache for a prompt and `steps` more tokens, with capacity reserved for them if the steps can be
+    captured."""
     cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
     if steps >= WORTH_CAPTURING and can_capture(model):
         cache.reserve(steps)
@@ -114,8 +115,8 @@ def new_cache(model: nn.Module, steps: int) -> LatentCache:
 
 
 def decode_step(model: nn.Module, cache: LatentCache, mask: torch.Tensor, steps: int) -> EagerStep | FixedStep:
-    """The fastest step there is on a filled cache of `new_cache`; one that cannot be captured runs as it comes, and
-    that is said."""
+    """The fastest step available on a prefilled cache from `new_cache`. If capturing fails, logs a warning and falls
+    back to eager steps."""
     if steps and cache.reserved >= steps:
         try:
             return FixedStep(model, cache, mask, steps)
@@ -125,7 +126,7 @@ def decode_step(model: nn.Module, cache: LatentCache, mask: torch.Tensor, steps:
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Whether the model is whole on one GPU, and nothing looks into its forwards (a recorded or replayed routing)."""
-    kinds = {(parameter.device, type(parameter)) for parameter in model.parameters()}
+    """Whether the whole model is on one GPU and its routing is neither recorded nor replayed."""
+    placements = {(parameter.device, type(parameter)) for parameter in model.parameters()}
     watched = any(getattr(m, "recordings", ()) or getattr(m, "replayed_routes", None) for m in model.modules())
-    return not watched and len(kinds) == 1 and next(iter(kinds))[0].type == "cuda"
+    return not watched and len(placements) == 1 and next(iter(placements))[0].type == "cuda"

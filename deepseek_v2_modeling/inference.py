@@ -1,4 +1,4 @@
-"""Batched answers and scores for lists of token ids, grouped by length so that little is padding.
+"""Batched generation, reward scores and token losses for lists of token ids, batched by length to minimise padding.
 
 B batch, T tokens.
 """
@@ -24,9 +24,10 @@ Adjust = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those that generation_config.json adds.
+    """The token ids that end an answer: the tokenizer's EOS token and those listed in generation_config.json.
 
-    What transformers fills in from config.json, where there is no such file, is the tokenizer's to say.
+    Without that file transformers derives a generation config from config.json; those values are ignored in favour of
+    the tokenizer's.
     """
     config = model.generation_config
     stated = None if config._from_model_config else config.eos_token_id
@@ -35,8 +36,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices into `sequences`, equal ones side by side, longest first (so that what does not fit into
-    memory fails at once)."""
+    """Batches of indices into `sequences`, longest first (so that running out of memory happens in the first batch),
+    with identical sequences next to each other."""
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), tuple(sequences[i])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -45,7 +46,7 @@ def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[l
 def pad_batch(
     sequences: Sequence[Sequence[int]], pad_token_id: int, *, left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [B, T], mask [B, T]), padded on the left or on the right."""
+    """(ids [B, T], mask [B, T]), padded on the left or on the right; the mask is 1 on real tokens."""
     longest = max(len(ids) for ids in sequences)
     ids = torch.full((len(sequences), longest), pad_token_id)
     mask = torch.zeros_like(ids)
@@ -57,15 +58,15 @@ def pad_batch(
 
 
 def unpad_batch(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[B, T] with padding -> {input_ids, position_ids} [1, N] without: the rows one after the other, each a document
-    that begins at position 0."""
+    """Padded rows [B, T] -> packed {input_ids, position_ids} [1, N]: the rows concatenated, each a document whose
+    positions start at 0."""
     real = mask.bool()
     return {"input_ids": ids[real][None], "position_ids": (mask.cumsum(-1) - 1)[real][None]}
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, what it was before outside."""
+    """Context manager that puts the model in evaluation mode and restores its previous mode on exit."""
     was_training = model.training
     model.eval()
     try:
@@ -87,13 +88,21 @@ def generate_answers(
     seeds: Sequence[int] | None = None,
     adjust: Adjust | None = None,
 ) -> list[list[int]]:
-    """An answer for each prompt, in the order of the prompts: token ids, up to and with the end token if one came.
+    """Generate one answer per prompt, in the order of the prompts: token ids, including the end token if one was
+    generated.
 
-    Temperature 0 is greedy. `seeds`, one for each prompt, make sampling repeatable without touching the global
-    generator, and an answer independent of what else is in its batch. `adjust` changes a row's logits before a token
-    is chosen, the temperature included: (ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V].
-    `generate` does the same for one batch; here equal prompts are read once, and answers that have ended take
-    no further part. The model's mode (training or evaluation) is as it was afterwards.
+    Equivalent to `generate` on each batch, but identical prompts are prefilled once, and finished answers leave the
+    batch. The model's mode (training or evaluation) is restored afterwards.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        seeds: one per prompt; they make sampling reproducible without touching the global generator, and each answer
+            independent of the rest of its batch.
+        adjust: processes a row's logits before a token is chosen, and applies the temperature too:
+            (ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V].
+
+    Raises:
+        ModelError: the logits are NaN or infinite.
     """
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -117,7 +126,8 @@ def _answer_batch(
     max_new_tokens: int,
     choose: Callable[..., torch.Tensor],
 ) -> list[list[int]]:
-    """Answers of one batch. `rows` says whose answer each row of the cache is; rows leave when they have ended."""
+    """The answers of one batch. `rows` maps each row of the cache to its prompt; rows are dropped once they have
+    ended."""
     unique = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     device = next(model.parameters()).device
     ids, mask = (t.to(device) for t in pad_batch(list(unique), pad_token_id, left=True))
@@ -152,7 +162,7 @@ def _answer_batch(
 
 
 def draws(seeds: Sequence[int], length: int) -> torch.Tensor:
-    """Numbers from 0 to 1 [rows, length], each row from its own seed."""
+    """Uniform random numbers in [0, 1) [rows, length], each row from its own seed."""
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -166,33 +176,34 @@ def _choose_next(
     draws: torch.Tensor | None,
     adjust: Adjust | None,
 ) -> torch.Tensor:
-    """The next token [B] of each of the `rows`, whose logits [B, V] these are."""
+    """The next token [B] of each of `rows`, chosen from their logits [B, V]."""
     if adjust is not None:
         so_far = [torch.tensor([[*prompts[row], *answers[row]]], device=logits.device) for row in rows]
         adjusted = zip(rows, so_far, logits, strict=True)
-        logits = torch.cat([adjust(ids, len(prompts[row]), one[None]) for row, ids, one in adjusted])
-        temperature = float(temperature > 0)
+        logits = torch.cat([adjust(ids, len(prompts[row]), row_logits[None]) for row, ids, row_logits in adjusted])
+        temperature = float(temperature > 0)  # `adjust` has applied it
     drawn = None if draws is None else draws[list(rows), max(len(answers[row]) for row in rows)].to(logits.device)
     return choose_tokens(logits, temperature, drawn)
 
 
 def choose_tokens(logits: torch.Tensor, temperature: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
-    """logits [B, V] -> tokens [B]: the best one at temperature 0, else sampled, by the numbers `drawn` [B] if given."""
+    """logits [B, V] -> tokens [B]: argmax at temperature 0, else sampled; `drawn` [B] are the uniform random numbers to
+    sample with."""
     if temperature == 0:
         return logits.argmax(-1)
-    shares = (logits.float() / temperature).softmax(-1)
-    if drawn is None:  # multinomial draws one for each token of the vocabulary
-        drawn = torch.rand(len(shares), dtype=torch.float64, device=shares.device)
-    reached = shares.double().cumsum(-1)
-    return torch.searchsorted(reached, drawn.double()[:, None] * reached[:, -1:], right=True).squeeze(1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if drawn is None:  # torch.multinomial would draw a number for each token of the vocabulary
+        drawn = torch.rand(len(probabilities), dtype=torch.float64, device=probabilities.device)
+    cumulative = probabilities.double().cumsum(-1)
+    return torch.searchsorted(cumulative, drawn.double()[:, None] * cumulative[:, -1:], right=True).squeeze(1)
 
 
-def finite(model: nn.Module, what: str, values: torch.Tensor) -> None:
-    """Raises ModelError for what a model gave, unless it is finite; names the weight that is not, if one is."""
+def finite(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    """Raise ModelError if a model's outputs are not finite; the message names a non-finite weight if there is one."""
     if not is_finite(values):
         check_weights(model, "the model")
         raise ModelError(
-            f"the model's {what} are not finite (NaN or infinity), though its weights are: it overflows in this dtype, "
+            f"the model's {name} are not finite (NaN or infinity), though its weights are: it overflows in this dtype, "
             "or its numbers are out of range; try dtype float32, or an earlier checkpoint"
         )
 
@@ -204,7 +215,11 @@ def score_sequences(
     pad_token_id: int,
     batch_size: int = 32,
 ) -> list[float]:
-    """The reward model's score of each sequence of token ids, in their order; the mean of several heads."""
+    """A reward model's score for each sequence of token ids, in order; the mean over its heads.
+
+    Raises:
+        ModelError: a score is NaN or infinite.
+    """
     return [fmean(scores) for scores in score_heads(model, sequences, pad_token_id=pad_token_id, batch_size=batch_size)]
 
 
@@ -216,8 +231,12 @@ def score_heads(
     pad_token_id: int,
     batch_size: int = 32,
 ) -> list[list[float]]:
-    """The score that each head of a reward model gives each sequence of token ids, in their order (right-padded,
-    evaluation mode). Sequences that begin alike, as answers to one prompt do, are read as one up to where they differ.
+    """Each head's score for each sequence of token ids, in order: [sequences][heads] (right-padded, evaluation mode).
+
+    Sequences with a common prefix, such as answers to one prompt, share one forward pass over the prefix.
+
+    Raises:
+        ModelError: a score is NaN or infinite.
     """
     scores: list[list[float]] = [[] for _ in sequences]
     device = next(model.parameters()).device
@@ -230,8 +249,8 @@ def score_heads(
                 cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
                 model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
                 cache.batch_repeat_interleave(len(batch))
-            read = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
-            logits = model(**read, use_cache=cache is not None).logits
+            inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
+            logits = model(**inputs, use_cache=cache is not None).logits
             finite(model, "scores", logits)
             for i, score in zip(batch, logits.float().tolist(), strict=True):
                 scores[i] = score
@@ -241,7 +260,7 @@ def score_heads(
 def _score_batches(
     sequences: Sequence[Sequence[int]], groups: Sequence[Group], rest: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(length of the prefix that is read once, indices into `sequences`) of each batch."""
+    """For each batch: (length of the prefix that is computed once, indices into `sequences`)."""
     for shared, group in groups:
         for batch in by_length([sequences[i] for i in group], batch_size):
             yield shared if len(batch) > 1 else 0, [group[i] for i in batch]
@@ -258,18 +277,23 @@ def token_losses(
     pad_token_id: int,
     batch_size: int = 32,
 ) -> list[tuple[float, int]]:
-    """(summed cross-entropy in nats, tokens) of each sequence, over the tokens whose mask is 1 but for the first."""
+    """(summed cross-entropy in nats, number of tokens) of each sequence, over the tokens whose mask is 1, except the
+    first token, which nothing predicts.
+
+    Raises:
+        ModelError: the logits are NaN or infinite.
+    """
     losses = [(0.0, 0)] * len(sequences)
     device = next(model.parameters()).device
     with evaluation_mode(model):
         for batch in by_length(sequences, batch_size):
             ids, real = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
-            trained, _ = pad_batch([masks[i] for i in batch], 0, left=False)
-            ids, real, trained = ids.to(device), real.to(device), trained.to(device)[:, 1:]
+            loss_mask, _ = pad_batch([masks[i] for i in batch], 0, left=False)
+            ids, real, loss_mask = ids.to(device), real.to(device), loss_mask.to(device)[:, 1:]
             logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
             finite(model, "logits", logits)
             nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            sums = zip((nats * trained).sum(1).tolist(), trained.sum(1).tolist(), strict=True)
+            sums = zip((nats * loss_mask).sum(1).tolist(), loss_mask.sum(1).tolist(), strict=True)
             for i, row_sums in zip(batch, sums, strict=True):
                 losses[i] = row_sums
     return losses

@@ -1,26 +1,26 @@
-"""Groups of sequences that begin alike, such as the answers to one prompt: what they share is read once."""
+"""Groups sequences with a common prefix, such as answers to one prompt, so that the prefix is computed once."""
 
 import math
 from collections.abc import Iterator, Sequence
 
-MIN_SHARED = 64  # tokens; a shorter beginning is read again sooner than it is put into a cache
-WORTH = 0.8  # of the tokens of a group: it is read by its prefix where that leaves at most so many
+MIN_SHARED = 64  # tokens; recomputing a shorter prefix is cheaper than caching it
+WORTH = 0.8  # a prefix is shared if at most this fraction of the group's tokens is then left to compute
 
 Group = tuple[int, list[int]]  # length of the shared prefix, indices of the sequences
 
 
 def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[Group], list[int]]:
-    """(groups whose prefix is worth reading once, the indices of all other sequences).
+    """(groups whose prefix is worth computing once, the indices of all other sequences).
 
-    A prefix leaves at least one token of each sequence. Sequences are taken in their order as words in a dictionary, in
-    which those that begin alike stand side by side.
+    At least one token of each sequence is left after its prefix. Sequences are sorted lexicographically, so those with
+    a common prefix are adjacent.
     """
     groups: list[Group] = []
     rest: list[int] = []
     for shared, group in _runs(sequences):
         longest = max(len(sequences[i]) for i in group)
-        left = shared + len(group) * (longest - shared)
-        if len(group) > 1 and left <= WORTH * sum(len(sequences[i]) for i in group):
+        remaining = shared + len(group) * (longest - shared)
+        if len(group) > 1 and remaining <= WORTH * sum(len(sequences[i]) for i in group):
             groups.append((shared, group))
         else:
             rest += group
@@ -28,15 +28,15 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[Group], li
 
 
 def _runs(sequences: Sequence[Sequence[int]]) -> Iterator[Group]:
-    """Neighbours that share MIN_SHARED tokens, and not less than half of what those before them share: a system prompt
-    that all rows have does not join the answers to different questions."""
+    """Runs of adjacent sequences that share at least MIN_SHARED tokens and at least half of the prefix that the run
+    shares so far, so that a system prompt common to all rows does not merge the answers to different questions."""
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     group: list[int] = []
     shared = math.inf
     for i in order:
-        alike = _alike(sequences[group[-1]], sequences[i]) if group else 0
-        if group and alike >= MIN_SHARED and (len(group) == 1 or 2 * alike >= shared):
-            group, shared = [*group, i], min(shared, alike)
+        common = _common_prefix(sequences[group[-1]], sequences[i]) if group else 0
+        if group and common >= MIN_SHARED and (len(group) == 1 or 2 * common >= shared):
+            group, shared = [*group, i], min(shared, common)
             continue
         if group:
             yield int(shared) if len(group) > 1 else 0, group
@@ -45,7 +45,7 @@ def _runs(sequences: Sequence[Sequence[int]]) -> Iterator[Group]:
         yield int(shared) if len(group) > 1 else 0, group
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences share from the beginning, but for the last of the shorter one."""
-    most = min(len(one), len(other)) - 1
-    return next((place for place in range(most) if one[place] != other[place]), most)
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """The length of the common prefix of two sequences, which always excludes the last token of the shorter one."""
+    most = min(len(first), len(second)) - 1
+    return next((place for place in range(most) if first[place] != second[place]), most)

@@ -1,4 +1,4 @@
-"""The recipe of reinforcement learning (GRPO). No torch."""
+"""Recipe schema and stage definition of reinforcement learning (GRPO). Imports no torch."""
 
 from typing import Literal
 
@@ -57,7 +57,7 @@ STAGE = Stage(
                 **SMOKE_TRAINING,
                 "num_generations": 2,
                 "max_completion_length": 16,
-                # TRL wants both answers to a prompt in one generation batch: two steps' worth of batches of 1.
+                # TRL requires all answers to a prompt in one generation batch: two batches of 1.
                 "steps_per_generation": 2,
                 "generation_batch_size": None,
                 "num_generations_eval": None,

@@ -28,7 +28,7 @@ LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
 
 
 def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
-    """Run `train` with the data and models that `dsv2` has loaded."""
+    """Run `train` with the data and models that `dsv2` has loaded; returns its results."""
     with opened_rewards(recipe.rewards, work.others, work.run_dir) as rewards:
         return train(
             recipe,
@@ -54,16 +54,17 @@ def train(
     """Train `model` with GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
     Args:
-        rows: canonical rows; the prompt is what comes before the last answer, `reference` goes to the rewards.
+        rows: canonical rows; the prompt is everything before the last answer, and `reference` is passed to the rewards.
         rewards: the terms of the reward, with their weights.
         resume_from: a checkpoint of the same run to resume from.
 
     Returns:
-        steps, seconds, and the last logged reward, each of its terms, KL, entropy and length.
+        Optimizer steps, seconds, tokens, and the last logged values of the reward, its terms, KL, entropy (nats) and
+        mean answer length (tokens).
 
     Raises:
-        ToolkitError: rows without a question, or a reward that is unavailable or gives no values.
-        StopRequested: a signal ended training early, with a checkpoint.
+        ToolkitError: a row has no question, or a reward is unavailable or gives no scores.
+        StopRequested: a signal ended training early, after writing a checkpoint.
     """
     trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
     for reward in rewards:
@@ -76,10 +77,10 @@ def train(
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
     for reward in rewards:
-        if trainer.is_world_process_zero() and (told := reward.summary()):
-            print(f"rl: {reward.name}: {told}", file=sys.stderr)
-    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
-    return counted | last_logged(trainer.state.log_history)
+        if trainer.is_world_process_zero() and (summary := reward.summary()):
+            print(f"rl: {reward.name}: {summary}", file=sys.stderr)
+    totals = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
+    return totals | last_logged(trainer.state.log_history)
 
 
 def build_trainer(
@@ -91,7 +92,7 @@ def build_trainer(
     rewards: Sequence[Reward],
     run_dir: Path,
 ) -> PolicyTrainer:
-    """The trainer of `train`."""
+    """The trainer that `train` runs; raises ToolkitError if the rows do not suit the recipe."""
     datasets.disable_progress_bars()
     data = prompt_dataset(rows)
     check_references(rewards, [{"reference": reference} for reference in data["reference"]])
@@ -102,33 +103,33 @@ def build_trainer(
 
 
 class Indifferent(Reward):
-    """Gives all answers the same value, for a rehearsal; the recipe's own rewards are checked elsewhere."""
+    """Gives all answers the same score, for a rehearsal; the recipe's own rewards are checked separately."""
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         return [1.0] * len(answers)
 
 
 def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> PolicyTrainer:
-    """The trainer for a toy run."""
-    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": asked, "reference": "1"}] * 2
+    """The trainer of a run on two toy rows, used to check a recipe."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": messages, "reference": "1"}] * 2
     rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
     return build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
 
 
 def run_limits(recipe: RlRecipe) -> RunLimits:
-    """When the recipe's run ends early."""
+    """The conditions under which the recipe's run stops early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
 
 
 def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
-    """Raise ToolkitError if the rows are refused as a whole, though each of them is usable."""
+    """Raise ToolkitError if the rows as a whole cannot be used: too few prompts, or no references for a reward."""
     check_rewards(recipe.rewards, rows)
     check_prompts(planned_config(recipe), len(rows))
 
 
 def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
-    """Raise ToolkitError if there are fewer prompts than one rollout takes: TRL would train on nothing."""
+    """Raise ToolkitError if there are fewer prompts than one rollout needs: TRL would silently train on nothing."""
     assert arguments.generation_batch_size and arguments.num_generations
     needed = arguments.generation_batch_size // arguments.num_generations
     if prompts < needed:
@@ -140,10 +141,10 @@ def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
 
 
 def prompt_dataset(rows: Iterable[Row]) -> Dataset:
-    """Columns prompt (messages) and reference (text or null).
+    """A data set with the columns prompt (messages) and reference (text or null).
 
     Raises:
-        ToolkitError: there are no rows, or one without a question.
+        ToolkitError: there are no rows, or a row has no question.
     """
     entries = [
         {
@@ -160,7 +161,7 @@ def prompt_dataset(rows: Iterable[Row]) -> Dataset:
 def grpo_config(
     recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward | RewardEntry]
 ) -> GRPOConfig:
-    """TRL's config: the recipe's `training` and the fields that the toolkit sets."""
+    """TRL's config: the recipe's `training` plus the fields that the toolkit sets."""
     arguments = training_arguments(
         {"disable_dropout": True, **recipe.training},
         run_dir=run_dir,
@@ -172,7 +173,7 @@ def grpo_config(
 
 
 def planned_config(recipe: RlRecipe) -> GRPOConfig:
-    """The config of the recipe's own run."""
+    """The TRL config that the recipe's run will use."""
     return grpo_config(recipe, Path(recipe.output_dir), run_limits(recipe), recipe.rewards)
 
 

@@ -1,4 +1,4 @@
-"""GRPO (paper eq. 32-34) on TRL's trainer: our template, our reference model, rewards that must say something."""
+"""GRPO (paper eq. 32-34) on TRL's trainer, with our chat template, reference model and packed log-probabilities."""
 
 import copy
 from collections.abc import Sequence
@@ -29,21 +29,23 @@ from deepseek_v2_modeling.training import (
     with_fused_head,
 )
 
-SAMPLED_STEPS = 25  # of a run, about
+SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
-PATIENCE = 8  # batches in which a reward may say nothing at all
+PATIENCE = 8  # first batches for which a reward may give no score at all
 
 
 def pack_rows(input_ids: torch.Tensor, mask: torch.Tensor, answer_length: int) -> dict[str, torch.Tensor]:
-    """[B, T] with padding -> {input_ids, position_ids, labels} [1, N] without; labels on the last `answer_length`
-    columns only, and never on the first token of a row, which nothing in its row predicts."""
+    """Padded rows [B, T] -> packed {input_ids, position_ids, labels} [1, N].
+
+    Only the last `answer_length` columns have labels, and never the first token of a row, which nothing predicts.
+    """
     labels = input_ids.masked_fill(mask.cumsum(-1) == 1, IGNORED)
     labels[:, :-answer_length] = IGNORED
     return {**unpad_batch(input_ids, mask), "labels": labels[mask.bool()][None]}
 
 
 def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values [1, N - 1] of the tokens from the second on -> [B, T], 0 at padding and at the first token."""
+    """Values [1, N - 1] of all packed tokens except the first -> [B, T], 0 at padding and at the first token."""
     whole = F.pad(values[0], (1, 0))
     return whole.new_zeros(mask.shape).masked_scatter(mask.bool(), whole)
 
@@ -51,8 +53,8 @@ def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
-    The reference of the KL is the policy as it was at the start: for full fine-tuning a frozen copy made here (TRL
-    would load transformers' stock class from the path), for an adapter the copy named "ref" that TRL makes.
+    The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load
+    transformers' stock class from the path), for an adapter the copy named "ref" that TRL makes.
     """
 
     def __init__(self, model: Any, args: GRPOConfig, rewards: Sequence[Reward], **kwargs: Any):
@@ -75,10 +77,10 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
-        self.unwritten = False  # are there completions that no line of samples.jsonl could hold yet
+        self.unwritten = False  # whether there are completions since the last samples were written
 
     def _prepare_reference(self, reference: Any) -> nn.Module:
-        """What GRPOTrainer does to a reference model that it loads itself."""
+        """Prepare the reference model as GRPOTrainer prepares one that it loads itself."""
         reference.requires_grad_(False).eval()
         disable_dropout_in_model(reference)
         fuse_head(reference, self.head_settings)
@@ -91,7 +93,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     # --- rollouts -----------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[list[Row]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Each prompt occurs num_generations times and is rendered once."""
+        """Token ids of the prompts. Each prompt occurs num_generations times but is rendered only once."""
         rendered: dict[tuple[tuple[str, str], ...], list[int]] = {}
         ids = []
         for prompt in prompts:
@@ -103,7 +105,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        # A PeftModel generates past its own forward, which is the one that accelerate put under autocast.
+        # PeftModel.generate bypasses its own forward, the one that accelerate wraps in autocast.
         with self.accelerator.autocast():
             if not self.samples_plainly:
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -121,7 +123,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
 
     @property
     def samples_plainly(self) -> bool:
-        """Whether answers are sampled by temperature alone, from the model itself; anything else is left to TRL."""
+        """Whether answers are sampled from the model itself with nothing but a temperature; otherwise TRL generates."""
         args = self.args
         cut = (args.top_p, args.top_k, args.min_p, args.repetition_penalty)
         elsewhere = (args.use_vllm, args.use_transformers_continuous_batching)
@@ -138,8 +140,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """TRL's log-probabilities [B, logits_to_keep] and entropies, from packed rows: prompts are padded on the
-        left and answers on the right, and more than half of such a batch can be padding."""
+        """Log-probabilities [B, logits_to_keep] and entropies, as TRL expects them, computed on packed rows: prompts
+        are padded on the left and answers on the right, so more than half of a batch can be padding."""
         size = batch_size or len(input_ids)
         logps, entropies = [], []
         for start in range(0, len(input_ids), size):
@@ -163,14 +165,15 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         for reward in self.rewards:
             if reward.gives_reasons:
                 self._log_completion_extra(f"reason/{reward.name}", list(reward.reasons))
-        self._require_words(values)
+        self._require_scores(values)
         self.unwritten = True
         return values
 
-    def _require_words(self, values: torch.Tensor) -> None:
-        """values [completions of all processes, rewards], NaN where a reward said nothing.
+    def _require_scores(self, values: torch.Tensor) -> None:
+        """Raise ToolkitError if no reward, or for too long one of them, scores any completion.
 
-        TRL trains on such batches without a word, on nothing at all or on what is left of the reward.
+        TRL would silently train such batches on nothing, or on the remaining rewards. values: [completions of all
+        processes, rewards], NaN where a reward gave no score.
         """
         silent = values.isnan().all(0).tolist()
         if all(silent):
@@ -179,8 +182,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
                 "look at the rewards' on_error and at the references of the data"
             )
         for i, is_silent in enumerate(silent):
-            spoke_before = self.silent_batches[i] < 0
-            self.silent_batches[i] = -1 if spoke_before or not is_silent else self.silent_batches[i] + 1
+            has_scored = self.silent_batches[i] < 0
+            self.silent_batches[i] = -1 if has_scored or not is_silent else self.silent_batches[i] + 1
             if self.silent_batches[i] >= PATIENCE:
                 raise ToolkitError(
                     f"the reward {self.reward_func_names[i]} gave no score for any completion of the first "
@@ -198,7 +201,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             self.unwritten = False
 
     def _samples(self) -> list[Row]:
-        """Completions of the last batch, of different prompts, each with the value of every reward."""
+        """Completions of the last batch, for different prompts, each with the score of every reward."""
         prompts = list(self._logs["prompt"])
         chosen = range(0, len(prompts), max(1, len(prompts) // SAMPLES_A_STEP))[:SAMPLES_A_STEP]
         completions, advantages = list(self._logs["completion"]), list(self._logs["advantages"])
@@ -212,7 +215,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
                 "completion": answer_text(completions[i][-1]["content"]),
                 "truncated": extra["truncated"][i],
                 "rewards": {name: values[i] for name, values in rewards.items()},
-                **({"reasons": {name: said[i] for name, said in reasons.items() if said[i]}} if reasons else {}),
+                **({"reasons": {name: texts[i] for name, texts in reasons.items() if texts[i]}} if reasons else {}),
                 "advantage": advantages[i],
             }
             for i in chosen
@@ -222,7 +225,7 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         return folder / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save_extra(self, folder: Path) -> None:
-        """Save completions with a checkpoint that lies between two updates on them."""
+        """Save the completions too: a checkpoint may fall between two updates on the same rollout."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"micro_step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(folder))
 

@@ -1,5 +1,7 @@
-"""Grouped products for compiled code on a CPU: `F.grouped_mm` compiles for bf16 alone there, and to look at the groups'
-sizes would break the graph. Opaque to the compiler, so that a forward is one graph.
+"""Grouped matrix products for torch.compile on a CPU, as custom ops that the compiler does not trace into.
+
+There `F.grouped_mm` compiles for bf16 only, and reading the group sizes in Python would break the graph; as custom ops
+they keep a forward in one graph.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ import torch
 
 
 def _blocks(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows."""
+    """(expert, slice of its rows) for every expert that has rows."""
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:
@@ -19,7 +21,7 @@ def _blocks(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
 
 @torch.library.custom_op("deepseek_v2::grouped_mm", mutates_args=())
 def grouped_mm(x_SI: torch.Tensor, w_EIO: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """[S, O]: each row times its expert's matrix; offs [E] is where each expert's rows end."""
+    """[S, O]: each row times its expert's matrix; offs [E] are the ends of the experts' row ranges."""
     y_SO = x_SI.new_empty(x_SI.shape[0], w_EIO.shape[2])
     for expert, rows in _blocks(offs):
         torch.mm(x_SI[rows], w_EIO[expert], out=y_SO[rows])
@@ -28,7 +30,7 @@ def grouped_mm(x_SI: torch.Tensor, w_EIO: torch.Tensor, offs: torch.Tensor) -> t
 
 @torch.library.custom_op("deepseek_v2::grouped_outer", mutates_args=())
 def grouped_outer(x_SI: torch.Tensor, g_SO: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """[E, I, O]: x^T g over each expert's rows."""
+    """[E, I, O]: x^T g, summed over each expert's rows."""
     out_EIO = x_SI.new_zeros(offs.shape[0], x_SI.shape[1], g_SO.shape[1])
     for expert, rows in _blocks(offs):
         torch.mm(x_SI[rows].t(), g_SO[rows], out=out_EIO[expert])
@@ -45,7 +47,7 @@ def _(x_SI: torch.Tensor, g_SO: torch.Tensor, offs: torch.Tensor) -> torch.Tenso
     return x_SI.new_empty(offs.shape[0], x_SI.shape[1], g_SO.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -55,4 +57,4 @@ def _backward(ctx: Any, g_SO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dx, grouped_outer(x_SI, g_SO, offs) if ctx.needs_input_grad[1] else None, None
 
 
-grouped_mm.register_autograd(_backward, setup_context=_keep)
+grouped_mm.register_autograd(_backward, setup_context=_save_inputs)

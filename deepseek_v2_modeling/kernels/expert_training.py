@@ -1,8 +1,8 @@
-"""The routed experts of a layer in training, as one function of its tokens.
+"""The routed experts of a layer in training, as one autograd function.
 
-Of what lies between the tokens and the outputs only the first product's result is kept for the gradients. The rest is
-made again (cheap) or is not needed: with the gate weight on the hidden side, y = (w h) W^T, the gradient of w h gives
-those of both w and h without y.
+Of the intermediate activations only the result of the first product (gate and up projections) is saved for the backward
+pass. The others are cheap to recompute or not needed: with the gate weight applied before the down projection,
+y = (w h) W^T, the gradient with respect to w h yields those of w and h without y.
 
 N tokens, K experts a token, P rows sorted by expert, D hidden, F expert width, E experts.
 """
@@ -21,8 +21,8 @@ from .low_rank import Share, flattened, shares_of
 
 @dataclass(frozen=True)
 class Job:
-    """What the function takes besides tensors. first, second: scalings of the adapters of the first and of the second
-    product, whose `flattened` factors follow in that order."""
+    """The function's arguments that are not tensors. first, second: the scalings of the adapters on the first product
+    (gate_up_proj) and on the second (down_proj); their `flattened` factors are passed in that order."""
 
     slots: Slots
     groups: Groups
@@ -31,14 +31,14 @@ class Job:
     second: Sequence[float]
 
     def shares(self, tensors: Sequence[torch.Tensor | None]) -> tuple[list[Share], list[Share]]:
-        """Of the first and of the second product."""
+        """The adapters of the first and of the second product."""
         shares = shares_of([*self.first, *self.second], tensors)
         return shares[: len(self.first)], shares[len(self.first) :]
 
 
 @fused
 def gated_halves(hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor | None) -> torch.Tensor:
-    """[P, F]: activation(gate) * up, of gate and up side by side; times each row's weight."""
+    """[P, F]: activation(gate) * up, where hidden holds gate and up side by side; times each row's weight if given."""
     gate, up = hidden_P2F.chunk(2, dim=-1)
     gated = activation(gate) * up
     return gated if weights_P1 is None else gated * weights_P1
@@ -48,7 +48,7 @@ def gated_halves(hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: to
 def gated_halves_gradient(
     hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor, g_PF: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the halves [P, 2F] and of the weights [P] float32, from that of `gated_halves`."""
+    """The gradients of `gated_halves` with respect to hidden [P, 2F] and to the weights [P] (float32)."""
     gate, up = hidden_P2F.chunk(2, dim=-1)
     vjp: Any = torch.func.vjp
     activated, pull = vjp(activation, gate)
@@ -108,8 +108,8 @@ def train_experts(
     slots: Slots,
     groups: Groups,
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, [N, D] float32. x is in the dtype of the products; adapters without
-    dropout."""
+    """The weighted sum of the chosen experts' outputs, [N, D] float32. x is in the dtype of the products; the adapters
+    have no dropout."""
     first, second = adapters.get("gate_up_proj", []), adapters.get("down_proj", [])
     job = Job(slots, groups, experts.act_fn, *([adapter.scaling for adapter in side] for side in (first, second)))
     factors = (adapter.factors(experts.num_experts, x_ND) for adapter in (*first, *second))

@@ -1,4 +1,4 @@
-"""SDPA in float32 for low-precision queries, keys and values, on CPUs that are faster so (float32_products.py)."""
+"""SDPA in float32 for low-precision queries, keys and values, on CPUs where float32 is faster (float32_products.py)."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-PIECE = 2**22  # values of a query converted at a time without gradients: 16 MiB in float32
+PIECE = 2**22  # without gradients: query values converted at a time, 16 MiB in float32
 
 
 class _WideAttention(torch.autograd.Function):
-    """Attention [B, H, T, d] without a mask. Keeps the low-precision tensors for its gradients: half the memory."""
+    """Attention [B, H, T, d] without a mask. Saves the low-precision tensors for the backward pass, which halves the
+    memory."""
 
     @staticmethod
     def forward(
@@ -44,9 +45,10 @@ def wide_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' sdpa: query, key [B, H, T, d], value [B, H, S, d] -> ([B, T, H, d] in the query's dtype, None).
+    """Same signature and result as transformers' sdpa attention: query, key [B, H, T, d], value [B, H, S, d] ->
+    ([B, T, H, d] in the query's dtype, None).
 
-    Without gradients some heads at a time, so that the float32 copies stay small.
+    Without gradients it converts a few heads at a time, to keep the float32 copies small.
     """
     causal = attention_mask is None and query.shape[2] > 1
     if torch.is_grad_enabled() and attention_mask is None and not dropout:

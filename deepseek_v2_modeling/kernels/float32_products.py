@@ -1,8 +1,8 @@
-"""Matrix products of low-precision tensors on CPUs where these are slow.
+"""Matrix products of low-precision tensors on CPUs where low precision is slow.
 
-An x86 CPU without AMX multiplies bf16 at half the rate of float32, or worse (docs/speed.md). There, from ROWS rows on,
-products run in float32 on pieces of the weights that stay in the CPU's cache, and their results are rounded to the low
-precision: what a low-precision kernel that accumulates in float32 gives, faster.
+An x86 CPU without AMX multiplies bf16 at half the rate of float32, or worse (docs/speed.md). On such a CPU, products of
+at least ROWS rows run in float32 on pieces of the weights that fit into the CPU's cache, and the results are rounded:
+the same as a low-precision kernel that accumulates in float32, but faster.
 """
 
 import platform
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ROWS = 64  # from here on a faster product pays for converting the weights
+ROWS = 64  # from this many rows on, the faster product makes up for converting the weights
 PIECE = 2**20  # weights converted at a time: 4 MiB in float32
 TOKENS = 2048  # rows converted at a time
 
@@ -26,26 +26,26 @@ def float32_is_faster() -> bool:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products on x: autocast's, else its own."""
+    """The dtype of matrix products on x: autocast's if enabled, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def fastest_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which small products with x are fastest on its device: float32 or its own."""
+    """The dtype in which small products with x are fastest on its device: float32 or x's own."""
     low = x.device.type == "cpu" and x.dtype.itemsize < 4
     return torch.float32 if low and float32_is_faster() else x.dtype
 
 
 def widens(x: torch.Tensor, rows: int) -> bool:
-    """Whether a product of `rows` rows of x runs in float32 although its result has fewer bits."""
+    """Whether a product of `rows` rows of x runs in float32 although its result is low-precision."""
     if x.device.type != "cpu" or rows < ROWS or torch.compiler.is_compiling():
         return False
     return compute_dtype(x).itemsize < 4 and float32_is_faster()
 
 
 def _pieces(w_OI: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows of w, those rows in float32), PIECE weights at a time."""
+    """(slice of rows, those rows of w in float32), PIECE weights at a time."""
     step = max(1, PIECE // w_OI.shape[1])
     for start in range(0, w_OI.shape[0], step):
         rows = slice(start, start + step)
@@ -93,7 +93,7 @@ def is_plain(weight: torch.Tensor) -> bool:
 
 
 class WideLinear(nn.Linear):
-    """nn.Linear computed and returned in float32, whatever the autocast, weight and input dtypes."""
+    """nn.Linear that computes and returns float32, regardless of autocast and of the weight's and input's dtypes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -102,10 +102,10 @@ class WideLinear(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with the products of this file.
+    """nn.Linear that uses float32 products where they are faster.
 
-    Inputs are made contiguous: a slice, or a transposed or expanded view, of three dimensions times a frozen weight is
-    a batched product to torch, for which it copies the weight once a row of the batch.
+    Inputs are made contiguous: given a three-dimensional slice or a transposed or expanded view, and a frozen weight,
+    torch runs a batched product, for which it copies the weight once per batch row.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

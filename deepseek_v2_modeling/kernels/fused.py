@@ -1,7 +1,7 @@
-"""Chains of elementwise operations, as one kernel each where there are many values on a GPU.
+"""Fuses chains of elementwise operations into one kernel with torch.compile, for large tensors on a GPU.
 
-As they come, each of them reads and writes all values: in a step of V2-Lite they took more time than all matrix
-products (docs/speed.md). Where nothing can be compiled they run as they come, and that is said once.
+Run eagerly, each operation reads and writes all values: in a training step of V2-Lite they took more time than all
+matrix products (docs/speed.md). If compilation fails they run eagerly, with one warning.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-MANY = 2**20  # values; fewer, as in a decode step, do not pay for looking up what was compiled
+MANY = 2**20  # values; for fewer, as in a decode step, dispatching to the compiled code costs more than it saves
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A pure function of tensors, compiled when its first argument has MANY values on a GPU."""
+    """Decorator: a pure function of tensors, compiled when its first argument is on a GPU and has at least MANY
+    values."""
     compiled: Callable[..., Any] | None = None
 
     @wraps(function)
@@ -27,10 +28,10 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(x, *args)
         if compiled is not None:
             return compiled(x, *args)
-        compiled = torch.compile(function)  # here, not above: it imports half a second's worth
+        compiled = torch.compile(function)  # not at decoration time: its imports take half a second
         try:
             return compiled(x, *args)
-        except torch.OutOfMemoryError:  # says nothing of the compiler
+        except torch.OutOfMemoryError:  # not a failure of the compiler
             compiled = None
             raise
         except Exception as error:  # no Triton, no C compiler, an old driver

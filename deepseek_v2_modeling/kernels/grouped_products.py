@@ -1,8 +1,9 @@
 """Grouped matrix products: rows sorted by expert, each group of rows times its expert's matrix.
 
-S token-expert slots, E experts, I inputs, O outputs. On CUDA one ragged kernel; on the CPU one product an
-expert that has rows, into a shared output. Neither builds anything of the size of all experts' weights unless those
-weights train.
+On CUDA this is one ragged kernel; on the CPU one product per expert that has rows, into a shared output. Neither
+allocates anything of the size of all experts' weights, unless those weights are trained.
+
+S token-expert slots, E experts, I inputs, O outputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from .fused import fused
 from .low_rank import Factors, Share, flattened, shares_of
 from .ragged_products import ragged_gradient, ragged_product
 
-FILL = 32  # rows
+FILL = 32  # rows; the largest block to which groups are padded on a CPU
 
 
 @dataclass
@@ -27,7 +28,7 @@ class ActiveAdapter:
     """One active adapter of one weight: scaling * (dropout(x) a^T) b^T. a [r, I] and b [O, r], or a [E, r, I] and
     b [E, O, r] for experts.
 
-    experts: those that a and b hold, where it is not all; the others have no adapter.
+    experts: the experts that a and b contain, if not all; the others have no adapter.
     """
 
     a: torch.Tensor
@@ -37,15 +38,15 @@ class ActiveAdapter:
     experts: tuple[int, ...] | None = None
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The adapter's own input; None where that is x as it is."""
+        """The adapter's own input dropout(x); None if there is no dropout."""
         return None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
 
     def factors(self, count: int, x: torch.Tensor) -> Factors:
-        """For all of `count` experts, beside a product on x."""
+        """The factors for all of `count` experts, to be added to a product on x."""
         return Factors(self.dropped(x), self.spread(self.a, count), self.spread(self.b, count))
 
     def spread(self, factor: torch.Tensor, count: int) -> torch.Tensor:
-        """a or b for all of `count` experts, zeros for those without."""
+        """a or b for all of `count` experts, zero for those without an adapter."""
         if self.experts is None:
             return factor
         chosen = torch.tensor(self.experts, dtype=torch.long, device=factor.device)
@@ -53,7 +54,7 @@ class ActiveAdapter:
 
 
 def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows."""
+    """(expert, slice of its rows) for every expert that has rows."""
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -62,8 +63,8 @@ def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
-    """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares (CPU): [S, O]. Products are in float32 where that
-    is faster (float32_products.py)."""
+    """y[rows of e] = x[rows of e] @ w[e]^T plus the adapters' shares, on a CPU: [S, O]. Products are in float32 where
+    that is faster (float32_products.py)."""
     y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(w_EOI))
     for expert, rows in blocks(groups.counts):
         target, x, w = y_SO[rows], x_SI[rows].to(dtype), w_EOI[expert].to(dtype)
@@ -84,7 +85,8 @@ def looped_gradient(
     shares: Sequence[Share],
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
-    """The gradients of x, w (each where `needs` says so) and the factors of the shares of `looped_product`."""
+    """The gradients of `looped_product` with respect to x and w (None unless `needs` asks for them) and to the factors
+    of the shares."""
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
     dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
     dtype = product_dtype(x_SI, len(w_EOI))
@@ -104,7 +106,7 @@ def looped_gradient(
 
 
 class _LoopedLinear(torch.autograd.Function):
-    """`looped_product`; tensors: the adapters' `flattened` factors."""
+    """`looped_product` under autograd; tensors: the adapters' `flattened` factors."""
 
     @staticmethod
     def forward(
@@ -128,14 +130,14 @@ class _LoopedLinear(torch.autograd.Function):
 
 
 def product_dtype(x_SI: torch.Tensor, num_experts: int) -> torch.dtype:
-    """Of all experts' products on these rows. By the mean of their rows: what is not filled up is as long at each step,
-    and memory of one length is found again."""
+    """The dtype of all experts' products on these rows. It depends on the mean number of rows per expert, so it is the
+    same at every step of a given batch size, and the allocator can reuse memory."""
     return torch.float32 if widens(x_SI, len(x_SI) // num_experts) else x_SI.dtype
 
 
 def fills_up(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> int:
-    """Rows of the blocks that groups are filled up to, a power of 2; 0 where they are not: but where low-precision
-    products on a CPU run as such."""
+    """The block size, in rows and a power of 2, to whose multiples groups are padded; 0 for no padding. Only products
+    that run in low precision on a CPU are padded (`filled_up` says why)."""
     rows = experts_NK.numel() // num_experts
     low = x_ND.device.type == "cpu" and compute_dtype(x_ND).itemsize < 4
     if not low or torch.compiler.is_compiling() or widens(x_ND, rows):
@@ -144,10 +146,11 @@ def fills_up(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> 
 
 
 class Groups:
-    """How S rows, sorted by expert, fall to E experts; sizes_E [E].
+    """How S rows, sorted by expert, are divided among E experts; sizes_E [E] are the group sizes.
 
-    On the CPU the sizes are Python numbers; on a GPU they stay there, so that the host never waits, and in compiled
-    code, so that it is one graph. block: all sizes are multiples of it. rows: S, where rows of no expert follow.
+    On the CPU the sizes are Python numbers. On a GPU they stay on the device, so that the host never waits; in compiled
+    code they stay tensors, so that there is one graph. block: all sizes are multiples of it. rows: S, if rows that
+    belong to no expert follow.
     """
 
     def __init__(self, sizes_E: torch.Tensor, block: int = 0, rows: int | None = None):
@@ -160,8 +163,7 @@ class Groups:
             self.ends = sizes_E.cumsum(0).to(torch.int32)
 
     def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[ActiveAdapter] = ()) -> torch.Tensor:
-        """[S, O]: each row times its expert's matrix, and beside it the adapters' share, in the dtype of autocast or
-        of x."""
+        """[S, O]: each row times its expert's matrix, plus the adapters' shares, in the dtype of autocast or of x."""
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
         shares = [Share(adapter.scaling, adapter.factors(len(w_EOI), x_SI)) for adapter in adapters]
@@ -172,7 +174,7 @@ class Groups:
             return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
 
     def product(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
-        """As `linear`, outside of autograd, on x in the dtype of the product."""
+        """Like `linear`, without autograd; x is already in the dtype of the product."""
         if self.looped:
             return looped_product(self, x_SI, w_EOI, shares)
         return ragged_product(self.ends, x_SI, w_EOI, shares)
@@ -185,7 +187,8 @@ class Groups:
         shares: Sequence[Share],
         needs: tuple[bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
-        """Of x and w (each where `needs` says so) and of the factors of `product`'s shares."""
+        """The gradients of `product` with respect to x and w (None unless `needs` asks for them) and to the factors of
+        the shares."""
         if self.looped:
             return looped_gradient(self, g_SO, x_SI, w_EOI, shares, needs)
         return ragged_gradient(self.ends, g_SO, x_SI, w_EOI, shares, needs)
@@ -193,10 +196,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where N*K token-expert slots lie among P rows that are sorted by expert. Rows that fill a group up belong to no
-    slot: they compute from some token and go nowhere.
+    """The positions of N*K token-expert slots among P rows sorted by expert. Padding rows belong to no slot: they are
+    computed from an arbitrary token, and their result is not used.
 
-    slot_P: the slot of each row, -1 where it fills up. place_S: the row of each slot.
+    slot_P: the slot of each row, -1 for padding. place_S: the row of each slot.
     """
 
     slot_P: torch.Tensor
@@ -212,21 +215,20 @@ class Slots:
         return self.place_S.unflatten(0, (-1, self.top_k))
 
     def weights_P(self, weights_NK: torch.Tensor) -> torch.Tensor:
-        """The weight of each row's slot, 0 for rows that fill up."""
+        """The gate weight of each row's slot, 0 for padding rows."""
         return weights_NK.reshape(-1).index_select(0, self.slot_P.clamp(min=0)) * (self.slot_P >= 0)
 
 
 def filled_up(size: int) -> int:
-    """A group's size rounded up to a power of 2, above FILL to its multiples: oneDNN makes a primitive for each new
-    shape of a low-precision product (about 1 ms), so a few shapes have to do."""
+    """A group's size rounded up to a power of 2, or to a multiple of FILL above FILL. oneDNN creates a primitive for
+    each new shape of a low-precision product (about 1 ms), so there should be few shapes."""
     if size > FILL:
         return -(-size // FILL) * FILL
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def place_slots(experts_NK: torch.Tensor, num_experts: int, block: int) -> tuple[Slots, Groups]:
-    """Sorts the slots by expert. block: rows of the blocks that groups are filled up to (`fills_up`), 0 for ragged
-    ones."""
+    """Sort the slots by expert. block: the block size of `fills_up`, 0 for unpadded groups."""
     flat = experts_NK.reshape(-1)
     order_S = flat.argsort(stable=True)
     rows_S = torch.arange(order_S.shape[0], device=flat.device)
@@ -261,7 +263,7 @@ def weighted_slots(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torc
 
 @fused
 def weighted_sum(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """`weighted_slots` by plain operations."""
+    """`weighted_slots` in plain tensor operations."""
     rows_NKD = y_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape)
     return (rows_NKD.float() * weights_NK.unsqueeze(-1)).sum(1)
 
@@ -270,13 +272,14 @@ def weighted_sum(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.
 def weighted_slots_gradient(
     g_ND: torch.Tensor, y_PD: torch.Tensor, token_P: torch.Tensor, weights_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(of y [P, D], of the rows' weights [P]) from the gradient of their weighted sums."""
+    """The gradients of `weighted_slots` with respect to y [P, D] and to the rows' weights [P]."""
     g_PD = g_ND.index_select(0, token_P)
     return (g_PD * weights_P.unsqueeze(1)).to(y_PD.dtype), (g_PD * y_PD.float()).sum(-1)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of x [N, D] copied to their slots' rows [P, D]; the gradient gathers, so it is the same at every run."""
+    """Copies the tokens x [N, D] to the rows of their slots [P, D]. The backward pass gathers instead of scattering, so
+    it is deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: torch.Tensor, slots: Slots) -> torch.Tensor:
@@ -306,11 +309,11 @@ class _Combine(torch.autograd.Function):
 
 
 def dispatch(x_ND: torch.Tensor, experts_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, Groups, Slots]:
-    """Each slot's token, sorted by expert: (x [P, D], the groups of its rows, where the slots are)."""
+    """Each slot's token, sorted by expert: (x [P, D], the groups of its rows, the positions of the slots)."""
     slots, groups = place_slots(experts_NK, num_experts, fills_up(x_ND, experts_NK, num_experts))
     return _Dispatch.apply(x_ND, slots), groups, slots
 
 
 def combine(y_PD: torch.Tensor, weights_NK: torch.Tensor, slots: Slots) -> torch.Tensor:
-    """Sum over each token's experts, weighted, in float32 as the official model does: [N, D] float32."""
+    """The weighted sum over each token's experts, accumulated in float32 as in the official model: [N, D] float32."""
     return _Combine.apply(y_PD, weights_NK, slots)

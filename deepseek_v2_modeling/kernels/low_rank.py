@@ -1,8 +1,9 @@
-"""The adapters' shares of grouped products on a CPU: scaling * (z a^T) b^T, a and b by the expert of each row.
+"""The adapters' shares of grouped products on a CPU: scaling * (z a^T) b^T, with a and b of each row's expert.
 
-Low-rank products are tiny, and a call for each expert costs more than its arithmetic. So rows are taken in pieces of
-PIECE blocks, a block being some rows of one expert: one batched product of a piece, with a and b of each block's expert
-beside it. Gradients of the blocks are summed up by expert. All pieces have one shape.
+Low-rank products are tiny, and a call per expert costs more than its arithmetic. So rows are processed in pieces of
+PIECE blocks, where a block is a fixed number of rows of one expert: one batched product per piece, with a and b
+gathered by the expert of each block. The gradients of the blocks are summed by expert. All pieces of a batch have the
+same shape.
 
 S rows sorted by expert, E experts, I inputs, O outputs, r rank, Q blocks.
 """
@@ -17,8 +18,8 @@ PIECE = 32  # blocks
 
 
 class Factors(NamedTuple):
-    """The tensors of an adapter beside a product: a [E, r, I] and b [E, O, r], and z [S, I], its input, None where that
-    is the product's own. Or their gradients."""
+    """The tensors of an adapter, or their gradients: a [E, r, I], b [E, O, r] and its input z [S, I], None if that is
+    the product's own input."""
 
     z: torch.Tensor | None
     a: torch.Tensor
@@ -26,21 +27,21 @@ class Factors(NamedTuple):
 
 
 class Share(NamedTuple):
-    """An adapter beside a product."""
+    """The low-rank term that an adapter adds to a product: scaling * (z a^T) b^T."""
 
     scaling: float
     factors: Factors
 
     def for_pieces(self, pieces: Sequence["Piece"], dtype: torch.dtype) -> Factors:
-        """The factors, a and b of all experts cast at once where the pieces have more blocks than there are experts;
-        else, as in a decode step, those of each piece are still to be cast."""
+        """The factors, with a and b of all experts cast to `dtype` if the pieces have more blocks than there are
+        experts; otherwise, as in a decode step, each piece casts only those it needs."""
         z, a, b = self.factors
         many = sum(len(piece.expert_Q) for piece in pieces) > len(a)
         return Factors(z, a.to(dtype), b.to(dtype)) if many else self.factors
 
 
 def flattened(factors: Iterable[Factors]) -> Iterator[torch.Tensor | None]:
-    """The tensors of one adapter after the other: what an autograd function takes and gives."""
+    """The tensors of all adapters in one flat sequence, as autograd functions take and return them."""
     return chain.from_iterable(factors)
 
 
@@ -48,28 +49,28 @@ def shares_of(scalings: Sequence[float], tensors: Sequence[torch.Tensor | None])
     """The shares of adapters, from the scaling of each and their `flattened` tensors."""
     contiguous: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     factors = zip(*[iter(contiguous)] * len(Factors._fields), strict=True)
-    return [Share(scaling, Factors(*laid)) for scaling, laid in zip(scalings, factors, strict=True)]
+    return [Share(scaling, Factors(*three)) for scaling, three in zip(scalings, factors, strict=True)]
 
 
 class Piece(NamedTuple):
-    """Rows of equal blocks, and each block's expert."""
+    """A range of rows, divided into blocks of equal size, and the expert of each block."""
 
     rows: slice
     expert_Q: torch.Tensor
 
     def of(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """[Q, rows of a block, I]"""
+        """The rows of x in this piece: [Q, rows of a block, I]."""
         return x_SI[self.rows].unflatten(0, (len(self.expert_Q), -1))
 
 
 def whole_pieces(count: int) -> int:
-    """A number of blocks rounded up: to a power of 2 below PIECE, to its multiples above."""
+    """A number of blocks rounded up to a power of 2, or to a multiple of PIECE above PIECE."""
     return -(-count // PIECE) * PIECE if count > PIECE else 1 << max(0, count - 1).bit_length()
 
 
 def pieces(counts: Sequence[int], block: int, rows: int) -> list[Piece]:
-    """The pieces of S rows; counts: those of each expert. block: rows of a block, of which all counts are multiples; 0
-    for blocks of all of an expert's rows, each a piece."""
+    """The pieces of S rows. counts: rows of each expert, multiples of block. block: rows of a block; 0 makes one block,
+    and one piece, of all rows of an expert. rows: S."""
     experts = torch.arange(len(counts))
     if not block:
         ends = torch.tensor([0, *counts]).cumsum(0).tolist()
@@ -84,7 +85,7 @@ def pieces(counts: Sequence[int], block: int, rows: int) -> list[Piece]:
 def add_share(
     pieces: Sequence[Piece], share: Share, x_SI: torch.Tensor, y_SO: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """y += the share of a product on x; products in `dtype`."""
+    """Add to y, in place, an adapter's share of a product on x; computes in `dtype`."""
     z, a, b = share.for_pieces(pieces, dtype)
     for piece in pieces:
         x, y, experts = piece.of(x_SI if z is None else z).to(dtype), piece.of(y_SO), piece.expert_Q
@@ -100,11 +101,12 @@ def share_gradient(
     dx_SI: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Factors:
-    """The gradients of the share's factors; that of x is added to dx, where there is one. Products in `dtype`."""
+    """The gradients of the share's factors; that of x is added to dx in place unless dx is None. Computes in
+    `dtype`."""
     z, a, b = share.for_pieces(pieces, dtype)
-    of_z = None if z is None else torch.zeros_like(z)
-    gradients = Factors(of_z, torch.zeros_like(share.factors.a), torch.zeros_like(share.factors.b))
-    into = dx_SI if z is None else of_z
+    dz = None if z is None else torch.zeros_like(z)
+    gradients = Factors(dz, torch.zeros_like(share.factors.a), torch.zeros_like(share.factors.b))
+    into = dx_SI if z is None else dz
     for piece in pieces:
         experts, x, g = piece.expert_Q, piece.of(x_SI if z is None else z).to(dtype), piece.of(g_SO).to(dtype)
         a_Q = a[experts].to(dtype)
@@ -118,7 +120,7 @@ def share_gradient(
 
 
 def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-    """into += scaling * left @ right, in the dtype of the two, which may be wider."""
+    """into += scaling * left @ right, computed in the dtype of the factors, which may be wider than into's."""
     if into.dtype == left.dtype:
         into.baddbmm_(left, right, alpha=scaling)
     else:

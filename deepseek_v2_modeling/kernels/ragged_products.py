@@ -1,6 +1,6 @@
-"""Grouped products on a GPU, with the adapters' shares: one ragged kernel each, the sizes of the groups stay there.
+"""Grouped products with adapters on a GPU: one ragged kernel each; the group sizes stay on the device.
 
-S rows sorted by expert, E experts, I inputs, O outputs, r rank; ends [E]: where each expert's rows end.
+S rows sorted by expert, E experts, I inputs, O outputs, r rank; ends [E]: the end of each expert's row range.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import compiled_products as compiled
 from .low_rank import Factors, Share
 
-ROW_BYTES = 16  # grouped_mm wants rows of a multiple of this
+ROW_BYTES = 16  # grouped_mm requires row sizes that are a multiple of this
 
 
 def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -21,16 +21,16 @@ def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Te
 
 
 def padded(share: Share, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """a [E, r, I] and b [E, O, r], zeros up to a rank that the kernel takes."""
+    """a [E, r, I] and b [E, O, r], padded with zeros to a rank that the kernel supports."""
     _, a, b = share.factors
-    more = -a.shape[1] % (ROW_BYTES // dtype.itemsize)
-    return F.pad(a.to(dtype), (0, 0, 0, more)), F.pad(b.to(dtype), (0, more)).contiguous()
+    padding = -a.shape[1] % (ROW_BYTES // dtype.itemsize)
+    return F.pad(a.to(dtype), (0, 0, 0, padding)), F.pad(b.to(dtype), (0, padding)).contiguous()
 
 
 def ragged_product(
     ends: torch.Tensor, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]
 ) -> torch.Tensor:
-    """y[rows of e] = x[rows of e] @ w[e]^T and the adapters' shares: [S, O]."""
+    """y[rows of e] = x[rows of e] @ w[e]^T plus the adapters' shares: [S, O]."""
     y_SO = grouped_mm(x_SI, w_EOI.to(x_SI.dtype).transpose(1, 2), ends)
     for share in shares:
         a, b = padded(share, x_SI.dtype)
@@ -48,16 +48,17 @@ def ragged_gradient(
     shares: Sequence[Share],
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
-    """The gradients of x, w (each where `needs` says so) and the factors of shares on x itself, of `ragged_product`."""
+    """The gradients of `ragged_product` with respect to x and w (None unless `needs` asks for them) and to the factors
+    of the shares, whose input is x itself."""
     dx_SI = grouped_mm(g_SO, w_EOI.to(g_SO.dtype), ends) if needs[0] else None
     dw_EOI = grouped_mm(g_SO.t(), x_SI, ends).to(w_EOI.dtype) if needs[1] else None
     gradients = []
     for share in shares:
-        (a, b), (_, wanted_a, wanted_b), rank = padded(share, x_SI.dtype), share.factors, share.factors.a.shape[1]
+        (a, b), (_, full_a, full_b), rank = padded(share, x_SI.dtype), share.factors, share.factors.a.shape[1]
         g_low = grouped_mm(g_SO, b, ends) * share.scaling
         low = grouped_mm(x_SI, a.transpose(1, 2), ends) * share.scaling
-        da = grouped_mm(g_low.t(), x_SI, ends)[:, :rank].to(wanted_a.dtype)
-        db = grouped_mm(g_SO.t(), low, ends)[..., :rank].to(wanted_b.dtype)
+        da = grouped_mm(g_low.t(), x_SI, ends)[:, :rank].to(full_a.dtype)
+        db = grouped_mm(g_SO.t(), low, ends)[..., :rank].to(full_b.dtype)
         gradients.append(Factors(None, da, db))
         if dx_SI is not None:
             dx_SI += grouped_mm(g_low, a, ends)

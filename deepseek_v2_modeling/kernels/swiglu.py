@@ -1,4 +1,4 @@
-"""The gated activation of SwiGLU blocks."""
+"""The gated activation of SwiGLU feed-forward blocks."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .fused import fused
 
 
 class _Gated(torch.autograd.Function):
-    """activation(gate) * up, keeping gate and up alone: what lies between is made again for the gradients."""
+    """activation(gate) * up, saving only gate and up: the backward pass recomputes the activation."""
 
     @staticmethod
     def forward(ctx: Any, activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -30,6 +30,6 @@ class _Gated(torch.autograd.Function):
 @fused
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
     """activation(gate) * up."""
-    if torch.compiler.is_compiling():  # which keeps what it likes
+    if torch.compiler.is_compiling():  # the compiler decides itself what to save and what to recompute
         return activation(gate) * up
     return _Gated.apply(activation, gate, up)

@@ -1,9 +1,9 @@
 """Log-probabilities of labels under head(hidden) without the full logits: for cross-entropy and policy gradients.
 
-Logits are made, used and dropped a block of tokens at a time. The gradient of a log-probability concerns its own
-token's hidden state alone: it is made while the logits are there, and only scaled in the backward pass, so that nothing
-is computed twice. The backward pass makes the logits again where that is not enough: where the head trains and tokens
-weigh differently, or the entropy is part of the loss.
+Logits are computed, used and freed one block of tokens at a time. The gradient of a log-probability depends only on its
+own token's logits, so it is computed along with them, and the backward pass only scales it; nothing is computed twice.
+The backward pass recomputes the logits where that is not enough: if the head is trained and tokens have different
+weights, or if the entropy is part of the loss.
 
 N tokens with a label, D hidden, V vocabulary.
 """
@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-IGNORED = -100  # transformers' label of tokens without a loss
-BLOCK_LOGITS = 2**25  # of one product with the head: 64 MiB in bf16
-CACHED_LOGITS = 2**20  # of one softmax on a CPU: 4 MiB in float32, which its cache holds
+IGNORED = -100  # the label that transformers excludes from the loss
+BLOCK_LOGITS = 2**25  # logits per product with the head: 64 MiB in bf16
+CACHED_LOGITS = 2**20  # logits per softmax on a CPU: 4 MiB in float32, which fits into its cache
 
 
 class TokenScores(NamedTuple):
-    """[N] each: the label's log-probability (float32; 0 where it is IGNORED), the distribution's entropy (float32) and
-    whether the label is the likeliest token."""
+    """[N] each: the label's log-probability in nats (float32; 0 if it is IGNORED), the distribution's entropy in nats
+    (float32), and whether the label is the most likely token."""
 
     logps: torch.Tensor
     entropy: torch.Tensor
@@ -31,18 +31,18 @@ class TokenScores(NamedTuple):
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
-    """[B, T]: each token's next one, IGNORED at the end of a row."""
+    """[B, T]: the label of the next position at each position, IGNORED at the end of a row."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def row_blocks(rows: int, values_a_row: int, values: int) -> Iterator[slice]:
-    """Rows by blocks of about `values` values."""
+    """Slices of rows, of about `values` values each."""
     step = max(1, values // values_a_row)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def score_logits(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float) -> TokenScores:
-    """By plain operations, with gradients."""
+    """`TokenScores` of logits [N, V] / temperature, in plain tensor operations under autograd."""
     all_logps = (logits_NV.float() / temperature).log_softmax(-1)
     logps = all_logps.gather(-1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1)
     entropy = -(all_logps.exp() * all_logps).sum(-1)
@@ -50,7 +50,7 @@ def score_logits(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: f
 
 
 class Gradients(NamedTuple):
-    """Of the hidden states, in their dtype, and of the head's weights, float32."""
+    """The gradients of the hidden states, in their dtype, and of the head's weights, in float32."""
 
     hidden_ND: torch.Tensor
     weights: list[torch.Tensor]
@@ -60,21 +60,24 @@ class Gradients(NamedTuple):
         return Gradients(torch.zeros_like(hidden_ND), [torch.zeros_like(w, dtype=torch.float32) for w in weights])
 
     def add(self, rows: slice, parts: Sequence[torch.Tensor]) -> None:
-        self.hidden_ND[rows], *more = parts
-        for total, part in zip(self.weights, more, strict=True):
+        """Store the rows' hidden gradient parts[0] and accumulate the weights' gradients parts[1:]."""
+        self.hidden_ND[rows], *of_weights = parts
+        for total, part in zip(self.weights, of_weights, strict=True):
             total += part
 
 
 def autocast_as_now(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context with the current autocast settings, for use in a backward pass, which runs outside of them."""
     kind = x.device.type
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits [n, V] / temperature.
+    """The language-model head: maps hidden states [n, D] to logits [n, V] / temperature.
 
-    uniform: the caller promises that the log-probabilities are summed up: all have the same gradient, so that those of
-    the head's weights, too, can be made with the logits. figures: whether more than the log-probabilities is asked for.
+    uniform: the caller guarantees that the log-probabilities are summed, so all have the same gradient, and the
+    gradients of the head's weights can also be computed with the logits. figures: whether entropy and is_top1 are
+    needed as well as the log-probabilities.
     """
 
     module: nn.Module
@@ -88,26 +91,27 @@ class Head(NamedTuple):
 
 
 def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> TokenScores:
-    """As `score_logits`; the logits become the gradient of each row's log-probability."""
+    """Like `score_logits`, overwriting the logits with the gradient of each row's log-probability with respect to
+    them."""
     parts = []
     values = CACHED_LOGITS if logits_NV.device.type == "cpu" else logits_NV.numel()
     for rows in row_blocks(len(logits_NV), logits_NV.shape[1], values):
         labels = labels_N[rows].unsqueeze(1)
-        labelled, places = labels != IGNORED, labels.clamp(min=0)
+        labelled, targets = labels != IGNORED, labels.clamp(min=0)
         logps = logits_NV[rows].float().div_(head.temperature).log_softmax(-1)
-        own = logps.gather(-1, places)
-        is_top1 = (own == logps.amax(-1, keepdim=True)) & labelled if head.figures else labelled
+        label_logps = logps.gather(-1, targets)
+        is_top1 = (label_logps == logps.amax(-1, keepdim=True)) & labelled if head.figures else labelled
         gradient = logps.exp()
-        entropy = -torch.linalg.vecdot(gradient, logps) if head.figures else own.squeeze(1)
-        gradient.neg_().scatter_add_(-1, places, torch.ones_like(own))
+        entropy = -torch.linalg.vecdot(gradient, logps) if head.figures else label_logps.squeeze(1)
+        gradient.neg_().scatter_add_(-1, targets, torch.ones_like(label_logps))
         logits_NV[rows] = gradient.mul_(labelled / head.temperature)
-        parts.append(((own * labelled).squeeze(1), entropy, is_top1.squeeze(1)))
+        parts.append(((label_logps * labelled).squeeze(1), entropy, is_top1.squeeze(1)))
     logps, entropy, is_top1 = map(torch.cat, zip(*parts, strict=True))
     return TokenScores(logps, entropy, is_top1)
 
 
 class _Scores(torch.autograd.Function):
-    """The `TokenScores` of labels; weights: those of the head that train."""
+    """The `TokenScores` of labels. weights: the head's trainable parameters."""
 
     @staticmethod
     def forward(
@@ -115,8 +119,8 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ready = any(ctx.needs_input_grad) and (head.uniform or not weights)
         gradients = Gradients.zeros(hidden_ND, weights) if ready else None
-        nothing = hidden_ND.new_zeros(0, dtype=torch.float32)
-        scores = [TokenScores(nothing, nothing, nothing.bool())]
+        empty = hidden_ND.new_zeros(0, dtype=torch.float32)
+        scores = [TokenScores(empty, empty, empty.bool())]
         for rows in head.blocks(len(hidden_ND)):
             with torch.set_grad_enabled(ready):
                 x = hidden_ND[rows].detach().requires_grad_(ready)
@@ -139,39 +143,42 @@ class _Scores(torch.autograd.Function):
         of_logps, of_entropy, _ = grads
         if of_entropy is None and of_logps is not None and ctx.gradients is not None:
             d_hidden, d_weights = ctx.gradients
-            of_all = of_logps[:1].sum()  # without labels 0
+            of_all = of_logps[:1].sum()  # all are equal (`uniform`); 0 if there are no labels
             d_hidden = d_hidden * of_logps.unsqueeze(1).to(d_hidden.dtype)
             d_weights = [of_all * total for total in d_weights]
         else:
             with ctx.autocast:
-                d_hidden, d_weights = _again(ctx.head, hidden_ND, labels_N, weights, (of_logps, of_entropy))
+                d_hidden, d_weights = _recomputed_gradients(
+                    ctx.head, hidden_ND, labels_N, weights, (of_logps, of_entropy)
+                )
         return None, d_hidden, None, *(d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
 
 
-def _again(
+def _recomputed_gradients(
     head: Head,
     hidden_ND: torch.Tensor,
     labels_N: torch.Tensor,
     weights: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor | None],
 ) -> Gradients:
-    """From the gradients of log-probabilities and entropies (None where there is none), the logits made once more."""
+    """The gradients, from recomputed logits. grads: those of the log-probabilities and of the entropies, None if not
+    part of the loss."""
     gradients = Gradients.zeros(hidden_ND, weights)
-    wanted = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
-    for rows in head.blocks(len(hidden_ND)) if wanted else ():
+    present = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
+    for rows in head.blocks(len(hidden_ND)) if present else ():
         with torch.enable_grad():
             x = hidden_ND[rows].detach().requires_grad_()
             scores = score_logits(head.module(x), labels_N[rows], head.temperature)
-        outputs, parts = zip(*((scores[place], grad[rows]) for place, grad in wanted), strict=True)
+        outputs, parts = zip(*((scores[place], grad[rows]) for place, grad in present), strict=True)
         gradients.add(rows, torch.autograd.grad(outputs, [x, *weights], parts))
     return gradients
 
 
 def score_tokens(head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> TokenScores:
-    """Those of labels under head(hidden)."""
+    """The `TokenScores` of labels [N] under head(hidden [N, D]), differentiable in hidden and the head's weights."""
     weights = [p for p in head.module.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     if weights and not head.uniform and len(hidden_ND) * head.vocab_size <= BLOCK_LOGITS:
-        return score_logits(head.module(hidden_ND), labels_N, head.temperature)  # logits so few are not made twice
+        return score_logits(head.module(hidden_ND), labels_N, head.temperature)  # small enough to keep all logits
     return TokenScores(*_Scores.apply(head, hidden_ND, labels_N, *weights))
 
 
@@ -183,11 +190,11 @@ def blockwise_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What transformers' ForCausalLMLoss gives for head(hidden [B, T, D]): float32, the mean over the labels, or their
-    sum over `num_items_in_batch`. `head` may carry adapters."""
+    """Cross-entropy of head(hidden [B, T, D]), equal to transformers' ForCausalLMLoss: a float32 scalar in nats, the
+    mean over the labels, or their sum divided by `num_items_in_batch`. `head` may have adapters."""
     targets = (shifted_labels(labels) if shift_labels is None else shift_labels).reshape(-1).to(hidden.device)
     hidden_ND, labelled = hidden.flatten(0, 1), targets != IGNORED
-    if hidden.device.type == "cpu":  # a GPU's host would wait for their number
+    if hidden.device.type == "cpu":  # on a GPU, indexing by a mask would make the host wait for the count
         hidden_ND, targets = hidden_ND[labelled], targets[labelled]
     logps = score_tokens(Head(head, vocab_size, uniform=True, figures=False), hidden_ND, targets).logps
     items = labelled.sum() if num_items_in_batch is None else num_items_in_batch

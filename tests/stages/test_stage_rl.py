@@ -386,10 +386,10 @@ def test_a_reward_that_never_speaks_beside_others_stops_the_run(tmp_path):
 def test_a_reward_may_be_silent_for_a_while(tmp_path):
     trainer = trainer_for(tmp_path, rewards=[Vowels("vowels"), Silent("rare")])
     nothing, something = torch.tensor([[1.0, torch.nan]]), torch.tensor([[1.0, 0.0]])
-    trainer._require_words(nothing)
-    trainer._require_words(something)
+    trainer._require_scores(nothing)
+    trainer._require_scores(something)
     for _ in range(3 * PATIENCE):
-        trainer._require_words(nothing)
+        trainer._require_scores(nothing)
 
 
 def test_a_rule_without_references_stops_before_the_first_step(tmp_path):
