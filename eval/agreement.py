@@ -11,20 +11,19 @@ wrong one; of a labelled answer over the score 0; of two scored answers, the bet
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from conversations.answers.intervals import wilson
+from conversations.answers.intervals import bootstrap_interval, mean_interval
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Measure = Callable[[Array], float]  # weights of the rows [N] -> the figure; NaN where it is not defined
 Row = Mapping[str, Any]
 Figure = dict[str, Any]  # value, interval, n
 
-DRAWS = 500  # of the bootstrap
 PARTNERS = 64  # scored rows that each scored row is compared with, at most
 BINS = 10  # of confidence, from 0.5 to 1
 LONG = 0.3  # a correlation of scores with length that is worth a remark
@@ -167,15 +166,11 @@ def length_correlation(rows: Sequence[Row]) -> Measure:
     return measure
 
 
-def best_of(rows: Sequence[Row], places: Sequence[int]) -> Measure:
-    """RewardBench 2 (Malik et al. 2025): the share of questions whose highest score is a right answer's; of several
-    answers with that score each counts its part."""
-    credit = np.zeros(len(rows))
-    for place in places:
-        top = [score == max(rows[place]["scores"]) for score in rows[place]["scores"]]
-        credit[place] = sum(top[: rows[place]["right"]]) / sum(top)
-    asked = np.isin(np.arange(len(rows)), places)
-    return lambda weights: _mean(credit, weights * asked)
+def best_of(row: Row) -> float:
+    """RewardBench 2 (Malik et al. 2025): whether the highest score is a right answer's; of several answers with that
+    score each counts its part."""
+    top = [score == max(row["scores"]) for score in row["scores"]]
+    return sum(top[: row["right"]]) / sum(top)
 
 
 def ties(rows: Sequence[Row]) -> Measure:
@@ -223,21 +218,27 @@ def _mean(values: Array, weights: Array) -> float:
 
 
 def agreement(rows: Sequence[Row]) -> dict[str, Any]:
-    """{"n", "value": the accuracy, "details": {name: {value, interval, n}}}, and "by_source" and "by_kind" where rows
-    have a key of `GROUPED_BY` in meta. A figure that these rows do not define is left out; one that they do, but which
-    cannot be computed (lengths that are all equal), is None. Intervals are of 95 %."""
-    found = compare(rows)
-    total = np.ones(len(rows))
-    details = {name: _figure(measure, total, n) for name, (measure, n) in _measures(rows, found).items()}
-    shares = {name: _share(measure, total, n) for name, (measure, n) in _bests(rows).items()}
-    groups = {name: _grouped(rows, found, keys) for name, keys in GROUPED_BY.items()}
-    value = accuracy(found)(total)
+    """{"n", "value": the accuracy, "value_interval", "details": {name: {value, interval, n}}}, and "by_source" and
+    "by_kind" where rows have a key of `GROUPED_BY` in meta. A figure that these rows do not define is left out; one
+    that they do, but which cannot be computed (lengths that are all equal), is None. Intervals are of 95 %; rows with
+    the same prompt are taken together for them."""
+    found, prompts = compare(rows), prompts_of(rows)
+    everything = np.ones(len(rows), dtype=bool)
+    right = _accuracy(found, everything, prompts)
+    details = {name: _figure(measure, prompts, n) for name, (measure, n) in _measures(rows, found).items()}
+    groups = {name: _grouped(rows, found, prompts, keys) for name, keys in GROUPED_BY.items()}
     return {
         "n": len(rows),
-        "value": None if np.isnan(value) else value,
-        "details": {**shares, **details},
+        "value": right["value"],
+        "value_interval": right["interval"],
+        "details": {**_bests(rows, prompts), **details},
         **{name: group for name, group in groups.items() if group},
     }
+
+
+def prompts_of(rows: Sequence[Row]) -> list[Hashable]:
+    """What each row is a case of: its prompt, or itself where none is stated."""
+    return [row.get("prompt", place) for place, row in enumerate(rows)]
 
 
 def remark(figures: Mapping[str, Any]) -> str:
@@ -249,7 +250,7 @@ def remark(figures: Mapping[str, Any]) -> str:
 
 
 def _measures(rows: Sequence[Row], found: Comparisons) -> dict[str, tuple[Measure, int]]:
-    """Those whose interval is a bootstrap's, and from how many rows they are."""
+    """Figures that are no mean over rows, and from how many rows they are."""
     judged = sum("score" not in row for row in rows)
     measures = {
         "length_controlled": (length_controlled(found), len(rows)),
@@ -265,16 +266,21 @@ def _measures(rows: Sequence[Row], found: Comparisons) -> dict[str, tuple[Measur
     return measures
 
 
-def _bests(rows: Sequence[Row]) -> dict[str, tuple[Measure, int]]:
+def _bests(rows: Sequence[Row], prompts: Sequence[Hashable]) -> dict[str, Figure]:
     """best_of_4 where there are questions with four answers, and so on."""
     sizes: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         if len(row["scores"]) > 2 and not _ties_id(row):
             sizes.setdefault(len(row["scores"]), []).append(place)
-    return {f"best_of_{size}": (best_of(rows, places), len(places)) for size, places in sorted(sizes.items())}
+    return {
+        f"best_of_{size}": _share([best_of(rows[place]) for place in places], [prompts[place] for place in places])
+        for size, places in sorted(sizes.items())
+    }
 
 
-def _grouped(rows: Sequence[Row], found: Comparisons, keys: Sequence[str]) -> dict[str, Figure]:
+def _grouped(
+    rows: Sequence[Row], found: Comparisons, prompts: Sequence[Hashable], keys: Sequence[str]
+) -> dict[str, Figure]:
     """The accuracy in each group, by the first of these keys that a row's meta has."""
     metas = [row.get("meta") or {} for row in rows]
     names = [next((str(meta[key]) for key in keys if meta.get(key) is not None), "") for meta in metas]
@@ -283,25 +289,31 @@ def _grouped(rows: Sequence[Row], found: Comparisons, keys: Sequence[str]) -> di
     counts = {name: names.count(name) for name in sorted(set(names))}
     listed = {name: name or "not stated" for name in sorted(counts, key=lambda name: -counts[name])[:GROUPS]}
     groups = np.array([listed.get(name, "all others") for name in names])
-    measure = accuracy(found)
     of_groups = {str(group): groups == group for group in dict.fromkeys(sorted(groups))}
-    return {group: _share(measure, which.astype(float), int(which.sum())) for group, which in of_groups.items()}
+    return {group: _accuracy(found, which, prompts) for group, which in of_groups.items()}
 
 
-def _share(measure: Measure, weights: Array, n: int) -> Figure:
-    """A share of rows, whose interval does not vanish at 0 and 1 as a bootstrap's would."""
-    value = measure(weights)
+def _accuracy(found: Comparisons, which: Array, prompts: Sequence[Hashable]) -> Figure:
+    """The accuracy on these rows. Comparisons between two rows leave no value for each row, so that its interval is a
+    bootstrap's then."""
+    measure, n = accuracy(found), int(which.sum())
+    if (found.other >= 0).any():
+        return _figure(lambda weights: measure(weights * which), prompts, n)
+    right, total = (np.bincount(found.row, values, len(which)) for values in (found.margin > 0, None))
+    places = np.flatnonzero(which & (total > 0)).tolist()
+    return _share((right[places] / total[places]).tolist(), [prompts[place] for place in places])
+
+
+def _share(values: Sequence[float], prompts: Sequence[Hashable]) -> Figure:
+    """The mean of values from 0 to 1."""
+    if not values:
+        return {"value": None, "interval": None, "n": 0}
+    return {"value": float(np.mean(values)), "interval": [*mean_interval(values, prompts)], "n": len(values)}
+
+
+def _figure(measure: Measure, prompts: Sequence[Hashable], n: int) -> Figure:
+    """Any figure, with the interval of a bootstrap over prompts."""
+    value = measure(np.ones(len(prompts)))
     if np.isnan(value):
         return {"value": None, "interval": None, "n": n}
-    return {"value": value, "interval": [*wilson(value, n)], "n": n}
-
-
-def _figure(measure: Measure, weights: Array, n: int) -> Figure:
-    """A figure with the interval of a bootstrap over rows."""
-    value = measure(weights)
-    if np.isnan(value):
-        return {"value": None, "interval": None, "n": n}
-    rng, rows = np.random.default_rng(0), len(weights)
-    drawn = [measure(rng.multinomial(rows, weights / rows).astype(float)) for _ in range(DRAWS)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return {"value": value, "interval": [float(low), float(high)], "n": n}
+    return {"value": value, "interval": [*bootstrap_interval(measure, prompts)], "n": n}

@@ -2,9 +2,9 @@
 
 What `eval.stage.evaluate` returns: one entry for each task, by its name,
 `{"n": rows, "greedy": value at temperature 0, "t1": value at temperature 1}`; a temperature T other than 0 and 1
-is called "t" + T; "greedy_truncated", "t1_truncated" are the shares of answers that max_new_tokens cut. pair_accuracy
-has "value" instead, and loss "loss", in nats. reward has "value", the accuracy, and figures by name, each with its
-interval, under "details", "by_source" and "by_kind" (eval/agreement.py).
+is called "t" + T; "greedy_interval" is the 95 % interval of "greedy", "greedy_truncated" the share of answers that
+max_new_tokens cut. pair_accuracy has "value" instead, and loss "loss", in nats. reward has "value", the accuracy, and
+figures by name, each with its interval, under "details", "by_source" and "by_kind" (eval/agreement.py).
 """
 
 import re
@@ -29,7 +29,7 @@ from conversations.run_files import RESULTS, SAMPLES
 from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
-_RESERVED = re.compile(r"(^|_)(n|truncated|t\d+|details|by_source|by_kind)$")
+_RESERVED = re.compile(r"(^|_)(n|truncated|interval|t\d+|details|by_source|by_kind)$")
 
 
 def decoding_name(temperature: float) -> str:
@@ -168,8 +168,8 @@ class EvalRecipe(StageRecipe):
         for task in self.tasks:
             if _RESERVED.search(task.name) or (task.name.endswith("loss") and task.metric != "loss"):
                 raise ValueError(
-                    f"a task cannot be called {task.name}: names ending in _n, _truncated, _t1 and the like, or in "
-                    "loss with another metric, are reserved for other figures in results.json"
+                    f"a task cannot be called {task.name}: names ending in _n, _truncated, _interval, _t1 and the "
+                    "like, or in loss with another metric, are reserved for other figures in results.json"
                 )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

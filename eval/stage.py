@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from conversations import render_conversation
 from conversations.answers.combining import COMBINE
+from conversations.answers.intervals import mean_interval
 from conversations.answers.judging import is_pair, judge
 from conversations.answers.many import Asked, verify_all
 from conversations.answers.prompts import prompt_of, prompt_text
@@ -95,9 +96,10 @@ def evaluate(
             again. Without it they are removed.
 
     Returns:
-        Task name -> {"n": rows, "greedy": ..., "greedy_truncated": ..., "t1": ..., ...}, one value for each
-        temperature with the share of answers that max_new_tokens cut, or {"n": rows, "value": ...} for pairs,
-        {"n": rows, "loss": ...}, in nats, and what `agreement` returns for the metric reward.
+        Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "greedy_truncated": ..., "t1": ..., ...}, one
+        value for each temperature with its 95 % interval and the share of answers that max_new_tokens cut, or
+        {"n": rows, "value": ..., "value_interval": ...} for pairs, {"n": rows, "loss": ...}, in nats, and what
+        `agreement` returns for the metric reward.
 
     Raises:
         ToolkitError: rows that do not fit the metric (no reference, no pair, no question).
@@ -157,13 +159,17 @@ def _measure(
 
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
-    """Mean value for each decoding method, weighted if samples have a weight, and the share of truncated answers."""
+    """Mean value for each decoding method, weighted if samples have a weight, its interval where it is a mean over
+    prompts, and the share of truncated answers."""
     values: dict[str, Any] = {"n": rows}
     for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
         decoded = [sample for sample in samples if sample["decoding"] == decoding]
         weights = [sample.get("weight", 1) for sample in decoded]
         total = sum(weights) or 1
         values[decoding] = sum(w * sample["value"] for w, sample in zip(weights, decoded, strict=True)) / total
+        if decoding != LOSS:
+            found = mean_interval([sample["value"] for sample in decoded], [sample["prompt"] for sample in decoded])
+            values[f"{decoding}_interval"] = [*found]
         if any("truncated" in sample for sample in decoded):
             values[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in decoded) / len(decoded)
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_tokens
+INTERVAL = "_interval"  # suffix of a share's 95 % interval
 SAMPLED = re.compile(r"_t([0-9.]+)$")
 
 
@@ -45,7 +46,7 @@ def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list
     """The columns of evaluations: shares of titled tasks in order, then other shares, then other metrics."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
     nested = {key for entry in evaluations for key, value in entry.items() if isinstance(value, dict)}
-    shown = [key for key in keys if not _is_size(key) and not (is_cut(key) and key.removesuffix(TRUNCATED) in keys)]
+    shown = [key for key in keys if not _is_size(key) and not _is_beside(key, keys)]
     shown = [key for key in shown if key not in nested]  # these have tables of their own
     columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in shown]
     order = [*tasks]
@@ -79,10 +80,21 @@ def share_cell(entry: Figures, key: str) -> Cell:
         return Cell("–") if entry.get(key) is None else Cell(str(entry[key]), ("not a number",), "bad")
     if not 0 <= share <= 1:
         return Cell(short(share) if math.isfinite(share) else str(share), ("not between 0 and 1",), "bad")
+    interval = _interval_of(entry, key, share)
+    low, high = interval or (share, share)
+    minor = (f"{100 * low:.1f} to {100 * high:.1f}",) if interval else ()
+    return Cell(f"{100 * share:.1f} %", minor, bar=(low, share, high))
+
+
+def _interval_of(entry: Figures, key: str, share: float) -> tuple[float, float] | None:
+    """The interval that the evaluation states; of figures without one, that of a share of n, or None without n."""
+    stated = entry.get(key + INTERVAL)
+    bounds = [number(bound) for bound in stated] if isinstance(stated, list) else []
+    match bounds:
+        case [float(low), float(high)] if low <= share <= high:
+            return low, high
     n = sample_size(entry, key)
-    low, high = wilson(share, n) if n else (share, share)
-    interval = (f"{100 * low:.1f} to {100 * high:.1f}",) if n else ()
-    return Cell(f"{100 * share:.1f} %", interval, bar=(low, share, high))
+    return wilson(share, n) if n else None
 
 
 def _loss_cell(entry: Figures, key: str) -> Cell:
@@ -102,7 +114,7 @@ def sample_size(entry: Figures, key: str) -> float | None:
     """The number of prompts behind `key`: `TASK_n` or `n_TASK`; plain `n` belongs to the first task."""
     task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
-    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not is_cut(known)), None)
+    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not _is_beside(known)), None)
     names += ["n"] if task == first else []
     stated = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
     return stated[0] if stated else None
@@ -114,6 +126,12 @@ def _is_size(key: str) -> bool:
 
 def is_cut(key: str) -> bool:
     return key.endswith(TRUNCATED)
+
+
+def _is_beside(key: str, keys: Iterable[str] | None = None) -> bool:
+    """Whether a key says more of another figure: one of these keys, if they are given."""
+    figure = next((key.removesuffix(suffix) for suffix in (TRUNCATED, INTERVAL) if key.endswith(suffix)), None)
+    return figure is not None and (keys is None or figure in keys)
 
 
 def _size(n: float | None) -> tuple[str]:

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations.run_files import SAMPLES
-from recipes.results.columns import LOSS, TRUNCATED
+from recipes.results.columns import INTERVAL, LOSS, TRUNCATED
 
 Figures = dict[str, Any]
 Metrics = Mapping[str, Mapping[str, Any]]
 
 # Suffix added to a task's name for each value that eval.stage.evaluate returns.
-_SUFFIX = {"greedy": "", "value": "", "greedy_truncated": TRUNCATED}
+_SUFFIX = {
+    "greedy": "",
+    "value": "",
+    "greedy_truncated": TRUNCATED,
+    "greedy_interval": INTERVAL,
+    "value_interval": INTERVAL,
+}
 
 
 class Outcome(NamedTuple):

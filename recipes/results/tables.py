@@ -54,7 +54,7 @@ def figures_table(
     ]
     shares = any(column.kind == SHARE for column in shown)
     cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
-    notes = ["Below a share: its 95 % interval (Wilson), in per cent."] if shares else []
+    notes = ["Below a share: its 95 % interval, in per cent."] if shares else []
     notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
     notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
     return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)

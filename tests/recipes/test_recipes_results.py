@@ -28,6 +28,15 @@ def test_figures_have_the_names_of_results_json() -> None:
     assert figures({"pair_accuracy": {"n": 7, "value": 0.9}}) == {"pair_accuracy": 0.9, "n": 7}
 
 
+def test_a_stated_interval_is_shown_and_is_no_column_of_its_own() -> None:
+    measured = {"n": 10, "greedy": 0.5, "greedy_interval": [0.42, 0.58], "t1": 0.4, "t1_interval": [0.3, 0.5]}
+    flat = figures({"score": measured, "other": {"n": 10, "greedy": 0.5}})
+    assert flat["score_interval"] == [0.42, 0.58] and flat["score_t1_interval"] == [0.3, 0.5]
+    shown = table_text({"stages": {"run": flat}})
+    assert "42.0 to 58.0" in shown and "30.0 to 50.0" in shown and "interval" not in shown.split("\n")[2].lower()
+    assert "23.7 to 76.3" in shown  # Wilson's, where none is stated
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=60))
 def test_pairing_gives_the_mean_change_and_its_error(pairs: list[tuple[float, float]]) -> None:

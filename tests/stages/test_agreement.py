@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conversations import load_conversations
-from eval import agreement as figures_of
+from conversations.answers import intervals
 from eval.agreement import agreement, remark
 from recipes.cli import main
 from recipes.files import read_json
@@ -47,7 +47,7 @@ ROWS = st.lists(st.one_of(ranked(), ranked(4), LABELLED), min_size=1, max_size=1
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures_of, "DRAWS", 10)
+    monkeypatch.setattr(intervals, "DRAWS", 10)
 
 
 def details(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conversations import render_conversation
+from conversations.answers.intervals import mean_interval, wilson
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import by_length, choose_tokens, generate_answers, pad_batch, score_sequences
 from eval.config import EvalRecipe
@@ -57,6 +58,8 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
 
     Parrot(monkeypatch, answers)
     found, said = run(tmp_path, conversations(5), metric="exact_match", temperatures=[0.0, 1.0])
+    assert found.pop("greedy_interval") == pytest.approx(wilson(0.6, 5))
+    assert found.pop("t1_interval") == pytest.approx(wilson(1, 5))
     assert found == {"n": 5, "greedy": 0.6, "greedy_truncated": 0, "t1": 1.0, "t1_truncated": 0}
     assert [(line["decoding"], line["row"], line["value"]) for line in said[:3]] == [
         ("greedy", 0, 1.0),
@@ -145,7 +148,9 @@ def test_pair_accuracy_of_a_reward_model(tmp_path):
         scores = [model(input_ids=torch.tensor([i])).logits.item() for i in ids]
         assert line["scores"] == pytest.approx(scores, abs=1e-5)
         assert line["value"] == float(scores[0] > scores[1])
-    assert found == {"n": 5, "value": sum(line["value"] for line in said) / 5}
+    value = sum(line["value"] for line in said) / 5
+    interval = mean_interval([line["value"] for line in said], [0, 1, 2, 3, 0])  # the last prompt is the first again
+    assert found == {"n": 5, "value": value, "value_interval": [*interval]}
     assert said[0]["meta"] == {"kind": "even"}
 
 
