@@ -1,4 +1,4 @@
-"""Which pairs of a prompt's answers to keep. Pure functions; no torch."""
+"""Chooses pairs of better and worse answers to a prompt. Pure functions; imports no torch."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,8 @@ from itertools import permutations
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer to a prompt. reward: the weighted sum of its rewards. right: whether every rule gave it 1; None where
-    no rule judged it. answer: its number among those of the prompt."""
+    """A judged answer. row, answer: the numbers of its prompt and of the answer among those to the prompt. reward: the
+    weighted sum of its rewards. right: whether every rule gave it 1; None if no rule judged it."""
 
     row: int
     answer: int
@@ -31,13 +31,13 @@ class Pair:
 
     @property
     def longer(self) -> int:
-        """How many characters the chosen answer is longer than the rejected one."""
+        """By how many characters the chosen answer is longer than the rejected one."""
         return len(self.chosen.text) - len(self.rejected.text)
 
 
 @dataclass
 class LeftOut:
-    """Why pairs were left out, with counts."""
+    """Numbers of pairs left out, by reason."""
 
     min_margin: int = 0
     max_pairs_per_prompt: int = 0
@@ -46,13 +46,13 @@ class LeftOut:
 
 
 def distinct(answers: Iterable[Judged]) -> list[Judged]:
-    """The answers to a prompt without those that say the same as an earlier one."""
+    """The answers to a prompt, without repetitions of an earlier text."""
     return list({judged.text: judged for judged in reversed(list(answers))}.values())[::-1]
 
 
 def pairs_of(answers: Sequence[Judged], *, most: int, min_margin: float, seed: object, left_out: LeftOut) -> list[Pair]:
-    """At most `most` pairs of distinct answers to one prompt: first those whose answers are in no pair yet, then those
-    of similar length. seed: decides between pairs that are alike in that."""
+    """At most `most` pairs of distinct answers to one prompt, preferring answers used in the fewest pairs so far, then
+    answers of similar length; `seed` breaks ties. Counts pairs left out in `left_out`."""
     possible = [Pair(a, b) for a, b in permutations(answers, 2) if a.reward > b.reward]
     candidates = [pair for pair in possible if pair.margin >= min_margin]
     left_out.min_margin += len(possible) - len(candidates)
@@ -72,18 +72,17 @@ def pairs_of(answers: Sequence[Judged], *, most: int, min_margin: float, seed: o
 
 
 def balanced(pairs: Sequence[Pair], left_out: LeftOut) -> list[Pair]:
-    """As many pairs with a longer as with a shorter chosen answer: of the surplus those that differ most in length are
-    left out. Pairs of equal lengths are kept."""
+    """Equally many pairs whose chosen answer is the longer and the shorter one: of the more frequent kind, the pairs
+    with the largest differences in length are left out. Pairs of equal length are kept."""
     ordered = sorted(range(len(pairs)), key=lambda place: abs(pairs[place].longer))
     longer, shorter = ([place for place in ordered if pairs[place].longer * sign > 0] for sign in (1, -1))
-    few = min(len(longer), len(shorter))
-    dropped = {*longer[few:], *shorter[few:]}
+    smaller = min(len(longer), len(shorter))
+    dropped = {*longer[smaller:], *shorter[smaller:]}
     left_out.balance_lengths += len(dropped)
     return [pair for place, pair in enumerate(pairs) if place not in dropped]
 
 
 def best_of(answers: Sequence[Judged]) -> Judged | None:
-    """The answer with the highest reward, the first of several; none where rules judged the answers and none is
-    right."""
+    """The answer with the highest reward, the first one in case of a tie; None if every answer was judged wrong."""
     candidates = [judged for judged in answers if judged.right is not False]
     return max(candidates, key=lambda judged: judged.reward, default=None)

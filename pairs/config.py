@@ -1,4 +1,4 @@
-"""The recipe of preference data: answers of a model, judged by rewards. No torch."""
+"""Recipe schema and stage definition of preference data: a model's answers, judged by rewards. Imports no torch."""
 
 from typing import Literal
 
@@ -15,23 +15,26 @@ BEST = "best.jsonl"  # rejection sampling, for SFT
 
 
 class PairsRecipe(RewardedRecipe):
-    """Preference data as the paper makes it (section 4.2): several judged answers to each prompt, paired."""
+    """Preference data from a model's own answers (paper, section 4.2): several judged answers to each prompt,
+    paired."""
 
     stage: Literal["pairs"] = Field(description="Which stage this is.")
-    data: list[DataSource] = Field(min_length=1, description="Prompts, with references where a rule needs them.")
+    data: list[DataSource] = Field(min_length=1, description="Prompts, with references if a rule needs them.")
     limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
     num_generations: int = Field(default=8, ge=2, le=256, description="Answers sampled for each prompt.")
     temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature.")
     max_new_tokens: int = Field(default=512, ge=1, description="Maximum length of an answer, in tokens.")
-    batch_size: int = Field(default=32, ge=1, description="Answers generated at once.")
-    max_pairs_per_prompt: int = Field(default=4, ge=1, description="At most this many pairs of each prompt.")
+    batch_size: int = Field(default=32, ge=1, description="Number of answers generated at once.")
+    max_pairs_per_prompt: int = Field(default=4, ge=1, description="Maximum number of pairs per prompt.")
     min_margin: float = Field(
-        default=0.0, ge=0, description="Smallest difference of the rewards in a pair; equal rewards are never a pair."
+        default=0.0,
+        ge=0,
+        description="Minimum difference between the rewards of a pair; answers with equal rewards are never paired.",
     )
     balance_lengths: bool = Field(
         default=True,
         description="Leave out pairs until the chosen answer is the longer one as often as the shorter one, so that "
-        "length does not give the better answer away.",
+        "length does not reveal which answer is better.",
     )
 
     def row_lists(self) -> list[RowList]:

@@ -1,4 +1,4 @@
-"""Preference data: samples several answers to each prompt, judges them, and pairs better with worse ones."""
+"""Makes preference data: samples several answers to each prompt, judges them, and pairs better with worse ones."""
 
 import json
 import sys
@@ -24,14 +24,14 @@ from deepseek_v2_modeling.training import append_lines, write_json, write_lines
 from pairs.config import BEST, PAIRS, SCORED, PairsRecipe
 from pairs.writing import DIGITS, OTHERS, preference_data, total_of, verifiers_of
 
-CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
+CHUNK_BATCHES = 4  # batches of answers to generate before judging and writing them
 PLACE = ("row", "answer")  # what identifies a sample
 
 Numbered = Sequence[tuple[int, Row]]  # rows with their number, from 0
 
 
 def run(recipe: PairsRecipe, work: Work) -> dict[str, Any]:
-    """Run `make_pairs` with the data and models that `dsv2` has loaded."""
+    """Run `make_pairs` with the data and models that `dsv2` has loaded; returns its results."""
     with opened_rewards(recipe.rewards, work.others, work.run_dir) as rewards:
         return make_pairs(
             recipe,
@@ -45,7 +45,7 @@ def run(recipe: PairsRecipe, work: Work) -> dict[str, Any]:
 
 
 def check_rows(recipe: PairsRecipe, rows: Sequence[Row]) -> None:
-    """Raise ToolkitError if a reward cannot judge any answer to these prompts."""
+    """Raise ToolkitError if a reward cannot score any answer to these prompts."""
     check_rewards(recipe.rewards, rows[: recipe.limit])
 
 
@@ -59,23 +59,23 @@ def make_pairs(
     run_dir: Path,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Write pairs.jsonl, scored.jsonl, best.jsonl and results.json; samples.jsonl has every answer with its verdicts.
+    """Write pairs.jsonl, scored.jsonl, best.jsonl, results.json, and samples.jsonl with every answer and its verdicts.
 
-    Several processes share the prompts. An answer depends on the recipe's seed, the number of its prompt and its own
-    number, not on the number of processes or the batch.
+    The prompts are divided among the processes. An answer depends only on the recipe's seed, the number of its prompt
+    and its own number, not on the number of processes or the batch.
 
     Args:
-        model: a language model; frozen.
-        rows: canonical rows; the prompt is what comes before the last answer.
-        rewards: what judges the answers, with weights.
-        resume: reuse the answers that an earlier, stopped run of the same recipe left in run_dir.
+        model: a language model, which is not trained.
+        rows: canonical rows; the prompt is everything before the last answer.
+        rewards: the terms of the reward, with their weights.
+        resume: reuse the answers that an interrupted run of the same recipe left in run_dir.
 
     Returns:
         The contents of results.json (see `preference_data`).
     """
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
-    for each in (model, *(reward.model for reward in rewards if isinstance(reward, RewardModelReward))):
-        each.to(state.device)
+    for module in (model, *(reward.model for reward in rewards if isinstance(reward, RewardModelReward))):
+        module.to(state.device)
     if state.is_main_process:
         print_obeyed("pairs", model)
     rows = list(rows)[: recipe.limit]
@@ -87,8 +87,10 @@ def make_pairs(
     with bar("pairs", len(numbered), "prompts", shows=state.is_main_process) as advance:
         for chunk in _chunks(numbered, recipe):
             places = [(row, answer) for row, _ in chunk for answer in range(recipe.num_generations)]
-            if not all(place in kept for place in places):  # all of the chunk again, in the same batches
-                append_lines(files.of_process(state.process_index), _answered(recipe, chunk, model, tokenizer, rewards))
+            if not all(place in kept for place in places):  # regenerate the whole chunk, in the same batches
+                append_lines(
+                    files.of_process(state.process_index), _judged_answers(recipe, chunk, model, tokenizer, rewards)
+                )
             advance(len(chunk))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -105,10 +107,10 @@ def _chunks(numbered: Numbered, recipe: PairsRecipe) -> Iterator[Numbered]:
     return (numbered[start : start + size] for start in range(0, len(numbered), size))
 
 
-def _answered(
+def _judged_answers(
     recipe: PairsRecipe, rows: Numbered, model: Any, tokenizer: Any, rewards: Sequence[Reward]
 ) -> list[Sample]:
-    """The judged answers to these prompts."""
+    """Generate and judge answers to these prompts."""
     places = [(number, row, answer) for number, row in rows for answer in range(recipe.num_generations)]
     prompts = {number: prompt_of(row, number + 1) for number, row in rows}
     ids = {
@@ -144,7 +146,7 @@ def _answered(
 
 
 def _judge(rewards: Sequence[Reward], answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """For each answer {"reward": weighted sum, "rewards": {name: value}, "reasons": {name: text}}."""
+    """For each answer: {"reward": weighted sum, "rewards": {name: value}, "reasons": {name: text}}."""
     judged: list[dict[str, Any]] = [{"rewards": {}, "reasons": {}} for _ in answers]
     for reward in rewards:
         values = reward.judged(answers)
@@ -158,12 +160,12 @@ def _judge(rewards: Sequence[Reward], answers: Sequence[Answer]) -> list[dict[st
 def _write(
     recipe: PairsRecipe, rows: Sequence[Row], samples: Sequence[Sample], rewards: Sequence[Reward], run_dir: Path
 ) -> None:
-    """Write everything that the judged answers give; pairs.jsonl last, since it marks the run as complete."""
+    """Write the result files and print a summary. pairs.jsonl comes last, since it marks the run as complete."""
     weights = {reward.name: reward.weight for reward in rewards}
-    made, results = preference_data(recipe, rows, samples, weights, verifiers_of(rewards))
+    files, results = preference_data(recipe, rows, samples, weights, verifiers_of(rewards))
     write_json(run_dir / RESULTS, results)
     for name in (SCORED, BEST, PAIRS):
-        write_lines(run_dir / name, made[name])
+        write_lines(run_dir / name, files[name])
     for line in (_summary(results), *(f"pairs: {summary}" for reward in rewards if (summary := reward.summary()))):
         print(line, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""From judged answers to the rows of pairs.jsonl, scored.jsonl and best.jsonl, and the figures. Pure functions."""
+"""Turns judged answers into the rows of pairs.jsonl, scored.jsonl and best.jsonl, and into results. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,21 +14,22 @@ from conversations.row import Row
 from pairs.choosing import Judged, LeftOut, Pair, balanced, best_of, distinct, pairs_of
 from pairs.config import BEST, PAIRS, SCORED, PairsRecipe
 
-DIGITS = 6  # of rewards: beyond these they may depend on the batch
+DIGITS = 6  # decimals of rewards: further ones may depend on the batch
 
-OTHERS = ("truncated", "unjudged", "unreadable", "duplicates")  # answers that go to no file
+OTHERS = ("truncated", "unjudged", "unreadable", "duplicates")  # kinds of answers that are written to no file
 
 Sample = Mapping[str, Any]
 
 
 def verifiers_of(rewards: Sequence[Reward]) -> list[str]:
-    """The names of the rules that decide whether an answer is right: those that need a reference, or else all."""
+    """The names of the rules that decide whether an answer is right: those that need a reference, or all if none
+    does."""
     rules = [reward for reward in rewards if isinstance(reward, RuleReward)]
     return [rule.name for rule in [rule for rule in rules if rule.needs_reference] or rules]
 
 
 def is_readable(text: str) -> bool:
-    """Whether a data file may hold the text: a model can also write NUL characters and halves of surrogate pairs."""
+    """Whether a data file may contain the text: a model can also produce NUL characters and lone surrogates."""
     try:
         read_text(text, "answer")
     except BadRow:
@@ -38,8 +39,8 @@ def is_readable(text: str) -> bool:
 
 def total_of(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """The weighted sum of the rewards that have a value; None if none has."""
-    found = [weights[name] * value for name, value in values.items() if value is not None]
-    return round(sum(found), DIGITS) if found else None
+    terms = [weights[name] * value for name, value in values.items() if value is not None]
+    return round(sum(terms), DIGITS) if terms else None
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Group:
     """The answers to one prompt.
 
     Args:
-        answers: the distinct ones that were judged, not truncated, and can be read back; only these go to files. A
-            truncated answer would get an end token that the model never produced.
-        truncated, unjudged, unreadable, duplicates: how many others there are.
-        right: of each answer that a verifier judged, whether it is right.
+        answers: the distinct answers that were judged, are not truncated, and can be read back; only these are written
+            to files. In training, a truncated answer would get an end token that the model never produced.
+        truncated, unjudged, unreadable, duplicates: the numbers of other answers.
+        right: for each answer that a verifier judged, whether it is right.
     """
 
     row: int
@@ -63,8 +64,9 @@ class Group:
 
 
 def group_of(samples: Sequence[Sample], weights: Mapping[str, float], verifiers: Sequence[str]) -> Group:
-    """The group of one prompt's samples. A reward applies to a prompt if it has a value for any of its answers; an
-    answer without a value of each of those is not judged, since sums over different rewards cannot be compared."""
+    """The group of one prompt's samples. A reward applies to a prompt if it has a value for any of its answers. An
+    answer that lacks a value from one of these rewards counts as unjudged, since sums over different rewards are not
+    comparable."""
     applied = [name for name in weights if any(sample["rewards"][name] is not None for sample in samples)]
     judged: list[Judged] = []
     for sample in samples:
@@ -94,18 +96,19 @@ def preference_data(
     weights: Mapping[str, float],
     verifiers: Sequence[str],
 ) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """The rows of each file, by its name, and what results.json says.
+    """The rows of each file, by file name, and the contents of results.json.
 
     Args:
         samples: the judged answers, sorted by row and answer.
-        weights: of the rewards, by name.
+        weights: the weights of the rewards, by name.
         verifiers: the rewards that decide whether an answer is right.
 
     Returns:
-        results: prompts, answers, and how many of these are in no file (truncated, unjudged, unreadable, duplicates);
-        all_right and all_wrong prompts (None without verifiers) and usable ones, with a better and a worse answer;
-        pairs, scored and best rows; left_out, pairs by reason; chosen_longer, the share of pairs whose chosen answer is
-        the longer one, of those that differ in length; by_verifier, {n, mean} of each reward.
+        results holds the numbers of prompts, of answers, and of answers in no file (truncated, unjudged, unreadable,
+        duplicates); of prompts with all_right and all_wrong answers (None without verifiers) and of usable prompts,
+        which have a better and a worse answer; of pairs, scored and best rows; left_out, the pairs left out by reason;
+        chosen_longer, the fraction of pairs of unequal length whose chosen answer is the longer one; and by_verifier,
+        {n, mean} of each reward.
     """
     groups = [
         group_of(list(of_row), weights, verifiers) for _, of_row in groupby(samples, lambda sample: sample["row"])
@@ -122,7 +125,7 @@ def preference_data(
     scored = [each for group in groups for each in group.answers]
     best = [each for group in groups if (each := best_of(group.answers)) and each.text]
     by_place = {(sample["row"], sample["answer"]): sample for sample in samples}
-    made = {
+    files = {
         PAIRS: [_pair_row(recipe, pair, rows, by_place) for pair in pairs],
         SCORED: [_scored_row(recipe, each, rows, by_place) for each in scored],
         BEST: [_best_row(recipe, each, rows, by_place) for each in best],
@@ -142,11 +145,11 @@ def preference_data(
         "chosen_longer": sum(pair.longer > 0 for pair in unequal) / len(unequal) if unequal else None,
         "by_verifier": {name: _spread(samples, name) for name in weights},
     }
-    return made, results
+    return files, results
 
 
 def _without_duplicates(pairs: Sequence[Pair], rows: Sequence[Row], left_out: LeftOut) -> list[Pair]:
-    """A prompt may be in the data twice."""
+    """Drop repeated pairs, which occur if a prompt is in the data twice."""
     seen = {}
     for pair in pairs:
         prompt = tuple((turn["role"], turn["content"]) for turn in _prompt(rows, pair.chosen))
@@ -165,7 +168,7 @@ def _prompt(rows: Sequence[Row], judged: Judged) -> list[Row]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _says(judged: Judged) -> list[Row]:
+def _answer_turn(judged: Judged) -> list[Row]:
     return [{"role": "assistant", "content": judged.text}]
 
 
@@ -193,8 +196,8 @@ def _pair_row(recipe: PairsRecipe, pair: Pair, rows: Sequence[Row], samples: Map
     verdicts = {side: _verdicts(samples[each.row, each.answer]) for side, each in sides.items()}
     return {
         "prompt": _prompt(rows, pair.chosen),
-        "chosen": _says(pair.chosen),
-        "rejected": _says(pair.rejected),
+        "chosen": _answer_turn(pair.chosen),
+        "rejected": _answer_turn(pair.rejected),
         "margin": round(pair.margin, DIGITS),
         "meta": _meta(recipe, list(sides.values()), verdicts, rows),
     }
@@ -202,9 +205,9 @@ def _pair_row(recipe: PairsRecipe, pair: Pair, rows: Sequence[Row], samples: Map
 
 def _scored_row(recipe: PairsRecipe, judged: Judged, rows: Sequence[Row], samples: Mapping[Any, Sample]) -> Row:
     meta = _meta(recipe, [judged], _verdicts(samples[judged.row, judged.answer]), rows)
-    return {"prompt": _prompt(rows, judged), "completion": _says(judged), "score": judged.reward, "meta": meta}
+    return {"prompt": _prompt(rows, judged), "completion": _answer_turn(judged), "score": judged.reward, "meta": meta}
 
 
 def _best_row(recipe: PairsRecipe, judged: Judged, rows: Sequence[Row], samples: Mapping[Any, Sample]) -> Row:
     meta = _meta(recipe, [judged], _verdicts(samples[judged.row, judged.answer]), rows)
-    return {"messages": [*_prompt(rows, judged), *_says(judged)], "meta": meta}
+    return {"messages": [*_prompt(rows, judged), *_answer_turn(judged)], "meta": meta}

@@ -1,8 +1,8 @@
-"""Applies a model's generation_config settings other than the temperature to decoding in our own generation loop.
+"""Applies a model's generation_config, except for the temperature, in our own generation loop.
 
-Its end tokens are added to the tokenizer's by `end_tokens`. `dsv2 chat` goes through transformers' `generate`, which
-obeys generation_config; so does evaluation, by the same processors in the same order. Greedy or sampled, and at which
-temperature, is the task's to say.
+`dsv2 chat` uses transformers' `generate`, which applies generation_config; evaluation applies it with the same logits
+processors in the same order. Whether to sample, and at which temperature, is set by the task. End tokens are handled by
+`end_tokens`.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Setting:
     device: Any
 
 
-# field -> (values that change nothing, (value, setting) -> processor), in transformers' order.
+# field -> (neutral values, (value, setting) -> processor), in transformers' order.
 Make = Callable[[Any, Setting], Any]
 _ALWAYS: dict[str, tuple[tuple[Any, ...], Make]] = {
     "sequence_bias": ((None,), lambda value, at: SequenceBiasLogitsProcessor(value)),
@@ -75,7 +75,7 @@ _SAMPLED: dict[str, tuple[tuple[Any, ...], Make]] = {
 
 
 def obeyed(model: Any) -> dict[str, Any]:
-    """The fields of a model's generation_config that change what is decoded, with their values."""
+    """The fields of a model's generation_config that affect decoding, with their values."""
     config = getattr(model, "generation_config", None)
     fields = {**_ALWAYS, **_SAMPLED}
     values = {field: getattr(config, field, None) for field in fields}
@@ -83,13 +83,13 @@ def obeyed(model: Any) -> dict[str, Any]:
 
 
 def adjustment(model: Any, temperature: float, end_tokens: Any) -> Callable[..., torch.Tensor] | None:
-    """(token ids so far [1, T], length of the prompt, logits [1, V]) -> logits [1, V], the temperature applied.
+    """The function to pass as `adjust` to `generate_answers`, or None if generation_config changes nothing.
 
-    None if generation_config changes nothing.
+    It maps (token ids so far [1, T], length of the prompt, logits [1, V]) to logits [1, V] and applies the temperature.
     """
-    asked = obeyed(model)
-    always = {field: value for field, value in asked.items() if field in _ALWAYS}
-    sampled = {field: value for field, value in asked.items() if field in _SAMPLED and temperature > 0}
+    fields = obeyed(model)
+    always = {field: value for field, value in fields.items() if field in _ALWAYS}
+    sampled = {field: value for field, value in fields.items() if field in _SAMPLED and temperature > 0}
     if not always and not sampled:
         return None
 

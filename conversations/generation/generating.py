@@ -1,4 +1,4 @@
-"""A model's answers to prompts, by the model's generation_config."""
+"""Generates a model's answers to prompts, applying its generation_config."""
 
 import hashlib
 import sys
@@ -11,8 +11,8 @@ from deepseek_v2_modeling.inference import end_tokens, generate_answers
 
 
 class Generated(NamedTuple):
-    """An answer. finished: whether it ends with an end token, and was not cut at max_new_tokens. tokens: its length,
-    the end token included."""
+    """An answer. finished: whether it ends with an end token rather than being cut at max_new_tokens. tokens: its
+    length, including the end token."""
 
     text: str
     finished: bool
@@ -20,20 +20,20 @@ class Generated(NamedTuple):
 
 
 def seed_of(*parts: object) -> int:
-    """The seed of one sampled answer, from all that it depends on: the recipe's seed, the number of the row, ..."""
+    """The seed of one sampled answer, derived from all that it depends on: the recipe's seed, the row number, ..."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def padding_of(tokenizer: Any) -> int:
-    """The id to pad with: that of the end token if the tokenizer has no padding token."""
+    """The id to pad with: the padding token's, or the end token's if the tokenizer has no padding token."""
     pad = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad is None else pad
 
 
 def print_obeyed(stage: str, model: Any) -> None:
-    """Print the settings of the model's generation_config that are applied, if there are any."""
-    if asked := obeyed(model):
-        settings = ", ".join(f"{field} {value}" for field, value in asked.items())
+    """Print the settings of the model's generation_config that are applied, if any."""
+    if fields := obeyed(model):
+        settings = ", ".join(f"{field} {value}" for field, value in fields.items())
         print(f"{stage}: applying the model's generation_config: {settings}", file=sys.stderr, flush=True)
 
 
@@ -47,7 +47,7 @@ def generate_texts(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Generated]:
-    """An answer to each prompt (token ids, up to where the answer begins), sampled with its own seed."""
+    """One answer per prompt (token ids, ending where the answer begins), each sampled with its own seed."""
     ends = end_tokens(model, tokenizer)
     answers = generate_answers(
         model,

@@ -1,7 +1,7 @@
 """The terms of a reward, r = sum of weight * value (paper, section 4.2: r = c1 helpful + c2 safety + c3 rule).
 
-A reward is called as TRL calls its reward functions, with lists of one entry per completion, and returns a value for
-each, or None if it does not apply (a rule that needs a reference, and a row without one).
+A reward has the call signature of TRL's reward functions: lists with one entry per completion. It returns a value for
+each, or None where it does not apply (for example a rule that needs a reference, on a row without one).
 """
 
 import math
@@ -22,8 +22,8 @@ Values = list[float | None]
 class Answer:
     """One completion to judge.
 
-    finished: whether the model ended it itself, before the limit of tokens. tokens: their number, the end token
-    included; None where it is not known.
+    finished: whether the model ended it with an end token, before the token limit. tokens: its length, including the
+    end token; None if not known.
     """
 
     prompt: list[Row]
@@ -34,38 +34,39 @@ class Answer:
 
 
 class Reward(ABC):
-    """A named, weighted reward function; subclasses say how to `judge` answers.
+    """A named, weighted reward function; subclasses implement `judge`.
 
-    on_error: what a value that cannot be had counts as: an error that ends the run, 0, or nothing (None).
+    on_error: what to do if a value cannot be computed: "error" ends the run, "zero" counts 0, "skip" gives None.
     """
 
     needs_reference = False
     gives_reasons = False
 
     def __init__(self, name: str, weight: float = 1.0, on_error: OnError = "error"):
-        self.__name__ = name  # what TRL calls it in its log
+        self.__name__ = name  # TRL uses this name in its logs
         self.weight = weight
         self.on_error = on_error
-        self.reasons: Sequence[str | None] = ()  # for the values that were given last
+        self.reasons: Sequence[str | None] = ()  # the reasons for the values of the last call
 
     @property
     def name(self) -> str:
         return self.__name__
 
     def summary(self) -> str | None:
-        """What the run should say of it when it ends; None for nothing."""
+        """A line to print at the end of the run, or None."""
         return None
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Release what the reward holds besides memory; it is not asked again."""
+        """Release resources other than memory; the reward is not called again."""
 
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> Values:
-        """A value for each answer; None where the reward does not apply."""
+        """A value for each answer; None where the reward does not apply, NaN if it could not be computed."""
 
     def __call__(self, prompts: list[list[Row]], completions: list[list[Row]], **columns: Any) -> Values:
-        """TRL's call: prompts and completions are lists of messages, columns lists of the rows' other fields."""
-        nothing = [None] * len(prompts)
+        """TRL's interface: prompts and completions are lists of messages; columns holds a list for each further field
+        of the rows."""
+        no_values = [None] * len(prompts)
         answers = [
             Answer(
                 prompt,
@@ -77,19 +78,19 @@ class Reward(ABC):
             for prompt, completion, finished, reference, ids in zip(
                 prompts,
                 completions,
-                columns.get("finished") or nothing,
-                columns.get("reference") or nothing,
-                columns.get("completion_ids") or nothing,
+                columns.get("finished") or no_values,
+                columns.get("reference") or no_values,
+                columns.get("completion_ids") or no_values,
                 strict=True,
             )
         ]
         return self.judged(answers)
 
     def judged(self, answers: Sequence[Answer]) -> Values:
-        """A finite value for each answer, or what `on_error` says; `reasons` has why.
+        """A finite value for each answer, or the replacement that `on_error` prescribes; sets `reasons`.
 
         Raises:
-            ToolkitError: a value is not available, and on_error is "error".
+            ToolkitError: a value could not be computed, and on_error is "error".
         """
         self.reasons = [None] * len(answers)
         try:
@@ -101,5 +102,5 @@ class Reward(ABC):
         bad = next((a for a, v in zip(answers, values, strict=True) if v is not None and not math.isfinite(v)), None)
         if bad is not None and self.on_error == "error":
             raise ToolkitError(f"the reward {self.name} gave no finite value for the answer {bad.text!r}")
-        instead = 0.0 if self.on_error == "zero" else None
-        return [instead if v is not None and not math.isfinite(v) else v for v in values]
+        fallback = 0.0 if self.on_error == "zero" else None
+        return [fallback if v is not None and not math.isfinite(v) else v for v in values]

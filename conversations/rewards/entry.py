@@ -1,4 +1,4 @@
-"""The `rewards` of a recipe, for stages that judge what a model says (rl, pairs). No torch."""
+"""The `rewards` section of a recipe, for stages that judge a model's answers (rl, pairs). Imports no torch."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +12,19 @@ from conversations.row import Refuse, Row
 from conversations.sections import ModelUse, Section, StageRecipe
 
 _MAP_REFERENCE = (
-    "name the columns of the prompt and of the right answer, such as data.0.columns: "
+    "name the columns of the prompt and of the correct answer, such as data.0.columns: "
     "{prompt: question, reference: answer} (a nested one: reference: reward_model.ground_truth)"
 )
 
 
 class JudgeSettings(Section):
-    """A language model behind an endpoint with OpenAI's protocol, which judges answers by a rubric."""
+    """A language model behind an OpenAI-compatible endpoint that judges answers by a rubric."""
 
     base_url: str = Field(
-        pattern=r"^https?://\S+$", description="Of the endpoint, without /chat/completions: https://HOST/v1."
+        pattern=r"^https?://\S+$", description="URL of the endpoint, without /chat/completions: https://HOST/v1."
     )
     model: str = Field(min_length=1, description="The judge's name at the endpoint.")
-    rubric: str = Field(description="File with what makes an answer good, looked up from the current folder.")
+    rubric: str = Field(description="Text file that defines a good answer; relative to the current folder.")
     scale: list[float] = Field(
         default_factory=lambda: [1.0, 10.0],
         min_length=2,
@@ -32,22 +32,26 @@ class JudgeSettings(Section):
         description="The lowest and the highest points.",
     )
     mode: Literal["pointwise", "pairwise"] = Field(
-        default="pointwise", description="Points for each answer, or a comparison with the reference in both orders."
+        default="pointwise",
+        description="Points for each answer, or a comparison of the answer with the reference, in both orders.",
     )
     key_variable: str = Field(
         default="OPENAI_API_KEY",
         pattern=r"^[A-Za-z_]\w*$",
-        description="Environment variable that holds the key; the key itself is written nowhere.",
+        description="Environment variable that holds the API key; the key itself is never written to disk.",
     )
     parameters: dict[str, Any] = Field(
-        default_factory=lambda: {"temperature": 0}, description="Of a request, such as {max_tokens: 512}."
+        default_factory=lambda: {"temperature": 0},
+        description="Further fields of each request, such as {max_tokens: 512}.",
     )
-    timeout: float = Field(default=60.0, gt=0, le=3600, description="Seconds for a request.")
-    retries: int = Field(default=5, ge=0, le=100, description="Further tries after one that failed.")
-    concurrency: int = Field(default=8, ge=1, le=256, description="Requests at once.")
-    per_minute: int | None = Field(default=None, ge=1, description="Most requests a minute, of a process.")
+    timeout: float = Field(default=60.0, gt=0, le=3600, description="Timeout of a request, in seconds.")
+    retries: int = Field(default=5, ge=0, le=100, description="Retries of a request that failed.")
+    concurrency: int = Field(default=8, ge=1, le=256, description="Maximum number of concurrent requests.")
+    per_minute: int | None = Field(default=None, ge=1, description="Maximum requests per minute and process.")
     max_requests: int | None = Field(
-        default=None, ge=1, description="Budget of requests of a process, those before it was resumed included."
+        default=None,
+        ge=1,
+        description="Maximum requests per process in the whole run, including those made before it was resumed.",
     )
 
     @model_validator(mode="after")
@@ -61,7 +65,7 @@ class JudgeSettings(Section):
         return self
 
     def endpoint(self) -> EndpointSettings:
-        """The endpoint that judges."""
+        """The settings of the judge's endpoint."""
         return EndpointSettings(
             self.base_url,
             self.model,
@@ -74,7 +78,7 @@ class JudgeSettings(Section):
         )
 
     def rubric_text(self) -> str:
-        """Raises ValueError for a file that cannot be read or is empty."""
+        """The contents of the rubric file; raises ValueError if it cannot be read or is empty."""
         try:
             text = Path(self.rubric).expanduser().read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -85,34 +89,36 @@ class JudgeSettings(Section):
 
 
 class RewardEntry(Section):
-    """One term of the reward, r = sum of weight * value: a reward model, a rule, a function of yours or a judge."""
+    """One term of the reward, r = sum of weight * value: a reward model, a rule, a Python function or a judge."""
 
     model: str | None = Field(default=None, description="Run or directory of a reward model.")
     if_missing: Literal["error", "random"] = Field(
-        default="error", description="Without such a model: stop, or (for trials) score at random in its place."
+        default="error", description="If the model does not exist: stop, or use random scores instead (for trials)."
     )
     rule: str | None = Field(default=None, description="Name of a rule, such as math or number.")
     python: str | None = Field(
         default=None,
-        description='A function of yours, "FILE.py:FUNCTION", with the signature of TRL\'s reward functions.',
+        description='Your own function, "FILE.py:FUNCTION", with the signature of TRL\'s reward functions.',
     )
     judge: JudgeSettings | None = Field(default=None, description="A language model that judges answers.")
-    timeout: float = Field(default=10.0, gt=0, description="Of python: seconds for a call.")
-    workers: int = Field(default=1, ge=1, le=1024, description="Of python: processes that it runs in.")
+    timeout: float = Field(default=10.0, gt=0, description="With python: time limit for a call, in seconds.")
+    workers: int = Field(default=1, ge=1, le=1024, description="With python: number of processes that run it.")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="The rule's own settings, such as {partial: true} of code (docs/rules.md)."
     )
     weight: float = Field(default=1.0, description="Coefficient of this term; may be negative, not zero.")
     normalize: bool = Field(
-        default=True, description="A model's scores: subtract the mean and divide by the spread of its training pairs."
+        default=True,
+        description="With model: subtract the mean of its scores on its training pairs and divide by their standard "
+        "deviation.",
     )
     clip: float | None = Field(
-        default=None, gt=0, description="A model's scores: cut to [-clip, clip] after normalising."
+        default=None, gt=0, description="With model: clip scores to [-clip, clip] after normalising."
     )
     combine: Combine = Field(
         default="mean",
-        description="Of a model with several heads: their mean, the least, or the mean less their spread (each head's "
-        "score normalised first).",
+        description="With a model that has several heads: the mean of their scores, the minimum, or the mean minus the "
+        "standard deviation (each head's score is normalised first).",
     )
     on_error: Literal["error", "zero", "skip"] = Field(
         default="error", description="When the reward cannot be computed: stop, count 0, or leave the completion out."
@@ -127,7 +133,7 @@ class RewardEntry(Section):
         if self.model is None and self.combine != "mean":
             raise ValueError("combine belongs to a reward model, not to a rule or a function")
         if self.python is None and (self.timeout, self.workers) != (10.0, 1):
-            raise ValueError("timeout and workers belong to a function of yours (python); leave them out")
+            raise ValueError("timeout and workers belong to your own function (python); leave them out")
         if self.weight == 0:
             raise ValueError("weight is 0: leave the reward out instead")
         if self.rule is not None:
@@ -143,15 +149,15 @@ class RewardEntry(Section):
         return self
 
     def judges_like(self, other: "RewardEntry") -> bool:
-        """Whether both give every answer the same value."""
-        judges = (self.rule, self.settings, self.model, self.python, self.judge)
-        same = judges == (other.rule, other.settings, other.model, other.python, other.judge)
+        """Whether both entries give every answer the same value."""
+        source = (self.rule, self.settings, self.model, self.python, self.judge)
+        same_source = source == (other.rule, other.settings, other.model, other.python, other.judge)
         own, others = ((entry.normalize, entry.clip, entry.combine) for entry in (self, other))
-        return same and (self.model is None or own == others)
+        return same_source and (self.model is None or own == others)
 
 
 class RewardedRecipe(StageRecipe):
-    """The keys common to the recipes of stages that judge answers."""
+    """The keys that recipes of stages that judge answers have in common."""
 
     rewards: list[RewardEntry] = Field(min_length=1, description="The terms of the reward.")
 
@@ -182,18 +188,18 @@ class RewardedRecipe(StageRecipe):
         ]
 
     def judged_refusal(self) -> Refuse:
-        """Refuses rows without a question, or on which no reward gives a value."""
+        """A filter that refuses rows without a question and rows that no reward can score."""
         from conversations.answers.rules import check_machine, needs_reference
 
         for entry in self.rewards:
             if entry.rule:
                 check_machine(entry.rule, entry.settings)
-        rules = [entry.rule for entry in self.rewards if entry.rule and needs_reference(entry.rule)]
+        referring = [entry.rule for entry in self.rewards if entry.rule and needs_reference(entry.rule)]
 
         def unjudged(row: Row) -> str | None:
-            if "reference" in row or len(rules) < len(self.rewards):
+            if "reference" in row or len(referring) < len(self.rewards):
                 return None
-            return f"has no reference, which every reward needs ({', '.join(rules)}); {_MAP_REFERENCE}"
+            return f"has no reference, which every reward needs ({', '.join(referring)}); {_MAP_REFERENCE}"
 
-        strict = [entry.rule for entry in self.rewards if entry.rule in rules and entry.on_error == "error"]
-        return first_of(no_question, unjudged, unreadable_reference(strict))
+        strict_rules = [entry.rule for entry in self.rewards if entry.rule in referring and entry.on_error == "error"]
+        return first_of(no_question, unjudged, unreadable_reference(strict_rules))

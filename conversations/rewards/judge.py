@@ -1,6 +1,6 @@
 """A language model behind an endpoint as a reward: it scores answers by a rubric, or compares them with the reference.
 
-Every request and verdict is kept in the run directory; a run that resumes asks nothing again.
+Every request and verdict is stored in the run directory; a resumed run repeats no request.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, from 0 to 1, and why. value: NaN where none could be had, None where there is nothing to judge."""
+    """A verdict and its reason. value: from 0 to 1, NaN if the judge gave none, None if there is nothing to judge."""
 
     value: float | None
     reason: str
 
 
 class JudgeReward(Reward):
-    """The score of a judge, from 0 to 1: (points - lowest) / (highest - lowest) on the scale; or, `pairwise`, how the
-    answer does beside the reference, asked in both orders: 1 where it is better in both, 0 in neither, else between.
+    """A judge's score from 0 to 1: (points - lowest) / (highest - lowest) on the scale. With `pairwise`, the answer is
+    compared with the reference in both orders: 1 if it is better in both, 0 if it is worse in both, otherwise the mean.
 
     Args:
         scale: the lowest and the highest points.
-        concurrency: requests at once.
-        run_dir: where verdicts are kept; None keeps them in memory.
+        concurrency: maximum number of concurrent requests.
+        run_dir: where verdicts are stored; None keeps them in memory only.
 
     Raises:
-        ToolkitError: no key where one is named, or an address to which it must not be sent.
+        ToolkitError: the named key is not set, or must not be sent to this address.
     """
 
     gives_reasons = True
@@ -68,32 +68,32 @@ class JudgeReward(Reward):
         self.file = None if run_dir is None else run_dir / _own_file()
         files = {} if run_dir is None else {path: read_lines(path) for path in sorted(run_dir.glob(_own_file("*")))}
         kept = [line for lines in files.values() for line in lines if line.get("judge") == self._hash([])]
-        self.known = {line["key"]: line for line in kept if line["value"] is not None}
+        self.verdicts = {line["key"]: line for line in kept if line["value"] is not None}
         mine = [line for line in kept if line["process"] == _process()]
         self.endpoint = Endpoint(endpoint, sum(line["requests"] for line in mine))
         self.compared = self.agreed = 0
 
     def summary(self) -> str:
-        """What was asked so far."""
-        asked = f"{self.endpoint.spent:,} requests to {self.settings.model}"
+        """The number of requests so far and, if pairwise, how often both orders agreed."""
+        requests = f"{self.endpoint.spent:,} requests to {self.settings.model}"
         if not self.compared:
-            return asked
-        return f"{asked}; both orders agree on {self.agreed:,} of {self.compared:,} comparisons"
+            return requests
+        return f"{requests}; both orders agree on {self.agreed:,} of {self.compared:,} comparisons"
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """Each distinct answer to a prompt is judged once."""
         keys = [self._key(answer) for answer in answers]
         distinct = dict(zip(keys, answers, strict=True))
-        found: dict[str, Judged] = {}
+        verdicts: dict[str, Judged] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._judged, answer): key for key, answer in distinct.items()}
-            for done in as_completed(asked):
-                verdict = found[asked[done]] = done.result()
+            key_of = {pool.submit(self._judged, answer): key for key, answer in distinct.items()}
+            for future in as_completed(key_of):
+                verdict = verdicts[key_of[future]] = future.result()
                 if self.on_error == "error" and verdict.value is not None and math.isnan(verdict.value):
-                    pool.shutdown(cancel_futures=True)  # what is asked now would be paid for nothing
+                    pool.shutdown(cancel_futures=True)  # the run ends here: make no further paid requests
                     raise ToolkitError(verdict.reason)
-        self.reasons = [found[key].reason for key in keys]
-        return [found[key].value for key in keys]
+        self.reasons = [verdicts[key].reason for key in keys]
+        return [verdicts[key].value for key in keys]
 
     def _judged(self, answer: Answer) -> Judged:
         if self.pairwise and answer.reference is None:
@@ -102,7 +102,7 @@ class JudgeReward(Reward):
         try:
             if self.pairwise:
                 return self._compared(prompt, answer.text, answer.reference or "")
-            value, reply = self._asked(
+            value, reply = self._verdict(
                 self._key(answer),
                 lambda: point_messages(self.rubric, self.scale, prompt, answer.text),
                 lambda reply: read_points(reply, self.scale),
@@ -111,12 +111,12 @@ class JudgeReward(Reward):
             return Judged(math.nan, str(error.args[0]))
         return Judged(value, shown(reply, 300))
 
-    def _compared(self, prompt: str, answer: str, other: str) -> Judged:
-        """A judge may prefer whatever stands first: both orders are asked, and a disagreement is worth a half."""
+    def _compared(self, prompt: str, answer: str, reference: str) -> Judged:
+        """Compare in both orders, because judges tend to prefer a position; the value is the mean of the two."""
         values = []
-        for order, texts in (("AB", (answer, other)), ("BA", (other, answer))):
-            value, _ = self._asked(
-                self._hash([order, prompt, answer, other]),
+        for order, texts in (("AB", (answer, reference)), ("BA", (reference, answer))):
+            value, _ = self._verdict(
+                self._hash([order, prompt, answer, reference]),
                 lambda texts=texts: pair_messages(self.rubric, prompt, *texts),
                 read_better,
             )
@@ -128,10 +128,11 @@ class JudgeReward(Reward):
         reason = f"{first} the reference as the first, {second} it as the second: the orders disagree"
         return Judged(sum(values) / 2, f"{first} the reference in both orders" if agree else reason)
 
-    def _asked(self, key: str, messages: Callable[[], Messages], read: Callable[[str], float]) -> tuple[float, str]:
-        known = self.known.get(key)
-        if known:
-            return known["value"], known["reply"]
+    def _verdict(self, key: str, messages: Callable[[], Messages], read: Callable[[str], float]) -> tuple[float, str]:
+        """(value, reply) from the stored verdicts, or else from the endpoint, whose verdict is then stored."""
+        stored = self.verdicts.get(key)
+        if stored:
+            return stored["value"], stored["reply"]
         sent = messages()
         line: dict[str, Any] = {
             "key": key,
@@ -143,15 +144,15 @@ class JudgeReward(Reward):
         try:
             value, reply, requests = self.endpoint.ask(sent, read)
         except NoReply as error:
-            self._keep({**line, "value": None, "error": error.args[0], "requests": error.args[1]})
+            self._store({**line, "value": None, "error": error.args[0], "requests": error.args[1]})
             raise
-        self._keep({**line, "value": value, "reply": reply, "requests": requests})
+        self._store({**line, "value": value, "reply": reply, "requests": requests})
         return value, reply
 
-    def _keep(self, line: dict[str, Any]) -> None:
+    def _store(self, line: dict[str, Any]) -> None:
         with self.lock:
             if line["value"] is not None:
-                self.known[line["key"]] = line
+                self.verdicts[line["key"]] = line
             if self.file is not None:
                 append_lines(self.file, [line])
 
@@ -159,19 +160,19 @@ class JudgeReward(Reward):
         return self._hash([prompt_text(answer.prompt), answer.text, answer.reference if self.pairwise else None])
 
     def _hash(self, texts: Sequence[str | None]) -> str:
-        """What a verdict depends on."""
+        """A hash of everything that a verdict depends on: the judge's settings and these texts."""
         settings = self.settings
         judge = [settings.base_url, settings.model, settings.parameters, self.rubric, self.scale, self.pairwise]
         return hashlib.sha256(json.dumps([*judge, *texts], sort_keys=True).encode()).hexdigest()
 
 
 def _process() -> int:
-    """The number of this process among those of the run."""
+    """The rank of this process in the run."""
     return int(os.environ.get("RANK", "0"))
 
 
 def _own_file(process: int | str | None = None) -> str:
-    """judge.jsonl of the first process, judge.1.jsonl of the second."""
+    """The file of a process: judge.jsonl for the first, judge.1.jsonl for the second; "*" gives a glob for all."""
     process = _process() if process is None else process
     stem, suffix = JUDGED_LINES.rsplit(".", 1)
     return JUDGED_LINES if process == 0 else f"{stem}{'' if process == '*' else '.'}{process}.{suffix}"

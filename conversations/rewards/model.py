@@ -19,18 +19,18 @@ MIN_STD = 1e-6
 
 
 class RewardModelReward(Reward):
-    """A reward model's score of the conversation that ends in the answer, without an end token where the answer was cut
-    before it; normalised, then clipped.
+    """A reward model's score of the conversation that ends with the answer, normalised, then clipped. A truncated
+    answer is scored without an end token.
 
     Args:
         model: a DeepseekV2ForSequenceClassification in evaluation mode, with one label for each head.
         tokenizer: the reward model's own.
-        stats: subtract the mean and divide by the spread; None leaves scores as they are.
-        clip: cut to [-clip, clip]; None leaves them.
-        combine: how the normalised scores of several heads become one.
+        stats: the mean and standard deviation to normalise with; None leaves the scores as they are.
+        clip: clip to [-clip, clip]; None does not clip.
+        combine: how the normalised scores of several heads are combined.
 
     Raises:
-        ToolkitError: the statistics are of another number of heads.
+        ToolkitError: the statistics are for a different number of heads.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class RewardModelReward(Reward):
         self.batch_size = batch_size
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        """A policy that has learned something says the same thing often: each conversation is scored once."""
-        places = {_said(answer): i for i, answer in enumerate(answers)}
+        """Scores each distinct conversation once, since a trained policy often repeats its answers."""
+        places = {_key(answer): i for i, answer in enumerate(answers)}
         ids = [self._ids(answers[i]) for i in places.values()]
         scores = score_heads(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         by_place = {place: self._value(heads) for place, heads in zip(places, scores, strict=True)}
-        return [by_place[_said(answer)] for answer in answers]
+        return [by_place[_key(answer)] for answer in answers]
 
     def _value(self, heads: Sequence[float]) -> float:
-        """Heads differ in scale and offset, so that each is normalised before they are compared."""
+        """Normalise each head before combining them, because heads differ in scale and offset; then clip."""
         scores = [normalised(score, stats, None) for score, stats in zip(heads, self.head_stats, strict=True)]
         return normalised(COMBINE[self.combine](scores), None, self.clip)
 
@@ -79,13 +79,13 @@ class RewardModelReward(Reward):
         return ids if answer.finished else ids[:-1]
 
 
-def _said(answer: Answer) -> tuple[str, str, bool]:
-    """What a reward model's score depends on."""
+def _key(answer: Answer) -> tuple[str, str, bool]:
+    """Everything that a reward model's score of an answer depends on."""
     return prompt_text(answer.prompt), answer.text, answer.finished
 
 
 def normalised(score: float, stats: RewardStats | None, clip: float | None) -> float:
-    """(score - mean) / std, cut to [-clip, clip]. NaN stays NaN."""
+    """(score - mean) / std, clipped to [-clip, clip]. NaN stays NaN."""
     if stats is not None:
         score = (score - stats.mean) / max(stats.std, MIN_STD)
     return score if clip is None or math.isnan(score) else max(-clip, min(clip, score))

@@ -11,10 +11,10 @@ from conversations.rewards.base import Answer, OnError, Reward, Values
 
 
 class RuleReward(Reward):
-    """The score of a rule of `conversations.verify`.
+    """The score of one of the rules of `conversations.verify`.
 
     Raises:
-        ToolkitError: there is no such rule.
+        ToolkitError: there is no rule of this name.
     """
 
     gives_reasons = True
@@ -33,11 +33,11 @@ class RuleReward(Reward):
         self.measured = [key for key in MEASURED if key in rule_function.settings]
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        """The rule's scores. A reference that cannot be read touches its answer only."""
+        """The rule's scores. An unreadable reference affects only its own answer."""
         verdicts = verify_all(self.rule, [self._asked(answer) for answer in answers])
-        unread = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
-        if unread is not None and self.on_error == "error":
-            raise unread
+        unreadable = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
+        if unreadable is not None and self.on_error == "error":
+            raise unreadable
         self.reasons = [str(v) if isinstance(v, ToolkitError) else v.reason for v in verdicts]
         return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
 

@@ -1,4 +1,4 @@
-"""From a recipe's `rewards` to the terms of the reward."""
+"""Builds the terms of the reward from the `rewards` section of a recipe."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ from conversations.stage import OtherModel
 def build_rewards(
     entries: Sequence[RewardEntry], models: Mapping[str, OtherModel], run_dir: Path | None = None
 ) -> list[Reward]:
-    """The terms of a recipe's reward, by names that differ.
+    """The terms of a recipe's reward, with unique names.
 
-    models: the reward models, by their keys in the recipe. run_dir: where a judge's verdicts are kept.
+    models: the reward models, by their keys in the recipe. run_dir: where a judge's verdicts are stored.
     """
     rewards: list[Reward] = []
     for index, entry in enumerate(entries):
@@ -50,7 +50,7 @@ def build_rewards(
 def opened_rewards(
     entries: Sequence[RewardEntry], models: Mapping[str, OtherModel], run_dir: Path | None = None
 ) -> Iterator[list[Reward]]:
-    """`build_rewards`; the rewards are closed at the end."""
+    """Context manager around `build_rewards` that closes the rewards at the end."""
     rewards = build_rewards(entries, models, run_dir)
     try:
         yield rewards
@@ -60,7 +60,7 @@ def opened_rewards(
 
 
 def function_reward(entry: RewardEntry) -> FunctionReward:
-    """Of an entry with `python`."""
+    """The reward of an entry with `python`."""
     assert entry.python is not None
     settings = {"timeout": entry.timeout, "workers": entry.workers}
     return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
@@ -69,7 +69,7 @@ def function_reward(entry: RewardEntry) -> FunctionReward:
 def judge_reward(
     judge: JudgeSettings, run_dir: Path | None = None, weight: float = 1.0, on_error: OnError = "error"
 ) -> JudgeReward:
-    """Of a recipe's `judge`."""
+    """The reward of an entry with `judge`."""
     return JudgeReward(
         judge.endpoint(),
         judge.rubric_text(),
@@ -83,7 +83,7 @@ def judge_reward(
 
 
 def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
-    """Raises ToolkitError for a reward that needs a reference where no row has one: it would say nothing, ever."""
+    """Raise ToolkitError if a reward needs a reference and no row has one: it would never give a score."""
     if any(row.get("reference") is not None for row in rows):
         return
     for reward in rewards:
@@ -95,8 +95,8 @@ def check_references(rewards: Sequence[Reward], rows: Sequence[Row]) -> None:
 
 
 def check_rewards(entries: Sequence[RewardEntry], rows: Sequence[Row]) -> None:
-    """Raise ToolkitError if a rule has no reference on any row, a user-defined function fails on the first row, or a
-    judge lacks its key. No judge is asked."""
+    """Raise ToolkitError if a rule or judge needs references and no row has one, a user-defined function fails on the
+    first row, or a judge's key is missing. Makes no request to a judge."""
     judges = [judge_reward(entry.judge) for entry in entries if entry.judge]
     check_references([*(RuleReward(entry.rule) for entry in entries if entry.rule), *judges], rows)
     for entry in entries:
