@@ -144,6 +144,11 @@ class EvalTask(Section):
     def _has_a_judge(self) -> "EvalTask":
         if self.metric == "judge" and self.judge is None:
             raise ValueError("the metric judge needs judge: {base_url, model, rubric}")
+        if self.judge is not None and self.judge.mode == "group":
+            raise ValueError(
+                "judge.mode: group compares several answers to a prompt, and an evaluation has one; use pairwise, with "
+                "references"
+            )
         return self
 
     @model_validator(mode="after")

@@ -76,15 +76,21 @@ class EndpointSettings:
 
 
 class Endpoint:
-    """Sends requests to an endpoint, from several threads.
+    """Sends requests to an endpoint, from several threads. Each process of a run has an equal part of the rate limit
+    and of what is left of the budget when it starts, so that processes need not know of one another.
 
-    spent: requests of the budget already made, by the run that this one resumes.
+    Args:
+        spent: requests of the budget already made, by all processes of the run that this one resumes.
+        process, processes: the number of this process, and how many there are.
     """
 
-    def __init__(self, settings: EndpointSettings, spent: int = 0):
+    def __init__(self, settings: EndpointSettings, spent: int = 0, process: int = 0, processes: int = 1):
         from httpx2 import Client
 
-        self.settings, self.spent = settings, spent
+        self.settings, self.spent = settings, 0
+        left = None if settings.budget is None else max(0, settings.budget - spent)
+        self.allowed = None if left is None else left // processes + (process < left % processes)
+        self.pause = 60 * processes / settings.per_minute if settings.per_minute else 0.0  # seconds between requests
         self.lock = threading.Lock()
         self.next = 0.0  # time at which the rate limit allows another request
         self.key = settings.key()
@@ -148,12 +154,12 @@ class Endpoint:
     def _take(self) -> bool:
         """Wait until the rate limit allows a request; False if the budget is spent."""
         with self.lock:
-            if self.settings.budget is not None and self.spent >= self.settings.budget:
+            if self.allowed is not None and self.spent >= self.allowed:
                 return False
             self.spent += 1
             now = time.monotonic()
             start = max(now, self.next)
-            self.next = start + 60 / self.settings.per_minute if self.settings.per_minute else 0.0
+            self.next = start + self.pause
         time.sleep(start - now)
         return True
 

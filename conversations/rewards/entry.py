@@ -31,9 +31,15 @@ class JudgeSettings(Section):
         max_length=2,
         description="The lowest and the highest points.",
     )
-    mode: Literal["pointwise", "pairwise"] = Field(
+    mode: Literal["pointwise", "pairwise", "group"] = Field(
         default="pointwise",
-        description="Points for each answer, or a comparison of the answer with the reference, in both orders.",
+        description="Points for each answer, or comparisons in both orders: with the reference (pairwise) or with the "
+        "other answers to the prompt (group).",
+    )
+    opponents: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of the mode group: with how many other answers each is compared; null for all.",
     )
     key_variable: str = Field(
         default="OPENAI_API_KEY",
@@ -47,11 +53,14 @@ class JudgeSettings(Section):
     timeout: float = Field(default=60.0, gt=0, le=3600, description="Timeout of a request, in seconds.")
     retries: int = Field(default=5, ge=0, le=100, description="Retries of a request that failed.")
     concurrency: int = Field(default=8, ge=1, le=256, description="Maximum number of concurrent requests.")
-    per_minute: int | None = Field(default=None, ge=1, description="Maximum requests per minute and process.")
+    per_minute: int | None = Field(
+        default=None, ge=1, description="Maximum requests per minute of all processes together; each has an equal part."
+    )
     max_requests: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum requests per process in the whole run, including those made before it was resumed.",
+        description="Maximum requests of all processes in the whole run, including those made before it was resumed; "
+        "each process has an equal part of what is left.",
     )
 
     @model_validator(mode="after")
@@ -59,6 +68,8 @@ class JudgeSettings(Section):
         low, high = self.scale
         if not low < high:
             raise ValueError(f"scale must rise, such as [1, 10], not [{low:g}, {high:g}]")
+        if self.opponents is not None and self.mode != "group":
+            raise ValueError("opponents belongs to mode: group; leave it out")
         if owned := sorted({"model", "messages", "stream", "n"} & set(self.parameters)):
             raise ValueError(f"parameters cannot set {owned[0]}; leave it out")
         self.rubric_text()

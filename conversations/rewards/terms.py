@@ -76,7 +76,8 @@ def judge_reward(
         weight,
         on_error,
         scale=(judge.scale[0], judge.scale[1]),
-        pairwise=judge.mode == "pairwise",
+        mode=judge.mode,
+        opponents=judge.opponents,
         concurrency=judge.concurrency,
         run_dir=run_dir,
     )

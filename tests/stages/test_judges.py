@@ -15,7 +15,7 @@ from conversations.errors import ToolkitError
 from conversations.rewards import endpoint as endpoints
 from conversations.rewards.base import Answer
 from conversations.rewards.endpoint import EndpointSettings
-from conversations.rewards.judge import JudgeReward
+from conversations.rewards.judge import JudgeReward, meetings
 from recipes.cli import main as dsv2
 
 from ..helpers.stages import lines
@@ -203,18 +203,61 @@ def test_both_orders_are_asked(server: Server) -> None:
         return f"Better: {'tie' if (first == '4') == (second == '4') else 'A' if first == '4' else 'B'}"
 
     server.judge = right
-    reward = judge(server, pairwise=True)
+    reward = judge(server, mode="pairwise")
     assert reward.needs_reference and reward.judge(answers("4", "5", reference="4")) == [0.5, 0.0]
     assert reward.judge(answers("4", reference="3")) == [1.0] and reward.reasons[0] == (
         "better than the reference in both orders"
     )
     assert reward.summary() == "6 requests to m; both orders agree on 3 of 3 comparisons"
     server.judge = lambda messages: "Better: A"  # whatever stands first
-    biased = judge(server, pairwise=True)
+    biased = judge(server, mode="pairwise")
     assert biased.judge(answers("4", "5", reference="3")) == [0.5, 0.5] and "orders disagree" in str(biased.reasons[0])
     assert "agree on 0 of 2" in biased.summary()
     assert biased.judge(answers("4")) == [None]
     assert len(server.requests) == 10
+
+
+def by_size(messages: list[dict[str, str]]) -> str:
+    first, second = (int(block(messages, f"ANSWER {letter}")) for letter in "AB")
+    return f"Better: {'tie' if first == second else 'A' if first > second else 'B'}"
+
+
+def test_the_answers_to_a_prompt_are_compared_with_one_another(server: Server, tmp_path: Path) -> None:
+    server.judge = by_size
+    reward = judge(server, tmp_path, mode="group")
+    assert not reward.needs_reference
+    assert reward.judge(answers("3", "1", "2", "3")) == [1.0, 0.0, 0.5, 1.0]
+    assert reward.reasons[2] == "better than 1 of 2 others, worse than 1, as good as 0"
+    assert len(server.requests) == 6  # three pairs of different answers, each in both orders
+    other = [Answer([{"role": "user", "content": "3 + 3?"}], "9")]
+    assert reward.judge([*answers("2", "1"), *other]) == [1.0, 0.0, 0.5] and len(server.requests) == 6
+    assert reward.reasons[2] == "no other answer to compare with"
+    assert reward.summary() == "6 requests to m; both orders agree on 3 of 3 comparisons"
+    assert judge(server, tmp_path, mode="group").judge(answers("1", "3")) == [0.0, 1.0] and len(server.requests) == 6
+
+    server.judge = lambda messages: "Better: A"  # whatever stands first
+    biased = judge(server, mode="group")
+    assert biased.judge(answers("3", "1", "2")) == [0.5] * 3
+    assert biased.summary().endswith("both orders agree on 0 of 3 comparisons")
+
+
+@pytest.mark.parametrize(
+    ("count", "opponents", "each"), [(8, 2, 2), (8, 3, 4), (8, None, 7), (7, 6, 6), (3, 50, 2), (2, 1, 1), (1, 1, 0)]
+)
+def test_each_answer_meets_as_many_others(count: int, opponents: int | None, each: int) -> None:
+    texts = [*"hgfedcba"[:count]]
+    pairs = meetings(texts, opponents)
+    assert [sum(text in pair for pair in pairs) for text in texts] == [each] * count
+    assert all(one < other for one, other in pairs) and len(pairs) == count * each / 2
+
+
+def test_comparisons_that_fail_leave_the_others(server: Server) -> None:
+    server.judge = lambda messages: (
+        "?" if re.search(r"^1$", messages[1]["content"], re.MULTILINE) else by_size(messages)
+    )
+    reward = judge(server, mode="group", on_error="skip", retries=0)
+    assert values_of(reward, "3", "1", "5") == [0.0, None, 1.0]
+    assert str(reward.reasons[0]).endswith("1 not compared") and "names no better answer" in str(reward.reasons[1])
 
 
 def test_the_first_failure_ends_the_asking(server: Server) -> None:
@@ -258,16 +301,27 @@ def test_a_budget_of_requests_outlives_the_process(server: Server, tmp_path: Pat
     assert judge(server, tmp_path, budget=4).judge(answers("d")) == [pytest.approx(6 / 9)]
 
 
-def test_each_process_has_a_file_and_a_budget_of_its_own(
+def test_processes_share_the_budget_and_the_rate(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge(server, tmp_path, budget=1).judge(answers("a"))
-    monkeypatch.setenv("RANK", "1")
-    second = judge(server, tmp_path, budget=1)
-    second.judge(answers("a", "b"))
-    assert len(server.requests) == 2 and len(lines(tmp_path / "judge.1.jsonl")) == 1
-    with pytest.raises(ToolkitError, match="budget"):
-        judge(server, tmp_path, budget=1).judge(answers("c"))
+    judge(server, tmp_path, budget=1).judge(answers("before"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")  # of 6 - 1 requests it has 2, the first process 3
+    second = judge(server, tmp_path, budget=6, on_error="skip", concurrency=1)
+    assert values_of(second, *"abcd") == [pytest.approx(6 / 9)] * 2 + [None] * 2
+    assert "budget of 6 requests is spent" in str(second.reasons[3])
+    assert len(lines(tmp_path / "judge.1.jsonl")) == 4 and len(server.requests) == 3
+    monkeypatch.setenv("RANK", "0")  # which starts later, and so sees the requests of the second as spent
+    assert judge(server, tmp_path, budget=6).endpoint.allowed == 2
+    assert judge(server, tmp_path).summary() == "3 requests to m"  # of all processes
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert judge(server, tmp_path, budget=6).endpoint.allowed == 3
+    assert judge(server, tmp_path, budget=2).endpoint.allowed == 0
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    server.at.clear()
+    judge(server, per_minute=1200).judge(answers("a", "b", "c"))
+    assert server.at[-1] - server.at[0] >= 0.15  # 0.2 s, by its own clock
 
 
 def test_the_rate_is_kept(server: Server) -> None:
@@ -306,6 +360,17 @@ def test_from_the_command_line(server: Server, capsys: Any) -> None:
     assert not [path for path in Path("run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+def test_a_group_is_judged_in_rl(server: Server, capsys: Any) -> None:
+    Path("rubric.md").write_text("Be long.")
+    server.judge = lambda messages: "Better: " + max("AB", key=lambda letter: block(messages, f"ANSWER {letter}"))
+    entry = {"judge": {"base_url": server.url, "model": "m", "rubric": "rubric.md", "mode": "group"}}
+    assert dsv2(["rl", *RL, f"rewards=[{json.dumps(entry)}]", "--smoke"]) == 0
+    assert "; both orders agree on" in capsys.readouterr().err
+    assert len(server.requests) == len(lines(Path("run/judge.jsonl")))
+    sample = lines(Path("run/samples.jsonl"))[0]
+    assert sample["rewards"]["judge"] in (0, 0.5, 1) and "other" in sample["reasons"]["judge"]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -313,6 +378,7 @@ def test_from_the_command_line(server: Server, capsys: Any) -> None:
         ({"rubric": "empty.md"}, "rubric empty.md is empty"),
         ({"scale": [10, 1]}, "scale must rise"),
         ({"scale": [1]}, "judge.scale"),
+        ({"opponents": 3}, "opponents belongs to mode: group"),
         ({"base_url": "ftp://a"}, "base_url"),
         ({"api_key": "x"}, "a secret must not be in a recipe"),
         ({"key_variable": "NOT_SET"}, "the environment variable NOT_SET"),
@@ -342,6 +408,9 @@ def test_an_evaluation_by_a_judge(server: Server, capsys: Any) -> None:
     assert "eval: wins: 4 requests to m; both orders agree on 0 of 2" in capsys.readouterr().err
     assert "orders disagree" in lines(Path("run/samples.jsonl"))[0]["reason"] and len(server.requests) == 4
 
+    task["judge"] = {**judge, "mode": "group"}
+    assert dsv2([*words, f"tasks=[{json.dumps(task)}]", "output_dir=other"]) == 2
+    assert "compares several answers to a prompt, and an evaluation has one" in capsys.readouterr().err
     del task["judge"]
     assert dsv2([*words, f"tasks=[{json.dumps(task)}]", "output_dir=other"]) == 2
     assert "needs judge: {base_url, model, rubric}" in capsys.readouterr().err
