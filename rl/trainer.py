@@ -28,6 +28,7 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
+from rl.phases import PHASES, PhaseClock
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
@@ -75,6 +76,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             self.ref_model = self._prepare_reference(reference)
             if sync:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.clock = PhaseClock(self.accelerator.device, self._log_phases)
+        self.add_callback(self.clock)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
         self.unwritten = False  # whether there are completions since the last samples were written
@@ -90,6 +93,13 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     def tokens(self) -> int:
         return int(self.state.num_input_tokens_seen) * self.num_iterations
 
+    def _log_phases(self, seconds: dict[str, float]) -> None:
+        """Into the means of the next log. `step_time` becomes their sum: TRL's leaves the optimizer out."""
+        metrics = self._metrics["train"]
+        for phase in PHASES:
+            metrics[f"seconds/{phase}"].append(seconds[phase])
+        metrics["step_time"] = [sum(step) for step in zip(*(metrics[f"seconds/{p}"] for p in PHASES), strict=True)]
+
     # --- rollouts -----------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list[list[Row]]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -103,6 +113,10 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
                 rendered[key] = encoded["input_ids"]
             ids.append(rendered[key])
         return ids, None, {}
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        with self.clock.phase("rollout"):
+            return super()._generate_and_score_completions(inputs)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         # PeftModel.generate bypasses its own forward, the one that accelerate wraps in autocast.
@@ -144,13 +158,14 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         are padded on the left and answers on the right, so more than half of a batch can be padding."""
         size = batch_size or len(input_ids)
         logps, entropies = [], []
-        for start in range(0, len(input_ids), size):
-            ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
-            with self.accelerator.autocast():
-                scored = model(**pack_rows(ids, mask, logits_to_keep), fused_lm_head=True)
-            logps.append(unpack_rows(scored.log_probs, mask)[:, -logits_to_keep:])
-            if compute_entropy:
-                entropies.append(unpack_rows(scored.entropy, mask)[:, -logits_to_keep:])
+        with self.clock.phase("update" if torch.is_grad_enabled() else "reference"):
+            for start in range(0, len(input_ids), size):
+                ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
+                with self.accelerator.autocast():
+                    scored = model(**pack_rows(ids, mask, logits_to_keep), fused_lm_head=True)
+                logps.append(unpack_rows(scored.log_probs, mask)[:, -logits_to_keep:])
+                if compute_entropy:
+                    entropies.append(unpack_rows(scored.entropy, mask)[:, -logits_to_keep:])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     # --- rewards ------------------------------------------------------------------------------------------------
@@ -160,7 +175,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     ) -> torch.Tensor:
         finished = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
         inputs = [{**row, "finished": done} for row, done in zip(inputs, finished, strict=True)]
-        values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self.clock.phase("rewards"):
+            values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._log_completion_extra("truncated", [not done for done in finished])
         for reward in self.rewards:
             if reward.gives_reasons:

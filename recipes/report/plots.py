@@ -68,6 +68,11 @@ FIGURES = (
         "share of tokens",
         ((r"mean_token_accuracy", "train"), (r"eval_mean_token_accuracy", "held-out")),
     ),
+    Figure(
+        "Seconds of a step by phase",
+        "seconds",
+        ((r"step_time", "whole step"), (r"seconds/(.+)", "{0}")),
+    ),
     Figure("Entropy", "nats per token", ((r"entropy", "train"), (r"eval_entropy", "held-out"))),
     Figure("Learning rate", "per step", ((r"learning_rate", "learning rate"),)),
     Figure("Gradient norm", "L2 norm before clipping", ((r"grad_norm", "gradient norm"),), log_ok=True),

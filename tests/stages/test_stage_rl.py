@@ -16,14 +16,12 @@ from conversations.rewards.rule import RuleReward
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
 from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
-from deepseek_v2_modeling.training.mixin import RunLimits
-from rl.config import RlRecipe
-from rl.stage import grpo_config, planned_config, prompt_dataset, rehearsal, train
+from rl.stage import planned_config, prompt_dataset, rehearsal
 from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
 
 from ..helpers.models import random_ids
+from ..helpers.rl import Vowels, recipe, run, trainer_for, untimed
 from ..helpers.stages import (
-    SECTIONS,
     TINY,
     assert_same_weights,
     byte_tokenizer,
@@ -36,13 +34,6 @@ from ..helpers.stages import (
     user,
     weights,
 )
-
-
-class Vowels(Reward):
-    """How many vowels: a reward with spread, whatever a random model says."""
-
-    def judge(self, answers):
-        return [float(sum(letter in "aeiouAEIOU" for letter in answer.text)) for answer in answers]
 
 
 class Length(Reward):
@@ -60,51 +51,12 @@ class Silent(Reward):
         return [None] * len(answers)
 
 
-def recipe(run_dir: Path, **changes):
-    training = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "beta": 0.1,
-        "save_steps": 2,
-        **changes.pop("training", {}),
-    }
-    sections = {**SECTIONS, "rewards": [{"rule": "format"}], "output_dir": str(run_dir)}
-    return RlRecipe(**{**sections, "stage": "rl", "training": training, **changes})
-
-
-def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **changes):
-    return train(
-        recipe(run_dir, **changes),
-        model=model or chat_model(),
-        tokenizer=byte_tokenizer(),
-        rows=conversations(16) if rows is None else rows,
-        rewards=rewards or [Vowels("vowels")],
-        run_dir=run_dir,
-        resume_from=resume_from,
-    )
-
-
 def test_a_limit_of_tokens_counts_each_pass_over_an_answer(tmp_path):
     """Two updates on each rollout: its tokens are trained on twice."""
     training = {"num_iterations": 2, "steps_per_generation": 1}
     limited = run(tmp_path, max_tokens=1, training=training)
     log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
     assert limited["steps"] == len(log) == 1 and limited["tokens"] == 2 * log[0]["num_tokens"]
-
-
-def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
-    rewards = rewards or [Vowels("vowels")]
-    return PolicyTrainer(
-        model or chat_model(),
-        grpo_config(recipe(run_dir, **changes), run_dir, RunLimits(), rewards),
-        rewards,
-        train_dataset=prompt_dataset(conversations(16)),
-        processing_class=byte_tokenizer(),
-        limits=RunLimits(),
-    )
 
 
 def final(run_dir: Path):
@@ -347,9 +299,7 @@ def test_resume_gives_the_same_weights(tmp_path, settings):
     assert_same_weights(final(tmp_path / "a"), final(tmp_path / "b"))
     one, other = (lines(tmp_path / name / "metrics.jsonl")[:4] for name in "ab")
     for before, after in zip(one, other, strict=True):
-        assert {k: v for k, v in before.items() if k != "step_time"} == {
-            k: v for k, v in after.items() if k != "step_time"
-        }
+        assert untimed(before) == untimed(after)
     said = lines(tmp_path / "a" / "samples.jsonl")
     assert said == lines(tmp_path / "b" / "samples.jsonl")
     rollouts = {"steps_per_generation": {1, 4}, "num_iterations": {1}}
