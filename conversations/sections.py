@@ -281,6 +281,11 @@ class TrainingRecipe(StageRecipe):
         return self
 
     @property
+    def trains_router(self) -> bool:
+        """Whether full fine-tuning trains the routers of the experts."""
+        return True
+
+    @property
     def chosen_experts_file(self) -> str | None:
         """The file that names the routed experts to train, with adapters or without."""
         return self.lora.experts_file if self.lora else self.experts_file

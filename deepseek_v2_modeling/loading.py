@@ -36,6 +36,7 @@ from .errors import ModelError
 from .esft.choice import ExpertChoice
 from .esft.full_weights import train_chosen_experts
 from .kernels.float32_products import Linear
+from .layers.moe import DeepseekV2Router
 from .modeling import HEADS
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
@@ -153,12 +154,13 @@ def prepare_trainable(
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
     heads: int | None = None,
+    router: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """A model ready for a trainer. Trainable weights are float32 whatever `dtype` (that of frozen weights) is.
 
     An adapter with the same targets, ranks and experts is trained on; with others, or for full fine-tuning, it is
     merged into `merge_dir` first. experts: those that train (of the routed ones); without LoRA everything else is
-    frozen. heads: of a reward model, as in `load_base`.
+    frozen. heads: of a reward model, as in `load_base`. router: whether full fine-tuning trains the routers.
     """
     wanted = lora.config(TASKS[head]) if lora else None
     if source.adapter and not (wanted and continues(source.adapter, wanted, experts, source.settings)):
@@ -169,12 +171,21 @@ def prepare_trainable(
         if experts is not None:
             train_chosen_experts(model, experts)
             train_in_float32(model)
+        elif not router:
+            freeze_routers(model)
         return model.train()
     if source.adapter:
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
         adapted = apply_lora(model, wanted, experts=experts)
     return adapted.train()
+
+
+def freeze_routers(model: nn.Module) -> None:
+    """Freeze the weights that choose the experts; everything else stays as it is."""
+    for module in model.modules():
+        if isinstance(module, DeepseekV2Router):
+            module.requires_grad_(False)
 
 
 def save_directory(

@@ -14,6 +14,30 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     """Group-relative policy optimisation; `training` feeds trl.GRPOConfig."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
+    train_router: bool = Field(
+        default=False,
+        description="Train the routers too, in full fine-tuning or by router in lora.targets. Frozen ones change the "
+        "experts of fewer tokens between rollout and update.",
+    )
+
+    @property
+    def trains_router(self) -> bool:
+        return self.train_router
+
+    @model_validator(mode="after")
+    def _router_is_asked_for(self) -> "RlRecipe":
+        named = self.lora is not None and "router" in self.lora.targets
+        if named and not self.train_router:
+            raise ValueError(
+                "lora.targets names router, which RL trains only with train_router: true; add that, or leave it out"
+            )
+        if self.lora is not None and self.train_router and not named:
+            raise ValueError(
+                "train_router: true needs router among lora.targets; name it there, or leave train_router out"
+            )
+        if self.train_router and self.experts_file:
+            raise ValueError("train_router: true cannot be combined with experts_file, which trains experts alone")
+        return self
 
     @model_validator(mode="after")
     def _one_change_of_the_head(self) -> "RlRecipe":

@@ -78,6 +78,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             attn_implementation=section.attn_implementation,
             config=section.config,
             heads=recipe.score_heads,
+            router=recipe.trains_router,
         )
 
     return main_first(load)
@@ -121,13 +122,9 @@ def adapted_table(model: Any) -> list[dict[str, Any]]:
         return adapted_modules(model)
     if rows := trained_rows(model):
         return rows
-    parameters = list(model.parameters())
-    return [
-        {
-            "projection": "all weights",
-            "parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        }
-    ]
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    some = len(trained) < len(list(model.parameters()))
+    return [{"projection": "all weights except the routers'" if some else "all weights", "parameters": sum(trained)}]
 
 
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:

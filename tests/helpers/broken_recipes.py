@@ -203,6 +203,8 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         if recipe["stage"] != "rl":
             yield from ((kind, {("eval_data",): [{"path": f"{name}.jsonl"}]}) for name in DATA)
             yield from ((kind, {data: "long_answers.jsonl", ("format", "too_long"): how}) for how in ("drop", "split"))
+    for router in (True, False):
+        yield from (("rl", {("train_router",): router, ("lora",): lora}) for lora in (None, *ADAPTERS[:2], ADAPTERS[6]))
     for rewards in REWARDS:
         for name in ("chat", "bare", "some_references", "bad_references"):
             yield "rl", {("rewards",): rewards, ("data", 0, "path"): f"{name}.jsonl"}
