@@ -1,13 +1,13 @@
-"""Figures of how well a reward model's scores agree with judged answers, each with an interval. No torch.
+"""Measures how well a reward model's scores agree with judged answers, with confidence intervals. Imports no torch.
 
-A row holds the scores of its answers and their lengths in tokens, and one of these verdicts:
+A row holds the scores of its answers, their lengths in tokens, and one of these verdicts:
 
-    right   how many of the answers, the first ones, are right (a pair is two answers, the first one right)
-    label   whether its one answer is good
-    score   what its one answer has in the data
+    right   number of right answers, which come first (a pair has two answers, of which the first is right)
+    label   whether its only answer is good
+    score   the score of its only answer in the data
 
-Every verdict becomes comparisons, each with a margin that is above 0 where the model is right: of a right answer over a
-wrong one; of a labelled answer over the score 0; of two scored answers, the better one first.
+Verdicts are turned into comparisons, each with a margin that is positive if the model is right: a right answer against
+a wrong one, a labelled answer against the score 0, or two scored answers against each other, the better one first.
 """
 
 import re
@@ -20,22 +20,24 @@ import numpy as np
 from conversations.answers.intervals import bootstrap_interval, mean_interval
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Measure = Callable[[Array], float]  # weights of the rows [N] -> the figure; NaN where it is not defined
+Measure = Callable[[Array], float]  # weights of the rows [N] -> the figure; NaN if it is undefined
 Row = Mapping[str, Any]
 Figure = dict[str, Any]  # value, interval, n
 
-PARTNERS = 64  # scored rows that each scored row is compared with, at most
+PARTNERS = 64  # maximum number of scored rows that each scored row is compared with
 BINS = 10  # of confidence, from 0.5 to 1
-LONG = 0.3  # a correlation of scores with length that is worth a remark
-GROUPS = 50  # listed by name
+LONG = 0.3  # a correlation between score and length above which the summary mentions it
+GROUPS = 50  # maximum number of groups listed by name
 GROUPED_BY = {"by_source": ("source", "dataset", "subset"), "by_kind": ("kind", "category")}  # keys of meta
-TIES_ID = re.compile(r"(ref|tied):(.+)")  # RewardBench 2: a question with one right answer, and its like with several
+# RewardBench 2: ids of a question with one right answer (ref) and of its variant with several (tied)
+TIES_ID = re.compile(r"(ref|tied):(.+)")
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """row [C]: whose comparison it is. other [C]: the second row of one between scored rows, else -1. margin [C].
-    length [C]: 1 where length speaks for the better answer, -1 where against it, 0 where it is equal."""
+    """C comparisons. row [C]: the row of each. other [C]: the second row if it compares two scored rows, else -1.
+    margin [C]: positive if the model is right. length [C]: 1 if the better answer is longer, -1 if shorter, 0 if equal.
+    """
 
     row: Array
     other: Array
@@ -43,7 +45,8 @@ class Comparisons:
     length: Array
 
     def weights(self, of_rows: Array) -> Array:
-        """[C], from those of the rows [N]: a row counts the same however many comparisons it has."""
+        """The weights [C] of the comparisons, from those of the rows [N]: a row counts the same regardless of its
+        number of comparisons."""
         counts = np.bincount(self.row, minlength=len(of_rows))
         return of_rows[self.row] * np.where(self.other < 0, 1, of_rows[self.other]) / counts[self.row]
 
@@ -52,15 +55,15 @@ class Comparisons:
 
 
 def compare(rows: Sequence[Row]) -> Comparisons:
-    """The comparisons of all rows, in their order; those of scored rows come last."""
+    """The comparisons of all rows, in order; those between scored rows come last."""
     lengths = [row["lengths"][0] for row in rows if "label" in row]
-    usual = float(np.median(lengths)) if lengths else 0.0
+    median = float(np.median(lengths)) if lengths else 0.0
     found: list[tuple[int, int, float, float]] = []
     for place, row in enumerate(rows):
         scores, sizes = row["scores"], row["lengths"]
         if "label" in row:
             sign = 1 if row["label"] else -1
-            found.append((place, -1, sign * scores[0], sign * (sizes[0] - usual)))
+            found.append((place, -1, sign * scores[0], sign * (sizes[0] - median)))
         for better in range(row.get("right", 0)):
             for worse in range(row["right"], len(scores)):
                 found.append((place, -1, scores[better] - scores[worse], sizes[better] - sizes[worse]))
@@ -70,9 +73,9 @@ def compare(rows: Sequence[Row]) -> Comparisons:
 
 
 def _between(rows: Sequence[Row]) -> list[tuple[int, int, float, float]]:
-    """Scored rows with others whose target differs: with all of them where there are few, else with some."""
+    """Comparisons of each scored row with up to PARTNERS others whose target differs."""
     scored = np.array([place for place, row in enumerate(rows) if "score" in row], dtype=int)
-    scored = np.random.default_rng(0).permutation(scored)  # a file may be in the order of its scores
+    scored = np.random.default_rng(0).permutation(scored)  # the file may be sorted by score
     target, score, size = (
         np.array([rows[i][key] if key == "score" else rows[i][key][0] for i in scored], dtype=float)
         for key in ("score", "scores", "lengths")
@@ -86,46 +89,48 @@ def _between(rows: Sequence[Row]) -> list[tuple[int, int, float, float]]:
     return found
 
 
-# --- The figures
+# --- The measures
 
 
-def accuracy(found: Comparisons) -> Measure:
-    """The mean over rows of the share of their comparisons that the model gets right; equal scores are not right."""
-    return lambda weights: _mean(found.margin > 0, found.weights(weights))
+def accuracy(comparisons: Comparisons) -> Measure:
+    """The mean over rows of the fraction of their comparisons that the model gets right; equal scores count as
+    wrong."""
+    return lambda weights: _mean(comparisons.margin > 0, comparisons.weights(weights))
 
 
-def length_controlled(found: Comparisons) -> Measure:
-    """The accuracy where length speaks for the better answer and that where it speaks against it, which count equally:
-    a model that goes by length alone gets a half. Comparisons of equal length belong to both."""
-    if not found.length.any():
-        return accuracy(found)
-    sides = [found.where(found.length * side >= 0) for side in (1, -1)]
+def length_controlled(comparisons: Comparisons) -> Measure:
+    """The mean of two accuracies: on comparisons whose better answer is longer, and on those where it is shorter. A
+    model that judges by length alone gets one half. Comparisons of equal length belong to both."""
+    if not comparisons.length.any():
+        return accuracy(comparisons)
+    sides = [comparisons.where(comparisons.length * side >= 0) for side in (1, -1)]
     if not all((side.length != 0).any() for side in sides):
         return lambda weights: np.nan
     measures = [accuracy(side) for side in sides]
     return lambda weights: float(np.mean([measure(weights) for measure in measures]))
 
 
-def mean_margin(found: Comparisons) -> Measure:
-    return lambda weights: _mean(found.margin, found.weights(weights))
+def mean_margin(comparisons: Comparisons) -> Measure:
+    """The mean margin of the comparisons, in units of the score."""
+    return lambda weights: _mean(comparisons.margin, comparisons.weights(weights))
 
 
-def calibration_error(found: Comparisons) -> Measure:
-    """Expected calibration error (Naeini et al. 2015): sigmoid(|margin|) is how sure the model is (Bradley-Terry)."""
-    sure = 1 / (1 + np.exp(-np.abs(found.margin)))
-    right = np.where(found.margin == 0, 0.5, found.margin > 0)
-    place = np.minimum((2 * BINS * (sure - 0.5)).astype(int), BINS - 1)
+def calibration_error(comparisons: Comparisons) -> Measure:
+    """Expected calibration error (Naeini et al. 2015), with sigmoid(|margin|) as confidence (Bradley-Terry)."""
+    confidence = 1 / (1 + np.exp(-np.abs(comparisons.margin)))
+    right = np.where(comparisons.margin == 0, 0.5, comparisons.margin > 0)
+    bin_of = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
 
     def measure(weights: Array) -> float:
-        each = found.weights(weights)
-        return float(np.abs(np.bincount(place, each * (right - sure), BINS)).sum() / each.sum())
+        row_weights = comparisons.weights(weights)
+        return float(np.abs(np.bincount(bin_of, row_weights * (right - confidence), BINS)).sum() / row_weights.sum())
 
     return measure
 
 
 def auc(rows: Sequence[Row]) -> Measure:
-    """The chance that an answer that is good scores higher than one that is not, both taken from all rows (the area
-    under the ROC curve); equal scores count half."""
+    """Area under the ROC curve: the probability that a good answer scores higher than a bad one, both drawn from all
+    rows; equal scores count half."""
     listed = [
         (place, score, row["label"] if "label" in row else number < row["right"])
         for place, row in enumerate(rows)
@@ -136,21 +141,22 @@ def auc(rows: Sequence[Row]) -> Measure:
     level = np.unique(scores, return_inverse=True)[1]
 
     def measure(weights: Array) -> float:
-        up, down = (np.bincount(level, weights[row_of] * which) for which in (good, ~good.astype(bool)))
+        up, down = (np.bincount(level, weights[row_of] * kind) for kind in (good, ~good.astype(bool)))
         total = up.sum() * down.sum()
         return float((up * (down.cumsum() - down / 2)).sum() / total) if total else np.nan
 
     return measure
 
 
-def concordance(found: Comparisons) -> Measure:
-    """What the area under the ROC curve is where targets are numbers (Harrell 1982); equal scores count half."""
-    right = np.where(found.margin == 0, 0.5, found.margin > 0)
-    return lambda weights: _mean(right, found.weights(weights))
+def concordance(comparisons: Comparisons) -> Measure:
+    """The concordance index (Harrell 1982), which generalises the area under the ROC curve to numeric targets; equal
+    scores count half."""
+    right = np.where(comparisons.margin == 0, 0.5, comparisons.margin > 0)
+    return lambda weights: _mean(right, comparisons.weights(weights))
 
 
 def length_correlation(rows: Sequence[Row]) -> Measure:
-    """Pearson's correlation of an answer's score with its length in tokens, over all answers."""
+    """Pearson correlation between an answer's score and its length in tokens, over all answers."""
     listed = [
         (place, *each) for place, row in enumerate(rows) for each in zip(row["scores"], row["lengths"], strict=True)
     ]
@@ -167,16 +173,19 @@ def length_correlation(rows: Sequence[Row]) -> Measure:
 
 
 def best_of(row: Row) -> float:
-    """RewardBench 2 (Malik et al. 2025): whether the highest score is a right answer's; of several answers with that
-    score each counts its part."""
+    """RewardBench 2 (Malik et al. 2025): 1 if the highest score belongs to a right answer, else 0; if several answers
+    share the highest score, the fraction of these that is right."""
     top = [score == max(row["scores"]) for score in row["scores"]]
     return sum(top[: row["right"]]) / sum(top)
 
 
 def ties(rows: Sequence[Row]) -> Measure:
-    """RewardBench 2's score of ties: 30 % each for the questions with one and with several right answers, of which all
-    right ones score above all wrong ones; 20 % for the latter whose right answers differ by less than they stand above
-    the wrong ones, 20 % where this holds for the question with one right answer too, and 1 % for by how much."""
+    """The ties score of RewardBench 2, for questions with one right answer (ref) and variants with several (tied).
+
+    It weighs 30 % each the fractions of tied and of ref questions whose right answers all score above all wrong ones;
+    20 % the fraction of tied questions whose right answers differ by less than their gap to the wrong ones; 20 % the
+    fraction for which that also holds with the smaller gap of the two variants; and 1 % by how large the gap is.
+    """
     named: dict[str, dict[str, int]] = {"ref": {}, "tied": {}}
     for place, row in enumerate(rows):
         if match := _ties_id(row):
@@ -187,18 +196,18 @@ def ties(rows: Sequence[Row]) -> Measure:
         gap[place], spread[place] = min(good) - max(bad), max(good) - min(good)
     ref, tied = (np.array([*places.values()], dtype=int) for places in named.values())
     both = [key for key in named["tied"] if key in named["ref"]]
-    one, several = (np.array([named[name][key] for key in both], dtype=int) for name in ("ref", "tied"))
-    least = np.minimum(gap[one], gap[several])
+    of_ref, of_tied = (np.array([named[name][key] for key in both], dtype=int) for name in ("ref", "tied"))
+    least = np.minimum(gap[of_ref], gap[of_tied])
     with np.errstate(divide="ignore", invalid="ignore"):
-        by_how_much = np.nan_to_num(np.tanh(least / spread[several] - 1), nan=0.0)
+        by_how_much = np.nan_to_num(np.tanh(least / spread[of_tied] - 1), nan=0.0)
 
     def measure(weights: Array) -> float:
         parts = (
             (0.3, gap[tied] > 0, tied),
             (0.3, gap[ref] > 0, ref),
-            (0.2, gap[several] > spread[several], several),
-            (0.2, least > spread[several], several),
-            (0.01, by_how_much, several),
+            (0.2, gap[of_tied] > spread[of_tied], of_tied),
+            (0.2, least > spread[of_tied], of_tied),
+            (0.01, by_how_much, of_tied),
         )
         return sum(share * _mean(values, weights[places]) for share, values, places in parts)
 
@@ -214,19 +223,22 @@ def _mean(values: Array, weights: Array) -> float:
     return float((values * weights).sum() / total) if total else np.nan
 
 
-# --- All of them
+# --- All figures
 
 
 def agreement(rows: Sequence[Row]) -> dict[str, Any]:
-    """{"n", "value": the accuracy, "value_interval", "details": {name: {value, interval, n}}}, and "by_source" and
-    "by_kind" where rows have a key of `GROUPED_BY` in meta. A figure that these rows do not define is left out; one
-    that they do, but which cannot be computed (lengths that are all equal), is None. Intervals are of 95 %; rows with
-    the same prompt are taken together for them."""
-    found, prompts = compare(rows), prompts_of(rows)
+    """{"n", "value": the accuracy, "value_interval", "details": {name: {value, interval, n}}}, plus "by_source" and
+    "by_kind" if rows have the keys of `GROUPED_BY` in meta.
+
+    A figure that does not apply to these rows is left out; one that applies but cannot be computed (for example because
+    all lengths are equal) is None. Intervals are 95 % confidence intervals, which treat rows with the same prompt as
+    one cluster.
+    """
+    comparisons, prompts = compare(rows), prompts_of(rows)
     everything = np.ones(len(rows), dtype=bool)
-    right = _accuracy(found, everything, prompts)
-    details = {name: _figure(measure, prompts, n) for name, (measure, n) in _measures(rows, found).items()}
-    groups = {name: _grouped(rows, found, prompts, keys) for name, keys in GROUPED_BY.items()}
+    right = _accuracy(comparisons, everything, prompts)
+    details = {name: _figure(measure, prompts, n) for name, (measure, n) in _measures(rows, comparisons).items()}
+    groups = {name: _grouped(rows, comparisons, prompts, keys) for name, keys in GROUPED_BY.items()}
     return {
         "n": len(rows),
         "value": right["value"],
@@ -237,29 +249,29 @@ def agreement(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def prompts_of(rows: Sequence[Row]) -> list[Hashable]:
-    """What each row is a case of: its prompt, or itself where none is stated."""
+    """The cluster of each row: its prompt, or the row's own number if it has none."""
     return [row.get("prompt", place) for place, row in enumerate(rows)]
 
 
 def remark(figures: Mapping[str, Any]) -> str:
-    """What the summary of an evaluation says beside its figures; empty where there is nothing."""
+    """A warning to append to an evaluation's summary line if scores correlate with length, or an empty string."""
     value = figures.get("details", {}).get("length_correlation", {}).get("value")
     if value is None or abs(value) <= LONG:
         return ""
     return f"; scores {'rise' if value > 0 else 'fall'} with length (correlation {value:.2f})"
 
 
-def _measures(rows: Sequence[Row], found: Comparisons) -> dict[str, tuple[Measure, int]]:
-    """Figures that are no mean over rows, and from how many rows they are."""
+def _measures(rows: Sequence[Row], comparisons: Comparisons) -> dict[str, tuple[Measure, int]]:
+    """The measures that are not means over rows, and the number of rows that each is computed from."""
     judged = sum("score" not in row for row in rows)
     measures = {
-        "length_controlled": (length_controlled(found), len(rows)),
-        "auc": (auc(rows) if judged else concordance(found), judged or len(rows)),
-        "mean_margin": (mean_margin(found), len(rows)),
+        "length_controlled": (length_controlled(comparisons), len(rows)),
+        "auc": (auc(rows) if judged else concordance(comparisons), judged or len(rows)),
+        "mean_margin": (mean_margin(comparisons), len(rows)),
         "length_correlation": (length_correlation(rows), len(rows)),
     }
     if judged:
-        measures["calibration_error"] = (calibration_error(found.where(found.other < 0)), judged)
+        measures["calibration_error"] = (calibration_error(comparisons.where(comparisons.other < 0)), judged)
     kinds = {match[1] for row in rows if (match := _ties_id(row))}
     if kinds == {"ref", "tied"}:
         measures["ties"] = (ties(rows), sum(_ties_id(row) is not None for row in rows))
@@ -267,7 +279,7 @@ def _measures(rows: Sequence[Row], found: Comparisons) -> dict[str, tuple[Measur
 
 
 def _bests(rows: Sequence[Row], prompts: Sequence[Hashable]) -> dict[str, Figure]:
-    """best_of_4 where there are questions with four answers, and so on."""
+    """best_of_4 if there are questions with four answers, and so on."""
     sizes: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         if len(row["scores"]) > 2 and not _ties_id(row):
@@ -279,9 +291,9 @@ def _bests(rows: Sequence[Row], prompts: Sequence[Hashable]) -> dict[str, Figure
 
 
 def _grouped(
-    rows: Sequence[Row], found: Comparisons, prompts: Sequence[Hashable], keys: Sequence[str]
+    rows: Sequence[Row], comparisons: Comparisons, prompts: Sequence[Hashable], keys: Sequence[str]
 ) -> dict[str, Figure]:
-    """The accuracy in each group, by the first of these keys that a row's meta has."""
+    """The accuracy in each group; the group of a row is the value of the first of these keys in its meta."""
     metas = [row.get("meta") or {} for row in rows]
     names = [next((str(meta[key]) for key in keys if meta.get(key) is not None), "") for meta in metas]
     if not any(names):
@@ -289,30 +301,30 @@ def _grouped(
     counts = {name: names.count(name) for name in sorted(set(names))}
     listed = {name: name or "not stated" for name in sorted(counts, key=lambda name: -counts[name])[:GROUPS]}
     groups = np.array([listed.get(name, "all others") for name in names])
-    of_groups = {str(group): groups == group for group in dict.fromkeys(sorted(groups))}
-    return {group: _accuracy(found, which, prompts) for group, which in of_groups.items()}
+    members = {str(group): groups == group for group in dict.fromkeys(sorted(groups))}
+    return {group: _accuracy(comparisons, inside, prompts) for group, inside in members.items()}
 
 
-def _accuracy(found: Comparisons, which: Array, prompts: Sequence[Hashable]) -> Figure:
-    """The accuracy on these rows. Comparisons between two rows leave no value for each row, so that its interval is a
-    bootstrap's then."""
-    measure, n = accuracy(found), int(which.sum())
-    if (found.other >= 0).any():
-        return _figure(lambda weights: measure(weights * which), prompts, n)
-    right, total = (np.bincount(found.row, values, len(which)) for values in (found.margin > 0, None))
-    places = np.flatnonzero(which & (total > 0)).tolist()
+def _accuracy(comparisons: Comparisons, included: Array, prompts: Sequence[Hashable]) -> Figure:
+    """The accuracy on the rows in the mask `which`. With comparisons between two rows there is no value per row, so the
+    interval is then a bootstrap interval."""
+    measure, n = accuracy(comparisons), int(included.sum())
+    if (comparisons.other >= 0).any():
+        return _figure(lambda weights: measure(weights * included), prompts, n)
+    right, total = (np.bincount(comparisons.row, values, len(included)) for values in (comparisons.margin > 0, None))
+    places = np.flatnonzero(included & (total > 0)).tolist()
     return _share((right[places] / total[places]).tolist(), [prompts[place] for place in places])
 
 
 def _share(values: Sequence[float], prompts: Sequence[Hashable]) -> Figure:
-    """The mean of values from 0 to 1."""
+    """The mean of values from 0 to 1, with its interval."""
     if not values:
         return {"value": None, "interval": None, "n": 0}
     return {"value": float(np.mean(values)), "interval": [*mean_interval(values, prompts)], "n": len(values)}
 
 
 def _figure(measure: Measure, prompts: Sequence[Hashable], n: int) -> Figure:
-    """Any figure, with the interval of a bootstrap over prompts."""
+    """The figure of a measure, with a bootstrap interval over prompts."""
     value = measure(np.ones(len(prompts)))
     if np.isnan(value):
         return {"value": None, "interval": None, "n": n}

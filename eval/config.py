@@ -1,10 +1,10 @@
-"""The recipe of an evaluation. No torch.
+"""Recipe schema and stage definition of evaluation. Imports no torch.
 
-What `eval.stage.evaluate` returns: one entry for each task, by its name,
-`{"n": rows, "greedy": value at temperature 0, "t1": value at temperature 1}`; a temperature T other than 0 and 1
-is called "t" + T; "greedy_interval" is the 95 % interval of "greedy", "greedy_truncated" the share of answers that
-max_new_tokens cut. pair_accuracy has "value" instead, and loss "loss", in nats. reward has "value", the accuracy, and
-figures by name, each with its interval, under "details", "by_source" and "by_kind" (eval/agreement.py).
+`eval.stage.evaluate` returns one entry per task, by name: `{"n": rows, "greedy": value at temperature 0, "t1": value at
+temperature 1}`, where a temperature T is named "t" + T. "greedy_interval" is the 95 % confidence interval of "greedy",
+and "greedy_truncated" the fraction of answers truncated at max_new_tokens. pair_accuracy has "value" instead, and loss
+has "loss", in nats. reward has "value", the accuracy, and named figures with intervals under "details", "by_source" and
+"by_kind" (eval/agreement.py).
 """
 
 import re
@@ -33,7 +33,7 @@ _RESERVED = re.compile(r"(^|_)(n|truncated|interval|t\d+|details|by_source|by_ki
 
 
 def decoding_name(temperature: float) -> str:
-    """What a temperature is called in the results: greedy, t1, t0.7."""
+    """The name of a temperature in the results: greedy, t1, t0.7."""
     return "greedy" if temperature == 0 else f"t{temperature:g}"
 
 
@@ -47,45 +47,45 @@ _USED_BY = {
     "reward": ("combine",),
 }
 
-# Metrics that let the model say nothing, and their value.
+# Metrics that generate no answers, and the name of their value in the results.
 UNSAMPLED_METRICS = {"pair_accuracy": "value", "reward": "value", "loss": "loss"}
-SCORED = ("pair_accuracy", "reward")  # metrics of a reward model
+SCORED = ("pair_accuracy", "reward")  # metrics that need a reward model
 
 
 class EvalTask(Section):
-    """One metric to measure on one list of rows."""
+    """One metric, measured on one list of rows."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the figure in the results.")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the task in the results.")
     metric: Literal["exact_match", "refusal", "format", "judge", "pair_accuracy", "reward", "loss"] = Field(
-        description="Share of correct answers, refusals, answers in a format, pairs ranked correctly; the mean verdict "
-        "of a judge; all figures of a reward model on pairs, labels, scores or right and wrong answers; or the mean "
-        "loss."
+        description="The fraction of correct answers, refusals, well-formed answers or correctly ranked pairs; the "
+        "mean verdict of a judge; all figures of a reward model on pairs, labels, scores or right and wrong answers; "
+        "or the mean loss."
     )
     data: list[DataSource] = Field(
-        default_factory=list, description="Rows of this task; by default the recipe's `data`."
+        default_factory=list, description="Rows of this task; the default is the recipe's `data`."
     )
     rule: str = Field(
-        default="number", description="exact_match: the rule that judges an answer (docs/rules.md); its score counts."
+        default="number", description="exact_match: the rule whose score is the value of an answer (docs/rules.md)."
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="exact_match: the rule's own settings.")
     judge: JudgeSettings | None = Field(
-        default=None, description="judge: the language model that judges answers, as among the rewards of rl."
+        default=None, description="judge: the language model that judges answers, as in the rewards of rl."
     )
     patterns: list[str] = Field(
         default_factory=list,
-        description="Regular expressions; refusal: found in a sentence, empty takes the usual ones; format: one of "
-        "them matches the whole answer, empty takes any well-formed one.",
+        description="Regular expressions. refusal: one is found in a sentence of the answer; the default is a built-in "
+        "list. format: one matches the whole answer; by default any well-formed answer counts.",
     )
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
     )
     combine: Combine = Field(
         default="mean",
-        description="Of a reward model with several heads: the mean of their scores, the least, or the mean less their "
-        "spread.",
+        description="With a reward model that has several heads: the mean of their scores, the minimum, or the mean "
+        "minus the standard deviation.",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of an answer, in tokens.")
-    batch_size: int = Field(default=32, ge=1, description="Batch size: prompts (or pairs) processed at once.")
+    batch_size: int = Field(default=32, ge=1, description="Number of prompts (or pairs) processed at once.")
     limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
 
     def refusal(self) -> Refuse:
@@ -110,10 +110,10 @@ class EvalTask(Section):
 
     @field_validator("temperatures")
     @classmethod
-    def _a_figure_each(cls, temperatures: list[float]) -> list[float]:
+    def _have_distinct_names(cls, temperatures: list[float]) -> list[float]:
         names = [decoding_name(temperature) for temperature in temperatures]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"must differ within six digits: two of them are both named {twice[0]}")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"must differ within six digits: two of them are both named {repeated[0]}")
         return temperatures
 
     @field_validator("patterns")
@@ -161,7 +161,7 @@ class EvalTask(Section):
 
 
 class EvalRecipe(StageRecipe):
-    """Measures a model on held-out rows and writes its answers."""
+    """Measures a model on held-out rows and records its answers."""
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
     data: list[DataSource] = Field(default_factory=list, description="Rows for every task without data of its own.")
@@ -176,9 +176,9 @@ class EvalRecipe(StageRecipe):
                     f"a task cannot be called {task.name}: names ending in _n, _truncated, _interval, _t1 and the "
                     "like, or in loss with another metric, are reserved for other figures in results.json"
                 )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"tasks share a name: {', '.join(twice)}")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"tasks share a name: {', '.join(repeated)}")
         for task in self.tasks:
             if not task.data and not self.data:
                 raise ValueError(f"task {task.name} has no data: give it some, or give the recipe `data`")

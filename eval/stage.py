@@ -36,8 +36,8 @@ from eval.config import UNSAMPLED_METRICS, EvalRecipe, EvalTask, decoding_name
 Numbered = Sequence[tuple[int, Row]]  # rows with their number in the task, from 0
 UNSAMPLED = "value"
 LOSS = "loss"
-PLACE = ("task", "decoding", "row")  # what identifies a sample
-CHUNK_BATCHES = 4  # batches of answers after which they are judged and written
+PLACE = ("task", "decoding", "row")  # keys that identify a sample
+CHUNK_BATCHES = 4  # batches of answers to generate before judging and writing them
 
 
 VerdictsOn = Callable[[Numbered, Sequence[Generated]], list[Verdict]]
@@ -45,10 +45,12 @@ VerdictsOn = Callable[[Numbered, Sequence[Generated]], list[Verdict]]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation. seed: of sampling, the same in all processes (each row makes its own from it).
+    """The model under evaluation.
 
-    kept: samples of this evaluation from before it was stopped.
-    said: its answers so far, by all that they depend on, so that tasks on the same rows judge the same answers.
+    seed: of sampling, the same in all processes; each row derives its own seed from it.
+    kept: samples of the interrupted evaluation that this one resumes.
+    generated: the answers so far, by everything that they depend on, so that tasks on the same rows judge the same
+        answers.
     """
 
     model: Any
@@ -56,7 +58,7 @@ class Subject:
     seed: int
     run_dir: Path
     kept: Mapping[Place, Sample] = field(default_factory=dict)
-    said: dict[tuple[Any, ...], Generated] = field(default_factory=dict)
+    generated: dict[tuple[Any, ...], Generated] = field(default_factory=dict)
 
     @property
     def pad_token_id(self) -> int:
@@ -64,7 +66,7 @@ class Subject:
 
 
 def run(recipe: EvalRecipe, work: Work) -> dict[str, dict[str, Any]]:
-    """Run `evaluate` with the data and model that `dsv2` has loaded."""
+    """Run `evaluate` with the data and model that `dsv2` has loaded; returns its results."""
     return evaluate(
         recipe,
         model=work.model,
@@ -84,31 +86,31 @@ def evaluate(
     run_dir: Path,
     resume: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measure a model on every task; each answer, with its verdict, goes to samples.jsonl.
+    """Measure a model on every task; samples.jsonl records each answer with its verdict.
 
-    Several processes share the rows of a task and all return the figures of all of them. A sampled answer depends
-    on the recipe's seed and the number of its row, not on the number of processes or the batch.
+    The rows of a task are divided among the processes, and every process returns the figures over all rows. A sampled
+    answer depends on the recipe's seed and its row number, not on the number of processes or the batch.
 
     Args:
-        model: with a score head where the metric is pair_accuracy or reward, else a language model; frozen.
-        rows_by_task: canonical rows, by the task's name.
-        resume: reuse the answers that an earlier, stopped evaluation of the same left in run_dir; they are judged
-            again. Without it they are removed.
+        model: with a score head if the metric is pair_accuracy or reward, else a language model; it is not trained.
+        rows_by_task: canonical rows, by task name.
+        resume: reuse the answers that an interrupted evaluation of the same recipe left in run_dir, and judge them
+            again. Otherwise they are deleted.
 
     Returns:
-        Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "greedy_truncated": ..., "t1": ..., ...}, one
-        value for each temperature with its 95 % interval and the share of answers that max_new_tokens cut, or
-        {"n": rows, "value": ..., "value_interval": ...} for pairs, {"n": rows, "loss": ...}, in nats, and what
-        `agreement` returns for the metric reward.
+        Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "greedy_truncated": ..., "t1": ..., ...}: for
+        each temperature a value, its 95 % confidence interval and the fraction of answers truncated at max_new_tokens.
+        For pair_accuracy {"n": rows, "value": ..., "value_interval": ...}, for loss {"n": rows, "loss": ...} in nats,
+        and for reward the result of `agreement`.
 
     Raises:
-        ToolkitError: rows that do not fit the metric (no reference, no pair, no question).
+        ToolkitError: rows that do not suit the metric (no reference, no pair, no question).
     """
-    # torch.distributed is up already when the caller waited for the others; on CPUs this must not look for GPUs.
+    # torch.distributed may already be initialised; on CPUs, PartialState must not look for GPUs.
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
     model.to(state.device)
     if state.is_main_process and any(task.metric not in UNSAMPLED_METRICS for task in recipe.tasks):
-        print_obeyed("eval", model)  # greedy or sampled, and how, is up to the task
+        print_obeyed("eval", model)
     for task in recipe.tasks:
         check_rows(task, rows_by_task[task.name])
     files = SampleFiles(run_dir, PLACE)
@@ -121,7 +123,7 @@ def evaluate(
 
 
 def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
-    """Raise ToolkitError for the first row that does not fit the task's metric, before anything is generated."""
+    """Raise ToolkitError for the first row that does not suit the task's metric, before anything is generated."""
     rows = list(rows)[: task.limit]
     if not rows:
         raise ToolkitError(f"task {task.name} has no rows")
@@ -135,7 +137,7 @@ def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
 def _measure(
     task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, files: SampleFiles
 ) -> dict[str, Any]:
-    """Measure one task. Each process writes its samples as they are generated; the first process then sorts them."""
+    """Measure one task. Each process writes its samples as they are generated; the first process finally sorts them."""
     began = time.monotonic()
     rows = list(rows)[: task.limit]
     numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
@@ -146,21 +148,20 @@ def _measure(
         append_lines(files.of_process(state.process_index), new)
         samples += named
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
-    found = agreement(samples) if task.metric == "reward" else figures(samples, len(rows))
+    results = agreement(samples) if task.metric == "reward" else figures(samples, len(rows))
     if state.is_main_process:
-        # in their order, after those of other tasks
         others = [sample for sample in read_lines(files.path) if sample.get("task") != task.name]
         write_lines(files.path, [*others, *samples])
         files.remove_parts()
         seconds = time.monotonic() - began
-        print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s{remark(found)}", file=sys.stderr, flush=True)
-    state.wait_for_everyone()  # before the next task's first answer
-    return found
+        print(f"eval: {task.name}, {len(rows):,} rows, {seconds:.1f} s{remark(results)}", file=sys.stderr, flush=True)
+    state.wait_for_everyone()  # the next task must not append to the files before they are sorted
+    return results
 
 
 def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
-    """Mean value for each decoding method, weighted if samples have a weight, its interval where it is a mean over
-    prompts, and the share of truncated answers."""
+    """For each decoding method the mean value, weighted if samples have weights, with its interval unless it is a loss,
+    and the fraction of truncated answers."""
     values: dict[str, Any] = {"n": rows}
     for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
         decoded = [sample for sample in samples if sample["decoding"] == decoding]
@@ -168,15 +169,17 @@ def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
         total = sum(weights) or 1
         values[decoding] = sum(w * sample["value"] for w, sample in zip(weights, decoded, strict=True)) / total
         if decoding != LOSS:
-            found = mean_interval([sample["value"] for sample in decoded], [sample["prompt"] for sample in decoded])
-            values[f"{decoding}_interval"] = [*found]
+            interval = mean_interval([sample["value"] for sample in decoded], [sample["prompt"] for sample in decoded])
+            values[f"{decoding}_interval"] = [*interval]
         if any("truncated" in sample for sample in decoded):
             values[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in decoded) / len(decoded)
     return values
 
 
-def _answered(task: EvalTask, rows: Numbered, subject: Subject, verdicts_on: VerdictsOn) -> Iterator[list[Sample]]:
-    """Yield the judged answers to every row at every temperature, a few batches at a time."""
+def _judged_answers(
+    task: EvalTask, rows: Numbered, subject: Subject, verdicts_on: VerdictsOn
+) -> Iterator[list[Sample]]:
+    """Yield judged answers to every row at every temperature, a few batches at a time."""
     size = CHUNK_BATCHES * task.batch_size
     for temperature in task.temperatures:
         for start in range(0, len(rows), size):
@@ -202,7 +205,7 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
             )
             for (number, row), answer in zip(rows, answers, strict=True)
         ]
-        return [_found(verdict) for verdict in verify_all(rule, asked)]
+        return [_scored(verdict) for verdict in verify_all(rule, asked)]
 
     return verdicts_on
 
@@ -219,26 +222,26 @@ def _by_judge(reward: JudgeReward) -> VerdictsOn:
     return verdicts_on
 
 
-def _found(verdict: Verdict | ToolkitError) -> Verdict:
-    """A check that was killed because it hung counts as a wrong answer, with the error as its reason."""
+def _scored(verdict: Verdict | ToolkitError) -> Verdict:
+    """The verdict, with a score of 0 if there is none: a check that timed out counts as a wrong answer."""
     if isinstance(verdict, ToolkitError):
         raise verdict
     return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)
 
 
 def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: float) -> list[Generated]:
-    """An answer for each row."""
+    """One answer per row: reused from this run or the interrupted one if possible, otherwise generated."""
     prompts = [
         render_conversation(prompt_of(row, number + 1), subject.tokenizer, add_generation_prompt=True)["input_ids"]
         for number, row in rows
     ]
-    said = subject.said
-    asked = [(temperature, task.max_new_tokens, number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)]
-    for key, (number, _) in zip(asked, rows, strict=True):
-        before = subject.kept.get((task.name, decoding_name(temperature), number))
-        if before and "tokens" in before:
-            said[key] = Generated(before["completion"], not before["truncated"], before["tokens"])
-    new = [place for place, key in enumerate(asked) if key not in said]
+    generated = subject.generated
+    keys = [(temperature, task.max_new_tokens, number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)]
+    for key, (number, _) in zip(keys, rows, strict=True):
+        sample = subject.kept.get((task.name, decoding_name(temperature), number))
+        if sample and "tokens" in sample:
+            generated[key] = Generated(sample["completion"], not sample["truncated"], sample["tokens"])
+    new = [place for place, key in enumerate(keys) if key not in generated]
     answers = generate_texts(
         subject.model,
         subject.tokenizer,
@@ -248,8 +251,8 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
         max_new_tokens=task.max_new_tokens,
         batch_size=task.batch_size,
     )
-    said |= {asked[place]: answer for place, answer in zip(new, answers, strict=True)}
-    return [said[key] for key in asked]
+    generated |= {keys[place]: answer for place, answer in zip(new, answers, strict=True)}
+    return [generated[key] for key in keys]
 
 
 def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Verdict) -> Sample:
@@ -268,7 +271,7 @@ def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Ve
     }
 
 
-# --- what each metric needs of a row
+# --- the fields that each metric needs in a row
 
 
 def _needs_reference(task: EvalTask, row: Row, number: int) -> None:
@@ -312,35 +315,35 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
 }
 
 
-# --- the metrics: each yields samples, some at a time
+# --- the metrics: each yields lists of samples
 
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """The rule's score: 1 where it finds the reference in the answer."""
-    return _answered(task, rows, subject, _by_rule(task.rule, task.settings))
+    """The score of the task's rule for each answer, for example 1 if the answer matches the reference."""
+    return _judged_answers(task, rows, subject, _by_rule(task.rule, task.settings))
 
 
 def refusal(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """1 where a sentence of the answer matches a refusal pattern."""
-    return _answered(task, rows, subject, _by_rule("refusal", {"patterns": task.patterns}))
+    """1 if a sentence of the answer matches a refusal pattern."""
+    return _judged_answers(task, rows, subject, _by_rule("refusal", {"patterns": task.patterns}))
 
 
 def format_share(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """1 where the answer is well formed and, as a whole, matches one of the task's patterns, if it has any."""
-    settings = {"patterns": task.patterns, "finished": True}  # how many were cut is a figure of its own
-    return _answered(task, rows, subject, _by_rule("format", settings))
+    """1 if the answer is well formed and, if the task has patterns, matches one of them as a whole."""
+    settings = {"patterns": task.patterns, "finished": True}  # truncation is reported separately
+    return _judged_answers(task, rows, subject, _by_rule("format", settings))
 
 
 def judge_score(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """The verdict of a language model, from 0 to 1."""
     assert task.judge is not None
     reward = judge_reward(task.judge, subject.run_dir)
-    yield from _answered(task, rows, subject, _by_judge(reward))
+    yield from _judged_answers(task, rows, subject, _by_judge(reward))
     print(f"eval: {task.name}: {reward.summary()}", file=sys.stderr, flush=True)
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """1 where the reward model scores chosen higher than rejected."""
+    """1 if the reward model scores the chosen answer higher than the rejected one."""
 
     def scorer(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[float]:
         ids = [render_conversation([*p, *a], subject.tokenizer)["input_ids"] for p, a in conversations]
@@ -363,7 +366,7 @@ def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[
 
 
 def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """The scores of a row's answers and their lengths in tokens, beside the row's verdict (see eval/agreement.py)."""
+    """The scores and lengths in tokens of a row's answers, with the row's verdict (see eval/agreement.py)."""
     answers = [(place, answer) for place, (_, row) in enumerate(rows) for answer in _answers_of(row)]
     prompts = [
         len(render_conversation(row["prompt"], subject.tokenizer, add_generation_prompt=True)["input_ids"])
@@ -377,7 +380,7 @@ def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sa
     scored: list[list[tuple[float, int, str]]] = [[] for _ in rows]
     for (place, answer), tokens, score in zip(answers, ids, scores, strict=True):
         scored[place].append((score, len(tokens) - prompts[place], prompt_text(answer)))
-    yield [_scored_sample(number, row, found) for (number, row), found in zip(rows, scored, strict=True)]
+    yield [_scored_sample(number, row, judged) for (number, row), judged in zip(rows, scored, strict=True)]
 
 
 def _scores(task: EvalTask, subject: Subject, ids: Sequence[Sequence[int]]) -> list[float]:
@@ -393,8 +396,8 @@ def _answers_of(row: Row) -> list[list[Row]]:
     ]
 
 
-def _scored_sample(number: int, row: Row, found: Sequence[tuple[float, int, str]]) -> Sample:
-    scores, lengths, answers = (list(column) for column in zip(*found, strict=True))
+def _scored_sample(number: int, row: Row, scored: Sequence[tuple[float, int, str]]) -> Sample:
+    scores, lengths, answers = (list(column) for column in zip(*scored, strict=True))
     verdict = {key: row[key] for key in VERDICTS if key in row} or {"right": len(row.get(RANKED[1], [None]))}
     return {
         "row": number,
@@ -409,7 +412,7 @@ def _scored_sample(number: int, row: Row, found: Sequence[tuple[float, int, str]
 
 
 def loss(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
-    """Mean cross-entropy of the assistant's tokens, in nats; `weight` is their number."""
+    """The mean cross-entropy over a row's trained assistant tokens, in nats; `weight` is their number."""
     rendered = [render_conversation(row["messages"], subject.tokenizer) for _, row in rows]
     losses = token_losses(
         subject.model,

@@ -1,4 +1,4 @@
-"""The recipe of a reward model. No torch."""
+"""Recipe schema and stage definition of reward models. Imports no torch."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ from conversations.run_files import METRICS
 from conversations.sections import SupervisedRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
 
-CENTER_REWARDS = 0.01  # what TRL recommends
+CENTER_REWARDS = 0.01  # the value that TRL recommends
 
 
 class RewardRecipe(SupervisedRecipe):
-    """A reward model from preferences; `training` feeds trl.RewardConfig, whose center_rewards_coefficient is 0.01
-    unless stated. `format.train_on` plays no part."""
+    """Training of a reward model; `training` feeds trl.RewardConfig, with center_rewards_coefficient 0.01 by default.
+    `format.train_on` has no effect."""
 
     stage: Literal["reward"] = Field(description="Which stage this is.")
     loss: Literal["pairwise", "pointwise"] = Field(
@@ -25,20 +25,20 @@ class RewardRecipe(SupervisedRecipe):
         default=1,
         ge=1,
         le=64,
-        description="Score heads on one backbone, each trained on its own bootstrap sample of the rows; in rl, "
-        "`combine` makes their scores one.",
+        description="Number of score heads on one backbone, each trained on its own bootstrap sample of the rows; in "
+        "rl, `combine` says how their scores are combined.",
     )
     sft_coefficient: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of a language-model loss on the chosen answer beside the pairwise one, with the head of "
-        "the chat model that the reward model starts from, frozen (GRM, Yang et al. 2024).",
+        description="Weight of an additional language-model loss on the chosen answer, computed with the frozen head "
+        "of the chat model that the reward model starts from (GRM, Yang et al. 2024).",
     )
     prefix_coefficient: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the pairwise loss at every token from the first on in which two answers differ, beside "
-        "that at the last token (so DeepSpeed-Chat).",
+        description="Weight of an additional pairwise loss at every token from the first in which two answers differ, "
+        "as in DeepSpeed-Chat.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Canonical rows -> token ids for a reward model: pairs, or single answers with a verdict."""
+"""Encodes canonical rows as token ids for a reward model: pairs, or single answers with a verdict."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ _JUDGED = Features({"input_ids": _IDS, "target": Value("float64")})
 
 
 def encoder(recipe: RewardRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
-    """What becomes of one row: its answers, a pair or one, are trained on together."""
+    """The encoding function for a row: its answers, a pair or one, form one training sample."""
     fit = Fit(tokenizer, max_length, recipe.format.too_long)
 
     def encode(row: Row, report: LengthReport) -> list[list[Piece]]:
@@ -45,17 +45,16 @@ def encoder(recipe: RewardRecipe, tokenizer: "PreTrainedTokenizerBase", max_leng
 def answer_ids(
     prompt: list[Row], answer: list[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> list[int]:
-    """A conversation that ends in the answer, cut as those that are trained on."""
+    """Token ids of the conversation that ends with the answer, truncated as in training."""
     return Fit(tokenizer, max_length).one(prompt, answer)[0]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the answers of a row become token ids and masks.
+    """Encodes the answers of a row as token ids and masks of at most max_length tokens; None is no limit.
 
-    max_length: in tokens; None lets every row be. too_long: "drop" leaves a longer row out. "truncate" cuts the
-    beginning of the prompt, down to a quarter of max_length, and then the end of the answer with its end token: an
-    answer that was cut has none, here as in RL.
+    too_long: "drop" leaves longer rows out; "truncate" cuts the beginning of the prompt, down to a quarter of
+    max_length, and then the end of the answer, so that a truncated answer has no end token, as in RL.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -63,9 +62,12 @@ class Fit:
     too_long: TooLong = "truncate"
 
     def answers(self, row: Row, keys: Sequence[str], known: Known, report: LengthReport) -> list[Piece]:
-        """The answers under these keys, each with its prompt, counted in `report`; none when the row is left out.
+        """The answers under these keys, each after its prompt; empty if the row is left out. Counts in `report`.
 
-        known: as of encode_runs.
+        known: texts that are already encoded (see encode_runs).
+
+        Raises:
+            ToolkitError: the row is too long, and too_long is "split".
         """
         pieces = self._whole(row["prompt"], [row[key] for key in keys], known)
         longest, limit = max(len(ids) for ids, _ in pieces), self.max_length
@@ -87,36 +89,37 @@ class Fit:
         return pieces
 
     def one(self, prompt: list[Row], answer: list[Row]) -> Piece:
-        """An answer after its prompt, cut whatever too_long says."""
+        """An answer after its prompt, truncated regardless of too_long."""
         return self._cut(prompt, self._whole(prompt, [answer], {}), {})[0]
 
     def _cut(self, prompt: list[Row], whole: list[Piece], known: Known) -> list[Piece]:
         limit = self.max_length
         if limit is None or all(len(ids) <= limit for ids, _ in whole):
             return whole
-        asked = conversation_runs(prompt, self.tokenizer, add_generation_prompt=True)
-        start = len(encode_runs(asked, self.tokenizer, known)["input_ids"])
+        prompt_runs = conversation_runs(prompt, self.tokenizer, add_generation_prompt=True)
+        start = len(encode_runs(prompt_runs, self.tokenizer, known)["input_ids"])
         return [(cut(ids, start, limit), cut(mask, start, limit)) for ids, mask in whole]
 
     def _whole(self, prompt: list[Row], answers: Sequence[list[Row]], known: Known) -> list[Piece]:
         runs = [conversation_runs([*prompt, *answer], self.tokenizer) for answer in answers]
-        rendered = [encode_runs(one, self.tokenizer, known) for one in runs]
-        return [(one["input_ids"], one["assistant_mask"]) for one in rendered]
+        encoded = [encode_runs(answer_runs, self.tokenizer, known) for answer_runs in runs]
+        return [(piece["input_ids"], piece["assistant_mask"]) for piece in encoded]
 
 
 def cut(tokens: list[int], start: int, limit: int) -> list[int]:
-    """A value for each token of a prompt and its answer, which begins at `start`, cut to `limit` (see Fit)."""
-    asked = min(start, max(limit - (len(tokens) - start), limit // 4))
-    return tokens[start - asked : start - asked + limit]
+    """Truncate a list with one value per token of a prompt and its answer, which begins at `start`, to `limit` tokens
+    (see Fit)."""
+    prompt_tokens = min(start, max(limit - (len(tokens) - start), limit // 4))
+    return tokens[start - prompt_tokens : start - prompt_tokens + limit]
 
 
 def _runs_of(row: Row, keys: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Run]:
-    """What is encoded of the answers under these keys, each after the prompt."""
+    """The texts to encode for the answers under these keys, each after the prompt."""
     return [run for key in keys for run in conversation_runs([*row["prompt"], *row[key]], tokenizer)]
 
 
 def _last_turn(mask: list[int]) -> int:
-    """How many tokens at the end are an assistant's turn that may be trained on, its end token included."""
+    """The number of tokens at the end that belong to a trainable assistant turn, including its end token."""
     return next((count for count, trained in enumerate(reversed(mask)) if not trained), len(mask))
 
 
@@ -128,11 +131,11 @@ def encode_pairs(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Columns chosen_ids, rejected_ids, answer_tokens (how many tokens at the end of chosen_ids are the answer's
-    last turn) and margin (null where the row has none), and what became of the rows.
+    """Encode pairs into the columns chosen_ids, rejected_ids, answer_tokens (the number of tokens at the end of
+    chosen_ids that are the answer's last turn) and margin (null if the row has none), with a length report.
 
     Raises:
-        ToolkitError: a row that is no pair, or nothing left.
+        ToolkitError: a row is not a pair, or no row is left.
     """
 
     def checked() -> Iterator[Row]:
@@ -149,11 +152,11 @@ def encode_pairs(
     def encoded(report: LengthReport) -> Iterator[Columns]:
         runs_of = partial(_runs_of, keys=PAIR[1:], tokenizer=tokenizer)
         for batch in encoded_ahead(checked(), runs_of, tokenizer):
-            found = [(one.row, fit.answers(one.row, PAIR[1:], one.known, report)) for one in batch]
-            found = [(row, fitted) for row, fitted in found if fitted]
-            ids = {f"{key}_ids": id_lists([pair[place][0] for _, pair in found]) for place, key in enumerate(PAIR[1:])}
-            answers = [_last_turn(chosen[1]) for _, (chosen, _) in found]
-            margins = [row.get(MARGIN) for row, _ in found]
+            pairs = [(prepared.row, fit.answers(prepared.row, PAIR[1:], prepared.known, report)) for prepared in batch]
+            pairs = [(row, pair) for row, pair in pairs if pair]
+            ids = {f"{key}_ids": id_lists([pair[place][0] for _, pair in pairs]) for place, key in enumerate(PAIR[1:])}
+            answers = [_last_turn(chosen[1]) for _, (chosen, _) in pairs]
+            margins = [row.get(MARGIN) for row, _ in pairs]
             yield {
                 **ids,
                 "answer_tokens": pyarrow.array(answers, pyarrow.int32()),
@@ -176,10 +179,10 @@ def encode_judged(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Columns input_ids and target (the label or the score), and what became of the rows.
+    """Encode judged answers into the columns input_ids and target (the label or the score), with a length report.
 
     Raises:
-        ToolkitError: a row without a verdict, labels and scores in one data set, or nothing left.
+        ToolkitError: a row has no verdict, the data mix labels and scores, or no row is left.
     """
 
     def checked() -> Iterator[Row]:
@@ -195,12 +198,12 @@ def encode_judged(
     def encoded(report: LengthReport) -> Iterator[Columns]:
         runs_of = partial(_runs_of, keys=JUDGED[1:], tokenizer=tokenizer)
         for batch in encoded_ahead(checked(), runs_of, tokenizer):
-            found, targets = [], []
-            for one in batch:
-                if fitted := fit.answers(one.row, JUDGED[1:], one.known, report):
-                    found.append(fitted[0][0])
-                    targets.append(float(one.row[verdict_of(one.row, report.rows)]))
-            yield {"input_ids": id_lists(found), "target": targets}
+            ids, targets = [], []
+            for prepared in batch:
+                if fitted := fit.answers(prepared.row, JUDGED[1:], prepared.known, report):
+                    ids.append(fitted[0][0])
+                    targets.append(float(prepared.row[verdict_of(prepared.row, report.rows)]))
+            yield {"input_ids": id_lists(ids), "target": targets}
 
     key = key_of(rows, tokenizer, stage="reward", loss="pointwise", max_length=max_length, too_long=too_long)
     count = len(rows) if isinstance(rows, Sequence) else None
@@ -208,7 +211,7 @@ def encode_judged(
 
 
 def verdict_of(row: Row, number: int) -> str:
-    """Which verdict a row holds: "label" or "score". Raises ToolkitError for a row that is no judged answer."""
+    """The kind of verdict in a row: "label" or "score". Raises ToolkitError if the row is not a judged answer."""
     verdict = next((name for name in VERDICTS if name in row), None)
     if verdict is None or not all(key in row for key in JUDGED):
         raise ToolkitError(

@@ -1,4 +1,4 @@
-"""Reward models: trained on pairs or judged answers, measured on held-out ones, with statistics for RL."""
+"""Trains reward models on pairs or judged answers, evaluates them on held-out rows, and saves statistics for RL."""
 
 import random
 import sys
@@ -26,13 +26,13 @@ from reward.trainers import Auxiliary, JudgedCollator, JudgedTrainer, PairCollat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# (prompt, answer), each a list of messages, -> the score of each head for each.
+# Conversations (prompt, answer), each a list of messages -> the scores of all heads for each.
 HeadScorer = Callable[[Sequence[tuple[list[Row], list[Row]]]], list[list[float]]]
-STATS_ROWS = 500  # training rows whose scores make the statistics
+STATS_ROWS = 500  # number of training rows from whose scores the statistics are computed
 
 
 def run(recipe: RewardRecipe, work: Work) -> dict[str, Any]:
-    """`train` on what `dsv2` has read and loaded."""
+    """Run `train` with the data and models that `dsv2` has loaded; returns its results."""
     return train(
         recipe,
         model=work.model,
@@ -58,24 +58,25 @@ def train(
     cache: RowCache | None = None,
     lm_head: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Trains a DeepseekV2ForSequenceClassification, a label a head; writes metrics.jsonl, checkpoints and final/.
+    """Train a DeepseekV2ForSequenceClassification with one label per score head; writes metrics.jsonl, checkpoints and
+    final/ into `run_dir`.
 
-    final/ has reward_stats.json besides: {mean, std, n} of the scores of training rows, with which RL normalises.
+    final/ also has reward_stats.json: {mean, std, n} of scores on training rows, with which RL normalises rewards.
 
     Args:
         rows: pairs (loss: pairwise) or judged answers (loss: pointwise).
-        eval_rows: held-out rows; pairs among them give pair_accuracy, judged answers accuracy or mse.
+        eval_rows: held-out rows; pairs yield pair_accuracy, judged answers accuracy or mse.
         resume_from: a checkpoint of the same run to resume from.
-        cache: of encoded rows; without it they go to a temporary directory.
-        lm_head: the chat model's, for sft_coefficient; it is not trained.
+        cache: the cache of encoded rows; without one they go to a temporary directory.
+        lm_head: the chat model's head, for sft_coefficient; it is not trained.
 
     Returns:
-        steps, seconds, what became of the rows, the statistics, and how held-out rows were judged: over all of them,
-        and for each meta.kind.
+        Steps, seconds, tokens, the counts of the length report, the statistics, and the results on held-out rows,
+        overall and for each meta.kind.
 
     Raises:
-        ToolkitError: rows that can not be trained on.
-        StopRequested: a signal ended training early, with a checkpoint.
+        ToolkitError: rows that cannot be trained on.
+        StopRequested: a signal ended training early, after writing a checkpoint.
     """
     datasets.disable_progress_bars()
     rows = rows if isinstance(rows, Sequence) else list(rows)
@@ -105,7 +106,7 @@ def train(
         "tokens": trainer.tokens,
         **report.as_metrics(),
         "reward_stats": stats,
-        **judge_rows(lambda asked: [fmean(heads) for heads in scorer(asked)], eval_rows),
+        **judge_rows(lambda conversations: [fmean(heads) for heads in scorer(conversations)], eval_rows),
     }
     trainer.finish(recipe.model.dtype, {REWARD_STATS: stats})
     return metrics
@@ -122,10 +123,10 @@ def build_trainer(
     cache: RowCache | None = None,
     lm_head: nn.Module | None = None,
 ) -> tuple[PairTrainer | JudgedTrainer, EncodedRows]:
-    """The trainer for the recipe's loss, and the rows that it trains on."""
+    """The trainer for the recipe's loss, and the encoded training rows."""
     arguments = reward_config(recipe, run_dir, has_eval=bool(eval_rows))
     fitting: dict[str, Any] = {"max_length": arguments.max_length, "too_long": recipe.format.too_long, "cache": cache}
-    arguments.max_length = None  # TRL would leave out longer rows without a word
+    arguments.max_length = None  # TRL would drop longer rows silently
     common = {"model": model, "args": arguments, "processing_class": tokenizer, "limits": run_limits(recipe)}
     pairs = [row for row in eval_rows if is_pair(row)]
     judged = [row for row in eval_rows if not is_pair(row)]
@@ -153,7 +154,7 @@ def build_trainer(
 
 
 def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> RunTrainerMixin:
-    """The trainer of a toy run."""
+    """The trainer of a run on two toy rows, used to check a recipe."""
     question, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     row = {"prompt": question, "chosen": answer, "rejected": answer}
     if recipe.loss == "pointwise":
@@ -167,12 +168,12 @@ def rehearsal(recipe: RewardRecipe, model: Any, tokenizer: "PreTrainedTokenizerB
 
 
 def run_limits(recipe: RewardRecipe) -> RunLimits:
-    """When the recipe's run ends early."""
+    """The conditions under which the recipe's run stops early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
 
 
 def reward_config(recipe: RewardRecipe, run_dir: Path, has_eval: bool = False) -> RewardConfig:
-    """TRL's config: the recipe's `training` with what the toolkit owns."""
+    """TRL's config: the recipe's `training` plus the fields that the toolkit sets."""
     arguments = training_arguments(
         recipe.training,
         run_dir=run_dir,
@@ -185,14 +186,15 @@ def reward_config(recipe: RewardRecipe, run_dir: Path, has_eval: bool = False) -
 
 
 def planned_config(recipe: RewardRecipe) -> RewardConfig:
-    """That of the recipe's own run."""
+    """The TRL config that the recipe's run will use."""
     return reward_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
 def trained_scorer(
     trainer: RunTrainerMixin, tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> HeadScorer:
-    """Scores conversations with a trainer's model as it trains them (autocast, lengths)."""
+    """A function that scores conversations with the trainer's model under the conditions of training (autocast, length
+    limit)."""
 
     def scores(conversations: Sequence[tuple[list[Row], list[Row]]]) -> list[list[float]]:
         ids = [answer_ids(prompt, answer, tokenizer, max_length) for prompt, answer in conversations]
@@ -208,13 +210,15 @@ def trained_scorer(
 
 
 def score_stats(scorer: HeadScorer, rows: Sequence[Row]) -> dict[str, Any]:
-    """{mean, std, n} over every answer in these rows, chosen and rejected alike, and those of several heads."""
+    """{mean, std, n} of the scores of all answers in these rows, chosen and rejected alike; with several heads, also
+    for each head."""
     answers = [(row["prompt"], row[key]) for row in rows for key in ANSWERS if key in row]
     return RewardStats.of(scorer(answers)).as_json()
 
 
 def judge_rows(scorer: Scorer, rows: Sequence[Row]) -> dict[str, Any]:
-    """`pair_accuracy`, `accuracy` or `mse` (those that apply) with `n`, and the same `by_kind`; empty without rows."""
+    """Those of `pair_accuracy`, `accuracy` and `mse` that apply, with `n`, and the same `by_kind`; empty without
+    rows."""
     if not rows:
         return {}
     verdicts = judge(scorer, rows)

@@ -1,4 +1,4 @@
-"""The losses of a reward model: pair-wise and point-wise (paper, section 4.2), and what may stand beside the first."""
+"""Trainers of reward models: pairwise and pointwise losses (paper, section 4.2), auxiliary losses, several heads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,21 +20,20 @@ PAIR_BATCH = ("input_ids", "attention_mask", "answer_tokens", "margin")
 
 
 def bootstrap_weights(ids: Sequence[int], heads: int, seed: int) -> list[float]:
-    """How often a row counts for each head: by a Poisson distribution with mean 1, drawn from the row itself.
+    """How often a row counts for each head: Poisson-distributed with mean 1, seeded by the row's own token ids.
 
-    All heads see each batch in one forward, so that an order of rows for each head is not to be had; what orders and
-    seeds are for, heads that err differently, comes from what each is trained on. Such weights are a bootstrap sample
-    of the rows for each head, without knowing how many rows there are (Oza and Russell, "Online Bagging and Boosting",
-    2001), and the same ones in each epoch, on any number of processes and after a resume. Beside that each head begins
-    with random weights of its own.
+    The heads of an ensemble should make different errors. They share each forward pass, so they cannot see the rows in
+    different orders; instead each is trained on its own bootstrap sample. Poisson weights give such a sample without
+    knowing the number of rows (Oza and Russell, "Online Bagging and Boosting", 2001), and the same one in each epoch,
+    on any number of processes and after a resume. Each head also has its own random initialisation.
     """
     return numpy.random.default_rng([seed, crc32(numpy.asarray(ids, numpy.int64).tobytes())]).poisson(1, heads).tolist()
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's, with answer_tokens [B]: how many tokens at the end of each chosen row are the answer. A margin that is
-    missing (None) is 0. head_weights [B, K] where there are several heads."""
+    """TRL's collator plus answer_tokens [B], the number of tokens at the end of each chosen row that are the answer,
+    and, with several heads, head_weights [B, K]. A missing margin (None) is 0."""
 
     heads: int = 1
     seed: int = 0
@@ -50,24 +49,29 @@ class PairCollator(DataCollatorForPreference):
 
 
 def next_answer_tokens(ids: torch.Tensor, mask: torch.Tensor, answer_tokens: torch.Tensor) -> torch.Tensor:
-    """ids, mask [2 B, T] padded on the right, the B chosen rows first; answer_tokens [B] -> [1, N] for the packed
-    tokens: the next one, where it belongs to a chosen answer."""
+    """Shifted labels [1, N] of the packed rows: the next token if it belongs to a chosen answer, otherwise IGNORED.
+
+    ids, mask [2 B, T] are padded on the right, with the B chosen rows first; answer_tokens [B].
+    """
     lengths = mask.sum(-1, keepdim=True)
     counts = torch.cat([answer_tokens, torch.zeros_like(answer_tokens)])[:, None]
-    places = torch.arange(ids.shape[1], device=ids.device)
-    is_answer = (places >= lengths - counts) & (places < lengths)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    is_answer = (columns >= lengths - counts) & (columns < lengths)
     return shifted_labels(ids.where(is_answer, IGNORED))[mask.bool()][None]
 
 
 def prefix_loss(
     scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, margin: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
-    """The pair-wise loss at each token from the first on in which the two differ, the mean over these, then over pairs.
+    """The pairwise loss at every token from the first in which the two answers differ; the mean over these tokens, then
+    over pairs.
 
-    scores, ids, mask [2 B, T], padded on the right, the B chosen rows first; margin [B, 1] -> a scalar.
+    scores, ids, mask [2 B, T], padded on the right, with the B chosen rows first; margin [B, 1] -> a scalar.
     """
-    (good, bad), (chosen, rejected), (one, other) = (part.chunk(2) for part in (scores, ids, mask.bool()))
-    compared = ((chosen != rejected).cumsum(-1) > 0) & one & other
+    (good, bad), (chosen, rejected), (chosen_mask, rejected_mask) = (
+        part.chunk(2) for part in (scores, ids, mask.bool())
+    )
+    compared = ((chosen != rejected).cumsum(-1) > 0) & chosen_mask & rejected_mask
     losses = -F.logsigmoid(good - bad - margin) * compared
     return (losses.sum(-1) / compared.sum(-1).clamp(min=1)).mean()
 
@@ -75,9 +79,9 @@ def prefix_loss(
 def pairwise_loss(
     scores: torch.Tensor, margin: torch.Tensor, weights: torch.Tensor, center: float | None
 ) -> torch.Tensor:
-    """scores [2 B, K], the B chosen rows first; margin [B]; weights [B, K] of each row for each head -> a scalar.
+    """TRL's pairwise loss, with `center` as its center_rewards_coefficient and a weight for each row and head.
 
-    TRL's pair-wise loss, with `center` as its center_rewards_coefficient, where rows count differently for each head.
+    scores [2 B, K], with the B chosen rows first; margin [B]; weights [B, K] -> a scalar.
     """
     good, bad = scores.float().chunk(2)
     losses = -F.logsigmoid(good - bad - margin[:, None]) + (center or 0.0) * (good + bad) ** 2
@@ -86,7 +90,7 @@ def pairwise_loss(
 
 @contextmanager
 def one_label(config: Any) -> Iterator[None]:
-    """TRL refuses a reward model with several labels as it starts."""
+    """Set num_labels to 1 while TRL's trainer initialises, which refuses reward models with several labels."""
     labels, config.num_labels = config.num_labels, 1
     try:
         yield
@@ -95,11 +99,11 @@ def one_label(config: Any) -> Iterator[None]:
 
 
 class Auxiliary(NamedTuple):
-    """Losses beside the pair-wise one, by their weights. The score is read at one token: these say more about the
-    tokens before it.
+    """Weights of auxiliary losses. The pairwise loss uses the score at the last token only; these also give a signal at
+    the tokens before it.
 
-    sft: a language-model loss on chosen answers (Yang et al., "Regularizing Hidden States", 2024) with `lm_head`, which
-    is frozen. prefix: `prefix_loss` (so DeepSpeed-Chat trains its reward models).
+    sft: a language-model loss on chosen answers with the frozen `lm_head` (Yang et al., "Regularizing Hidden States",
+    2024). prefix: `prefix_loss`, as DeepSpeed-Chat trains its reward models.
     """
 
     sft: float = 0.0
@@ -108,7 +112,7 @@ class Auxiliary(NamedTuple):
 
 
 class PackedRewardTrainer(RewardTrainer):
-    """RewardTrainer that scores a batch's rows without their padding: answers to compare can differ much in length."""
+    """RewardTrainer that scores packed rows, without padding, since answers of a pair can differ greatly in length."""
 
     def __init__(self, *args: Any, auxiliary: Auxiliary | None = None, **kwargs: Any):
         self.auxiliary = auxiliary or Auxiliary()
@@ -152,7 +156,7 @@ class PackedRewardTrainer(RewardTrainer):
         answer_tokens: torch.Tensor,
         margin: torch.Tensor,
     ) -> torch.Tensor:
-        """hidden [1, N, D] of the packed rows -> the losses beside the pair-wise one, by their weights, and logged."""
+        """The weighted sum of the auxiliary losses, which are also logged; hidden [1, N, D] is of the packed rows."""
         lm_head: Any = self.auxiliary.lm_head
         losses = {}
         if self.auxiliary.sft:
@@ -172,20 +176,21 @@ class PackedRewardTrainer(RewardTrainer):
 
 
 class PairTrainer(RunTrainerMixin, PackedRewardTrainer):
-    """-log sigmoid(score of chosen - score of rejected)."""
+    """The pairwise loss -log sigmoid(score of chosen - score of rejected), with the balance losses."""
 
 
 def pointwise_loss(
     scores: torch.Tensor, targets: torch.Tensor, verdict: str, weights: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
-    """scores, targets, weights [B, K] -> scalar. "label": cross-entropy of sigmoid(score); "score": squared error."""
-    each = F.binary_cross_entropy_with_logits if verdict == "label" else F.mse_loss
-    return (each(scores, targets, reduction="none") * weights).mean()
+    """scores, targets, weights [B, K] -> a scalar. verdict "label": binary cross-entropy of sigmoid(score); "score":
+    squared error."""
+    loss = F.binary_cross_entropy_with_logits if verdict == "label" else F.mse_loss
+    return (loss(scores, targets, reduction="none") * weights).mean()
 
 
 class JudgedCollator:
-    """Pads input_ids on the right: {input_ids [B, T], attention_mask [B, T], target [B]}; head_weights [B, K] where
-    there are several heads."""
+    """Pads input_ids on the right: {input_ids [B, T], attention_mask [B, T], target [B]}, and with several heads
+    head_weights [B, K]."""
 
     def __init__(self, pad_token_id: int, heads: int = 1, seed: int = 0):
         self.pad_token_id, self.heads, self.seed = pad_token_id, heads, seed
@@ -201,7 +206,7 @@ class JudgedCollator:
 
 
 class PointwiseLossTrainer(RewardTrainer):
-    """RewardTrainer on single answers; `verdict` says what their targets are."""
+    """RewardTrainer on single judged answers. verdict: the kind of their targets, "label" or "score"."""
 
     def __init__(self, *args: Any, verdict: str, **kwargs: Any):
         self.verdict = verdict
@@ -235,4 +240,4 @@ class PointwiseLossTrainer(RewardTrainer):
 
 
 class JudgedTrainer(RunTrainerMixin, PointwiseLossTrainer):
-    """The point-wise loss with the balance losses."""
+    """The pointwise loss, with the balance losses."""

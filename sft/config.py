@@ -1,4 +1,4 @@
-"""The recipe of supervised fine-tuning. No torch."""
+"""Recipe schema and stage definition of supervised fine-tuning. Imports no torch."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,5 @@
-"""Turns canonical rows into the dataset of token ids and labels for SFTTrainer, which needs no further processing."""
+"""Encodes canonical rows as the data set of token ids and labels that SFTTrainer trains on without further
+processing."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,13 @@ _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("i
 
 
 def encoder(recipe: SftRecipe, tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> Encode:
-    """The encoding function for a row: each piece of a row is a separate training sample."""
+    """The encoding function for a row: each piece of the row is a separate training sample."""
     fitter = Fitter(tokenizer, max_length, recipe.format.too_long, recipe.format.train_on)
     return lambda row, report: [[piece] for piece in fitter.pieces(row, report)]
 
 
 def check_row(row: Row, number: int) -> Row:
-    """Return the row if it holds a conversation or plain text; raises ToolkitError for any other form."""
+    """Return the row if it holds a conversation or plain text; otherwise raise ToolkitError."""
     if "messages" not in row and "text" not in row:
         raise ToolkitError(
             f"row {number} is not a conversation (it has {', '.join(sorted(row))}); supervised fine-tuning needs "
@@ -48,12 +49,12 @@ def encode_rows(
     too_long: TooLong,
     cache: RowCache | None = None,
 ) -> EncodedRows:
-    """Encode rows into columns input_ids, labels (-100 where nothing is trained) and origin, with a length report.
+    """Encode rows into the columns input_ids, labels (-100 on tokens without a loss) and origin, with a length report.
 
-    The dataset is memory-mapped from a cached or temporary file, so memory does not grow with it.
+    The data set is memory-mapped from a cached or temporary file, so memory does not grow with it.
 
     Raises:
-        ToolkitError: a row without messages or text, or no row with anything to train on.
+        ToolkitError: a row has neither messages nor text, or no row has trained tokens.
     """
     fitter = Fitter(tokenizer, max_length, too_long, train_on)
     checked = (check_row(row, number) for number, row in enumerate(rows, 1))
@@ -63,9 +64,9 @@ def encode_rows(
             origins: list[str] = []
             pieces: list[Piece] = []
             for prepared in batch:
-                found = list(fitter.fit(prepared, report))
-                origins += [prepared.row.get("origin", f"row {report.rows}")] * len(found)
-                pieces += found
+                row_pieces = list(fitter.fit(prepared, report))
+                origins += [prepared.row.get("origin", f"row {report.rows}")] * len(row_pieces)
+                pieces += row_pieces
             columns = labelled([ids for ids, _ in pieces], [mask for _, mask in pieces], IGNORED)
             yield {**columns, "origin": origins}
 
@@ -81,10 +82,11 @@ def lengths_of(data: Dataset) -> numpy.ndarray:
 
 
 def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:
-    """Where the rows with these token ids stand, in the documents' order; of rows that are alike, each place once."""
-    found: dict[tuple[int, ...], dict[str, None]] = {tuple(ids): {} for ids in documents}
-    likely = numpy.isin(lengths_of(data), [len(ids) for ids in found]).nonzero()[0]
-    rows: Any = data.select(likely)
+    """The origins of the rows with these token ids, in the order of the documents. Each origin of identical rows is
+    listed once."""
+    origins_by_ids: dict[tuple[int, ...], dict[str, None]] = {tuple(ids): {} for ids in documents}
+    candidates = numpy.isin(lengths_of(data), [len(ids) for ids in origins_by_ids]).nonzero()[0]
+    rows: Any = data.select(candidates)
     for row in rows:
-        found.get(tuple(row["input_ids"]), {})[row["origin"]] = None
-    return [origin for origins in found.values() for origin in origins]
+        origins_by_ids.get(tuple(row["input_ids"]), {})[row["origin"]] = None
+    return [origin for origins in origins_by_ids.values() for origin in origins]

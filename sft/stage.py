@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: our rendering and masks, TRL's SFTTrainer, our model's balance losses."""
+"""Supervised fine-tuning with TRL's SFTTrainer, our rendering and masks, and our model's balance losses."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ SAMPLE_TOKENS = 64
 
 
 def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:
-    """Run `train` with the data and models that `dsv2` has loaded."""
+    """Run `train` with the data and models that `dsv2` has loaded; returns its results."""
     return train(
         recipe,
         model=work.model,
@@ -55,28 +55,30 @@ def train(
     """Train `model` on conversations; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
 
     Args:
-        rows: canonical rows with `messages` or `text`; so are `eval_rows`, which give `eval_loss` and the samples'
-            prompts. Several sources of them go by name, and give an `eval_NAME_loss` each.
+        rows: canonical rows with `messages` or `text`.
+        eval_rows: held-out rows of the same form, for `eval_loss` and the prompts of the samples. A mapping of several
+            named sources also gives an `eval_NAME_loss` for each.
         resume_from: a checkpoint of the same run to resume from.
-        cache: of encoded rows; without one they go to a temporary directory.
+        cache: the cache of encoded rows; without one they go to a temporary directory.
 
     Returns:
-        steps, seconds, the counts of the length report, and the held-out losses of final/ if there are eval_rows.
+        Steps, seconds, tokens, the counts of the length report, and the held-out losses (nats per token) of final/ if
+        there are eval_rows.
 
     Raises:
         ToolkitError: rows that cannot be trained on.
         ModelError: a non-finite loss, a full disk, or an unknown metric for the best model.
-        StopRequested: a signal ended training early, with a checkpoint.
+        StopRequested: a signal ended training early, after writing a checkpoint.
     """
     trainer, encoded = build_trainer(
         recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows, run_dir=run_dir, cache=cache
     )
     if trainer.is_world_process_zero():
         max_length = recipe.training.get("max_length", SFTConfig.max_length)
-        _tell(encoded, max_length, None if resume_from else run_dir / REJECTED)
+        _report_rows(encoded, max_length, None if resume_from else run_dir / REJECTED)
     output = trainer.train(resume_from)
-    counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
-    metrics: dict[str, Any] = {**counted, **encoded[""].report.as_metrics()}
+    totals = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
+    metrics: dict[str, Any] = {**totals, **encoded[""].report.as_metrics()}
     if trainer.eval_dataset is not None:
         metrics |= trainer.held_out_losses()
     trainer.write_samples("after")
@@ -94,7 +96,8 @@ def build_trainer(
     run_dir: Path,
     cache: RowCache | None = None,
 ) -> tuple[ChatTrainer, dict[str, EncodedRows]]:
-    """The trainer of `train`, and what became of the rows: "" -> those trained on, and each held-out source's."""
+    """The trainer that `train` runs, and the encoded rows: "" -> the training rows, and one entry per held-out
+    source."""
     datasets.disable_progress_bars()
     first, rows = _peek(rows)
     sources: Any = eval_rows if isinstance(eval_rows, Mapping) else {"": eval_rows or ()}
@@ -109,7 +112,7 @@ def build_trainer(
     encoded = encode(rows)
     held_out = {name: encode(source) for name, (shown, source) in peeked.items() if shown}
     if arguments.padding_free and not arguments.packing:
-        arguments.max_length = None  # rows already fit, which TRL cannot know
+        arguments.max_length = None  # the rows are already within max_length, but TRL would check again
     trainer = ChatTrainer(
         model=model,
         args=arguments,
@@ -120,24 +123,26 @@ def build_trainer(
         probes=probes[:SAMPLES] or first,
         sample_tokens=SAMPLE_TOKENS,
     )
-    return trainer, {"": encoded, **{f"eval_data {name}".strip(): found for name, found in held_out.items()}}
+    return trainer, {"": encoded, **{f"eval_data {name}".strip(): source for name, source in held_out.items()}}
 
 
 def rehearsal(recipe: SftRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> ChatTrainer:
-    """The trainer for a toy run. Its rows have no prompts, so no samples are written."""
+    """The trainer of a run on two toy rows, used to check a recipe. The rows have no prompts, so no samples are
+    written."""
     rows = [{"text": "a b"}] * 2
     held_out = rows if recipe.eval_data else ()
-    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
-    return build_trainer(recipe, **given, run_dir=run_dir)[0]
+    inputs: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": rows, "eval_rows": held_out}
+    return build_trainer(recipe, **inputs, run_dir=run_dir)[0]
 
 
 def run_limits(recipe: SftRecipe) -> RunLimits:
-    """When the recipe's run ends early."""
+    """The conditions under which the recipe's run stops early."""
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
 
 
 def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTConfig:
-    """TRL's config: the `training` and the fields that the toolkit sets. TRL only packs; it never sees text."""
+    """TRL's config: the recipe's `training` plus the fields that the toolkit sets. TRL only packs rows; it does not
+    tokenize."""
     arguments = training_arguments(
         recipe.training,
         run_dir=run_dir,
@@ -150,29 +155,30 @@ def sft_config(recipe: SftRecipe, run_dir: Path, has_eval: bool = False) -> SFTC
 
 
 def planned_config(recipe: SftRecipe) -> SFTConfig:
-    """The config of the recipe's own run."""
+    """The TRL config that the recipe's run will use."""
     return sft_config(recipe, Path(recipe.output_dir), bool(recipe.eval_data))
 
 
 def _datasets(held_out: Mapping[str, EncodedRows]) -> Any:
     """None, one data set, or several by name, as the Trainer expects them."""
-    found = {name: encoded.data for name, encoded in held_out.items()}
-    return found.get("", found or None)
+    by_name = {name: encoded.data for name, encoded in held_out.items()}
+    return by_name.get("", by_name or None)
 
 
-def _tell(encoded: Mapping[str, EncodedRows], max_length: int | None, rejected: Path | None) -> None:
-    """What became of the rows (of held-out ones only where something did), and where they are cached."""
+def _report_rows(encoded: Mapping[str, EncodedRows], max_length: int | None, rejected: Path | None) -> None:
+    """Print the length reports (of held-out rows only if any were changed or left out) and whether the encoded rows
+    came from the cache; append rejected rows to the file `rejected`."""
     for name, (_, report, entry) in encoded.items():
-        of = f"sft: {name}{': ' if name else ''}"
+        label = f"sft: {name}{': ' if name else ''}"
         if not name or report.truncated or report.split or report.rejected:
-            print(f"{of}{report.summary(max_length)}", file=sys.stderr)
-        print(f"{of}{entry.line('encoded', report.rows)}", file=sys.stderr)
+            print(f"{label}{report.summary(max_length)}", file=sys.stderr)
+        print(f"{label}{entry.line('encoded', report.rows)}", file=sys.stderr)
         if rejected is not None:
             append_lines(rejected, report.rejected)
 
 
 def _peek(rows: Iterable[Row]) -> tuple[list[Row], Iterable[Row]]:
-    """The first few rows, and all of them."""
+    """The first few rows, and an iterable of all rows."""
     if not isinstance(rows, Sequence):
         iterator = iter(rows)
         first = list(islice(iterator, SAMPLES))

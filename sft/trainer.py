@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for encoded rows: held-out loss by source, samples, and rows that can be named in errors."""
+"""TRL's SFTTrainer for encoded rows: held-out loss per source, sample answers, and the origins of rows for errors."""
 
 import math
 import re
@@ -26,15 +26,16 @@ from deepseek_v2_modeling.training import (
 )
 from sft.data import lengths_of, origins_of
 
-SAMPLED_SHARE = 0.02  # of the tokens of a run, at most, are sampled; a sampled token takes longer than a trained one
+SAMPLED_SHARE = 0.02  # sampled tokens as a fraction of a run's training tokens, at most: sampling is slower
 FEWEST_SAMPLE_TOKENS = 8
 
 
 class ChatTrainer(RunTrainerMixin, SFTTrainer):
-    """SFTTrainer for data of `sft.data.encode_rows`.
+    """SFTTrainer for data from `sft.data.encode_rows`.
 
-    probes: the conversations among these rows are asked before and after, for answers of `sample_tokens` at most, and
-        of fewer in a run so short that they would take a good part of it.
+    probes: rows whose conversations are used as prompts for sample answers before and after training.
+    sample_tokens: the maximum length of these answers; in short runs it is reduced, so that sampling takes only a small
+        part of the time.
     """
 
     def __init__(
@@ -47,19 +48,22 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         sample_tokens: int = 64,
         **kwargs: Any,
     ):
-        with with_fused_head(model, HeadSettings(uniform=args.loss_type == "nll")):  # whose loss is a mean over tokens
+        # `uniform`, because the loss "nll" is a mean over tokens
+        with with_fused_head(model, HeadSettings(uniform=args.loss_type == "nll")):
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.encoded = train_dataset
         self.probes = [split_prompt(row["messages"]) for row in probes if "messages" in row]
         self.sample_tokens = sample_tokens
-        self._eval_loss = torch.zeros(2, dtype=torch.float64)  # its sum over tokens, and their number
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)  # sum over tokens, number of tokens
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """The loss on held-out rows, over all trained tokens: `eval_loss`, and `eval_NAME_loss` of each source.
+        """The mean loss over all trained tokens of the held-out rows: `eval_loss`, and `eval_NAME_loss` for each
+        source.
 
-        All sources go into one line of metrics (transformers would write, and judge, one for each).
+        All sources are logged in one line of metrics; transformers would log each one separately and use each to choose
+        the best model.
         """
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -86,7 +90,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Trainer, but the loss is the mean over tokens, independent of batching, not the mean over batches."""
+        """Like Trainer's, but the loss is a mean over tokens, which does not depend on batching, not over batches."""
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         summed: Any = self.accelerator.reduce(self._eval_loss.to(self.accelerator.device))
@@ -102,7 +106,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         return result
 
     def held_out_losses(self) -> dict[str, float]:
-        """Those of the model as it is after training: what was logged for its step, or a last evaluation."""
+        """The held-out losses of the model after training: those logged for its step, or from a final evaluation."""
         state = self.state
         best = self.args.load_best_model_at_end and state.best_global_step
         step = state.best_global_step if best else state.global_step
@@ -110,7 +114,7 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         metrics = next(logged, None) or self.evaluate()
         return {key: value for key, value in metrics.items() if re.fullmatch(r"eval_(.+_)?loss", key)}
 
-    # --- names of rows ------------------------------------------------------------------------------------------
+    # --- origins of rows ----------------------------------------------------------------------------------------
 
     def rows_of(self, inputs: Any) -> list[str]:
         return origins_of(self.encoded, documents_of(inputs))
@@ -121,17 +125,19 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         self.write_samples("before")
 
     def _sample_tokens(self) -> int:
-        """Of each answer, by the size of the run: its speed would make them differ from machine to machine."""
+        """The length of sample answers, by the number of tokens in the run rather than by its speed, so that samples
+        are the same on every machine."""
         data: Any = self.train_dataset
         rows = len(data) * self.args.num_train_epochs
         if self.args.max_steps > 0:
             rows = self.args.max_steps * self.get_total_train_batch_size(self.args)
         planned = rows * lengths_of(data).mean()
-        few = math.ceil(SAMPLED_SHARE * planned / (2 * len(self.probes)))
-        return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, few))
+        affordable = math.ceil(SAMPLED_SHARE * planned / (2 * len(self.probes)))
+        return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, affordable))
 
     def write_samples(self, when: str) -> None:
-        """Write greedy answers to the probes to samples.jsonl, from the main process only."""
+        """Append greedy answers to the probes to samples.jsonl; only the main process does so. when: "before" or
+        "after" training."""
         tokenizer: Any = self.processing_class
         if not self.is_world_process_zero() or not self.probes:
             return
@@ -161,7 +167,8 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
 
 
 def documents_of(inputs: Any) -> Iterator[list[int]]:
-    """The token ids of each document of a batch: its rows without padding, or the documents packed in its one row."""
+    """The token ids of each document of a batch: its rows without padding, or the documents packed into its only
+    row."""
     ids = inputs["input_ids"]
     if "cu_seq_lens_q" in inputs:
         sizes = inputs["cu_seq_lens_q"].diff().tolist()
@@ -171,5 +178,5 @@ def documents_of(inputs: Any) -> Iterator[list[int]]:
 
 
 def _mean(loss: torch.Tensor) -> float:
-    """loss: its sum, and the number of tokens."""
+    """The mean loss, from (sum over tokens, number of tokens)."""
     return (loss[0] / loss[1].clamp(min=1)).item()
