@@ -1,7 +1,7 @@
-"""DeepSeek-V2 for transformers: latent attention, fine-grained experts, LoRA, in official behaviour.
+"""DeepSeek-V2 for transformers: latent attention, fine-grained experts and LoRA, with the official model's behaviour.
 
-Importing this package registers the classes with transformers' Auto classes under `deepseek_v2`; the stock
-classes stay importable from transformers.models.deepseek_v2.
+Importing this package registers its classes with transformers' Auto classes under `deepseek_v2`; the stock classes
+remain importable from transformers.models.deepseek_v2.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ from .routing_replay import record_routing, replay_routing
 if TYPE_CHECKING:
     from .training.mixin import RunTrainerMixin
 
-__version__ = "0.1.0"  # of the whole toolkit: the one place
+__version__ = "0.1.0"  # the version of the whole toolkit, stated nowhere else
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    """RunTrainerMixin is imported when it is asked for: transformers' Trainer takes its time."""
+    """Import RunTrainerMixin lazily, because importing transformers' Trainer is slow."""
     if name != "RunTrainerMixin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .training.mixin import RunTrainerMixin

@@ -1,4 +1,4 @@
-"""The latent cache: stores kv_lora_rank + qk_rope_head_dim values per token and layer, not expanded keys and values."""
+"""The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer instead of expanded keys and values."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -14,7 +14,8 @@ Quantization = Literal["int8", "int6", "int4"]
 
 
 class LatentLayer(CacheLayerMixin):
-    """One layer's latents and rotary keys, encoded, in one buffer [B, capacity, width] of which `length` is filled."""
+    """One layer's encoded latents and rotary keys, in a buffer [B, capacity, width] whose first `length` tokens are
+    filled."""
 
     is_sliding = False
     is_croppable = True
@@ -30,7 +31,7 @@ class LatentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _room_for(self, new: torch.Tensor) -> torch.Tensor:
-        """The buffer with room for `new` [B, T, width] behind what is filled."""
+        """The buffer, grown if necessary to have capacity for `new` [B, T, width] after the filled tokens."""
         needed = self.length + new.shape[1]
         if self.buffer is not None and self.buffer.shape[1] >= needed:
             return self.buffer
@@ -38,7 +39,9 @@ class LatentLayer(CacheLayerMixin):
             capacity = whole_blocks(needed + self.reserved) if self.reserved else needed
         else:
             capacity = self.codec.capacity(needed)
-        buffer = new.new_zeros(new.shape[0], capacity, new.shape[2])  # `with_room` reads behind what is filled
+        buffer = new.new_zeros(
+            new.shape[0], capacity, new.shape[2]
+        )  # zeros, because `with_room` exposes unfilled tokens
         if self.buffer is not None:
             buffer[:, : self.length] = self.buffer[:, : self.length]
         return buffer
@@ -46,10 +49,11 @@ class LatentLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores latent [B, 1, T, C] and rotary key [B, 1, T, R]; both for all tokens so far come back.
+        """Store the latents [B, 1, T, C] and rotary keys [B, 1, T, R] of new tokens, and return both for all tokens so
+        far.
 
-        The first tokens come back as they were given. Under autograd the tokens before are constants: no
-        gradient reaches an earlier forward.
+        The first call returns its arguments unchanged. Under autograd earlier tokens are constants: no gradient reaches
+        an earlier forward.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -61,13 +65,13 @@ class LatentLayer(CacheLayerMixin):
         if past == 0:
             return key_states, value_states
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            before = self.codec.decode(self.buffer[:, :past].clone(), self.widths, key_states.dtype)
-            return torch.cat((before[0], key_states), 2), torch.cat((before[1], value_states), 2)
+            earlier = self.codec.decode(self.buffer[:, :past].clone(), self.widths, key_states.dtype)
+            return torch.cat((earlier[0], key_states), 2), torch.cat((earlier[1], value_states), 2)
         latent, rope_key = self.codec.decode(self.buffer[:, : self.length], self.widths, key_states.dtype)
         return latent, rope_key
 
     def stored(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Latent and rotary key of all tokens so far."""
+        """The decoded latents and rotary keys of all tokens so far; Nones if empty."""
         if self.buffer is None:
             return None, None
         latent, rope_key = self.codec.decode(self.buffer[:, : self.length], self.widths, self.dtype)
@@ -82,30 +86,30 @@ class LatentLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def _rows(self, pick: Any) -> None:
+    def _transform(self, function: Any) -> None:
         if self.buffer is not None:
-            self.buffer = pick(self.buffer)
+            self.buffer = function(self.buffer)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens (transformers passes a number up to 0)."""
+        """Drop the last `-tokens_to_remove` tokens (transformers passes a number that is not positive)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         self.length = max(0, self.length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+        self._transform(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+        self._transform(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._rows(lambda buffer: buffer[indices])
+        self._transform(lambda buffer: buffer[indices])
 
     def offload(self) -> None:
-        self._rows(lambda buffer: buffer.to("cpu", non_blocking=True))
+        self._transform(lambda buffer: buffer.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._rows(lambda buffer: buffer.to(self.device, non_blocking=True))
+        self._transform(lambda buffer: buffer.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         self.buffer, self.length, self.is_initialized = None, 0, False
@@ -116,8 +120,10 @@ class LatentLayer(CacheLayerMixin):
 
 
 class FixedLayer(CacheLayerMixin):
-    """A LatentLayer with room reserved for `capacity` tokens, all of which are handed out: a mask has to say which ones
-    are filled. New tokens go where `place` [1] says, a tensor, so that a CUDA graph can move on."""
+    """A LatentLayer of fixed capacity that always returns all `capacity` tokens; a mask has to tell which are filled.
+
+    New tokens are written at index `place` [1], a tensor, so that a replayed CUDA graph can advance it.
+    """
 
     is_sliding = False
 
@@ -128,12 +134,12 @@ class FixedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
+        """No-op: the buffer exists already."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As LatentLayer's, for one token a row; what comes back is `capacity` long."""
+        """Like LatentLayer's, for one token per row; the results have `capacity` tokens."""
         self.buffer.index_copy_(1, self.place, self.codec.encode(key_states, value_states))
         latent, rope_key = self.codec.decode(self.buffer, self.widths, key_states.dtype)
         return latent, rope_key
@@ -152,50 +158,51 @@ class FixedLayer(CacheLayerMixin):
 
 
 def whole_blocks(tokens: int) -> int:
-    """Rounded up to a multiple of BLOCK: a matrix kernel for rows of another length is several times slower."""
+    """A number of tokens rounded up to a multiple of BLOCK: matrix kernels are several times slower for other
+    lengths."""
     return -(-tokens // BLOCK) * BLOCK
 
 
 def joined(latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
-    """[B, 1, S, C] and [B, 1, S, R] -> [B, S, C + R]: no copy where they lie side by side, as in a LatentCache."""
+    """[B, 1, S, C] and [B, 1, S, R] -> [B, S, C + R], without a copy if they are adjacent in memory, as in a
+    LatentCache."""
     latent, rope_key = latent.squeeze(1), rope_key.squeeze(1)
     width, offset = latent.shape[-1] + rope_key.shape[-1], latent.storage_offset()
-    beside = (
+    is_adjacent = (
         latent.untyped_storage().data_ptr() == rope_key.untyped_storage().data_ptr()
         and rope_key.storage_offset() == offset + latent.shape[-1]
         and latent.stride() == rope_key.stride()
         and not (latent.requires_grad or rope_key.requires_grad)
     )
-    if beside:
+    if is_adjacent:
         return latent.as_strided((*latent.shape[:2], width), latent.stride(), offset)
     return torch.cat((latent, rope_key), dim=-1)
 
 
 def with_room(keys: torch.Tensor) -> torch.Tensor:
-    """keys [B, S, W] of a LatentCache with the tokens behind them, up to a whole BLOCK: zeros, or forgotten ones.
-
-    Other keys come back as they are.
+    """Extend keys [B, S, W] of a LatentCache to a multiple of BLOCK tokens by a view that includes unfilled tokens of
+    its buffer (zeros, or tokens that were dropped). Other keys are returned unchanged.
     """
     tokens, width = keys.shape[1:]
     missing = -tokens % BLOCK
-    room = keys.stride(0) // width - tokens if keys.stride(1) == width else 0
+    spare = keys.stride(0) // width - tokens if keys.stride(1) == width else 0
     end = keys.storage_offset() + (keys.shape[0] - 1) * keys.stride(0) + (tokens + missing) * width
-    if room < missing or end * keys.itemsize > keys.untyped_storage().nbytes():
+    if spare < missing or end * keys.itemsize > keys.untyped_storage().nbytes():
         return keys
     return keys.as_strided((keys.shape[0], tokens + missing, width), keys.stride())
 
 
 class LatentCache(Cache):
-    """Cache of a DeepSeek-V2 model; `generate` creates one if none is given.
+    """The cache of a DeepSeek-V2 model; `generate` creates one if none is passed.
 
-    `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and
-    returns both for all tokens so far.
+    `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and returns
+    both for all tokens so far.
 
-    quantization: None keeps the model's dtype; "int8", "int6" and "int4" store packed groups. "int6" costs six
-        bits a value with everything counted, the average of the paper.
+    quantization: None stores values in the model's dtype; "int8", "int6" and "int4" store quantized groups. "int6"
+        takes at most six bits per value, including scales and spare capacity: the average stated in the paper.
 
     Raises:
-        ModelError: another quantization.
+        ModelError: the quantization is not supported.
     """
 
     def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
@@ -210,17 +217,17 @@ class LatentCache(Cache):
     reserved = 0
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens behind the first ones that an empty cache is given."""
+        """Make an empty cache allocate capacity for this many tokens after the prompt."""
         self.reserved = tokens
         for layer in self.layers:
             assert isinstance(layer, LatentLayer)
             layer.reserved = tokens
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
-        """(latent [B, 1, T, C], rotary key [B, 1, T, R]) of each layer, decoded; Nones where nothing is stored yet."""
+        """The decoded (latents [B, 1, T, C], rotary keys [B, 1, T, R]) of each layer; Nones if it is empty."""
         return (layer.stored() for layer in self.layers if isinstance(layer, LatentLayer))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storage that the cache holds, scales and spare room included."""
+        """Bytes of all storage that the cache holds, including scales and spare capacity."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, LatentLayer))

@@ -1,10 +1,10 @@
 """Packed low-bit storage of latents and rotary keys.
 
-Symmetric, by group: up to GROUP neighbouring channels of one token share a float16 scale. "int6" means at most six bits
-a value with everything counted (the paper's average, section 3.2.2): scales and spare room are paid for by giving the
-last channels of the latent five bits. "int8" and "int4" store plain 8 and 4 bits beside the scales.
+Quantization is symmetric and per group: up to GROUP neighbouring channels of a token share a float16 scale. "int6"
+takes at most six bits per value in total (the paper's average, section 3.2.2): to make up for scales and spare
+capacity, the last channels of the latent get five bits. "int8" and "int4" take 8 and 4 bits plus the scales.
 
-A b-bit number is stored in planes of 4, 2 and 1 bits (6 = 4 + 2, 5 = 4 + 1), each packed to bytes by itself.
+A b-bit number is stored in planes of 4, 2 and 1 bits (6 = 4 + 2, 5 = 4 + 1), each packed into bytes separately.
 """
 
 import math
@@ -14,17 +14,17 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
-BLOCK = 64  # tokens; unquantised room grows by whole blocks
-RAW_SPARE = 8  # unquantised, 1/8 of the tokens is kept free, so that growing copies little
-SPARE = 128  # quantised, 1/128: it counts, and what is copied is small
-GROUP = 128
+BLOCK = 64  # tokens; unquantized buffers grow by whole blocks
+RAW_SPARE = 8  # unquantized buffers grow by an extra 1/8, so that they are rarely copied
+SPARE = 128  # quantized ones by 1/128: spare capacity counts in bits per value, and copies are small
+GROUP = 128  # channels
 SCALE_BITS = 16
 WIDTHS = {"int8": 8, "int6": 6, "int4": 4}
 PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,)}
 
 
 def pack_plane(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., n] with numbers below 2^bits -> uint8 [..., ceil(n * bits / 8)]."""
+    """Pack numbers below 2^bits: uint8 [..., n] -> uint8 [..., ceil(n * bits / 8)]."""
     if bits == 8:
         return values
     per_byte = 8 // bits
@@ -45,7 +45,7 @@ def unpack_plane(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """`width` neighbouring channels stored with `bits` bits each."""
+    """`width` consecutive channels, stored with `bits` bits each."""
 
     width: int
     bits: int
@@ -74,16 +74,16 @@ class Part:
 
 
 def group_widths(channels: int) -> list[int]:
-    """Channels in groups of GROUP and a rest."""
+    """The widths of the groups that channels are divided into: GROUP each, and the rest."""
     return [GROUP] * (channels // GROUP) + ([channels % GROUP] if channels % GROUP else [])
 
 
 @dataclass(frozen=True)
 class RawCodec:
-    """Values as they are, latent and rotary key side by side."""
+    """No quantization: stores latents and rotary keys side by side."""
 
     def capacity(self, tokens: int) -> int:
-        """Tokens that a grown buffer has room for when it needs `tokens`."""
+        """The capacity, in tokens, to which a buffer grows that needs to hold `tokens`."""
         return -(-(tokens + tokens // RAW_SPARE) // BLOCK) * BLOCK
 
     def encode(self, latent: torch.Tensor, rope_key: torch.Tensor) -> torch.Tensor:
@@ -91,20 +91,20 @@ class RawCodec:
         return torch.cat((latent, rope_key), dim=-1).squeeze(1)
 
     def decode(self, stored: torch.Tensor, widths: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Views: ([B, 1, T, C], [B, 1, T, R])."""
+        """[B, T, C + R] -> views ([B, 1, T, C], [B, 1, T, R])."""
         return stored.unsqueeze(1).split(widths, dim=-1)
 
 
 @dataclass(frozen=True)
 class GroupCodec:
-    """Symmetric group quantisation of latents (C channels) and rotary keys (R channels)."""
+    """Symmetric group quantization of latents (C channels) and rotary keys (R channels)."""
 
     name: str
     latent_width: int
     rope_width: int
 
     def capacity(self, tokens: int) -> int:
-        """As RawCodec's."""
+        """Like RawCodec's."""
         return tokens + tokens // SPARE
 
     @cached_property
@@ -113,7 +113,7 @@ class GroupCodec:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """Latent channels (the last ones narrower with "int6"), then the rotary channels."""
+        """The latent channels, the last of which have fewer bits with "int6", then the rotary channels."""
         bits, narrow = WIDTHS[self.name], 0
         if self.name == "int6":
             spare_bits = bits * (self.latent_width + self.rope_width) / SPARE
@@ -128,7 +128,7 @@ class GroupCodec:
         return torch.cat([torch.full((part.width,), float(2 ** (part.bits - 1) - 1)) for part in self.parts])
 
     def _spread(self, by_group: torch.Tensor) -> torch.Tensor:
-        """A value a group [..., groups] -> a value a channel [..., C + R]."""
+        """Repeat a value per group [..., groups] for each of its channels [..., C + R]."""
         repeats = torch.tensor(self.groups, device=by_group.device)
         return by_group.repeat_interleave(repeats, dim=-1, output_size=self.latent_width + self.rope_width)
 

@@ -1,10 +1,10 @@
-"""The DeepSeek-V2 config: stock transformers' fields plus what the official config has and stock lacks.
+"""The DeepSeek-V2 config: the fields of stock transformers plus those of the official config that stock lacks.
 
-Stock drops `rope_scaling` and `rope_theta` on save, so readers of the released format (vLLM, llama.cpp, the
-official code) then run without YaRN. Ours writes both forms, and reads either.
+Stock drops `rope_scaling` and `rope_theta` on save, so readers of the released format (vLLM, llama.cpp, the official
+code) then run without YaRN. This config writes both forms and reads either.
 
-Whatever stands in a config.json reaches transformers' and torch's constructors, which fail in ways of their own, or not
-at all: a RoPE factor of 0 gives NaN, a negative one another model. So the values are looked at first.
+Values of a config.json are validated before they reach the constructors of transformers and torch, whose errors are
+unclear or absent: a RoPE factor of 0 gives NaN, and a negative one silently gives a different model.
 """
 
 import inspect
@@ -23,9 +23,9 @@ from .refusals import check_model_type
 ROPE_TYPES = ("default", "linear", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 DEFAULT_THETA = 10000.0
-YARN_LENGTH = 4096  # the official default; stock takes max_position_embeddings, which is the length after scaling
+YARN_LENGTH = 4096  # the official default; stock uses max_position_embeddings, which is the length after scaling
 ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
-# Many times those of the largest models there are.
+# Upper bounds, many times the values of the largest existing models.
 LARGEST = {
     "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,
     "moe_intermediate_size": 10_000_000, "num_hidden_layers": 1_000, "num_attention_heads": 10_000,
@@ -34,7 +34,7 @@ LARGEST = {
     "v_head_dim": 100_000, "head_dim": 100_000, "max_position_embeddings": 1_000_000_000, "num_labels": 10_000,
     "attention_dropout": 1.0,
 }  # fmt: skip
-# Of the numbers above 1, but for these.
+# Lower bounds; 1 for all other names in LARGEST.
 SMALLEST = {
     "n_routed_experts": 0, "n_shared_experts": 0, "num_experts_per_tok": 0, "num_labels": 0, "attention_dropout": 0.0,
     "rms_norm_eps": 0.0, "initializer_range": 0.0, "first_k_dense_replace": 0,
@@ -45,7 +45,7 @@ ROPE_NUMBERS = {
     "beta_slow": False, "mscale": True, "mscale_all_dim": True, "attention_factor": True,
 }  # fmt: skip
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-# Settings of a single call: made a model's own, they change what its forward returns.
+# Settings of a single call: stored in a config, other values would change what every forward returns.
 OF_A_CALL = {"return_dict": True, "output_attentions": False}
 TYPES = {"id2label": dict, "label2id": dict, "num_labels": int}
 # Where transformers looks for the language model's settings in the config of a larger model.
@@ -53,7 +53,7 @@ PARTS = ("text_config", "text_encoder", "decoder", "encoder", "generator")
 
 
 def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
-    """RoPE settings of either form in the new one; `theta` where they do not give it."""
+    """RoPE settings of either form in the new form, with `theta` as the default of rope_theta."""
     rope = dict(rope or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope.pop("type", None)
@@ -62,12 +62,11 @@ def rope_parameters(rope: Any, theta: float) -> dict[str, Any]:
 
 
 def joined_forms(rope: Any, released_form: dict[str, Any]) -> dict[str, Any]:
-    """One form of the RoPE settings, from a config's `rope_parameters` and the released form beside them.
-
-    released_form: those of rope_scaling and rope_theta that the config has.
+    """The RoPE settings in the new form, from a config's `rope_parameters` and those of rope_scaling and rope_theta
+    that it also has (released_form).
 
     Raises:
-        ModelError: the two forms disagree: whichever is taken, an edit of the other one would have no effect.
+        ModelError: the two forms disagree, so that one of them would have no effect.
     """
     scaling, theta = released_form.get("rope_scaling"), released_form.get("rope_theta")
     rope_settings = rope_parameters(rope or scaling, DEFAULT_THETA if theta is None else theta)
@@ -93,58 +92,59 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 
 
 class ReadOnly(dict):
-    """`config.rope_scaling`: to change what is made from `rope_parameters` would change nothing."""
+    """The type of `config.rope_scaling`, which is derived from `rope_parameters`: changing an entry would have no
+    effect, so it raises ModelError."""
 
     refuse: Any = _refuse
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)  # copies are plain
+        return dict, (dict(self),)  # copies are plain dicts
 
 
 @strict
 class DeepseekV2Config(StockConfig):
-    """Config of DeepSeek-V2, V2-Lite, Coder-V2 and their kin (`model_type` deepseek_v2).
+    """The config of DeepSeek-V2, V2-Lite, Coder-V2 and their derivatives (`model_type` deepseek_v2).
 
-    Fields beside stock's, with the official defaults:
+    Fields that stock lacks, with the official defaults:
         aux_loss_alpha: coefficient of the expert-level balance loss (paper, a1). 0 turns it off.
         device_aux_loss_alpha, comm_aux_loss_alpha: coefficients of the device- and communication-level
             losses (paper, a2 and a3); groups are the `n_group` groups of experts.
-        seq_aux: balance per sequence and average (True, official), or over the whole batch (False).
+        seq_aux: compute the balance losses per sequence and average (True, official), or over the whole batch (False).
         moe_layer_freq: layer i is MoE when i >= first_k_dense_replace and i % moe_layer_freq == 0.
-        scoring_func: "softmax"; the official code raises for any other, and so does this one, in dense models too.
+        scoring_func: "softmax"; any other is an error, as in the official code, here also for dense models.
         n_shared_experts: None or 0 means no shared experts.
 
     Raises:
-        ModelError: a value that the official model refuses, or that cannot work.
+        ModelError: a value is rejected by the official model, or cannot work.
     """
 
-    # Stock's plans name what these classes do not have (its experts' forward, say): none can be carried out.
+    # Stock's parallel plans refer to modules that these classes lack, such as its experts, so none can be applied.
     base_model_tp_plan = None
     base_model_ep_plan = None
     base_model_pp_plan = None
 
-    aux_loss_alpha: float | int = 0.001  # files and recipes say 0 where they mean 0.0
+    aux_loss_alpha: float | int = 0.001  # int too, since files and recipes write 0 for 0.0
     device_aux_loss_alpha: float | int = 0.0
     comm_aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
     moe_layer_freq: int = 1
     scoring_func: str = "softmax"
-    output_router_logits: bool = False  # stock has it from 5.18 on
+    output_router_logits: bool = False  # in stock since transformers 5.18
     n_shared_experts: int | None = None
     n_routed_experts: int | None = None
     routed_scaling_factor: float | int = 1.0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but another model's values are an error: many of them would be taken as they are."""
+        """Like transformers', but the config of another architecture is an error; many would be accepted silently."""
         check_model_type(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
         check_settings_finite({**vars(self), **kwargs})
         check_sizes({**vars(self), **kwargs})
-        kwargs.pop("auto_map", None)  # names code that is not beside what is saved, and that is never run here
+        kwargs.pop("auto_map", None)  # refers to remote code, which is never run here and not part of what is saved
         released_form = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
         check_rope_form("rope_parameters", self.rope_parameters)
         check_rope_form("rope_scaling", released_form.get("rope_scaling"))
@@ -155,12 +155,12 @@ class DeepseekV2Config(StockConfig):
 
     @property
     def rope(self) -> dict[str, Any]:
-        """`rope_parameters` as a plain dict: rope_type and rope_theta are always there."""
-        return rope_parameters(self.rope_parameters, DEFAULT_THETA)  # keywords of from_pretrained come as they are
+        """`rope_parameters` as a plain dict, always with rope_type and rope_theta."""
+        return rope_parameters(self.rope_parameters, DEFAULT_THETA)  # from_pretrained sets keywords in either form
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """The released form of the RoPE settings, None without scaling. Set it as a whole."""
+        """The released form of the RoPE settings, None without scaling. It can only be set as a whole."""
         rope = self.rope
         rope.pop("rope_theta", None)
         kind = rope.pop("rope_type", "default")
@@ -168,7 +168,7 @@ class DeepseekV2Config(StockConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        """For `from_pretrained`, which sets keywords on the config that it has read."""
+        """Used by `from_pretrained`, which sets its keywords on the config."""
         self.rope_parameters = rope_parameters(value, self.rope_theta)
 
     @property
@@ -190,14 +190,15 @@ class DeepseekV2Config(StockConfig):
         return {"rope_scaling": None if scaling is None else dict(scaling), "rope_theta": self.rope_theta}
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Official: MoE from `first_k_dense_replace` on, every `moe_layer_freq`-th layer (counted from 0)."""
+        """Whether a layer is MoE: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer counted from 0
+        (official)."""
         return bool(
             self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
         )
 
 
 def check_settings(config: DeepseekV2Config) -> None:
-    """As `check_config`, of the settings that are read at each forward, in little time."""
+    """Like `check_config`, but fast, for the settings that are read at each forward."""
     if config.scoring_func != "softmax":
         raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
     if config.topk_method not in TOPK_METHODS:
@@ -208,7 +209,7 @@ def check_settings(config: DeepseekV2Config) -> None:
 
 
 def check_config(config: DeepseekV2Config) -> None:
-    """Raises ModelError for values that would be computed wrongly or not at all."""
+    """Raise ModelError for values with which the model would compute wrong results or none."""
     check_settings(config)
     check_settings_finite(vars(config))
     check_parts(config)
@@ -247,8 +248,8 @@ def is_number(value: Any) -> bool:
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Raises ModelError for numbers that no model has: a size of 0, and those so large that building even an outline
-    would take for ever."""
+    """Raise ModelError for implausible numbers: sizes of 0, and sizes so large that building even a meta model would
+    take forever."""
     for name in {**LARGEST, **SMALLEST}:
         value = values.get(name)
         least, most = SMALLEST.get(name, 1), LARGEST.get(name)
@@ -263,7 +264,7 @@ def check_sizes(values: Mapping[str, Any]) -> None:
 
 
 def check_rope_form(name: str, settings: Any) -> None:
-    """Raises ModelError for RoPE settings, in either form, that are no mapping, or whose numbers are none."""
+    """Raise ModelError for RoPE settings, in either form, that are not a mapping or have invalid numbers."""
     if settings is None:
         return
     if not isinstance(settings, Mapping):
@@ -276,7 +277,7 @@ def check_rope_form(name: str, settings: Any) -> None:
 
 
 def check_rope_number(name: str, value: Any, may_be_zero: bool = False) -> None:
-    """Raises ModelError for anything but None or a number above 0 (or 0, where it may be)."""
+    """Raise ModelError unless the value is None or a number above 0 (or equal to 0 if `may_be_zero`)."""
     if value is None:
         return
     if not is_number(value) or not (value >= 0 if may_be_zero else value > 0):
@@ -284,7 +285,7 @@ def check_rope_number(name: str, value: Any, may_be_zero: bool = False) -> None:
 
 
 def check_parts(config: Any) -> None:
-    """Raises ModelError for names and token ids of a config that stand for nothing."""
+    """Raise ModelError for an unknown activation, an invalid pad_token_id or invalid class names."""
     if config.hidden_act not in ACT2FN:
         raise ModelError(f'hidden_act "{config.hidden_act}" is not supported; DeepSeek-V2 uses "silu"')
     padding = config.pad_token_id
@@ -298,30 +299,31 @@ def check_parts(config: Any) -> None:
 
 
 def check_file_values(values: Any, config_class: type) -> None:
-    """Values as they stand in a config.json, before a config is made of them.
+    """Check the raw values of a config.json before a config is created from them.
 
     Raises:
-        ModelError: they are no JSON object, carry the name of a method, or a setting that belongs to a call.
+        ModelError: they are not a JSON object, or contain the name of a method, a setting of a call, or an invalid
+        type.
     """
     if not isinstance(values, dict):
         raise ModelError(f"it must be a JSON object, and is {type(values).__name__}")
     for key in values:
-        found = inspect.getattr_static(config_class, key, None)
-        no_setting = isinstance(found, property) and found.fset is None
-        if no_setting or inspect.isroutine(found) or isinstance(found, classmethod | staticmethod):
+        attribute = inspect.getattr_static(config_class, key, None)
+        is_read_only = isinstance(attribute, property) and attribute.fset is None
+        if is_read_only or inspect.isroutine(attribute) or isinstance(attribute, classmethod | staticmethod):
             raise ModelError(f'"{key}" is not a model setting; remove it')
     for key, kind in TYPES.items():
         if not isinstance(values.get(key), kind | None):
             raise ModelError(f"{key} is {values[key]!r}: it must be {'a number' if kind is int else 'an object'}")
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := values.get(key), str):
-            found = getattr(torch, name.removeprefix("torch."), None)
-            if not (isinstance(found, torch.dtype) and found.is_floating_point):
+            dtype = getattr(torch, name.removeprefix("torch."), None)
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ModelError(f'{key} is "{name}": use float32, bfloat16 or float16')
     if parts := [key for key in PARTS if values.get(key) is not None]:
         raise ModelError(f"{parts[0]}: this is the config of a larger model, with DeepSeek-V2 as one part of it")
-    for key, only in OF_A_CALL.items():
-        if values.get(key) not in (None, only):
+    for key, default in OF_A_CALL.items():
+        if values.get(key) not in (None, default):
             raise ModelError(f"{key} is {values[key]!r}: it belongs to a call, not to a model; remove it")
     for key in ("attn_implementation", "_attn_implementation"):
         name = values.get(key)
@@ -334,7 +336,7 @@ def check_file_values(values: Any, config_class: type) -> None:
 
 
 def check_settings_finite(settings: Mapping[str, Any], where: str = "") -> None:
-    """Raises ModelError for a number among the settings of a config, at any depth, that is not finite."""
+    """Raise ModelError if a number in the settings of a config, at any depth, is not finite."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             check_settings_finite(value, f"{where}{key}.")

@@ -1,9 +1,9 @@
-"""Errors of the model's floor that a user can fix."""
+"""Errors of the model package that a user can fix."""
 
 
 class ModelError(ValueError):
-    """A checkpoint, config or adapter is wrong. The message names the thing and the remedy."""
+    """A checkpoint, config or adapter cannot be used. The message names it and the remedy."""
 
 
 class ShapeError(ModelError, RuntimeError):
-    """Tensors have other shapes than the model: transformers raises a RuntimeError there."""
+    """Tensors have shapes that differ from the model's. Also a RuntimeError, which transformers raises in this case."""

@@ -40,7 +40,7 @@ from .layers.moe import DeepseekV2Router
 from .modeling import HEADS
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
-# What the floors above open a model with, from one place.
+# The names that other packages need to open a model; they import them from here.
 __all__ = [
     "HEADS",
     "TASKS",
@@ -75,11 +75,15 @@ def load_base(
     settings: DeepseekV2Config | None = None,
     heads: int | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint in hub layout, every tensor accounted for.
+    """Load a checkpoint in hub layout.
 
-    config: settings to override, e.g. {"aux_loss_alpha": 0.003}; unknown ones are errors.
-    settings: those of the checkpoint, where they have been read already. heads: of a reward model; None for as many as
-    the checkpoint has, one where it has none.
+    Args:
+        config: settings to override, e.g. {"aux_loss_alpha": 0.003}. settings: the checkpoint's config, if it has been
+        read already. heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one
+        if it has none.
+
+    Raises:
+        ModelError: an unknown or invalid setting, or tensors that are missing, unexpected or misshapen.
     """
     settings = apply_settings(copy.deepcopy(settings) or read_settings(base), head, config, heads)
     check_generation(base, settings.vocab_size)
@@ -95,7 +99,7 @@ def load_model(
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A frozen model in eval mode, adapter included: for answering, scoring, evaluating."""
+    """Load a model with its adapter, frozen and in evaluation mode."""
     settings = with_labels(source.settings, source.adapter.header) if source.adapter else source.settings
     model: Any = load_base(source.base, head, dtype, attn_implementation, config, settings)
     if source.adapter:
@@ -104,8 +108,8 @@ def load_model(
 
 
 def load_lm_head(source: ModelSource, dtype: str = "float32", attn_implementation: str | None = None) -> nn.Module:
-    """The frozen LM head alone: of a base only its one tensor is read. An adapter on embeddings or head needs the whole
-    model for a moment.
+    """Load only the frozen language-model head, by reading a single tensor of the base. If an adapter changes the
+    embeddings or the head, the whole model is loaded temporarily.
 
     Raises:
         ModelError: the tensor is missing, has another shape or is not finite.
@@ -128,7 +132,7 @@ def load_lm_head(source: ModelSource, dtype: str = "float32", attn_implementatio
 
 
 def merge_into(source: ModelSource, out_dir: Path, dtype: str) -> str:
-    """Writes the base with the adapter merged to out_dir, unless it is there already. Returns out_dir.
+    """Write the base with the adapter merged to out_dir, unless out_dir exists. Returns out_dir.
 
     Raises:
         ModelError: out_dir is the base itself, or cannot be written.
@@ -156,18 +160,25 @@ def prepare_trainable(
     heads: int | None = None,
     router: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """A model ready for a trainer. Trainable weights are float32 whatever `dtype` (that of frozen weights) is.
+    """Load a model for a trainer. Trainable weights are float32; `dtype` is that of frozen weights.
 
-    An adapter with the same targets, ranks and experts is trained on; with others, or for full fine-tuning, it is
-    merged into `merge_dir` first. experts: those that train (of the routed ones); without LoRA everything else is
-    frozen. heads: of a reward model, as in `load_base`. router: whether full fine-tuning trains the routers.
+    If the source is an adapter with the same targets, ranks and experts, its training continues. Otherwise, and for
+    full fine-tuning, it is first merged into `merge_dir`.
+
+    Args:
+        experts: the routed experts to train; without LoRA everything else is frozen.
+        heads: the number of score heads of a reward model, as in `load_base`.
+        router: whether full fine-tuning trains the routers.
+
+    Raises:
+        ModelError: as `load_base` and `merge_into`.
     """
-    wanted = lora.config(TASKS[head]) if lora else None
-    if source.adapter and not (wanted and continues(source.adapter, wanted, experts, source.settings)):
+    lora_config = lora.config(TASKS[head]) if lora else None
+    if source.adapter and not (lora_config and continues(source.adapter, lora_config, experts, source.settings)):
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"
     model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads)
-    if wanted is None or lora is None:
+    if lora_config is None or lora is None:
         if experts is not None:
             train_chosen_experts(model, experts)
             train_in_float32(model)
@@ -177,12 +188,12 @@ def prepare_trainable(
     if source.adapter:
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
-        adapted = apply_lora(model, wanted, experts=experts)
+        adapted = apply_lora(model, lora_config, experts=experts)
     return adapted.train()
 
 
 def freeze_routers(model: nn.Module) -> None:
-    """Freeze the weights that choose the experts; everything else stays as it is."""
+    """Freeze the routers' weights only."""
     for module in model.modules():
         if isinstance(module, DeepseekV2Router):
             module.requires_grad_(False)
@@ -191,10 +202,10 @@ def freeze_routers(model: nn.Module) -> None:
 def save_directory(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, dtype: str | None = None
 ) -> None:
-    """Writes a model (hub layout) or an adapter (PEFT's layout), with its tokenizer, in one atomic step.
+    """Write a model (hub layout) or an adapter (PEFT's layout) with its tokenizer, atomically.
 
     Raises:
-        ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
+        ModelError: out_dir exists and is not empty, its disk is full, or it cannot be written.
     """
     with whole_directory(out_dir) as temporary:
         write_model(model, tokenizer, temporary, dtype)
@@ -203,16 +214,16 @@ def save_directory(
 def write_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str | None = None
 ) -> None:
-    """The files of `save_directory`, into a directory that is there. RL's reference adapter ("ref") is left out."""
+    """Write the files of `save_directory` into an existing directory. RL's reference adapter ("ref") is left out."""
     if isinstance(model, PeftModel):
-        # "auto" would do, with a warning where embeddings are adapted.
+        # "auto" would have the same effect, but with a warning if embeddings are adapted.
         whole = True if adapts_embeddings(model) else "auto"
         model.save_pretrained(str(directory), save_embedding_layers=whole, selected_adapters=["default"])
     else:
         state = None
         if dtype is not None:
-            wanted = getattr(torch, dtype)
-            state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            torch_dtype = getattr(torch, dtype)
+            state = {k: v.to(torch_dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.save_pretrained(str(directory), state_dict=state)
         if dtype is not None:
             path = directory / "config.json"

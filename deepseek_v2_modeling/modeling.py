@@ -1,4 +1,4 @@
-"""The DeepSeek-V2 model classes, compatible with transformers: stock's parameter names, official behaviour."""
+"""The DeepSeek-V2 model classes for transformers, with the stock parameter names and the official model's behaviour."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,13 +43,13 @@ LOST_BALANCE = (
     "is in deepseek_v2_modeling); so does `collect_balance` in a loop of your own, or adding the output's aux_loss to "
     "your loss. Coefficients of 0 (aux_loss_alpha, ...) turn them off."
 )
-BATCH_SHAPED = ("output_hidden_states", "output_attentions", "output_router_logits")  # results with a value a token
+BATCH_SHAPED = ("output_hidden_states", "output_attentions", "output_router_logits")  # results with values per token
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each behind a norm and a residual connection."""
+    """Attention and feed-forward (dense or MoE), each with a pre-norm and a residual connection."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
@@ -60,7 +60,8 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None, **kwargs: Any) -> LayerOutput:
-        """x [B, T, D] -> (x, router logits [N, E], chosen experts [N, K]); the last two None in a dense layer."""
+        """x [B, T, D] -> (x [B, T, D], router logits [N, E], chosen experts [N, K]); the last two are None in a dense
+        layer. replayed: experts to use instead of choosing them."""
         x = x + self.self_attn(self.input_layernorm(x), **kwargs)[0]
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
@@ -71,7 +72,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
 
 @contextmanager
 def without_checkpointing(layers: Iterable[Any]) -> Iterator[None]:
-    """Transformers' checkpointed layers drop the cache that they are given."""
+    """Turn gradient checkpointing off for these layers: transformers' checkpointed layers ignore the cache."""
     switched = [layer for layer in layers if layer.gradient_checkpointing]
     for layer in switched:
         layer.gradient_checkpointing = False
@@ -83,7 +84,7 @@ def without_checkpointing(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def without_default_cache(forward: Callable) -> Callable:
-    """In training a cache is made when the call asks for one, not when the config does (as it does by default)."""
+    """Decorator: in training, a cache is created only if the call asks for one, not because of the config's default."""
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Transformers' names for the ways in which its own experts run. Ours have one, with the same results."""
+        """Accept transformers' names for its implementations of experts; ours has only one, with the same results."""
         if requested_experts not in (None, *EXPERTS_IMPLEMENTATIONS):
             raise ModelError(
                 f'experts_implementation "{requested_experts}" is not supported: use one of {EXPERTS_IMPLEMENTATIONS}, '
@@ -144,14 +145,14 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
-    """Embeddings, decoder layers and the final norm. Loaded from a checkpoint with a head, it leaves the head."""
+    """Embeddings, decoder layers and the final norm. If the checkpoint has a head, loading ignores it."""
 
     other_heads = ("lm_head.", "score.")
-    keeps_balance = True  # how `collect_balance` and routing replay find the backbone under any wrapper
+    keeps_balance = True  # marks the backbone for `collect_balance` and routing replay, under any wrapper
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)
-        check_config(config)  # from_pretrained sets its keywords on a config that was checked without them
+        check_config(config)  # again, because from_pretrained sets its keywords after the config's own check
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
@@ -179,10 +180,14 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         balance_in_loss: bool = False,
         **kwargs: Any,
     ) -> DeepseekV2ModelOutput:
-        """As stock's. In training the balance losses are computed here, outside of the layers, so that
-        gradient checkpointing cannot count them twice.
+        """Like the stock forward. In training it also computes the balance losses; here rather than in the layers, so
+        that gradient checkpointing does not count them twice.
 
-        balance_in_loss: whether the caller adds them to a loss; where nobody does, that is said once.
+        balance_in_loss: whether the caller adds them to the loss; if nothing does, one warning is logged.
+
+        Raises:
+            ModelError: a setting of the config was changed to an unsupported value.
+            ValueError: not exactly one of input_ids and inputs_embeds is given.
         """
         check_settings(self.config)
         if (input_ids is None) == (inputs_embeds is None):
@@ -243,7 +248,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         documents: torch.Tensor | None,
         in_loss: bool,
     ) -> torch.Tensor | None:
-        """The summed balance losses of a training forward (None otherwise), entered in an open ledger too."""
+        """The sum of the balance losses in a training forward, otherwise None; also recorded in the ledger if there is
+        one."""
         if not (self.training and torch.is_grad_enabled() and routers):
             return None
         losses = balance_losses(self.config, routers, shape, real, documents)
@@ -255,7 +261,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
 
 
 class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
-    """The language model. In training with labels, `loss` is cross-entropy plus the balance losses."""
+    """The language model. In training with labels, `loss` is cross-entropy (nats) plus the balance losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -269,8 +275,8 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
+        uses_latent_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if uses_latent_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = LatentCache(self.config)
             return None
         stock: Any = super()
@@ -289,9 +295,12 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As stock's, with `aux_loss`. With `num_items_in_batch` (Trainer under gradient accumulation) both
-        losses are this micro-batch's share: the balance losses are weighed by its labels. In training with labels
-        the full logits are made only when the output is asked for them."""
+        """Like the stock forward, plus `aux_loss`.
+
+        With `num_items_in_batch` (Trainer under gradient accumulation) both losses are this micro-batch's share; the
+        balance losses are weighted by its number of labels. In training with labels the full logits are computed only
+        when they are accessed.
+        """
         items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
         outputs = self.model(
             input_ids=input_ids,
@@ -310,7 +319,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             make_logits = partial(self.lm_head, hidden)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep, :].contiguous())  # see products.Linear; the head may be another one
+            logits = self.lm_head(hidden[:, keep, :].contiguous())  # as in our Linear, since the head may be another's
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if labels is not None and outputs.aux_loss is not None and self.model.ledger is None:
@@ -330,11 +339,11 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
 
 
 class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
-    """A score (or class logits), in float32, read off the last real token of each row, or of each packed document.
+    """A score (or class logits), in float32, computed at the last real token of each row, or of each packed document.
 
     `logits` is [B, num_labels]. In a packed batch (position_ids that restart, cu_seq_lens or seq_idx) it is
-    [documents, num_labels], row by row, and `labels` has one entry a document. Padding beside documents has no
-    score when the attention_mask tells it.
+    [documents, num_labels], in the order of the rows, and `labels` has one entry per document. Padding marked in
+    attention_mask gets no score.
     """
 
     new_heads = ("score.",)
@@ -360,19 +369,22 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """As stock's, but padding is told by attention_mask where there is one: a real token may have the
-        padding id (many set pad = eos). Rows with a mask are read without their padding, as packed documents, so that
-        its side changes no score; there is no cache then unless `use_cache` is
-        true, which prevents it. In training with labels the balance losses are in `loss`."""
+        """Like the stock forward, but padding is taken from attention_mask if there is one, since a real token may have
+        the padding id (often pad = eos).
+
+        Rows with a mask are computed as packed documents without padding, so that the padding side does not affect
+        scores; no cache is returned then, and `use_cache=True` prevents it. In training with labels, `loss` includes
+        the balance losses.
+        """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None and past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
-            real: Any = real_runs(attention_mask, given.shape[:2])
+        inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is not None and past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
+            real: Any = real_runs(attention_mask, inputs.shape[:2])
             if real is not None:
-                packed: Any = given[real][None]
+                packed: Any = inputs[real][None]
                 input_ids, inputs_embeds = (packed, None) if inputs_embeds is None else (input_ids, packed)
-                places: Any = (real.cumsum(-1) - 1)[real][None]
-                position_ids, attention_mask, use_cache = places, torch.ones_like(places), False
+                positions: Any = (real.cumsum(-1) - 1)[real][None]
+                position_ids, attention_mask, use_cache = positions, torch.ones_like(positions), False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -385,7 +397,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         shape = (hidden.shape[0], hidden.shape[1])
-        boundaries = (None, {}) if past else (position_ids, kwargs)  # a filled cache continues one sequence a row
+        boundaries = (None, {}) if past else (position_ids, kwargs)  # with a filled cache each row is one sequence
         pooled = self.score(
             hidden[scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)]
         )
@@ -403,11 +415,16 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         )
 
     def _packs(self, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
-        """Whether a padded batch may be read as packed documents. Not where the caller gets, or has given, something of
-        the batch's shape, and not where attention would build a mask over all tokens of the batch."""
-        asked = [kwargs.get(name, getattr(self.config, name, None)) for name in (*BATCH_SHAPED, *BOUNDARIES)]
+        """Whether a padded batch may be computed as packed documents: not if the caller passes or requests tensors of
+        the batch's shape, and not if attention would build a mask over all tokens of the batch."""
+        values = [kwargs.get(name, getattr(self.config, name, None)) for name in (*BATCH_SHAPED, *BOUNDARIES)]
         routes = self.model.recordings or self.model.replayed_routes is not None
-        if use_cache or routes or torch.compiler.is_compiling() or any(a is not None and a is not False for a in asked):
+        if (
+            use_cache
+            or routes
+            or torch.compiler.is_compiling()
+            or any(a is not None and a is not False for a in values)
+        ):
             return False
         return (self.config._attn_implementation or "eager").startswith(("sdpa", "flash"))
 

@@ -1,4 +1,4 @@
-"""A model's structure, built from its config alone, for checks before any weights are read."""
+"""A model's structure, built from its config alone, to check it before any weights are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +22,13 @@ from .modeling import HEADS
 def apply_settings(
     settings: DeepseekV2Config, head: Head, config: Mapping[str, Any] | None, heads: int | None = None
 ) -> DeepseekV2Config:
-    """The settings with the overrides of a recipe's `model.config` in them. Raises ModelError for wrong ones.
+    """Apply the overrides of a recipe's `model.config` to the settings, in place, and return them.
 
-    heads: of a reward model; None for as many as its config says (`reward_heads`, which is there for several).
+    heads: the number of score heads of a reward model; None for the number in its config (`reward_heads`, which is only
+        set if there are several).
+
+    Raises:
+        ModelError: an override is unknown or has an invalid value.
     """
     if head == "score":
         heads = heads or getattr(settings, "reward_heads", 1)
@@ -51,26 +55,26 @@ def apply_settings(
 
 
 def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
-    """The model's structure without weights. Raises ModelError where the settings make none."""
+    """The model on the meta device, without weights. Raises ModelError if the settings cannot be built into a model."""
     try:
         with torch.device("meta"):
             return HEADS[head](settings)
-    except Exception as error:  # an unknown hidden_act, a pad_token_id beyond the words, ...
+    except Exception as error:  # an unknown hidden_act, a pad_token_id outside the vocabulary, ...
         raise ModelError(
             f"{settings.name_or_path}/config.json: it cannot be built into a model ({type(error).__name__}: {error})"
         ) from error
 
 
 def model_shapes(settings: DeepseekV2Config, head: Head) -> dict[str, Shape]:
-    """{name: shape} of a model's parameters. Raises ModelError as `meta_model`."""
+    """{name: shape} of a model's parameters. Raises ModelError like `meta_model`."""
     return {name: tuple(tensor.shape) for name, tensor in meta_model(settings, head).state_dict().items()}
 
 
 def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
-    """Match the tensors of a model directory to the model, from the headers of its files alone, as loading does.
+    """Check the tensors of a model directory against the model as loading does, but from the file headers alone.
 
     Raises:
-        ModelError: a file that is missing or cut short, or tensors that are missing, unexpected or misshapen.
+        ModelError: a file is missing or truncated, or tensors are missing, unexpected or have wrong shapes.
     """
     model = meta_model(settings, head)
     infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
@@ -82,11 +86,11 @@ def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
     )
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: DeepseekV2Config, where: str) -> None:
-    """Raises ModelError for a tokenizer with ids that the embeddings have no row for."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: DeepseekV2Config, source: str) -> None:
+    """Raise ModelError if the tokenizer has ids that are outside the model's embeddings."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= settings.vocab_size:
         raise ModelError(
-            f"{where}: the tokenizer has ids up to {largest:,}, and the model's embeddings have "
+            f"{source}: the tokenizer has ids up to {largest:,}, and the model's embeddings have "
             f"{settings.vocab_size:,} rows (vocab_size in config.json); use the model's own tokenizer"
         )

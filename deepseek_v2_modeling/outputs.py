@@ -1,4 +1,4 @@
-"""What the model's forwards return."""
+"""The outputs of the model's forward passes."""
 
 import sys
 from collections import OrderedDict
@@ -12,14 +12,15 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 @dataclass
 class DeepseekV2ModelOutput(MoeModelOutputWithPast):
-    """Stock's output and `aux_loss`: the sum of the balance losses, coefficients included, or None."""
+    """The stock output plus `aux_loss`: the sum of the balance losses, weighted by their coefficients, or None."""
 
     aux_loss: torch.Tensor | None = None
 
 
 @dataclass
 class CausalLMOutput(MoeCausalLMOutputWithPast):
-    """Stock's output with `aux_loss` last, so that the first entry is the loss or the logits, as of any model."""
+    """The stock output with `aux_loss` moved to the end, so that the first entry is the loss or the logits, as in other
+    models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,9 +30,11 @@ class CausalLMOutput(MoeCausalLMOutputWithPast):
 
 @dataclass
 class TrainingOutput(CausalLMOutput):
-    """The output of a training forward, whose loss was made without the full logits: `logits` are made when asked
-    for, with their gradient, and whenever all entries are. accelerate copies the entries of each output under mixed
-    precision: the maker is one of them, and that copy alone sees it."""
+    """The output of a training forward whose loss was computed without the full logits.
+
+    `logits` are computed, with their gradient, when they or all entries are accessed. Under mixed precision accelerate
+    copies the entries of each output; `make_logits` is one of them, visible only to that copy, so the copy stays lazy.
+    """
 
     make_logits: Callable[[], torch.Tensor] | None = None
 
@@ -72,8 +75,8 @@ class TrainingOutput(CausalLMOutput):
         return super().items()
 
     def __contains__(self, key: Any) -> bool:
-        unmade = super().__contains__("make_logits")
-        return unmade if key == "logits" and unmade else key != "make_logits" and super().__contains__(key)
+        pending = super().__contains__("make_logits")
+        return pending if key == "logits" and pending else key != "make_logits" and super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
         return self[key] if key in self else default  # noqa: SIM401 - it is what `get` does here
@@ -84,7 +87,7 @@ class TrainingOutput(CausalLMOutput):
 
 
 def causal_lm_output(make_logits: Callable[[], torch.Tensor] | None, **entries: Any) -> MoeCausalLMOutputWithPast:
-    """The output with these entries; with `make_logits` one whose logits are made when they are asked for."""
+    """The output with these entries; given `make_logits`, its logits are computed lazily."""
     if make_logits is None:
         return CausalLMOutput(**entries)
     return TrainingOutput(**entries, make_logits=make_logits)

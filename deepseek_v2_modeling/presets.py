@@ -1,4 +1,4 @@
-"""Small random models with DeepSeek-V2's structure, for trying things out."""
+"""Small models with DeepSeek-V2's structure and random weights, for experiments and tests."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ YARN = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The demo's model: device-limited routing, small enough to train from nothing in minutes on two cores.
+    # The demo's model: device-limited routing, small enough to train from scratch in minutes on two cores.
     "tiny": {
         "vocab_size": 1856, "hidden_size": 128, "intermediate_size": 384, "moe_intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 16, "q_lora_rank": None, "kv_lora_rank": 64,
@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0,
         "aux_loss_alpha": 0.001, "max_position_embeddings": 512, "initializer_range": 0.05,
     },
-    # V2-Lite's structure: no q_lora, 64 experts of which 6, 2 shared, greedy routing, YaRN.
+    # V2-Lite's structure: no q_lora, greedy routing to 6 of 64 experts, 2 shared experts, YaRN.
     "v2-lite-mini": {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128,
         "num_hidden_layers": 6, "num_attention_heads": 8, "q_lora_rank": None, "kv_lora_rank": 128,
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001,
         "max_position_embeddings": 163840, "rope_scaling": YARN,
     },
-    # V2's structure: q_lora, 8 groups of experts of which 3, scaling 16.
+    # V2's structure: q_lora, routing limited to 3 of 8 groups of experts, routed_scaling_factor 16, YaRN.
     "v2-mini": {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 96,
         "num_hidden_layers": 5, "num_attention_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64,
@@ -46,12 +46,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build_model(preset: str, seed: int, **tokens: int) -> DeepseekV2ForCausalLM:
-    """A model with random float32 weights, the same for the same seed.
+    """A model of a preset with random float32 weights, reproducible by its seed.
 
-    tokens: bos_token_id, eos_token_id and pad_token_id of the tokenizer that goes with it.
+    tokens: bos_token_id, eos_token_id and pad_token_id of the tokenizer to use with it.
 
     Raises:
-        ModelError: no such preset.
+        ModelError: there is no preset of this name.
     """
     if preset not in PRESETS:
         raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')

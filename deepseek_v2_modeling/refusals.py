@@ -1,4 +1,4 @@
-"""Refuses, with a ModelError, models that look loadable but would compute wrong results or none."""
+"""Rejects, with a ModelError, models that look loadable but would compute wrong results or none."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from .errors import ModelError
 
 MODEL_TYPE = "deepseek_v2"
-# Checkpoints of these have tensors under much the same names; some would load, and give other logits.
+# Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
 RELATIVES = {
     "deepseek": "plain multi-head attention, without latents",
     "deepseek_v3": "a sigmoid gate, whose choice of experts a bias corrects",
@@ -26,24 +26,24 @@ PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 
 
 def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
-    """values: those of a config.json, which `where` names.
+    """Check the values of a config.json, which `where` names in messages.
 
     Raises:
-        ModelError: they are another model's, or of a DeepSeek-V2 without latent attention.
+        ModelError: they belong to another architecture, or to a DeepSeek-V2 without latent attention.
     """
     model_type, where = values.get("model_type", MODEL_TYPE), where and f"{where}: "
     if model_type != MODEL_TYPE:
-        known = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
+        difference = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
         raise ModelError(
-            f'{where}model_type is "{model_type}", not "{MODEL_TYPE}"{known}; Auto classes choose the class by it'
+            f'{where}model_type is "{model_type}", not "{MODEL_TYPE}"{difference}; Auto classes choose the class by it'
         )
     if values.get("use_mla", True) is not True:
-        said = json.dumps(values["use_mla"])
-        raise ModelError(f"{where}use_mla is {said}: plain multi-head attention, without latents, is not supported")
+        use_mla = json.dumps(values["use_mla"])
+        raise ModelError(f"{where}use_mla is {use_mla}: plain multi-head attention, without latents, is not supported")
 
 
 def _method(settings: Any) -> str:
-    """The name of a quantisation: of settings as an object, or as they stand in a config.json."""
+    """The name of a quantization method, from a settings object or from the mapping in a config.json."""
     if isinstance(settings, Mapping):
         return str(settings.get("quant_method") or "quantised")
     method = getattr(settings, "quant_method", "quantised")
@@ -51,7 +51,7 @@ def _method(settings: Any) -> str:
 
 
 def check_quantization(where: Any, settings: Any) -> None:
-    """Raises ModelError when there are settings of a quantisation."""
+    """Raise ModelError if there are quantization settings."""
     if settings:
         raise ModelError(
             f"{where}: quantization_config ({_method(settings)}) is not supported: transformers' quantisers pass over "
@@ -60,7 +60,7 @@ def check_quantization(where: Any, settings: Any) -> None:
 
 
 def check_keywords(path: Any, keywords: Mapping[str, Any]) -> None:
-    """Looks at the keywords of `from_pretrained`. Raises ModelError for a quantisation or a parallel plan."""
+    """Raise ModelError if the keywords of `from_pretrained` ask for quantization or a parallel plan."""
     check_quantization(
         path, keywords.get("quantization_config") or keywords.get("load_in_8bit") or keywords.get("load_in_4bit")
     )
@@ -73,10 +73,10 @@ def check_keywords(path: Any, keywords: Mapping[str, Any]) -> None:
 
 
 def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> None:
-    """Looks at the config of a checkpoint, also where another one is given (`config=`), before anything is made of it.
+    """Check the config of a checkpoint before it is used, even if another config is passed (`config=`).
 
     Raises:
-        ModelError: it is another model's, or quantised.
+        ModelError: it belongs to another architecture, or is quantized.
     """
     check_quantization(path, getattr(keywords.get("config"), "quantization_config", None))
     if path is None or (
@@ -87,6 +87,6 @@ def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> N
     try:
         values, _ = config_class.get_config_dict(path, **{name: keywords[name] for name in hub if name in keywords})
     except (OSError, ValueError):
-        return  # `from_pretrained` says so
+        return  # `from_pretrained` raises its own error
     check_model_type(values, os.fspath(path))
     check_quantization(path, values.get("quantization_config"))

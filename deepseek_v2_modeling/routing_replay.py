@@ -1,8 +1,8 @@
-"""Routing replay: keep the experts that a forward chose and use them again.
+"""Routing replay: records the experts chosen in a forward and uses them again in a later one.
 
-Policy-gradient training recomputes the log-probabilities of tokens that were sampled before. A router that
-flips in between makes the ratio noisy; replaying the recorded choice removes that, while the weights of the
-chosen experts still come from the gate and still get gradients.
+Policy-gradient training recomputes the log-probabilities of tokens that were sampled earlier. If the router then
+chooses other experts, the ratio becomes noisy. Replaying the recorded choice avoids this; the gate weights of the
+chosen experts are still computed and still get gradients.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Routes = list[list[torch.Tensor]]  # one list a forward: the experts of each MoE layer, [B, T, K]
+Routes = list[list[torch.Tensor]]  # one list per forward: the experts of each MoE layer, [B, T, K]
 
 
 def _backbone(model: nn.Module) -> Any:
@@ -24,9 +24,10 @@ def _backbone(model: nn.Module) -> Any:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Routes]:
-    """Keeps the chosen experts of every forward made while it is open, in order (`generate` makes one a token).
+    """Context manager that records the chosen experts of every forward, in order (`generate` makes one forward per
+    token).
 
-    A recording inside another one is part of both.
+    In nested recordings a forward is recorded in all of them.
     """
     backbone, routes = _backbone(model), list[list[torch.Tensor]]()
     outer = backbone.recordings
@@ -39,11 +40,11 @@ def record_routing(model: nn.Module) -> Iterator[Routes]:
 
 @contextmanager
 def replay_routing(model: nn.Module, routes: Routes) -> Iterator[None]:
-    """The n-th forward made while it is open uses the experts of the n-th entry of `routes`.
+    """Context manager in which the n-th forward uses the experts of the n-th entry of `routes`.
 
     Raises:
-        ValueError: at a forward whose shape or number of MoE layers is not the recording's, or past its end; at the
-            end, where the recording has more forwards than were made; where a replay is open on this model already.
+        ValueError: a replay is open on this model already; a forward differs from the recording in shape or number of
+            MoE layers, or exceeds it; or, on exit, the recording has more forwards than were made.
     """
     backbone = _backbone(model)
     if backbone.replayed_routes is not None:
@@ -63,7 +64,7 @@ def replay_routing(model: nn.Module, routes: Routes) -> Iterator[None]:
 def next_routes(
     replayed: Iterator[list[torch.Tensor]] | None, layers: int, shape: tuple[int, int, int]
 ) -> list[torch.Tensor] | None:
-    """The experts to use in this forward, checked against (B, T, K); None when nothing is replayed."""
+    """The experts to use in this forward, checked against the shape (B, T, K); None if nothing is replayed."""
     if replayed is None:
         return None
     routes = next(replayed, None)

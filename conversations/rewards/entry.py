@@ -144,7 +144,7 @@ class RewardEntry(Section):
         if self.model is None and self.combine != "mean":
             raise ValueError("combine belongs to a reward model, not to a rule or a function")
         if self.python is None and (self.timeout, self.workers) != (10.0, 1):
-            raise ValueError("timeout and workers belong to your own function (python); leave them out")
+            raise ValueError("timeout and workers belong to a function of your own (python); leave them out")
         if self.weight == 0:
             raise ValueError("weight is 0: leave the reward out instead")
         if self.rule is not None:

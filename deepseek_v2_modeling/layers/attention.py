@@ -3,11 +3,12 @@
 B batch, T query tokens, S cached and new tokens, H heads, C kv_lora_rank, N qk_nope_head_dim,
 R qk_rope_head_dim, V v_head_dim.
 
-Two ways to the same result:
-- expanded: the latents go through kv_b_proj to keys and values (training, prefill);
-- absorbed: W_UK goes into the query and W_UV into the output, so that the cached latents are read as they
-  are (decoding). kv_b_proj and its adapters are read at each step: nothing is kept that could go stale. What
-  cannot be absorbed (an adapter that is more than W + s B A, a quantised weight) is decoded expanded, slower.
+There are two ways to compute the same result:
+- expanded: kv_b_proj maps the latents to keys and values (training, prefill);
+- absorbed: W_UK is applied to the query and W_UV to the output, so that attention runs on the cached latents
+  themselves (decoding). kv_b_proj and its adapters are read at each step, so nothing is cached that could become stale.
+  If kv_b_proj cannot be absorbed (an adapter other than W + s B A, a quantized weight), decoding runs expanded, which
+  is slower.
 """
 
 from collections.abc import Callable
@@ -32,10 +33,10 @@ from .norm import DeepseekV2RMSNorm
 from .peft_factors import beyond_lora, linear, unwrap
 from .rope import rotate, softmax_scale
 
-WORTH_A_PRODUCT = 2**16  # values
-LATENT_EPS = 1e-6  # official: of the norms on latents, whatever rms_norm_eps is
+WORTH_A_PRODUCT = 2**16  # values; from this size on a separate product per row pays
+LATENT_EPS = 1e-6  # official: the epsilon of the norms on latents, regardless of rms_norm_eps
 KvB = tuple[torch.Tensor, list[ActiveAdapter]]
-SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that want V as wide as Q and K
+SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that need V as wide as Q and K
 
 
 def eager_attention(
@@ -48,7 +49,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention, softmax in float32 as the official model: ([B, T, H, V], weights [B, H, T, S])."""
+    """Plain attention with softmax in float32, as in the official model: ([B, T, H, V], weights [B, H, T, S])."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -58,8 +59,8 @@ def eager_attention(
 
 
 def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [B, M, K] @ b [B, K, N], b a part of a cache. The CPU's bmm first copies what has room between its rows of
-    the batch: where that is much, one product a row of the batch."""
+    """a [B, M, K] @ b [B, K, N], where b is a slice of a cache. On a CPU, bmm first copies a b whose batch rows are not
+    adjacent in memory; if it is large, one product per batch row is faster."""
     spaced = b.stride(0) != b.shape[1] * b.shape[2]
     if a.device.type == "cpu" and spaced and (a.shape[0] == 1 or b[0].numel() > WORTH_A_PRODUCT):
         return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
@@ -67,14 +68,15 @@ def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether W x is all that a layer does: an nn.Linear with its weight as it is, of no adapter, not quantised."""
+    """Whether a layer just computes W x: an nn.Linear without adapters whose weight is not quantized."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, BaseTunerLayer):
         return False
     return is_plain(layer.weight) and layer.weight.is_floating_point() and layer.weight.itemsize > 1
 
 
 class DeepseekV2Attention(nn.Module):
-    """Parameters under the hub's names; q_proj without q_lora_rank, else q_a_proj, q_a_layernorm, q_b_proj."""
+    """Multi-head latent attention with the hub's parameter names: q_proj if q_lora_rank is None, otherwise q_a_proj,
+    q_a_layernorm and q_b_proj."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
@@ -96,13 +98,17 @@ class DeepseekV2Attention(nn.Module):
         self.o_proj = Linear(heads * self.v_dim, hidden, bias=bias)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, T, N + R], not yet rotated."""
-        direct = self.config.q_lora_rank is None
-        q = linear(self.q_proj, x) if direct else linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, x)))
+        """The queries [B, H, T, N + R] before rotation."""
+        without_q_lora = self.config.q_lora_rank is None
+        q = (
+            linear(self.q_proj, x)
+            if without_q_lora
+            else linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, x)))
+        )
         return q.unflatten(-1, (self.num_heads, self.qk_dim)).transpose(1, 2)
 
     def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised latent [B, 1, T, C], rotary key [B, 1, T, R], not yet rotated)."""
+        """(normalised latents [B, 1, T, C], rotary keys [B, 1, T, R] before rotation)."""
         latent, rope_key = linear(self.kv_a_proj_with_mqa, x).split((self.latent_dim, self.rope_dim), dim=-1)
         return self.kv_a_layernorm(latent).unsqueeze(1), rope_key.unsqueeze(1)
 
@@ -114,8 +120,8 @@ class DeepseekV2Attention(nn.Module):
         plan: AttentionPlan,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys and values made from the latents: ([B, T, H, V], weights or None). Under a plan to absorb, whose mask
-        no kernel takes, by plain attention."""
+        """Attention over keys and values computed from the latents: ([B, T, H, V], weights or None). If the plan was to
+        absorb, plain attention is used, because no kernel accepts its mask."""
         kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
@@ -124,7 +130,7 @@ class DeepseekV2Attention(nn.Module):
             bias = None if plan.mask is None else torch.where(plan.mask, 0.0, torch.finfo(key.dtype).min).to(key.dtype)
             return eager_attention(self, query, key, value, bias, self.scaling)
         implementation = self.config._attn_implementation or "eager"
-        # Kernels fall to a quadratic path, or refuse, when V is narrower than Q and K: pad, then cut.
+        # If V is narrower than Q and K, kernels fall back to a quadratic path or fail: pad V, then slice the output.
         pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
         value = F.pad(value, (0, pad)) if pad > 0 else value
         kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -139,8 +145,8 @@ class DeepseekV2Attention(nn.Module):
         return out[..., : self.v_dim], weights
 
     def kv_b_parts(self) -> KvB | None:
-        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None where they are
-        not all that kv_b_proj does, so that it cannot be absorbed."""
+        """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None if kv_b_proj
+        computes anything else, so that it cannot be absorbed."""
         layer: Any = self.kv_b_proj
         while isinstance(layer, LoraLayer):
             if beyond_lora(layer):
@@ -159,8 +165,9 @@ class DeepseekV2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the latents themselves: ([B, T, H, V], weights [B, H, T, S]).
 
-        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. kv_b: as
-        `kv_b_parts` gives it. All heads read the same keys, so a row's heads and queries are the rows of one product.
+        keys [B, S, C + R]: latents and rotary keys side by side. mask [B, 1, T, S]: True where allowed. kv_b: the
+        result of `kv_b_parts`. All heads share the same keys, so the heads and queries of a row are rows of one
+        product.
         """
         batch, heads, length, _ = query.shape
         weight, adapters = kv_b
@@ -170,7 +177,7 @@ class DeepseekV2Attention(nn.Module):
         q_HMN = q_nope.transpose(0, 1).flatten(1, 2).to(wide)  # M = B*T
         q_HMC = q_HMN @ w_uk.to(wide)
         for a in adapters:
-            low = (q_HMN @ a.b[:, : self.nope_dim].to(wide)).contiguous()  # else a is copied once a head
+            low = (q_HMN @ a.b[:, : self.nope_dim].to(wide)).contiguous()  # otherwise bmm copies a once per head
             q_HMC = q_HMC + low @ a.a.to(wide) * a.scaling
         q_latent = q_HMC.unflatten(1, (batch, length)).transpose(0, 1)
         q_BMW = torch.cat((q_latent, q_rope.to(wide)), dim=-1).flatten(1, 2)
@@ -178,7 +185,7 @@ class DeepseekV2Attention(nn.Module):
         m_HMC = mixed.unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2).to(wide).contiguous()
         w_uv = w_uv.to(wide)
         if w_uv.device.type == "cpu" and wide.itemsize < 4:
-            w_uv = w_uv.contiguous()  # one copy: the CPU's bmm of a part, transposed, takes five times as long
+            w_uv = w_uv.contiguous()  # on a CPU, bmm of a transposed slice takes five times as long as of a copy
         out = m_HMC @ w_uv.transpose(1, 2)
         for a in adapters:
             out = out + m_HMC @ a.a.to(wide).t() @ a.b[:, self.nope_dim :].to(wide).transpose(1, 2) * a.scaling
@@ -188,24 +195,26 @@ class DeepseekV2Attention(nn.Module):
     def over_latents(
         self, q_BMW: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax attention of a row's heads and queries (M = H*T) over its keys [B, S, W]: ([B, M, C], weights
-        [B, M, S], with room behind S)."""
+        """Softmax attention of the heads and queries of each row (M = H*T) over its keys [B, S, W]: ([B, M, C], weights
+        [B, M, S], where S may be rounded up to whole blocks)."""
         rows, tokens = keys.shape[:2]
         on_cpu = keys.device.type == "cpu"
         if on_cpu and q_BMW.dtype != keys.dtype and rows > 1 and keys[0].numel() > WORTH_A_PRODUCT:
             masks = [None] * rows if mask is None else mask.expand(rows, -1, -1, -1).split(1)
             parts = zip(q_BMW.split(1), keys.split(1), masks, strict=True)
             out, weights = zip(*[self.over_latents(*part) for part in parts], strict=True)
-            return torch.cat(out), torch.cat(weights)  # a row's keys in float32 stay in the CPU's cache
-        if q_BMW.dtype.itemsize < 4:  # the same shape for many steps, and an even one: see `whole_blocks`; oneDNN, too,
-            keys = with_room(keys)  # makes a primitive for each new one
+            return torch.cat(out), torch.cat(weights)  # row by row, so that the float32 keys stay in the CPU's cache
+        if q_BMW.dtype.itemsize < 4:
+            # Whole blocks are faster (see `whole_blocks`), and the shape stays the same for many steps: oneDNN creates
+            # a primitive for each new shape.
+            keys = with_room(keys)
         keys = keys.to(q_BMW.dtype)
         scores = by_row(q_BMW, keys.transpose(1, 2)).float() * self.scaling  # [B, M, S]
         if mask is not None:
             by_query = scores[..., :tokens].unflatten(1, (-1, mask.shape[2]))
             by_query.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         scores[..., tokens:] = -torch.inf
-        # Over the rotary keys too, and cut: reading a part of each row is slower than reading all of it.
+        # Multiply with whole rows, rotary keys included, and slice the result: reading part of each row is slower.
         weights = scores.softmax(-1).to(q_BMW.dtype)
         return by_row(weights, keys)[..., : self.latent_dim], weights
 
@@ -230,5 +239,5 @@ class DeepseekV2Attention(nn.Module):
             out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
-        eager = (self.config._attn_implementation or "eager") == "eager"  # other kernels give no weights
+        eager = (self.config._attn_implementation or "eager") == "eager"  # other implementations return no weights
         return linear(self.o_proj, out.flatten(-2)), weights if eager else None

@@ -1,4 +1,4 @@
-"""How a forward attends: its mask, its packed documents, and whether W_UK and W_UV are absorbed."""
+"""Decides how a forward attends: the mask, the layout of packed documents, and whether W_UK and W_UV are absorbed."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +12,16 @@ from transformers.masking_utils import create_causal_mask
 from ..configuration import DeepseekV2Config
 from ..packing.layouts import FlatLayout, PackedLayout, flat_layout, pack_layout
 
-LONG = 1024  # tokens; from here on padded rows are attended one by one
+LONG = 1024  # tokens; padded rows of at least this length are attended one by one, without a mask
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """One for all layers of a forward.
+    """The plan shared by all layers of a forward.
 
-    mask: what the attention implementation takes; absorbed, [B, 1, T, S] with True where allowed.
-    layout: packed documents to attend one by one; None without, or where the mask keeps them apart.
+    mask: in the form that the attention implementation takes; if absorbed, [B, 1, T, S] with True where allowed.
+    layout: packed documents to attend one by one; None if there are none, or if the mask separates them.
+    absorb: whether to attend over the latents themselves.
     """
 
     mask: Any
@@ -28,14 +29,14 @@ class AttentionPlan:
     absorb: bool = False
 
     def to(self, device: Any) -> "AttentionPlan":
-        """For layers on another device (accelerate's dispatch asks for it)."""
+        """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
         mask, layout = (part if part is None else part.to(device) for part in (self.mask, self.layout))
         return AttentionPlan(mask, layout, self.absorb)
 
 
 def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
-    """Whether `queries` new tokens cost fewer products absorbed (2C + R a pair) than expanded (N + R + V a
-    pair, and C (N + V) a cached token)."""
+    """Whether `queries` new tokens cost fewer multiplications absorbed (2C + R per query-key pair) than expanded
+    (N + R + V per pair plus C (N + V) per cached token)."""
     narrow = config.qk_nope_head_dim + config.v_head_dim
     return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
 
@@ -47,7 +48,8 @@ def plan_attention(
     cache: Cache | None,
     documents: torch.Tensor | None,
 ) -> AttentionPlan:
-    """The plan for inputs_embeds [B, T, D]; documents [B, T] are never to see one another."""
+    """The plan for inputs_embeds [B, T, D]. documents [B, T] numbers packed documents, which must not attend to one
+    another."""
     queries, past = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
     if past and absorption_pays(config, queries):
         mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
@@ -55,18 +57,18 @@ def plan_attention(
     implementation = config._attn_implementation or "eager"
     if documents is not None and implementation.startswith("flash"):
         return AttentionPlan(None, flat_layout(documents))
-    if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot wait for the lengths
-        apart = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
-        if apart is not None:
-            return AttentionPlan(None, pack_layout(apart))
+    if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot read lengths
+        runs = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
+        if runs is not None:
+            return AttentionPlan(None, pack_layout(runs))
     return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
 
 
 def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, queries: int) -> torch.Tensor | None:
-    """Runs of padding and of real tokens of a batch [B, T], numbered as documents, so that no T x T mask is built.
+    """Number the runs of padding and of real tokens in a batch [B, T] as documents, so that no T x T mask is needed.
 
-    None for a batch without padding, for short ones, for which a mask is the lesser evil, and where the mask or the
-    cache says more than that.
+    None for batches without padding, for short ones, for which a mask is cheaper, and if the attention mask or the
+    cache needs an explicit mask.
     """
     if queries < LONG or attention_mask is None or attention_mask.ndim != 2:
         return None
@@ -79,9 +81,9 @@ def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, q
 
 
 def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int, device: torch.device):
-    """Mask for `queries` new tokens at the end of `total`: [B or 1, 1, T, S], True where allowed, or None.
+    """The mask for the last `queries` of `total` tokens: [B or 1, 1, T, S], True where allowed, or None for no mask.
 
-    attention_mask is [B, S] with 1 on real tokens, or already 4-D (bool, or float to be added).
+    attention_mask: [B, S] with 1 on real tokens, or already 4-D (bool, or float to add to the scores).
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
@@ -106,10 +108,10 @@ def prefill_mask(
     past_key_values: Cache | None,
     documents: torch.Tensor | None,
 ) -> Any:
-    """What the attention implementation of the config takes as a mask; documents [B, T] are kept apart.
+    """The mask in the form that the config's attention implementation takes; it separates documents [B, T].
 
-    Positions are not handed on: stock takes them for packed documents on its own, with other results when a
-    mask or a cache comes along.
+    position_ids are not passed on: from them transformers would infer packed documents itself, with different results
+    if there is a mask or a cache.
     """
     return create_causal_mask(
         config=config,

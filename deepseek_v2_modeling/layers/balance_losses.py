@@ -1,8 +1,9 @@
-"""Balance losses (paper eq. 23-31) and expert load, from what the routers saw and chose.
+"""Balance losses (paper eq. 23-31) and expert load, from the routers' logits and chosen experts.
 
 E routed experts, K experts a token, D groups ("devices"), M groups a token may use, N tokens.
-Two things differ from the official code on purpose: padding is not counted, and packed documents count as the
-sequences that they are. For a batch without either the numbers are the same.
+
+Two deliberate differences from the official code: padding is not counted, and each packed document is a sequence of its
+own. For batches without padding and packing the numbers are the same.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ COEFFICIENTS = {
 
 @dataclass
 class RouterOutput:
-    """What one MoE layer's router saw and chose: logits [N, E] float32, experts [N, K]."""
+    """The result of one MoE layer's router: logits [N, E] float32, chosen experts [N, K]."""
 
     logits: torch.Tensor
     experts: torch.Tensor
@@ -32,11 +33,11 @@ class RouterOutput:
 
 @dataclass
 class BalanceLedger:
-    """What `collect_balance` gathers: one entry a training forward.
+    """The values that `collect_balance` gathers.
 
-    losses: scalars with gradient, summed over layers, coefficients included.
-    parts: detached sums of each kind of loss over all forwards.
-    expert_counts: [MoE layers, E] tokens that each expert got, over all forwards; None before the first.
+    losses: one scalar with gradient per training forward, summed over layers and weighted by the coefficients.
+    parts: the detached sum of each kind of loss over all forwards.
+    expert_counts: [MoE layers, E] tokens routed to each expert, over all forwards; None before the first.
     """
 
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -53,13 +54,13 @@ class BalanceLedger:
 
 @contextmanager
 def collect_balance(model: nn.Module) -> Iterator[BalanceLedger]:
-    """While open, every training forward with gradients of `model` enters its balance losses in the ledger.
+    """Context manager in which every training forward of `model` with gradients adds its balance losses to the ledger.
 
-    `DeepseekV2ForCausalLM.forward` then leaves them out of its `loss`: the owner of the ledger adds them.
-    For trainers that replace the forward (TRL) and so lose a loss made inside of it.
+    `DeepseekV2ForCausalLM.forward` then leaves them out of its `loss`, and the owner of the ledger has to add them.
+    This is for trainers that bypass or replace the forward (TRL) and so lose losses that it adds.
 
     Raises:
-        ValueError: no DeepSeek-V2 model inside `model`, or a ledger is open on it already.
+        ValueError: `model` contains no DeepSeek-V2 model, or a ledger is already open on it.
     """
     backbones: list[Any] = [m for m in model.modules() if getattr(m, "keeps_balance", False)]
     if not backbones:
@@ -79,9 +80,10 @@ def collect_balance(model: nn.Module) -> Iterator[BalanceLedger]:
 def sequence_ids(
     shape: tuple[int, int], mask: torch.Tensor | None, document_ids: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(sequence [N], real [N] float, most sequences there may be) for a batch of [B, T] tokens.
+    """(sequence number [N], 1.0 for real tokens [N], upper bound on the number of sequences) for a batch of [B, T]
+    tokens.
 
-    A sequence is a row, or a packed document of a row (document_ids [B, T], counted from 0 in each row).
+    A sequence is a row, or a packed document in a row (document_ids [B, T], counted from 0 in each row).
     """
     rows, length = shape
     sequence = torch.arange(rows, device=device).unsqueeze(1).expand(rows, length)
@@ -93,7 +95,7 @@ def sequence_ids(
 
 
 def _mean_by(values: torch.Tensor, sequence: torch.Tensor, real: torch.Tensor, limit: int) -> torch.Tensor:
-    """Mean of values [N, X] over the real tokens of each sequence: [limit, X], zero where there are none."""
+    """The mean of values [N, X] over the real tokens of each sequence: [limit, X], zero for sequences without any."""
     sums = values.new_zeros(limit, values.shape[-1]).index_add(0, sequence, values * real.unsqueeze(-1))
     tokens = real.new_zeros(limit).index_add(0, sequence, real)
     return sums / tokens.clamp(min=1).unsqueeze(-1)
@@ -106,12 +108,12 @@ def layer_losses(
     real: torch.Tensor,
     limit: int,
 ) -> dict[str, torch.Tensor]:
-    """The balance losses of one layer, coefficients included; only those with a coefficient other than 0.
+    """The balance losses of one layer, weighted by their coefficients; losses with coefficient 0 are left out.
 
-    f carries no gradient; P is the mean of the softmax over all experts (before device-limited routing).
+    f has no gradient; P is the mean of the softmax over all experts (before device-limited routing).
     """
-    wanted = {k: getattr(config, name) for k, name in COEFFICIENTS.items() if getattr(config, name)}
-    if not wanted:
+    coefficients = {k: getattr(config, name) for k, name in COEFFICIENTS.items() if getattr(config, name)}
+    if not coefficients:
         return {}
     if not config.seq_aux:
         sequence, limit = torch.zeros_like(sequence), 1
@@ -126,15 +128,15 @@ def layer_losses(
     groups = config.n_group or 1
     p_group = p.unflatten(-1, (groups, -1)).sum(-1)
     losses = {}
-    if "expert" in wanted:
+    if "expert" in coefficients:
         losses["expert"] = (f * p).sum(-1)  # eq. 23
-    if "device" in wanted:
+    if "device" in coefficients:
         losses["device"] = (f.unflatten(-1, (groups, -1)).mean(-1) * p_group).sum(-1)  # eq. 26-28
-    if "communication" in wanted:
-        sent = chosen.unflatten(-1, (groups, -1)).amax(-1)  # [N, D]: is the token sent to the group
+    if "communication" in coefficients:
+        sent = chosen.unflatten(-1, (groups, -1)).amax(-1)  # [N, D]: whether the token is sent to the group
         f_group = _mean_by(sent, sequence, real, limit) * (groups / (config.topk_group or groups))  # eq. 30
         losses["communication"] = (f_group * p_group).sum(-1)  # eq. 29, 31
-    return {name: wanted[name] * (value * weight).sum() for name, value in losses.items()}
+    return {name: coefficients[name] * (value * weight).sum() for name, value in losses.items()}
 
 
 def balance_losses(
@@ -144,19 +146,19 @@ def balance_losses(
     mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The losses of all MoE layers summed, by kind (see `COEFFICIENTS`); empty when all coefficients are 0.
+    """The losses summed over all MoE layers, by kind (see `COEFFICIENTS`); empty if all coefficients are 0.
 
-    shape is (B, T); mask [B, T] is 1 on real tokens; document_ids [B, T] numbers packed documents from 0.
+    shape is (B, T); mask [B, T] is 1 on real tokens; document_ids [B, T] numbers packed documents from 0 in each row.
     """
     if not routers or not any(getattr(config, name) for name in COEFFICIENTS.values()):
         return {}
-    where = sequence_ids(shape, mask, document_ids, routers[0].logits.device)
-    layers = [layer_losses(config, router, *where) for router in routers]
+    sequences = sequence_ids(shape, mask, document_ids, routers[0].logits.device)
+    layers = [layer_losses(config, router, *sequences) for router in routers]
     return {name: torch.stack([layer[name] for layer in layers]).sum() for name in layers[0]}
 
 
 def expert_counts(routers: list[RouterOutput], mask: torch.Tensor | None) -> torch.Tensor:
-    """[MoE layers, E] int64: how many real tokens each expert got."""
+    """[MoE layers, E] int64: the number of real tokens routed to each expert."""
     counts = []
     for router in routers:
         weight = torch.ones_like(router.experts) if mask is None else mask.reshape(-1, 1).expand_as(router.experts)

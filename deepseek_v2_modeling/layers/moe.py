@@ -1,4 +1,4 @@
-"""The feed-forward blocks: the dense one, the router, the routed experts and the block that joins them.
+"""The feed-forward blocks: the dense block, the router, the routed experts and the MoE block (paper, section 2.2).
 
 B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
 """
@@ -19,11 +19,11 @@ from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
 from .peft_factors import linear, unwrap
 
-TOKENS = 4096  # run through the experts at a time
+TOKENS = 4096  # tokens to run through the experts at a time
 
 
 class DeepseekV2MLP(nn.Module):
-    """Dense SwiGLU block; also the shared experts, which are one block of their summed width."""
+    """A dense SwiGLU block; also used for the shared experts, as one block of their total width."""
 
     def __init__(self, config: DeepseekV2Config, width: int):
         super().__init__()
@@ -37,7 +37,7 @@ class DeepseekV2MLP(nn.Module):
 
 
 class DeepseekV2Router(nn.Module):
-    """Scores all experts and chooses K of them, device-limited when the config says so. float32 throughout."""
+    """The router's linear layer, which scores all experts in float32 (official)."""
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
@@ -45,13 +45,13 @@ class DeepseekV2Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size))
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, E] float32."""
+        """x [N, D] -> logits [N, E] float32."""
         with torch.autocast(x_ND.device.type, enabled=False):
             return F.linear(x_ND.float(), self.weight.float())
 
 
 def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
-    """Logits [N, E] float32 of a gate with or without LoRA on it."""
+    """Logits [N, E] float32 of a router with or without LoRA."""
     if isinstance(gate, DeepseekV2Router):
         return gate(x_ND)
     base, adapters = unwrap(gate)
@@ -64,7 +64,8 @@ def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
 
 
 def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.Tensor:
-    """[N, K] experts by score; group_limited_greedy keeps the groups with the best single expert first."""
+    """The K experts with the highest scores, [N, K]; group_limited_greedy first keeps the groups whose best expert has
+    the highest scores (device-limited routing)."""
     if config.topk_method == "group_limited_greedy":
         groups = config.n_group or 1
         best_NG = scores_NE.unflatten(-1, (groups, -1)).amax(-1)
@@ -76,7 +77,8 @@ def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.T
 
 
 def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
-    """[N, K] float32. Official: normalised (and then not scaled) with norm_topk_prob, else scaled."""
+    """The gate weights [N, K] float32 of the chosen experts. Official: with norm_topk_prob normalised and not scaled,
+    otherwise scaled by routed_scaling_factor."""
     weights = scores_NE.gather(1, experts_NK)
     if config.norm_topk_prob and experts_NK.shape[1] > 1:
         return weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -84,7 +86,8 @@ def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK
 
 
 class DeepseekV2Experts(nn.Module):
-    """The routed experts' weights, fused: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `DeepseekV2MoE` computes."""
+    """The fused weights of the routed experts: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `run_experts` computes
+    with them; there is no forward."""
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
@@ -95,13 +98,13 @@ class DeepseekV2Experts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[ActiveAdapter]) -> torch.Tensor:
-        """[S, O]: rows sorted by expert times the experts' weights of that name, adapters included."""
+        """[S, O]: rows sorted by expert, times the experts' weights of this name, including adapters."""
         return groups.linear(x_SI, getattr(self, name), adapters)
 
 
 class Routed(NamedTuple):
-    """Tokens on their way through the experts. experts: without PEFT's wrappers; adapters: those active on each of its
-    weights."""
+    """The inputs of the routed experts. experts: the module without PEFT's wrappers; adapters: the active adapters of
+    each of its weights."""
 
     experts: Any
     adapters: dict[str, list[ActiveAdapter]]
@@ -110,20 +113,20 @@ class Routed(NamedTuple):
     experts_NK: torch.Tensor
 
     def parts(self) -> Iterator["Routed"]:
-        """TOKENS rows at a time: what lies between the tokens and the outputs stays small."""
+        """Chunks of TOKENS tokens, to keep intermediate activations small."""
         for x, weights, chosen in zip(*(t.split(TOKENS) for t in self[2:]), strict=True):
             yield self._replace(x_ND=x, weights_NK=weights, experts_NK=chosen)
 
 
 def one_function(routed: Routed) -> torch.Tensor:
-    """Both products and what lies between as one autograd function (`kernels.expert_training`)."""
+    """Computes the experts as one autograd function (`kernels.expert_training`)."""
     experts, adapters, x_ND, weights_NK, experts_NK = routed
     slots, groups = place_slots(experts_NK, experts.num_experts, fills_up(x_ND, experts_NK, experts.num_experts))
     return train_experts(experts, adapters, x_ND.to(compute_dtype(x_ND)), weights_NK, slots, groups)
 
 
 def one_by_one(routed: Routed) -> torch.Tensor:
-    """Product after product, by the experts' own `linear`."""
+    """Computes the experts step by step, with the module's own `linear`."""
     experts, adapters, x_ND, weights_NK, experts_NK = routed
     x_PD, groups, slots = dispatch(x_ND, experts_NK, experts.num_experts)
     hidden = experts.linear("gate_up_proj", groups, x_PD, adapters.get("gate_up_proj", []))
@@ -132,30 +135,31 @@ def one_by_one(routed: Routed) -> torch.Tensor:
 
 
 def trains_plainly(routed: Routed) -> bool:
-    """Whether gradients are wanted, of experts with this file's `linear`, whose adapters have no dropout."""
+    """Whether gradients are needed, the module uses `DeepseekV2Experts.linear`, and its adapters have no dropout."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     adapters = [adapter for of_weight in routed.adapters.values() for adapter in of_weight]
-    own = type(routed.experts).linear is DeepseekV2Experts.linear
-    return own and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
+    uses_own_linear = type(routed.experts).linear is DeepseekV2Experts.linear
+    return uses_own_linear and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
 
 
 def at_once(routed: Routed) -> bool:
-    """Where each part of the tokens would make a gradient of the size of all experts' weights, and on a GPU."""
+    """Whether to run all tokens at once: on a GPU, and if the experts' weights are trained, since each chunk would then
+    allocate a gradient of the size of all their weights."""
     trains = routed.experts.gate_up_proj.requires_grad or routed.experts.down_proj.requires_grad
     return trains or routed.x_ND.device.type != "cpu"
 
 
 class Way(NamedTuple):
-    """applies: whether it may be taken. whole: whether all tokens run at once, not some at a time. The results are the
-    same."""
+    """A way to compute the experts; all give the same results. applies: whether it can be used. whole: whether it runs
+    all tokens at once rather than in chunks."""
 
     applies: Callable[[Routed], bool]
     run: Callable[[Routed], torch.Tensor]
     whole: Callable[[Routed], bool]
 
 
-# The first that applies is taken.
+# The first way that applies is used.
 WAYS = {
     "training": Way(trains_plainly, one_function, at_once),
     "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
@@ -165,7 +169,7 @@ WAYS = {
 
 
 def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
-    """Weighted sum of the chosen experts' outputs, [N, D] float32; adapters on the experts included."""
+    """The weighted sum of the chosen experts' outputs, including adapters on the experts: [N, D] float32."""
     routed = Routed(*unwrap(experts), x_ND, weights_NK, experts_NK)
     way = next(way for way in WAYS.values() if way.applies(routed))
     outs = [way.run(part) for part in ([routed] if way.whole(routed) else routed.parts())]
@@ -173,7 +177,7 @@ def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor
 
 
 class DeepseekV2MoE(nn.Module):
-    """Routed experts plus shared experts."""
+    """The MoE block: routed experts plus shared experts (paper, eq. 20-22)."""
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
@@ -184,7 +188,8 @@ class DeepseekV2MoE(nn.Module):
         self.shared_experts = DeepseekV2MLP(config, shared * config.moe_intermediate_size) if shared else None
 
     def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterOutput]:
-        """x [B, T, D] -> ([B, T, D], what the router saw and chose). replayed [B, T, K] overrides the choice."""
+        """x [B, T, D] -> (y [B, T, D], router logits and chosen experts). replayed [B, T, K]: experts to use instead of
+        choosing them."""
         x_ND = x.flatten(0, 1)
         logits = router_logits(self.gate, x_ND)
         scores = logits.softmax(-1)

@@ -9,7 +9,7 @@ from ..kernels.fused import fused
 
 
 class _Normed(torch.autograd.Function):
-    """x / rms(x) in the dtype of x, keeping x itself for the gradients instead of its float32 copies."""
+    """x / rms(x) in the dtype of x; saves x itself for the backward pass instead of float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -17,7 +17,7 @@ class _Normed(torch.autograd.Function):
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, scale)
         normed = wide * scale
-        # Compiled by torch 2.11, a result that `to` has passed on as it is has no gradient.
+        # In code compiled by torch 2.11, the result of a `to` that changes nothing has no gradient.
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
@@ -33,7 +33,7 @@ def weighted_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 
 class DeepseekV2RMSNorm(nn.RMSNorm):
-    """weight * x / rms(x); the mean is taken in float32, the dtype of x comes back (official behaviour)."""
+    """weight * x / rms(x), with the mean computed in float32 and the result in the dtype of x (official behaviour)."""
 
     eps: float
 

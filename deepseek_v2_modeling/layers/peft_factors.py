@@ -1,8 +1,8 @@
-"""Reads the LoRA adapters that PEFT put around a module, so that the model can compute them its own way.
+"""Reads the LoRA factors from PEFT's wrappers around a module, so that the model can compute adapters efficiently.
 
-PEFT's ParamWrapper forms W + s B A for all experts at every forward. We leave the wrappers where they are, as
-the owners of the weights (saving, switching, disabling and merging stay PEFT's), read the factors of the
-active adapters, and add s (x A) B beside the base product.
+PEFT's ParamWrapper computes W + s B A for all experts at every forward. The wrappers stay in place and own the weights
+(PEFT still saves, switches, disables and merges adapters), but the model reads the factors of the active adapters and
+adds s (x A) B to the base product.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def _factors(layer: Any, name: str) -> ActiveAdapter:
 
 
 def _refuse_by_row(module: Any) -> None:
-    """Raises ModelError where PEFT was given an adapter for each row: factors read past its forward are for all."""
+    """Raise ModelError if PEFT was given adapters per row: the factors read here are applied to all rows."""
     for hook in module._forward_pre_hooks.values():
         if keywords := {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
             raise ModelError(
@@ -39,7 +39,7 @@ def _refuse_by_row(module: Any) -> None:
 
 
 def unwrap(module: Any) -> tuple[Any, dict[str, list[ActiveAdapter]]]:
-    """The module under PEFT's wrappers, and by parameter name the adapters that are active on it now."""
+    """The module under PEFT's wrappers, and its currently active adapters by parameter name."""
     adapters: dict[str, list[ActiveAdapter]] = {}
     while isinstance(module, LoraLayer):
         _refuse_by_row(module)
@@ -54,14 +54,15 @@ def unwrap(module: Any) -> tuple[Any, dict[str, list[ActiveAdapter]]]:
 
 
 def beyond_lora(layer: Any) -> bool:
-    """Whether one of PEFT's wrappers does more than s B A x: DoRA and the like (AdaLoRA's factors are no modules), a
-    bias of B, adapter names by row."""
+    """Whether one of PEFT's wrappers computes more than s B A x: DoRA and similar variants (AdaLoRA's factors are not
+    modules), a bias of B, or adapter names per row."""
     plain = isinstance(layer.lora_A, nn.ModuleDict)
     return bool(not plain or layer._forward_pre_hooks or layer.lora_variant or any(layer.lora_bias.values()))
 
 
 def _plain_lora(module: nn.Module) -> bool:
-    """Whether these are PEFT's wrappers and all that they do is s B A x; offloading too is for their own forward."""
+    """Whether the module is in PEFT's wrappers, which compute only s B A x and are not offloaded (accelerate loads
+    offloaded weights in their own forward)."""
     layer: Any = module
     while isinstance(layer, LoraLayer):
         if beyond_lora(layer) or hasattr(layer, "_hf_hook"):
@@ -71,7 +72,7 @@ def _plain_lora(module: nn.Module) -> bool:
 
 
 class _AddedShare(torch.autograd.Function):
-    """y [N, O] + scaling * (x a^T) b^T, written into y; products in y's dtype. x [N, I], a [r, I], b [O, r]."""
+    """Adds scaling * (x a^T) b^T to y [N, O] in place, computed in y's dtype. x [N, I], a [r, I], b [O, r]."""
 
     @staticmethod
     def forward(
@@ -97,8 +98,9 @@ class _AddedShare(torch.autograd.Function):
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x) for an nn.Linear with or without PEFT's wrappers; W + s B A is never formed, and low-rank products are
-    in the dtype of the base product. x is made contiguous: see products.Linear."""
+    """module(x) for an nn.Linear with or without PEFT's wrappers. W + s B A is never materialised, and low-rank
+    products are in the dtype of the base product. x is made contiguous for the reason given in
+    `float32_products.Linear`."""
     x = x.contiguous()
     if not _plain_lora(module):
         return module(x)

@@ -1,10 +1,10 @@
-"""Rotary position embedding with YaRN, as the official model computes it.
+"""Rotary position embedding with YaRN, as in the official model.
 
-Where stock transformers departs from the official code (so do not take its functions):
-- cos and sin are scaled by mscale(factor, mscale) / mscale(factor, mscale_all_dim) with the official defaults
-  1 and 0; stock does so only when both are set.
-- Pairs are interleaved: (0, 1), (2, 3), ... The official code first permutes them into halves; a rotation of
-  queries and keys alike leaves q.k unchanged, so this file rotates the pairs where they are.
+Stock transformers differs from the official code, so its functions are not used:
+- cos and sin are scaled by mscale(factor, mscale) / mscale(factor, mscale_all_dim), with the official defaults 1 and 0;
+  stock does so only if both are set.
+- Pairs are interleaved: (0, 1), (2, 3), ... The official code first permutes them into halves. Applied to queries and
+  keys alike, this leaves q.k unchanged, so this file rotates the pairs in place.
 """
 
 import math
@@ -24,7 +24,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(config: DeepseekV2Config) -> float:
-    """Factor on q.k: 1/sqrt(qk_head_dim), times mscale(factor, mscale_all_dim)^2 when mscale_all_dim is set."""
+    """The factor on q.k: 1/sqrt(qk_head_dim), times mscale(factor, mscale_all_dim)^2 if mscale_all_dim is set."""
     rope = config.rope
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     all_dim = rope.get("mscale_all_dim", 0)
@@ -34,7 +34,7 @@ def softmax_scale(config: DeepseekV2Config) -> float:
 
 
 def rope_magnitude(rope: dict[str, Any]) -> float:
-    """Factor on cos and sin: 1 without YaRN."""
+    """The factor on cos and sin; 1 without YaRN."""
     if rope["rope_type"] != "yarn":
         return 1.0
     factor = rope["factor"]
@@ -42,17 +42,18 @@ def rope_magnitude(rope: dict[str, Any]) -> float:
 
 
 def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
-    """[R/2] float32. YaRN mixes interpolated and plain frequencies by a ramp over the dimensions.
+    """The inverse frequencies [R/2] float32. YaRN blends interpolated and original frequencies by a ramp over the
+    dimensions.
 
-    The products are in the official order: at position 131,071 another rounding would show in the fourth digit.
+    Products are in the official order: at position 131,071 a different rounding would change the fourth digit.
     """
     rope, width = config.rope, config.qk_rope_head_dim
-    # On the CPU whatever the default device is: a model built on "meta" must still get real numbers.
+    # On the CPU regardless of the default device: a model built on "meta" still needs real values.
     steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     powers = rope["rope_theta"] ** steps
-    plain = 1.0 / powers
+    original_frequencies = 1.0 / powers
     if rope["rope_type"] == "default":
-        return plain
+        return original_frequencies
     interpolated = 1.0 / (rope["factor"] * powers)
     if rope["rope_type"] == "linear":
         return interpolated
@@ -63,20 +64,20 @@ def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
 
     low = max(math.floor(dimension_of(rope.get("beta_fast", 32))), 0)
     high = min(math.ceil(dimension_of(rope.get("beta_slow", 1))), width - 1)
-    spread = (high - low) or 0.001
-    ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / spread).clamp(0, 1)
-    kept = 1.0 - ramp
-    return interpolated * (1 - kept) + plain * kept
+    width_of_ramp = (high - low) or 0.001
+    ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / width_of_ramp).clamp(0, 1)
+    share_of_original = 1.0 - ramp
+    return interpolated * (1 - share_of_original) + original_frequencies * share_of_original
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions -> (cos, sin), each [B, T, R/2] float32, YaRN magnitude included.
+    """Maps positions [B, T] to (cos, sin), each [B, T, R/2] float32, including the YaRN magnitude.
 
-    The frequencies are computed at the first forward and not kept as a buffer: loading through the meta
-    device and casting the model to bf16 would both spoil them.
+    The frequencies are computed in the first forward and are not a buffer, because loading through the meta device or
+    casting the model to bf16 would corrupt them.
 
     Raises:
-        ModelError: at a forward, when the config's settings are no longer those that the model was made with.
+        ModelError: in a forward, if the config's RoPE settings have changed since the model was created.
     """
 
     def __init__(self, config: DeepseekV2Config):
@@ -100,7 +101,8 @@ class RotaryEmbedding(nn.Module):
 
 @fused
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates interleaved pairs, in float32. x [B, H, T, R]; cos and sin [B, T, R/2]; the dtype of x comes back."""
+    """Rotate interleaved pairs, in float32: x [B, H, T, R]; cos and sin [B, T, R/2] -> [B, H, T, R] in the dtype of
+    x."""
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Finds the documents of a forward's tokens from a collator's outputs, and refuses packed documents with a cache."""
+"""Finds packed documents from a collator's outputs, and refuses to combine packed documents with a cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,15 +23,15 @@ def documents_of(
     boundaries: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
-    """As `find_documents`, with boundaries under the names that collators give them: cu_seq_lens_q or cu_seq_lens, or
-    seq_idx, the number of each token's document."""
+    """Like `find_documents`, with boundaries under the names that collators use: cu_seq_lens_q or cu_seq_lens, or
+    seq_idx (the document number of each token)."""
     starts, index = boundaries.get("cu_seq_lens_q"), boundaries.get("seq_idx")
     if starts is None:
         starts = boundaries.get("cu_seq_lens")
     if starts is None and index is not None:
         if position_ids is None or position_ids.ndim != 2:
             position_ids = torch.arange(shape[1], device=index.device).unsqueeze(0)
-        position_ids = position_ids + index.long() * JUMP  # they do not follow on where the number changes
+        position_ids = position_ids + index.long() * JUMP  # positions are not consecutive where the number changes
     return find_documents(position_ids, attention_mask, starts, shape)
 
 
@@ -42,12 +42,12 @@ def documents_with_cache(
     boundaries: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
-    """The documents of a forward; none on a cache that is filled, which continues one sequence a row.
+    """The documents of a forward; None with a filled cache, where each row continues one sequence.
 
-    A single token is not looked at: decoding never waits for a GPU here. Compiled code cannot look at all.
+    Single tokens are not checked, so that decoding never waits for a GPU; compiled code is not checked either.
 
     Raises:
-        ModelError: the cache holds packed documents, or a new one starts on it.
+        ModelError: the cache holds packed documents, or a new document starts on a filled cache.
     """
     holder: Any = cache
     if cache is None or not cache.get_seq_length():
@@ -65,13 +65,13 @@ def documents_with_cache(
 
 
 def are_several(documents: torch.Tensor | None) -> bool:
-    """Whether a row holds more than one document; not known in compiled code."""
+    """Whether a row holds more than one document; always False in compiled code, which cannot read values."""
     return documents is not None and not torch.compiler.is_compiling() and bool(documents.any())
 
 
 def starts_anew(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, queries: int) -> bool:
-    """Whether a real token has position 0 in a row with real tokens in the cache. Where all of them are padding it
-    may; a 4-D mask tells on its own who sees whom."""
+    """Whether a real token has position 0 in a row that has real tokens in the cache. In a row whose cached tokens are
+    all padding this is valid, and a 4-D mask defines by itself which tokens attend to which."""
     if position_ids is None or position_ids.ndim != 2:
         return False
     first = position_ids == 0

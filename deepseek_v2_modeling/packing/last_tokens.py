@@ -1,4 +1,4 @@
-"""Finds the tokens at which a score is read: the last real one of each row, or of each packed document."""
+"""Finds the tokens at which a score is computed: the last real token of each row, or of each packed document."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ Places = tuple[torch.Tensor, torch.Tensor]
 
 
 def real_runs(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The mask [B, T] as booleans, where it can be taken for the documents of a packed batch: each row has real tokens,
-    side by side."""
+    """The mask [B, T] as booleans, if each row's real tokens are contiguous and not empty, so that rows can be packed
+    as documents; otherwise None."""
     if attention_mask is None or attention_mask.shape != shape:
         return None
     real = attention_mask.bool()
-    begun, to_come = real.cummax(-1).values, real.flip(-1).cummax(-1).values.flip(-1)
-    return real if bool((real.any(-1, keepdim=True) & (real == (begun & to_come))).all()) else None
+    begun, unfinished = real.cummax(-1).values, real.flip(-1).cummax(-1).values.flip(-1)
+    return real if bool((real.any(-1, keepdim=True) & (real == (begun & unfinished))).all()) else None
 
 
 def scored_tokens(
@@ -28,14 +28,14 @@ def scored_tokens(
     pad_token_id: int | None,
     shape: tuple[int, int],
 ) -> Places:
-    """`last_tokens`, with the documents that positions or boundaries tell."""
+    """`last_tokens` with the documents found from positions or boundaries."""
     if position_ids is None and not any(boundaries.get(name) is not None for name in BOUNDARIES):
         return last_tokens(input_ids, attention_mask, None, pad_token_id, shape)
-    return _looked_at(input_ids, attention_mask, position_ids, boundaries, pad_token_id, shape)
+    return _last_tokens_of_documents(input_ids, attention_mask, position_ids, boundaries, pad_token_id, shape)
 
 
 @torch.compiler.disable()
-def _looked_at(
+def _last_tokens_of_documents(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -43,7 +43,7 @@ def _looked_at(
     pad_token_id: int | None,
     shape: tuple[int, int],
 ) -> Places:
-    """Outside of compiled code, which can tell neither whether there are documents nor how many."""
+    """Excluded from compilation, because compiled code cannot determine the number of documents."""
     documents = documents_of(position_ids, attention_mask, boundaries, shape)
     return last_tokens(input_ids, attention_mask, documents, pad_token_id, shape)
 
@@ -55,10 +55,10 @@ def last_tokens(
     pad_token_id: int | None,
     shape: tuple[int, int],
 ) -> Places:
-    """(row, place) of each scored token of a batch of shape [B, T]; documents as `documents_of` gives them.
+    """(row, column) indices of the scored tokens of a batch of shape [B, T]; documents as from `documents_of`.
 
-    Padding is told by the mask. Without one it is told by its id, but not in a packed batch: there a document may
-    end in it (many set pad = eos), and all tokens are real.
+    Padding is taken from the mask. Without one, tokens with the padding id are padding, except in a packed batch: there
+    all tokens are real, since a document may end with that id (often pad = eos).
     """
     mask = attention_mask[:, -shape[1] :].bool() if attention_mask is not None and attention_mask.ndim == 2 else None
     if documents is not None:

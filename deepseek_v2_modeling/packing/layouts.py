@@ -1,9 +1,8 @@
-"""Packed batches: which tokens belong to which document, and attention that never looks across.
+"""Packed batches: which token belongs to which document, and attention within documents only.
 
-A document starts where a position does not follow on the one before (or where cu_seq_lens says). Attention
-runs on the documents themselves, either put side by side in buckets of like length or, for kernels that take
-documents of any length, as one row with its boundaries: time and memory grow with the sum of squares of the
-documents, and no T x T mask is built.
+A document starts where a position is not the previous one plus 1, or where cu_seq_lens says so. Attention runs on the
+documents themselves, either batched in buckets of similar length or, for kernels that support variable lengths, as one
+row with boundaries. Time and memory grow with the sum of the squared document lengths, and no T x T mask is built.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-BUCKET_FILL = 0.75  # a bucket takes documents down to this share of its longest one
+BUCKET_FILL = 0.75  # the shortest document of a bucket, as a fraction of its longest
 
 
 def find_documents(
@@ -22,11 +21,11 @@ def find_documents(
     cu_seq_lens: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> torch.Tensor | None:
-    """Document of each token, [B, T] counted from 0 in each row; None when no row holds more than one.
+    """The document number of each token, [B, T] counted from 0 in each row; None if no row holds more than one.
 
-    Padding alone starts no document: the positions of a left-padded batch (1, 1, 0, 1, 2) are one. Beside
-    documents it is one itself, so that they do not see it. To look at the positions makes the host wait for a
-    GPU, once a forward; compiled code cannot look, and gets numbers in any case.
+    Padding alone does not start a document: the positions of a left-padded batch (1, 1, 0, 1, 2) are one document. In a
+    row with several documents, padding is a document of its own, so that no other attends to it. Reading the positions
+    makes the host wait for a GPU once per forward; compiled code cannot read them and always gets document numbers.
     """
     if cu_seq_lens is not None:
         starts = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int64, device=cu_seq_lens.device)
@@ -49,7 +48,7 @@ def find_documents(
 
 
 def document_lengths(documents: torch.Tensor) -> torch.Tensor:
-    """Tokens of each document of documents [B, T], in the order of the flat batch."""
+    """The number of tokens of each document in documents [B, T], in the order of the flat batch."""
     rows, length = documents.shape
     flat = documents + torch.arange(rows, device=documents.device).unsqueeze(1) * length
     return flat.reshape(-1).unique_consecutive(return_counts=True)[1]
@@ -57,12 +56,12 @@ def document_lengths(documents: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class PackedLayout:
-    """Where documents lie in the flat batch of B*T tokens.
+    """The positions of documents in the flat batch of B*T tokens.
 
-    buckets: index tensors [documents, L] of tokens; shorter documents repeat their last token at the end,
-        which no real token attends to (causality) and which `keep` leaves out.
-    keep: for each bucket the flat positions in [documents * L] that are real.
-    inverse: [B*T] position of each token in the concatenation of all kept outputs.
+    buckets: token indices [documents, L]; shorter documents are padded with their last token, to which no real token
+        attends (causality) and which `keep` drops.
+    keep: for each bucket the flat positions in [documents * L] of real tokens.
+    inverse: [B*T] the position of each token in the concatenation of all kept outputs.
     """
 
     buckets: list[torch.Tensor]
@@ -70,16 +69,16 @@ class PackedLayout:
     inverse: torch.Tensor
 
     def to(self, device: Any) -> "PackedLayout":
-        """For layers on another device (accelerate's dispatch asks for it)."""
+        """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
         buckets, keep = ([t.to(device) for t in tensors] for tensors in (self.buckets, self.keep))
         return PackedLayout(buckets, keep, self.inverse.to(device))
 
     def attend(
         self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Causal attention inside each document. query, key, value [B, H, T, d] -> [B, T, H, d_v].
+        """Causal attention within each document: query, key, value [B, H, T, d] -> [B, T, H, d_v].
 
-        kernel: takes [n, H, L, d] and gives ([n, L, H, d_v], weights), causal, without a mask.
+        kernel: causal attention without a mask, [n, H, L, d] -> ([n, L, H, d_v], weights).
         """
         batch, _, length, _ = query.shape
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]
@@ -92,7 +91,7 @@ class PackedLayout:
 
 
 def pack_layout(documents: torch.Tensor) -> PackedLayout:
-    """The layout of documents [B, T]. Waits for the lengths when they are on a GPU: once a forward."""
+    """The layout of documents [B, T]. On a GPU the host waits for the lengths, once per forward."""
     counts = document_lengths(documents)
     lengths = counts.tolist()
     begins = (counts.cumsum(0) - counts).tolist()
@@ -101,10 +100,10 @@ def pack_layout(documents: torch.Tensor) -> PackedLayout:
     keep: list[torch.Tensor] = []
     while order:
         longest = lengths[order[0]]
-        taken = [i for i in order if lengths[i] >= BUCKET_FILL * longest]
-        order = order[len(taken) :]
-        size = torch.tensor([lengths[i] for i in taken], device=counts.device).unsqueeze(1)
-        begin = torch.tensor([begins[i] for i in taken], device=counts.device).unsqueeze(1)
+        members = [i for i in order if lengths[i] >= BUCKET_FILL * longest]
+        order = order[len(members) :]
+        size = torch.tensor([lengths[i] for i in members], device=counts.device).unsqueeze(1)
+        begin = torch.tensor([begins[i] for i in members], device=counts.device).unsqueeze(1)
         steps = torch.arange(longest, device=counts.device)
         buckets.append(begin + torch.minimum(steps, size - 1))
         keep.append((steps < size).reshape(-1).nonzero().squeeze(1))
@@ -116,9 +115,9 @@ def pack_layout(documents: torch.Tensor) -> PackedLayout:
 
 @dataclass
 class FlatLayout:
-    """All documents as one row, for flash kernels: starts [documents + 1] int32 and the longest one's length.
+    """All documents as one row, for flash kernels: starts [documents + 1] int32, and the length of the longest.
 
-    The kernels find documents in positions on their own only when the batch has one row.
+    Needed because flash attention infers documents from positions only if the batch has one row.
     """
 
     starts: torch.Tensor
@@ -130,7 +129,7 @@ class FlatLayout:
     def attend(
         self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """As PackedLayout's; the kernel takes [1, H, B*T, d] and the boundaries."""
+        """Like PackedLayout's; the kernel takes [1, H, B*T, d] and the boundaries."""
         batch, _, length, _ = query.shape
         row = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (query, key, value))
         limits = {f"cu_seq_lens_{side}": self.starts for side in "qk"}
@@ -139,6 +138,6 @@ class FlatLayout:
 
 
 def flat_layout(documents: torch.Tensor) -> FlatLayout:
-    """The layout of documents [B, T]. Waits for the longest length on a GPU: once a forward."""
+    """The layout of documents [B, T]. On a GPU the host waits for the longest length, once per forward."""
     lengths = document_lengths(documents)
     return FlatLayout(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max()))
