@@ -73,7 +73,8 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
+    parser.add_argument("model", nargs="?", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show the answers of two models side by side")
     parser.add_argument("--prompt", help="answer this prompt and exit; without it, start a conversation")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="maximum answer tokens (512)")
@@ -167,7 +168,7 @@ def _chain(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from recipes.commands.chat import chat
+    from recipes.chat.session import chat
 
     return chat(arguments)
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TextStreamer
 
 from conversations.reading import data_file
 from deepseek_v2_modeling.checkpoints.adapter_config import pattern_fault
 from deepseek_v2_modeling.checkpoints.sources import is_hub_name
+from recipes.chat.partner import _Streamer
 from recipes.cli import main
 from recipes.secret_keys import refuse_secrets, without_secrets
 from recipes.terminal import printable, safe_terminal
@@ -228,10 +228,7 @@ def test_whatever_is_printed_cannot_steer_the_terminal(text: str) -> None:
 def test_an_answer_is_streamed_without_escape_sequences_in_any_encoding(
     encoding: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def put(self: Any, value: Any) -> None:
-        self.on_finalized_text(STEERING + " 你好")
-
-    monkeypatch.setattr(TextStreamer, "put", put)
+    monkeypatch.setattr(_Streamer, "put", lambda self, value: self.show(STEERING + " 你好"))
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     monkeypatch.setattr(sys, "stdout", out)
     assert main(["chat", str(tiny), "--prompt", "a", "--max-new-tokens", "2"]) == 0
