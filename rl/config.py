@@ -6,14 +6,24 @@ from pydantic import Field, model_validator
 
 from conversations.rewards.entry import RewardedRecipe
 from conversations.run_files import METRICS, SAMPLES
-from conversations.sections import RowList, TrainingRecipe
+from conversations.sections import RowList, Section, TrainingRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
+
+
+class DynamicSampling(Section):
+    """Other prompts in the place of those whose answers all get one reward (DAPO)."""
+
+    max_rounds: int = Field(ge=1, le=100, description="How often at most such prompts of a rollout are replaced.")
 
 
 class RlRecipe(TrainingRecipe, RewardedRecipe):
     """Group-relative policy optimisation; `training` feeds trl.GRPOConfig."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
+    dynamic_sampling: DynamicSampling | None = Field(
+        default=None,
+        description="Draw other prompts for groups whose answers all have one reward; null trains on the rest alone.",
+    )
     train_router: bool = Field(
         default=False,
         description="Train the routers too, in full fine-tuning or by router in lora.targets. Frozen ones change the "

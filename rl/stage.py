@@ -98,8 +98,16 @@ def build_trainer(
     check_references(rewards, [{"reference": reference} for reference in data["reference"]])
     limits = run_limits(recipe)
     arguments = grpo_config(recipe, run_dir, limits, rewards)
-    check_prompts(arguments, len(data))
-    return PolicyTrainer(model, arguments, rewards, train_dataset=data, processing_class=tokenizer, limits=limits)
+    check_prompts(recipe, arguments, len(data))
+    return PolicyTrainer(
+        model,
+        arguments,
+        rewards,
+        train_dataset=data,
+        processing_class=tokenizer,
+        limits=limits,
+        max_rounds=recipe.dynamic_sampling.max_rounds if recipe.dynamic_sampling else 0,
+    )
 
 
 class Indifferent(Reward):
@@ -125,10 +133,10 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
 def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
     """Raise ToolkitError if the rows as a whole cannot be used: too few prompts, or no references for a reward."""
     check_rewards(recipe.rewards, rows)
-    check_prompts(planned_config(recipe), len(rows))
+    check_prompts(recipe, planned_config(recipe), len(rows))
 
 
-def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
+def check_prompts(recipe: RlRecipe, arguments: GRPOConfig, prompts: int) -> None:
     """Raise ToolkitError if there are fewer prompts than one rollout needs: TRL would silently train on nothing."""
     assert arguments.generation_batch_size and arguments.num_generations
     needed = arguments.generation_batch_size // arguments.num_generations
@@ -137,6 +145,11 @@ def check_prompts(arguments: GRPOConfig, prompts: int) -> None:
             f"data: {prompts:,} prompts are fewer than the {needed:,} that one rollout takes "
             f"({arguments.generation_batch_size:,} answers, {arguments.num_generations} to a prompt); lower "
             "training.per_device_train_batch_size or training.gradient_accumulation_steps, or give more rows"
+        )
+    if recipe.dynamic_sampling and prompts == needed:
+        raise ToolkitError(
+            f"dynamic_sampling: each rollout takes all {prompts:,} prompts, so that there are no others to draw; give "
+            "more rows, or leave it out"
         )
 
 

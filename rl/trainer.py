@@ -28,6 +28,8 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
+from rl.groups import OtherPrompts
+from rl.judged import JudgedRollouts
 from rl.phases import PHASES, PhaseClock
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
@@ -51,14 +53,17 @@ def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return whole.new_zeros(mask.shape).masked_scatter(mask.bool(), whole)
 
 
-class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
+class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
     The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load
     transformers' stock class from the path), for an adapter the copy named "ref" that TRL makes.
+
+    Args:
+        max_rounds: of dynamic sampling; 0 for none.
     """
 
-    def __init__(self, model: Any, args: GRPOConfig, rewards: Sequence[Reward], **kwargs: Any):
+    def __init__(self, model: Any, args: GRPOConfig, rewards: Sequence[Reward], *, max_rounds: int = 0, **kwargs: Any):
         beta, sync = args.beta, args.sync_ref_model
         own_reference = beta != 0 and not hasattr(model, "peft_config")
         reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
@@ -78,6 +83,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.clock = PhaseClock(self.accelerator.device, self._log_phases)
         self.add_callback(self.clock)
+        self.max_rounds = max_rounds
+        self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
         self.unwritten = False  # whether there are completions since the last samples were written
@@ -114,11 +121,10 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
             ids.append(rendered[key])
         return ids, None, {}
 
-    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
-        with self.clock.phase("rollout"):
-            return super()._generate_and_score_completions(inputs)
-
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.answers:
+            logps = [answer.logps for answer in self.answers]
+            return [answer.ids for answer in self.answers], None if None in logps else logps
         # PeftModel.generate bypasses its own forward, the one that accelerate wraps in autocast.
         with self.accelerator.autocast():
             if not self.samples_plainly:
@@ -157,6 +163,8 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
         """Log-probabilities [B, logits_to_keep] and entropies, as TRL expects them, computed on packed rows: prompts
         are padded on the left and answers on the right, so more than half of a batch can be padding."""
         size = batch_size or len(input_ids)
+        if self.unread is not None:
+            attention_mask = attention_mask.masked_fill(self.unread.unsqueeze(1), 0)
         logps, entropies = [], []
         with self.clock.phase("update" if torch.is_grad_enabled() else "reference"):
             for start in range(0, len(input_ids), size):
@@ -173,14 +181,12 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[Row], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        finished = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
-        inputs = [{**row, "finished": done} for row, done in zip(inputs, finished, strict=True)]
-        with self.clock.phase("rewards"):
-            values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_completion_extra("truncated", [not done for done in finished])
-        for reward in self.rewards:
+        answers = self.answers or self._judge(inputs, completions, completion_ids_list, None)
+        values = self.accelerator.gather(self._values(answers))
+        self._log_completion_extra("truncated", [not answer.finished for answer in answers])
+        for i, reward in enumerate(self.rewards):
             if reward.gives_reasons:
-                self._log_completion_extra(f"reason/{reward.name}", list(reward.reasons))
+                self._log_completion_extra(f"reason/{reward.name}", [answer.reasons[i] for answer in answers])
         self._require_scores(values)
         self.unwritten = True
         return values
@@ -243,9 +249,11 @@ class PolicyTrainer(RunTrainerMixin, GRPOTrainer):
     def _save_extra(self, folder: Path) -> None:
         """Save the completions too: a checkpoint may fall between two updates on the same rollout."""
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"micro_step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(folder))
+        state = {"micro_step": self._step, "inputs": self._buffered_inputs, "drawn": self.other_prompts.drawn}
+        torch.save(state, self._rollouts_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = torch.load(self._rollouts_file(Path(resume_from_checkpoint)), weights_only=True)
         self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]
+        self.other_prompts.drawn = saved["drawn"]

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..adapters.lora import train_in_float32
-from ..layers.balance_losses import collect_balance
+from ..layers.balance_losses import COEFFICIENTS, collect_balance
 from .arguments import RunLimits, check_batches, training_arguments
 from .balance_log import BalanceLog
 from .callbacks import MetricsFile, Progress, StepControl
@@ -86,6 +86,11 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         if return_outputs:
             return result[0] + balance, result[1]
         return result + balance
+
+    @property
+    def balances(self) -> bool:
+        """Whether balance losses are part of the loss."""
+        return any(getattr(self.model.config, name) for name in COEFFICIENTS.values())
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Does `compute_loss` return its share of the update's loss? The rule of Trainer.training_step."""

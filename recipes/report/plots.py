@@ -41,6 +41,11 @@ FIGURES = (
         note="A group of completions with equal rewards teaches nothing.",
     ),
     Figure("Groups with equal rewards", "share of groups", ((r"frac_reward_zero_std", "no spread"),)),
+    Figure(
+        "Prompts replaced by others, and groups left out",
+        "groups a rollout",
+        ((r"dynamic_sampling/(replaced|still_equal)", "{0}"), (r"groups/left_out", "left out")),
+    ),
     Figure("KL to the reference", "nats per token", ((r"kl", "KL"),)),
     Figure(
         "Completion length",

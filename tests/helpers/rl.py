@@ -46,7 +46,7 @@ def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **
     )
 
 
-def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
+def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, **changes):
     rewards = rewards or [Vowels("vowels")]
     return PolicyTrainer(
         model or chat_model(),
@@ -55,6 +55,7 @@ def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
         train_dataset=prompt_dataset(conversations(16)),
         processing_class=byte_tokenizer(),
         limits=RunLimits(),
+        max_rounds=max_rounds,
     )
 
 

@@ -1,0 +1,119 @@
+"""Groups whose answers all have one reward: they have nothing to learn from but other prompts instead (DAPO), or none.
+
+N answers of all processes, G answers to a prompt, B answers of this process.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from conversations.answers.prompts import prompt_text
+from conversations.rewards.base import Reward
+from conversations.row import Row
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """An answer sampled for a row's prompt.
+
+    logps: of its tokens, by the model that sampled them; None where it does not say. finished: whether the model ended
+    it itself. values, reasons: by reward; NaN where one gave no score.
+    """
+
+    row: Row
+    ids: list[int]
+    logps: list[float] | None
+    finished: bool
+    values: list[float]
+    reasons: list[str | None]
+
+
+def judge_answers(
+    rewards: Sequence[Reward],
+    rows: Sequence[Row],
+    completions: Sequence[list[Row]],
+    ids: Sequence[list[int]],
+    logps: Sequence[list[float]] | None,
+    ends: Collection[int],
+) -> list[JudgedAnswer]:
+    """The answers with the values of all rewards. completions: as messages; ends: tokens with which a model ends."""
+    finished = [bool(tokens) and tokens[-1] in ends for tokens in ids]
+    columns = {"reference": [row.get("reference") for row in rows], "finished": finished, "completion_ids": ids}
+    values, reasons = [], []
+    for reward in rewards:
+        given = reward([row["prompt"] for row in rows], list(completions), **columns)
+        values.append([float("nan") if value is None else float(value) for value in given])
+        reasons.append(list(reward.reasons))
+    by_answer = zip(zip(*values, strict=True), zip(*reasons, strict=True), strict=True)
+    return [
+        JudgedAnswer(row, tokens, None if logps is None else logps[i], done, list(scores), list(why))
+        for i, (row, tokens, done, (scores, why)) in enumerate(zip(rows, ids, finished, by_answer, strict=True))
+    ]
+
+
+def equal_groups(values: torch.Tensor, weights: torch.Tensor, size: int) -> torch.Tensor:
+    """Whether the answers of a group all have one reward, [N / G] bool; answers without any value do not count.
+
+    values: [N, rewards], NaN where there is none. weights: [rewards]. size: G.
+    """
+    totals = (values * weights).nansum(1).view(-1, size)
+    unscored = values.isnan().all(1).view(-1, size)
+    highest = totals.masked_fill(unscored, -torch.inf).amax(1)
+    return highest <= totals.masked_fill(unscored, torch.inf).amin(1)
+
+
+def left_out(equal: torch.Tensor, lengths: torch.Tensor, micro_batch: int) -> torch.Tensor:
+    """equal [B] bool, lengths [B] of prompt and answer -> [B] bool: which answers neither scoring nor the update reads.
+
+    Of a micro-batch without any other answer the shortest one stays, with an advantage of 0: all processes then go
+    through the same forwards and backwards, and the optimizer gets gradients of 0, not none.
+    """
+    out = equal.clone()
+    for start in range(0, len(equal), micro_batch):
+        part = slice(start, start + micro_batch)
+        if bool(equal[part].all()):
+            out[start + int(lengths[part].argmin())] = False
+    return out
+
+
+class OtherPrompts:
+    """The rows of the data in a random order of their own, again and again.
+
+    All processes draw the same. `drawn`, how many were drawn so far, is all of its state.
+    """
+
+    def __init__(self, rows: Any, seed: int):
+        self.rows, self.seed = rows, seed
+        self.drawn = 0
+        self._turn, self._order = -1, list[int]()
+
+    def replacements(self, groups: Sequence[int], taken: set[str]) -> dict[int, Row]:
+        """A row for each of these groups, with a prompt that is not `taken`, to which it is added. Groups for which
+        there is no other prompt are left out."""
+        found = {}
+        rows = self._others(taken)
+        for group in groups:
+            row = next(rows, None)
+            if row is None:
+                break
+            found[group] = row
+        return found
+
+    def _others(self, taken: set[str]) -> Iterator[Row]:
+        for _ in range(len(self.rows)):
+            row = self.rows[self._next()]
+            if (text := prompt_text(row["prompt"])) not in taken:
+                taken.add(text)
+                yield row
+
+    def _next(self) -> int:
+        turn, place = divmod(self.drawn, len(self.rows))
+        if turn != self._turn:
+            order = torch.randperm(
+                len(self.rows), generator=torch.Generator().manual_seed(self.seed + (turn + 1) * 2**32)
+            )
+            self._turn, self._order = turn, order.tolist()
+        self.drawn += 1
+        return self._order[place]

@@ -1,0 +1,138 @@
+"""Rollouts that are judged before TRL makes a batch of them: groups with equal rewards can be replaced or left out."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from conversations.answers.prompts import prompt_text
+from conversations.rewards.base import Reward
+from conversations.row import Row
+from rl.groups import JudgedAnswer, OtherPrompts, equal_groups, judge_answers, left_out
+from rl.phases import PhaseClock
+
+SUMMED = "sum_then_normalize"  # TRL's default for several rewards
+# How these make one loss of the answers of an update depends on how many tokens are trained on in each micro-batch.
+COUNTS_WHAT_IS_LEFT = ("bnpo",)
+
+
+class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
+    """The part of `PolicyTrainer` that samples and judges answers; `GRPOTrainer` is then given them by the methods
+    that it calls for that.
+
+    answers: of this process, while TRL turns them into a batch. unread: [B] bool, which of them are not scored then.
+    """
+
+    # Of many types in transformers and TRL.
+    args: Any
+    accelerator: Any
+    num_generations: Any
+    clock: PhaseClock
+    rewards: list[Reward]
+    eos_token_ids: list[int]
+    max_rounds: int
+    other_prompts: OtherPrompts
+    balances: bool
+    answers: Sequence[JudgedAnswer] = ()
+    unread: torch.Tensor | None = None
+
+    @property
+    def leaves_out_equal_groups(self) -> bool:
+        """Whether answers with an advantage of 0 add nothing to any part of the loss, so that they need not be read."""
+        args = self.args
+        entropy = args.entropy_coef or args.use_adaptive_entropy or args.top_entropy_quantile < 1
+        if self.beta or entropy or self.balances or args.loss_type in COUNTS_WHAT_IS_LEFT:
+            return False
+        return args.multi_objective_aggregation == SUMMED
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        with self.clock.phase("rollout"):
+            self.answers = self._sampled(inputs)
+            equal = self._equal(self.answers)
+            self._metrics["train"]["groups/left_out"].append(float(equal.sum()) * self.leaves_out_equal_groups)
+            equal = equal.repeat_interleave(self.num_generations)[self._own(len(inputs))]
+            if self.leaves_out_equal_groups:
+                lengths = torch.tensor([len(answer.ids) for answer in self.answers], device=equal.device)
+                self.unread = left_out(equal, lengths, self.args.per_device_train_batch_size)
+            try:
+                output = super()._generate_and_score_completions([answer.row for answer in self.answers])
+            finally:
+                self.answers, unread, self.unread = (), self.unread, None
+        if self.multi_objective_aggregation == SUMMED:
+            output["advantages"] = output["advantages"].masked_fill(equal, 0)  # TRL's are rounding errors
+        if unread is not None:
+            for mask in ("prompt_mask", "completion_mask"):
+                output[mask] = output[mask].masked_fill(unread.unsqueeze(1), 0)
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """As TRL's, but the answers to a prompt stay side by side: TRL shuffles them over micro-batches. Prompts are
+        in a random order as they come."""
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = split_rows(self._generate_and_score_completions(generation_batch), steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def _own(self, rows: int) -> slice:
+        """The places of this process's answers among those of all."""
+        start = self.accelerator.process_index * rows
+        return slice(start, start + rows)
+
+    def _sampled(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
+        """An answer for each row; groups with one reward for all are sampled again for other prompts, in at most
+        `max_rounds` rounds."""
+        answers = self._answer(rows)
+        if not self.max_rounds:
+            return answers
+        taken: set[str] | None = None
+        rounds = replaced = 0
+        first = self._own(len(rows)).start
+        while rounds < self.max_rounds and (equal := self._equal(answers).nonzero().flatten().tolist()):
+            taken = set(gather_object([prompt_text(row["prompt"]) for row in rows])) if taken is None else taken
+            others = self.other_prompts.replacements(equal, taken)
+            if not others:
+                break
+            of_group = [(place, (first + place) // self.num_generations) for place in range(len(rows))]
+            new = {place: others[group] for place, group in of_group if group in others}
+            for place, answer in zip(new, self._answer(list(new.values())), strict=True):
+                answers[place] = answer
+            rounds, replaced = rounds + 1, replaced + len(others)
+        left = float(self._equal(answers).sum())
+        for name, value in (("rounds", rounds), ("replaced", replaced), ("still_equal", left)):
+            self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
+        return answers
+
+    def _answer(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
+        """Sample an answer to each row's prompt and judge it."""
+        if not rows:
+            return []
+        prompt_ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
+        ids, logps = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self._judge(rows, [[{"role": "assistant", "content": text}] for text in texts], ids, logps)
+
+    def _judge(
+        self, rows: Sequence[Row], completions: Sequence[Any], ids: Sequence[list[int]], logps: Any
+    ) -> list[JudgedAnswer]:
+        with self.clock.phase("rewards"):
+            return judge_answers(self.rewards, rows, completions, ids, logps, self.eos_token_ids)
+
+    def _values(self, answers: Sequence[JudgedAnswer]) -> torch.Tensor:
+        """[answers, rewards], NaN where a reward gave no score."""
+        return torch.tensor([answer.values for answer in answers], device=self.accelerator.device)
+
+    def _equal(self, answers: Sequence[JudgedAnswer]) -> torch.Tensor:
+        """[groups of all processes] bool."""
+        values = self.accelerator.gather(self._values(answers))
+        return equal_groups(values, self.reward_weights.to(values.device), self.num_generations)
+
+
+def split_rows(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """A batch of tensors [B, ...] as so many batches of B / parts rows, in order; numbers are in each."""
+    size = len(batch["advantages"]) // parts
+    return [
+        {name: t if t.ndim == 0 else t[part * size : (part + 1) * size] for name, t in batch.items()}
+        for part in range(parts)
+    ]
