@@ -1,8 +1,8 @@
-"""adapter_config.json of an adapter in PEFT's layout, read and held against what PEFT would fail over.
+"""Reads the adapter_config.json of an adapter in PEFT's layout, and checks it for values with which PEFT would fail.
 
-Its patterns are matched against the name of every module: none may take for ever. Python's regular expressions
-backtrack: `(.*)+x` takes time that doubles with each letter of a name, each further `.*` another factor of its length,
-and alternatives multiply. Real configs name layers and projections, which costs little.
+Its patterns are matched against the name of every module, so none may take forever. Python's regular expressions
+backtrack: the time of `(.*)+x` doubles with each letter of a name, each further `.*` multiplies it by the length, and
+alternatives multiply it too. Real configs name layers and projections, which is cheap.
 """
 
 import json
@@ -15,12 +15,12 @@ from ..configuration import check_settings_finite
 from ..errors import ModelError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LARGEST_RANK = 100_000  # beyond any weight's size
+LARGEST_RANK = 100_000  # larger than any dimension of a weight
 
-LONGEST = 1000  # characters of a pattern
-MOST_STEPS = 1_000_000  # of matching it against one name: some hundredths of a second
-MOST = 10_000  # patterns in a field
-_NAME_LENGTH = 50  # characters of a module's name that one repeat may take
+LONGEST = 1000  # characters per pattern
+MOST_STEPS = 1_000_000  # matching steps per name, some hundredths of a second
+MOST = 10_000  # patterns per field
+_NAME_LENGTH = 50  # characters of a module's name that one repeat may match
 
 _DIGITS = re.compile(r"(?:\\d|\[0-9\])[*+]")  # a name has few
 _ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
@@ -33,11 +33,12 @@ _FIELDS = (
 
 
 def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter."""
     return (Path(directory) / CONFIG).is_file()
 
 
 def read_adapter_config(directory: str | Path) -> dict:
-    """adapter_config.json. Raises ModelError when it, or the weights beside it, cannot be used."""
+    """The contents of adapter_config.json. Raises ModelError if it cannot be used, or if the weights are missing."""
     path = Path(directory) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -58,32 +59,34 @@ def read_adapter_config(directory: str | Path) -> dict:
     return config
 
 
-def check_ranks(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError for ranks and alphas, of all targets or of one, that PEFT would fail over."""
-    for field, of_one in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        patterns = config.get(of_one)
+def check_ranks(config: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError for ranks and alphas, common or per target, with which PEFT would fail."""
+    for field, per_target in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(per_target)
         if not isinstance(patterns, Mapping | None):
-            raise ModelError(f"{where}: {of_one} is {patterns!r}: it must be an object of patterns with their values")
+            raise ModelError(
+                f"{source}: {per_target} is {patterns!r}: it must be an object of patterns with their values"
+            )
         values = {field: config[field]} if field in config else {}
-        values |= {f"{of_one}.{pattern}": value for pattern, value in (patterns or {}).items()}
+        values |= {f"{per_target}.{pattern}": value for pattern, value in (patterns or {}).items()}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int if field == "r" else int | float):
-                raise ModelError(f"{where}: {name} is {value!r}: it must be a number")
+                raise ModelError(f"{source}: {name} is {value!r}: it must be a number")
             if field == "r" and not 1 <= value <= LARGEST_RANK:
-                raise ModelError(f"{where}: {name} is {value}: a rank is from 1 to {LARGEST_RANK:,}")
+                raise ModelError(f"{source}: {name} is {value}: a rank is from 1 to {LARGEST_RANK:,}")
 
 
-def check_patterns(config: Mapping[str, Any], where: str) -> None:
-    """Refuse patterns of an adapter's config that could take for ever.
+def check_patterns(config: Mapping[str, Any], source: str) -> None:
+    """Reject patterns in an adapter's config that could take forever to match.
 
     Raises:
-        ModelError: as `pattern_fault` says, or too many of them.
+        ModelError: `pattern_fault` finds a fault, or there are too many patterns.
     """
     for field in _FIELDS:
-        for pattern in _patterns(config.get(field), f"{where}: {field}"):
+        for pattern in _patterns(config.get(field), f"{source}: {field}"):
             if fault := pattern_fault(pattern):
                 shown = pattern if len(pattern) <= 60 else f"{pattern[:57]}..."
-                raise ModelError(f"{where}: {field}: {shown!r} {fault}")
+                raise ModelError(f"{source}: {field}: {shown!r} {fault}")
 
 
 def pattern_fault(pattern: str) -> str | None:
@@ -103,7 +106,7 @@ def pattern_fault(pattern: str) -> str | None:
 
 
 def _steps(bare: str) -> int:
-    """About how often a match may start again: letters to the power of repeats, times the alternatives of groups."""
+    """An estimate of backtracking steps: name length to the power of repeats, times the alternatives of groups."""
     steps = _NAME_LENGTH ** len(_REPEAT.findall(bare))
     while group := _GROUP.search(bare):
         steps *= group[0].count("|") + 1

@@ -13,26 +13,29 @@ CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite, at the speed of memory (`isfinite` takes 20 times as long).
+    """Whether all numbers of a tensor are finite, at memory bandwidth (`isfinite` takes 20 times as long).
 
-    A sum is finite only if all it is made of is; where it is not, or may overflow for its size, the ends decide.
+    A finite sum implies finite summands. If the sum is not finite, or is likely to overflow, the minimum and maximum
+    decide.
     """
     if tensor.dtype not in CHECKED or tensor.is_meta or not tensor.numel():
         return True
     if tensor.dtype != torch.float16 and bool(tensor.sum().isfinite()):
         return True
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Tensor:
-    """The tensor of a file. Raises ModelError when its numbers are not all finite."""
+    """Return the tensor; raise ModelError if its numbers are not all finite. where: its file or model, for the
+    message."""
     if not is_finite(tensor):
         raise ModelError(f"{where}: {name} contains NaN or infinite values")
     return tensor
 
 
 def check_weights(model: nn.Module, where: Any) -> None:
-    """Raises ModelError for a weight of a model, read from `where`, that is not finite; an expert's by its own name."""
+    """Raise ModelError for the first weight of a model, loaded from `where`, that is not finite; weights of experts are
+    named as on disk."""
     for name, parameter in model.named_parameters():
         if is_finite(parameter.detach()):
             continue

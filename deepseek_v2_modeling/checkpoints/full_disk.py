@@ -1,4 +1,4 @@
-"""Handles a full disk: the last complete checkpoint is kept, and the message says how much space was needed."""
+"""Handles a full disk: keeps the last complete checkpoint and reports how much space was needed."""
 
 import errno
 import shutil
@@ -13,17 +13,17 @@ from ..errors import ModelError
 
 UNFINISHED = ".unfinished"  # the Trainer writes checkpoints in here; they are moved to their name when complete
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What safetensors (Rust) says of such an error, and what torch.save says of any write that failed.
+# Messages of safetensors (Rust) for a full disk; and, in _WRITE_FAILED, of torch.save for any failed write.
 _WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
-_NOTHING = 1 << 20  # bytes; a checkpoint has files besides its tensors
+_NOTHING = 1 << 20  # bytes; less free space than this counts as none
 _WRITE_FAILED = ("write failed", "unexpected pos")
 
 
 @contextmanager
 def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[None]:
-    """Wrap code that writes: a full disk becomes a clear error, and partial files are removed.
+    """Context manager for code that writes: turns a full disk into a clear error and removes partial files.
 
-    needed: bytes of what was to be written.
+    needed: returns the number of bytes to be written.
 
     Raises:
         ModelError: the disk is full.
@@ -46,7 +46,7 @@ def full_disk_explained(run_dir: Path, needed: Callable[[], int]) -> Iterator[No
 
 
 def is_full(error: BaseException | None, short: bool) -> bool:
-    """Was the disk full? `short`: is there less room than was needed, so that a failed write counts as a sign?"""
+    """Whether an error means a full disk. short: whether too little space is free, so that any failed write counts."""
     while error is not None:
         text = str(error)
         if (isinstance(error, OSError) and error.errno in _FULL) or any(words in text for words in _WORDS):
@@ -58,7 +58,7 @@ def is_full(error: BaseException | None, short: bool) -> bool:
 
 
 def checkpoint_bytes(model: Any, optimizer: Any) -> int:
-    """About what a checkpoint takes: the weights in it, and the optimizer's two numbers for each trained one."""
+    """The approximate size of a checkpoint in bytes: its weights, and two optimizer values per trained one."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     held = trained if hasattr(model, "peft_config") else parameters
@@ -77,7 +77,7 @@ def whole_checkpoints(run_dir: Path) -> str:
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The directories of a run that are named checkpoint-N, by their steps."""
+    """The directories of a run that are named checkpoint-N, sorted by step."""
     folders = run_dir.glob("checkpoint-*")
     return sorted((folder for folder in folders if checkpoint_step(folder) >= 0), key=checkpoint_step)
 

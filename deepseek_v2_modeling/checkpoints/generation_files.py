@@ -1,4 +1,4 @@
-"""generation_config.json of a model, held against what decoding here can do, before an answer is begun."""
+"""Checks a model's generation_config.json against what our decoding supports, before any answer is generated."""
 
 import json
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from transformers.generation.logits_process import (
 from ..errors import ModelError
 
 FILE = "generation_config.json"
-# Fields that ask for another kind of decoding than one answer, token by token, greedy or sampled; and the values that
-# do not. transformers would fail over some, fetch code for others, or answer otherwise than an evaluation.
+# Fields that request decoding other than greedy or sampled generation of one answer, and their neutral values. With
+# other values, transformers would fail, download code, or generate answers that differ from those of an evaluation.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "diversity_penalty": (0, 0.0),
     "penalty_alpha": (0, 0.0), "dola_layers": (), "prompt_lookup_num_tokens": (), "guidance_scale": (1, 1.0),
@@ -63,11 +63,11 @@ MAKERS: dict[str, Callable[[Any], object]] = {
 
 
 def check_generation(base: str, vocab_size: int) -> None:
-    """Look at the generation_config.json of a model directory, if there is one.
+    """Check the generation_config.json of a model directory, if there is one.
 
     Raises:
-        ModelError: it is not a JSON object, asks for a kind of decoding that there is not, or has a value that decoding
-            would fail over.
+        ModelError: it is not a JSON object, requests an unsupported kind of decoding, or has a value with which
+            decoding would fail.
     """
     path = Path(base) / FILE
     if not path.is_file():
@@ -78,8 +78,8 @@ def check_generation(base: str, vocab_size: int) -> None:
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable ({error}); fix it or delete it") from error
-    for name, nothing in OTHERS.items():
-        if values.get(name) is not None and values[name] not in nothing:
+    for name, neutral in OTHERS.items():
+        if values.get(name) is not None and values[name] not in neutral:
             raise ModelError(f"{path}: {name} is {values[name]!r}: this kind of decoding is not supported; remove it")
     for name in NUMBERS:
         value = values.get(name)
@@ -90,14 +90,14 @@ def check_generation(base: str, vocab_size: int) -> None:
         for name, make in MAKERS.items():
             if values.get(name) is not None:
                 make(values[name])
-    except Exception as error:  # transformers looks at some of the values only
+    except Exception as error:  # transformers' own checks cover only some of the values
         raise ModelError(f"{path}: {' '.join(str(error).split())}; correct or remove it") from error
-    if far := [i for name in TOKENS for i in ids_in(values.get(name)) if i >= vocab_size]:
-        raise ModelError(f"{path}: token id {far[0]} is beyond the model's vocabulary of {vocab_size:,}; remove it")
+    if outside := [i for name in TOKENS for i in ids_in(values.get(name)) if i >= vocab_size]:
+        raise ModelError(f"{path}: token id {outside[0]} is beyond the model's vocabulary of {vocab_size:,}; remove it")
 
 
 def ids_in(value: Any) -> list[int]:
-    """The token ids in a nested list; biases are no integers."""
+    """The token ids in a nested list: its integers, since biases are floats."""
     if isinstance(value, list):
         return [i for entry in value for i in ids_in(entry)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []

@@ -1,6 +1,7 @@
 """The hub's layout of a checkpoint: how tensors on disk map to the model's parameters.
 
-On disk each expert is a tensor of its own; in the model the experts of a layer are fused into one parameter.
+On disk each projection of each expert is a separate tensor; in the model the experts of a layer are fused into one
+parameter.
 """
 
 from collections.abc import Container, Mapping
@@ -9,16 +10,17 @@ from typing import Any
 
 import torch
 
-# Fused parameter: the projections of each expert that it holds, one below the other.
+# Fused parameter -> the projections of each expert that it holds, stacked along the rows.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# A buffer that some old checkpoints hold; it is computed from the config.
+# A buffer in some old checkpoints, which is ignored because it is computed from the config.
 COMPUTED = r"rotary_emb\.inv_freq$"
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a tensor on disk is to the model: a whole parameter, or an expert's rows of a fused one."""
+    """The part of the model that a tensor on disk holds: a whole parameter, or an expert's rows of a fused
+    parameter."""
 
     parameter: str
     shape: Shape
@@ -26,7 +28,7 @@ class Piece:
 
 
 def pieces_of(parameter: str, shape: Shape) -> dict[str, Piece]:
-    """{name on disk: what it is} of one parameter."""
+    """{name on disk: piece} for one parameter."""
     module, _, last = parameter.rpartition(".")
     if not module.endswith(".experts") or last not in FUSED:
         return {parameter: Piece(parameter, shape)}
@@ -40,7 +42,7 @@ def pieces_of(parameter: str, shape: Shape) -> dict[str, Piece]:
 
 
 def hub_layout(parameters: Mapping[str, Shape], found: Container[str] = ()) -> dict[str, Piece]:
-    """{name on disk: what it is} of all tensors; experts that `found` has in the fused form stay fused."""
+    """{name on disk: piece} for all parameters. found: names on disk; experts that are fused on disk stay fused."""
     layout: dict[str, Piece] = {}
     for name, shape in parameters.items():
         layout |= {name: Piece(name, shape)} if name in found else pieces_of(name, shape)
@@ -49,7 +51,7 @@ def hub_layout(parameters: Mapping[str, Shape], found: Container[str] = ()) -> d
 
 @dataclass
 class FusedExperts:
-    """Stands for a fused parameter in the state dict that transformers loads; it asks for [...] and then `to`."""
+    """A lazy fused parameter in the state dict that transformers loads, which calls [...] and then `to` on it."""
 
     shape: Shape
     pieces: list[tuple[tuple[int, slice], Any]] = field(default_factory=list)

@@ -1,7 +1,8 @@
-"""Weights that accelerate keeps on the CPU or on disk (`device_map`), for modules that others read directly.
+"""Support for weights that accelerate offloads to the CPU or to disk (`device_map`), in modules whose forward is
+bypassed.
 
-accelerate brings a module's weights when its own `forward` is called. The routed experts' is never called, and
-absorbed decoding reads kv_b_proj's weight: their owners have to bring them, or they would compute with nothing.
+accelerate loads a module's weights when its own `forward` is called. That of the routed experts is never called, and
+absorbed decoding reads kv_b_proj's weight directly, so the parent modules have to load these weights.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ READ_DIRECTLY = {DeepseekV2MoE: "experts", DeepseekV2Attention: "kv_b_proj"}
 
 
 def keep_readable(model: nn.Module) -> None:
-    """Makes the owners of modules that are read directly bring their offloaded weights, for the owner's forward."""
+    """Make the parents of modules whose weights are read directly load them, if offloaded, around their forward."""
     for module in model.modules():
         name = READ_DIRECTLY.get(type(module))  # pyright: ignore[reportArgumentType]
         part: Any = getattr(module, name) if name else None
@@ -24,7 +25,7 @@ def keep_readable(model: nn.Module) -> None:
 
 
 def bring_with(owner: nn.Module, part: Any) -> None:
-    """Runs the hook of `part` around the forward of `owner`."""
+    """Run the accelerate hook of `part` around the forward of `owner`."""
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class BringPart(ModelHook):

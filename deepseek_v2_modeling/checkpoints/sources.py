@@ -1,6 +1,6 @@
-"""From a path that a user names to what it stands for: a model, an adapter on its base, and the tokenizer of both.
+"""Resolves a path given by a user to a model, or an adapter on its base, and the tokenizer of both.
 
-Nothing but configs, tokenizers and headers is read here; each of them once.
+Only configs, tokenizers and headers are read here, each of them once.
 """
 
 import json
@@ -25,9 +25,9 @@ from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_t
 
 Head = Literal["causal_lm", "score"]
 TASKS: dict[Head, str] = {"causal_lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # PEFT's task_type
-# Of a run directory; with MANIFEST and without FINAL the run has not finished.
+# Names in a run directory; one with MANIFEST but without FINAL belongs to a run that has not finished.
 FINAL, MANIFEST, REWARD_STATS = "final", "manifest.json", "reward_stats.json"
-# Beside the weights: what `AutoTokenizer` and `generate` read, and a reward model's statistics.
+# Files other than weights: those that `AutoTokenizer` and `generate` read, and a reward model's statistics.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", TEMPLATE, "chat_template.json", "generation_config.json",
@@ -40,10 +40,10 @@ _LONGEST_NAME = 96  # the hub's own limit
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter in PEFT's layout, or in another, as its config and its header have it; no tensor is read.
+    """An adapter in any layout, described by its config and header; no tensor is read.
 
-    config: adapter_config.json. base: the model that it names. weights: the file of the tensors. header: {tensor: type
-    and shape}, shapes: {tensor: shape} of it.
+    config: adapter_config.json. base: the base model that it names. weights: the file of the tensors.
+    header: {tensor: dtype and shape}; shapes: {tensor: shape}.
     """
 
     directory: Path
@@ -56,7 +56,7 @@ class AdapterSource:
 
 
 def read_adapter(directory: str | Path) -> AdapterSource:
-    """Raises ModelError when the config or the header of the weights cannot be used."""
+    """Read an adapter's config and header. Raises ModelError if one of them cannot be used."""
     directory = Path(directory)
     config = read_adapter_config(directory)
     header = read_header(directory / WEIGHTS)
@@ -73,14 +73,14 @@ def read_adapter(directory: str | Path) -> AdapterSource:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """base: a model directory or hub name. adapter: the adapter on top of it, or None."""
+    """A model to load. base: a model directory or hub name. adapter: the adapter on it, or None."""
 
     base: str
     adapter: AdapterSource | None = None
 
     @cached_property
     def settings(self) -> DeepseekV2Config:
-        """The base's config; to be copied before it is changed. Raises ModelError as `read_settings`."""
+        """The base's config; copy it before changing it. Raises ModelError like `read_settings`."""
         return read_settings(self.base)
 
     @property
@@ -90,15 +90,16 @@ class ModelSource:
 
     @property
     def own_dir(self) -> Path:
-        """Where the files of what was trained last are: the adapter's directory, or the model's."""
+        """The directory of the last training's result: the adapter's if there is one, otherwise the model's."""
         return self.adapter.directory if self.adapter else Path(self.base)
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a string can be OWNER/NAME of the hub: nothing else is ever asked of it, with the user's token.
+    """Whether a string can be a hub name OWNER/NAME; nothing else is ever requested from the hub, since requests carry
+    the user's token.
 
-    A name without a slash, and what looks like a path on this machine (`./a`, `~/a`, `runs/final`, or a directory
-    that is here by its first part), is not one.
+    Names without a slash, and strings that look like local paths (`./a`, `~/a`, `runs/final`, or a first part that is
+    an existing directory), are not hub names.
     """
     text = os.fspath(path)
     if len(text) > _LONGEST_NAME or not _HUB_NAME.fullmatch(text) or "--" in text or ".." in text:
@@ -108,15 +109,15 @@ def is_hub_name(path: str | os.PathLike[str]) -> bool:
 
 
 def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
-    """What a path stands for: a model directory, an adapter, a run directory (its final/), or a hub name.
+    """Resolve a path: a model directory, an adapter, a run directory (its final/), or a hub name.
 
     Raises:
-        ModelError: the directory holds nothing usable; the message says what is missing.
+        ModelError: the path does not exist or contains no model; the message says what is missing.
     """
     directory = Path(path)
     if not directory.exists():
         if is_hub_name(path):
-            return ModelSource(os.fspath(path))  # or a mistyped path: loading tells
+            return ModelSource(os.fspath(path))  # or a mistyped path, which loading reports
         raise ModelError(f"{path}: no such directory; make a model with `dsv2 init {path} --preset tiny`")
     if (directory / FINAL).is_dir():
         directory = directory / FINAL
@@ -145,7 +146,7 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
 
 
 def read_settings(base: str) -> DeepseekV2Config:
-    """The config of a model directory or hub name. Raises ModelError when there is none, or of another model."""
+    """The config of a model directory or hub name. Raises ModelError if there is none or it cannot be used."""
     file = f"{base}/config.json"
     try:
         values, _ = DeepseekV2Config.get_config_dict(base)
@@ -155,7 +156,7 @@ def read_settings(base: str) -> DeepseekV2Config:
         raise ModelError(f"{file}: {error}") from error
     except OSError as error:
         raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # of values of any type and depth
+    except Exception as error:  # values can have any type and depth
         raise ModelError(f"{file}: it cannot be read ({reason(error)})") from error
     if quantised:
         raise ModelError(f"{file}: quantization_config: the weights are quantised; name the original model")
@@ -163,50 +164,50 @@ def read_settings(base: str) -> DeepseekV2Config:
         settings = DeepseekV2Config.from_pretrained(base)
     except ModelError as error:
         raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # the constructors of transformers trust their values
+    except Exception as error:  # transformers' constructors do not check their values
         raise ModelError(f"{file}: {reason(error)}") from error
     return settings
 
 
 def read_model_config(base: str) -> DeepseekV2Config:
-    """`read_settings` of an adapter's base. Raises ModelError when it is not there, or of another model."""
+    """`read_settings` of an adapter's base. Raises ModelError if the base does not exist or cannot be used."""
     if not Path(base).is_dir() and not is_hub_name(base):
         raise ModelError(f"{base}: this base model does not exist; put it back, or correct base_model_name_or_path")
     return read_settings(base)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer where it has one, else the base's. Raises ModelError for one that cannot be used."""
-    where = source.tokenizer_dir
-    if Path(where, "config.json").is_file():
-        read_settings(where)  # transformers reads it too, without bounds
+    """The adapter's own tokenizer if it has one, otherwise the base's. Raises ModelError if it cannot be used."""
+    directory = source.tokenizer_dir
+    if Path(directory, "config.json").is_file():
+        read_settings(directory)  # transformers reads the config too, but without checks
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         tokenizer("words", truncation=True)  # some files fail only here
-    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever a wrong value leads to
+    except Exception as error:  # tokenizers raises plain Exceptions, transformers whatever a wrong value leads to
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{where}: auto_map names code for the tokenizer that comes with the model; such code "
+                f"{directory}: auto_map names code for the tokenizer that comes with the model; such code "
                 "is never run here. Save the tokenizer as a tokenizer.json, and remove auto_map from its config"
             ) from error
-        raise ModelError(f"{where}: no tokenizer can be loaded ({reason(error)})") from error
+        raise ModelError(f"{directory}: no tokenizer can be loaded ({reason(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{where}: the tokenizer has no eos_token, which ends every answer")
-    tokenizer.padding_side = "left"  # generation; training pads on its own
+        raise ModelError(f"{directory}: the tokenizer has no eos_token, which ends every answer")
+    tokenizer.padding_side = "left"  # for generation; training does its own padding
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks; it needs some id
+        tokenizer.pad_token = tokenizer.eos_token  # any id will do, since masks mark padding
     return tokenizer
 
 
 def reason(error: Exception) -> str:
-    """What a library says in an exception, in one line."""
-    said = " ".join(str(error).split())
-    plain = isinstance(error, OSError | ValueError | StrictDataclassError) and said
-    return said if plain else f"{type(error).__name__}: {said}"
+    """The message of a library's exception, in one line, with its type unless that adds nothing."""
+    message = " ".join(str(error).split())
+    is_clear = isinstance(error, OSError | ValueError | StrictDataclassError) and message
+    return message if is_clear else f"{type(error).__name__}: {message}"
 
 
 def base_directory(base: str) -> Path:
-    """The directory of a model's files; a hub name is fetched."""
+    """The directory of a model's files; a hub model is downloaded. Raises ModelError if that fails."""
     if Path(base).is_dir():
         return Path(base)
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -217,19 +218,20 @@ def base_directory(base: str) -> Path:
 
 
 def copy_side_files(own: Path, base: Path | None, directory: Path) -> None:
-    """Tokenizer and template of the adapter where it has its own, else the base's; reward statistics of the adapter
-    only, whose head they belong to; the rest from where it is."""
-    places = [own] if base is None else [own, base]
-    with_tokenizer = [place for place in places if (place / TOKENIZER_CONFIG).is_file()][:1]
-    own_places = {"generation_config.json": places, REWARD_STATS: [own]}
+    """Copy the files other than weights: tokenizer and template from the adapter if it has its own, otherwise from the
+    base; reward statistics only from the adapter, because they belong to its head; generation_config.json from the
+    first that has one."""
+    directories = [own] if base is None else [own, base]
+    with_tokenizer = [place for place in directories if (place / TOKENIZER_CONFIG).is_file()][:1]
+    exceptions = {"generation_config.json": directories, REWARD_STATS: [own]}
     for name in SIDE_FILES:
-        having = [place for place in own_places.get(name, with_tokenizer) if (place / name).is_file()]
-        if having:
-            copy_plain(having[0] / name, directory / name)
+        holders = [place for place in exceptions.get(name, with_tokenizer) if (place / name).is_file()]
+        if holders:
+            copy_plain(holders[0] / name, directory / name)
 
 
 def copy_plain(source: Path, target: Path) -> None:
-    """A side file as it is, but for what another machine or another renderer could not use."""
+    """Copy such a file, without keys and template tags that other machines or renderers cannot use."""
     if source.name == TEMPLATE:
         try:
             text = source.read_text(encoding="utf-8")
@@ -246,7 +248,7 @@ def copy_plain(source: Path, target: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelError for anything else."""
+    """The JSON object in a file. Raises ModelError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""Checkpoints in the hub's layout: every tensor accounted for, experts read straight into their fused parameters.
+"""Strict loading of checkpoints in the hub's layout, reading experts directly into their fused parameters.
 
-Stock transformers reports missing, unexpected and misshapen tensors in a log table and continues with random
-numbers; here they are errors that name them as they are named on disk. Stock also holds the single experts beside
-the fused parameter that it makes of them, in the wanted dtype: 1.7 times the weights when bf16 files are loaded in
-float32. Here each expert is copied from the mapped file to its place.
+Stock transformers reports missing, unexpected and misshapen tensors in a log table and continues with random values;
+here they are errors that give their names on disk. Stock also holds the separate experts and the fused parameter in
+memory at the same time: 1.7 times the weights if bf16 files are loaded in float32. Here each expert is copied from the
+mapped file to its place.
 """
 
 import logging
@@ -29,16 +29,17 @@ from .hub_layout import COMPUTED, FusedExperts, Piece, Shape, hub_layout
 from .offloading import keep_readable
 from .tensor_files import CODES, FLOATS, WEIGHT_FILES, TensorInfo, check_doubled, shards_named
 
-LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # with the adapter's name
-SHOWN = 5
+LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # captures the adapter's name
+SHOWN = 5  # names per message
 
 
 class StrictPreTrainedModel(PreTrainedModel):
-    """A PreTrainedModel whose `from_pretrained` refuses what does not fit, and which refuses half an adapter.
+    """A PreTrainedModel whose `from_pretrained` rejects checkpoints, and PEFT's loading adapters, that do not fit
+    exactly.
 
-    new_heads: starts of the names of tensors that may be missing: they are newly initialised.
-    other_heads: starts of the names of tensors that may be left in the checkpoint: another model's head.
-    Both are named in one printed line. Everything else is an error.
+    new_heads: prefixes of tensors that may be missing from the checkpoint; they are newly initialised.
+    other_heads: prefixes of tensors in the checkpoint that may be left out, such as another model's head.
+    A printed line names both. Every other mismatch is an error.
     """
 
     new_heads: tuple[str, ...] = ()
@@ -53,15 +54,15 @@ class StrictPreTrainedModel(PreTrainedModel):
         use_safetensors: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers', but strict: only safetensors is read, and every tensor must find its place.
+        """Like transformers', but strict: only safetensors is read, and tensors and parameters must match one to one.
 
-        `ignore_mismatched_sizes=True` initialises whole tensors of another shape and names them; an expert of
+        With `ignore_mismatched_sizes=True`, tensors of other shapes are newly initialised and named; an expert of
         another shape is always an error.
 
         Raises:
-            ModelError: the checkpoint is another model's or quantised, there are no safetensors files, a file
+            ModelError: the checkpoint is quantized or of another architecture, there are no safetensors files, a file
                 cannot be read, or tensors are missing, unexpected, misshapen (a ShapeError) or not finite; the message
-                names them. Quantisation and parallel plans among the keywords are refused too.
+                names them. Also if the keywords ask for quantization or a parallel plan.
         """
         path = pretrained_model_name_or_path
         if use_safetensors is False or kwargs.get("gguf_file"):
@@ -80,13 +81,13 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, *args: Any, **kwargs: Any) -> Any:
-        """What `check_source` cannot see: the base of an adapter that transformers was pointed at is quantised."""
+        """Also reject a quantized base of an adapter that transformers was given, which `check_source` cannot see."""
         if is_quantized:
             check_quantization("the base model", {"quant_method": "its own"})
         return super().get_init_context(dtype, is_quantized, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Torch calls it for the model and then for each of its parts: a place to look at what PEFT is loading."""
+        """Check the tensors that PEFT loads; torch calls this for the model first, then for each of its modules."""
         check_adapter_tensors(self, {name.removeprefix(prefix) for name in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -94,26 +95,26 @@ class StrictPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        """Checks names and shapes before the first tensor is read, and gives transformers fused experts to load.
+        """Check names and shapes before the first tensor is read, and give transformers fused experts to load.
 
-        Parameters that are sharded or quantised while they are loaded are transformers' affair, and checked when
-        it is done; so are native adapters, which come with `expected_keys`.
+        Parameters that are sharded or quantized during loading are left to transformers and checked afterwards; so are
+        native adapters, which come with `expected_keys`.
         """
         if expected_keys is None and not changes_parameters(load_config):
             with ExitStack() as files:
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
                 matched = match_sources(model, sources, load_config)
-                offloaded = "disk" in (load_config.device_map or {}).values()  # such weights are read later as well
+                offloaded = "disk" in (load_config.device_map or {}).values()  # such weights are read again later
                 if not (load_config.disable_mmap or offloaded):
                     result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
-                    # Else a model whose experts transformers did not fuse itself would be saved with fused ones.
+                    # Otherwise a model whose experts transformers did not fuse itself would be saved with fused ones.
                     model.__dict__.pop("_weight_conversions", None)
                     return result
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """Raises what transformers only reports, and prints the line about heads."""
+        """Raise errors for mismatches that transformers only reports, and print the line about heads."""
         with without_report(loading_info):
             PreTrainedModel._finalize_model_loading(
                 model, replace(load_config, ignore_mismatched_sizes=True), loading_info
@@ -139,10 +140,11 @@ def judge(
     unexpected: Iterable[str],
     misshapen: Mapping[str, tuple[Shape, Shape]],
 ) -> tuple[list[str], list[str]]:
-    """(tensors to be made anew, tensors left out) among those that do not fit; misshapen: {name: (found, wanted)}.
+    """(tensors to initialise, tensors to leave out) among those that do not match; misshapen: {name: (shape in the
+    checkpoint, shape in the model)}.
 
     Raises:
-        ModelError: one of them may not be; the message has the first names of each kind.
+        ModelError: a mismatch is not allowed; the message has the first names of each kind.
     """
     lenient = load_config.ignore_mismatched_sizes
     reshaped = {name for name in misshapen if lenient and ".experts." not in name}
@@ -163,19 +165,19 @@ def judge(
 
 
 def check_adapter_tensors(model: nn.Module, tensors: set[str]) -> None:
-    """Raises ModelError when a state dict with LoRA factors is not all of an adapter, or has more than the model.
+    """Raise ModelError if a state dict with LoRA factors does not match the adapters of the model exactly.
 
-    PEFT's own loading passes over what has no place and keeps at random what it finds nothing for.
+    PEFT's own loading ignores unexpected tensors and leaves missing ones at random values.
     """
     adapters = {factor[1] for name in tensors if (factor := LORA_FACTOR.search(name))}
     parameters = {name for name, _ in model.named_parameters()} if adapters else set()
-    if not adapters or any("_fsdp_" in name for name in parameters):  # a sharded model has names of its own
+    if not adapters or any("_fsdp_" in name for name in parameters):  # sharded models have other names
         return
-    places = parameters | {name for name, _ in model.named_buffers()}
-    wanted = {name for name in parameters if (factor := LORA_FACTOR.search(name)) and factor[1] in adapters}
+    allowed = parameters | {name for name, _ in model.named_buffers()}
+    expected = {name for name in parameters if (factor := LORA_FACTOR.search(name)) and factor[1] in adapters}
     parts = [
         f"{kind} tensors: {name_some(names)}"
-        for kind, names in (("missing", wanted - tensors), ("unexpected", tensors - places))
+        for kind, names in (("missing", expected - tensors), ("unexpected", tensors - allowed))
         if names
     ]
     if parts:
@@ -186,13 +188,13 @@ def check_adapter_tensors(model: nn.Module, tensors: set[str]) -> None:
 
 
 def name_some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of further ones."""
     return ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def check_directory(path: Any, subfolder: str) -> None:
-    """Raises ModelError for a local directory without safetensors files (transformers would read others too), or with
-    an index of shards that cannot be read."""
+    """Raise ModelError for a local directory without safetensors files (transformers would read other formats too), or
+    with an unreadable index of shards."""
     if path is None or not Path(path).is_dir():
         return
     folder = Path(path) / subfolder
@@ -204,13 +206,13 @@ def check_directory(path: Any, subfolder: str) -> None:
 
 
 def changes_parameters(load_config: Any) -> bool:
-    """Whether parameters are quantised or sharded while they are loaded: names and shapes are others then."""
+    """Whether parameters are quantized or sharded during loading, which changes names and shapes."""
     quantised, sharded = load_config.hf_quantizer is not None, load_config.device_mesh is not None
     return quantised or sharded or is_deepspeed_zero3_enabled()
 
 
 def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
-    """{name: a tensor not read yet} of all files, which `files` keeps open."""
+    """{name: unread tensor} of all files, which `files` keeps open."""
     sources: dict[str, Any] = {}
     for path in paths:
         try:
@@ -224,8 +226,7 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
 
 
 def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
-    """Raises ModelError for tensors that hold no floating-point numbers as they are: quantised ones, without what
-    they are to be multiplied with."""
+    """Raise ModelError for tensors that are not floating-point numbers, which are quantized and need scales."""
     kinds = {name: code_of(source) for name, source in sources.items()}
     if wrong := [name for name, code in kinds.items() if code not in FLOATS]:
         raise ModelError(
@@ -235,14 +236,14 @@ def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
 
 
 def code_of(source: Any) -> str:
-    """The format's code of a tensor's type: of a header's entry, a slice of a file, or a tensor."""
+    """The safetensors code of the dtype of a header's entry, a slice of a file, or a tensor."""
     if isinstance(source, torch.Tensor):
         return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
     return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
 
 
 def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
-    """The state dict for transformers to load: experts under the names of their fused parameters.
+    """The state dict for transformers to load, with experts under the names of their fused parameters.
 
     Raises:
         ModelError: names or shapes do not fit.
@@ -256,11 +257,11 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     }
     if doubled := sorted(sources.keys() - set(names.values())):
         raise ModelError(f"{name_of(load_config)}: tensors stored under two names: {', '.join(doubled[:SHOWN])}")
-    if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk as well
+    if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk too
         layout = hub_layout(parameters, names)
     check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
     shapes = {}
-    for name, key in names.items():  # of tensors, or of slices of a file
+    for name, key in names.items():  # tensors, or slices of a file
         source = sources[key]
         shapes[name] = tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
     check_sources(model, load_config, shapes, layout)
@@ -278,7 +279,7 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
 def check_sources(
     model: Any, load_config: Any, shapes_on_disk: Mapping[str, Shape], layout: Mapping[str, Piece]
 ) -> None:
-    """Raises ModelError unless the tensors of a checkpoint are those of the layout, but for heads and tied weights."""
+    """Raise ModelError unless the tensors of a checkpoint match the layout, except for heads and tied weights."""
     tied = {name: other for pair in model.all_tied_weights_keys.items() for name, other in (pair, pair[::-1])}
     missing = [name for name in layout.keys() - shapes_on_disk.keys() if tied.get(name) not in shapes_on_disk]
     unexpected = [name for name in shapes_on_disk.keys() - layout.keys() if not re.search(COMPUTED, name)]
@@ -288,14 +289,14 @@ def check_sources(
 
 @contextmanager
 def without_report(loading_info: Any) -> Iterator[None]:
-    """No table in the log of what is raised or printed in a line; failed conversions have no other place."""
+    """Suppress transformers' log table of mismatches, which are raised or printed here, unless conversions failed."""
     logger = logging.getLogger("transformers.modeling_utils")
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         return bool(loading_info.conversion_errors) or "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(wanted)
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        logger.removeFilter(keep)

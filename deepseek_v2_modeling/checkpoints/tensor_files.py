@@ -1,7 +1,7 @@
-"""Safetensors files read by their headers and written as a stream, into directories that appear whole or not at all.
+"""Reads headers of safetensors files, writes such files as a stream, and creates directories atomically.
 
-The format (huggingface/safetensors, README "Format"): 8 bytes little-endian length, a JSON header
-{name: {dtype, shape, data_offsets}}, then the tensors' bytes without holes.
+The format (huggingface/safetensors, README "Format"): the header's length in 8 bytes little-endian, a JSON header
+{name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ DTYPES: dict[str, torch.dtype] = {
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-Progress = Callable[[int, int], None]  # bytes written since the last call, bytes in all
+Progress = Callable[[int, int], None]  # bytes written since the last call, total bytes
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. dtype: the format's own code, e.g. "BF16"."""
+    """A tensor's entry in a header. dtype: the format's own code, e.g. "BF16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,10 +55,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """{name: info} of a safetensors file, from its header alone.
+    """{name: info} of a safetensors file, read from its header alone.
 
     Raises:
-        ModelError: the file is cut short or no safetensors file.
+        ModelError: the file is truncated or not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError("it is cut short")
-        with safe_open(path, "pt"):  # the library looks at what is left
+        with safe_open(path, "pt"):  # the library checks the rest
             return infos
     except (
         SafetensorError,
@@ -94,8 +94,8 @@ def _checked_info(name: str, entry: Any) -> TensorInfo:
 
 
 def base_files(base: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order; the single file where there are shards as well, as
-    transformers has it. Raises ModelError when one is missing."""
+    """The safetensors files of a model directory, in order; if there are both a single file and shards, the single
+    file, as in transformers. Raises ModelError if one is missing."""
     single, index = (base / name for name in WEIGHT_FILES)
     if single.is_file():
         return [single]
@@ -108,8 +108,8 @@ def base_files(base: Path) -> list[Path]:
 
 
 def shards_named(index: Path) -> list[str]:
-    """The files that an index of shards names. Raises ModelError for an index that names none, or others than shards
-    in its directory."""
+    """The files that an index of shards names. Raises ModelError if it names none, or anything but safetensors files in
+    its own directory."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -123,14 +123,14 @@ def shards_named(index: Path) -> list[str]:
 
 
 def check_doubled(path: Any, names: Iterable[str], before: Container[str]) -> None:
-    """Raises ModelError for a tensor that is in two files, of which only one can be the model's."""
+    """Raise ModelError if one of these tensors is also in another file of the model. before: tensors of other files."""
     if doubled := [name for name in names if name in before]:
         raise ModelError(f"{path}: {doubled[0]} is in another file of the model too; keep the one that is right")
 
 
 def base_headers(base: Path) -> dict[Path, dict[str, TensorInfo]]:
-    """{file: what is in it} of a model directory. Raises ModelError for a file that is missing or cut short, and a
-    tensor in two files."""
+    """{file: its header} of a model directory. Raises ModelError if a file is missing or truncated, or a tensor is in
+    two files."""
     headers: dict[Path, dict[str, TensorInfo]] = {}
     seen: set[str] = set()
     for path in base_files(base):
@@ -141,7 +141,7 @@ def base_headers(base: Path) -> dict[Path, dict[str, TensorInfo]]:
 
 
 def _layout(infos: Mapping[str, TensorInfo]) -> tuple[list[str], bytes]:
-    """The order of the tensors, widest types first so that all lie aligned, and the file's beginning."""
+    """The order of the tensors, widest types first so that all are aligned, and the file's header."""
     names = sorted(infos, key=lambda name: -DTYPES[infos[name].dtype].itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -155,7 +155,7 @@ def _layout(infos: Mapping[str, TensorInfo]) -> tuple[list[str], bytes]:
 
 
 def file_size(infos: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the file that `write_tensors` makes of these."""
+    """The size in bytes of the file that `write_tensors` writes."""
     return len(_layout(infos)[1]) + sum(info.nbytes for info in infos.values())
 
 
@@ -165,10 +165,10 @@ def write_tensors(
     blocks: Callable[[str], Iterable[torch.Tensor]],
     count: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes a safetensors file block by block and syncs it; no more than a block is held.
+    """Write a safetensors file block by block and sync it; only one block is in memory at a time.
 
-    blocks: a tensor's name -> its values, in consecutive pieces of any shape, in the type that `infos` says.
-    count: called with the bytes of each piece written.
+    blocks: a tensor's name -> its values, in consecutive pieces of any shape, in the dtype given in `infos`.
+    count: called with the number of bytes of each piece written.
     """
     names, beginning = _layout(infos)
     with path.open("wb") as file:
@@ -186,12 +186,12 @@ def write_tensors(
 
 
 def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """What `write_tensors` counts with, for a progress of several files together."""
+    """The `count` argument of `write_tensors`, for the joint progress of several files of `total` bytes."""
     return lambda nbytes: progress(nbytes, total) if progress else None
 
 
 def row_blocks(tensor: torch.Tensor, elements: int = 1 << 20) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, tensor[rows]) in pieces of about `elements` numbers."""
+    """(slice of rows, tensor[rows]) in pieces of about `elements` numbers."""
     if tensor.ndim == 0:
         tensor = tensor.view(1)
     rows = max(1, elements // max(1, prod(tensor.shape[1:])))
@@ -201,13 +201,13 @@ def row_blocks(tensor: torch.Tensor, elements: int = 1 << 20) -> Iterator[tuple[
 
 
 def check_output(out_dir: Path) -> None:
-    """Raises ModelError when there is something at out_dir already."""
+    """Raise ModelError if out_dir is a file or a directory that is not empty."""
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
         raise ModelError(f"{out_dir} already exists and is not empty; choose another directory")
 
 
 def check_space(out_dir: Path, needed: int) -> None:
-    """Raises ModelError when the disk of out_dir has less than `needed` bytes free."""
+    """Raise ModelError if the disk of out_dir has less than `needed` bytes free."""
     existing = next(parent for parent in out_dir.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -216,15 +216,16 @@ def check_space(out_dir: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def whole_directory(out_dir: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary directory beside out_dir that becomes out_dir when the block ends well.
+    """Context manager that yields a temporary directory next to out_dir and renames it to out_dir if the block
+    succeeds.
 
-    replace: whether an older out_dir goes then; else there must be none.
+    If the block fails, the temporary directory is removed. If the process is killed, it stays, under a name that begins
+    with a dot, until the next attempt removes it.
 
-    When the block fails, the temporary directory goes. A kill leaves it behind, under a name that begins with a dot;
-    the next try removes it.
+    replace: whether an existing out_dir is then replaced; otherwise it must not exist or be empty.
 
     Raises:
-        ModelError: out_dir is there already and not empty, its disk is full, or it cannot be written.
+        ModelError: out_dir exists and is not empty, its disk is full, or it cannot be written.
     """
     out_dir = out_dir.absolute()
     if not replace:
@@ -242,7 +243,7 @@ def whole_directory(out_dir: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(out_dir)
         temporary.replace(out_dir)
         _sync(out_dir.parent)
-    except Exception as error:  # safetensors and tokenizers raise what they like when they cannot write
+    except Exception as error:  # safetensors and tokenizers raise various exceptions when they cannot write
         full = is_full(error, short=False)
         if not full and not isinstance(error, OSError):
             raise
@@ -254,7 +255,8 @@ def whole_directory(out_dir: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives the files in a new folder the mode that the umask says; safetensors' are made for their owner alone."""
+    """Give the files in a new folder the mode according to the umask; safetensors creates files only its owner can
+    read."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in folder.rglob("*"):

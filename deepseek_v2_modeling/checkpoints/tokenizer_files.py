@@ -1,7 +1,7 @@
-"""A tokenizer's files: what its source has stays, key by key; only what has changed is written over.
+"""Saves tokenizers with the files of their source, changing only the keys that have changed.
 
-transformers 5 saves its own class name and keys of this machine in place of what the source said, and leaves out
-`add_bos_token`: llama.cpp's converter and transformers 4 then refuse the directory.
+transformers 5 replaces the source's class name by its own, adds machine-specific keys and drops `add_bos_token`;
+llama.cpp's converter and transformers 4 then reject the directory.
 """
 
 import json
@@ -14,26 +14,26 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-# Copied as they are; the first is written anew where tokens were added.
+# Copied unchanged, unless tokens were added.
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 NAMES_OF_TOKENS = ("special_tokens_map.json", "added_tokens.json")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Keys of this machine and process, and of code that is not copied.
+# Keys that are specific to this machine, or refer to code that is not copied.
 NOT_KEPT = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path")
-# Known to transformers' renderer alone, which reads from it what the assistant said.
+# A tag that only transformers' renderer knows; it marks the assistant's tokens.
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def plain_template(template: str) -> str:
-    """The template without `{% generation %}`, which other renderers refuse; it renders the same text."""
+    """The template without `{% generation %}`, which other renderers reject; it renders the same text."""
     return _MARK.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", template)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes a tokenizer as its source has it, with what has changed since: the template, special tokens, vocabulary.
+    """Write a tokenizer with its source's files, updated by changes to the template, special tokens and vocabulary.
 
-    A tokenizer that was made in memory, or whose source has gone, is saved as transformers does, under a class name
-    that every version knows.
+    A tokenizer that was created in memory, or whose source no longer exists, is saved as by transformers, but with a
+    class name that every version knows.
     """
     tokenizer.save_pretrained(str(directory))
     saved = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     if (directory / TEMPLATE).is_file():
         text = plain_template((directory / TEMPLATE).read_text(encoding="utf-8"))
         (directory / TEMPLATE).write_text(text, encoding="utf-8")
-        if "chat_template" in kept:  # readers differ in which of the two they take
+        if "chat_template" in kept:  # some readers use this key, others the file
             kept["chat_template"] = text
     write_tokenizer_config(kept, directory / TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in source and not _has_new_tokens(tokenizer, source):
@@ -58,14 +58,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 
 
 def write_tokenizer_config(config: Mapping[str, Any], path: Path) -> None:
-    """tokenizer_config.json, without keys that hold on another machine only or name code that is not there."""
+    """Write tokenizer_config.json without machine-specific keys and references to code that is not copied."""
     kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
     text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character stays \\ud800, as in JSON
+    path.write_text(
+        text, encoding="utf-8", errors="backslashreplace"
+    )  # lone surrogates are written as \\ud800, as in JSON
 
 
 def _source_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
-    """{name: file} of the directory, or the snapshot of a hub model, that a tokenizer was loaded from."""
+    """{name: file} of the directory, or of the cached hub model, that a tokenizer was loaded from."""
     source = str(tokenizer.name_or_path or "")
     names = (TOKENIZER_CONFIG, *VOCABULARY, *NAMES_OF_TOKENS)
     if not source:
@@ -74,7 +76,7 @@ def _source_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
         return {name: path for name in names if (path := Path(source, name)).is_file()}
     try:
         cached = {name: try_to_load_from_cache(source, name) for name in names}
-    except ValueError:  # no name of the hub: the directory has gone
+    except ValueError:  # not a hub name: a directory that no longer exists
         return {}
     return {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
 
@@ -84,7 +86,7 @@ def _text(token: Any) -> str | None:
 
 
 def _changed_tokens(tokenizer: Any, original: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The special tokens that are others than in the source, as transformers writes them."""
+    """The special tokens that differ from the source, in the form in which transformers writes them."""
     return {
         key: saved.get(key)
         for key in TOKENS
@@ -93,7 +95,7 @@ def _changed_tokens(tokenizer: Any, original: Mapping[str, Any], saved: Mapping[
 
 
 def _has_new_tokens(tokenizer: Any, source: Mapping[str, Path]) -> bool:
-    """Whether tokens were added since the tokenizer was loaded: its tokenizer.json is another one then."""
+    """Whether tokens were added after loading, so that the source's tokenizer.json is out of date."""
     if "tokenizer.json" not in source:
         return False
     content = json.loads(source["tokenizer.json"].read_text(encoding="utf-8"))
