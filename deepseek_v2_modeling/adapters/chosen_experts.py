@@ -1,8 +1,8 @@
 """LoRA on chosen experts: compact factors in training, PEFT's fused layout in files.
 
-PEFT holds A [E r, in] and B [out, r E] for all E experts. Here the wrapper of an experts' weight holds them for n
-chosen ones, A [n r, in] and B [out, r n]: so are their gradients and the optimizer's state. `state_dict` gives the full
-ones, with zeros for the others, and `load_state_dict` takes them.
+PEFT holds A [E r, in] and B [out, r E] for all E experts. Here the wrapper of the experts' weight holds them for only n
+chosen ones, A [n r, in] and B [out, r n], and gradients and optimizer state have the same size. `state_dict` returns
+full factors, with zeros for the other experts, and `load_state_dict` accepts them.
 """
 
 import re
@@ -25,7 +25,7 @@ _DOWN = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(base_layer\.)?lora_A\.weigh
 
 
 class ChosenFactor(nn.Module):
-    """A (dim 0) or B (dim 1) of the chosen experts. places: where their rows or columns are in the full one."""
+    """A (dim 0) or B (dim 1) of the chosen experts. places: the indices of their rows or columns in the full factor."""
 
     places: torch.Tensor
 
@@ -43,7 +43,7 @@ class ChosenFactor(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"
         full = state_dict.get(key)
-        if full is not None and tuple(full.shape) == self.full_shape:  # else the parent names both shapes
+        if full is not None and tuple(full.shape) == self.full_shape:  # otherwise the base class reports both shapes
             places = self.places.to(full.device)
             if full.index_fill(self.dim, places, 0).any():
                 raise ModelError(f"{key}: it was trained on experts that are not among the chosen ones")
@@ -52,7 +52,7 @@ class ChosenFactor(nn.Module):
 
 
 class ChosenWrapper(ParamWrapper):
-    """PEFT's wrapper of an experts' weight, whose adapters (later ones too) are for the `chosen` experts only."""
+    """PEFT's wrapper of the experts' weight, with all adapters, later ones too, on the `chosen` experts only."""
 
     chosen: tuple[int, ...]
 
@@ -61,6 +61,7 @@ class ChosenWrapper(ParamWrapper):
         self.keep_chosen(adapter_name)
 
     def keep_chosen(self, adapter: str) -> None:
+        """Replace an adapter's full factors by those of the chosen experts."""
         down: Any = self.lora_A[adapter]
         up: Any = self.lora_B[adapter]
         chosen = torch.tensor(self.chosen, dtype=torch.long, device=down.weight.device)
@@ -80,15 +81,15 @@ class ChosenWrapper(ParamWrapper):
         return up @ down * scaling
 
 
-# PEFT looks for wrappers by the name of their class when a further adapter comes.
+# When a further adapter is added, PEFT finds wrappers by the name of their class.
 ChosenWrapper.__name__ = ParamWrapper.__name__
 
 
 def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
-    """Leaves the adapters of the routed experts with the factors of the chosen ones.
+    """Reduce the adapters of the routed experts to the chosen experts.
 
     Raises:
-        ModelError: the choice does not fit the model, or no routed experts are adapted.
+        ModelError: the choice does not fit the model, or routed experts have no adapter.
     """
     config: Any = model.get_base_model().config  # pyright: ignore[reportCallIssue]
     choice.check(config)
@@ -108,9 +109,9 @@ def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
 
 
 def chosen_in(source: AdapterSource, experts: int) -> dict[int, tuple[int, ...]]:
-    """{layer: experts whose A is not all zeros} of an adapter in PEFT's layout; {} when no routed experts are adapted.
+    """{layer: experts whose A is not zero} of an adapter in PEFT's layout; {} if routed experts have no adapter.
 
-    An untrained B is 0 as well, but A starts at random: experts without one were left out of the training.
+    B is zero at the start of training, but A is random, so experts with a zero A were not trained.
     """
     chosen: dict[int, set[int]] = {}
     layers = {name: int(match[1]) for name in source.header if (match := _DOWN.search(name))}

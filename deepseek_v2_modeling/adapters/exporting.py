@@ -1,6 +1,6 @@
-"""Exports an adapter to the layout that servers read: one 2-D pair of factors for each expert and projection.
+"""Exports adapters to the layout that servers read: one 2-D pair of factors per expert and projection.
 
-What servers read, and in which version that was seen, is in docs/adapters.md.
+docs/adapters.md lists what servers support, and in which versions this was observed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,17 +34,18 @@ from .lora import absolute_base
 
 
 def peft_name(module: str, factor: str) -> str:
+    """A tensor's name in PEFT's files."""
     return f"{PREFIX}{module}.{factor}"
 
 
 # Layout -> (module, "lora_A.weight" or another factor) -> the name of its tensor.
 LAYOUTS: dict[str, Callable[[str, str], str]] = {"per_expert": peft_name}
 
-# Projections that servers stack into one: a pair on one of them needs a pair on each.
+# Projections that servers stack into one: if one of them has a pair, each needs one.
 STACKED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
 STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 VLLM_RANK = 16
-# Last name of an adapted module: what a server is known not to do with it (docs/adapters.md).
+# Last component of an adapted module's name -> a known limitation of servers (docs/adapters.md).
 SERVER_NOTES = {
     "kv_b_proj": (
         "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and otherwise drops it silently (vllm#48974); "
@@ -59,7 +60,8 @@ SERVER_NOTES = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote. zeros: pairs of zeros that servers need beside others. notes: what servers cannot do."""
+    """The result of an export. zeros: number of added pairs of zeros, which servers need next to others. notes: known
+    limitations of servers for this adapter."""
 
     pairs: int
     zeros: int
@@ -70,14 +72,14 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ServedPair:
-    """A pair of the result, on a hub tensor [out, in]. pair: where it comes from, None for zeros."""
+    """A pair of the result, on a hub tensor [out, in]. pair: the adapter's pair it is taken from, None for zeros."""
 
     module: str
     piece: Piece
     pair: FactorPair | None
 
     def names(self, layout: str) -> tuple[str, str]:
-        """Of its two factors in the file."""
+        """The names of its two factors in the file."""
         infix, ending = ("lora_embedding_", "") if self.embedding else ("lora_", ".weight")
         name = LAYOUTS[layout]
         return name(self.module, f"{infix}A{ending}"), name(self.module, f"{infix}B{ending}")
@@ -87,7 +89,7 @@ class ServedPair:
         return self.pair is not None and self.pair.embedding
 
     def factors(self, reader: FactorReader, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) as the file has them, of the wanted rank, for the wanted scaling."""
+        """(A, B) as written to the file, with this rank and for this scaling."""
         rows, columns = self.piece.shape
         if self.pair is None:
             return torch.zeros(rank, columns), torch.zeros(rows, rank)
@@ -103,15 +105,18 @@ class ServedPair:
 def export_adapter(
     adapter_dir: str | Path, out_dir: str | Path, layout: str = "per_expert", progress: Progress | None = None
 ) -> ExportReport:
-    """Writes an adapter with one pair of factors for each expert and projection, as vLLM and SGLang read it.
+    """Write an adapter with one pair of factors per expert and projection, as vLLM and SGLang read it.
 
-    adapter_dir: an adapter in PEFT's layout, or a run with one in final/. layout: a name of LAYOUTS.
-    All pairs get the one rank that servers read from adapter_config.json, padded with zeros; the products stay what
-    they were (`common_scaling`). Projections that servers stack get zeros where the adapter has only some of them.
+    All pairs are padded with zeros to one rank, which servers read from adapter_config.json; their products do not
+    change (`common_scaling`). If the adapter has only some of the projections that servers stack, the others get zeros.
+
+    Args:
+        adapter_dir: an adapter in PEFT's layout, or a run with one in final/.
+        layout: a name in LAYOUTS.
 
     Raises:
-        ModelError: no adapter or base, tensors that do not fit, an adapter with whole tensors of its own (a reward
-            model's head, changed embeddings), an unknown layout, or a directory that is not empty.
+        ModelError: there is no adapter or base, tensors do not match, the adapter has whole tensors of its own (a
+            reward model's head, changed embeddings), the layout is unknown, or out_dir is not empty.
     """
     out_dir = Path(out_dir)
     if layout not in LAYOUTS:
@@ -134,7 +139,7 @@ def export_adapter(
 
 
 def check_whole_tensors(adapter: AdapterFiles) -> None:
-    """Raises ModelError for whole tensors in the adapter, unless they are the base's (PEFT adds its embeddings)."""
+    """Raise ModelError for whole tensors in the adapter, unless they equal the base's (PEFT saves its embeddings)."""
     if not adapter.replaced:
         return
     base = base_directory(adapter.base)
@@ -150,16 +155,16 @@ def check_whole_tensors(adapter: AdapterFiles) -> None:
 
 
 def plan_pairs(adapter: AdapterFiles) -> list[ServedPair]:
-    """All pairs of the result, each on a tensor that the model has."""
+    """All pairs of the result, each on a tensor of the model."""
     pairs = {pair.parameter: pair for pair in adapter.pairs}
     modules = {name.removesuffix(".weight"): piece for name, piece in adapter.layout.items()}
     adapted = [m for m, piece in modules.items() if piece.parameter in pairs]
-    wanted = dict.fromkeys(name for module in adapted for name in stacked_with(module) if name in modules)
-    return [ServedPair(name, modules[name], pairs.get(modules[name].parameter)) for name in wanted]
+    served = dict.fromkeys(name for module in adapted for name in stacked_with(module) if name in modules)
+    return [ServedPair(name, modules[name], pairs.get(modules[name].parameter)) for name in served]
 
 
 def stacked_with(module: str) -> list[str]:
-    """The modules that a server stacks with this one, itself included."""
+    """The modules that servers stack with this one, including itself."""
     stem, _, last = module.rpartition(".")
     if stem.rpartition(".")[0].endswith(".experts"):
         return [f"{stem}.{name}" for name in STACKED_EXPERTS]
@@ -177,14 +182,14 @@ def _write_pairs(
     homes: Mapping[str, tuple[ServedPair, int]],
     infos: Mapping[str, TensorInfo],
     reader: FactorReader,
-    wanted: tuple[int, float],
+    rank_and_scaling: tuple[int, float],
     count: Callable[[int], None],
 ) -> None:
-    """homes: tensor -> its pair, and 0 for A or 1 for B."""
+    """Write the file of factors. homes: tensor -> its pair, and 0 for A or 1 for B. wanted: (rank, scaling)."""
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         pair, side = homes[name]
-        tensor = pair.factors(reader, *wanted)[side]
+        tensor = pair.factors(reader, *rank_and_scaling)[side]
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{reader.adapter.directory}: the factors of {pair.module} are not all finite")
         yield tensor.to(DTYPES[infos[name].dtype])
@@ -193,7 +198,8 @@ def _write_pairs(
 
 
 def _server_config(adapter: AdapterFiles, served: Iterable[ServedPair], rank: int, alpha: int) -> LoraConfig:
-    """Last names as targets, one rank and one alpha, plain scaling: SGLang does not read use_rslora."""
+    """The config for servers: last name components as targets, one rank and alpha, and no use_rslora, which SGLang does
+    not read."""
     return LoraConfig(
         base_model_name_or_path=absolute_base(adapter.base),
         task_type=adapter.config.get("task_type"),
@@ -205,7 +211,7 @@ def _server_config(adapter: AdapterFiles, served: Iterable[ServedPair], rank: in
 
 
 def server_notes(served: Iterable[ServedPair], rank: int) -> tuple[str, ...]:
-    """What to know before serving it."""
+    """Notes for whoever serves the adapter."""
     last_names = {pair.module.rpartition(".")[2] for pair in served if pair.pair is not None}
     notes = [note for name, note in SERVER_NOTES.items() if name in last_names]
     if rank > VLLM_RANK:

@@ -1,7 +1,7 @@
-"""An adapter on disk, matched tensor by tensor to its base, without a weight of either being read.
+"""Matches an adapter on disk to its base, tensor by tensor, without reading the weights of either.
 
-PEFT itself says what belongs where: the base's structure is built on the meta device, wrapped as for loading, and
-the names, shapes and scalings are read off it.
+The mapping comes from PEFT itself: the base is built on the meta device and wrapped as for loading, and names, shapes
+and scalings are taken from the wrapped model.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from .layouts import (
 from .loading import check_coverage, read_lora, saved_tensors, shapes_of, wrap_saved
 from .lora import wrap
 
-# Fields of adapter_config.json that change what a pair of factors means, and the values that do not.
+# Fields of adapter_config.json that change the meaning of factor pairs, and their neutral values.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base's weights
@@ -52,11 +52,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A checked adapter directory; or a whole model's, which has no pairs and replaces nothing.
+    """A checked adapter directory, or the directory of a full model, which has no pairs and replaces nothing.
 
-    pairs: its factors. replaced: {hub tensor: tensor of the file} kept whole, e.g. a score head or embeddings.
-    parameters: the model's, with shapes. layout: what each tensor of the base, in the hub's layout, is to them.
-    head: a key of HEADS.
+    pairs: the factor pairs. replaced: {hub tensor: tensor of the file} of whole tensors, e.g. a score head or
+    embeddings. parameters: {name: shape} of the model. layout: the piece of a parameter that each tensor in the hub's
+    layout holds. head: a key of HEADS.
     """
 
     directory: Path
@@ -77,7 +77,7 @@ class AdapterFiles:
 
     @cached_property
     def fused(self) -> dict[str, list[str]]:
-        """{parameter: the hub's names of its parts}, for those that have parts: the routed experts."""
+        """{parameter: hub names of its pieces} for the fused parameters, which are those of the routed experts."""
         names: dict[str, list[str]] = {}
         for name, piece in self.layout.items():
             if piece.place:
@@ -86,7 +86,7 @@ class AdapterFiles:
 
 
 class FactorReader:
-    """Reads an open adapter's tensors on demand, as views of the mapped file, whatever layout they are in."""
+    """Reads tensors of an open adapter on demand, as views of the mapped file, and converts transposed ones."""
 
     def __init__(self, adapter: AdapterFiles, file: Any):
         self.adapter, self.file = adapter, file
@@ -96,8 +96,8 @@ class FactorReader:
         return check_finite(name, self.file.get_tensor(name), self.adapter.directory)
 
     def factors(self, pair: FactorPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down, up) as `FactorPair.factors`."""
-        if pair not in self.latest:  # a layer's experts ask for the same two, one after the other
+        """(down, up) as from `FactorPair.factors`."""
+        if pair not in self.latest:  # cached, since a layer's experts use the same two pairs in turn
             a, b = self.tensor(pair.a), self.tensor(pair.b)
             if pair.experts and self.adapter.transposed:
                 a, b = transpose_pair(a, b, pair.experts)
@@ -109,6 +109,7 @@ class FactorReader:
 
 @contextlib.contextmanager
 def open_factors(adapter: AdapterFiles) -> Iterator[FactorReader]:
+    """Context manager that opens the adapter's file, if there is one."""
     whole_model = not (adapter.pairs or adapter.replaced)
     with contextlib.nullcontext() if whole_model else safe_open(adapter.weights, "pt") as file:
         yield FactorReader(adapter, file)
@@ -117,7 +118,7 @@ def open_factors(adapter: AdapterFiles) -> Iterator[FactorReader]:
 def meta_adapter(
     settings: DeepseekV2Config, lora: LoraConfig, head: Head, source: AdapterSource | None = None
 ) -> tuple[PeftModel, dict[str, Shape]]:
-    """(the base's structure under the adapter, shapes of what PEFT saves of it), without weights."""
+    """(the wrapped base on the meta device, {name: shape} of the tensors that PEFT would save)."""
     lora = copy.deepcopy(lora)  # PEFT writes into it
     lora.init_lora_weights = False
     lora.base_model_name_or_path = None
@@ -128,7 +129,7 @@ def meta_adapter(
 
 
 def refuse_variants(source: AdapterSource) -> None:
-    """Raises ModelError for an adapter whose pairs of factors mean something else than in plain LoRA."""
+    """Raise ModelError for LoRA variants, whose factor pairs have another meaning than in plain LoRA."""
     for field, allowed in PLAIN.items():
         if source.config.get(field) not in allowed:
             raise ModelError(
@@ -137,14 +138,14 @@ def refuse_variants(source: AdapterSource) -> None:
 
 
 def read_plain_lora(source: AdapterSource) -> LoraConfig:
-    """`read_lora`. Raises ModelError for a kind of adapter other than LoRA, too."""
+    """`read_lora`, which also raises ModelError for other kinds of adapters."""
     if source.config.get("peft_type") != "LORA":
         raise ModelError(f"{source.directory}: peft_type is {source.config.get('peft_type')}; only LORA is supported")
     return read_lora(source)
 
 
 def with_labels(settings: DeepseekV2Config, infos: Mapping[str, TensorInfo]) -> DeepseekV2Config:
-    """A copy of the settings with as many labels as the score head among these tensors has."""
+    """A copy of the settings, with the number of labels of the score head among these tensors, if any."""
     settings = copy.deepcopy(settings)
     score = next((info for name, info in infos.items() if hub_name(name) == "score.weight"), None)
     if score is not None:
@@ -155,10 +156,10 @@ def with_labels(settings: DeepseekV2Config, infos: Mapping[str, TensorInfo]) -> 
 
 
 def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[list[FactorPair], bool]:
-    """(pairs, whether they are transposed) of an adapter on a model of these settings, from its header.
+    """(factor pairs, whether they are transposed) of an adapter on a model with these settings, from its header.
 
     Raises:
-        ModelError: another layout, or tensors without a place or places without a tensor.
+        ModelError: the adapter is in another layout, or its tensors do not match the model one to one.
     """
     lora = read_plain_lora(source)
     refuse_per_expert(source.header, source.config, source.directory)
@@ -171,10 +172,11 @@ def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[li
 
 
 def open_adapter(path: str | Path) -> AdapterFiles:
-    """Reads the headers of an adapter (or a run's) and the config of its base, and checks that they fit.
+    """Read the headers of an adapter (or a run's) and the config of its base, and check that they match.
 
     Raises:
-        ModelError: no adapter, no base, another layout, or tensors without a place or places without a tensor.
+        ModelError: there is no adapter or base, the adapter is in another layout, or its tensors do not match the model
+            one to one.
     """
     model = resolve_source(path)
     source = model.adapter

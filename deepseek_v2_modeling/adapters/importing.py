@@ -1,4 +1,4 @@
-"""Imports an adapter of another layout into PEFT's own: per-expert pairs, and what PEFT before 0.19.1 wrote."""
+"""Converts adapters to PEFT's current layout, from per-expert pairs or the layout of PEFT before 0.19.1."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +47,8 @@ SAME = "a layout that is PEFT's as well (no experts, shared experts, dense layer
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import wrote. layout: that of the file. zeros: weights of a target that the file has no pair for."""
+    """The result of an import. layout: the layout of the source. zeros: number of weights without a pair in the source,
+    which get zeros. nbytes: size of the written file."""
 
     layout: str
     tensors: int
@@ -57,7 +58,7 @@ class ImportReport:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result: its config, its tensors, and what makes each of them."""
+    """A planned conversion: the new config, the new tensors, and a function that computes each of them."""
 
     layout: str
     lora: LoraConfig
@@ -81,14 +82,15 @@ class Foreign:
 def import_adapter(
     adapter_dir: str | Path, out_dir: str | Path, base: str | None = None, progress: Progress | None = None
 ) -> ImportReport:
-    """Writes an adapter with per-expert pairs, or in the layout of PEFT before 0.19.1, in PEFT's layout of today.
+    """Write an adapter with per-expert pairs, or in the layout of PEFT before 0.19.1, in PEFT's current layout.
 
-    base: the model that it is for; None takes the adapter's own base_model_name_or_path.
-    The result gives the logits that the adapter gave where it was trained, and loads here and in stock PEFT.
+    The result computes the same logits as the adapter did where it was trained, and loads here and in stock PEFT.
+
+    base: the base model; None uses the adapter's own base_model_name_or_path.
 
     Raises:
-        ModelError: no adapter or base, an adapter that is in PEFT's layout already, tensors without a place, experts
-            that the config names and the file leaves out, numbers that are not finite, or a directory that is not
+        ModelError: there is no adapter or base, the adapter is already in PEFT's layout, tensors do not belong to the
+            model, experts named in the config are missing from the file, numbers are not finite, or out_dir is not
             empty.
     """
     out_dir = Path(out_dir)
@@ -115,10 +117,10 @@ def import_adapter(
 
 @contextmanager
 def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
-    """Reads the headers of an adapter (or a run's), whatever its layout, and keeps its tensors at hand.
+    """Context manager that reads the headers of an adapter (or a run's) in any layout, and keeps its file open.
 
     Raises:
-        ModelError: no adapter, or no base.
+        ModelError: there is no adapter, or no base.
     """
     directory = path / FINAL if (path / FINAL).is_dir() else path
     if not is_adapter(directory):
@@ -139,10 +141,10 @@ def open_foreign(path: Path, base: str | None) -> Iterator[Foreign]:
 
 
 def convert_transposed(foreign: Foreign) -> Conversion:
-    """The same adapter with its expert tensors as PEFT writes them since 0.19.1.
+    """Convert the expert tensors to the layout of PEFT since 0.19.1.
 
     Raises:
-        ModelError: it is in that layout already.
+        ModelError: the adapter is already in that layout.
     """
     peft_model, wanted = meta_adapter(foreign.model_config, foreign.lora, foreign.head, foreign.source)
     pairs = low_rank_pairs(peft_model)
@@ -166,7 +168,11 @@ def convert_transposed(foreign: Foreign) -> Conversion:
 
 
 def convert_per_expert(foreign: Foreign) -> Conversion:
-    """The per-expert pairs as PEFT's fused ones; without any, pairs that lie the same in both layouts."""
+    """Convert per-expert pairs to PEFT's fused ones; other pairs are the same in both layouts.
+
+    Raises:
+        ModelError: there are no pairs, or tensors that do not belong to the model.
+    """
     parameters = model_shapes(foreign.model_config, foreign.head)
     layout = hub_layout(parameters)
     sources, whole = read_sources(foreign.source.header, foreign.source.config, layout, foreign.source.directory)
@@ -189,7 +195,7 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
         if name in homes:
             group, target, side = homes[name]
             return group.factors(target, foreign.read)[side]
-        home = others[name]  # a head, or the embeddings that PEFT saves beside their adapter
+        home = others[name]  # a head, or embeddings that PEFT saves with their adapter
         return foreign.read(whole[home]) if home in whole else read_base_tensor(foreign.base, home)
 
     infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
@@ -199,7 +205,7 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
 
 
 def read_base_tensor(base: str, name: str) -> torch.Tensor:
-    """A tensor of a model's files. Raises ModelError when none has it."""
+    """A tensor of a model's files. Raises ModelError if there is no such tensor."""
     for path in base_files(base_directory(base)):
         with safe_open(path, "pt") as file:
             if name in file.keys():  # noqa: SIM118 - no mapping

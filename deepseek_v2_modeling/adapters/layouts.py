@@ -1,11 +1,11 @@
-"""How adapters lie in their files: PEFT's fused layout, its transpose of old, and one pair for each expert.
+"""The layouts of adapters in files: PEFT's fused layout, its transposed older version, and one pair per expert.
 
-PEFT (0.19.1 and later): a 3-D weight [E, out, in] has A [E r, in], read as (E, r, in), and B [out, r E], read as
-(out, r, E): the expert is the fastest index. Versions before 0.19.1 took dim 1 of the weight for its input: there
-A is [E r, out] and B [in, r E], so that B says what A says now and the other way round.
+PEFT since 0.19.1: a 3-D weight [E, out, in] has A [E r, in], viewed as (E, r, in), and B [out, r E], viewed as
+(out, r, E), where the expert is the fastest index. Earlier versions took dim 1 of the weight for its input: there A is
+[E r, out] and B is [in, r E], so A and B have swapped roles.
 
-Per expert: `mlp.experts.7.gate_proj.lora_A.weight` and so on, plain 2-D pairs. Old PEFT wrote them on the official
-remote code and on transformers before 5; vLLM and SGLang read them.
+Per expert: plain 2-D pairs such as `mlp.experts.7.gate_proj.lora_A.weight`. Older PEFT wrote them for the official
+remote code and for transformers before 5; vLLM and SGLang read them.
 """
 
 import re
@@ -29,9 +29,9 @@ PER_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class FactorPair:
-    """One pair of factors: `parameter` += scaling * up @ down.
+    """A pair of factors: `parameter` += scaling * up @ down.
 
-    a, b: their names in the adapter's file. experts: E of a 3-D parameter, 0 for a 2-D one.
+    a, b: the factors' names in the adapter's file. experts: E of a 3-D parameter, 0 for a 2-D one.
     """
 
     parameter: str
@@ -43,7 +43,7 @@ class FactorPair:
     embedding: bool = False
 
     def factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down [r, in], up [out, r]), or (down [E, r, in], up [E, out, r]), as views of what the file holds."""
+        """(down [r, in], up [out, r]), or (down [E, r, in], up [E, out, r]), as views of the file's tensors."""
         if self.embedding:
             return b.T, a.T
         if self.experts:
@@ -72,12 +72,12 @@ def flatten_up(up: torch.Tensor) -> torch.Tensor:
 
 
 def transpose_pair(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the layout of PEFT before 0.19.1 to today's, and back: it is its own inverse."""
+    """Convert from the layout of PEFT before 0.19.1 to the current one, or back: the function is its own inverse."""
     return flatten_down(stack_up(b, experts).transpose(1, 2)), flatten_up(stack_down(a, experts).transpose(1, 2))
 
 
 def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[FactorPair]:
-    """The pairs of a wrapped model, under the names that PEFT saves them with."""
+    """The factor pairs of a wrapped model, under the names with which PEFT saves them."""
     pairs = []
     for name, module in peft_model.named_modules():
         if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):
@@ -100,15 +100,15 @@ def low_rank_pairs(peft_model: PeftModel, adapter: str = "default") -> list[Fact
 
 
 def hub_name(name: str) -> str:
-    """A module's or saved tensor's name in the model without adapters."""
+    """The name of a wrapped module or saved tensor in the model without adapters."""
     return name.removeprefix(PREFIX).replace(".base_layer", "")
 
 
 def common_scaling(kinds: Iterable[tuple[int, float]]) -> tuple[int, int]:
-    """(rank, alpha) for pairs of these ranks and scalings together: the largest rank, and their scaling times it.
+    """A common (rank, alpha) for pairs with these (rank, scaling): the largest rank, and the scaling times that rank.
 
-    Where the scalings differ, or the product is no whole number (vLLM's alpha is one), alpha is the rank: each pair's
-    scaling is then put into its B.
+    If the scalings differ, or the product is not an integer (vLLM needs an integer alpha), alpha is the rank, and each
+    pair's scaling has to be multiplied into its B.
     """
     kinds = list(kinds)
     rank = max(rank for rank, _ in kinds)
@@ -119,7 +119,7 @@ def common_scaling(kinds: Iterable[tuple[int, float]]) -> tuple[int, int]:
 
 
 def pad(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """A factor with zeros after its own ranks along `dim`, so that there are `rank`."""
+    """Pad a factor with zeros along `dim` to `rank`."""
     missing = rank - factor.shape[dim]
     if not missing:
         return factor
@@ -128,11 +128,12 @@ def pad(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
-# --- Which layout a file has -------------------------------------------------------------------------------------
+# --- Detecting the layout of a file ------------------------------------------------------------------------------
 
 
 def is_per_expert(names: Iterable[str], config: Mapping[str, Any]) -> bool:
-    """Whether the routed experts have a pair each, or the shared and dense ones are `target_modules`, as of old."""
+    """Whether an adapter is in the per-expert layout: routed experts have separate pairs, or shared experts and dense
+    layers are `target_modules`."""
     old_target = (".gate_proj.", ".up_proj.", ".down_proj.", ".mlp.gate.")
     return any(
         PER_EXPERT.search(name) or (not config.get("target_parameters") and any(part in name for part in old_target))
@@ -141,7 +142,7 @@ def is_per_expert(names: Iterable[str], config: Mapping[str, Any]) -> bool:
 
 
 def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: str | Path) -> None:
-    """Raises ModelError for an adapter in the per-expert layout, with the remedy."""
+    """Raise ModelError, with the remedy, for an adapter in the per-expert layout."""
     if is_per_expert(names, config):
         raise ModelError(
             f"{where}: this adapter has one pair for each expert (as servers and PEFT before transformers 5 have it); "
@@ -152,12 +153,13 @@ def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: st
 def is_transposed(
     pairs: Iterable[FactorPair], saved: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
 ) -> bool:
-    """Whether a file has its expert pairs in the transposed layout of PEFT before 0.19.1.
+    """Whether a file's expert pairs are in the transposed layout of PEFT before 0.19.1.
 
-    Shapes tell, unless every adapted expert weight is square; then the `peft_version` of adapter_config.json does.
+    This is visible from shapes, unless every adapted expert weight is square; then `peft_version` in
+    adapter_config.json decides.
 
     Raises:
-        ModelError: both layouts in one file, or nothing that tells.
+        ModelError: the file mixes both layouts, or the layout cannot be determined.
     """
     verdicts = {
         _is_transposed(pair, saved, wanted)
@@ -168,7 +170,7 @@ def is_transposed(
         raise ModelError(f"{where}: some expert tensors are transposed (PEFT before 0.19.1), others are not")
     if verdicts <= {False, True}:
         return True in verdicts
-    if len(verdicts) > 1:  # the weights that are not square tell for the others
+    if len(verdicts) > 1:  # the weights that are not square decide
         return True in verdicts
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version")))
     if version is None:
@@ -180,7 +182,8 @@ def is_transposed(
 
 
 def _is_transposed(pair: FactorPair, saved: Shapes, wanted: Shapes) -> bool | None:
-    """None for a square weight. A pair of other shapes counts as not transposed: the coverage check names it."""
+    """Whether a pair is transposed; None for a square weight. Pairs of other shapes count as not transposed, and the
+    coverage check reports them."""
     (rows, inner), (outer, columns) = wanted[pair.a], wanted[pair.b]
     if inner == outer:
         return None
@@ -188,7 +191,7 @@ def _is_transposed(pair: FactorPair, saved: Shapes, wanted: Shapes) -> bool | No
 
 
 def untranspose_shapes(pairs: Iterable[FactorPair], saved: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes that a transposed file's tensors have after `untranspose`."""
+    """The shapes of a transposed file's tensors after `untranspose`."""
     shapes = dict(saved)
     for pair in pairs:
         if pair.experts and pair.a in saved and pair.b in saved:
@@ -198,7 +201,7 @@ def untranspose_shapes(pairs: Iterable[FactorPair], saved: Shapes) -> dict[str, 
 
 
 def untranspose(pairs: Iterable[FactorPair], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a transposed file in today's layout."""
+    """The tensors of a transposed file, converted to the current layout."""
     converted = dict(tensors)
     for pair in pairs:
         if pair.experts and pair.a in tensors and pair.b in tensors:

@@ -1,4 +1,4 @@
-"""Loads and saves adapters strictly: missing or unexpected tensors are errors."""
+"""Loads adapters strictly: missing or unexpected tensors are errors."""
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -28,14 +28,14 @@ _PLAIN = (bool, str, list, dict)
 
 
 def read_lora(source: AdapterSource) -> LoraConfig:
-    """adapter_config.json as PEFT reads it. Raises ModelError for unusable values."""
+    """adapter_config.json as a PEFT config. Raises ModelError for invalid values."""
     path = source.directory / CONFIG
     for name, hint in _types_of_fields().items():
         if not fits(value := source.config.get(name), hint):
             raise ModelError(f"{path}: {name} is {value!r}; {_named(hint)}")
     try:
         return LoraConfig.from_pretrained(str(source.directory))  # pyright: ignore[reportReturnType]
-    except Exception as error:  # the file can be wrong in more ways than the library has errors for
+    except Exception as error:  # PEFT raises various exceptions for invalid files
         raise ModelError(f"{path}: PEFT cannot read it ({' '.join(str(error).split())})") from error
 
 
@@ -51,15 +51,15 @@ def _named(hint: Any) -> str:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be of a type: a data class is an object, null fits everywhere, and one kind of number
-    is as good as the other."""
+    """Whether a JSON value is valid for a type hint: a data class is an object, null is always valid, and integers and
+    floats are interchangeable."""
     origin, inner = get_origin(hint), get_args(hint)
     if value is None or hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(fits(value, each) for each in inner)
+        return any(fits(value, member) for member in inner)
     if origin is Literal:
-        return any(type(value) is type(each) for each in inner)  # PEFT looks at the word; it knows pissa_niter_16
+        return any(type(value) is type(member) for member in inner)  # PEFT also accepts words such as pissa_niter_16
     if origin in (list, tuple, set):
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
@@ -72,20 +72,20 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def wrap_saved(model: PreTrainedModel, config: LoraConfig, where: Path) -> PeftModel:
-    """`wrap`, with a config from the adapter in `where`. Raises ModelError where PEFT cannot use it."""
+    """`wrap` with the config of the adapter in `where`. Raises ModelError if PEFT cannot use it."""
     try:
         return wrap(model, config)
     except (ModelError, OSError, MemoryError):
         raise
-    except Exception as error:  # the file can be wrong in more ways than the library has errors for
+    except Exception as error:  # PEFT raises various exceptions for invalid files
         raise ModelError(f"{where / CONFIG}: PEFT cannot use it ({' '.join(str(error).split())})") from error
 
 
 def continues(
     source: AdapterSource, wanted: LoraConfig, experts: ExpertChoice | None, settings: DeepseekV2Config
 ) -> bool:
-    """Whether a saved adapter has the targets, ranks and scaling of the wanted one, and was trained on the wanted
-    routed experts; None wants all of them."""
+    """Whether training can continue from a saved adapter: it has the targets, ranks and scaling of the wanted config,
+    and was trained on these routed experts (None: on all)."""
     numbers = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     lists = ("target_modules", "target_parameters")
     same = all((source.config.get(field) or 0) == (getattr(wanted, field) or 0) for field in numbers) and all(
@@ -99,13 +99,14 @@ def continues(
 
 
 def adapts_embeddings(model: PeftModel) -> bool:
-    """Whether the embeddings or the lm_head have adapters: PEFT saves their own weights beside these."""
+    """Whether the embeddings or the lm_head have adapters; PEFT then saves their own weights too."""
     base: Any = model.get_base_model()
     return any(isinstance(layer, LoraLayer) for layer in (base.get_input_embeddings(), base.get_output_embeddings()))
 
 
 def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict[str, torch.Tensor]:
-    """What PEFT saves of the model's adapter; whole embeddings too where they are adapted, or the source has them."""
+    """The tensors that PEFT saves of the model's adapter, with whole embeddings if they are adapted or the source has
+    them."""
     whole = adapts_embeddings(model)
     if source is not None and "embed_tokens" not in (source.config.get("modules_to_save") or ()):
         whole = whole or any(name.endswith("embed_tokens.weight") for name in source.header)
@@ -113,7 +114,7 @@ def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict
 
 
 def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
-    """All tensors of an adapter. Raises ModelError when numbers are not finite."""
+    """All tensors of an adapter. Raises ModelError if numbers are not finite."""
     tensors = load_file(source.weights)
     for name, tensor in tensors.items():
         check_finite(name, tensor, source.directory)
@@ -121,16 +122,16 @@ def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
 
 
 def check_coverage(wanted: Shapes, tensors: Shapes, where: str | Path, head: str = "") -> None:
-    """Raises ModelError unless the file's tensors (name -> shape) are exactly those wanted: what PEFT saves.
+    """Raise ModelError unless the file's tensors (name -> shape) are exactly those that PEFT would save (`wanted`).
 
-    head: prefix of names that may be missing in the file (the new score head of a reward model).
+    head: tensors whose names contain this may be missing from the file (the new score head of a reward model).
     """
     missing = {k for k in set(wanted) - set(tensors) if not (head and head in k)}
     unexpected = set(tensors) - set(wanted)
     misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
     faults = [
-        f"{what}: {name_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        f"{fault}: {name_some(names)}"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]
     if faults:
@@ -138,6 +139,7 @@ def check_coverage(wanted: Shapes, tensors: Shapes, where: str | Path, head: str
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of tensors."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -149,37 +151,39 @@ def load_adapter(
     task_type: str | None = None,
     experts: ExpertChoice | None = None,
 ) -> PeftModel:
-    """The model with the adapter of `directory` on it; what PEFT before 0.19.1 wrote is converted.
+    """Wrap the model with the adapter in `directory`; adapters written by PEFT before 0.19.1 are converted.
 
-    directory: or what `read_adapter` found there.
-    trainable: whether the adapter trains; else it is frozen. dropout: at run time, as `apply_lora` has it.
-    task_type: turns e.g. an SFT adapter into the start of a reward model's (SEQ_CLS), with a new score head.
-    experts: those that the adapter was trained on, and is trained on again.
+    Args:
+        directory: the adapter's directory, or the result of `read_adapter`.
+        trainable: whether the adapter is trained; otherwise it is frozen.
+        dropout: run-time dropout, as in `apply_lora`.
+        task_type: another task type, e.g. SEQ_CLS to start a reward model from an SFT adapter, with a new score head.
+        experts: the routed experts that the adapter was trained on, to continue training on them.
 
     Raises:
-        ModelError: a tensor of the file has no place in the model, or the other way round, numbers that are not
-            finite, a file cut short, or an adapter with a pair for each expert (`dsv2 import` converts it).
+        ModelError: the adapter's tensors and the model do not match one to one, numbers are not finite, the file is
+            truncated, or the adapter has separate pairs per expert (`dsv2 import` converts it).
     """
     source = directory if isinstance(directory, AdapterSource) else read_adapter(directory)
     refuse_per_expert(source.header, source.config, source.directory)
     config: Any = read_lora(source)
-    kept_task = task_type is None or source.config.get("task_type") == task_type
+    same_task = task_type is None or source.config.get("task_type") == task_type
     config.task_type = task_type or source.config.get("task_type")
     config.inference_mode = not trainable
-    if not kept_task:
+    if not same_task:
         config.modules_to_save = None
     peft_model = wrap_saved(model, config, source.directory)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
-    places = saved_tensors(peft_model, source)
-    wanted, saved = shapes_of(places), source.shapes
+    expected = saved_tensors(peft_model, source)
+    wanted, saved = shapes_of(expected), source.shapes
     pairs = low_rank_pairs(peft_model)
     transposed = is_transposed(pairs, saved, wanted, source.config, source.directory)
     saved = untranspose_shapes(pairs, saved) if transposed else saved
-    check_coverage(wanted, saved, source.directory, head="" if kept_task else "score")
+    check_coverage(wanted, saved, source.directory, head="" if same_task else "score")
     tensors = read_tensors(source)
     tensors = untranspose(pairs, tensors) if transposed else tensors
-    fresh_head = {k: v for k, v in places.items() if k not in tensors}
+    fresh_head = {k: v for k, v in expected.items() if k not in tensors}
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
     train_in_float32(peft_model)
     set_dropout(peft_model, dropout)

@@ -1,8 +1,8 @@
-"""LoRA for DeepSeek-V2: what can be adapted, a stock peft config for it, and the table of what was adapted.
+"""LoRA for DeepSeek-V2: the possible targets, a stock PEFT config for them, and a table of adapted weights.
 
 Attention projections are `target_modules`. Routed experts, shared experts, dense layers and the router are
-`target_parameters`: naming `gate_proj` and the like as modules makes PEFT take the routed experts and drop the
-shared ones and the dense layers without a word. Stock PEFT reloads the adapters as they are saved.
+`target_parameters`: if `gate_proj` and the like were named as modules, PEFT would adapt the routed experts and silently
+skip shared experts and dense layers. Stock PEFT can load the saved adapters.
 """
 
 import math
@@ -28,7 +28,7 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Projection:
-    """How one projection is named: suffixes of module names, or of parameter names."""
+    """A projection's names for PEFT: suffixes of module names, or of parameter names."""
 
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
@@ -55,7 +55,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def expand_target(target: str) -> tuple[str, ...]:
-    """A target's projections: ("attention.q", ...) for "attention", itself for a single one."""
+    """A target's projections: ("attention.q", ...) for the group "attention", itself for a single projection. Raises
+    ModelError for an unknown target."""
     if target in GROUPS:
         return GROUPS[target]
     if target in PROJECTIONS:
@@ -63,21 +64,21 @@ def expand_target(target: str) -> tuple[str, ...]:
     raise ModelError(f'unknown LoRA target "{target}": use {", ".join([*GROUPS, *PROJECTIONS])}')
 
 
-def _per_projection(targets: Iterable[str], value: Number | Mapping[str, Number], what: str) -> dict[str, Number]:
-    """{projection: value}; a single projection's own entry wins over its group's."""
+def _per_projection(targets: Iterable[str], value: Number | Mapping[str, Number], field: str) -> dict[str, Number]:
+    """{projection: value}; a projection's own entry takes precedence over its group's."""
     targets = list(targets)
     if not isinstance(value, Mapping):
         return {name: value for target in targets for name in expand_target(target)}
     unknown = [key for key in value if not set(expand_target(key)) & {n for t in targets for n in expand_target(t)}]
     if unknown:
-        raise ModelError(f'{what} names "{unknown[0]}", which is not among the LoRA targets {targets}')
+        raise ModelError(f'{field} names "{unknown[0]}", which is not among the LoRA targets {targets}')
     values = {name: value[key] for key in value if key in GROUPS for name in expand_target(key)}
     values |= {key: value[key] for key in value if key in PROJECTIONS}
-    wanted = [name for target in targets for name in expand_target(target)]
-    missing = [name for name in wanted if name not in values]
+    projections = [name for target in targets for name in expand_target(target)]
+    missing = [name for name in projections if name not in values]
     if missing:
-        raise ModelError(f'{what} gives no value for the LoRA target "{missing[0]}"')
-    return {name: values[name] for name in wanted}
+        raise ModelError(f'{field} gives no value for the LoRA target "{missing[0]}"')
+    return {name: values[name] for name in projections}
 
 
 def _pattern(values: Mapping[str, Number]) -> dict[str, Number]:
@@ -96,14 +97,16 @@ def lora_config(
 ) -> LoraConfig:
     """A stock `peft.LoraConfig` for these targets.
 
-    targets: groups (attention, experts) or single projections of `PROJECTIONS`; a single one may be plain text.
-    r, alpha: a number, or one for each target; alpha defaults to 2 r. Scaling is alpha / r, or alpha / sqrt(r)
-        with rslora.
-    dropout: what `apply_lora` sets at run time. The config's own `lora_dropout` is 0, in memory and on disk, as stock
-        PEFT demands for experts.
+    Args:
+        targets: groups (attention, experts) or single projections of `PROJECTIONS`; one target may be a plain string.
+        r, alpha: a number, or one for each target; alpha defaults to 2 r. The scaling is alpha / r, or alpha / sqrt(r)
+            with rslora.
+        dropout: the dropout that `apply_lora` sets at run time. The config's own `lora_dropout` is 0, in memory and on
+            disk, as stock PEFT requires for experts.
 
     Raises:
-        ModelError: an unknown target, a rank or alpha for something that is not a target, or a number out of bounds.
+        ModelError: a target is unknown, a rank or alpha is given for something that is not a target, or a number is out
+            of bounds.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     if not targets:
@@ -126,7 +129,7 @@ def lora_config(
         use_rslora=rslora,
         task_type=task_type,
     )
-    config.runtime_dropout = dropout  # no field of the config: it is neither written nor seen by PEFT
+    config.runtime_dropout = dropout  # not a field of the config, so PEFT neither saves nor uses it
     return config
 
 
@@ -145,13 +148,13 @@ class LoraSettings:
 
 
 def check_dropout(dropout: float) -> None:
-    """Raises ModelError unless it is a share of what is dropped, that leaves something."""
+    """Raise ModelError unless the dropout is a number from 0 to less than 1."""
     if not isinstance(dropout, Number) or not 0 <= dropout < 1:
         raise ModelError(f"LoRA dropout is {dropout!r}: it must be from 0 to less than 1")
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises ModelError when one of the config's projections matches nothing in the model."""
+    """Raise ModelError if one of the config's projections matches nothing in the model."""
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     for name, projection in PROJECTIONS.items():
@@ -159,32 +162,33 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
         wanted_parameters = set(projection.parameters) & set(config.target_parameters or ())
         if not wanted_modules and not wanted_parameters:
             continue
-        hit = any(m.split(".")[-1] in wanted_modules for m in modules) or any(
+        matches = any(m.split(".")[-1] in wanted_modules for m in modules) or any(
             p.endswith(f".{w}") for p in parameters for w in wanted_parameters
         )
-        if not hit:
+        if not matches:
             raise ModelError(f'the LoRA target "{name}" matches nothing in this model: leave it out')
 
 
 def apply_lora(
     model: PreTrainedModel, config: LoraConfig, dropout: float | None = None, experts: ExpertChoice | None = None
 ) -> PeftModel:
-    """A stock `PeftModel` around the model, whose expert adapters run on the routed tokens only.
+    """Wrap the model in a stock `PeftModel`, whose expert adapters are computed for the routed tokens only.
 
-    dropout acts on the input of every adapter at run time; None takes that of `lora_config`. It is not written to
-        disk. Adapters on embeddings have none, as in PEFT: their input is token ids.
-    experts: the routed experts that get adapters; all without.
+    Args:
+        dropout: dropout on the input of every adapter at run time; None uses that of `lora_config`. It is not saved.
+            Adapters on embeddings have none, as in PEFT, since their input is token ids.
+        experts: the routed experts that get adapters; None for all.
 
     Raises:
-        ModelError: a model of another package or with adapters already, a target that matches nothing in it, experts
-            that are not there.
+        ModelError: the model is not one of this package or has adapters already, a target matches nothing in it, or
+            experts do not exist.
     """
-    wanted: float = getattr(config, "runtime_dropout", 0.0) if dropout is None else dropout
+    runtime_dropout: float = getattr(config, "runtime_dropout", 0.0) if dropout is None else dropout
     peft_model = wrap(model, config)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     train_in_float32(peft_model)
-    set_dropout(peft_model, wanted)
+    set_dropout(peft_model, runtime_dropout)
     return peft_model
 
 
@@ -195,14 +199,14 @@ def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
         setattr(holder, name, absolute_base(getattr(holder, name)))
     with warnings.catch_warnings():
-        # PEFT looks for the keys of rank_pattern among modules only and says that those of parameters, which it
-        # uses all the same, are ignored.
+        # PEFT checks the keys of rank_pattern against modules only, and warns that keys for parameters are ignored,
+        # although it uses them.
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ModelError for a model that has adapters already, or is none of ours."""
+    """Raise ModelError for a model that already has adapters, or is not one of this package."""
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError(
             "this model has LoRA adapters already; a further one of the same targets is added with PEFT's "
@@ -217,19 +221,20 @@ def check_model(model: nn.Module) -> None:
 
 
 def absolute_base(base: str | None) -> str | None:
-    """The base's name for an adapter's config: a directory from wherever it is read, a hub name as it is."""
+    """The base's name for an adapter's config: an absolute path for a directory, a hub name unchanged."""
     return os.path.abspath(base) if base and os.path.isdir(base) else base
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Makes trainable weights float32: bf16 ones would hardly move. PEFT does it to adapters, not to a score head."""
+    """Convert trainable weights to float32, since small updates are lost in bf16. PEFT converts adapters, but not a
+    score head."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Sets the run-time dropout of all LoRA adapters but those on embeddings, where PEFT's forward has none."""
+    """Set the run-time dropout of all LoRA adapters except those on embeddings, where PEFT's forward has none."""
     check_dropout(dropout)
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, Embedding):
@@ -239,7 +244,8 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
 
 @dataclass
 class AdaptedRow:
-    """One line of the table of what is adapted. experts: those that train, of all in these layers; None for all."""
+    """One row of the table of adapted weights. experts, of_experts: the number of experts with adapters, and of all
+    experts in these layers; None if all have adapters."""
 
     projection: str
     layers: int
@@ -253,8 +259,8 @@ class AdaptedRow:
 
 
 def adapted_modules(model: nn.Module, adapter: str = "default") -> list[dict]:
-    """Rows {projection, layers, rank, alpha, scaling, dropout, parameters} of what LoRA adapts in this model;
-    {experts, of_experts} too where chosen ones train. dropout: at run time."""
+    """Rows {projection, layers, rank, alpha, scaling, dropout, parameters} of the weights that have LoRA adapters, with
+    {experts, of_experts} if only chosen experts have them. dropout: at run time."""
     rows: dict[str, AdaptedRow] = {}
     for name, module in model.named_modules():
         if not (isinstance(module, LoraLayer) and isinstance(module, nn.Module) and adapter in module.r):

@@ -1,9 +1,9 @@
-"""Merges an adapter into its base on disk: a plain checkpoint in the hub's layout, file by file.
+"""Merges an adapter into its base on disk, file by file, into a plain checkpoint in the hub's layout.
 
-For a whole model the result is a copy, optionally in another dtype.
+For a full model the result is a copy, optionally in another dtype.
 
 First everything is planned and checked from the files' headers, then each shard of the base is streamed to its merged
-twin in pieces of a few megabytes. No model is made; memory does not grow with the checkpoint.
+counterpart in pieces of a few megabytes. No model is created, and memory does not grow with the checkpoint.
 """
 
 import json
@@ -41,7 +41,8 @@ from .merge_plan import Merged, Shard, plan_shards
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote. adapted: tensors changed by factors; left_out: what the base has and the result does not."""
+    """The result of a merge. adapted: number of tensors changed by factors; replaced: number of tensors taken from the
+    adapter; nbytes: total size; left_out: tensors of the base that the result does not have."""
 
     shards: int
     tensors: int
@@ -54,20 +55,21 @@ class MergeReport:
 def merge_lora(
     adapter_dir: str | Path, out_dir: str | Path, dtype: str | None = None, progress: Progress | None = None
 ) -> MergeReport:
-    """Writes the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
+    """Write the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
 
-    adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base. A whole model, or
-        the run that trained it, is written again, checked likewise.
-    dtype: "float32", "bfloat16" or "float16" for all weights; None keeps that of each tensor of the base. Sums are
-        made in float32.
-    progress: called with the bytes of each piece written, and of all.
+    out_dir is created atomically, with tokenizer, chat template, generation config, and a config.json that has both
+    forms of the RoPE settings.
 
-    out_dir appears when it is whole; until then the files are in a directory of another name beside it. With them go
-    tokenizer, template and generation config, and a config.json with both forms of the RoPE settings.
+    Args:
+        adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base. A full model,
+            or a run that trained one, is checked and copied.
+        dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's dtype. Sums are computed in
+            float32.
+        progress: called with the bytes of each piece written, and the total.
 
     Raises:
-        ModelError: no adapter, base or model, tensors that do not fit, quantised weights, numbers that are not finite,
-            a directory that is not empty, or too little room on the disk.
+        ModelError: there is no adapter, base or model, tensors do not match, weights are quantized, numbers are not
+            finite, out_dir is not empty, or the disk has too little space.
     """
     out_dir = Path(out_dir)
     check_output(out_dir)
@@ -94,7 +96,7 @@ def merge_lora(
 
 
 def open_source(path: str | Path) -> AdapterFiles:
-    """An adapter or a whole model, from its headers. Raises ModelError as `open_adapter`."""
+    """An adapter or a full model, described by its headers. Raises ModelError like `open_adapter`."""
     model = resolve_source(path)
     if model.adapter is not None:
         return open_adapter(path)
@@ -138,17 +140,17 @@ def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, co
 
 
 def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) -> Iterator[torch.Tensor]:
-    """A tensor of the result in pieces of rows: W + scaling * up @ down, summed in float32.
+    """A tensor of the result in blocks of rows: W + scaling * up @ down, summed in float32.
 
     Raises:
-        ModelError: the sum, or a number in the narrower type, is not finite.
+        ModelError: a weight, or a sum in the result's dtype, is not finite.
     """
     source = reader.tensor(merged.source) if merged.from_adapter else file.get_tensor(merged.source)
     weight = source[merged.place]
     dtype = DTYPES[merged.info.dtype]
-    where = reader.adapter.directory if merged.from_adapter else reader.adapter.base
+    source_dir = reader.adapter.directory if merged.from_adapter else reader.adapter.base
     if merged.pair is None and weight.dtype == dtype:
-        yield from (check_finite(name, block, where) for _, block in row_blocks(weight))
+        yield from (check_finite(name, block, source_dir) for _, block in row_blocks(weight))
         return
     factors = None
     if merged.pair is not None:
@@ -158,7 +160,7 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
             down, up = down[place[0]], up[place]
         factors = merged.pair.scaling * down.float(), up
     for rows, block in row_blocks(weight):
-        check_finite(name, block, where)
+        check_finite(name, block, source_dir)
         if factors is not None:
             block = torch.addmm(block.float(), factors[1][rows].float(), factors[0])
         block = block.to(dtype)
@@ -168,7 +170,7 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
 
 
 def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:
-    """config.json with both forms of the RoPE settings; without pointers to code that is not copied."""
+    """Write config.json with both forms of the RoPE settings and without references to code that is not copied."""
     config: Any = adapter.model_config
     config.architectures = [HEADS[adapter.head].__name__]
     if dtype is not None:
@@ -179,7 +181,8 @@ def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> N
 
 
 def _pad_token_id(adapter: AdapterFiles) -> int | None:
-    """Stock's classifier needs it for more than one row; the trainer set it on a model that is not saved."""
+    """The tokenizer's padding id, which stock's classifier needs for batches; the config of a reward model's base lacks
+    it."""
     from transformers import AutoTokenizer
 
     for directory in (adapter.directory, Path(adapter.base)):

@@ -1,4 +1,4 @@
-"""Plans and checks what a merge will write, from the headers of the base and the adapter alone."""
+"""Plans and checks the output of a merge, from the headers of the base and the adapter alone."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Merged:
-    """One tensor of the result: `source` of the base's shard (or of the adapter), [place] of it, plus a pair."""
+    """One tensor of the result: tensor `source` of the base's shard (or of the adapter), indexed with [place], plus the
+    product of a factor pair."""
 
     info: TensorInfo
     source: str
@@ -30,7 +31,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the base and the tensors that its merged twin holds."""
+    """A file of the base, and the name and tensors of the merged file."""
 
     source: Path
     name: str
@@ -42,9 +43,12 @@ class Shard:
 
 
 def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[list[Shard], tuple[str, ...]]:
-    """(the files to write, tensors of the base that are left out), from headers alone; everything has been checked.
+    """(the files to write, the base's tensors that are left out), planned and fully checked from headers alone.
 
-    dtype: code of the type of all weights, None to keep them.
+    dtype: safetensors code of the dtype for all weights; None keeps each tensor's dtype.
+
+    Raises:
+        ModelError: the base's tensors do not match the model, or are quantized.
     """
     headers = base_headers(base)
     infos = {name: info for header in headers.values() for name, info in header.items()}
@@ -58,7 +62,8 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
 
 
 def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Merged]:
-    """What one file of the base becomes. Fused experts come apart; what the adapter replaces is left to it."""
+    """The merged tensors of one file of the base. Fused experts are split, and tensors that the adapter replaces are
+    left out."""
     pairs = {pair.parameter: pair for pair in adapter.pairs}
     tensors = {}
     for source, info in header.items():
@@ -72,7 +77,7 @@ def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtyp
 
 
 def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
-    """The tensors that the adapter has whole, with its factors on top where it has those too."""
+    """The tensors that the adapter replaces, with its factors on top if it has those too."""
     pairs = {pair.parameter: pair for pair in adapter.pairs}
     return {
         name: Merged(TensorInfo(dtype, adapter.layout[name].shape), stored, pair=pairs.get(name), from_adapter=True)
@@ -81,20 +86,20 @@ def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
 
 
 def check_base(adapter: AdapterFiles, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Raises ModelError unless the base's tensors are the model's, experts single or fused.
+    """Raise ModelError unless the base's tensors match the model, with separate or fused experts.
 
-    Returns the tensors that the result goes without: another head, or what is computed from the config.
+    Returns the tensors that the result leaves out: another head, and buffers that are computed from the config.
     """
     layout = adapter.layout
     tied = {"lm_head.weight"} if adapter.model_config.tie_word_embeddings else set()
     present = infos.keys() | adapter.replaced.keys() | tied
-    spare = [name for name in infos if name not in layout and name not in adapter.fused]
-    left_out = tuple(name for name in spare if name.startswith(OTHER_HEAD[adapter.head]) or re.search(COMPUTED, name))
+    extra = [name for name in infos if name not in layout and name not in adapter.fused]
+    left_out = tuple(name for name in extra if name.startswith(OTHER_HEAD[adapter.head]) or re.search(COMPUTED, name))
     shapes = {name: piece.shape for name, piece in layout.items() if name not in adapter.replaced}
     shapes |= {name: adapter.parameters[name] for name in adapter.fused}
     faults = {
         "missing": [name for name, piece in layout.items() if name not in present and piece.parameter not in infos],
-        "unexpected": [name for name in spare if name not in left_out],
+        "unexpected": [name for name in extra if name not in left_out],
         "misshapen": [
             f"{name} {list(infos[name].shape)}, not {list(shape)}"
             for name, shape in shapes.items()
@@ -108,14 +113,14 @@ def check_base(adapter: AdapterFiles, infos: Mapping[str, TensorInfo]) -> tuple[
 
 
 def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: str | None) -> TensorInfo:
-    """Type and shape of a tensor of the result. Raises ModelError for one that is quantised."""
+    """The dtype and shape of a tensor of the result. Raises ModelError if the source is quantized."""
     if info.dtype not in FLOATS:
         raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
     return TensorInfo(dtype or info.dtype, shape)
 
 
 def main_dtype(infos: Mapping[str, TensorInfo]) -> str:
-    """The type of most of the numbers."""
+    """The dtype of most of the numbers."""
     sizes: dict[str, int] = {}
     for info in infos.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(info.shape)
@@ -123,6 +128,7 @@ def main_dtype(infos: Mapping[str, TensorInfo]) -> str:
 
 
 def shard_names(count: int) -> list[str]:
+    """The standard file names of so many shards."""
     if count == 1:
         return [WEIGHT_FILES[0]]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -1,8 +1,8 @@
-"""From one pair of factors for each expert and projection to PEFT's fused ones.
+"""Converts per-expert pairs of factors to PEFT's fused ones.
 
-gate_proj and up_proj are one fused parameter: their pairs go side by side (A below A, B block-diagonal, ranks added),
-or keep their rank where both have the same A, as exported adapters do. What the file leaves out gets zeros, since
-PEFT's targets are all weights of a name.
+gate_proj and up_proj are one fused parameter: their pairs are joined (A stacked, B block-diagonal, ranks added), or
+keep their rank if both have the same A, as exported adapters do. Weights without a pair get zeros, since a PEFT target
+covers all weights of a name.
 """
 
 import math
@@ -30,7 +30,7 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A pair of the file: names of its factors, rank and scaling."""
+    """A pair in the file: the names of its factors, its rank and its scaling."""
 
     a: str
     b: str
@@ -39,7 +39,7 @@ class Source:
     embedding: bool = False
 
     def factors(self, read: Read, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down [r, in], up [out, r]) in float32 for another scaling."""
+        """(down [r, in], up [out, r]) in float32, rescaled for this scaling."""
         a, b = read(self.a).float(), read(self.b).float()
         down, up = (b.T, a.T) if self.embedding else (a, b)
         return down, up if self.scaling == scaling else up * (self.scaling / scaling)
@@ -47,7 +47,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter of the model; for each expert (or once) its parts with the pair that the file has for each."""
+    """A parameter of the model. experts: for each expert (or once), the parameter's pieces and the file's pair for
+    each, if any."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -60,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """All parameters of one PEFT target. same_a: the parts of each expert have one A between them."""
+    """All parameters of one PEFT target. same_a: whether the pieces of each expert share the same A."""
 
     suffix: str
     is_module: bool
@@ -70,7 +71,7 @@ class Group:
     alpha: int
 
     def factors(self, target: Target, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) of a parameter as PEFT's file has them."""
+        """(A, B) of a parameter in PEFT's layout."""
         scaling = self.alpha / self.rank
         pairs = [combine(parts, read, scaling, self.same_a) for parts in target.experts]
         downs = [pad(down, self.rank, 0) for down, _ in pairs]
@@ -85,7 +86,7 @@ class Group:
 def combine(
     parts: Sequence[tuple[Piece, Source | None]], read: Read, scaling: float, same_a: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair (down [r, in], up [sum of out, r]) for parts that lie one below the other."""
+    """Combine the pairs of vertically stacked parts into one: (down [r, in], up [sum of out, r])."""
     columns = parts[0][0].shape[1]
     pairs = [
         source.factors(read, scaling) if source else (torch.zeros(0, columns), torch.zeros(piece.shape[0], 0))
@@ -103,10 +104,11 @@ def combine(
 def read_sources(
     infos: Mapping[str, TensorInfo], config: Mapping[str, Any], layout: Mapping[str, Piece], where: str | Path
 ) -> tuple[dict[str, Source], dict[str, str]]:
-    """({hub tensor: its pair}, {hub tensor: a whole tensor of the file}).
+    """({hub tensor: its pair}, {hub tensor: name of a whole tensor in the file}).
 
     Raises:
-        ModelError: a tensor without a place in the model, half a pair, or a rank that the config does not give.
+        ModelError: a tensor does not belong to the model, a factor lacks its counterpart, or a rank differs from the
+            config.
     """
     halves: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
@@ -148,7 +150,7 @@ def _source(
 
 
 def _pattern_value(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """PEFT's own rule for rank_pattern and alpha_pattern."""
+    """A module's value in rank_pattern or alpha_pattern, by PEFT's own rule."""
     pattern = config.get(field) or {}
     return pattern.get(get_pattern_key(list(pattern), module), default)
 
@@ -157,7 +159,7 @@ def _pattern_value(config: Mapping[str, Any], field: str, module: str, default: 
 
 
 def plan_groups(parameters: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source], read: Read) -> list[Group]:
-    """The PEFT targets that the pairs of a file make, with all weights of the model that these name."""
+    """The PEFT targets needed for the pairs of a file, with all weights of the model that each target covers."""
     targets: dict[tuple[bool, str], list[Target]] = {}
     for parameter, shape in parameters.items():
         if kind := target_of(parameter):
@@ -177,9 +179,9 @@ def plan_groups(parameters: Mapping[str, tuple[int, ...]], sources: Mapping[str,
 
 
 def check_complete(groups: Iterable[Group], lora: LoraConfig, where: str | Path) -> None:
-    """Raises ModelError when the file has pairs of some experts of a layer only, and its config asks for the others.
+    """Raise ModelError if the file has pairs for only some experts of a layer although its config targets the others.
 
-    A config that names its experts (as an adapter on chosen ones may) leaves the others out on purpose.
+    A config that names its experts (as an adapter on chosen experts may) leaves the others out on purpose.
     """
     missing = []
     for target in (target for group in groups for target in group.targets if len(target.shape) == 3):
@@ -197,12 +199,12 @@ def check_complete(groups: Iterable[Group], lora: LoraConfig, where: str | Path)
 
 
 def _projection(name: str) -> str:
-    """gate_proj of "...experts.7.gate_proj.weight"."""
+    """The projection's name: gate_proj for "...experts.7.gate_proj.weight"."""
     return name.split(".")[-2]
 
 
 def target_of(parameter: str) -> tuple[bool, str] | None:
-    """(whether it is one of target_modules, the suffix) that PEFT knows this parameter by; None for norms."""
+    """The PEFT target of a parameter, as (whether it belongs in target_modules, suffix); None for norms."""
     module = parameter.removesuffix(".weight")
     for projection in PROJECTIONS.values():
         for suffix in projection.modules:
@@ -222,7 +224,7 @@ def _target(parameter: str, shape: tuple[int, ...], sources: Mapping[str, Source
 
 
 def have_same_a(sources: Sequence[Source], read: Read) -> bool:
-    """Whether one A serves all of these."""
+    """Whether all of these pairs have the same A."""
     first = sources[0]
     return all(source.rank == first.rank and torch.equal(read(source.a), read(first.a)) for source in sources[1:])
 

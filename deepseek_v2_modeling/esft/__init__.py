@@ -1,4 +1,5 @@
-"""Expert-specialised fine-tuning (Wang et al., 2024): which routed experts a task uses, and training those alone."""
+"""Expert-specialised fine-tuning (Wang et al., 2024): finds the routed experts that a task uses, and trains only
+those."""
 
 from .choice import OFFICIAL_SWITCHES, ExpertChoice, read_choice, smallest_set
 from .full_weights import trained_rows

@@ -1,8 +1,8 @@
-"""Which routed experts to train (ESFT, arXiv 2407.01906): the file that names them, and how scores become a choice.
+"""The routed experts to train (ESFT, arXiv 2407.01906): the file that lists them, and their choice from scores.
 
-The file is JSON, `{"experts": {"1": [12, 40], "2": [35]}, ...}`: the index of each MoE layer, and its experts. The
-official repository's expert configs have the same form; its switches `shared_experts` and `non_expert_modules` must be
-false here.
+The file is JSON, `{"experts": {"1": [12, 40], "2": [35]}, ...}`: the index of each MoE layer and its experts to train.
+The expert configs of the official repository have the same form; their switches `shared_experts` and
+`non_expert_modules` must be false here.
 """
 
 import json
@@ -31,7 +31,7 @@ class ExpertChoice:
         return sum(map(len, self.layers.values()))
 
     def check(self, config: DeepseekV2Config) -> None:
-        """Raises ModelError unless the layers are the model's MoE layers and the experts are there."""
+        """Raise ModelError unless the layers are exactly the model's MoE layers and all experts exist."""
         wanted, experts = moe_layers(config), config.n_routed_experts or 0
         known = f"this model's MoE layers are {', '.join(map(str, wanted)) or 'none'}"
         if unknown := sorted(set(self.layers) - set(wanted)):
@@ -46,6 +46,7 @@ class ExpertChoice:
 
 
 def moe_layers(config: DeepseekV2Config) -> list[int]:
+    """The indices of the model's MoE layers."""
     return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
 
 
@@ -92,13 +93,13 @@ def _experts(key: str, value: Any, path: str | Path) -> tuple[int, ...]:
 
 
 def smallest_set(scores_E: Sequence[float] | torch.Tensor, threshold: float) -> list[int]:
-    """The fewest experts, best first, that together have `threshold` (0 to 1) of the sum of all scores.
+    """The smallest set of experts, best first, whose scores sum to at least `threshold` (0 to 1) of the total.
 
-    Of equal scores the lower number comes first. Scores must not be negative, and not all 0.
+    Among equal scores the expert with the lower index comes first. Scores must not be negative, nor all 0.
     """
     scores = torch.as_tensor(scores_E, dtype=torch.float64)
     order = scores.argsort(descending=True, stable=True)
-    reached = scores[order].cumsum(0)
-    needed = threshold * reached[-1] * (1 - 1e-12)  # allow for rounding errors in the sum
-    count = int(torch.searchsorted(reached, needed)) + 1
+    cumulative = scores[order].cumsum(0)
+    needed = threshold * cumulative[-1] * (1 - 1e-12)  # allow for rounding errors in the sum
+    count = int(torch.searchsorted(cumulative, needed)) + 1
     return order[:count].tolist()

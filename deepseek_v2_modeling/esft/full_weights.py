@@ -1,10 +1,10 @@
-"""Full fine-tuning of chosen experts: float32 copies of their weights train, everything else is frozen.
+"""Full fine-tuning of chosen experts: float32 copies of their weights are trained, and everything else is frozen.
+
+The fused weights keep their dtype, and before every product the chosen experts' part is overwritten with the trained
+copy. So the product is the usual one, but its gradient is computed for the chosen experts only, [n, O, I]. Saved models
+have the usual files.
 
 E experts, n of them chosen, S rows (token-expert slots, sorted by expert), I inputs, O outputs.
-
-The fused weights stay as they are, in their own dtype, and the chosen experts' part of them is overwritten with the
-trained copy before every product. So the product is the usual one; its gradient is taken for the chosen experts only,
-[n, O, I], and never for all. In files there is nothing new: a model is a model.
 """
 
 from pathlib import Path
@@ -22,15 +22,17 @@ from ..layers.moe import DeepseekV2Experts, DeepseekV2MoE
 from .choice import ExpertChoice
 
 FUSED = ("gate_up_proj", "down_proj")
-TRAINED = "trained.safetensors"  # in a checkpoint: what trains, in float32; the model's files may round it
+TRAINED = "trained.safetensors"  # in a checkpoint: the trained weights in float32, which the model's files may round
 
 
 class ChosenExperts(DeepseekV2Experts):
-    """The routed experts of a layer of which some train: `chosen_gate_up_proj` [n, 2F, D] and `chosen_down_proj`."""
+    """The routed experts of a layer, some of which are trained, as `chosen_gate_up_proj` [n, 2F, D] and
+    `chosen_down_proj` [n, D, F], both float32."""
 
     chosen: torch.Tensor
 
     def choose(self, chosen: tuple[int, ...]) -> None:
+        """Create the trainable copies of the chosen experts' weights."""
         device = self.gate_up_proj.device
         self.register_buffer("chosen", torch.tensor(chosen, dtype=torch.long, device=device), persistent=False)
         for name in FUSED:
@@ -43,8 +45,8 @@ class ChosenExperts(DeepseekV2Experts):
         return _WithGradient.apply(y_SO, x_SI.detach(), getattr(self, f"chosen_{name}"), groups, self.chosen)
 
     def put_back(self, name: str) -> None:
-        """Writes the trained weights into the fused ones."""
-        # .data: autograd must not take it for a change of what a forward has saved; the values are the same then.
+        """Write the trained weights into the fused ones."""
+        # Through .data, so that autograd does not see saved tensors change; within a step the values stay the same.
         getattr(self, name).data[self.chosen] = getattr(self, f"chosen_{name}").data.to(getattr(self, name).dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -63,7 +65,7 @@ class ChosenExperts(DeepseekV2Experts):
 
 
 class _WithGradient(torch.autograd.Function):
-    """y, which depends on the chosen experts' weights: their gradient is g^T x over their rows."""
+    """Returns y and makes it depend on the chosen experts' weights, whose gradient is g^T x over their rows."""
 
     @staticmethod
     def forward(
@@ -82,7 +84,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _looped(groups: Groups, g_SO: torch.Tensor, x_SI: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[n, O, I] on the CPU: one product for each chosen expert that has rows."""
+    """The weights' gradient [n, O, I] on a CPU: one product per chosen expert that has rows."""
     dw_nOI = g_SO.new_zeros(len(chosen), g_SO.shape[1], x_SI.shape[1])
     rows = dict(blocks(groups.counts))
     for place, expert in enumerate(chosen.tolist()):
@@ -92,7 +94,8 @@ def _looped(groups: Groups, g_SO: torch.Tensor, x_SI: torch.Tensor, chosen: torc
 
 
 def _grouped(groups: Groups, g_SO: torch.Tensor, x_SI: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[n, O, I] on a GPU, without waiting for the sizes: the chosen experts' rows first, those after them unused."""
+    """The weights' gradient [n, O, I] on a GPU, without waiting for the group sizes: sorts the chosen experts' rows to
+    the front and ignores the others."""
     if not len(chosen):
         return g_SO.new_zeros(0, g_SO.shape[1], x_SI.shape[1])
     ends_E = groups.ends
@@ -105,7 +108,7 @@ def _grouped(groups: Groups, g_SO: torch.Tensor, x_SI: torch.Tensor, chosen: tor
 
 
 def train_chosen_experts(model: PreTrainedModel, choice: ExpertChoice) -> None:
-    """Freezes the model but for the chosen experts (and a new score head, where there is one).
+    """Freeze the model except for the chosen experts and, in a reward model, the score head.
 
     Raises:
         ModelError: the choice does not fit the model.
@@ -124,12 +127,13 @@ def train_chosen_experts(model: PreTrainedModel, choice: ExpertChoice) -> None:
 
 
 def trained_experts(model: nn.Module) -> dict[str, ChosenExperts]:
-    """{name: experts} of the layers of which some experts train."""
+    """{name: experts} of the layers that train chosen experts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ChosenExperts)}
 
 
 def trained_rows(model: nn.Module) -> list[dict[str, Any]]:
-    """Rows of the table of what is trained; [] unless it is chosen experts."""
+    """Rows {projection, layers, parameters, experts, of_experts} of the table of trained weights; empty unless the
+    model trains chosen experts."""
     modules = trained_experts(model).values()
     return [
         {
@@ -145,30 +149,31 @@ def trained_rows(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What trains, and for each layer the numbers of its chosen experts."""
+    """The trained weights, and for each layer the indices of its chosen experts."""
     tensors = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     return tensors | {f"{name}.chosen": module.chosen for name, module in trained_experts(model).items()}
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Writes what trains into a checkpoint, from which `load_trained` takes it up; for chosen experts only."""
+    """Write the trained weights into a checkpoint, for `load_trained`; a no-op unless the model trains chosen
+    experts."""
     if trained_experts(model):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in _trained_tensors(model).items()}
         save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
 
 
 def load_trained(model: nn.Module, folder: Path) -> bool:
-    """Whether the model trains chosen experts, whose weights it then has from the checkpoint.
+    """Load the trained weights from a checkpoint; False, and a no-op, unless the model trains chosen experts.
 
     Raises:
-        ModelError: the checkpoint's run trained other experts.
+        ModelError: the checkpoint's run trained different experts.
     """
     if not trained_experts(model):
         return False
-    wanted, saved = _trained_tensors(model), load_file(folder / TRAINED)
-    chosen = [name for name in wanted if name.endswith(".chosen")]
-    if differs := [n for n in chosen if not torch.equal(saved.get(n, torch.empty(0)), wanted[n].cpu())]:
+    tensors, saved = _trained_tensors(model), load_file(folder / TRAINED)
+    chosen = [name for name in tensors if name.endswith(".chosen")]
+    if differs := [n for n in chosen if not torch.equal(saved.get(n, torch.empty(0)), tensors[n].cpu())]:
         raise ModelError(f"{folder}: this run trained other experts of {differs[0]}; put the old experts file back")
-    for name, tensor in wanted.items():
+    for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return True

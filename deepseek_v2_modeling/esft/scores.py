@@ -1,11 +1,11 @@
-"""How much a data set uses each routed expert (ESFT, arXiv 2407.01906: Average Gate Score, Token Selection Ratio).
+"""Measures how much a data set uses each routed expert (ESFT, arXiv 2407.01906).
 
-    gate   g_i = 1/N sum over samples j of 1/L_j sum over its tokens of g_i(token), the expert's weight there (0 where
-           it was not chosen)
-    token  r_i = the same with 1/K for every token that was sent to the expert
+    gate   Average Gate Score g_i: the mean over samples of the mean over a sample's tokens of the expert's gate weight
+           (0 where it was not chosen)
+    token  Token Selection Ratio r_i: the same, with 1/K for every token that was routed to the expert
 
-A sample is a row as it is trained on. The paper's samples all have one length; rows do not, and each counts the same.
-Gate scores are divided by their layer's sum: a threshold is a share of the mass for both kinds.
+A sample is a training row. The paper's samples have equal lengths; rows do not, and each row counts the same. Scores
+are normalised to sum to 1 in each layer, so that for both kinds a threshold is a fraction of the total.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +22,13 @@ from ..routing_replay import record_routing
 from .choice import moe_layers
 
 Score = Literal["gate", "token"]
-THRESHOLDS: dict[Score, float] = {"gate": 0.1, "token": 0.2}  # the paper's
+THRESHOLDS: dict[Score, float] = {"gate": 0.1, "token": 0.2}  # the paper's values
 
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """shares: kind of score -> [MoE layers, E] float64, each layer summing up to 1. layers: their indices."""
+    """shares: kind of score -> [MoE layers, E] float64, summing to 1 in each layer. layers: indices of the MoE layers.
+    rows, tokens: numbers of rows and tokens measured."""
 
     layers: list[int]
     shares: dict[Score, torch.Tensor]
@@ -44,12 +45,12 @@ def score_experts(
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> ExpertScores:
-    """Runs the sequences of token ids through the model in evaluation mode, and scores every routed expert.
+    """Run sequences of token ids through the model in evaluation mode, and score every routed expert.
 
-    Padding is not counted. progress: called with the tokens of each batch.
+    Padding is not counted. progress: called with the number of tokens of each batch.
 
     Raises:
-        ModelError: the model computes numbers that are not finite.
+        ModelError: the gate weights are not finite.
     """
     backbone: Any = model.get_decoder()  # pyright: ignore[reportCallIssue] - also of a PeftModel
     config, device = backbone.config, next(model.parameters()).device
