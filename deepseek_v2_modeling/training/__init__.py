@@ -1,5 +1,5 @@
-"""Training with transformers' Trainer and TRL's: a mixin that puts the balance losses back, checkpoints that resume
-exactly, and the files of a run. What is here by name is imported when it is asked for: the Trainer takes its time."""
+"""Training with transformers' and TRL's trainers: a mixin that adds the balance losses, checkpoints that resume
+exactly, and the files of a run. Most names are imported lazily, because importing transformers' Trainer is slow."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

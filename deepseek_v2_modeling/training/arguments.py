@@ -15,10 +15,13 @@ from ..kernels.float32_products import float32_is_faster
 
 @dataclass(frozen=True)
 class RunLimits:
-    """on_nan: stop the run at a loss or gradient that is not finite, or leave out that update.
-    max_seconds: end training, as if the last step were reached, after so many seconds of it.
-    max_tokens: the same after so many tokens of rows that were trained on, prompts included, padding not.
-    early_stopping_patience: end it, too, after so many evaluations in a row that are no better than the best one."""
+    """Conditions under which a run stops early.
+
+    on_nan: at a loss or gradient that is not finite, stop the run or skip the update.
+    max_seconds: end training after this many seconds, as if the last step were reached.
+    max_tokens: the same after training on this many tokens, including prompts but not padding.
+    early_stopping_patience: the same after this many consecutive evaluations that do not improve on the best one.
+    """
 
     on_nan: Literal["stop", "skip"] = "stop"
     max_seconds: float | None = None
@@ -35,10 +38,11 @@ def training_arguments(
     limits: RunLimits,
     has_eval: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments for a TRL (or transformers) training config: the recipe's, our defaults, and what we own.
+    """Keyword arguments for a TRL (or transformers) training config: the recipe's, our defaults, and the fields that
+    the toolkit sets.
 
     Raises:
-        ModelError: a type of computation that this machine can not train in, or evaluation without rows for it.
+        ModelError: this machine cannot train in the dtype, or evaluation is requested without rows for it.
     """
     strategy = training.get("eval_strategy", "no")
     if strategy != "no" and not has_eval:
@@ -67,7 +71,7 @@ def training_arguments(
         "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         "disable_tqdm": True,
         "logging_nan_inf_filter": limits.on_nan == "skip",
-        "restore_callback_states_from_checkpoint": True,  # how many evaluations in a row were no better
+        "restore_callback_states_from_checkpoint": True,  # the count of evaluations without improvement
     }
     return {**defaults, **_with_known_names(training), **ours}
 
@@ -78,7 +82,7 @@ def runs_on_cpu(training: dict[str, Any]) -> bool:
 
 
 def describe_computation(training: dict[str, Any], dtype: str) -> str:
-    """Where and in which dtype training computes on this machine."""
+    """A phrase that states the device and dtype in which training computes on this machine."""
     if not runs_on_cpu(training):
         return f"{dtype} on {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
@@ -101,7 +105,8 @@ def check_batches(arguments: TrainingArguments, rows: int) -> None:
 
 
 def _with_known_names(training: dict[str, Any]) -> dict[str, Any]:
-    """`gradient_checkpointing` under the name that this transformers has for it; off unless the recipe says on."""
+    """`gradient_checkpointing` under the name that this version of transformers uses; off unless the recipe enables
+    it."""
     new, old = "activation_checkpointing", "gradient_checkpointing"
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     named = {key.replace(old, new) if new in known else key: value for key, value in training.items()}

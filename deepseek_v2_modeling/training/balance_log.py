@@ -11,11 +11,11 @@ SHARE_DIGITS = 5
 
 
 class BalanceLog:
-    """What the ledgers of a run's forwards held since the last log.
+    """Sums of the ledgers of all training forwards since the last log.
 
-    Keys: `balance/expert|device|communication` and their sum `balance/total` (in the unit of `loss`, of which it
-    is a part), `task_loss` (`loss` without it), and of expert load `expert_load/layer_N/max_over_mean`, `.../dead`
-    (experts without a token), with the worst layer as `expert_load/max_over_mean` and the sum as `expert_load/dead`.
+    Logged keys: `balance/expert|device|communication` and their sum `balance/total` (part of `loss`, in the same unit);
+    `task_loss` (`loss` without it); the expert load `expert_load/layer_N/max_over_mean` and `.../dead` (experts without
+    a token), with the worst layer as `expert_load/max_over_mean` and the sum as `expert_load/dead`.
     """
 
     def __init__(self, accelerator: Any):
@@ -26,7 +26,7 @@ class BalanceLog:
         self.shares: dict[str, list[float]] = {}
 
     def add(self, ledger: BalanceLedger, micro_batches: int) -> None:
-        """One micro-batch of an update that has `micro_batches` of them."""
+        """Add the ledger of one micro-batch of an update that has `micro_batches` of them."""
         if ledger.expert_counts is None:
             return
         self.updates += 1 / micro_batches
@@ -37,7 +37,7 @@ class BalanceLog:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def take(self, loss: float, config: PreTrainedConfig) -> dict[str, float]:
-        """The values since the last call, averaged over updates and processes; begins anew."""
+        """The values since the last call, averaged over updates and processes; resets them."""
         if self.counts is None:
             return {}
         parts = {name: self._mean(value) / self.updates for name, value in sorted(self.parts.items())}
@@ -56,7 +56,7 @@ class BalanceLog:
         return logs
 
     def take_shares(self) -> dict[str, list[float]]:
-        """The share of tokens of each expert, layer by layer, as of the last `take`; once."""
+        """Each expert's fraction of its layer's tokens at the last `take`; returned only once."""
         shares, self.shares = self.shares, {}
         return shares
 
@@ -65,16 +65,16 @@ class BalanceLog:
 
 
 def expert_shares(counts: torch.Tensor) -> torch.Tensor:
-    """counts [layers, E] -> each expert's share of its layer's tokens, float64."""
+    """counts [layers, E] -> each expert's fraction of its layer's tokens, float64."""
     return counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 def load_metrics(counts: torch.Tensor, layers: list[int]) -> dict[str, float]:
-    """counts [MoE layers, E], `layers` their numbers in the model -> scalars of the load (see `BalanceLog`)."""
-    most = (expert_shares(counts).amax(-1) * counts.shape[-1]).tolist()
+    """Load metrics (see `BalanceLog`) from counts [MoE layers, E]; layers: their indices in the model."""
+    ratios = (expert_shares(counts).amax(-1) * counts.shape[-1]).tolist()
     dead = (counts == 0).sum(-1).tolist()
-    logs: dict[str, float] = {"expert_load/max_over_mean": max(most), "expert_load/dead": sum(dead)}
-    for layer, max_over_mean, without in zip(layers, most, dead, strict=True):
+    logs: dict[str, float] = {"expert_load/max_over_mean": max(ratios), "expert_load/dead": sum(dead)}
+    for layer, max_over_mean, dead_experts in zip(layers, ratios, dead, strict=True):
         logs[f"expert_load/layer_{layer}/max_over_mean"] = max_over_mean
-        logs[f"expert_load/layer_{layer}/dead"] = without
+        logs[f"expert_load/layer_{layer}/dead"] = dead_experts
     return logs

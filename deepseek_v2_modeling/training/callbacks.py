@@ -1,6 +1,6 @@
-"""Trainer callbacks: one line of metrics per log, a progress bar, and stopping at a limit.
+"""Trainer callbacks of `RunTrainerMixin`: a line of metrics per log, a progress bar, and stopping at a limit.
 
-For `RunTrainerMixin`; they need transformers only.
+They need transformers only.
 """
 
 import sys
@@ -20,10 +20,10 @@ LINES_WITH_SHARES = 50
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every log to metrics.jsonl; the main process only.
+    """Appends every log to metrics.jsonl, in the main process only.
 
-    shares: the expert shares of the last log, long lists that go into some fifty lines of a run.
-    keep_summary: whether the line at the end of training is wanted; it is not when the run will be resumed later.
+    shares: returns the expert shares of the last log; these long lists are only added to some fifty lines of a run.
+    keep_summary: returns whether to write the line at the end of training; not if the run will be resumed.
     """
 
     def __init__(self, shares: Callable[[], dict[str, Any]], keep_summary: Callable[[], bool]):
@@ -43,7 +43,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal, else about twenty short lines; on stderr, the main process only."""
+    """A progress bar on a terminal, otherwise about twenty short lines; on stderr, in the main process only."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -56,7 +56,7 @@ class Progress(TrainerCallback):
         self.began = time.monotonic()
         self.spoken = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
-            # A bar moves the cursor, which sys.stderr may not be allowed to do.
+            # sys.stderr may be wrapped in a stream that does not pass on the cursor movements of a bar.
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.__stderr__
             )
@@ -89,12 +89,12 @@ class Progress(TrainerCallback):
 
 
 class StepControl(TrainerCallback):
-    """Ends the run after a step when asked to, and sees to it that a checkpoint is a point to resume from exactly.
+    """Ends the run after a step if requested, and makes sure that runs resume exactly from checkpoints.
 
-    There is a log before every checkpoint, so no average over steps spans one. After the last step of an epoch, or of
-    the run, the Trainer may still evaluate: the checkpoint is written after that.
+    Every checkpoint is preceded by a log, so that no average over steps spans a checkpoint. After the last step of an
+    epoch or of the run the Trainer may still evaluate; the checkpoint is then written after the evaluation.
 
-    `ask` says (stop now and write a checkpoint, a limit is reached), the same on every process.
+    ask: returns (stop now and write a checkpoint, a limit is reached), the same on every process.
     """
 
     def __init__(self, ask: Callable[[], tuple[bool, bool]]):
@@ -102,9 +102,9 @@ class StepControl(TrainerCallback):
         self.save_is_due = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop, enough = self.ask()
+        stop, limit_reached = self.ask()
         control.should_save = control.should_save or stop
-        control.should_training_stop = control.should_training_stop or stop or enough
+        control.should_training_stop = control.should_training_stop or stop or limit_reached
         control.should_log = (
             control.should_log or control.should_save or control.should_training_stop or control.should_evaluate
         )

@@ -27,20 +27,20 @@ GROWING = (METRICS_FILE, SAMPLES_FILE)
 
 
 class CheckpointMixin(Trainer if TYPE_CHECKING else object):
-    """The part of `RunTrainerMixin` that writes and reads directories."""
+    """The part of `RunTrainerMixin` that writes and reads checkpoints and final/."""
 
-    # Of many types in transformers and TRL, whose trainers this stands before.
+    # These have various types in the trainers of transformers and TRL that this mixin is combined with.
     model: Any
     args: Any
     processing_class: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.skipped_updates = 0
-        self.seconds_before = 0.0  # of training, spent by the runs that this one resumes from
-        self.loss_sum = 0.0  # over the logged steps, those before a resume included
+        self.seconds_before = 0.0  # seconds of training before the run was resumed
+        self.loss_sum = 0.0  # over all logged steps, including those before a resume
         self.logged_step = 0
         self.stopped_early = False
-        self.at_end = False  # of the last step or at a limit, so that there is nothing left to train
+        self.at_end = False  # after the last step or at a limit, so that nothing is left to train
         self._saving = False
         super().__init__(*args, **kwargs)
 
@@ -59,7 +59,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return Path(super()._get_output_dir(None))
 
     def prepare_files(self, resume: Path | None) -> None:
-        """Leaves in the run directory what was there when the checkpoint was written, without one nothing."""
+        """Restore the run directory to the state in which the checkpoint was written, or empty it without one."""
         sizes: dict[str, int] = {}
         if resume is not None:
             saved = _run_state(resume)
@@ -71,15 +71,16 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
                 self._total_train_tokens = saved["tokens"]
         if self.is_world_process_zero():
             shutil.rmtree(self.run_dir / UNFINISHED, ignore_errors=True)
-            for doomed in self.run_dir.glob(".checkpoint-*.old"):
-                shutil.rmtree(doomed)
+            for leftover in self.run_dir.glob(".checkpoint-*.old"):
+                shutil.rmtree(leftover)
             for name in GROWING:
                 _report_lost_lines(self.run_dir / name, sizes.get(name, 0))
                 cut_file(self.run_dir / name, sizes.get(name, 0))
         self.accelerator.wait_for_everyone()
 
     def already_trained(self, checkpoint: Path) -> TrainOutput | None:
-        """Where training had ended with this checkpoint (the Trainer would go one step too far): only load it."""
+        """If training had ended with this checkpoint, load it and return its output (the Trainer would run a further
+        step); otherwise None."""
         if not _run_state(checkpoint)["ended"]:
             return None
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
@@ -105,21 +106,24 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         self.logged_step = self.state.global_step
 
     def full_disk_explained(self) -> Any:
-        """Around what writes to the run directory; see checkpoints/full_disk.py."""
+        """Context manager for code that writes to the run directory; see checkpoints/full_disk.py."""
         return full_disk_explained(self.run_dir, lambda: checkpoint_bytes(self.model, getattr(self, "optimizer", None)))
 
     def finish(self, dtype: str, beside: dict[str, Any] | None = None) -> Path:
-        """Writes final/ (a full model in `dtype`, an adapter as it is) with the tokenizer; the main process only.
+        """Write final/ with the model or adapter and the tokenizer; only the main process writes.
 
         Args:
-            dtype: of the weights of a full model.
+            dtype: the dtype of the weights of a full model; adapters keep theirs.
             beside: further JSON files to put into final/, name -> content.
 
         Returns:
-            Its path, once it is there for every process.
+            Its path, after all processes have waited for it.
+
+        Raises:
+            ModelError: the disk is full, or final/ cannot be written.
         """
         folder = self.run_dir / FINAL
-        self.model.config.use_cache = True  # the Trainer turned it off, and it would be saved so
+        self.model.config.use_cache = True  # the Trainer has turned it off, which would be saved
         if self.args.should_save:
             with self.full_disk_explained(), whole_directory(folder, replace=True) as unfinished:
                 write_model(self.model, self.processing_class, unfinished, dtype)
@@ -133,7 +137,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return os.path.join(folder, UNFINISHED) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint under a temporary name, then renames it; old ones are removed after that."""
+        """Write the checkpoint under a temporary name, rename it, and then remove old checkpoints."""
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -155,7 +159,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         self.accelerator.wait_for_everyone()
 
     def _save_extra(self, folder: Path) -> None:
-        """What a checkpoint needs besides the Trainer's files; called on every process."""
+        """Save files that a checkpoint needs in addition to the Trainer's; called on every process."""
 
     def _publish(self, folder: Path, home: Path) -> None:
         run_state = {
@@ -178,8 +182,8 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         remove_old_checkpoints(home, self.args.save_total_limit or None, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The Trainer loads a full model key by key, and would leave the experts as they are: their keys on disk
-        are the hub's, one for each expert."""
+        """Load full models with `from_pretrained`: the Trainer loads them key by key and would not restore the experts,
+        which have separate keys on disk."""
         target: Any = self.model if model is None else model
         if hasattr(target, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, target)
@@ -190,7 +194,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         target.load_state_dict(saved.state_dict())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Where the best model is wanted at the end, each new best one is saved, whatever the next save's step."""
+        """With load_best_model_at_end, save each new best model, regardless of the save interval."""
         try:
             better = super()._determine_best_metric(metrics, trial)
         except KeyError:
@@ -203,26 +207,29 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return better or self.stopped_early  # save_strategy best saves when this is true
 
     def _load_best_model(self) -> None:
-        if self.stopped_early:  # the run resumes from its newest checkpoint, which must stay
+        if self.stopped_early:  # the run will resume from its newest checkpoint, which must be kept
             return
         best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
         self._load_from_checkpoint(str(best))
         if self.args.should_save and self.args.save_total_limit == 1:
-            remove_old_checkpoints(self.run_dir, 0, best.name)  # else the Trainer does it, under the whole one's name
+            remove_old_checkpoints(
+                self.run_dir, 0, best.name
+            )  # otherwise the Trainer deletes it without renaming it first
         self.accelerator.wait_for_everyone()
 
 
 def _run_state(checkpoint: Path) -> dict[str, Any]:
-    """What `_publish` has written."""
+    """The run state that `_publish` wrote."""
     return json.loads((checkpoint / RUN_STATE_FILE).read_text(encoding="utf-8"))
 
 
 def _report_lost_lines(path: Path, size: int) -> None:
-    """Say that a file has become shorter than it was at the checkpoint: training is the same, its record is not."""
-    there = path.stat().st_size if path.is_file() else 0
-    if there < size:
+    """Print a warning if a file is shorter than it was at the checkpoint, so that its record of training is
+    incomplete."""
+    actual = path.stat().st_size if path.is_file() else 0
+    if actual < size:
         print(
-            f"{path}: only {there:,} of the {size:,} bytes that it had at the checkpoint; the missing lines stay "
+            f"{path}: only {actual:,} of the {size:,} bytes that it had at the checkpoint; the missing lines stay "
             "missing, and training is not affected",
             file=sys.stderr,
         )
@@ -235,7 +242,7 @@ def remove_old_checkpoints(run_dir: Path, limit: int | None, best: str | None) -
     checkpoints = checkpoints_of(run_dir)
     for path in checkpoints[: max(0, len(checkpoints) - limit)]:
         if best is None or path.name != Path(best).name:
-            # Under its own name a directory is whole: rename before taking it apart.
-            doomed = path.with_name(f".{path.name}.old")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            # A directory under its own name must be complete: rename it before deleting its files.
+            renamed = path.with_name(f".{path.name}.old")
+            os.replace(path, renamed)
+            shutil.rmtree(renamed)

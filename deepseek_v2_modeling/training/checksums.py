@@ -1,6 +1,6 @@
 """Checks that a checkpoint is complete, by the recorded size and CRC-32 of each of its files.
 
-Without one of them, or with a part of one, the Trainer would continue to other numbers, often without a word.
+If a file is missing or truncated, the Trainer resumes with different results, often silently.
 """
 
 import json
@@ -18,7 +18,7 @@ _CHUNK = 1 << 22
 
 
 def write_sums(folder: Path) -> None:
-    """Writes the sizes and sums of all files of a checkpoint into it; the last thing that is written."""
+    """Write the sizes and checksums of all files of a checkpoint into it, after all other files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS_FILE)
     with ThreadPoolExecutor() as pool:
         sums = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_sum, files), strict=True))
@@ -26,27 +26,28 @@ def write_sums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is complete."""
+    """What is wrong with a checkpoint, naming the file; None if it is complete and undamaged."""
     if not folder.is_dir():
         return "it is not there"
     try:
         sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
-        wanted = {str(name): (int(entry["bytes"]), str(entry["crc32"])) for name, entry in sums.items()}
+        recorded = {str(name): (int(entry["bytes"]), str(entry["crc32"])) for name, entry in sums.items()}
     except FileNotFoundError:
         return f"{SUMS_FILE} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"{SUMS_FILE} is damaged"
-    if not wanted:
+    if not recorded:
         return f"{SUMS_FILE} is damaged"
     with ThreadPoolExecutor() as pool:
-        faults = pool.map(lambda name: _fault(folder, name, *wanted[name]), sorted(wanted))
+        faults = pool.map(lambda name: _fault(folder, name, *recorded[name]), sorted(recorded))
         return next((fault for fault in faults if fault), None)
 
 
 def check_whole(checkpoint: Path, best: bool = False) -> None:
-    """Raises ModelError unless a run can resume from a checkpoint; it names the newest one that can.
+    """Raise ModelError unless a run can resume from a checkpoint; the message names the newest one that it can resume
+    from.
 
-    best: whether the best checkpoint is wanted at the end of training; then that one is looked at, too.
+    best: also check the best checkpoint, which the run loads at the end of training.
     """
     if fault := damage(checkpoint):
         step = checkpoint_step(checkpoint)
@@ -74,9 +75,9 @@ def _fault(folder: Path, name: str, size: int, crc: str) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
-    there = path.stat().st_size
-    if there < size:
-        return f"{name} is cut short ({there:,} of {size:,} bytes)"
+    actual = path.stat().st_size
+    if actual < size:
+        return f"{name} is cut short ({actual:,} of {size:,} bytes)"
     try:
         return None if _sum(path) == {"bytes": size, "crc32": crc} else f"{name} is damaged"
     except OSError as error:

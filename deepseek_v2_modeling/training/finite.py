@@ -1,4 +1,4 @@
-"""How a trainer handles a non-finite loss or gradient: stop and report where it came from, or skip the update."""
+"""Handles a non-finite loss or gradient in a trainer: stops and reports its source, or skips the update."""
 
 import sys
 from collections.abc import Callable
@@ -25,16 +25,16 @@ SHOWN_ROWS = 20
 
 
 class FiniteMixin(Base):
-    """The part of `RunTrainerMixin` that looks at the numbers."""
+    """The part of `RunTrainerMixin` that checks losses and gradients for non-finite values."""
 
     limits: RunLimits
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._update: list[tuple[Any, Any]] = []  # the batches of the update that runs, with its number of items
+        self._update: list[tuple[Any, Any]] = []  # (batch, num_items_in_batch) of the current update
         super().__init__(*args, **kwargs)
 
     def remember(self, inputs: Any, num_items_in_batch: Any) -> None:
-        """A batch of the update that runs, as the loss got it."""
+        """Keep a batch of the current update, to find the source of a non-finite value."""
         if self.model.training:
             self._update.append((inputs, num_items_in_batch))
 
@@ -50,43 +50,44 @@ class FiniteMixin(Base):
         if not torch.isfinite(torch.as_tensor(norm)):
             if self.limits.on_nan == "stop":
                 self._stop_at(f"the gradient's norm is {float(norm)}", self._bad_gradient)
-            model.zero_grad(set_to_none=True)  # without gradients the optimizer leaves the weights alone
+            model.zero_grad(set_to_none=True)  # without gradients the optimizer does not change the weights
             self.skipped_updates += 1
         self._update = []
         return norm
 
-    def _stop_at(self, what: str, find: Callable[[], str | None]) -> NoReturn:
-        """Ends the run with what is known of a number that is not finite."""
-        where = None
-        with suppress(Exception):  # what went wrong before counts, not what goes wrong in looking for it
-            where = find()
+    def _stop_at(self, finding: str, find: Callable[[], str | None]) -> NoReturn:
+        """End the run with a message about a non-finite value. finding: what is not finite; find: searches for its
+        source."""
+        source = None
+        with suppress(Exception):  # report the original error even if the search for its source fails
+            source = find()
         rows = [name for inputs, _ in self._update for name in self.rows_of(inputs)]
         more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
         message = ". ".join(
             (
-                f"{what} at step {self.state.global_step + 1}",
+                f"{finding} at step {self.state.global_step + 1}",
                 *([f"The rows of its batch: {', '.join(rows[:SHOWN_ROWS])}{more}"] if rows else []),
-                f"First: {where}" if where else "Every module gives finite numbers when it runs again",
+                f"First: {source}" if source else "Every module gives finite numbers when it runs again",
                 "Lower training.learning_rate, look at these rows, or set on_nan: skip; "
                 f"{whole_checkpoints(self.run_dir)}",
             )
         )
-        if not self.is_world_process_zero():  # the main process may have no fault to tell of
+        if not self.is_world_process_zero():  # the main process may not have seen the fault
             print(f"error: {message}", file=sys.stderr, flush=True)
         raise ModelError(message)
 
     def rows_of(self, inputs: Any) -> list[str]:
-        """Where the rows of a batch stand, as file:line; nothing where a stage does not know."""
+        """The origins of a batch's rows, as file:line; empty if the stage does not know them."""
         return []
 
     def _bad_module(self) -> str | None:
         inputs, items = self._update[-1]
-        if self.accelerator.num_processes > 1:  # a loss may wait for all processes, and this may be the only one here
+        if self.accelerator.num_processes > 1:  # the full loss may wait for other processes, which are not here
             return first_bad_module(self.model, lambda: self.model(**inputs))
         return first_bad_module(self.model, lambda: self._loss_again(inputs, items))
 
     def _bad_gradient(self) -> str | None:
-        if self.accelerator.num_processes > 1:  # the other processes would have to go the same way
+        if self.accelerator.num_processes > 1:  # the other processes would have to take part
             return None
         return first_bad_gradient(self.model, lambda: [self._loss_again(*batch).backward() for batch in self._update])
 

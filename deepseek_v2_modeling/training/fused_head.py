@@ -1,7 +1,7 @@
-"""Scores of tokens as TRL's trainers ask for them, from our own head (`kernels.token_scores`).
+"""Token log-probabilities in the form that TRL's trainers expect, computed with our own head (`kernels.token_scores`).
 
-TRL replaces the model's forward with one that multiplies with `lm_head.weight`: past any adapter on it, and, where
-there is no Triton, for every token instead of those with a label, in float32. Here the head itself is called, for
+TRL replaces the model's forward with one that multiplies by `lm_head.weight`. That ignores adapters on the head and,
+without Triton, computes all tokens rather than only those with a label, in float32. Here the head itself is called, for
 tokens with a label only.
 """
 
@@ -21,7 +21,7 @@ from ..kernels.token_scores import IGNORED, Head, score_tokens
 
 @dataclass
 class ScoredTokens(ModelOutput):
-    """What TRL's trainers read: [B, T - 1] of each token from the second on, 0 where it has no label."""
+    """The output that TRL's trainers expect: [B, T - 1] for each token except the first, 0 if it has no label."""
 
     loss: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
@@ -32,8 +32,8 @@ class ScoredTokens(ModelOutput):
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Logits are divided by temperature. float32: TRL's cast_lm_head_to_fp32, which has cast the head. uniform: see
-    `Head`."""
+    """temperature: logits are divided by it. float32: whether TRL's cast_lm_head_to_fp32 has converted the head.
+    uniform: see `Head`."""
 
     temperature: float = 1.0
     float32: bool = False
@@ -64,22 +64,22 @@ def _score(
 
 
 def fuse_head(model: Any, settings: HeadSettings) -> None:
-    """Gives a causal language model, adapted or not, a `forward(fused_lm_head=True)` in place of the one of TRL's
-    `add_fused_lm_head`."""
+    """Give a causal language model, with or without adapters, a `forward(fused_lm_head=True)` that replaces the one of
+    TRL's `add_fused_lm_head`."""
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-    others = base.forward
+    original_forward = base.forward
 
-    @wraps(type(base).forward)  # `generate` looks at the signature
+    @wraps(type(base).forward)  # `generate` inspects the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return _score(self, settings, *args, **kwargs) if fused_lm_head else others(*args, **kwargs)
+        return _score(self, settings, *args, **kwargs) if fused_lm_head else original_forward(*args, **kwargs)
 
     base.forward = MethodType(forward, base)
 
 
 @contextmanager
 def with_fused_head(model: Any, settings: HeadSettings) -> Iterator[None]:
-    """Around the making of a TRL trainer: `fuse_head` once it is made. While TRL looks, it sees an adapted head without
-    its adapters, which it would refuse."""
+    """Context manager for creating a TRL trainer, which calls `fuse_head` at the end. Meanwhile an adapted head is
+    hidden from TRL, which would reject it."""
     head: Any = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         model.get_output_embeddings = head.get_base_layer

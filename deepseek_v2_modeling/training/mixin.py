@@ -1,7 +1,7 @@
-"""A mixin for transformers and TRL trainers, with everything that training a DeepSeek-V2 model needs.
+"""A mixin for transformers and TRL trainers that adds what training a DeepSeek-V2 model needs.
 
-Balance losses in the loss, expert load in the log, float32 weights under bf16 computation, whole checkpoints, exact
-resume, a stop that keeps the work, limits of time and tokens. Needs transformers only.
+It adds balance losses to the loss, expert load to the log, float32 trainable weights under bf16 computation, atomic
+checkpoints, exact resume, interruption without lost work, and limits on time and tokens. It needs transformers only.
 """
 
 import signal
@@ -31,15 +31,15 @@ __all__ = ["RunLimits", "RunTrainerMixin", "StopRequested", "training_arguments"
 
 
 class StopRequested(KeyboardInterrupt):
-    """Training ended early because it was asked to; a checkpoint was written."""
+    """Training ended early on request, after writing a checkpoint."""
 
 
 class RunTrainerMixin(FiniteMixin, CheckpointMixin):
-    """Put it first: `class OurTrainer(RunTrainerMixin, SFTTrainer)`.
+    """The mixin; it has to come first: `class OurTrainer(RunTrainerMixin, SFTTrainer)`.
 
     Args:
         limits: what to do about NaN, and how long to train.
-        *args, **kwargs: the trainer's own.
+        *args, **kwargs: the arguments of the trainer.
     """
 
     def __init__(self, *args: Any, limits: RunLimits | None = None, **kwargs: Any):
@@ -66,10 +66,10 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's loss plus, in training, the balance losses of the forward that made it.
+        """The trainer's loss plus, in training, the balance losses of its forward.
 
-        The Trainer sums the losses of the micro-batches of one update. Where nobody divides that sum by their
-        number (because the main loss is divided by a count over all of them), we divide the balance losses.
+        The Trainer sums the losses of the micro-batches of an update. If it does not divide the sum by their number
+        (because the main loss is already divided by a count over all of them), the balance losses are divided here.
         """
         self.remember(inputs, num_items_in_batch)
         with collect_balance(self.model) as ledger:
@@ -93,7 +93,8 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         return any(getattr(self.model.config, name) for name in COEFFICIENTS.values())
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Does `compute_loss` return its share of the update's loss? The rule of Trainer.training_step."""
+        """Whether `compute_loss` returns a micro-batch's share of the update's loss, by the rule of
+        Trainer.training_step."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.18 and later
         if scaled is not None:
             return scaled
@@ -105,7 +106,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self.count_loss(logs["loss"])
-        if "train_runtime" in logs:  # of the whole run, as if it had never been broken off
+        if "train_runtime" in logs:  # report the whole run, including the time before a resume
             logs.update(self._summary())
         if "loss" in logs and self.model.training:
             logs.update(self.balance_log.take(logs["loss"], self.model.config))
@@ -123,20 +124,21 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         }
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL writes a README.md into the run directory at every checkpoint: the manifest is ours."""
+        """A no-op: TRL would write a README.md at every checkpoint, but runs have a manifest."""
 
     def _send_telemetry(self) -> None:
-        """TRL reports each trainer to its hub: nothing of a run leaves the machine."""
+        """A no-op: TRL would report each trainer to the hub, but nothing of a run may leave the machine."""
 
     # --- beginning, end and resume ------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
-        """Trains; resumes from a checkpoint directory, to the same numbers, when one is given.
+        """Train; with a checkpoint directory, resume from it, with the same results as without the interruption.
 
         Raises:
-            StopRequested: after `request_stop` or the first SIGINT or SIGTERM; the step was finished and a
-                checkpoint was written.
-            ModelError: a loss or gradient that is not finite, where `limits.on_nan` is "stop"; a full disk; no batch.
+            StopRequested: after `request_stop` or the first SIGINT or SIGTERM, once the step is finished and a
+                checkpoint is written.
+            ModelError: a loss or gradient is not finite and `limits.on_nan` is "stop", the disk is full, or there are
+                fewer rows than one batch.
         """
         rows: Any = self.train_dataset
         check_batches(self.args, len(rows))
@@ -156,54 +158,59 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         return output
 
     def on_fresh_start(self) -> None:
-        """Called before the first step of a run that resumes from no checkpoint; its files are empty by then."""
+        """Called before the first step of a run that does not resume; its files have been emptied."""
 
     def request_stop(self) -> None:
-        """Ends training after the step that runs now, with a checkpoint; `train` then raises StopRequested."""
+        """End training after the current step, with a checkpoint; `train` then raises StopRequested."""
         self.stop_asked = True
 
     def _ask(self) -> tuple[bool, bool]:
         """(stop with a checkpoint, a limit is reached), agreed on by all processes."""
         seconds, tokens = self.limits.max_seconds, self.limits.max_tokens
-        enough = (seconds is not None and self.seconds >= seconds) or (tokens is not None and self.tokens >= tokens)
-        stop, enough = self._agreed(self.stop_asked, enough)
+        limit_reached = (seconds is not None and self.seconds >= seconds) or (
+            tokens is not None and self.tokens >= tokens
+        )
+        stop, limit_reached = self._agreed(self.stop_asked, limit_reached)
         self.stopped_early = self.stopped_early or stop
-        self.at_end = enough or self.state.global_step >= self.state.max_steps
-        return stop, enough
+        self.at_end = limit_reached or self.state.global_step >= self.state.max_steps
+        return stop, limit_reached
 
     def _agreed(self, *answers: bool) -> list[bool]:
-        """Each answer, true where it is so on any process."""
+        """Each answer, true if it is true on any process."""
         votes = torch.tensor([float(answer) for answer in answers])
         if self.accelerator.num_processes > 1:
             votes = self.accelerator.reduce(votes.to(self.accelerator.device), reduction="sum")
         return [bool(answer) for answer in votes]
 
     def _stopped_late(self) -> bool:
-        """Was a stop asked for after the last step, too late for `_ask`? It counts where nothing is lost by it."""
+        """Whether a stop was requested after the last step, too late for `_ask`; only if that step has a checkpoint."""
         return (self.run_dir / f"checkpoint-{self.state.global_step}").is_dir() and self._agreed(self.stop_asked)[0]
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included; nothing that comes after it."""
+        """Seconds of training so far, including those before a resume but not what follows training."""
         return self.seconds_before + (time.monotonic() - self._began if self._began is not None else 0.0)
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a stop; the next one does what it usually does."""
+        """Context manager in which the first SIGINT or SIGTERM requests a stop, and the next one has its usual
+        effect."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        usual = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {
+            signal_number: signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)
+        }
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            for which, handler in usual.items():
-                signal.signal(which, handler)
+        def request(number: int, frame: FrameType | None) -> None:
+            for signal_number, handler in previous_handlers.items():
+                signal.signal(signal_number, handler)
             self.request_stop()
 
-        for which in usual:
-            signal.signal(which, ask)
+        for signal_number in previous_handlers:
+            signal.signal(signal_number, request)
         try:
             yield
         finally:
-            for which, handler in usual.items():
-                signal.signal(which, handler)
+            for signal_number, handler in previous_handlers.items():
+                signal.signal(signal_number, handler)

@@ -8,18 +8,18 @@ from torch import nn
 
 
 def first_bad_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Runs `forward` (without gradients) and says which module was the first to give a NaN or an infinity.
+    """Run `forward` without gradients and describe the first module whose output has a NaN or an infinity.
 
-    Modules are looked at as they end, so a part comes before the whole. None when all outputs are finite.
+    Outputs are checked as modules finish, so submodules come before their parents. None if all outputs are finite.
     """
     faults: list[str] = []
     names = {module: name or "the model" for name, module in model.named_modules()}
 
-    def look(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+    def check(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         if not faults and (bad := count_bad(output)):
             faults.append(_describe(module, names[module], bad, count_bad((inputs, kwargs))))
 
-    handles = [module.register_forward_hook(look, with_kwargs=True) for module in names]
+    handles = [module.register_forward_hook(check, with_kwargs=True) for module in names]
     try:
         with torch.no_grad():
             forward()
@@ -30,7 +30,8 @@ def first_bad_module(model: nn.Module, forward: Callable[[], Any]) -> str | None
 
 
 def first_bad_gradient(model: nn.Module, backward: Callable[[], Any]) -> str | None:
-    """Runs `backward`, which makes the gradients anew; names the weight nearest to the loss that has a bad one."""
+    """Run `backward`, which recomputes the gradients, and name the weight with a non-finite gradient that is closest to
+    the loss; None if all are finite."""
     model.zero_grad(set_to_none=True)
     backward()
     bad = [name for name, p in model.named_parameters() if p.grad is not None and count_bad(p.grad)]

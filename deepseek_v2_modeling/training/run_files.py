@@ -1,4 +1,4 @@
-"""The files of a run directory that grow line by line, and JSON files."""
+"""Reads and writes the files of a run directory: JSON lines files that grow during the run, and JSON files."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from ..errors import ModelError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-TRAINER_STATE_FILE = "trainer_state.json"  # in a checkpoint, the Trainer's
+TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's state in a checkpoint
 
 
 def _plain(value: Any) -> Any:
@@ -33,9 +33,9 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one JSON line a row; the folder is made when missing. Without rows nothing is made.
+    """Append one JSON line per row, and create the folder if necessary; without rows a no-op.
 
-    Where the disk is full nothing is appended, and the OSError names the file.
+    If the disk is full, nothing is appended, and the OSError names the file.
     """
     text = _as_lines(rows)
     if not text:
@@ -54,13 +54,13 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises ModelError for a symbolic link: what it points to, which is no file of the run, would be changed."""
+    """Raise ModelError for a symbolic link: writing would change a file outside of the run."""
     if path.is_symlink():
         raise ModelError(f"{path} is a symbolic link; remove it, or choose another output_dir")
 
 
 def cut_file(path: Path, size: int) -> None:
-    """Leaves the first `size` bytes, and of those no line that a crash cut short. A missing file stays missing."""
+    """Truncate a file to its first `size` bytes, without an incomplete last line. A missing file stays missing."""
     refuse_link(path)
     if not path.is_file():
         return
@@ -70,7 +70,8 @@ def cut_file(path: Path, size: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line, without lines that a crash cut short. A missing file has none."""
+    """The JSON objects of a file, one per line, without lines that a crash left incomplete; empty if the file is
+    missing."""
     refuse_link(path)
     rows: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -81,12 +82,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON line a row, atomically."""
+    """Write one JSON line per row, atomically."""
     _write(path, _as_lines(rows))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, atomically."""
+    """Write a JSON file, atomically."""
     _write(path, json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n")
 
 
