@@ -1,6 +1,6 @@
 """The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer instead of expanded keys and values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ class LatentLayer(CacheLayerMixin):
 
     def __init__(self, codec: RawCodec | GroupCodec):
         super().__init__()
-        self.codec, self.length, self.reserved = codec, 0, 0
+        self.codec, self.length = codec, 0
         self.buffer: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -35,13 +35,8 @@ class LatentLayer(CacheLayerMixin):
         needed = self.length + new.shape[1]
         if self.buffer is not None and self.buffer.shape[1] >= needed:
             return self.buffer
-        if self.buffer is None:
-            capacity = whole_blocks(needed + self.reserved) if self.reserved else needed
-        else:
-            capacity = self.codec.capacity(needed)
-        buffer = new.new_zeros(
-            new.shape[0], capacity, new.shape[2]
-        )  # zeros, because `with_room` exposes unfilled tokens
+        capacity = needed if self.buffer is None else self.codec.capacity(needed)
+        buffer = new.new_zeros(new.shape[0], capacity, new.shape[2])  # zeros: `with_room` exposes unfilled tokens
         if self.buffer is not None:
             buffer[:, : self.length] = self.buffer[:, : self.length]
         return buffer
@@ -119,30 +114,34 @@ class LatentLayer(CacheLayerMixin):
         return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
 
 
-class FixedLayer(CacheLayerMixin):
-    """A LatentLayer of fixed capacity that always returns all `capacity` tokens; a mask has to tell which are filled.
-
-    New tokens are written at index `place` [1], a tensor, so that a replayed CUDA graph can advance it.
-    """
+class SlotLayer(CacheLayerMixin):
+    """One layer of a SlotCache: a buffer [B, columns, width], of which `update` returns all columns."""
 
     is_sliding = False
 
-    def __init__(self, layer: Any, place: torch.Tensor, capacity: int):
+    def __init__(self, like: Any, slots: int, columns: int):
         super().__init__()
-        self.codec, self.widths, self.place = layer.codec, layer.widths, place
-        self.buffer: torch.Tensor = layer.buffer[:, :capacity]
+        self.codec, self.widths = like.codec, like.widths
+        self.buffer: torch.Tensor = like.buffer.new_zeros(slots, columns, like.buffer.shape[2])
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """No-op: the buffer exists already."""
+        """Everything is allocated in __init__."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like LatentLayer's, for one token per row; the results have `capacity` tokens."""
-        self.buffer.index_copy_(1, self.place, self.codec.encode(key_states, value_states))
+        """Like LatentLayer's, for one token per row, stored at `args`: (rows [B], columns [B])."""
+        rows, columns = args
+        self.buffer[rows, columns] = self.codec.encode(key_states, value_states)[:, 0]
         latent, rope_key = self.codec.decode(self.buffer, self.widths, key_states.dtype)
         return latent, rope_key
+
+    def resize(self, columns: int) -> None:
+        buffer = self.buffer.new_zeros(self.buffer.shape[0], columns, self.buffer.shape[2])
+        kept = min(columns, self.buffer.shape[1])
+        buffer[:, :kept] = self.buffer[:, :kept]
+        self.buffer = buffer
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.buffer.shape[1], 0
@@ -155,6 +154,64 @@ class FixedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.buffer = self.buffer[indices]
+
+
+class SlotCache(Cache):
+    """Cache for decoding rows of different lengths: row b is stored from column 0, its next token goes to column
+    `place[b]`, and `mask` tells which columns are filled.
+
+    Its tensors keep their addresses until `resize` or `batch_select_indices`, as a CUDA graph requires.
+
+    Args:
+        like: a filled LatentCache, for the widths and the codec.
+    """
+
+    layers: list[SlotLayer]
+
+    def __init__(self, like: Cache, slots: int, columns: int):
+        super().__init__(layers=[SlotLayer(layer, slots, columns) for layer in like.layers])
+        device = self.layers[0].buffer.device
+        self.rows = torch.arange(slots, device=device)
+        self.place = torch.zeros(slots, dtype=torch.long, device=device)
+        self.target = self.place
+
+    @property
+    def columns(self) -> int:
+        return self.layers[0].buffer.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.buffer.untyped_storage().nbytes() for layer in self.layers)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states, self.rows, self.target)
+
+    def mask(self) -> torch.Tensor:
+        """Before each step, [B, columns]: True on the filled columns and the one of the next token. Rows that have
+        finished may run out of columns and stay at the last one."""
+        self.target = self.place.clamp(max=self.columns - 1)
+        return torch.arange(self.columns, device=self.place.device) <= self.target[:, None]
+
+    def fill(self, slots: Sequence[int], prefilled: Cache, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Copies rows of a left-padded LatentCache, the last lengths tokens of each, into slots."""
+        into, source_rows, tokens = (torch.tensor(n, device=self.place.device) for n in (slots, rows, lengths))
+        total, longest = prefilled.get_seq_length(), max(lengths)
+        columns = torch.arange(longest, device=into.device) + (total - tokens)[:, None]
+        columns = columns.clamp(max=total - 1)  # behind a shorter row, where nothing is looked at
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+            assert isinstance(source, LatentLayer) and source.buffer is not None
+            layer.buffer[:, :longest].index_copy_(0, into, source.buffer[source_rows[:, None], columns])
+        self.place[into] = tokens
+
+    def resize(self, columns: int) -> None:
+        for layer in self.layers:
+            layer.resize(columns)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.place, self.rows = self.place[indices], self.rows[: len(indices)]
 
 
 def whole_blocks(tokens: int) -> int:
@@ -213,15 +270,6 @@ class LatentCache(Cache):
         else:
             codec = GroupCodec(quantization, config.kv_lora_rank, config.qk_rope_head_dim)
         super().__init__(layers=[LatentLayer(codec) for _ in range(config.num_hidden_layers)])
-
-    reserved = 0
-
-    def reserve(self, tokens: int) -> None:
-        """Make an empty cache allocate capacity for this many tokens after the prompt."""
-        self.reserved = tokens
-        for layer in self.layers:
-            assert isinstance(layer, LatentLayer)
-            layer.reserved = tokens
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
         """The decoded (latents [B, 1, T, C], rotary keys [B, 1, T, R]) of each layer; Nones if it is empty."""

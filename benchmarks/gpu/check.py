@@ -40,7 +40,7 @@ from deepseek_v2_modeling import (  # noqa: E402
     apply_lora,
     lora_config,
 )
-from deepseek_v2_modeling.decode_steps import FixedStep  # noqa: E402
+from deepseek_v2_modeling.decode_steps import SlotDecoder  # noqa: E402
 from deepseek_v2_modeling.inference import generate_answers  # noqa: E402
 from deepseek_v2_modeling.kernels.grouped_products import Groups  # noqa: E402
 
@@ -229,12 +229,12 @@ def cached_decoding(bench: Bench) -> Figures:
         assert off < tolerance, f"{dtype}: {off:.2g}"
         found[str(dtype).removeprefix("torch.")] = off
         cache = LatentCache(model.config)
-        cache.reserve(steps)
         parts = [model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
         capture = bench.on_gpu and dtype == torch.bfloat16  # the float32 kernel waits for the host
-        step = FixedStep(model, cache, torch.ones_like(ids[:, :context]), steps, capture=capture)
+        step = SlotDecoder(model, cache, 2, context + steps, fixed=True, capture=capture)
+        step.fill([0, 1], cache, [0, 1], [context, context])
         parts += [step(ids[:, context + i])[:, None].clone() for i in range(steps // 2)]
-        step.keep(torch.tensor([1], device=bench.device))
+        step.keep([1])
         parts = [part[1:] for part in parts]
         parts += [step(ids[1:, context + i])[:, None].clone() for i in range(steps // 2, steps)]
         off = relative(torch.cat(parts, dim=1), wanted[1:])
@@ -392,12 +392,12 @@ def new_cache(model: Any, side: str) -> Any:
 def decode_seconds(bench: Bench, model: Any, side: str, ids: torch.Tensor, steps: int = 23) -> tuple[float, float]:
     """Of the prefill and of one step after it."""
     cache = new_cache(model, side)
-    if side == "captured":
-        cache.reserve(steps)
     keep: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     prefill = bench.seconds(lambda: model(ids, logits_to_keep=1, **keep), repeats=1, warm_up=0)
     if side == "captured":
-        fixed = FixedStep(model, cache, torch.ones_like(ids), steps, capture=bench.on_gpu)
+        rows, tokens = ids.shape
+        fixed = SlotDecoder(model, cache, rows, tokens + steps, fixed=True, capture=bench.on_gpu)
+        fixed.fill(range(rows), cache, range(rows), [tokens] * rows)
         return prefill, bench.seconds(lambda: fixed(ids[:, 0]), repeats=20, warm_up=3)
     return prefill, bench.seconds(lambda: model(ids[:, :1], **keep), repeats=20, warm_up=3)
 
@@ -410,7 +410,7 @@ def rollout(bench: Bench) -> Figures:
     twin = bench.twin(model)
 
     def ours() -> None:
-        ends = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": new}
+        ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": new}
         generate_answers(model, rows, **ends, temperature=1.0, batch_size=64, seeds=range(len(rows)))
 
     @torch.no_grad()

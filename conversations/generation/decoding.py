@@ -5,8 +5,9 @@ processors in the same order. Whether to sample, and at which temperature, is se
 `end_tokens`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+
+from deepseek_v2_modeling.inference import Adjust
 
 
 @dataclass(frozen=True)
@@ -73,34 +76,52 @@ _SAMPLED: dict[str, tuple[tuple[Any, ...], Make]] = {
     "eta_cutoff": ((None, 0.0), lambda value, at: EtaLogitsWarper(value, device=at.device)),
 }
 
+FIELDS = frozenset({**_ALWAYS, **_SAMPLED})
+
 
 def obeyed(model: Any) -> dict[str, Any]:
     """The fields of a model's generation_config that affect decoding, with their values."""
-    config = getattr(model, "generation_config", None)
+    return asked_of(getattr(model, "generation_config", None))
+
+
+def asked_of(config: Any) -> dict[str, Any]:
+    """The fields of a GenerationConfig that affect decoding, with their values."""
     fields = {**_ALWAYS, **_SAMPLED}
     values = {field: getattr(config, field, None) for field in fields}
     return {field: value for field, value in values.items() if value not in fields[field][0]}
 
 
-def adjustment(model: Any, temperature: float, end_tokens: Any) -> Callable[..., torch.Tensor] | None:
-    """The function to pass as `adjust` to `generate_answers`, or None if generation_config changes nothing.
+def adjustment(asked: Mapping[str, Any], temperature: float, end_tokens: Any) -> Adjust | None:
+    """The function to pass as `adjust` to `generate_answers`, or None if it would change nothing.
 
-    It maps (token ids so far [1, T], length of the prompt, logits [1, V]) to logits [1, V] and applies the temperature.
+    Processors of the tokens so far run row by row, since rows differ in length; those that only truncate the
+    distribution run on all rows at once.
+
+    Args:
+        asked: fields and values, as `asked_of` returns them.
     """
-    fields = obeyed(model)
-    always = {field: value for field, value in fields.items() if field in _ALWAYS}
-    sampled = {field: value for field, value in fields.items() if field in _SAMPLED and temperature > 0}
+    always = {field: value for field, value in asked.items() if field in _ALWAYS}
+    sampled = {field: value for field, value in asked.items() if field in _SAMPLED and temperature > 0}
     if not always and not sampled:
         return None
 
-    def adjust(ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        at = Setting(prompt_length, end_tokens, logits.device)
-        processors = [_ALWAYS[field][1](value, at) for field, value in always.items()]
-        if temperature > 0:
-            processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-            processors += [_SAMPLED[field][1](value, at) for field, value in sampled.items()]
-        tokens: Any = ids
+    @cache
+    def by_row(prompt: int, device: Any) -> LogitsProcessorList:
+        at = Setting(prompt, end_tokens, device)
+        return LogitsProcessorList([_ALWAYS[field][1](value, at) for field, value in always.items()])
+
+    @cache
+    def at_once(device: Any) -> LogitsProcessorList:
+        warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
+        at = Setting(0, end_tokens, device)
+        return LogitsProcessorList(warpers + [_SAMPLED[field][1](value, at) for field, value in sampled.items()])
+
+    def adjust(ids: Sequence[torch.Tensor], prompts: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         scores: Any = logits.float()
-        return LogitsProcessorList(processors)(tokens, scores)
+        if always:
+            rows: Any = zip(ids, prompts, scores, strict=True)
+            scores = torch.cat([by_row(prompt, row.device)(tokens[None], row[None]) for tokens, prompt, row in rows])
+        nothing: Any = None  # no warper looks at the tokens
+        return at_once(scores.device)(nothing, scores)
 
     return adjust

@@ -58,7 +58,7 @@ def generate_texts(
         temperature=temperature,
         batch_size=batch_size,
         seeds=seeds,
-        adjust=adjustment(model, temperature, ends),
+        adjust=adjustment(obeyed(model), temperature, ends),
     )
     return [
         Generated(answer_text(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends, len(ids))

@@ -1,70 +1,147 @@
-"""Decode steps at fixed shapes, which a CUDA graph needs, against steps as they come."""
+"""Decode steps for rows of different lengths, eager and with static shapes, against a forward without a cache."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepseek_v2_modeling import LatentCache
-from deepseek_v2_modeling.decode_steps import EagerStep, FixedStep, can_capture, decode_step, logits_of, new_cache
+from deepseek_v2_modeling.batching import pad_batch
+from deepseek_v2_modeling.decode_steps import SlotDecoder, can_capture, logits_of
 
 from ..helpers.models import random_ids, small_model
 
-STEPS = 9
 ROOT = Path(__file__).parents[2]
+COLUMNS = 80
+MODEL = small_model()
 
 
-def filled(quantization: str | None = None):
-    """(model, a cache of three prompts of which one is padded on the left, their mask, the next tokens [STEPS, 3])."""
-    model = small_model()
-    ids, mask = random_ids(3, 7), torch.ones(3, 7, dtype=torch.long)
-    mask[1, :4] = 0
-    cache = LatentCache(model.config, quantization)  # pyright: ignore[reportArgumentType]
-    cache.reserve(STEPS)
+def prefilled(prompts: list[list[int]], quantization: Any = None) -> LatentCache:
+    ids, mask = pad_batch(prompts, 0, left=True)
+    cache = LatentCache(MODEL.config, quantization)
     with torch.no_grad():
-        logits_of(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
-    return model, cache, mask, random_ids(STEPS, 3, seed=1)
+        logits_of(MODEL, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+    return cache
+
+
+def last_logits(tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return MODEL(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+
+
+def play(decoder: SlotDecoder, rows: list[list[int]], steps: int, seed: int) -> None:
+    """Feed random tokens; the logits of every row that is not empty must be those of a forward over all of it."""
+    for ids in random_ids(steps, len(rows), seed=seed):
+        with torch.no_grad():
+            found = decoder(ids)
+        for slot, row in enumerate(rows):
+            if row:
+                row.append(int(ids[slot]))
+                torch.testing.assert_close(found[slot], last_logits(row), atol=2e-5, rtol=1e-4)
+
+
+@settings(max_examples=8)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    later=st.integers(1, 12),
+    steps=st.integers(1, 3),
+    fixed=st.booleans(),
+)
+def test_each_row_decodes_as_if_it_were_alone(lengths: list[int], later: int, steps: int, fixed: bool):
+    """Also when a slot gets another row, and when slots are dropped."""
+    rows = [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+    cache = prefilled(rows)
+    decoder = SlotDecoder(MODEL, cache, len(rows), COLUMNS, fixed=fixed, capture=False)
+    order = list(reversed(range(len(rows))))
+    decoder.fill(order, cache, order, [len(rows[i]) for i in order])
+    play(decoder, rows, steps, seed=1)
+    rows[0] = random_ids(1, later, seed=9)[0].tolist()
+    decoder.empty(0)
+    decoder.fill([0], prefilled([[3] * 12, rows[0]]), [1], [later])
+    play(decoder, rows, steps, seed=2)
+    rows[1] = []
+    decoder.empty(1)
+    play(decoder, rows, steps, seed=3)
+    kept = [0, *range(2, len(rows))]
+    decoder.keep(kept)
+    play(decoder, [rows[i] for i in kept], steps, seed=4)
+
+
+def test_the_cache_grows_and_shrinks_with_its_longest_row():
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (63, 5)]
+    cache = prefilled(rows)
+    decoder = SlotDecoder(MODEL, cache, 2, 100)
+    decoder.fill([0, 1], cache, [0, 1], [63, 5])
+    play(decoder, rows, 1, seed=0)
+    assert decoder.cache.columns == 64
+    play(decoder, rows, 1, seed=1)
+    assert decoder.cache.columns == 128
+    rows[0] = []
+    decoder.empty(0)
+    play(decoder, rows, 2, seed=2)
+    assert decoder.cache.columns == 64
+
+
+def test_a_finished_row_may_wait_in_a_full_cache():
+    """Its place stays at the last column while others go on."""
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (62, 3)]
+    cache = prefilled(rows)
+    decoder = SlotDecoder(MODEL, cache, 2, 64, fixed=True, capture=False)
+    decoder.fill([0, 1], cache, [0, 1], [62, 3])
+    play(decoder, rows, 2, seed=0)
+    rows[0] = []
+    decoder.empty(0)
+    play(decoder, rows, 4, seed=1)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantization", [None, "int8", "int6"])
-def test_fixed_shapes_give_the_same_logits(quantization: str | None):
-    """Also after a row has left the batch."""
+@pytest.mark.parametrize("quantization", ["int8", "int6"])
+def test_static_shapes_give_the_same_logits_with_a_quantised_cache(quantization: str):
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (7, 3)]
     found = []
     for fixed in (False, True):
-        model, cache, mask, tokens = filled(quantization)
-        step = FixedStep(model, cache, mask, STEPS, capture=False) if fixed else EagerStep(model, cache, mask)
-        logits = [step(row).clone() for row in tokens[:4]]
-        step.keep(torch.tensor([0, 1]))
-        logits += [step(row[:2]).clone() for row in tokens[4:]]
-        found.append(logits)
-    for as_it_comes, at_fixed_shapes in zip(*found, strict=True):
-        torch.testing.assert_close(at_fixed_shapes, as_it_comes, atol=1e-5, rtol=1e-5)
+        cache = prefilled(rows, quantization)
+        decoder = SlotDecoder(MODEL, cache, 2, COLUMNS, fixed=fixed, capture=False)
+        decoder.fill([0, 1], cache, [0, 1], [7, 3])
+        found.append(torch.stack([decoder(ids).clone() for ids in random_ids(9, 2, seed=1)]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
-def test_buffers_stay_where_they_are():
-    """A captured step reads and writes addresses: a cache with room must not move, nor be copied."""
-    model, cache, mask, tokens = filled()
-    before = [layer.buffer.data_ptr() for layer in cache.layers]
-    step = FixedStep(model, cache, mask, STEPS, capture=False)
-    with torch.no_grad():
-        for row in tokens:
-            step(row)
-    assert [layer.buffer.data_ptr() for layer in step.cache.layers] == before
+def test_buffers_keep_their_addresses():
+    """A captured step reads and writes addresses: neither steps nor new rows may move the cache."""
+    rows = [random_ids(1, 7, seed=i)[0].tolist() for i in range(2)]
+    cache = prefilled(rows)
+    decoder = SlotDecoder(MODEL, cache, 2, COLUMNS, fixed=True, capture=False)
+    tensors = [decoder.cache.place, decoder.tokens, *(layer.buffer for layer in decoder.cache.layers)]
+    before = [tensor.data_ptr() for tensor in tensors]
+    decoder.fill([0, 1], cache, [0, 1], [7, 7])
+    play(decoder, rows, 3, seed=0)
+    decoder.fill([1], cache, [0], [7])
+    tensors = [decoder.cache.place, decoder.tokens, *(layer.buffer for layer in decoder.cache.layers)]
+    assert [tensor.data_ptr() for tensor in tensors] == before
 
 
-def test_nothing_is_captured_on_a_cpu():
-    model = small_model()
-    assert not can_capture(model)
-    cache = new_cache(model, steps=100)
-    assert cache.reserved == 0
-    ids = random_ids(2, 5)
-    with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
-    assert isinstance(decode_step(model, cache, torch.ones_like(ids), 100), EagerStep)
+def test_what_cannot_be_captured_decodes_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr("deepseek_v2_modeling.decode_steps.logger.warning_once", said.append)
+
+    def fails(decoder: Any) -> None:
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(SlotDecoder, "_captured", fails)
+    rows = [random_ids(1, 7)[0].tolist()]
+    cache = prefilled(rows)
+    decoder = SlotDecoder(MODEL, cache, 1, COLUMNS, fixed=True)
+    decoder.fill([0], cache, [0], [7])
+    play(decoder, rows, 2, seed=0)
+    assert said == ["decoding without a CUDA graph, which is slower: no graph today"]
+    assert not can_capture(MODEL)
 
 
 @pytest.mark.slow

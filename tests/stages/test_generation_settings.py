@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from conversations import render_conversation
-from conversations.generation.decoding import adjustment
+from conversations.generation.decoding import adjustment, asked_of
 from deepseek_v2_modeling.loading import load_model, load_tokenizer, resolve_source
 from recipes.cli import main
 from recipes.runs.new_model import make_model
@@ -158,23 +158,27 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @given(
     asked=st.fixed_dictionaries({}, optional=VALUES),
     temperature=st.sampled_from([0.0, 0.5, 1.0]),
-    ids=st.lists(st.integers(0, 9), min_size=3, max_size=10),
-    prompt=st.integers(1, 3),
+    rows=st.lists(
+        st.tuples(st.integers(1, 3), st.lists(st.integers(0, 9), min_size=3, max_size=10)), min_size=1, max_size=3
+    ),
     seed=st.integers(0, 9),
 )
 def test_logits_are_those_of_transformers(
-    asked: dict[str, Any], temperature: float, ids: list[int], prompt: int, seed: int
+    asked: dict[str, Any], temperature: float, rows: list[tuple[int, list[int]]], seed: int
 ) -> None:
-    """Whatever the fields, and all of them at once."""
+    """Whatever the fields, and all of them at once, on rows of different lengths: for each row what transformers makes
+    of it alone."""
     model, ends = small_model(vocab_size=10, num_hidden_layers=1), [1, 4]
-    model.generation_config = GenerationConfig(**asked)
-    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(len(rows), 10, generator=torch.Generator().manual_seed(seed))
     warmth = {"temperature": temperature} if temperature else {}
     config = GenerationConfig(**{"top_k": 0, **asked}, do_sample=temperature > 0, **warmth)
     config._eos_token_tensor = torch.tensor(ends)  # pyright: ignore[reportAttributeAccessIssue]
-    stock = model._get_logits_processor(config, input_ids_seq_length=prompt)  # pyright: ignore[reportCallIssue]
-    wanted = stock(torch.tensor([ids]), logits.clone())  # pyright: ignore[reportArgumentType]
-    adjust = adjustment(model, temperature, ends)
+    wanted = []
+    for (prompt, ids), row in zip(rows, logits, strict=True):
+        stock = model._get_logits_processor(config, input_ids_seq_length=prompt)  # pyright: ignore[reportCallIssue]
+        wanted.append(stock(torch.tensor([ids]), row[None].clone()))  # pyright: ignore[reportArgumentType]
+    adjust = adjustment(asked_of(GenerationConfig(**asked)), temperature, ends)
     if adjust is None:
-        wanted, adjust = wanted * (temperature or 1), lambda ids, prompt, logits: logits
-    torch.testing.assert_close(adjust(torch.tensor([ids]), prompt, logits), wanted)
+        wanted, adjust = [row * (temperature or 1) for row in wanted], lambda ids, prompts, logits: logits
+    found = adjust([torch.tensor(ids) for _, ids in rows], [prompt for prompt, _ in rows], logits)
+    torch.testing.assert_close(found, torch.cat(wanted))

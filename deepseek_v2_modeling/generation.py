@@ -1,0 +1,265 @@
+"""Continuous batching: answers are sampled in slots; when one has finished, the next prompt takes its slot.
+
+B slots, T tokens, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batching import by_length, evaluation_mode, finite, pad_batch
+from .cache import LatentCache, whole_blocks
+from .decode_steps import WORTH_CAPTURING, SlotDecoder, can_capture, logits_of
+from .errors import ModelError
+from .sampling import choose_tokens, draws
+
+PREFILL_TOKENS = 2**14  # per prefill, padding included
+REFILL = 1 / 8  # prefill for empty slots once they are this fraction of all slots
+
+# (token ids so far of each row, lengths of their prompts, logits [B, V]) -> logits [B, V]
+Adjust = Callable[[Sequence[torch.Tensor], Sequence[int], torch.Tensor], torch.Tensor]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The token ids that end an answer: the tokenizer's EOS token and those listed in generation_config.json.
+
+    Without that file transformers derives a generation config from config.json; those values are ignored in favour of
+    the tokenizer's.
+    """
+    config = model.generation_config
+    stated = None if config._from_model_config else config.eos_token_id
+    listed = [[tokenizer.eos_token_id], stated if isinstance(stated, list) else [stated]]
+    return sorted({i for ids in listed for i in ids if i is not None and i < model.config.vocab_size})
+
+
+def cache_bytes(model: Any, tokens: int) -> int:
+    """Bytes of cache that one answer takes at a length of `tokens`, its prompt included."""
+    config, weights = model.config, next(model.parameters())
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers * whole_blocks(tokens) * width * weights.element_size()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    eos_token_id: int | Collection[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    max_cache_bytes: int | None = None,
+    seeds: Sequence[int] | None = None,
+    adjust: Adjust | None = None,
+) -> list[list[int]]:
+    """Generate one answer per prompt, in the order of the prompts: token ids, including the end token if one was
+    generated.
+
+    Equivalent to `generate` on each prompt, but answers are sampled side by side, identical prompts are prefilled once,
+    and the slot of a finished answer goes to the next prompt. The model's mode (training or evaluation) is restored
+    afterwards.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        batch_size: the largest number of answers side by side.
+        max_cache_bytes: a limit on the cache of the answers side by side; fewer of them if they would exceed it.
+        seeds: one per prompt; they make sampling reproducible without touching the global generator, and each answer
+            independent of what is sampled beside it.
+        adjust: processes logits before tokens are chosen, and applies the temperature too: (ids so far [T] of each row,
+            lengths of their prompts, logits [B, V]) -> logits [B, V].
+
+    Raises:
+        ModelError: the logits are NaN or infinite, or the cache of one answer exceeds max_cache_bytes.
+    """
+    if not prompts:
+        return []
+    ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    longest = max(map(len, prompts)) + max_new_tokens
+    slots = min(batch_size, len(prompts), slots_within(model, longest, max_cache_bytes))
+    asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust)
+    with evaluation_mode(model):
+        return Sampler(model, asked, slots).run()
+
+
+def slots_within(model: Any, tokens: int, max_cache_bytes: int | None) -> int:
+    """How many answers of this length, prompts included, fit into a cache of so many bytes.
+
+    Raises:
+        ModelError: not even one.
+    """
+    one = cache_bytes(model, tokens)
+    if max_cache_bytes is not None and one > max_cache_bytes:
+        raise ModelError(
+            f"the cache of one answer with its prompt, {tokens:,} tokens, takes {one / 1e9:.3g} GB, which is more than "
+            f"the {max_cache_bytes / 1e9:.3g} GB that it may take; allow more, or shorter answers"
+        )
+    return max_cache_bytes // one if max_cache_bytes is not None else 2**31
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of `generate_answers`."""
+
+    prompts: Sequence[Sequence[int]]
+    pad_token_id: int
+    ends: Collection[int]
+    max_new_tokens: int
+    temperature: float
+    seeds: Sequence[int] | None
+    adjust: Adjust | None
+
+
+@dataclass
+class Prefilled:
+    """Different prompts after prefill. rows: each one's row in the left-padded cache and in the logits [prompts, V] of
+    its answer's first token."""
+
+    rows: dict[tuple[int, ...], int]
+    cache: LatentCache
+    logits: torch.Tensor
+
+
+class Sampler:
+    """Slots in which answers are sampled, and a queue of answers that wait for one.
+
+    waiting: indices of answers, longest prompts first, identical prompts next to each other. holds: the answer that
+    each slot has or had last; live: whether it is unfinished. ids [B, T]: prompts and answers so far, if `adjust` needs
+    them.
+    """
+
+    def __init__(self, model: nn.Module, asked: Asked, slots: int):
+        self.model, self.asked = model, asked
+        self.device = next(model.parameters()).device
+        self.waiting = deque(next(by_length(asked.prompts, len(asked.prompts))))
+        self.room = len(asked.prompts[self.waiting[0]]) + asked.max_new_tokens
+        self.answers: list[list[int]] = [[] for _ in asked.prompts]
+        self.holds, self.live = [0] * slots, [False] * slots
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.drawn = None if asked.seeds is None else torch.zeros(slots, asked.max_new_tokens, dtype=torch.float64)
+        self.ids = None if asked.adjust is None else self.tokens.new_zeros(slots, self.room)
+        self.prefilled: Prefilled | None = None  # the prompt of the next answer, if an earlier one shares it
+        self.decoder: Any = None
+
+    def run(self) -> list[list[int]]:
+        """Sample all answers, in the order of the prompts."""
+        self.refill()
+        while any(self.live):
+            self.shrink()
+            logits = self.decoder(self.tokens)
+            finite(self.model, "logits", logits)
+            if all(self.live) or self.asked.adjust is None:
+                self.choose(range(len(self.live)), logits)
+            else:
+                places = [place for place, live in enumerate(self.live) if live]
+                self.choose(places, logits[torch.tensor(places, device=self.device)])
+            self.refill()
+        return self.answers
+
+    def choose(self, places: Sequence[int], logits: torch.Tensor) -> None:
+        """Choose the next token of each live slot among `places`, from logits [places, V]."""
+        asked, answers = self.asked, [self.answers[self.holds[place]] for place in places]
+        temperature = asked.temperature
+        if asked.adjust is not None and self.ids is not None:
+            prompts = [len(asked.prompts[self.holds[place]]) for place in places]
+            lengths = [prompt + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+            so_far = [self.ids[place, :length] for place, length in zip(places, lengths, strict=True)]
+            logits, temperature = asked.adjust(so_far, prompts, logits), float(temperature > 0)
+        drawn = None
+        if self.drawn is not None and temperature > 0:
+            drawn = self.drawn[list(places), [min(len(answer), asked.max_new_tokens - 1) for answer in answers]]
+        chosen = choose_tokens(logits, temperature, drawn)
+        self.tokens[torch.tensor(places, device=self.device)] = chosen
+        for place, answer, token in zip(places, answers, chosen.tolist(), strict=True):
+            if self.live[place]:
+                self.append(place, answer, token)
+
+    def append(self, place: int, answer: list[int], token: int) -> None:
+        """Append a token to a slot's answer; frees the slot if that finishes it."""
+        if self.ids is not None:
+            self.ids[place, len(self.asked.prompts[self.holds[place]]) + len(answer)] = token
+        answer.append(token)
+        if token in self.asked.ends or len(answer) == self.asked.max_new_tokens:
+            self.live[place] = False
+            self.decoder.empty(place)
+
+    def shrink(self) -> None:
+        """Drop empty slots once the queue is empty."""
+        places = [place for place, live in enumerate(self.live) if live]
+        if self.waiting or len(places) > self.decoder.worth_dropping * len(self.live):
+            return
+        self.decoder.keep(places)
+        self.holds, self.live = [self.holds[place] for place in places], [True] * len(places)
+        kept = torch.tensor(places, device=self.device)
+        self.tokens = self.tokens[kept]
+        self.ids = None if self.ids is None else self.ids[kept]
+        self.drawn = None if self.drawn is None else self.drawn[places]
+
+    def refill(self) -> None:
+        """Start waiting answers in empty slots."""
+        while places := self.due():
+            prefilled, count = self.next_prompts(len(places))
+            entering, places = [self.waiting.popleft() for _ in range(count)], places[:count]
+            self.enter(places, entering, prefilled)
+
+    def due(self) -> list[int]:
+        """The empty slots, if they are enough to prefill for or the next prompt is prefilled already."""
+        if not self.waiting:
+            return []
+        places = [place for place, live in enumerate(self.live) if not live]
+        enough = len(places) >= REFILL * len(self.live) or self.prefilled is not None
+        return places if enough else []
+
+    def next_prompts(self, most: int) -> tuple[Prefilled, int]:
+        """(the prefilled prompts of the next answers, the number of these answers, at most `most`)."""
+        asked, count = self.asked, 0
+        rows: dict[tuple[int, ...], int] = {} if self.prefilled is None else self.prefilled.rows
+        longest = len(asked.prompts[self.waiting[0]])
+        for answer in islice(self.waiting, most):
+            prompt = tuple(asked.prompts[answer])
+            if prompt not in rows:
+                if self.prefilled is not None or (rows and (len(rows) + 1) * longest > PREFILL_TOKENS):
+                    break
+                rows[prompt] = len(rows)
+            count += 1
+        return self.prefilled or self.prefill(rows), count
+
+    def prefill(self, rows: dict[tuple[int, ...], int]) -> Prefilled:
+        ids, mask = (t.to(self.device) for t in pad_batch(list(rows), self.asked.pad_token_id, left=True))
+        cache = LatentCache(self.model.config)  # pyright: ignore[reportArgumentType]
+        logits = logits_of(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        finite(self.model, "logits", logits)
+        return Prefilled(rows, cache, logits)
+
+    def enter(self, places: list[int], entering: list[int], prefilled: Prefilled) -> None:
+        """Start answers in slots and choose their first tokens."""
+        asked, prompts = self.asked, [tuple(self.asked.prompts[answer]) for answer in entering]
+        rows, lengths = [prefilled.rows[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
+        if self.decoder is None:
+            capture = asked.max_new_tokens > WORTH_CAPTURING and can_capture(self.model)
+            self.decoder = SlotDecoder(self.model, prefilled.cache, len(self.live), self.room - 1, fixed=capture)
+        self.decoder.fill(places, prefilled.cache, rows, lengths)
+        for place, answer, prompt in zip(places, entering, prompts, strict=True):
+            self.holds[place], self.live[place] = answer, True
+            if self.ids is not None:
+                self.ids[place, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        if self.drawn is not None and asked.seeds is not None:
+            self.drawn[places] = draws([asked.seeds[answer] for answer in entering], asked.max_new_tokens)
+        first = prefilled.logits[torch.tensor(rows, device=self.device)]
+        self.prefilled = self.remaining(prefilled, prompts[-1])
+        self.choose(places, first)
+
+    def remaining(self, prefilled: Prefilled, last: tuple[int, ...]) -> Prefilled | None:
+        """The prefill of the next answer's prompt, if it is that of the last answer started."""
+        if not self.waiting or tuple(self.asked.prompts[self.waiting[0]]) != last:
+            return None
+        if len(prefilled.rows) > 1:
+            row = torch.tensor([prefilled.rows[last]], device=self.device)
+            prefilled.cache.batch_select_indices(row)
+            prefilled = Prefilled({last: 0}, prefilled.cache, prefilled.logits[row])
+        return prefilled
