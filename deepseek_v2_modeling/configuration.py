@@ -233,12 +233,12 @@ def check_config(config: DeepseekV2Config) -> None:
     if config.n_group and experts % config.n_group:
         raise ModelError(f"n_group is {config.n_group}: it must divide n_routed_experts ({experts})")
     if config.topk_method == "group_limited_greedy":
-        groups, kept = config.n_group, config.topk_group
+        groups, kept_groups = config.n_group, config.topk_group
         if not groups:
             raise ModelError("n_group is not set: group_limited_greedy needs it")
-        if not kept or kept > groups or kept * (experts // groups) < top_k:
+        if not kept_groups or kept_groups > groups or kept_groups * (experts // groups) < top_k:
             raise ModelError(
-                f"topk_group is {kept}: it must be at most n_group ({groups}), and its groups must hold "
+                f"topk_group is {kept_groups}: it must be at most n_group ({groups}), and its groups must hold "
                 f"num_experts_per_tok ({top_k}) experts"
             )
 
@@ -252,13 +252,13 @@ def check_sizes(values: Mapping[str, Any]) -> None:
     take forever."""
     for name in {**LARGEST, **SMALLEST}:
         value = values.get(name)
-        least, most = SMALLEST.get(name, 1), LARGEST.get(name)
+        smallest, largest = SMALLEST.get(name, 1), LARGEST.get(name)
         if not is_number(value):
             continue
-        if most is not None and not value <= most:
-            raise ModelError(f"{name} is {value}: it must be at most {most:,}")
-        if not value >= least:
-            raise ModelError(f"{name} is {value}: it must be at least {least}")
+        if largest is not None and not value <= largest:
+            raise ModelError(f"{name} is {value}: it must be at most {largest:,}")
+        if not value >= smallest:
+            raise ModelError(f"{name} is {value}: it must be at least {smallest}")
     if (values.get("qk_rope_head_dim") or 0) % 2:
         raise ModelError(f"qk_rope_head_dim is {values['qk_rope_head_dim']}: it must be even")
 

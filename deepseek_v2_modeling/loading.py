@@ -217,8 +217,8 @@ def write_model(
     """Write the files of `save_directory` into an existing directory. RL's reference adapter ("ref") is left out."""
     if isinstance(model, PeftModel):
         # "auto" would have the same effect, but with a warning if embeddings are adapted.
-        whole = True if adapts_embeddings(model) else "auto"
-        model.save_pretrained(str(directory), save_embedding_layers=whole, selected_adapters=["default"])
+        save_embeddings = True if adapts_embeddings(model) else "auto"
+        model.save_pretrained(str(directory), save_embedding_layers=save_embeddings, selected_adapters=["default"])
     else:
         state = None
         if dtype is not None:

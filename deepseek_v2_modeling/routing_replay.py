@@ -49,14 +49,14 @@ def replay_routing(model: nn.Module, routes: Routes) -> Iterator[None]:
     backbone = _backbone(model)
     if backbone.replayed_routes is not None:
         raise ValueError("a routing replay is open on this model already")
-    rest = backbone.replayed_routes = iter(list(routes))
+    remaining = backbone.replayed_routes = iter(list(routes))
     try:
         yield
     finally:
         backbone.replayed_routes = None
-    if left := len(list(rest)):
+    if unused := len(list(remaining)):
         raise ValueError(
-            f"{left} of the {len(routes)} forwards of the recorded routing were not replayed: make as many forwards "
+            f"{unused} of the {len(routes)} forwards of the recorded routing were not replayed: make as many forwards "
             "as were recorded, or replay a part of the recording"
         )
 

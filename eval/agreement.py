@@ -58,17 +58,17 @@ def compare(rows: Sequence[Row]) -> Comparisons:
     """The comparisons of all rows, in order; those between scored rows come last."""
     lengths = [row["lengths"][0] for row in rows if "label" in row]
     median = float(np.median(lengths)) if lengths else 0.0
-    found: list[tuple[int, int, float, float]] = []
+    comparisons: list[tuple[int, int, float, float]] = []
     for place, row in enumerate(rows):
         scores, sizes = row["scores"], row["lengths"]
         if "label" in row:
             sign = 1 if row["label"] else -1
-            found.append((place, -1, sign * scores[0], sign * (sizes[0] - median)))
+            comparisons.append((place, -1, sign * scores[0], sign * (sizes[0] - median)))
         for better in range(row.get("right", 0)):
             for worse in range(row["right"], len(scores)):
-                found.append((place, -1, scores[better] - scores[worse], sizes[better] - sizes[worse]))
-    found += _between(rows)
-    columns = np.array(found, dtype=float).reshape(-1, 4).T
+                comparisons.append((place, -1, scores[better] - scores[worse], sizes[better] - sizes[worse]))
+    comparisons += _between(rows)
+    columns = np.array(comparisons, dtype=float).reshape(-1, 4).T
     return Comparisons(columns[0].astype(int), columns[1].astype(int), columns[2], np.sign(columns[3]))
 
 
@@ -80,13 +80,13 @@ def _between(rows: Sequence[Row]) -> list[tuple[int, int, float, float]]:
         np.array([rows[i][key] if key == "score" else rows[i][key][0] for i in scored], dtype=float)
         for key in ("score", "scores", "lengths")
     )
-    found: list[tuple[int, int, float, float]] = []
+    comparisons: list[tuple[int, int, float, float]] = []
     for step in range(1, min(PARTNERS, len(scored) - 1) + 1):
         other = np.roll(np.arange(len(scored)), -step)
         sign = np.sign(target - target[other])
         columns = (scored, scored[other], sign * (score - score[other]), sign * (size - size[other]))
-        found += [tuple(line) for line in np.stack(columns, axis=1)[sign != 0].tolist()]
-    return found
+        comparisons += [tuple(line) for line in np.stack(columns, axis=1)[sign != 0].tolist()]
+    return comparisons
 
 
 # --- The measures

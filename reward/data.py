@@ -92,13 +92,13 @@ class Fit:
         """An answer after its prompt, truncated regardless of too_long."""
         return self._cut(prompt, self._whole(prompt, [answer], {}), {})[0]
 
-    def _cut(self, prompt: list[Row], whole: list[Piece], known: Known) -> list[Piece]:
+    def _cut(self, prompt: list[Row], pieces: list[Piece], known: Known) -> list[Piece]:
         limit = self.max_length
-        if limit is None or all(len(ids) <= limit for ids, _ in whole):
-            return whole
+        if limit is None or all(len(ids) <= limit for ids, _ in pieces):
+            return pieces
         prompt_runs = conversation_runs(prompt, self.tokenizer, add_generation_prompt=True)
         start = len(encode_runs(prompt_runs, self.tokenizer, known)["input_ids"])
-        return [(cut(ids, start, limit), cut(mask, start, limit)) for ids, mask in whole]
+        return [(cut(ids, start, limit), cut(mask, start, limit)) for ids, mask in pieces]
 
     def _whole(self, prompt: list[Row], answers: Sequence[list[Row]], known: Known) -> list[Piece]:
         runs = [conversation_runs([*prompt, *answer], self.tokenizer) for answer in answers]

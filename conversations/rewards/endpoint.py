@@ -76,20 +76,20 @@ class EndpointSettings:
 
 
 class Endpoint:
-    """Sends requests to an endpoint, from several threads. Each process of a run has an equal part of the rate limit
-    and of what is left of the budget when it starts, so that processes need not know of one another.
+    """Sends requests to an endpoint, from several threads. Each process of a run gets an equal share of the rate limit
+    and of the budget left at its start, so that processes need not communicate.
 
     Args:
         spent: requests of the budget already made, by all processes of the run that this one resumes.
-        process, processes: the number of this process, and how many there are.
+        process, processes: the rank of this process, and the number of processes.
     """
 
     def __init__(self, settings: EndpointSettings, spent: int = 0, process: int = 0, processes: int = 1):
         from httpx2 import Client
 
         self.settings, self.spent = settings, 0
-        left = None if settings.budget is None else max(0, settings.budget - spent)
-        self.allowed = None if left is None else left // processes + (process < left % processes)
+        remaining = None if settings.budget is None else max(0, settings.budget - spent)
+        self.allowed = None if remaining is None else remaining // processes + (process < remaining % processes)
         self.pause = 60 * processes / settings.per_minute if settings.per_minute else 0.0  # seconds between requests
         self.lock = threading.Lock()
         self.next = 0.0  # time at which the rate limit allows another request

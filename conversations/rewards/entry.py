@@ -39,7 +39,7 @@ class JudgeSettings(Section):
     opponents: int | None = Field(
         default=None,
         ge=1,
-        description="Of the mode group: with how many other answers each is compared; null for all.",
+        description="With mode group: number of other answers that each answer is compared with; null for all.",
     )
     key_variable: str = Field(
         default="OPENAI_API_KEY",
@@ -54,13 +54,13 @@ class JudgeSettings(Section):
     retries: int = Field(default=5, ge=0, le=100, description="Retries of a request that failed.")
     concurrency: int = Field(default=8, ge=1, le=256, description="Maximum number of concurrent requests.")
     per_minute: int | None = Field(
-        default=None, ge=1, description="Maximum requests per minute of all processes together; each has an equal part."
+        default=None, ge=1, description="Maximum requests per minute, shared equally by all processes."
     )
     max_requests: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum requests of all processes in the whole run, including those made before it was resumed; "
-        "each process has an equal part of what is left.",
+        description="Maximum requests in the whole run, including those made before it was resumed; the processes "
+        "share what is left equally.",
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""A language model behind an endpoint as a reward: it scores answers by a rubric, or compares them with the reference
-or with one another.
+"""A language model behind an endpoint as a reward: it scores answers by a rubric, or compares them with a reference or
+with one another.
 
 Every request and verdict is stored in the run directory; a resumed run repeats no request.
 """
@@ -26,7 +26,7 @@ from conversations.run_files import JUDGED_LINES
 from deepseek_v2_modeling.training import append_lines, read_lines
 
 Messages = list[dict[str, str]]
-Line = dict[str, Any]  # of judge.jsonl
+Line = dict[str, Any]  # a line of judge.jsonl
 Mode = Literal["pointwise", "pairwise", "group"]
 
 
@@ -42,16 +42,15 @@ class JudgeReward(Reward):
     """A judge's score from 0 to 1, by mode:
 
     pointwise   (points - lowest) / (highest - lowest) on the scale
-    pairwise    how the answer does beside the reference: 1 where it is better, 0 where it is worse
-    group       the same beside the other answers to its prompt that are judged with it, the mean over them; 0.5 for an
-                answer without another
+    pairwise    comparison with the reference: 1 if the answer is better, 0 if it is worse
+    group       the mean of such comparisons with the other answers to its prompt in the same batch; 0.5 if there are
+                none
 
-    Two answers are compared in both orders, since a judge may prefer whatever stands first: a disagreement is worth a
-    half.
+    Two answers are compared in both orders, since judges tend to prefer a position; the value is the mean of the two.
 
     Args:
         scale: the lowest and the highest points.
-        opponents: the number of others that each answer of a group is compared with; None for all.
+        opponents: the number of other answers that each answer of a group is compared with; None for all.
         concurrency: maximum number of concurrent requests.
         run_dir: where verdicts are stored; None keeps them in memory only.
 
@@ -80,13 +79,13 @@ class JudgeReward(Reward):
         self.settings, self.concurrency = endpoint, concurrency
         self.lock = threading.Lock()
         self.file = None if run_dir is None else run_dir / _own_file()
-        self.lines: list[Line] = []  # where there is no file
-        kept = self._kept()
-        self.verdicts = {line["key"]: line for line in kept if line["value"] is not None}
+        self.lines: list[Line] = []  # used if there is no file
+        stored = self._stored_lines()
+        self.verdicts = {line["key"]: line for line in stored if line["value"] is not None}
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        self.endpoint = Endpoint(endpoint, sum(line["requests"] for line in kept), _process(), processes)
+        self.endpoint = Endpoint(endpoint, sum(line["requests"] for line in stored), _process(), processes)
 
-    def _kept(self) -> list[Line]:
+    def _stored_lines(self) -> list[Line]:
         """The stored requests and verdicts of this judge, from all processes."""
         if self.file is None:
             return self.lines
@@ -94,34 +93,34 @@ class JudgeReward(Reward):
         return [line for lines in files for line in lines if line.get("judge") == self._hash([])]
 
     def summary(self) -> str:
-        """The number of requests, and how often the two orders of a comparison agree, of all processes."""
-        kept = self._kept()
-        asked = f"{sum(line['requests'] for line in kept):,} requests to {self.settings.model}"
-        agree = [one == other for one, other in both_orders(kept)]
-        return f"{asked}; both orders agree on {sum(agree):,} of {len(agree):,} comparisons" if agree else asked
+        """The number of requests, and how often the two orders of a comparison agree, over all processes."""
+        lines = self._stored_lines()
+        requests = f"{sum(line['requests'] for line in lines):,} requests to {self.settings.model}"
+        agree = [forward == reverse for forward, reverse in both_orders(lines)]
+        return f"{requests}; both orders agree on {sum(agree):,} of {len(agree):,} comparisons" if agree else requests
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """Each distinct answer to a prompt is judged once."""
         if self.mode == "group":
-            verdicts = self._standings(answers)
+            verdicts = self._group_verdicts(answers)
             judged = [verdicts[prompt_text(answer.prompt), answer.text] for answer in answers]
         else:
-            found = self._all({self._key(answer): partial(self._judged, answer) for answer in answers})
-            judged = [found[self._key(answer)] for answer in answers]
+            verdict_of = self._ask_all({self._key(answer): partial(self._judged, answer) for answer in answers})
+            judged = [verdict_of[self._key(answer)] for answer in answers]
         self.reasons = [verdict.reason for verdict in judged]
         return [verdict.value for verdict in judged]
 
-    def _all(self, questions: Mapping[Any, Callable[[], Judged]]) -> dict[Any, Judged]:
-        """Answer all questions, several at a time."""
-        found: dict[Any, Judged] = {}
+    def _ask_all(self, questions: Mapping[Any, Callable[[], Judged]]) -> dict[Any, Judged]:
+        """Ask all questions, up to `concurrency` at a time, and return {key: verdict}."""
+        verdicts: dict[Any, Judged] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(question): key for key, question in questions.items()}
-            for done in as_completed(asked):
-                verdict = found[asked[done]] = done.result()
+            key_of = {pool.submit(question): key for key, question in questions.items()}
+            for future in as_completed(key_of):
+                verdict = verdicts[key_of[future]] = future.result()
                 if self.on_error == "error" and verdict.value is not None and math.isnan(verdict.value):
                     pool.shutdown(cancel_futures=True)  # the run ends here: make no further paid requests
                     raise ToolkitError(verdict.reason)
-        return found
+        return verdicts
 
     def _judged(self, answer: Answer) -> Judged:
         prompt = prompt_text(answer.prompt)
@@ -139,30 +138,32 @@ class JudgeReward(Reward):
             return Judged(math.nan, str(error.args[0]))
         return Judged(value, shown(reply, 300))
 
-    def _standings(self, answers: Sequence[Answer]) -> dict[tuple[str, str], Judged]:
-        """By prompt and text: how each answer does beside others to the same prompt."""
+    def _group_verdicts(self, answers: Sequence[Answer]) -> dict[tuple[str, str], Judged]:
+        """{(prompt, text): verdict}, from comparisons of each answer with others to the same prompt."""
         groups: dict[str, dict[str, None]] = {}
         for answer in answers:
             groups.setdefault(prompt_text(answer.prompt), {})[answer.text] = None
         pairs = {(prompt, *pair) for prompt, texts in groups.items() for pair in meetings([*texts], self.opponents)}
-        found = self._all({pair: partial(self._compared, *pair) for pair in sorted(pairs)})
-        met: dict[tuple[str, str], list[Judged]] = {(prompt, text): [] for prompt in groups for text in groups[prompt]}
-        for (prompt, one, other), verdict in found.items():
+        verdicts = self._ask_all({pair: partial(self._compared, *pair) for pair in sorted(pairs)})
+        comparisons: dict[tuple[str, str], list[Judged]] = {
+            (prompt, text): [] for prompt in groups for text in groups[prompt]
+        }
+        for (prompt, first, second), verdict in verdicts.items():
             assert verdict.value is not None
-            met[prompt, one].append(verdict)
-            met[prompt, other].append(Judged(1 - verdict.value, verdict.reason))
-        return {place: standing(verdicts) for place, verdicts in met.items()}
+            comparisons[prompt, first].append(verdict)
+            comparisons[prompt, second].append(Judged(1 - verdict.value, verdict.reason))
+        return {place: standing(judged) for place, judged in comparisons.items()}
 
-    def _compared(self, prompt: str, answer: str, other: str) -> Judged:
+    def _compared(self, prompt: str, answer: str, opponent: str) -> Judged:
         """Compare in both orders, because judges tend to prefer a position; the value is the mean of the two."""
         values = []
         try:
-            for order, texts in (("AB", (answer, other)), ("BA", (other, answer))):
+            for order, texts in (("AB", (answer, opponent)), ("BA", (opponent, answer))):
                 value, _ = self._verdict(
-                    self._hash([order, prompt, answer, other]),
+                    self._hash([order, prompt, answer, opponent]),
                     lambda texts=texts: pair_messages(self.rubric, prompt, *texts),
                     read_better,
-                    {"order": order, "pair": self._hash([prompt, answer, other])},
+                    {"order": order, "pair": self._hash([prompt, answer, opponent])},
                 )
                 values.append(value if order == "AB" else 1 - value)
         except NoReply as error:
@@ -216,37 +217,37 @@ class JudgeReward(Reward):
 
 
 def both_orders(lines: Iterable[Line]) -> list[tuple[float, float]]:
-    """How the first of two answers does in each of the two orders, of the pairs that were compared in both."""
+    """For each pair that was compared in both orders: the value of its first answer in (order AB, order BA)."""
     values: dict[str, dict[str, float]] = {}
     for line in lines:
         if "order" in line and line["value"] is not None:
             first = line["value"] if line["order"] == "AB" else 1 - line["value"]
             values.setdefault(line["pair"], {})[line["order"]] = first
-    return [(found["AB"], found["BA"]) for found in values.values() if len(found) == 2]
+    return [(by_order["AB"], by_order["BA"]) for by_order in values.values() if len(by_order) == 2]
 
 
 def meetings(texts: Sequence[str], opponents: int | None) -> set[tuple[str, str]]:
-    """Pairs of distinct texts, each in one order: all of them, or each text with the next ones around a circle, so that
-    each has `opponents` others (one more where that is odd)."""
+    """The pairs of texts to compare, each in one order: all pairs, or each text with its successors on a circle, so
+    that each has `opponents` others (one more if that number is odd)."""
     count = len(texts)
     steps = count // 2 if opponents is None else min(count // 2, -(-opponents // 2))
-    found = {(texts[i], texts[(i + step) % count]) for i in range(count) for step in range(1, steps + 1)}
-    return {(min(pair), max(pair)) for pair in found}
+    pairs = {(texts[i], texts[(i + step) % count]) for i in range(count) for step in range(1, steps + 1)}
+    return {(min(pair), max(pair)) for pair in pairs}
 
 
-def standing(met: Sequence[Judged]) -> Judged:
-    """The mean of an answer's comparisons that could be had; NaN where none of several could."""
-    if not met:
+def standing(comparisons: Sequence[Judged]) -> Judged:
+    """The mean of an answer's comparisons that succeeded; NaN if all of them failed."""
+    if not comparisons:
         return Judged(0.5, "no other answer to compare with")
-    values = [verdict.value for verdict in met if verdict.value is not None and not math.isnan(verdict.value)]
+    values = [verdict.value for verdict in comparisons if verdict.value is not None and not math.isnan(verdict.value)]
     if not values:
-        return Judged(math.nan, met[0].reason)
+        return Judged(math.nan, comparisons[0].reason)
     better, worse = sum(value > 0.5 for value in values), sum(value < 0.5 for value in values)
-    missing = f", {len(met) - len(values)} not compared" if len(values) < len(met) else ""
+    missing = f", {len(comparisons) - len(values)} not compared" if len(values) < len(comparisons) else ""
     equal = len(values) - better - worse
     return Judged(
         sum(values) / len(values),
-        f"better than {better} of {len(met)} others, worse than {worse}, as good as {equal}{missing}",
+        f"better than {better} of {len(comparisons)} others, worse than {worse}, as good as {equal}{missing}",
     )
 
 

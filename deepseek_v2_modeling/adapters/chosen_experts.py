@@ -32,8 +32,8 @@ class ChosenFactor(nn.Module):
     def __init__(self, full: nn.Linear, places: torch.Tensor, dim: int):
         super().__init__()
         self.dim, self.full_shape = dim, tuple(full.weight.shape)
-        kept = full.weight.detach().index_select(dim, places)
-        self.weight = nn.Parameter(kept, requires_grad=full.weight.requires_grad)
+        chosen_part = full.weight.detach().index_select(dim, places)
+        self.weight = nn.Parameter(chosen_part, requires_grad=full.weight.requires_grad)
         self.register_buffer("places", places, persistent=False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -147,9 +147,9 @@ def check_whole_tensors(adapter: AdapterFiles) -> None:
     with open_factors(adapter) as reader:
         for name, stored in adapter.replaced.items():
             if name in places:
-                own = reader.tensor(stored)
+                tensor = reader.tensor(stored)
                 with safe_open(places[name], "pt") as file:
-                    if torch.equal(file.get_tensor(name).to(own.dtype), own):
+                    if torch.equal(file.get_tensor(name).to(tensor.dtype), tensor):
                         continue
             raise ModelError(f"{adapter.directory}: servers do not read full tensors ({stored}); use: dsv2 merge")
 

@@ -163,11 +163,11 @@ def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[li
     """
     lora = read_plain_lora(source)
     refuse_per_expert(source.header, source.config, source.directory)
-    peft_model, wanted = meta_adapter(with_labels(settings, source.header), lora, source.head, source)
+    peft_model, expected = meta_adapter(with_labels(settings, source.header), lora, source.head, source)
     pairs = low_rank_pairs(peft_model)
-    transposed = is_transposed(pairs, source.shapes, wanted, source.config, source.directory)
-    saved = untranspose_shapes(pairs, source.shapes) if transposed else source.shapes
-    check_coverage(wanted, saved, source.directory)
+    transposed = is_transposed(pairs, source.shapes, expected, source.config, source.directory)
+    shapes = untranspose_shapes(pairs, source.shapes) if transposed else source.shapes
+    check_coverage(expected, shapes, source.directory)
     return pairs, transposed
 
 

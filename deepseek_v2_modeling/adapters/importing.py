@@ -99,8 +99,8 @@ def import_adapter(
         source = foreign.source
         fused = source.config.get("target_parameters") and not is_per_expert(source.header, source.config)
         conversion = (convert_transposed if fused else convert_per_expert)(foreign)
-        _, wanted = meta_adapter(foreign.model_config, conversion.lora, foreign.head, foreign.source)
-        check_coverage(wanted, {n: info.shape for n, info in conversion.infos.items()}, foreign.source.directory)
+        _, expected = meta_adapter(foreign.model_config, conversion.lora, foreign.head, foreign.source)
+        check_coverage(expected, {n: info.shape for n, info in conversion.infos.items()}, foreign.source.directory)
         total = file_size(conversion.infos)
         check_space(out_dir, total)
         with whole_directory(out_dir) as directory:
@@ -146,10 +146,10 @@ def convert_transposed(foreign: Foreign) -> Conversion:
     Raises:
         ModelError: the adapter is already in that layout.
     """
-    peft_model, wanted = meta_adapter(foreign.model_config, foreign.lora, foreign.head, foreign.source)
+    peft_model, expected = meta_adapter(foreign.model_config, foreign.lora, foreign.head, foreign.source)
     pairs = low_rank_pairs(peft_model)
     shapes = foreign.source.shapes
-    if not is_transposed(pairs, shapes, wanted, foreign.source.config, foreign.source.directory):
+    if not is_transposed(pairs, shapes, expected, foreign.source.config, foreign.source.directory):
         raise ModelError(f"{foreign.source.directory} is in PEFT's layout already; nothing to import")
     homes = {name: pair for pair in pairs if pair.experts for name in (pair.a, pair.b)}
 
@@ -175,7 +175,9 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
     """
     parameters = model_shapes(foreign.model_config, foreign.head)
     layout = hub_layout(parameters)
-    sources, whole = read_sources(foreign.source.header, foreign.source.config, layout, foreign.source.directory)
+    sources, whole_tensors = read_sources(
+        foreign.source.header, foreign.source.config, layout, foreign.source.directory
+    )
     if not sources:
         raise ModelError(f"{foreign.source.directory}: there is no pair of LoRA factors in {WEIGHTS}")
     groups = plan_groups(parameters, sources, foreign.read)
@@ -184,21 +186,23 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
     if lost := [name for name in sources if layout[name].parameter not in targets]:
         raise ModelError(f"{foreign.source.directory}: {lost[0]} cannot be adapted here")
     lora = fused_config(groups, foreign.source.config, foreign.base)
-    peft_model, wanted = meta_adapter(foreign.model_config, lora, foreign.head, foreign.source)
+    peft_model, expected = meta_adapter(foreign.model_config, lora, foreign.head, foreign.source)
     pairs = low_rank_pairs(peft_model)
     homes = {name: (*targets[pair.parameter], side) for pair in pairs for side, name in enumerate((pair.a, pair.b))}
-    others = {name: hub_name(name) for name in wanted if name not in homes}
-    if unused := whole.keys() - set(others.values()):
-        raise ModelError(f"{foreign.source.directory}: {whole[min(unused)]} has no place in the imported adapter")
+    other_tensors = {name: hub_name(name) for name in expected if name not in homes}
+    if unused := whole_tensors.keys() - set(other_tensors.values()):
+        raise ModelError(
+            f"{foreign.source.directory}: {whole_tensors[min(unused)]} has no place in the imported adapter"
+        )
 
     def make(name: str) -> torch.Tensor:
         if name in homes:
             group, target, side = homes[name]
             return group.factors(target, foreign.read)[side]
-        home = others[name]  # a head, or embeddings that PEFT saves with their adapter
-        return foreign.read(whole[home]) if home in whole else read_base_tensor(foreign.base, home)
+        home = other_tensors[name]  # a head, or embeddings that PEFT saves with their adapter
+        return foreign.read(whole_tensors[home]) if home in whole_tensors else read_base_tensor(foreign.base, home)
 
-    infos = {name: TensorInfo("F32", shape) for name, shape in wanted.items()}
+    infos = {name: TensorInfo("F32", shape) for name, shape in expected.items()}
     zeros = sum(source is None for _, t in targets.values() for parts in t.experts for _, source in parts)
     from_layout = "one pair for each expert" if is_per_expert(foreign.source.header, foreign.source.config) else SAME
     return Conversion(from_layout, lora, infos, make, zeros)

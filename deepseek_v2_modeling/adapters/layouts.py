@@ -114,8 +114,8 @@ def common_scaling(kinds: Iterable[tuple[int, float]]) -> tuple[int, int]:
     rank = max(rank for rank, _ in kinds)
     scalings = {scaling for _, scaling in kinds}
     alpha = scalings.pop() * rank
-    whole = not scalings and alpha >= 1 and float(alpha).is_integer()
-    return rank, int(alpha) if whole else rank
+    is_integer = not scalings and alpha >= 1 and float(alpha).is_integer()
+    return rank, int(alpha) if is_integer else rank
 
 
 def pad(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
@@ -151,7 +151,7 @@ def refuse_per_expert(names: Iterable[str], config: Mapping[str, Any], where: st
 
 
 def is_transposed(
-    pairs: Iterable[FactorPair], saved: Shapes, wanted: Shapes, config: Mapping[str, Any], where: str | Path
+    pairs: Iterable[FactorPair], saved: Shapes, expected: Shapes, config: Mapping[str, Any], where: str | Path
 ) -> bool:
     """Whether a file's expert pairs are in the transposed layout of PEFT before 0.19.1.
 
@@ -162,9 +162,9 @@ def is_transposed(
         ModelError: the file mixes both layouts, or the layout cannot be determined.
     """
     verdicts = {
-        _is_transposed(pair, saved, wanted)
+        _is_transposed(pair, saved, expected)
         for pair in pairs
-        if pair.experts and pair.a in saved and pair.b in saved and pair.a in wanted
+        if pair.experts and pair.a in saved and pair.b in saved and pair.a in expected
     }
     if verdicts >= {True, False}:
         raise ModelError(f"{where}: some expert tensors are transposed (PEFT before 0.19.1), others are not")
@@ -181,10 +181,10 @@ def is_transposed(
     return tuple(int(number or 0) for number in version.groups()) < UNTRANSPOSED_SINCE
 
 
-def _is_transposed(pair: FactorPair, saved: Shapes, wanted: Shapes) -> bool | None:
+def _is_transposed(pair: FactorPair, saved: Shapes, expected: Shapes) -> bool | None:
     """Whether a pair is transposed; None for a square weight. Pairs of other shapes count as not transposed, and the
     coverage check reports them."""
-    (rows, inner), (outer, columns) = wanted[pair.a], wanted[pair.b]
+    (rows, inner), (outer, columns) = expected[pair.a], expected[pair.b]
     if inner == outer:
         return None
     return (saved[pair.a], saved[pair.b]) == ((rows, outer), (inner, columns))

@@ -82,14 +82,14 @@ def wrap_saved(model: PreTrainedModel, config: LoraConfig, where: Path) -> PeftM
 
 
 def continues(
-    source: AdapterSource, wanted: LoraConfig, experts: ExpertChoice | None, settings: DeepseekV2Config
+    source: AdapterSource, lora: LoraConfig, experts: ExpertChoice | None, settings: DeepseekV2Config
 ) -> bool:
     """Whether training can continue from a saved adapter: it has the targets, ranks and scaling of the wanted config,
     and was trained on these routed experts (None: on all)."""
     numbers = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     lists = ("target_modules", "target_parameters")
-    same = all((source.config.get(field) or 0) == (getattr(wanted, field) or 0) for field in numbers) and all(
-        set(source.config.get(field) or ()) == set(getattr(wanted, field) or ()) for field in lists
+    same = all((source.config.get(field) or 0) == (getattr(lora, field) or 0) for field in numbers) and all(
+        set(source.config.get(field) or ()) == set(getattr(lora, field) or ()) for field in lists
     )
     if not same:
         return False
@@ -121,14 +121,14 @@ def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_coverage(wanted: Shapes, tensors: Shapes, where: str | Path, head: str = "") -> None:
-    """Raise ModelError unless the file's tensors (name -> shape) are exactly those that PEFT would save (`wanted`).
+def check_coverage(expected: Shapes, tensors: Shapes, where: str | Path, head: str = "") -> None:
+    """Raise ModelError unless the file's tensors (name -> shape) are exactly those that PEFT would save (`expected`).
 
     head: tensors whose names contain this may be missing from the file (the new score head of a reward model).
     """
-    missing = {k for k in set(wanted) - set(tensors) if not (head and head in k)}
-    unexpected = set(tensors) - set(wanted)
-    misshapen = {k for k in set(wanted) & set(tensors) if wanted[k] != tuple(tensors[k])}
+    missing = {k for k in set(expected) - set(tensors) if not (head and head in k)}
+    unexpected = set(tensors) - set(expected)
+    misshapen = {k for k in set(expected) & set(tensors) if expected[k] != tuple(tensors[k])}
     faults = [
         f"{fault}: {name_some(names)}"
         for fault, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
@@ -176,11 +176,11 @@ def load_adapter(
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     expected = saved_tensors(peft_model, source)
-    wanted, saved = shapes_of(expected), source.shapes
+    expected_shapes, saved_shapes = shapes_of(expected), source.shapes
     pairs = low_rank_pairs(peft_model)
-    transposed = is_transposed(pairs, saved, wanted, source.config, source.directory)
-    saved = untranspose_shapes(pairs, saved) if transposed else saved
-    check_coverage(wanted, saved, source.directory, head="" if same_task else "score")
+    transposed = is_transposed(pairs, saved_shapes, expected_shapes, source.config, source.directory)
+    saved_shapes = untranspose_shapes(pairs, saved_shapes) if transposed else saved_shapes
+    check_coverage(expected_shapes, saved_shapes, source.directory, head="" if same_task else "score")
     tensors = read_tensors(source)
     tensors = untranspose(pairs, tensors) if transposed else tensors
     fresh_head = {k: v for k, v in expected.items() if k not in tensors}

@@ -61,8 +61,8 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     """The approximate size of a checkpoint in bytes: its weights, and two optimizer values per trained one."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    held = trained if hasattr(model, "peft_config") else parameters
-    size = sum(p.numel() * p.element_size() for p in held)
+    saved = trained if hasattr(model, "peft_config") else parameters
+    size = sum(p.numel() * p.element_size() for p in saved)
     state = optimizer.state.values() if optimizer is not None else ()
     optimizer_bytes = sum(
         t.numel() * t.element_size() for entry in state for t in entry.values() if isinstance(t, torch.Tensor)

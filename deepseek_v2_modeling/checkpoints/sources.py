@@ -85,8 +85,8 @@ class ModelSource:
 
     @property
     def tokenizer_dir(self) -> str:
-        own = self.adapter is not None and (self.adapter.directory / TOKENIZER_CONFIG).is_file()
-        return str(self.adapter.directory) if self.adapter and own else self.base
+        has_own = self.adapter is not None and (self.adapter.directory / TOKENIZER_CONFIG).is_file()
+        return str(self.adapter.directory) if self.adapter and has_own else self.base
 
     @property
     def own_dir(self) -> Path:

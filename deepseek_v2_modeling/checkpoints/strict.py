@@ -119,11 +119,13 @@ class StrictPreTrainedModel(PreTrainedModel):
             PreTrainedModel._finalize_model_loading(
                 model, replace(load_config, ignore_mismatched_sizes=True), loading_info
             )
-        shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in loading_info.mismatched_keys}
-        initialised, left = judge(model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes)
+        shapes = {name: (tuple(actual), tuple(expected)) for name, actual, expected in loading_info.mismatched_keys}
+        initialised, left_out = judge(
+            model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes
+        )
         notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised) + [
-            f"left out: {', '.join(left)}"
-        ] * bool(left)
+            f"left out: {', '.join(left_out)}"
+        ] * bool(left_out)
         if notes and os.environ.get("RANK", "0") == "0":
             print(f"{name_of(load_config)}: {'; '.join(notes)}")
         return loading_info
@@ -149,10 +151,10 @@ def judge(
     lenient = load_config.ignore_mismatched_sizes
     reshaped = {name for name in misshapen if lenient and ".experts." not in name}
     initialised = {name for name in missing if name.startswith(model.new_heads)} | reshaped
-    left = {name for name in unexpected if name.startswith(model.other_heads)}
+    left_out = {name for name in unexpected if name.startswith(model.other_heads)}
     faults = {
         "missing": set(missing) - initialised,
-        "unexpected": set(unexpected) - left,
+        "unexpected": set(unexpected) - left_out,
         "misshapen": {f"{k} {list(v[0])}, not {list(v[1])}" for k, v in misshapen.items() if k not in reshaped},
     }
     parts = []
@@ -161,7 +163,7 @@ def judge(
     if parts:
         kind = ShapeError if faults["misshapen"] else ModelError
         raise kind(f"{name_of(load_config)}: {'; '.join(parts)}")
-    return sorted(initialised), sorted(left)
+    return sorted(initialised), sorted(left_out)
 
 
 def check_adapter_tensors(model: nn.Module, tensors: set[str]) -> None:
@@ -251,9 +253,9 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
     parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layout = hub_layout(parameters)
-    known = dict.fromkeys([*parameters, *layout], True)
+    known_names = dict.fromkeys([*parameters, *layout], True)
     names = {  # with or without the backbone's prefix, as this class has it
-        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sources
+        rename_source_key(name, renamings, [], model.base_model_prefix, known_names)[0]: name for name in sources
     }
     if doubled := sorted(sources.keys() - set(names.values())):
         raise ModelError(f"{name_of(load_config)}: tensors stored under two names: {', '.join(doubled[:SHOWN])}")

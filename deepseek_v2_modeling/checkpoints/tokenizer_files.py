@@ -40,17 +40,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     source = _source_files(tokenizer)
     if TOKENIZER_CONFIG in source:
         original = json.loads(source[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
-        kept = {**original, **_changed_tokens(tokenizer, original, saved)}
+        config = {**original, **_changed_tokens(tokenizer, original, saved)}
     else:
-        kept = dict(saved)
-        if kept.get("tokenizer_class") == "TokenizersBackend":
-            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config = dict(saved)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (directory / TEMPLATE).is_file():
         text = plain_template((directory / TEMPLATE).read_text(encoding="utf-8"))
         (directory / TEMPLATE).write_text(text, encoding="utf-8")
-        if "chat_template" in kept:  # some readers use this key, others the file
-            kept["chat_template"] = text
-    write_tokenizer_config(kept, directory / TOKENIZER_CONFIG)
+        if "chat_template" in config:  # some readers use this key, others the file
+            config["chat_template"] = text
+    write_tokenizer_config(config, directory / TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in source and not _has_new_tokens(tokenizer, source):
         for name in (*VOCABULARY, *NAMES_OF_TOKENS):
             if name in source:
@@ -59,8 +59,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 
 def write_tokenizer_config(config: Mapping[str, Any], path: Path) -> None:
     """Write tokenizer_config.json without machine-specific keys and references to code that is not copied."""
-    kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
-    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+    portable = {key: value for key, value in config.items() if key not in NOT_KEPT}
+    text = json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
     path.write_text(
         text, encoding="utf-8", errors="backslashreplace"
     )  # lone surrogates are written as \\ud800, as in JSON

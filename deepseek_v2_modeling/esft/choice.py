@@ -32,12 +32,12 @@ class ExpertChoice:
 
     def check(self, config: DeepseekV2Config) -> None:
         """Raise ModelError unless the layers are exactly the model's MoE layers and all experts exist."""
-        wanted, experts = moe_layers(config), config.n_routed_experts or 0
-        known = f"this model's MoE layers are {', '.join(map(str, wanted)) or 'none'}"
-        if unknown := sorted(set(self.layers) - set(wanted)):
-            raise ModelError(f"{self.where}: there is no MoE layer {unknown[0]}; {known}")
-        if missing := [layer for layer in wanted if layer not in self.layers]:
-            raise ModelError(f"{self.where}: layer {missing[0]} is missing (an empty list trains none); {known}")
+        layers, experts = moe_layers(config), config.n_routed_experts or 0
+        model_layers = f"this model's MoE layers are {', '.join(map(str, layers)) or 'none'}"
+        if unknown := sorted(set(self.layers) - set(layers)):
+            raise ModelError(f"{self.where}: there is no MoE layer {unknown[0]}; {model_layers}")
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise ModelError(f"{self.where}: layer {missing[0]} is missing (an empty list trains none); {model_layers}")
         for layer, chosen in self.layers.items():
             if chosen and chosen[-1] >= experts:
                 raise ModelError(

@@ -69,8 +69,8 @@ def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.T
     if config.topk_method == "group_limited_greedy":
         groups = config.n_group or 1
         best_NG = scores_NE.unflatten(-1, (groups, -1)).amax(-1)
-        kept = best_NG.topk(config.topk_group or groups, dim=-1, sorted=False).indices
-        allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, kept, True)
+        kept_groups = best_NG.topk(config.topk_group or groups, dim=-1, sorted=False).indices
+        allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, kept_groups, True)
         allowed = allowed_NG.repeat_interleave(scores_NE.shape[-1] // groups, dim=1)
         scores_NE = scores_NE.masked_fill(~allowed, 0.0)
     return scores_NE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices

@@ -52,10 +52,14 @@ def check_whole(checkpoint: Path, best: bool = False) -> None:
     if fault := damage(checkpoint):
         step = checkpoint_step(checkpoint)
         older = [folder for folder in reversed(checkpoints_of(checkpoint.parent)) if checkpoint_step(folder) < step]
-        whole = next((folder for folder in older if damage(folder) is None), None)
-        broken = [checkpoint, *(older[: older.index(whole)] if whole else older)]
+        complete = next((folder for folder in older if damage(folder) is None), None)
+        broken = [checkpoint, *(older[: older.index(complete)] if complete else older)]
         names = ", ".join(str(folder) for folder in broken)
-        then = f"resumes from {whole.name}, the newest complete one" if whole else "starts over: no other is complete"
+        then = (
+            f"resumes from {complete.name}, the newest complete one"
+            if complete
+            else "starts over: no other is complete"
+        )
         raise ModelError(f"{checkpoint}: {fault}; delete or move {names}, and the same command {then}")
     chosen = _best(checkpoint) if best else None
     if chosen is not None and chosen != checkpoint and (fault := damage(chosen)):

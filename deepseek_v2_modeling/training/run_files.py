@@ -42,13 +42,13 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_link(path)
-    before = path.stat().st_size if path.is_file() else None
+    old_size = path.stat().st_size if path.is_file() else None
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True) if before is None else os.truncate(path, before)
+            path.unlink(missing_ok=True) if old_size is None else os.truncate(path, old_size)
         error.filename = error.filename or str(path)
         raise
 
@@ -65,8 +65,8 @@ def cut_file(path: Path, size: int) -> None:
     if not path.is_file():
         return
     with path.open("r+b") as file:
-        kept = file.read(size)
-        file.truncate(kept.rfind(b"\n") + 1)
+        content = file.read(size)
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
