@@ -178,16 +178,21 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         balance_in_loss: bool = False,
+        prefix_documents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> DeepseekV2ModelOutput:
         """Like the stock forward. In training it also computes the balance losses; here rather than in the layers, so
         that gradient checkpointing does not count them twice.
 
         balance_in_loss: whether the caller adds them to the loss; if nothing does, one warning is logged.
+        prefix_documents: [documents] of one packed row, the number of the document that each of them continues, such
+            as the prompt of several answers, or -1. It attends to that one too. For the balance losses each document
+            is a sequence: a prompt counts once.
 
         Raises:
-            ModelError: a setting of the config was changed to an unsupported value.
-            ValueError: not exactly one of input_ids and inputs_embeds is given.
+            ModelError: a setting of the config was changed to an unsupported value, or the attention implementation
+                cannot continue documents.
+            ValueError: not exactly one of input_ids and inputs_embeds is given, or prefix_documents with several rows.
         """
         check_settings(self.config)
         if (input_ids is None) == (inputs_embeds is None):
@@ -198,6 +203,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = LatentCache(self.config)
         rows, queries = inputs_embeds.shape[:2]
+        if prefix_documents is not None and rows > 1:
+            raise ValueError(f"prefix_documents are of one packed row, not of {rows}")
         boundaries = {name: kwargs.pop(name, None) for name in BOUNDARIES}
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         documents = documents_with_cache(past_key_values, position_ids, attention_mask, boundaries, (rows, queries))
@@ -205,7 +212,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
         positions: Any = position_ids
 
-        plan = plan_attention(self.config, inputs_embeds, attention_mask, past_key_values, documents)
+        plan = plan_attention(self.config, inputs_embeds, attention_mask, past_key_values, documents, prefix_documents)
         layers: list[Any] = list(self.layers)
         moe_layers = sum(layer.is_moe for layer in layers)
         top_k = self.config.num_experts_per_tok or 0

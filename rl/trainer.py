@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -19,9 +18,8 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import end_tokens, generate_answers, unpad_batch
+from deepseek_v2_modeling.inference import end_tokens, generate_answers
 from deepseek_v2_modeling.training import (
-    IGNORED,
     HeadSettings,
     RunTrainerMixin,
     append_lines,
@@ -30,27 +28,12 @@ from deepseek_v2_modeling.training import (
 )
 from rl.groups import OtherPrompts
 from rl.judged import JudgedRollouts
+from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # first batches for which a reward may give no score at all
-
-
-def pack_rows(input_ids: torch.Tensor, mask: torch.Tensor, answer_length: int) -> dict[str, torch.Tensor]:
-    """Padded rows [B, T] -> packed {input_ids, position_ids, labels} [1, N].
-
-    Only the last `answer_length` columns have labels, and never the first token of a row, which nothing predicts.
-    """
-    labels = input_ids.masked_fill(mask.cumsum(-1) == 1, IGNORED)
-    labels[:, :-answer_length] = IGNORED
-    return {**unpad_batch(input_ids, mask), "labels": labels[mask.bool()][None]}
-
-
-def unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values [1, N - 1] of all packed tokens except the first -> [B, T], 0 at padding and at the first token."""
-    whole = F.pad(values[0], (1, 0))
-    return whole.new_zeros(mask.shape).masked_scatter(mask.bool(), whole)
 
 
 class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
@@ -142,6 +125,11 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
         return answers, None
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of several answers is read once; flash kernels cannot."""
+        return not self.model.config._attn_implementation.startswith("flash")
+
+    @property
     def samples_plainly(self) -> bool:
         """Whether answers are sampled from the model itself with nothing but a temperature; otherwise TRL generates."""
         args = self.args
@@ -161,19 +149,21 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """Log-probabilities [B, logits_to_keep] and entropies, as TRL expects them, computed on packed rows: prompts
-        are padded on the left and answers on the right, so more than half of a batch can be padding."""
+        are padded on the left and answers on the right, so more than half of a batch can be padding, and the answers of
+        a group have one prompt."""
         size = batch_size or len(input_ids)
         if self.unread is not None:
             attention_mask = attention_mask.masked_fill(self.unread.unsqueeze(1), 0)
         logps, entropies = [], []
         with self.clock.phase("update" if torch.is_grad_enabled() else "reference"):
             for start in range(0, len(input_ids), size):
-                ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
+                rows = slice(start, start + size)
+                packed = pack_rows(input_ids[rows], attention_mask[rows], logits_to_keep, self.shares_prompts)
                 with self.accelerator.autocast():
-                    scored = model(**pack_rows(ids, mask, logits_to_keep), fused_lm_head=True)
-                logps.append(unpack_rows(scored.log_probs, mask)[:, -logits_to_keep:])
+                    scored = model(**packed.inputs, fused_lm_head=True)
+                logps.append(packed.unpack(scored.log_probs)[:, -logits_to_keep:])
                 if compute_entropy:
-                    entropies.append(unpack_rows(scored.entropy, mask)[:, -logits_to_keep:])
+                    entropies.append(packed.unpack(scored.entropy)[:, -logits_to_keep:])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     # --- rewards ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from ..configuration import DeepseekV2Config
+from ..errors import ModelError
 from ..packing.layouts import FlatLayout, PackedLayout, flat_layout, pack_layout
 
 LONG = 1024  # tokens; padded rows of at least this length are attended one by one, without a mask
@@ -47,21 +48,28 @@ def plan_attention(
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
     documents: torch.Tensor | None,
+    prefixes: torch.Tensor | None = None,
 ) -> AttentionPlan:
     """The plan for inputs_embeds [B, T, D]. documents [B, T] numbers packed documents, which must not attend to one
-    another."""
+    another but to what they continue: prefixes [documents] has the number of that document, or -1.
+
+    Raises:
+        ModelError: the attention implementation cannot continue documents.
+    """
     queries, past = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
     if past and absorption_pays(config, queries):
         mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)
         return AttentionPlan(mask, absorb=True)
     implementation = config._attn_implementation or "eager"
     if documents is not None and implementation.startswith("flash"):
+        if prefixes is not None:
+            raise ModelError(f"prefix_documents needs sdpa or eager attention, not {implementation}")
         return AttentionPlan(None, flat_layout(documents))
     if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot read lengths
         runs = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
         if runs is not None:
-            return AttentionPlan(None, pack_layout(runs))
-    return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents))
+            return AttentionPlan(None, pack_layout(runs, prefixes if documents is not None else None))
+    return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents, prefixes))
 
 
 def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, queries: int) -> torch.Tensor | None:
@@ -97,8 +105,12 @@ def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int,
     return allowed if causal is None else allowed & causal
 
 
-def _same_document(documents: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return documents[batch, query] == documents[batch, key]
+def _same_document(
+    documents: torch.Tensor, continued: torch.Tensor | None, batch: Any, head: Any, query: Any, key: Any
+) -> Any:
+    """continued: [B, T], the document that each token's own one continues."""
+    same = documents[batch, query] == documents[batch, key]
+    return same if continued is None else same | (continued[batch, query] == documents[batch, key])
 
 
 def prefill_mask(
@@ -107,16 +119,18 @@ def prefill_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     documents: torch.Tensor | None,
+    prefixes: torch.Tensor | None = None,
 ) -> Any:
     """The mask in the form that the config's attention implementation takes; it separates documents [B, T].
 
     position_ids are not passed on: from them transformers would infer packed documents itself, with different results
     if there is a mask or a cache.
     """
+    continued = None if documents is None or prefixes is None else prefixes[documents]
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        and_mask_function=None if documents is None else partial(_same_document, documents),
+        and_mask_function=None if documents is None else partial(_same_document, documents, continued),
     )

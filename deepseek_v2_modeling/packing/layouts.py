@@ -7,6 +7,7 @@ row with boundaries. Time and memory grow with the sum of the squared document l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,62 +56,99 @@ def document_lengths(documents: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class PackedLayout:
-    """The positions of documents in the flat batch of B*T tokens.
+class Bucket:
+    """Documents of similar length, which one call of the kernel attends to.
 
-    buckets: token indices [documents, L]; shorter documents are padded with their last token, to which no real token
+    queries: token indices [documents, L]; shorter documents are padded with their last token, to which no real token
         attends (causality) and which `keep` drops.
-    keep: for each bucket the flat positions in [documents * L] of real tokens.
-    inverse: [B*T] the position of each token in the concatenation of all kept outputs.
+    keep: the flat positions in [documents * L] of real tokens.
+    keys, mask: for documents that continue another one: token indices [documents, S] of that one and of their own, and
+        [1, 1, L, S], True where a query may attend. None where the queries are the keys.
     """
 
-    buckets: list[torch.Tensor]
-    keep: list[torch.Tensor]
+    queries: torch.Tensor
+    keep: torch.Tensor
+    keys: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def to(self, device: Any) -> "Bucket":
+        moved = (t if t is None else t.to(device) for t in (self.queries, self.keep, self.keys, self.mask))
+        return Bucket(*moved)  # pyright: ignore[reportArgumentType]
+
+    def attend(self, kernel: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v of all tokens [B*T, H, d] -> [documents * L, H, d_v], padding dropped."""
+        keys = self.queries if self.keys is None else self.keys
+        parts = (
+            t.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
+            for t, index in ((q, self.queries), (k, keys), (v, keys))
+        )
+        out = kernel(*parts)[0] if self.mask is None else kernel(*parts, attention_mask=self.mask)[0]
+        return out.flatten(0, 1).index_select(0, self.keep)
+
+
+@dataclass
+class PackedLayout:
+    """The positions of documents in the flat batch of B*T tokens; inverse: [B*T] the position of each token in the
+    concatenation of all buckets' outputs."""
+
+    buckets: list[Bucket]
     inverse: torch.Tensor
 
     def to(self, device: Any) -> "PackedLayout":
         """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
-        buckets, keep = ([t.to(device) for t in tensors] for tensors in (self.buckets, self.keep))
-        return PackedLayout(buckets, keep, self.inverse.to(device))
+        return PackedLayout([bucket.to(device) for bucket in self.buckets], self.inverse.to(device))
 
     def attend(
         self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Causal attention within each document: query, key, value [B, H, T, d] -> [B, T, H, d_v].
+        """Causal attention within each document, and to the one that it continues: query, key, value [B, H, T, d] ->
+        [B, T, H, d_v].
 
-        kernel: causal attention without a mask, [n, H, L, d] -> ([n, L, H, d_v], weights).
+        kernel: causal attention without a mask, [n, H, L, d] -> ([n, L, H, d_v], weights); where documents continue
+            others, with an `attention_mask` too.
         """
         batch, _, length, _ = query.shape
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]
-        outs = []
-        for index, keep in zip(self.buckets, self.keep, strict=True):
-            rows = index.reshape(-1)
-            parts = (t.index_select(0, rows).unflatten(0, index.shape).transpose(1, 2) for t in (q, k, v))
-            outs.append(kernel(*parts)[0].flatten(0, 1).index_select(0, keep))
+        outs = [bucket.attend(kernel, q, k, v) for bucket in self.buckets]
         return torch.cat(outs).index_select(0, self.inverse).unflatten(0, (batch, length))
 
 
-def pack_layout(documents: torch.Tensor) -> PackedLayout:
-    """The layout of documents [B, T]. On a GPU the host waits for the lengths, once per forward."""
+def pack_layout(documents: torch.Tensor, prefixes: torch.Tensor | None = None) -> PackedLayout:
+    """The layout of documents [B, T]. On a GPU the host waits for the lengths, once per forward.
+
+    prefixes: [documents], in the order of the flat batch, the number of the document that each continues, or -1.
+    """
     counts = document_lengths(documents)
     lengths = counts.tolist()
     begins = (counts.cumsum(0) - counts).tolist()
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    buckets: list[torch.Tensor] = []
-    keep: list[torch.Tensor] = []
+    continued = [-1] * len(lengths) if prefixes is None else prefixes.tolist()
+    prefix_lengths = [lengths[prefix] if prefix >= 0 else 0 for prefix in continued]
+    order = sorted(range(len(lengths)), key=lambda i: (prefix_lengths[i], -lengths[i]))
+    buckets = []
     while order:
-        longest = lengths[order[0]]
-        members = [i for i in order if lengths[i] >= BUCKET_FILL * longest]
-        order = order[len(members) :]
-        size = torch.tensor([lengths[i] for i in members], device=counts.device).unsqueeze(1)
-        begin = torch.tensor([begins[i] for i in members], device=counts.device).unsqueeze(1)
+        longest, shared = lengths[order[0]], prefix_lengths[order[0]]
+        members = [i for i in order if lengths[i] >= BUCKET_FILL * longest and prefix_lengths[i] == shared]
+        taken = set(members)
+        order = [i for i in order if i not in taken]
+        column = partial(_column, members, counts.device)
         steps = torch.arange(longest, device=counts.device)
-        buckets.append(begin + torch.minimum(steps, size - 1))
-        keep.append((steps < size).reshape(-1).nonzero().squeeze(1))
-    kept = torch.cat([b.reshape(-1)[k] for b, k in zip(buckets, keep, strict=True)])
+        queries = column(begins) + torch.minimum(steps, column(lengths) - 1)
+        bucket = Bucket(queries, (steps < column(lengths)).reshape(-1).nonzero().squeeze(1))
+        if shared:
+            begin = column([begins[prefix] for prefix in continued])
+            bucket.keys = torch.cat((begin + torch.arange(shared, device=counts.device), queries), dim=1)
+            seen = torch.ones(longest, shared + longest, dtype=torch.bool, device=counts.device)
+            bucket.mask = seen.tril(shared)[None, None]
+        buckets.append(bucket)
+    kept = torch.cat([bucket.queries.reshape(-1)[bucket.keep] for bucket in buckets])
     inverse = torch.empty_like(kept)
     inverse[kept] = torch.arange(kept.shape[0], device=kept.device)
-    return PackedLayout(buckets, keep, inverse)
+    return PackedLayout(buckets, inverse)
+
+
+def _column(members: list[int], device: torch.device, values: list[int]) -> torch.Tensor:
+    """[members, 1]: the members' values."""
+    return torch.tensor([values[i] for i in members], device=device).unsqueeze(1)
 
 
 @dataclass

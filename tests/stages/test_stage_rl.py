@@ -3,23 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
-from trl import GRPOTrainer
 
 from conversations import render_conversation, verify
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.rewards.model import RewardModelReward
 from conversations.rewards.rule import RuleReward
-from deepseek_v2_modeling import DeepseekV2ForCausalLM, collect_balance
+from deepseek_v2_modeling import DeepseekV2ForCausalLM
 from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from rl.stage import planned_config, prompt_dataset, rehearsal
-from rl.trainer import IGNORED, PATIENCE, PolicyTrainer, pack_rows, unpack_rows
+from rl.trainer import PATIENCE
 
-from ..helpers.models import random_ids
 from ..helpers.rl import Vowels, recipe, run, trainer_for, untimed
 from ..helpers.stages import (
     TINY,
@@ -181,26 +177,6 @@ def test_prompts_are_rendered_by_our_template(tmp_path):
     tokenizer = byte_tokenizer()
     assert ids == [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p in prompts]
     assert images is None and rest == {}
-
-
-def test_packed_log_probabilities_are_trls_own(tmp_path):
-    trainer = trainer_for(tmp_path, model=chat_model(aux_loss_alpha=0.5))
-    model = trainer.model.train()
-    ids = random_ids(4, 12, vocab=200)
-    mask = torch.ones_like(ids)
-    mask[0, :5], mask[1, 9:], mask[2, :3], mask[2, 8:] = 0, 0, 0, 0  # 6 columns of prompt, 6 of answer
-    ids = ids.masked_fill(mask == 0, 2)
-    grads = {}
-    for which, logps_of in (("ours", PolicyTrainer), ("trl", GRPOTrainer)):
-        model.zero_grad()
-        with collect_balance(model) as ledger:
-            settings = {"batch_size": 2, "compute_entropy": True}
-            found = logps_of._get_per_token_logps_and_entropies(trainer, model, ids, mask, 6, **settings)
-        kept = [value * mask[:, 6:] for value in found[:2]]
-        (kept[0].sum() + torch.stack(ledger.losses).mean()).backward()
-        grads[which] = (*kept, *(p.grad.clone() for p in model.parameters() if p.grad is not None))
-    for ours, trl in zip(grads["ours"], grads["trl"], strict=True):
-        torch.testing.assert_close(ours, trl, atol=2e-5, rtol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -367,23 +343,3 @@ def test_prompts_come_from_any_canonical_row():
         prompt_dataset([])
     with pytest.raises(ToolkitError, match="row 1 has no question"):
         prompt_dataset([{"messages": [{"role": "assistant", "content": "hello"}]}])
-
-
-@given(data=st.data())
-def test_packed_rows_score_answers_and_never_a_rows_first_token(data: st.DataObject):
-    """Whatever the padding: the last token of one row must not be taken to predict the first one of the next."""
-    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 8))
-    answer = data.draw(st.integers(1, width))
-    mask = torch.zeros(rows, width, dtype=torch.long)
-    for row in mask:
-        start = data.draw(st.integers(0, width - 1))
-        row[start : data.draw(st.integers(start + 1, width))] = 1
-    ids = torch.arange(1, rows * width + 1).view(rows, width)
-    packed = pack_rows(ids, mask, answer)
-    first = mask.bool() & (mask.cumsum(-1) == 1)
-    scored = mask.bool() & ~first & (torch.arange(width) >= width - answer)
-    assert packed["labels"][packed["labels"] != IGNORED].tolist() == ids[scored].tolist()
-    assert packed["input_ids"][0].tolist() == ids[mask.bool()].tolist()
-    assert [p for p in packed["position_ids"][0].tolist() if p == 0] == [0] * rows
-    values = packed["input_ids"][:, 1:].float()
-    assert torch.equal(unpack_rows(values, mask)[:, -answer:][scored[:, -answer:]], ids[scored].float())
