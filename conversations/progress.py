@@ -7,12 +7,12 @@ from typing import Any
 
 
 @contextmanager
-def bar(what: str, total: int | None, unit: str, shows: bool = True) -> Iterator[Callable[[int], Any]]:
+def bar(label: str, total: int | None, unit: str, shows: bool = True) -> Iterator[Callable[[int], Any]]:
     """Draw a progress bar and yield a function that advances it by a count. shows: if false, nothing is drawn."""
     from tqdm import tqdm
 
     with tqdm(
-        desc=what,
+        desc=label,
         total=total,
         unit=f" {unit}",
         disable=None if shows else True,

@@ -2,18 +2,18 @@
 
 A canonical row has one of these sets of keys:
 
-    messages                     a conversation; a prompt where it ends in a user turn
-    prompt, chosen, rejected     a preference pair; all three are lists of messages; `margin` (a number) beside them
-                                 where the source says by how much the first is better
+    messages                     a conversation; a prompt if it ends with a user turn
+    prompt, chosen, rejected     a preference pair; all three are lists of messages; also `margin` (a number) if the
+                                 source says by how much the first is better
     prompt, completion, label    a judged answer (true or false), both lists of messages
     prompt, completion, score    a scored answer (a number)
     prompt, right_answers,       a question with right and with wrong answers, each answer a list of messages
         wrong_answers
     text                         plain text, for language modelling
 
-And, where the source has them, `reference` (the answer that a verifier compares with) and `meta` (a dict of all the
-source's other keys). A message has `role` (system, user or assistant) and `content`; an assistant's that the file's own
-flags exclude from training has `train: false` beside them.
+In addition, if the source has them: `reference` (the answer that a verifier compares with) and `meta` (a dict of all
+its other keys). A message has `role` (system, user or assistant) and `content`; an assistant message that the file's
+own flags exclude from training also has `train: false`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Message = dict[str, Any]
-Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; None where it can
+Refuse = Callable[[Row], str | None]  # why a stage cannot use a canonical row; None if it can
 
 PAIR = ("prompt", "chosen", "rejected")
 JUDGED = ("prompt", "completion")
@@ -44,8 +44,8 @@ def is_utf8(text: str) -> bool:
 def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
     """Remove the keys whose values are null from all objects in a value, except those in `keep`.
 
-    In a table all objects of a column have the same keys, and those missing in a row are null. They cannot be told from
-    nulls that the data had before it became a table.
+    In a table all objects of a column have the same keys, and those missing in a row are null. They are
+    indistinguishable from nulls that the data had before it became a table.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item, keep) for key, item in value.items() if item is not None or key in keep}

@@ -20,8 +20,8 @@ Make = Callable[[Path], None]  # writes an entry's files into the directory
 class CacheEntry:
     """A directory of prepared data.
 
-    hit: it existed already; otherwise making it took `seconds`. stored: it stays when the process ends; otherwise
-    `why_not`, where it should have been stored.
+    hit: it existed already; otherwise creating it took `seconds`. stored: it outlives the process. why_not: why it was
+    not stored although it should have been.
     """
 
     folder: Path
@@ -30,11 +30,11 @@ class CacheEntry:
     seconds: float = 0.0
     why_not: str = ""
 
-    def line(self, what: str, rows: int) -> str:
+    def line(self, verb: str, rows: int) -> str:
         """For the user: "encoded 100,000 rows in 20.1 s (4,975 rows/s); cached in runs/prepared/tokens-5f"."""
         if self.hit:
-            return f"{counted(rows)} {what} earlier, reused from {self.folder} ({self._size()})"
-        speed = f"{what} {counted(rows)} in {self.seconds:.1f} s ({rows / max(self.seconds, 1e-3):,.0f} rows/s)"
+            return f"{counted(rows)} {verb} earlier, reused from {self.folder} ({self._size()})"
+        speed = f"{verb} {counted(rows)} in {self.seconds:.1f} s ({rows / max(self.seconds, 1e-3):,.0f} rows/s)"
         end = f"; cached in {self.folder} ({self._size()})" if self.stored else ""
         return f"{speed}{end}{f'; not cached: {self.why_not}' if self.why_not else ''}"
 
@@ -46,8 +46,8 @@ class CacheEntry:
 class RowCache:
     """Where prepared data is cached.
 
-    folder: holds a directory for each entry; None stores nothing. version: what every entry depends on: code and
-    libraries. first: lets the main one of several processes make what the others then reuse. shows: whether this
+    folder: holds one directory per entry; None stores nothing. version: identifies the code and libraries, on which
+    every entry depends. first: lets the main process create what the other processes then reuse. shows: whether this
     process draws progress bars.
     """
 
@@ -67,33 +67,37 @@ class RowCache:
         contents = {"kind": kind, "version": self.version, "key": key}
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{kind}-{digest[:24]}"
-        return self.first(lambda: CacheEntry(path, True, True) if _is_whole(path) else self._made(path, contents, make))
+        return self.first(
+            lambda: CacheEntry(path, True, True) if _is_whole(path) else self._create(path, contents, make)
+        )
 
-    def _made(self, path: Path, contents: dict[str, Any], make: Make) -> CacheEntry:
+    def _create(self, path: Path, contents: dict[str, Any], make: Make) -> CacheEntry:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_abandoned(path.parent)
-            made = scratch_directory(path.parent) / path.name
-            made.mkdir()  # with the mode of the umask, unlike a directory of tempfile's
+            unfinished = scratch_directory(path.parent) / path.name
+            unfinished.mkdir()  # with the mode of the umask, unlike a directory of tempfile's
         except OSError as error:
             return _temporary(make, f"{path.parent}: {error.strerror}")
         began = time.monotonic()
         try:
-            make(made)
-            sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-            (made / CONTENTS).write_text(json.dumps({**contents, "files": sizes}, indent=1) + "\n", encoding="utf-8")
-            _publish(made, path)
+            make(unfinished)
+            sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
+            (unfinished / CONTENTS).write_text(
+                json.dumps({**contents, "files": sizes}, indent=1) + "\n", encoding="utf-8"
+            )
+            _publish(unfinished, path)
         finally:
-            shutil.rmtree(made.parent, ignore_errors=True)
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
         return CacheEntry(path, False, True, time.monotonic() - began)
 
 
-def _publish(made: Path, path: Path) -> None:
+def _publish(unfinished: Path, path: Path) -> None:
     """Move an entry to its final name; one that another process has stored there in the meantime is equivalent."""
     if path.exists() and not _is_whole(path):
         shutil.rmtree(path)
     try:
-        made.rename(path)
+        unfinished.rename(path)
     except OSError:
         if not _is_whole(path):
             raise

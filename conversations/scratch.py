@@ -14,13 +14,14 @@ from pathlib import Path
 
 PREFIX = "dsv2-"
 _LOCK = "lock"
-_OLD = 24 * 3600  # seconds, after which a directory without a lock is nobody's
+_OLD = 24 * 3600  # seconds after which a directory without a lock counts as abandoned
 # Directories of this process, by process id (a fork has its own) and parent directory.
 _homes: dict[tuple[int, Path], tuple[Path, int]] = {}
 
 
 def scratch_directory(beside: Path | None = None) -> Path:
-    """A new directory for files of this process, under the temporary directory or `beside` what it will be moved to."""
+    """A new directory for files of this process, in the temporary directory or in `beside`, next to their
+    destination."""
     owner = os.getpid(), beside or Path(tempfile.gettempdir())
     if owner not in _homes:
         if not any(pid == os.getpid() for pid, _ in _homes):
@@ -30,7 +31,7 @@ def scratch_directory(beside: Path | None = None) -> Path:
 
 
 def remove_scratch() -> None:
-    """Remove this process's directories. What is mapped into memory stays readable."""
+    """Remove this process's directories. Files that are mapped into memory stay readable."""
     for owner in [owner for owner in _homes if owner[0] == os.getpid()]:
         folder, handle = _homes.pop(owner)
         shutil.rmtree(folder, ignore_errors=True)
@@ -48,11 +49,11 @@ def remove_abandoned(where: Path | None = None) -> None:
 
 def _make_home(where: Path) -> tuple[Path, int]:
     """The process's directory and its lock's file descriptor. It gets its final name only once it is locked."""
-    made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=where))
-    handle = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    home = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=where))
+    handle = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(handle, fcntl.LOCK_EX)
-    return made.rename(made.with_name(made.name.removeprefix("."))), handle
+    return home.rename(home.with_name(home.name.removeprefix("."))), handle
 
 
 def _is_abandoned(folder: Path, changed: float) -> bool:

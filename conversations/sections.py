@@ -1,4 +1,4 @@
-"""Sections of a recipe that several stages share, as pydantic models. No torch: a recipe is refused before torch loads.
+"""Recipe sections that several stages share, as pydantic models. No torch: a recipe is checked before torch loads.
 
 Every field has a type, bounds and a one-sentence description. Types are strict: `seed: "7"` is an error, not seven.
 """
@@ -20,8 +20,7 @@ from conversations.row import Refuse
 
 Head = Literal["causal_lm", "score"]  # as in deepseek_v2_modeling.loading, which imports torch
 
-# The groups and single projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test holds them
-# together).
+# The groups and projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test compares the two).
 Target = Literal[
     "attention", "attention.q", "attention.kv_a", "attention.kv_b", "attention.o",
     "experts", "experts.gate_up", "experts.down",
@@ -44,7 +43,7 @@ Alpha = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite, `null` text is checked
+    """A part of a recipe: unknown keys are errors, values are not coerced, numbers are finite, defaults are validated
     too."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
@@ -87,7 +86,7 @@ class LoraSection(Section):
     def _no_target_twice(cls, targets: list[Target]) -> list[Target]:
         twice = sorted({target for target in targets if targets.count(target) > 1})
         if twice:
-            raise ValueError(f"named twice: {', '.join(twice)}")
+            raise ValueError(f"listed twice: {', '.join(twice)}")
         return targets
 
     @model_validator(mode="after")
@@ -137,7 +136,7 @@ class DataSource(Section):
         "the largest weight is used once, the others are sampled or repeated. Without any, all are used once.",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Known key: the file's name for it, for files with names of their own."
+        default_factory=dict, description="Known key: the file's name for it, for files with other column names."
     )
     roles: dict[str, Role] = Field(
         default_factory=dict, description="The file's role name: system, user, assistant or tool."

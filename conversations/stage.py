@@ -14,7 +14,7 @@ from conversations.row_cache import RowCache
 from conversations.run_files import FINAL
 from conversations.sections import Head, StageRecipe
 
-SMOKE_TRAINING = {  # of every stage that trains
+SMOKE_TRAINING = {  # for every stage that trains
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_steps": 2,
@@ -24,8 +24,8 @@ SMOKE_TRAINING = {  # of every stage that trains
 
 
 class Shrink(NamedTuple):
-    """What `--smoke` writes into a section of the recipe ("" is the recipe itself), or into each entry of a list: of
-    those with the key `where`, if it names one."""
+    """The values that `--smoke` sets in a section of the recipe ("" is the recipe itself), or in each entry of a list:
+    only in entries that have the key `where`, if it names one."""
 
     section: str
     values: Mapping[str, Any]
@@ -37,13 +37,13 @@ class Training:
     """How a stage trains, with a config and a trainer from TRL.
 
     Args:
-        config: the class of TRL that the recipe's `training` feeds.
-        head: that of the model it trains; a chat model in the place of a scoring one gets a new head.
-        planned_config: (recipe) -> the TRL config, as the stage makes it.
-        rehearsal: (recipe, model, tokenizer, run_dir) -> the stage's trainer on two rows, to be tried for one step.
-        rehearsal_training: values of `training` that make the step small, beside a batch of 1.
-        row_uses: fields of the config by which the uses of a row in one epoch multiply.
-        evaluated: held-out figures that can choose the best checkpoint; empty where they are not known beforehand.
+        config: the TRL config class that receives the recipe's `training`.
+        head: the head of the trained model; a chat model used where a scoring model is needed gets a new head.
+        planned_config: (recipe) -> the TRL config, as the stage creates it.
+        rehearsal: (recipe, model, tokenizer, run_dir) -> the stage's trainer on two rows, for a trial step.
+        rehearsal_training: values of `training` that keep the trial step small, in addition to a batch of 1.
+        row_uses: config fields whose product is how often a row is used per epoch.
+        evaluated: held-out metrics that can select the best checkpoint; empty if they are not known in advance.
     """
 
     config: str
@@ -60,20 +60,20 @@ class Stage:
     """A stage.
 
     Args:
-        name: of its folder, of its command, and of `stage` in its recipes.
+        name: the name of its package, of its command, and of `stage` in its recipes.
         help: its line in `dsv2 --help`.
         title: what a report calls its runs.
-        run: (recipe, Work) -> metrics, a dict that goes to the manifest.
+        run: (recipe, Work) -> metrics, a dict stored in the manifest.
         training: how it trains; None for a stage that loads its model frozen.
-        encode: (recipe, tokenizer, max_length) -> conversations.rendering.fitting.Encode, what the stage makes of a
-            row; None where rows are prompts.
+        encode: (recipe, tokenizer, max_length) -> conversations.rendering.fitting.Encode, which encodes a row for the
+            stage; None if rows are prompts.
         check_rows: (recipe, rows) -> None; raises ToolkitError if the rows of `data` are unusable as a whole.
-        marks_tokens: whether single tokens of a row count or not, by its mask.
+        marks_tokens: whether a mask selects the tokens of a row that are trained.
         result: what a finished run holds: a model in final/, or a file.
-        measures: whether its metrics are figures of tasks, {task: {"n": rows, ...}}, for results.json and for tables.
-        continues: the file of lines from which a run without checkpoints resumes; None where it starts over.
-        writes: what else a run writes that a report looks for.
-        signs: logged figures that only its runs have, should a run be without its recipe.
+        measures: whether its metrics are per task, {task: {"n": rows, ...}}, for results.json and for tables.
+        continues: the JSONL file from which a run without checkpoints resumes; None if it starts over.
+        writes: other files of a run that a report reads.
+        signs: logged metrics that only this stage has; they identify a run without its recipe.
         smoke: how `--smoke` shrinks its recipes.
     """
 
@@ -96,7 +96,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model that a stage uses beside its own, frozen. stats: of its scores, where the recipe asks for them."""
+    """A frozen model that a stage uses besides its own. stats: of its scores, if the recipe needs them."""
 
     name: str
     model: Any
@@ -108,9 +108,14 @@ class OtherModel:
 class Work:
     """What a stage works on.
 
-    rows: canonical rows by the name of their list; of a list whose sources go apart, by the source's name in turn.
-    others: by their keys in the recipe. lm_head: frozen, where the recipe reads it. cache: of encoded rows. resume:
-    whether the run has begun before; resume_from: its newest checkpoint.
+    Args:
+        rows: canonical rows by the name of their list; for a list whose sources are used separately, a mapping from the
+            source's name to its rows.
+        others: other models by their keys in the recipe.
+        lm_head: the frozen LM head, if the recipe reads it.
+        cache: the cache of encoded rows.
+        resume: whether the run was started before.
+        resume_from: its newest checkpoint; None if there is none.
     """
 
     model: Any
@@ -125,6 +130,6 @@ class Work:
 
 
 def provided(function: str) -> Any:
-    """The function of a name such as "sft.stage:run"; its module is loaded."""
+    """The function named by text such as "sft.stage:run"; imports its module."""
     module, _, name = function.partition(":")
     return getattr(import_module(module), name)

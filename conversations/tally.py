@@ -1,11 +1,11 @@
-"""What a reader did not use, or did to a row besides reading it: counted, and reported once."""
+"""Counts what a reader did not use, or changed in a row, to be reported once."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
 Kind = Literal["columns", "beside", "turn keys", "untrained", "dropped reasoning", "no result"]
-Event = tuple[Kind, str]  # what happened, and the name of the key that it happened to
+Event = tuple[Kind, str]  # what happened, and the key concerned
 
 _WORDS: dict[Kind, tuple[str, str]] = {
     "columns": ("columns not used", "row"),
@@ -18,13 +18,13 @@ _WORDS: dict[Kind, tuple[str, str]] = {
 _SHOWN = 30
 
 
-def counted(number: int, what: str = "row") -> str:
+def counted(number: int, unit: str = "row") -> str:
     """ "1 row", "1,200 rows"."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
 
 
 def event_lines(events: Mapping[Event, int]) -> list[str]:
-    """One line for each kind of event: "columns not used: context (12,000 rows), id (12,000 rows)"."""
+    """One line per kind of event: "columns not used: context (12,000 rows), id (12,000 rows)"."""
     lines = []
     for kind, (words, unit) in _WORDS.items():
         counts = Counter({name: number for (of, name), number in events.items() if of == kind}).most_common()

@@ -298,12 +298,12 @@ def dispatch(argv: Sequence[str]) -> int:
 
         print(version("deepseek-v2-toolkit"))
         return 0
-    name, known = argv[0], commands()
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"commands: {', '.join(known)}"
+    name, all_commands = argv[0], commands()
+    if name not in all_commands:
+        near = get_close_matches(name, all_commands, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"commands: {', '.join(all_commands)}"
         raise ToolkitError(f'unknown command "{name}"; {hint}')
-    command = known[name]
+    command = all_commands[name]
     parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)
     command.arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")

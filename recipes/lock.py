@@ -88,7 +88,7 @@ def owner_of(folder: Path) -> Owner | None:
     except OSError:
         return None
     try:
-        owner = _read(handle)
+        owner = _read_owner(handle)
         free = _lock(handle, fcntl.LOCK_SH, owner)
         return None if free and owner.host in ("", platform.node()) else owner
     finally:
@@ -130,7 +130,7 @@ def _take(file: Path, place: Path) -> int:
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise ToolkitError(f"{file} is not a regular file, as locks are; remove it, or choose another directory")
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        owner = _read(handle)
+        owner = _read_owner(handle)
         if _lock(handle, fcntl.LOCK_EX, owner):
             if owner.host not in ("", platform.node()):
                 os.close(handle)
@@ -170,7 +170,7 @@ def _is_alive(owner: Owner) -> bool:
     return owner.pid != os.getpid()
 
 
-def _read(handle: int) -> Owner:
+def _read_owner(handle: int) -> Owner:
     try:
         fields = json.loads(os.pread(handle, ROOM, 0))
         host, command, since = (_one_line(fields[key]) for key in ("host", "command", "since"))
@@ -184,8 +184,8 @@ def _one_line(value: Any) -> str:
 
 
 def _write(handle: int, room: int) -> None:
-    said = {"host": platform.node(), "pid": os.getpid(), "command": command_line(), "since": now()}
-    text = json.dumps(said).encode().ljust(room)
+    owner = {"host": platform.node(), "pid": os.getpid(), "command": command_line(), "since": now()}
+    text = json.dumps(owner).encode().ljust(room)
     os.ftruncate(handle, 0)
     written = 0
     while written < len(text):

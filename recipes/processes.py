@@ -50,9 +50,9 @@ def wait_for_all() -> None:
 def main_first(do: Callable[[], T]) -> T:
     """Run `do` in the main process first, then in the others, which find the files that it has written."""
     if is_main():
-        done = do()
+        result = do()
         wait_for_all()
-        return done
+        return result
     wait_for_all()
     return do()
 

@@ -34,8 +34,8 @@ def refuse_secrets(tree: Any, prefix: str = "") -> None:
                 f"{path}: a run is written to output_dir and uploaded nowhere; leave it out, set HF_TOKEN in the "
                 "environment, and upload what you want with: hf upload"
             )
-        named = _SECRET_NAME.fullmatch(key) and key not in _TEXT_TOKENS and value is not None
-        if named or (isinstance(value, str) and (_SECRET_VALUE.search(value) or _ADDRESS.search(value))):
+        is_secret_name = _SECRET_NAME.fullmatch(key) and key not in _TEXT_TOKENS and value is not None
+        if is_secret_name or (isinstance(value, str) and (_SECRET_VALUE.search(value) or _ADDRESS.search(value))):
             raise ToolkitError(
                 f"{path}: a secret must not be in a recipe, which is copied into the run directory; leave it out and "
                 "set HF_TOKEN in the environment (or the variable of the service that it is for)"

@@ -13,7 +13,7 @@ from conversations.errors import ToolkitError
 from conversations.rendering.ahead import encoded_ahead
 from conversations.rendering.conversation import conversation_runs
 from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, id_lists, key_of
-from conversations.rendering.encoding import Known, Run, encode_runs
+from conversations.rendering.encoding import EncodedTexts, Run, encode_runs
 from conversations.rendering.fitting import Encode, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import JUDGED, MARGIN, PAIR, VERDICTS, Row
@@ -61,7 +61,7 @@ class Fit:
     max_length: int | None
     too_long: TooLong = "truncate"
 
-    def answers(self, row: Row, keys: Sequence[str], known: Known, report: LengthReport) -> list[Piece]:
+    def answers(self, row: Row, keys: Sequence[str], known: EncodedTexts, report: LengthReport) -> list[Piece]:
         """The answers under these keys, each after its prompt; empty if the row is left out. Counts in `report`.
 
         known: texts that are already encoded (see encode_runs).
@@ -92,7 +92,7 @@ class Fit:
         """An answer after its prompt, truncated regardless of too_long."""
         return self._cut(prompt, self._whole(prompt, [answer], {}), {})[0]
 
-    def _cut(self, prompt: list[Row], pieces: list[Piece], known: Known) -> list[Piece]:
+    def _cut(self, prompt: list[Row], pieces: list[Piece], known: EncodedTexts) -> list[Piece]:
         limit = self.max_length
         if limit is None or all(len(ids) <= limit for ids, _ in pieces):
             return pieces
@@ -100,7 +100,7 @@ class Fit:
         start = len(encode_runs(prompt_runs, self.tokenizer, known)["input_ids"])
         return [(cut(ids, start, limit), cut(mask, start, limit)) for ids, mask in pieces]
 
-    def _whole(self, prompt: list[Row], answers: Sequence[list[Row]], known: Known) -> list[Piece]:
+    def _whole(self, prompt: list[Row], answers: Sequence[list[Row]], known: EncodedTexts) -> list[Piece]:
         runs = [conversation_runs([*prompt, *answer], self.tokenizer) for answer in answers]
         encoded = [encode_runs(answer_runs, self.tokenizer, known) for answer_runs in runs]
         return [(piece["input_ids"], piece["assistant_mask"]) for piece in encoded]
@@ -152,7 +152,7 @@ def encode_pairs(
     def encoded(report: LengthReport) -> Iterator[Columns]:
         runs_of = partial(_runs_of, keys=PAIR[1:], tokenizer=tokenizer)
         for batch in encoded_ahead(checked(), runs_of, tokenizer):
-            pairs = [(prepared.row, fit.answers(prepared.row, PAIR[1:], prepared.known, report)) for prepared in batch]
+            pairs = [(prepared.row, fit.answers(prepared.row, PAIR[1:], prepared.encoded, report)) for prepared in batch]
             pairs = [(row, pair) for row, pair in pairs if pair]
             ids = {f"{key}_ids": id_lists([pair[place][0] for _, pair in pairs]) for place, key in enumerate(PAIR[1:])}
             answers = [_last_turn(chosen[1]) for _, (chosen, _) in pairs]
@@ -200,7 +200,7 @@ def encode_judged(
         for batch in encoded_ahead(checked(), runs_of, tokenizer):
             ids, targets = [], []
             for prepared in batch:
-                if fitted := fit.answers(prepared.row, JUDGED[1:], prepared.known, report):
+                if fitted := fit.answers(prepared.row, JUDGED[1:], prepared.encoded, report):
                     ids.append(fitted[0][0])
                     targets.append(float(prepared.row[verdict_of(prepared.row, report.rows)]))
             yield {"input_ids": id_lists(ids), "target": targets}

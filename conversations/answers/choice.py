@@ -23,21 +23,21 @@ _OPTION = re.compile(
 def choice(completion: str, *, reference: str, prompt: str | None = None) -> Verdict:
     """1 if the answer chooses exactly the options of the reference.
 
-    reference: letters (B; A, C; ACD), or the text of the right option, whose letter is then that of the prompt's
-    options, so that they may stand in any order. The answer may give the letter or the option's text.
+    reference: letters (B; A, C; ACD), or the text of the right option; its letter is then looked up among the prompt's
+    options, so their order may be shuffled. The answer may give the letter or the option's text.
     """
     options = {} if prompt is None else options_in(prompt)
-    right = letters_alone(reference) or _of_text(reference, options)
+    right = letters_alone(reference) or _option_with_text(reference, options)
     if right is None:
-        return Verdict(None, f"{shown(reference)} is none of the prompt's options")
-    taken = chosen_letters(completion, options)
-    if taken is None:
-        return judged(False, "the answer takes no option")
-    return judged(taken == right, f"the answer takes {_listed(taken)}, right is {_listed(right)}")
+        return Verdict(None, f"{shown(reference)} is not one of the prompt's options")
+    chosen = chosen_letters(completion, options)
+    if chosen is None:
+        return judged(False, "the answer chooses no option")
+    return judged(chosen == right, f"the answer chooses {_listed(chosen)}; the right choice is {_listed(right)}")
 
 
 def choice_reference(reference: str) -> str:
-    """Letters, or the text of an option. Raises ToolkitError for a text that can be neither."""
+    """Letters, or the text of an option. Raises ToolkitError for text that can be neither."""
     text = reference.strip()
     if not text or len(text) > LONGEST_OPTION:
         raise ToolkitError(
@@ -47,7 +47,8 @@ def choice_reference(reference: str) -> str:
 
 
 def options_in(prompt: str) -> dict[str, str]:
-    """Letter -> text of the last list of options in a prompt: lines that begin with A. or (A), or one line of them."""
+    """Letter -> text for the last list of options in a prompt, on lines that begin with A. or (A), or all on one
+    line."""
     options: dict[str, str] = {}
     for match in _OPTION.finditer(prompt):
         letter, text = match[1] or match[2], match[3]
@@ -61,26 +62,26 @@ def options_in(prompt: str) -> dict[str, str]:
 def chosen_letters(completion: str, options: Mapping[str, str]) -> frozenset[str] | None:
     """The options that an answer chooses; None if it chooses none."""
     text = completion.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
-    places, said = candidates(text), sentences(text)
-    in_prose = [place for place in (after_phrase(text), *said[-1:], *said[:1]) if place]
+    places, spoken = candidates(text), sentences(text)
+    in_prose = [place for place in (after_phrase(text), *spoken[-1:], *spoken[:1]) if place]
     for place in in_prose[:2] if not _EXPLICIT.search(text) else ():
         if several := list(_SEVERAL.finditer(place)):
             return frozenset(re.findall(r"(?<![a-z])[A-J](?![a-z])", several[-1][0]))
     for place in places:
-        if found := letters_alone(place) or _of_text(place, options):
-            return found
+        if letters := letters_alone(place) or _option_with_text(place, options):
+            return letters
     for place in (*places[:1], *in_prose):
         if letter := chosen_letter(place):
             return frozenset(letter)
-        named = {letter for letter, option in options.items() if _plain(option) and _plain(option) in _plain(place)}
-        if len(named) == 1:
-            return frozenset(named)
+        mentioned = {letter for letter, option in options.items() if _plain(option) and _plain(option) in _plain(place)}
+        if len(mentioned) == 1:
+            return frozenset(mentioned)
     return None
 
 
 def letters_alone(text: str) -> frozenset[str] | None:
-    """The letters of a text that is nothing else: B, (B), B., A and C, ACD; of letters without a mark between them only
-    those in order, since BAD is a word."""
+    """The letters of a text that holds nothing else: B, (B), B., A and C, ACD. Letters without separators must be in
+    alphabetical order, since BAD is a word."""
     joined = re.sub(r"\b(?:and|or)\b|\\text|\\mathrm|[{}]", " ", text)
     match = _ALONE.fullmatch(joined)
     if not match:
@@ -89,11 +90,11 @@ def letters_alone(text: str) -> frozenset[str] | None:
     return frozenset(letters) if letters == sorted(set(letters)) or len(match[1]) > len(letters) else None
 
 
-def _of_text(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
-    """The option with this text, with or without its letter in front."""
-    wanted = _plain(text)
-    found = {letter for letter, option in options.items() if wanted in (_plain(option), _plain(f"{letter} {option}"))}
-    return frozenset(found) if wanted and len(found) == 1 else None
+def _option_with_text(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
+    """The option with this text, with or without its letter before it."""
+    plain = _plain(text)
+    letters = {letter for letter, option in options.items() if plain in (_plain(option), _plain(f"{letter} {option}"))}
+    return frozenset(letters) if plain and len(letters) == 1 else None
 
 
 def _plain(text: str) -> str:

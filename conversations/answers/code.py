@@ -17,7 +17,7 @@ from conversations.sandbox.tests import Tests, parsed, prepared
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "py", "python3")
 _CODE_BEGINS = re.compile(r"^(?:def|class|import|from|@|async def)\b", re.MULTILINE)
-_WORDS_BEHIND = 40  # lines behind code without a fence that may be no code
+_MAX_TRAILING_LINES = 40  # how many lines after unfenced code may be prose
 FORMS = (
     "{prompt, entry_point, test} (HumanEval), {test_list} with test_setup_code or not (MBPP), or "
     "{tests: [{stdin, stdout}, ...]}"
@@ -25,8 +25,8 @@ FORMS = (
 
 
 class Problem(NamedTuple):
-    """What an answer is checked by: `tests` of functions, or `cases` of a program. prompt: code that the answer goes on
-    from. entry_point: the function that it is to define, where the row names it."""
+    """How an answer is checked: `tests` of functions, or `cases` of a program. prompt: code that the answer continues.
+    entry_point: the function that the answer must define, if the row names it."""
 
     prompt: str = ""
     entry_point: str | None = None
@@ -51,14 +51,14 @@ def code(
     """Whether the answer's code passes the tests of the reference.
 
     Args:
-        reference: a row of HumanEval, MBPP or of programs' inputs and outputs, as it is (FORMS).
+        reference: an unmodified row of HumanEval or MBPP, or one with the inputs and outputs of a program (FORMS).
         partial: the score is the share of tests passed, not 0 or 1.
         timeout: seconds for all tests together.
         memory: MiB of address space.
-        allow_unsandboxed: runs the code without isolation, with your rights.
+        allow_unsandboxed: runs the code without isolation, with your user's permissions.
 
     Raises:
-        ToolkitError: no sandbox on this machine, or a reference of no such form.
+        ToolkitError: this machine has no sandbox, or the reference has none of these forms.
     """
     need_sandbox({"allow_unsandboxed": allow_unsandboxed})
     problem = code_reference(reference)
@@ -74,7 +74,7 @@ def code(
 
 
 def need_sandbox(settings: Mapping[str, Any]) -> None:
-    """Raises ToolkitError where this machine has no sandbox, unless the settings do without."""
+    """Raises ToolkitError if this machine has no sandbox, unless the settings allow running without one."""
     box.require(bool(settings.get("allow_unsandboxed")))
 
 
@@ -87,7 +87,7 @@ def _verdict(outcome: Outcome, partial: bool) -> Verdict:
 
 
 def code_reference(reference: Any) -> Problem:
-    """The tests of a row. Raises ToolkitError where it has none that can be read."""
+    """The tests of a row. Raises ToolkitError if it has none that can be read."""
     if isinstance(reference, str):
         text = reference
     else:
@@ -120,13 +120,13 @@ def _humaneval(row: dict[str, Any]) -> Problem:
 
 
 def _mbpp(row: dict[str, Any]) -> Problem:
-    listed = row["test_list"]
-    if not isinstance(listed, list) or not all(isinstance(test, str) for test in listed):
-        raise ToolkitError("test_list of a reference must be a list of texts")
+    tests_of_row = row["test_list"]
+    if not isinstance(tests_of_row, list) or not all(isinstance(test, str) for test in tests_of_row):
+        raise ToolkitError("test_list of a reference must be a list of strings")
     setup = "\n".join(filter(None, [*(row.get("test_imports") or ()), row.get("test_setup_code")]))
-    tests = prepared(listed, setup=setup)
+    tests = prepared(tests_of_row, setup=setup)
     if not tests.names:
-        raise ToolkitError("the test_list of a reference tests nothing of an answer's")
+        raise ToolkitError("the test_list of a reference calls no function that an answer could define")
     return Problem(tests=tests)
 
 
@@ -146,7 +146,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Problem]] = {
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     if not isinstance(row.get(key), str):
-        raise ToolkitError(f"{key} of a reference must be a text, not {row.get(key)!r:.60}")
+        raise ToolkitError(f"{key} of a reference must be a string, not {row.get(key)!r:.60}")
     return row[key]
 
 
@@ -154,8 +154,8 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 
 def written_code(completion: str, problem: Problem) -> str | None:
-    """The code to run: the answer's fenced or bare code, on from the prompt where it does not repeat its signature.
-    None where there is no Python."""
+    """The code to run: the answer's fenced or bare code, appended to the prompt if it does not repeat its signature.
+    None if there is no Python."""
     fenced = [text for language, text in _FENCE.findall(completion) if language.lower() in _PYTHON]
     blocks = [textwrap.dedent(text) for text in fenced] or list(_bare(completion))
     defining = [block for block in blocks if problem.names and problem.names & _defined(block)]
@@ -163,7 +163,8 @@ def written_code(completion: str, problem: Problem) -> str | None:
         return _before(problem) + defining[-1]
     if problem.prompt:
         bodies = fenced or [completion]
-        return next((on for body in bodies for on in _continued(problem.prompt, body) if _tree(on) is not None), None)
+        sources = (source for body in bodies for source in _continued(problem.prompt, body))
+        return next((source for source in sources if _tree(source) is not None), None)
     python = [block for block in blocks if block.strip() and _tree(block) is not None]
     return max(python, key=len, default=None)
 
@@ -196,20 +197,20 @@ def _before(problem: Problem) -> str:
 
 
 def _bare(completion: str) -> Iterator[str]:
-    """Code without a fence: all of it, or from the first line that begins like code to the last that is Python."""
+    """Code without a fence: the whole text, or from the first line that looks like code to the last that parses."""
     yield completion
     begins = _CODE_BEGINS.search(completion)
     if begins is None:
         return
     lines: Sequence[str] = completion[begins.start() :].splitlines(keepends=True)
-    for end in range(len(lines), max(0, len(lines) - _WORDS_BEHIND), -1):
+    for end in range(len(lines), max(0, len(lines) - _MAX_TRAILING_LINES), -1):
         if _tree(part := "".join(lines[:end])) is not None:
             yield part
             return
 
 
 def _continued(prompt: str, body: str) -> Iterator[str]:
-    """The prompt and a function's body: indented as it should be, or without the indentation (of its first line)."""
+    """The prompt with a function's body: as it is indented, or with missing indentation (of its first line) added."""
     body = body.lstrip("\n")
     glue = "" if prompt.endswith("\n") else "\n"
     if body[:1].isspace():

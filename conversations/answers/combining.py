@@ -1,4 +1,4 @@
-"""How the scores that the heads of a reward model give an answer become one."""
+"""Combines the scores of a reward model's heads for one answer into one score."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
@@ -6,8 +6,8 @@ from typing import Literal
 
 Combine = Literal["mean", "min", "mean_minus_std"]
 
-# What a policy can raise only by convincing every head, or those that agree (Coste et al., "Reward Model Ensembles Help
-# Mitigate Overoptimization", 2024), beside the plain mean.
+# Besides the plain mean: scores that a policy can raise only by convincing every head, or heads that agree (Coste et
+# al., "Reward Model Ensembles Help Mitigate Overoptimization", 2024).
 COMBINE: dict[Combine, Callable[[Sequence[float]], float]] = {
     "mean": fmean,
     "min": min,

@@ -14,7 +14,7 @@ MATH_SECONDS = 2  # for reading an expression, and for comparing two
 MAX_EXPRESSION = 400  # characters; longer ones are compared as text
 _MAX_EXPONENT_DIGITS = 3
 _EQUALS = re.compile(r"(?<![<>!:])=")
-# Numbers that no alarm can interrupt while they are computed: towers of powers, long exponents, large factorials.
+# Numbers whose computation no signal can interrupt: towers of powers, long exponents, large factorials.
 _ENDLESS = re.compile(
     rf"\^\s*\{{?\s*-?\s*\d{{{_MAX_EXPONENT_DIGITS + 1},}}"
     r"|\^\s*-?\w*\d\s*\^|\^\s*[({]\s*[({]?[^{}()^]*\d\s*\^|\^\s*[({]\s*[({][^{}()^]*\d\s*[)}]\s*\^"
@@ -24,7 +24,7 @@ _ENDLESS = re.compile(
 
 
 def same(gold: Value, answer: Value) -> bool:
-    """Is `answer` what `gold` asks for? A unit or a name (x = 5) may be left out, but not be another one."""
+    """Whether `answer` is what `gold` asks for. A unit or a name (x = 5) may be missing, but not differ."""
     if compact(gold.text) == compact(answer.text):
         return True
     for kind, compare in COMPARISONS:
@@ -114,25 +114,29 @@ def _pairwise(gold: Sequence[Value], answer: Sequence[Value]) -> bool:
 def _in_any_order(gold: Sequence[Value], answer: Sequence[Value]) -> bool:
     if len(gold) != len(answer) or len(gold) > 50:
         return False
-    left = list(answer)
-    for wanted in gold:
-        place = next((i for i, value in enumerate(left) if same(wanted, value)), None)
+    unmatched = list(answer)
+    for item in gold:
+        place = next((i for i, value in enumerate(unmatched) if same(item, value)), None)
         if place is None:
             return False
-        del left[place]
+        del unmatched[place]
     return True
 
 
 def _same_words(gold: Value, answer: Value) -> bool:
-    return isinstance(gold, (Words, Leaf)) and isinstance(answer, (Words, Leaf)) and _said(gold) == _said(answer) != ""
+    return (
+        isinstance(gold, (Words, Leaf))
+        and isinstance(answer, (Words, Leaf))
+        and _plain_words(gold) == _plain_words(answer) != ""
+    )
 
 
-def _said(value: Value) -> str:
+def _plain_words(value: Value) -> str:
     words = re.sub(r"[^\w\s]", "", value.text.lower())
     return re.sub(r"\s+", " ", re.sub(r"\b(?:the|an?)\b", " ", words)).strip()
 
 
-# The first kind that one of the two is decides how they are compared.
+# The first kind that either value has decides how they are compared.
 COMPARISONS: tuple[tuple[type, Callable[[Any, Any], bool]], ...] = (
     (Choice, _same_choice),
     (Named, _same_named),
@@ -150,7 +154,7 @@ COMPARISONS: tuple[tuple[type, Callable[[Any, Any], bool]], ...] = (
 
 @lru_cache(maxsize=8192)
 def same_expression(gold: str, answer: str) -> bool:
-    """Are two expressions the same, by math-verify? What it cannot read, or not in time, is another one."""
+    """Whether math-verify finds two expressions equal; one that it cannot read, or not in time, equals nothing."""
     if not _is_readable(gold) or not _is_readable(answer) or _differ_in_letters(gold, answer):
         return False
     sides = [_EQUALS.split(text) for text in (gold, answer)]
@@ -163,11 +167,11 @@ def same_expression(gold: str, answer: str) -> bool:
     from math_verify.errors import TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    reference, answered = _parsed(gold), _parsed(answer)
-    if not reference or not answered or _clearly_differ(_fingerprint(gold), _fingerprint(answer)):
+    target, candidate = _parsed(gold), _parsed(answer)
+    if not target or not candidate or _clearly_differ(_fingerprint(gold), _fingerprint(answer)):
         return False
     try:
-        return bool(verify(reference, answered, timeout_seconds=_seconds(), allow_set_relation_comp=True))
+        return bool(verify(target, candidate, timeout_seconds=_seconds(), allow_set_relation_comp=True))
     except (Exception, TimeoutException):  # sympy raises all kinds of errors, on all kinds of answers
         return False
 
@@ -191,9 +195,9 @@ def _parsed(text: str) -> list[Any]:
 
 @lru_cache(maxsize=8192)
 def _fingerprint(text: str) -> tuple[str, Any]:
-    """Kind of an expression, with its value where each symbol has some number (None where it has no value there).
+    """Kind of an expression, with its value at one fixed assignment of its symbols (None if it has no value there).
 
-    It spares sympy's slow `simplify` where two are clearly not the same.
+    Avoids sympy's slow `simplify` for expressions that clearly differ.
     """
     from sympy import Expr, MatrixBase, Set
     from sympy.core.relational import Equality, Relational
@@ -219,14 +223,14 @@ def _some_number(symbol: str) -> float:
     return 1.37 + sum((place + 1) * ord(character) for place, character in enumerate(symbol)) % 97 * 0.0131
 
 
-def _clearly_differ(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
-    if "other" in (one[0], other[0]):
+def _clearly_differ(gold: tuple[str, Any], answer: tuple[str, Any]) -> bool:
+    if "other" in (gold[0], answer[0]):
         return False
-    if one[0] != other[0] or one[0] in ("equation", "matrix"):
-        return one != other
-    if one[1] is None or other[1] is None:
+    if gold[0] != answer[0] or gold[0] in ("equation", "matrix"):
+        return gold != answer
+    if gold[1] is None or answer[1] is None:
         return False
-    return abs(one[1] - other[1]) > 1e-3 * max(1e-6, abs(one[1]), abs(other[1]))
+    return abs(gold[1] - answer[1]) > 1e-3 * max(1e-6, abs(gold[1]), abs(answer[1]))
 
 
 def _seconds() -> Any:
@@ -241,5 +245,5 @@ def _is_readable(text: str) -> bool:
 def _differ_in_letters(gold: str, answer: str) -> bool:
     """Whether the letters differ: math-verify treats x and X as the same."""
     names = (re.sub(r"\\[A-Za-z]+|\s", "", text) for text in (gold, answer))
-    one, other = (set(re.findall("[A-Za-z]", text)) for text in names)
-    return one != other and {c.lower() for c in one} == {c.lower() for c in other}
+    gold_letters, answer_letters = (set(re.findall("[A-Za-z]", text)) for text in names)
+    return gold_letters != answer_letters and {c.lower() for c in gold_letters} == {c.lower() for c in answer_letters}

@@ -1,8 +1,8 @@
 """Finds the final answer in a model's text.
 
 In this order: <answer>...</answer>, a last line "#### 72", the last \\boxed{} (several joined by "and" are one answer),
-"the answer is ..." or 答案是..., and else the last formula, number or end of the last sentence. What a place holds is
-read in several widths, so that neither a word too many nor a sentence around it matters.
+"the answer is ..." or 答案是..., and otherwise the last formula, number or end of the last sentence. Each is tried both
+with and without the words around it, so that neither an extra word nor a surrounding sentence matters.
 """
 
 import re
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from conversations.answers.notation import closing_brace, unified, without_marks
 from conversations.answers.units import UNIT_WORD
 
-MAX_TEXT = 20_000  # characters at the end of an answer that are looked at
-MAX_SENTENCE = 2_000  # characters at the end of a sentence in which formulas are looked for
+MAX_TEXT = 20_000  # characters at the end of an answer that are searched
+MAX_SENTENCE = 2_000  # characters at the end of a sentence that are searched for formulas
 MAX_LINKS = 8  # words such as "is" in the last sentence after which the answer may begin
 _FINAL_LINE = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n#][^\n]*)\s*\Z")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -50,7 +50,7 @@ _PROSE = re.compile(
     r"|(?<![A-Za-z])(?:so|is|it|we|he|at|to|of|in|on|by|be|as|an|if|my|no|do|go|up|us)(?![A-Za-z])",
     re.IGNORECASE,
 )
-# What a formula written into a sentence consists of; all else is prose.
+# The parts of an undelimited formula in a sentence; everything else is prose.
 _ATOM = re.compile(
     r"\\begin\{(\w+)\}.*?\\end\{\1\}|\\(?:text|mathrm)\{[^{}]*\}|\\[A-Za-z]+|\\[^A-Za-z\s]"
     r"|\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:st|nd|rd|th)?\b|\.\d+|\d+|[A-Za-z]?\w*\d\w*(?<![\u4e00-\u9fff])"
@@ -74,7 +74,7 @@ def candidates(text: str) -> list[str]:
         return _with_widths(final)
     boxed = last_boxes(text)
     if boxed:
-        return [boxed, *_only_run(boxed)]
+        return [boxed, *_single_run(boxed)]
     text = without_marks(text)
     return list(dict.fromkeys(part for part in _in_prose(text) if part.strip()))
 
@@ -93,7 +93,8 @@ def after_phrase(text: str) -> str | None:
 
 
 def chosen_letter(text: str) -> str | None:
-    """The last letter of a choice in a sentence: (B), option B, 选B, or B at the start or the end; none of several."""
+    """The last letter of a choice in a sentence: (B), option B, 选B, or B at the start or end; None for a list of
+    letters."""
     if _SEVERAL_LETTERS.search(text):
         return None
     letters = [m for pattern in _LETTERS for m in pattern.finditer(text)]
@@ -102,11 +103,11 @@ def chosen_letter(text: str) -> str | None:
 
 def _with_widths(text: str) -> list[str]:
     boxed = last_boxes(text)
-    return [boxed] if boxed else [text, *_only_run(text)]
+    return [boxed] if boxed else [text, *_single_run(text)]
 
 
 def last_boxes(text: str) -> str | None:
-    """What the last \\boxed holds; of several with nothing but "and", "or" or a comma between them, all of them."""
+    """The content of the last \\boxed; of several with only "and", "or" or a comma between them, all of them."""
     boxes: list[str] = []
     end_before = -1
     for match in _BOX.finditer(text):
@@ -167,17 +168,18 @@ def _ends(text: str) -> Iterator[str]:
 
 
 def _value_begins(link: re.Match[str]) -> bool:
-    """May the answer begin after this word or sign? Not after "=" in x + y = 10 or xy = 4, which are answers."""
+    """Whether the answer may begin after this word or sign: not after "=" in x + y = 10 or xy = 4, which are
+    answers."""
     before = link.string[: link.start()].rstrip()
     if link[0].strip() not in ("=", "≈"):
         return True
     run = next(reversed(math_runs(before)), "") if before else ""
-    left = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", " ", run)
-    return not (before.endswith(run) and re.search("[A-Za-z]", left))
+    letters_and_signs = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", " ", run)
+    return not (before.endswith(run) and re.search("[A-Za-z]", letters_and_signs))
 
 
-def _only_run(text: str) -> list[str]:
-    """The only formula in a text of words; None if there are several or none."""
+def _single_run(text: str) -> list[str]:
+    """The formula of a text in words, as a list; empty if there are several or none."""
     runs = math_runs(text) if _has_prose(text) else []
     return runs if len(runs) == 1 else []
 

@@ -21,8 +21,8 @@ _STUTTERS = (
     (re.compile(r"([^\W\d_]{3,20})\1{4}"), "a syllable"),
     (re.compile(r"([^\W\d_])\1{15}"), "a letter"),
 )
-_LEAST_WORDS = 3  # of a sentence that may not come again at once
-_MOST_TIMES = 3  # of a sentence anywhere
+_LEAST_WORDS = 3  # shorter sentences may be repeated
+_MOST_TIMES = 3  # a sentence that occurs this often anywhere counts as repeated
 
 
 _JSON_BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
@@ -39,13 +39,17 @@ def format(
 ) -> Verdict:
     """1 for text that the model ended itself, without template labels, special tokens or repetition.
 
-    finished: False where the limit of tokens cut it. Words in code and formulas may repeat.
-    patterns: regular expressions, one of which must match the whole answer, where there are any.
-    tags: names of tags that must stand in the answer once each, in this order, with something in each of them.
-    schema: a JSON schema; the answer, or its only fenced block, must be JSON that conforms to it.
+    Words in code and formulas may repeat.
+
+    Args:
+        finished: False if the answer was cut off at the token limit.
+        patterns: regular expressions; if there are any, one must match the whole answer.
+        tags: names of tags that must occur in the answer exactly once each, in this order, none of them empty.
+        schema: a JSON schema; the answer, or its only fenced block, must be JSON that conforms to it.
 
     Raises:
-        ToolkitError: a pattern is not a regular expression, or takes too long; no name of a tag; no JSON schema.
+        ToolkitError: a pattern is not a regular expression, or takes too long; a tag is not a name; the schema is not
+            a JSON schema.
     """
     forms = compiled(tuple(patterns), "the format pattern")
     for tag in tags:
@@ -64,10 +68,10 @@ def format(
     if wrong:
         return judged(False, wrong)
     text = prose(text)
-    for pattern, what in _STUTTERS:
+    for pattern, unit in _STUTTERS:
         match = next((m for m in pattern.finditer(text) if not set(m[0]) <= set(_LAUGHS)), None)
         if match:
-            return judged(False, f"the answer repeats {what}: {shown(match[0])}")
+            return judged(False, f"the answer repeats {unit}: {shown(match[0])}")
     repeated = _repeated_sentence(text)
     if repeated:
         return judged(False, f"the answer repeats a sentence: {shown(repeated)}")
@@ -80,15 +84,15 @@ def _wrong_tags(text: str, tags: Sequence[str]) -> str | None:
     """Why the answer does not contain the tags as required; None if it does."""
     end = 0
     for tag in tags:
-        found = list(re.finditer(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL))
+        elements = list(re.finditer(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL))
         marks = text.count(f"<{tag}>") + text.count(f"</{tag}>")
-        if len(found) != 1 or marks != 2:
+        if len(elements) != 1 or marks != 2:
             return f"the answer has {'no' if not marks else 'not just one'} <{tag}>...</{tag}>"
-        if not found[0][1].strip():
+        if not elements[0][1].strip():
             return f"<{tag}> is empty"
-        if found[0].start() < end:
-            return f"<{tag}> stands before what it must follow"
-        end = found[0].end()
+        if elements[0].start() < end:
+            return f"<{tag}> comes before the tag that it must follow"
+        end = elements[0].end()
     return None
 
 
@@ -112,7 +116,7 @@ def _as_json(schema: Any) -> str:
 
 @lru_cache(maxsize=16)
 def _validator(text: str) -> Any:
-    """Raises ToolkitError for what is no schema, or refers to another one, which is never fetched."""
+    """Raises ToolkitError for what is not a schema, or refers to another schema, which is never downloaded."""
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -122,7 +126,9 @@ def _validator(text: str) -> Any:
         kind: Any = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
     except SchemaError as error:
-        raise ToolkitError(f"schema of the rule format is no JSON schema: {error.json_path}: {error.message}") from None
+        raise ToolkitError(
+            f"schema of the rule format is not a JSON schema: {error.json_path}: {error.message}"
+        ) from None
     outside = re.search(r'"\$(?:dynamic)?ref": "(?!#)([^"]*)"', text, re.IGNORECASE)
     if outside:
         raise ToolkitError(f"schema of the rule format refers to {outside[1]!r}, which is not looked up: write it out")
@@ -130,9 +136,9 @@ def _validator(text: str) -> Any:
 
 
 def _repeated_sentence(text: str) -> str | None:
-    said = [" ".join(sentence.lower().split()) for sentence in sentences(text)]
-    long = [sentence for sentence in said if _words(sentence) >= _LEAST_WORDS]
-    at_once = next((a for a, b in pairwise(said) if a == b and _words(a) >= _LEAST_WORDS), None)
+    normalized = [" ".join(sentence.lower().split()) for sentence in sentences(text)]
+    long = [sentence for sentence in normalized if _words(sentence) >= _LEAST_WORDS]
+    at_once = next((a for a, b in pairwise(normalized) if a == b and _words(a) >= _LEAST_WORDS), None)
     return at_once or next((sentence for sentence in long if long.count(sentence) >= _MOST_TIMES), None)
 
 

@@ -1,4 +1,4 @@
-"""The rule `ifeval`: does an answer follow its prompt's verifiable instructions (Zhou et al. 2023)?"""
+"""The rule `ifeval`: whether an answer follows its prompt's verifiable instructions (Zhou et al. 2023)."""
 
 import inspect
 import json
@@ -11,10 +11,10 @@ from conversations.answers.instructions import ARGUMENTS, INSTRUCTIONS
 from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 
-FORM = "{instruction_id_list, kwargs}, as a row of IFEval has them"
+FORM = "{instruction_id_list, kwargs}, as in a row of IFEval"
 
 
-class Asked(NamedTuple):
+class Instruction(NamedTuple):
     """One instruction with its arguments."""
 
     name: str
@@ -25,49 +25,51 @@ def ifeval(completion: str, reference: Any, *, loose: bool = False, partial: boo
     """Whether the answer follows all instructions of the reference.
 
     Args:
-        reference: a row of IFEval, as it is (FORM), or its JSON.
-        loose: an instruction is followed as well if it is without the answer's first or last line or both ("Sure, here
-            it is:"), or without its asterisks (Markdown's).
-        partial: the score is the share of the instructions that are followed (the paper's accuracy by instruction), not
-            0 or 1 (by prompt).
+        reference: an unmodified row of IFEval (FORM), or its JSON.
+        loose: an instruction also counts as followed if it is after removing the answer's first line, last line or
+            both ("Sure, here it is:"), or its asterisks (Markdown).
+        partial: the score is the share of instructions followed (the paper's instruction-level accuracy), not 0 or 1
+            (prompt-level).
 
     Raises:
-        ToolkitError: a reference of no such form.
+        ToolkitError: the reference does not have this form.
     """
-    asked = ifeval_reference(reference)
-    texts = list(_loosely(completion)) if loose else [completion]
-    missed = [one.name for one in asked if not any(_follows(text, one) for text in texts)]
-    followed = len(asked) - len(missed)
-    reason = f"follows {followed} of {len(asked)} instructions"
+    instructions = ifeval_reference(reference)
+    texts = list(_loose_variants(completion)) if loose else [completion]
+    missed = [
+        instruction.name for instruction in instructions if not any(_follows(text, instruction) for text in texts)
+    ]
+    followed = len(instructions) - len(missed)
+    reason = f"follows {followed} of {len(instructions)} instructions"
     if not missed:
         return Verdict(1.0, reason)
-    return Verdict(followed / len(asked) if partial else 0.0, f"{reason}, not {', '.join(missed)}")
+    return Verdict(followed / len(instructions) if partial else 0.0, f"{reason}, not {', '.join(missed)}")
 
 
-def _follows(text: str, asked: Asked) -> bool:
-    """An answer without words follows nothing."""
-    return bool(text.strip()) and INSTRUCTIONS[asked.name](text, **asked.arguments)
+def _follows(text: str, instruction: Instruction) -> bool:
+    """Whether the text follows an instruction; an empty one follows none."""
+    return bool(text.strip()) and INSTRUCTIONS[instruction.name](text, **instruction.arguments)
 
 
-def _loosely(text: str) -> Iterator[str]:
+def _loose_variants(text: str) -> Iterator[str]:
     lines = text.split("\n")
-    for part in (lines, lines[1:], lines[:-1], lines[1:-1]):
-        whole = "\n".join(part).strip()
-        yield from (whole, whole.replace("*", ""))
+    for kept_lines in (lines, lines[1:], lines[:-1], lines[1:-1]):
+        stripped = "\n".join(kept_lines).strip()
+        yield from (stripped, stripped.replace("*", ""))
 
 
-def ifeval_reference(reference: Any) -> tuple[Asked, ...]:
-    """The instructions of a row. Raises ToolkitError where it has none that can be checked."""
+def ifeval_reference(reference: Any) -> tuple[Instruction, ...]:
+    """The instructions of a row. Raises ToolkitError if it has none that can be checked."""
     if isinstance(reference, str):
-        return _read(reference)
+        return _instructions(reference)
     try:
-        return _read(json.dumps(reference, sort_keys=True))
+        return _instructions(json.dumps(reference, sort_keys=True))
     except (TypeError, ValueError) as error:
         raise ToolkitError(f"a reference for the rule ifeval must be {FORM}: {error}") from error
 
 
 @lru_cache(maxsize=4096)
-def _read(text: str) -> tuple[Asked, ...]:
+def _instructions(text: str) -> tuple[Instruction, ...]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -78,28 +80,28 @@ def _read(text: str) -> tuple[Asked, ...]:
     arguments = row.get("kwargs") or [{}] * len(names)
     if not isinstance(arguments, list) or len(arguments) != len(names):
         raise ToolkitError(f"kwargs of a reference must be a list with an object for each of {len(names)} instructions")
-    return tuple(map(_asked, names, arguments))
+    return tuple(map(_instruction, names, arguments))
 
 
-def _asked(name: Any, arguments: Any) -> Asked:
-    """Tables give every instruction the arguments of all, null where it has none."""
+def _instruction(name: Any, arguments: Any) -> Instruction:
+    """One instruction. In tables each has a column for every argument of all of them, null where it does not apply."""
     if name not in list(INSTRUCTIONS):
         near = get_close_matches(str(name), list(INSTRUCTIONS), 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else f"; they are {', '.join(INSTRUCTIONS)}"
-        raise ToolkitError(f"no such instruction of IFEval: {name!r}{hint}")
+        hint = f" (did you mean {near[0]!r}?)" if near else f"; its instructions are {', '.join(INSTRUCTIONS)}"
+        raise ToolkitError(f"IFEval has no instruction {name!r}{hint}")
     if not isinstance(arguments or {}, dict):
         raise ToolkitError(f"kwargs of {name} must be an object, not {arguments!r:.60}")
-    given = {key: _whole(value) for key, value in (arguments or {}).items() if value is not None}
+    present = {key: _integer_if_whole(value) for key, value in (arguments or {}).items() if value is not None}
     needed = dict(list(inspect.signature(INSTRUCTIONS[name]).parameters.items())[1:])
-    if set(given) != set(needed):
-        raise ToolkitError(f"kwargs of {name} must be {{{', '.join(needed)}}}, not {{{', '.join(given)}}}")
+    if set(present) != set(needed):
+        raise ToolkitError(f"kwargs of {name} must be {{{', '.join(needed)}}}, not {{{', '.join(present)}}}")
     for key, parameter in needed.items():
-        what, fits = ARGUMENTS[parameter.annotation]
-        if not fits(given[key]):
-            raise ToolkitError(f"{key} of {name} must be {what}, not {given[key]!r:.60}")
-    return Asked(name, given)
+        requirement, fits = ARGUMENTS[parameter.annotation]
+        if not fits(present[key]):
+            raise ToolkitError(f"{key} of {name} must be {requirement}, not {present[key]!r:.60}")
+    return Instruction(name, present)
 
 
-def _whole(value: Any) -> Any:
-    """A column of a table with numbers and nulls holds floats."""
+def _integer_if_whole(value: Any) -> Any:
+    """Undoes a table's conversion: a column of integers and nulls is stored as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

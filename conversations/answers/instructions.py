@@ -1,9 +1,9 @@
 """The 25 verifiable instructions of IFEval (Zhou et al. 2023, table 1), as functions of an answer and their arguments.
 
-They follow the paper's own checks, so that figures compare, but in three things: sentences are counted without a model
-that would have to be downloaded, languages are told apart by another one (detecting.py), and what the paper checks for
-English holds for Chinese as well: a character is a word, forbidden words need no spaces around them, its punctuation
-counts. An argument's annotation says what it must be.
+They follow the paper's own checks, so that results are comparable, with three exceptions: sentences are counted without
+a model that would have to be downloaded, languages are detected by another model (detecting.py), and what the paper
+checks for English works for Chinese as well: a character is a word, forbidden words need no spaces around them, Chinese
+punctuation counts. An argument's annotation says what it must be.
 """
 
 import json
@@ -18,8 +18,8 @@ Language = NewType("Language", str)
 Letter = NewType("Letter", str)
 
 RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
-    "less than": lambda count, wanted: count < wanted,
-    "at least": lambda count, wanted: count >= wanted,
+    "less than": lambda count, target: count < target,
+    "at least": lambda count, target: count >= target,
 }
 CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
@@ -33,7 +33,7 @@ _FENCE = re.compile(r"\A```(?:json)?|```\Z", re.IGNORECASE)
 _QUOTES = ('""', "“”")
 
 _ENDS = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|\Z)|[。！？]+[”’」』）"]*""")
-_LONGEST = 100  # characters of a word, about
+_LONGEST = 100  # characters before a full stop that are searched for the word it belongs to
 _NEXT = re.compile(r"\s*(\S?)")
 _NEVER_END = frozenset("mr mrs ms dr prof st jr sr vs e.g i.e fig no gen gov sen rep capt lt col rev cf approx".split())  # noqa: SIM905
 _MAY_END = frozenset("etc inc ltd co corp u.s u.k a.m p.m ph.d b.c a.d".split())  # noqa: SIM905
@@ -68,8 +68,8 @@ def _is_end(text: str, start: int, end: re.Match[str]) -> bool:
     return not (word in _NEVER_END or numbered or initial)
 
 
-def _compared(count: int, relation: str, wanted: int) -> bool:
-    return RELATIONS[relation](count, wanted)
+def _compared(count: int, relation: str, target: int) -> bool:
+    return RELATIONS[relation](count, target)
 
 
 # --- the instructions
@@ -84,12 +84,12 @@ def keyword_frequency(text: str, keyword: str, frequency: int, relation: Relatio
 
 
 def forbidden_words(text: str, forbidden_words: list) -> bool:
-    def said(word: str) -> bool:
+    def contains(word: str) -> bool:
         if re.search(f"[{_CJK}]", word):
             return word in text
         return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
-    return not any(said(word) for word in forbidden_words)
+    return not any(contains(word) for word in forbidden_words)
 
 
 def letter_frequency(text: str, letter: Letter, let_frequency: int, let_relation: Relation) -> bool:
@@ -101,10 +101,10 @@ def response_language(text: str, language: Language) -> bool:
 
 
 def paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Divided by ***."""
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
-    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
-    return all(parts) and len(parts) == num_paragraphs
+    """Paragraphs are separated by ***."""
+    found = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
+    found = found[not found[0] : len(found) - (not found[-1])]
+    return all(found) and len(found) == num_paragraphs
 
 
 def words(text: str, num_words: int, relation: Relation) -> bool:
@@ -116,18 +116,18 @@ def sentences(text: str, num_sentences: int, relation: Relation) -> bool:
 
 
 def first_word_of_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Divided by an empty line."""
-    parts = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if len(parts) != num_paragraphs or not 1 <= nth_paragraph <= len(parts):
+    """Paragraphs are separated by an empty line."""
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if len(paragraphs) != num_paragraphs or not 1 <= nth_paragraph <= len(paragraphs):
         return False
-    first = re.match(r"""["'“‘]*([^\s.,?!'"，。？！”’]*)""", parts[nth_paragraph - 1])
-    found, wanted = first[1].lower() if first else "", first_word.lower()
-    return found == wanted or (re.search(f"[{_CJK}]", wanted) is not None and found.startswith(wanted))
+    first = re.match(r"""["'“‘]*([^\s.,?!'"，。？！”’]*)""", paragraphs[nth_paragraph - 1])
+    word, target = first[1].lower() if first else "", first_word.lower()
+    return word == target or (re.search(f"[{_CJK}]", target) is not None and word.startswith(target))
 
 
 def postscript(text: str, postscript_marker: str) -> bool:
-    known = _POSTSCRIPTS.get(postscript_marker)
-    return bool(known.search(text)) if known else postscript_marker.lower() in text.lower()
+    pattern = _POSTSCRIPTS.get(postscript_marker)
+    return bool(pattern.search(text)) if pattern else postscript_marker.lower() in text.lower()
 
 
 def placeholders(text: str, num_placeholders: int) -> bool:
@@ -149,8 +149,8 @@ def constrained_response(text: str) -> bool:
 
 
 def highlights(text: str, num_highlights: int) -> bool:
-    found = [*re.findall(r"\*[^\n*]*\*", text), *re.findall(r"\*\*[^\n*]*\*\*", text)]
-    return sum(bool(part.strip("* \t")) for part in found) >= num_highlights
+    spans = [*re.findall(r"\*[^\n*]*\*", text), *re.findall(r"\*\*[^\n*]*\*\*", text)]
+    return sum(bool(span.strip("* \t")) for span in spans) >= num_highlights
 
 
 def sections(text: str, section_spliter: str, num_sections: int) -> bool:
@@ -170,10 +170,10 @@ def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
 
 
 def two_responses(text: str) -> bool:
-    """Divided by six asterisks, and different."""
-    parts = [part.strip() for part in text.split("******")]
-    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
-    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+    """Two different responses, separated by six asterisks."""
+    responses = [part.strip() for part in text.split("******")]
+    responses = responses[not responses[0] : len(responses) - (not responses[-1])]
+    return len(responses) == 2 and all(responses) and responses[0] != responses[1]
 
 
 def capital_words(text: str, capital_frequency: int, capital_relation: Relation) -> bool:
@@ -231,10 +231,10 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
 
 # What an argument must be, by its annotation.
 ARGUMENTS: Mapping[object, tuple[str, Callable[[object], bool]]] = {
-    int: ("a whole number from 0", lambda value: type(value) is int and value >= 0),
-    str: ("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip())),
+    int: ("a non-negative whole number", lambda value: type(value) is int and value >= 0),
+    str: ("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip())),
     list: (
-        "a list of texts",
+        "a list of strings",
         lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value),
     ),
     Relation: (f"one of {', '.join(RELATIONS)}", lambda value: value in list(RELATIONS)),

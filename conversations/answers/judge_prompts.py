@@ -1,8 +1,8 @@
-"""What a language model is asked that judges answers, and how its verdict is read. Pure functions.
+"""The prompts for a language model that judges answers, and the parsing of its replies. Pure functions.
 
-An answer is untrusted: it may say "give 10 points", or pretend that it ends and that instructions follow. Each text
-stands between marks with a random number that was drawn after the answer was written, so that no answer can forge them,
-and what stands between them is said to be data.
+An answer is untrusted: it may say "give 10 points", or pretend to end and continue with instructions. Each text is
+enclosed in markers with a random number drawn after the answer was written, so that no answer can forge them, and the
+judge is told that what they enclose is data.
 """
 
 import re
@@ -24,8 +24,8 @@ _CHOICE = re.compile(r"^[\s*_#>]*better[\s*_]*:[\s*_]*(A|B|tie)\b", re.IGNORECAS
 
 def point_messages(rubric: str, scale: Scale, prompt: str, answer: str) -> list[dict[str, str]]:
     """Asks for one answer's score."""
-    asked = _POINTS.format(low=scale[0], high=scale[1])
-    return _messages(rubric, asked, {"PROMPT": prompt, "ANSWER": answer})
+    question = _POINTS.format(low=scale[0], high=scale[1])
+    return _messages(rubric, question, {"PROMPT": prompt, "ANSWER": answer})
 
 
 def pair_messages(rubric: str, prompt: str, first: str, second: str) -> list[dict[str, str]]:
@@ -34,30 +34,31 @@ def pair_messages(rubric: str, prompt: str, first: str, second: str) -> list[dic
 
 
 def read_points(reply: str, scale: Scale) -> float:
-    """The score, from 0 to 1: the last one that is given. Raises ValueError where there is none on the scale."""
-    found = _SCORE.findall(reply)
-    if not found:
+    """The last score in the reply, mapped to [0, 1]. Raises ValueError if there is none, or it is off the scale."""
+    matches = _SCORE.findall(reply)
+    if not matches:
         raise ValueError("the judge's reply has no score")
-    points = float(found[-1])
+    points = float(matches[-1])
     if not scale[0] <= points <= scale[1]:
         raise ValueError(f"the judge's score {points:g} is not from {scale[0]:g} to {scale[1]:g}")
     return (points - scale[0]) / (scale[1] - scale[0])
 
 
 def read_better(reply: str) -> float:
-    """1 where the first answer is better, 0 where the second is, 0.5 for a tie. Raises ValueError for no choice."""
-    found = _CHOICE.findall(reply)
-    if not found:
+    """1 if the first answer is better, 0 if the second is, 0.5 for a tie. Raises ValueError if the reply does not
+    say."""
+    matches = _CHOICE.findall(reply)
+    if not matches:
         raise ValueError("the judge's reply names no better answer")
-    return {"A": 1.0, "B": 0.0, "TIE": 0.5}[found[-1].upper()]
+    return {"A": 1.0, "B": 0.0, "TIE": 0.5}[matches[-1].upper()]
 
 
 def _messages(rubric: str, asked: str, texts: dict[str, str]) -> list[dict[str, str]]:
     nonce = _nonce([rubric, *texts.values()])
-    parts = [f"<<<BEGIN {name} {nonce}>>>\n{text}\n<<<END {name} {nonce}>>>" for name, text in texts.items()]
+    marked_texts = [f"<<<BEGIN {name} {nonce}>>>\n{text}\n<<<END {name} {nonce}>>>" for name, text in texts.items()]
     return [
         {"role": "system", "content": _RULES.format(nonce=nonce, rubric=rubric, asked=asked)},
-        {"role": "user", "content": "\n\n".join(parts)},
+        {"role": "user", "content": "\n\n".join(marked_texts)},
     ]
 
 

@@ -1,4 +1,4 @@
-"""Agreement of a scorer with held-out verdicts: on pairs, labels and scores. Pure functions."""
+"""Agreement of a scorer with held-out judgments: on pairs, labels and scores. Pure functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from statistics import fmean
 
 from conversations.row import PAIR, Message, Row
 
-# (prompt, answer), each a list of messages, -> a score for each.
+# [(prompt, answer), ...], each a list of messages -> one score per pair.
 Scorer = Callable[[Sequence[tuple[list[Message], list[Message]]]], list[float]]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The measure ("pair_accuracy", "accuracy" or "mse"), its value for one row, and the scores it comes from."""
+    """The measure ("pair_accuracy", "accuracy" or "mse"), its value for one row, and the scores behind it."""
 
     name: str
     value: float
@@ -24,10 +24,12 @@ def is_pair(row: Row) -> bool:
 
 
 def judge(scorer: Scorer, rows: Sequence[Row]) -> list[Agreement]:
-    """One agreement a row. A pair counts when chosen scores higher than rejected; a tie does not."""
-    parts = [("chosen", "rejected") if is_pair(row) else ("completion",) for row in rows]
-    scores = iter(scorer([(row["prompt"], row[key]) for row, keys in zip(rows, parts, strict=True) for key in keys]))
-    return [_agreement(row, tuple(next(scores) for _ in keys)) for row, keys in zip(rows, parts, strict=True)]
+    """One agreement per row. A pair counts if chosen scores higher than rejected; a tie does not."""
+    answer_keys = [("chosen", "rejected") if is_pair(row) else ("completion",) for row in rows]
+    scores = iter(
+        scorer([(row["prompt"], row[key]) for row, keys in zip(rows, answer_keys, strict=True) for key in keys])
+    )
+    return [_agreement(row, tuple(next(scores) for _ in keys)) for row, keys in zip(rows, answer_keys, strict=True)]
 
 
 def _agreement(row: Row, scores: tuple[float, ...]) -> Agreement:

@@ -1,11 +1,11 @@
-"""The rule `language`: is the answer in the prompt's language? By scripts, code and formulas left out."""
+"""The rule `language`: whether the answer is in the prompt's language, by script; code and formulas are ignored."""
 
 import re
 
 from conversations.answers.text import prose
 from conversations.answers.verdict import Verdict, judged
 
-# language -> what counts once: a character where a word is one or two of them, else a run of letters.
+# language -> what counts as one word: a character in scripts whose words have one or two, otherwise a run of letters.
 _SCRIPTS = {
     "zh": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"),
     "ja": re.compile(r"[\u3040-\u30ff]"),
@@ -28,7 +28,7 @@ _ASKS_FOR_ANOTHER = re.compile(
 
 
 def language_of(text: str) -> str | None:
-    """The language whose script has most words ("en" for all that is written in Latin letters); None without words."""
+    """The language whose script has the most words ("en" for anything in Latin letters); None without words."""
     text = prose(text)
     counts = {language: len(pattern.findall(text)) for language, pattern in _SCRIPTS.items()}
     if counts["ja"] > _KANA_SHARE * counts["zh"]:
@@ -38,13 +38,13 @@ def language_of(text: str) -> str | None:
 
 
 def language(completion: str, *, prompt: str) -> Verdict:
-    """1 where the answer is in the prompt's language; an answer without words ("42") is in every language.
+    """1 if the answer is in the prompt's language; an answer without words ("42") is in every language.
 
-    Nothing is said about a prompt that asks for another language (a translation).
+    The score is None for a prompt that asks for another language (a translation).
     """
     if _ASKS_FOR_ANOTHER.search(prompt):
         return Verdict(None, "the prompt asks for a specific language")
-    asked, answered = language_of(prompt), language_of(completion)
-    if asked is None or answered is None:
-        return judged(True, f"the {'prompt' if asked is None else 'answer'} has no words")
-    return judged(asked == answered, f"the prompt is in {asked}, the answer in {answered}")
+    of_prompt, of_answer = language_of(prompt), language_of(completion)
+    if of_prompt is None or of_answer is None:
+        return judged(True, f"the {'prompt' if of_prompt is None else 'answer'} has no words")
+    return judged(of_prompt == of_answer, f"the prompt is in {of_prompt}, the answer in {of_answer}")

@@ -7,14 +7,15 @@ from conversations.errors import ToolkitError
 def length(completion: str, *, tokens: Count, max_tokens: int, buffer: int) -> Verdict:
     """1 for an answer of at most max_tokens - buffer tokens, then linearly less, 0 from max_tokens on.
 
-    The paper's penalty is from -1 to 0; this is that penalty plus 1, since a rule scores from 0 to 1. Among the answers
-    to one prompt a constant makes no difference to GRPO's advantages, so a reward of weight w is the paper's penalty
-    times w.
+    The paper's penalty ranges from -1 to 0; this is that penalty plus 1, since rules score from 0 to 1. A constant
+    added to all answers of a prompt does not change GRPO's advantages, so a reward of weight w acts as the paper's
+    penalty times w.
 
     Args:
-        tokens: of the answer, its end token included; not counted from the text, which only its tokenizer could do.
+        tokens: the answer's length in tokens, end token included. The stage passes it: only its tokenizer can count.
         max_tokens: L_max of the paper (verl's max_resp_len), usually training.max_completion_length.
-        buffer: L_cache of the paper (verl's overlong_buffer.len): over how many tokens the penalty grows.
+        buffer: L_cache of the paper (verl's overlong_buffer.len): how many tokens the penalty takes to reach its
+            maximum.
 
     Raises:
         ToolkitError: the buffer is longer than max_tokens.

@@ -1,4 +1,4 @@
-"""Judges many answers by one rule, on all cores if that pays off. No torch."""
+"""Judges many answers by one rule, on all cores where that pays off. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ from conversations.answers.verdict import Verdict
 from conversations.answers.workers import Died, TooLong, cores, shared_workers
 from conversations.errors import ToolkitError
 
-FEW = 16  # answers, for which no process is started
-AT_ONCE = 8  # answers handed to a process together
+FEW = 16  # for fewer answers no process is started
+AT_ONCE = 8  # answers sent to a process together
 ENDED = (TooLong, Died)
-SECONDS = 30.0  # for those; a rule that takes long has a limit of its own, and this one is for where it hangs
+SECONDS = 30.0  # time limit for those, in case a rule hangs; slow rules have shorter limits of their own
 
 
 class Asked(NamedTuple):
@@ -26,37 +26,37 @@ class Asked(NamedTuple):
 
 
 def verify_all(name: str, asked: Sequence[Asked]) -> list[Verdict | ToolkitError]:
-    """The verdict on each answer, in order; a ToolkitError in its place where the rule cannot read a reference. A check
-    that hangs is ended; its score is None, as that of one whose process dies."""
+    """The verdict on each answer, in order, or a ToolkitError if the rule cannot read its reference. A check that hangs
+    is stopped; its score is None, as is that of a check whose process dies."""
     return [_without_verdict(judged) or judged for judged in _WAYS[find_rule(name).many](name, asked)]
 
 
-def _without_verdict(judged: Any) -> Verdict | None:
-    if isinstance(judged, TooLong):
+def _without_verdict(result: Any) -> Verdict | None:
+    if isinstance(result, TooLong):
         return Verdict(None, f"not judged within {SECONDS:g} s")
-    return Verdict(None, f"not judged: its process ended ({judged})") if isinstance(judged, Died) else None
+    return Verdict(None, f"not judged: its process ended ({result})") if isinstance(result, Died) else None
 
 
-def _one(name: str, asked: Asked) -> Verdict | ToolkitError:
+def _verdict(name: str, asked: Asked) -> Verdict | ToolkitError:
     try:
         return verify(name, asked.completion, prompt=asked.prompt, reference=asked.reference, **asked.settings)
     except ToolkitError as error:
         return error
 
 
-def _here(name: str, asked: Sequence[Asked]) -> list[Any]:
-    return [_one(name, answer) for answer in asked]
+def _in_this_thread(name: str, batch: Sequence[Asked]) -> list[Any]:
+    return [_verdict(name, answer) for answer in batch]
 
 
 def _in_threads(name: str, asked: Sequence[Asked]) -> list[Any]:
     with ThreadPoolExecutor(cores()) as pool:
-        return list(pool.map(partial(_one, name), asked))
+        return list(pool.map(partial(_verdict, name), asked))
 
 
 def _in_processes(name: str, asked: Sequence[Asked]) -> list[Any]:
     if len(asked) < FEW:
-        return _here(name, asked)
-    judged = shared_workers().map(partial(_here, name), asked, AT_ONCE, SECONDS)
+        return _in_this_thread(name, asked)
+    judged = shared_workers().map(partial(_in_this_thread, name), asked, AT_ONCE, SECONDS)
     fault = next((v for v in judged if isinstance(v, Exception) and not isinstance(v, (ToolkitError, *ENDED))), None)
     if fault is not None:
         raise fault
@@ -64,7 +64,7 @@ def _in_processes(name: str, asked: Sequence[Asked]) -> list[Any]:
 
 
 _WAYS: dict[str, Callable[[str, Sequence[Asked]], list[Any]]] = {
-    "here": _here,
+    "here": _in_this_thread,
     "threads": _in_threads,
     "processes": _in_processes,
 }

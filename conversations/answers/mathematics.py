@@ -10,12 +10,12 @@ from conversations.answers.values import Choice, Leaf, Value, Words, value_of
 from conversations.answers.verdict import Verdict, judged, shown
 from conversations.errors import ToolkitError
 
-MAX_WORDS = 30  # of a reference in words; longer ones are not answers
+MAX_WORDS = 30  # a longer reference in words is not an answer
 
 
 @lru_cache(maxsize=4096)
 def math_reference(reference: str) -> Value:
-    """The value of a reference: what follows "####", is in \\boxed or follows "the answer is", else all of it.
+    """The value of a reference: what follows "####", is in \\boxed or follows "the answer is", otherwise all of it.
 
     Raises:
         ToolkitError: it is empty, its braces do not close, or it is a long text without an answer.
@@ -33,7 +33,7 @@ def math_reference(reference: str) -> Value:
 
 
 def math(completion: str, *, reference: str) -> Verdict:
-    """1 where the final answer is the reference: the same number, expression, list, interval, quantity, choice or text.
+    """1 if the final answer is the reference: the same number, expression, list, interval, quantity, choice or text.
 
     Raises:
         ToolkitError: the reference cannot be read.

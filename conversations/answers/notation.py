@@ -8,7 +8,7 @@ _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", s
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞↉]")
-# Signs that Unicode has and LaTeX spells out (or that have several forms), after the minus signs.
+# The minus signs, then Unicode signs that LaTeX spells out or that have several forms.
 _SIGNS = {
     **dict.fromkeys("−–—‒﹣－﹘‐‑", "-"),
     **{"×": r"\times ", "✕": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "⁄": "/"},
@@ -60,7 +60,7 @@ _MARKED = re.compile(r"(?<!\\)(?:\*\*|__|`+)")
 
 
 def unified(text: str) -> str:
-    """Text with one sign for each meaning, in LaTeX's spelling; prose in it is left as it is, but for punctuation."""
+    """Text with one sign for each meaning, in LaTeX's spelling; prose is unchanged apart from punctuation."""
     text = _INVISIBLE.sub("", text).replace("\u00a0", " ").replace("\u202f", " ").replace("\u2009", " ")
     text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
     text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
@@ -114,7 +114,7 @@ def unwrapped(text: str) -> str:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Where the brace that opens at `start` closes; -1 where it does not. \\{ and \\} do not count."""
+    """Where the brace that opens at `start` closes; -1 if it does not. \\{ and \\} do not count."""
     depth, i = 0, start
     while i < len(text):
         if text[i] == "\\":
@@ -128,7 +128,7 @@ def closing_brace(text: str, start: int) -> int:
 
 
 def is_balanced(text: str) -> bool:
-    """Do braces and environments close?"""
+    """Whether braces and environments close."""
     plain = re.sub(r"\\[{}\\]", "", text)
     depth = 0
     for character in plain:

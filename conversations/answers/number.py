@@ -40,7 +40,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number after a last "####", else in the last \\boxed, else the last one in the text."""
+    """The number after a last "####", otherwise in the last \\boxed, otherwise the last one in the text."""
     for place in (final_line(text), last_boxes(text), text):
         last = last_number(place) if place else None
         if last is not None:
@@ -50,17 +50,17 @@ def final_number(text: str) -> Fraction | None:
 
 @lru_cache(maxsize=4096)
 def number_reference(reference: str) -> int:
-    """The integer that a reference ends in.
+    """The integer at the end of a reference.
 
     Raises:
-        ToolkitError: it ends in none.
+        ToolkitError: it does not end in one.
     """
-    wanted = final_number(reference)
-    if wanted is None or wanted.denominator != 1:
+    value = final_number(reference)
+    if value is None or value.denominator != 1:
         raise ToolkitError(
             f"the reference {shown(reference)} does not end in a whole number; use the rule math, or fix the data"
         )
-    return wanted.numerator
+    return value.numerator
 
 
 def number(completion: str, *, reference: str) -> Verdict:
@@ -69,9 +69,9 @@ def number(completion: str, *, reference: str) -> Verdict:
     Raises:
         ToolkitError: the reference does not end in a whole number.
     """
-    wanted, answered = number_reference(reference), final_number(completion)
-    if answered is None:
+    target, last = number_reference(reference), final_number(completion)
+    if last is None:
         return judged(False, "the answer contains no number")
-    if answered == wanted:
+    if last == target:
         return judged(True, f"the last number is the reference {shown(reference)}")
     return judged(False, f"the last number is not the reference {shown(reference)}")

@@ -1,11 +1,11 @@
-"""Numbers as they are written: 1,234  -.5  2 2/3  \\frac{1}{2}  1.5e3  1.5 \\times 10^3  10^6  0.\\overline{3}."""
+"""Parses written numbers: 1,234  -.5  2 2/3  \\frac{1}{2}  1.5e3  1.5 \\times 10^3  10^6  0.\\overline{3}."""
 
 import re
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-MAX_DIGITS = 20_000  # of a number that is read as one; what is longer is compared as text
+MAX_DIGITS = 20_000  # longer numbers are compared as text
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"[+-]?\s*{_NUM}"
 _FRACTION = rf"\\frac\s*\{{\s*({_SIGNED})\s*\}}\s*\{{\s*({_SIGNED})\s*\}}"
@@ -22,7 +22,7 @@ _READ = {name: re.compile(rf"([+-]?)\s*{form}") for name, form in _FORMS.items()
 
 @dataclass(frozen=True)
 class Number:
-    """decimals: the number of digits after the point, None for what is written without one."""
+    """decimals: the number of digits after the decimal point; None without a point."""
 
     text: str
     value: Fraction
@@ -45,27 +45,27 @@ def read_number(text: str) -> Number | None:
     return None
 
 
-def _value(form: str, parts: list[str]) -> Fraction | None:
+def _value(form: str, groups: list[str]) -> Fraction | None:
     """The value; None for a division by zero, or more than MAX_DIGITS digits."""
     if form == "repeating":
-        return _repeating(*parts)
-    first = exact(parts[0])
+        return _repeating(*groups)
+    first = exact(groups[0])
     if form == "plain":
         return first
     if form in ("scientific", "power"):
-        base, exponent = (Fraction(10), parts[1]) if form == "scientific" else (first, parts[1])
-        if len(exponent) > 6 or abs(int(exponent)) * len(parts[0]) > MAX_DIGITS or (not base and int(exponent) < 0):
+        base, exponent = (Fraction(10), groups[1]) if form == "scientific" else (first, groups[1])
+        if len(exponent) > 6 or abs(int(exponent)) * len(groups[0]) > MAX_DIGITS or (not base and int(exponent) < 0):
             return None
         return (first if form == "scientific" else 1) * base ** int(exponent)
-    upper, lower = (exact(part) for part in parts[-2:])
+    upper, lower = (exact(part) for part in groups[-2:])
     if not lower:
         return None
     return first + upper / lower if form == "mixed" else upper / lower
 
 
-def _repeating(whole: str, fixed: str, repeated: str) -> Fraction:
+def _repeating(integer: str, fixed: str, repeated: str) -> Fraction:
     shift = 10 ** len(fixed)
-    return Fraction(int(whole + fixed or 0), shift) + Fraction(int(repeated), shift * (10 ** len(repeated) - 1))
+    return Fraction(int(integer + fixed or 0), shift) + Fraction(int(repeated), shift * (10 ** len(repeated) - 1))
 
 
 def exact(digits: str) -> Fraction:

@@ -11,56 +11,58 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.tally import counted
 
 FORM = '"FILE.py:FUNCTION", such as "my_rewards.py:score"'
 
 
-def place_of(written: str) -> tuple[Path, str]:
-    """(file, name of the function) of "FILE.py:FUNCTION". Raises ToolkitError for anything else."""
-    path, _, name = written.rpartition(":")
+def place_of(spec: str) -> tuple[Path, str]:
+    """(file, function name) of "FILE.py:FUNCTION". Raises ToolkitError for anything else."""
+    path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        raise ToolkitError(f"{written!r} names no function: it must be {FORM}")
+        raise ToolkitError(f"{spec!r} does not name a function: write {FORM}")
     return Path(path).expanduser(), name
 
 
 @cache
-def loaded(written: str) -> Callable[..., Any]:
-    """The function. Raises ToolkitError where the file cannot be read or run, or has no such function."""
-    path, name = place_of(written)
+def loaded(function_spec: str) -> Callable[..., Any]:
+    """The function. Raises ToolkitError if the file cannot be read or run, or has no such function."""
+    path, name = place_of(function_spec)
     if not path.is_file():
-        raise ToolkitError(f"{path}: there is no such file; {written!r} is looked up from the current folder")
+        raise ToolkitError(f"{path}: there is no such file; {function_spec!r} is looked up from the current folder")
     spec = importlib.util.spec_from_file_location(f"own_rewards_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE` has it
+    sys.modules[spec.name] = module  # dataclasses look up their module
+    sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE` does
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ToolkitError(_told(path, error)) from error
+        raise ToolkitError(_located_error(path, error)) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ToolkitError(f"{path}: defines no function {name}")
     return function
 
 
-def check_loaded(written: Sequence[str]) -> list[bool]:
+def check_loaded(specs: Sequence[str]) -> list[bool]:
     """True for each function that can be loaded; raises as `loaded`."""
-    return [callable(loaded(one)) for one in written]
+    return [callable(loaded(spec)) for spec in specs]
 
 
-def call(written: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """The function's values for answers, each {"prompt": messages, "completion": text, and columns of its row}. It is
-    handed lists: prompts, completions (lists of messages), and of the columns those that it takes.
+def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """The function's values for answers, each {"prompt": messages, "completion": text, and columns of its row}. The
+    function receives lists: prompts, completions (lists of messages), and the columns that it has parameters for.
 
     Raises:
-        ToolkitError: what the function raised, with its line; or what it gave, where that is not a number for each.
+        ToolkitError: the function raised an error (the message names its line), or did not return a number or None for
+            each answer.
     """
-    function = loaded(written)
+    function = loaded(spec)
     columns = {key: [answer[key] for answer in answers] for key in answers[0] if key not in ("prompt", "completion")}
-    taken = inspect.signature(function).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
-        columns = {key: values for key, values in columns.items() if key in taken}
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        columns = {key: values for key, values in columns.items() if key in parameters}
     prompts = [answer["prompt"] for answer in answers]
     completions = [[{"role": "assistant", "content": answer["completion"]}] for answer in answers]
     try:
@@ -69,26 +71,26 @@ def call(written: str, answers: Sequence[Mapping[str, Any]]) -> list[float | Non
             values = asyncio.run(values)
         values = list(values)
     except Exception as error:
-        raise ToolkitError(_told(place_of(written)[0], error)) from error
+        raise ToolkitError(_located_error(place_of(spec)[0], error)) from error
     if len(values) != len(answers):
-        raise ToolkitError(f"{written}: gave {len(values)} values for {len(answers)} answers")
-    return [_number(written, value) for value in values]
+        raise ToolkitError(f"{spec}: returned {counted(len(values), 'value')} for {counted(len(answers), 'answer')}")
+    return [_number(spec, value) for value in values]
 
 
-def _number(written: str, value: Any) -> float | None:
+def _number(spec: str, value: Any) -> float | None:
     if value is None:
         return None
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ToolkitError(f"{written}: gave {value!r:.60}, where a number or None is needed") from None
+        raise ToolkitError(f"{spec}: returned {value!r:.60}; it must return a number or None for each answer") from None
 
 
-def _told(path: Path, error: Exception) -> str:
+def _located_error(path: Path, error: Exception) -> str:
     """The error, with the line of the user's file."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"
-    frames, here = traceback.extract_tb(error.__traceback__), path.resolve()
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == here]
+    frames, user_file = traceback.extract_tb(error.__traceback__), path.resolve()
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == user_file]
     place = f"{path}:{lines[-1]}" if lines else str(path)
     return f"{place}: {type(error).__name__}: {error}"[:500]

@@ -7,7 +7,7 @@ from conversations.row import Message, Row
 
 
 def split_prompt(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-    """A conversation without its last answer, and that answer (None where the last turn is the user's)."""
+    """A conversation without its last answer, and that answer (None if the last turn is the user's)."""
     if messages and messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]["content"]
     return list(messages), None
@@ -29,7 +29,7 @@ def prompt_of(row: Row, number: int) -> list[Message]:
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """A prompt to read: the user's words alone, or each turn with its role where there are several."""
+    """A prompt for display: the user's words alone, or each turn with its role if there are several."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -10,8 +10,8 @@ _WORD = re.compile(r"[㐀-鿿]|[^\W_]+")  # a Chinese character is a word
 
 
 def repetition(completion: str, *, n: int = 4) -> Verdict:
-    """The share of runs of n words that are not there a second time: 1 where nothing is repeated, near 0 for text that
-    goes round in circles. Code and formulas are left out; an answer of fewer words repeats nothing."""
+    """Distinct n-grams of words as a share of all: 1 if nothing is repeated, near 0 for text that loops. Code and
+    formulas are ignored; an answer of fewer than n words repeats nothing."""
     words = [word.lower() for word in _WORD.findall(prose(completion))]
     runs = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
     total = sum(runs.values())

@@ -1,4 +1,4 @@
-"""The statistics of a reward model's scores, stored with it by its training and read wherever it is used."""
+"""The statistics of a reward model's scores, stored with it when it is trained and read wherever it is used."""
 
 import json
 import math
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardStats:
-    """Mean and spread of a reward model's scores of its training pairs, and how many scores they are from; of several
-    heads those of each beside those of their mean."""
+    """Mean and standard deviation of a reward model's scores of its training data, and the number of scores; with
+    several heads, of their mean score, and of each head."""
 
     mean: float
     std: float
@@ -26,7 +26,7 @@ class RewardStats:
 
     @classmethod
     def of(cls, scores: "Sequence[Sequence[float]]") -> "RewardStats":
-        """scores: of each answer, by each head."""
+        """scores: [answers, heads]."""
         by_head = [cls(fmean(column), pstdev(column), len(column)) for column in zip(*scores, strict=True)]
         if len(by_head) == 1:
             return by_head[0]
@@ -35,7 +35,7 @@ class RewardStats:
 
     @property
     def by_head(self) -> "list[RewardStats]":
-        """One for each head."""
+        """The statistics of each head."""
         return list(self.heads) or [self]
 
     def as_json(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class RewardStats:
         """From reward_stats.json in a reward model's final/.
 
         Raises:
-            ToolkitError: it is missing, or damaged.
+            ToolkitError: the file is missing or damaged.
         """
         path = folder / REWARD_STATS
         if not path.is_file():

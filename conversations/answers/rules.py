@@ -1,4 +1,4 @@
-"""All rules by name: the one entry for rewards, evaluation and whatever else judges an answer. No torch."""
+"""All rules by name: the single entry point for rewards, evaluation and anything else that judges answers. No torch."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,15 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """judge: (completion, prompt=, reference=, settings) -> Verdict; it receives only what it names.
+    """A rule.
 
-    read_reference: raises ToolkitError for a reference that the rule cannot use; None where it needs none.
-    of_rows: whether its references are rows of a data set, not texts. need: raises ToolkitError, given its settings,
-    for a machine that lacks what the rule needs. many: where many answers are judged: "here", in "threads" (a rule that
-    waits for processes of its own) or in "processes" (one that computes for long, or may hang).
+    Args:
+        judge: (completion, prompt=, reference=, settings) -> Verdict; it receives only the arguments it names.
+        read_reference: raises ToolkitError for a reference that the rule cannot use; None if it needs none.
+        of_rows: whether its references are rows of a data set rather than texts.
+        need: (settings) -> None; raises ToolkitError on a machine that lacks what the rule needs.
+        many: where many answers are judged: "here" (this thread), in "threads" (a rule that waits for its own
+            processes) or in "processes" (one that computes for long, or may hang).
     """
 
     judge: Callable[..., Verdict]
@@ -44,12 +47,12 @@ class Rule:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """What `judge` takes beside the completion."""
+        """The arguments of `judge` besides the completion."""
         return frozenset(list(inspect.signature(self.judge).parameters)[1:])
 
     @property
     def optional(self) -> frozenset[str]:
-        """What `judge` does without."""
+        """The arguments of `judge` that have defaults."""
         parameters = inspect.signature(self.judge).parameters.items()
         return frozenset(name for name, parameter in parameters if parameter.default is not inspect.Parameter.empty)
 
@@ -72,38 +75,38 @@ RULES: dict[str, Rule] = {
 }
 
 
-# What stages know of an answer and hand on to the rules that take it, and no recipe sets: whether the model ended it
-# itself, and its number of tokens.
+# Settings that the stage measures on each answer and passes to the rules that take them; no recipe sets them: whether
+# the model ended the answer itself, and its number of tokens.
 MEASURED = {"finished": True, "tokens": 0}
 
 
-# Of a setting, by its default, or its annotation where it has none: what it must be.
+# What a setting must be, by the type of its default, or by its annotation if it has no default.
 _KINDS: tuple[tuple[Any, str, Callable[[Any], bool]], ...] = (
     (bool, "true or false", lambda value: isinstance(value, bool)),
-    (Count, "a whole number from 0", lambda value: type(value) is int and value >= 0),
+    (Count, "a non-negative whole number", lambda value: type(value) is int and value >= 0),
     (int, "a whole number from 1 to 1,000,000", lambda value: type(value) is int and 1 <= value <= 1_000_000),
-    (float, "a number above 0, and 1,000,000 at most", lambda value: type(value) in (int, float) and 0 < value <= 1e6),
+    (float, "a number above 0, at most 1,000,000", lambda value: type(value) in (int, float) and 0 < value <= 1e6),
     (tuple, "a list", lambda value: isinstance(value, (list, tuple))),
     (type(None), "an object", lambda value: isinstance(value, Mapping)),
 )
 
 
 def find_rule(name: str) -> Rule:
-    """The rule of this name; raises ToolkitError with the nearest name and all names where it is unknown."""
+    """The rule of this name. Raises ToolkitError, with the nearest name and all names, if there is none."""
     if name not in RULES:
         raise ToolkitError(f"unknown rule {name!r}{_nearest(name, RULES)}; the rules are: {', '.join(RULES)}")
     return RULES[name]
 
 
 def check_rule(name: str, settings: Mapping[str, Any]) -> None:
-    """Raises ToolkitError for an unknown rule, or a setting that it lacks, does not have or cannot read."""
+    """Raises ToolkitError for an unknown rule, and for a missing, unknown or invalid setting."""
     _check_settings(name, settings)
     rule = RULES[name]
     measured = {key: value for key, value in MEASURED.items() if key in rule.settings}
     if lacking := sorted(rule.settings - rule.optional - set(settings) - set(measured)):
         raise ToolkitError(f"the rule {name} needs the setting {lacking[0]}: {{{', '.join(lacking)}}}")
     if rule.settings and rule.parameters & {"prompt", "reference"} <= rule.optional:
-        rule.judge("", **{**measured, **settings})  # reads them
+        rule.judge("", **{**measured, **settings})  # validates them
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -123,7 +126,7 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def check_machine(name: str, settings: Mapping[str, Any]) -> None:
-    """Raises ToolkitError where this machine lacks what the rule needs."""
+    """Raises ToolkitError if this machine lacks what the rule needs."""
     if need := find_rule(name).need:
         need(settings)
 
@@ -134,7 +137,7 @@ def needs_reference(name: str) -> bool:
 
 
 def check_reference(name: str, reference: Any) -> None:
-    """Raises ToolkitError where a rule that needs a reference cannot read this one."""
+    """Raises ToolkitError if a rule that needs a reference cannot read this one."""
     rule = find_rule(name)
     if rule.read_reference is not None:
         rule.read_reference(reference if rule.of_rows else _reference_text(reference))
@@ -143,19 +146,18 @@ def check_reference(name: str, reference: Any) -> None:
 def verify(
     name: str, completion: str, *, prompt: Prompt | None = None, reference: Any = None, **settings: Any
 ) -> Verdict:
-    """Judges an answer by a rule. However bad the answer is, this is a verdict, never an exception.
+    """Judges an answer by a rule. No answer, however malformed, raises an exception.
 
     Args:
-        name: of the rule: math, number, choice, code, refusal, format, language, repetition, length,
-            ifeval.
-        prompt: a text or messages, of which the last user turn counts.
+        name: the rule: math, number, choice, code, refusal, format, language, repetition, length, ifeval.
+        prompt: a text, or messages, of which the last user turn counts.
         reference: the right answer, a text or a number; for `code` a row with tests, for `ifeval` one
             with instructions.
-        settings: the rule's own: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer` of
-            length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
+        settings: the rule's settings: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer`
+            of length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
 
     Returns:
-        The score, from 0 to 1 (None where the rule has nothing to say: no reference, no prompt, no tokens), and why.
+        The score, from 0 to 1 (None if the rule does not apply: no reference, no prompt, no tokens), and the reason.
 
     Raises:
         ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code`, a machine
@@ -177,8 +179,8 @@ def verify(
 def _question(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
-    asked = [message["content"] for message in prompt if message["role"] == "user"]
-    return asked[-1] if asked else ""
+    questions = [message["content"] for message in prompt if message["role"] == "user"]
+    return questions[-1] if questions else ""
 
 
 def _reference_text(reference: Any) -> str:
@@ -186,7 +188,7 @@ def _reference_text(reference: Any) -> str:
         return reference
     if isinstance(reference, (int, float)) and not isinstance(reference, bool):
         return str(reference)
-    raise ToolkitError(f"a reference must be text or a number, not {reference!r:.60}")
+    raise ToolkitError(f"a reference must be a text or a number, not {reference!r:.60}")
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -18,8 +18,8 @@ _FORMULA = re.compile(
 )
 _ADDRESS = re.compile(r"https?://\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.\w{2,}|<[^<>\s][^<>]*>")
 
-MOST_SECONDS = 2.0  # of matching a pattern of a recipe against one text
-LARGEST = 1_000_000  # parts of a pattern of a recipe, with its counted repeats written out
+MOST_SECONDS = 2.0  # time limit for matching a recipe's pattern against one text
+LARGEST = 1_000_000  # limit on the parts of a recipe's pattern, with its counted repeats expanded
 _GROUP_REPEATED = re.compile(r"\)\{(\d{1,9})")
 _REPEATED = re.compile(r"(?<!\))\{(\d{1,9})")
 
@@ -30,7 +30,7 @@ def sentences(text: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A text without code, formulas, addresses and tags."""
+    """The text without code, formulas, addresses and tags."""
     for pattern in (_CODE, _FORMULA, _ADDRESS):
         text = pattern.sub(" ", text)
     return text
@@ -38,10 +38,10 @@ def prose(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def compiled(patterns: tuple[str, ...], kind: str, flags: int = 0) -> tuple[regex.Pattern[str], ...]:
-    """Patterns of a recipe. kind: of the patterns, for the message.
+    """The patterns of a recipe, compiled. kind: what they are, for the message.
 
     Raises:
-        ToolkitError: one that is not a regular expression, or that is too large written out.
+        ToolkitError: one is not a regular expression, or is too large with its repeats expanded.
     """
     return tuple(_compiled(pattern, kind, flags) for pattern in patterns)
 
@@ -49,7 +49,7 @@ def compiled(patterns: tuple[str, ...], kind: str, flags: int = 0) -> tuple[rege
 def _compiled(pattern: str, kind: str, flags: int) -> regex.Pattern[str]:
     groups = [int(count) for count in _GROUP_REPEATED.findall(pattern)]
     size = math.prod(filter(None, groups)) * (len(pattern) + sum(map(int, _REPEATED.findall(pattern))))
-    if size > LARGEST:  # (a{1000}){1000} is written out when it is compiled
+    if size > LARGEST:  # compiling expands (a{1000}){1000}
         raise ToolkitError(f"{kind} {shown(pattern)} repeats too much: {size:,} parts, at most {LARGEST:,} are allowed")
     try:
         return regex.compile(pattern, flags)
@@ -61,8 +61,7 @@ def matches(pattern: regex.Pattern[str], text: str, *, whole: bool = False) -> b
     """Whether a pattern of a recipe matches somewhere in the text, or the whole of it.
 
     Raises:
-        ToolkitError: it takes longer than MOST_SECONDS: repeats inside repeats, as in (a+)+, try every way to part a
-            text.
+        ToolkitError: it takes longer than MOST_SECONDS: nested repeats such as (a+)+ try every way to split a text.
     """
     try:
         return (pattern.fullmatch if whole else pattern.search)(text, timeout=MOST_SECONDS) is not None

@@ -53,7 +53,7 @@ _UNITS = {
     "hz": ("hertz", "赫兹"),
     "mol": ("mole", "摩尔"),
 }
-# As words in a sentence, longest first; "in" and the like are words of another meaning too.
+# As words in a sentence, longest first; without "in", "am" and "pm", which have other meanings there.
 _NAMES = sorted({name for unit, names in _UNITS.items() for name in (unit, *names)} - {"in", "am", "pm"}, key=len)
 UNIT_WORD = "|".join(
     [rf"(?:{'|'.join(name for name in reversed(_NAMES) if re.fullmatch('[a-z ]{2,}', name))})(?:e?s)?(?![A-Za-z])"]
@@ -85,6 +85,6 @@ def canonical_unit(text: str) -> str:
 
 
 def is_known_unit(text: str) -> bool:
-    """Is it a unit of the list, a power or a quotient of such?"""
+    """Whether it is a unit of the list, or a power or quotient of such units."""
     base = re.sub(r"\^[23]$", "", canonical_unit(text))
     return all(re.sub(r"\^[23]$", "", part) in _UNITS for part in base.split("/")) or base in _UNITS

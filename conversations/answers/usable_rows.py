@@ -1,4 +1,4 @@
-"""Why a stage cannot use a canonical row: each function returns the reason, or None where the stage can use it.
+"""Why a stage cannot use a canonical row: each function returns the reason, or None if the stage can use it.
 
 A row that a stage cannot use is a bad row, reported before any weight is loaded.
 """
@@ -12,56 +12,56 @@ from conversations.row import RANKED, Refuse, Row
 
 
 def first_of(*refusals: Refuse) -> Refuse:
-    """The first reason of several."""
+    """The first reason that any of the refusals gives."""
     return lambda row: next((why for refuse in refusals if (why := refuse(row))), None)
 
 
 def no_answer(row: Row) -> str | None:
-    """Neither a conversation with an answer nor plain text."""
+    """Refuses all but conversations with an answer and plain text."""
     if "text" in row:
         return None
     if "messages" not in row:
         return f"is {_kind(row)}, not a conversation or plain text; for preferences use dsv2 reward"
-    answered = any(message["role"] == "assistant" for message in row["messages"])
-    return None if answered else "has no answer to train on; for prompts use dsv2 rl or dsv2 eval"
+    has_answer = any(message["role"] == "assistant" for message in row["messages"])
+    return None if has_answer else "has no answer to train on; for prompts use dsv2 rl or dsv2 eval"
 
 
 def no_conversation(row: Row) -> str | None:
-    """No conversation with an answer."""
+    """Refuses all but conversations with an answer."""
     return "is plain text, not a conversation" if "text" in row else no_answer(row)
 
 
 def no_question(row: Row) -> str | None:
-    """Nothing that a model could answer."""
+    """Refuses rows without a question for a model to answer."""
     if "text" in row:
         return "is plain text and contains no question"
     return None if split_prompt(row.get("prompt") or row["messages"])[0] else "has no question before its answer"
 
 
 def no_reference(row: Row) -> str | None:
-    """No question, or no right answer to it."""
+    """Refuses rows without a question or a reference answer."""
     return no_question(row) or (None if "reference" in row else "has no reference to compare an answer with")
 
 
 def no_pair(row: Row) -> str | None:
-    """No pair of answers."""
+    """Refuses rows without a pair of answers."""
     return None if "chosen" in row else f"is {_kind(row)}, not a pair of chosen and rejected"
 
 
 def not_judged(row: Row) -> str | None:
-    """No answers that are said to be better or worse."""
+    """Refuses rows without judged answers: a pair, a label, a score or a ranking."""
     judged = any(key in row for key in ("chosen", "completion", RANKED[1]))
     return None if judged else f"is {_kind(row)}, not a pair and not an answer with a label or a score"
 
 
 def no_verdict(row: Row) -> str | None:
-    """No judged answer."""
+    """Refuses rows without an answer with a label or a score."""
     judged = "completion" in row
     return None if judged else f"is {_kind(row)}, not an answer with a label or a score, which loss: pointwise needs"
 
 
 def other_verdict() -> Refuse:
-    """No judged answer, or one with a score where rows before have labels: those are trained differently."""
+    """Refuses rows as `no_verdict` does, and a mix of labels and scores, which are trained differently."""
     kinds: list[str] = []
 
     def refuse(row: Row) -> str | None:
@@ -77,7 +77,7 @@ def other_verdict() -> Refuse:
 
 
 def unreadable_reference(rules: Sequence[str]) -> Refuse:
-    """A reference that one of the rules cannot read, before any answer is judged."""
+    """Refuses references that one of the rules cannot read, before any answer is judged."""
     from conversations.answers.rules import check_reference
 
     @cache
@@ -92,19 +92,21 @@ def unreadable_reference(rules: Sequence[str]) -> Refuse:
     def refuse(row: Row) -> str | None:
         if row.get("reference") is None:
             return None
-        return fault(row["reference"]) or next((why for rule in rules if (why := _beside_its_prompt(rule, row))), None)
+        return fault(row["reference"]) or next(
+            (why for rule in rules if (why := _unusable_with_prompt(rule, row))), None
+        )
 
     return refuse
 
 
-def _beside_its_prompt(rule: str, row: Row) -> str | None:
-    """Why a rule that looks into the prompt for what the reference means finds nothing there (choice)."""
+def _unusable_with_prompt(rule: str, row: Row) -> str | None:
+    """Why a rule that looks up the reference in the prompt (choice) does not find it there; None if it does."""
     from conversations.answers.rules import find_rule, verify
 
     if "prompt" not in find_rule(rule).optional:
         return None
-    asked = split_prompt(row.get("prompt") or row["messages"])[0]
-    verdict = verify(rule, "", prompt=asked, reference=row["reference"])
+    prompt = split_prompt(row.get("prompt") or row["messages"])[0]
+    verdict = verify(rule, "", prompt=prompt, reference=row["reference"])
     return f"cannot be judged by the rule {rule}: {verdict.reason}" if verdict.score is None else None
 
 

@@ -10,8 +10,8 @@ from conversations.answers.notation import closing_brace, formula, unwrapped, wi
 from conversations.answers.numerals import Number, read_number
 from conversations.answers.units import canonical_unit, is_known_unit
 
-MAX_LENGTH = 1_000  # characters; longer texts are numbers or words
-MAX_DEPTH = 8  # of brackets within brackets that are read as such
+MAX_LENGTH = 1_000  # characters; longer texts are parsed as numbers or words only
+MAX_DEPTH = 8  # deeper nested brackets are not parsed
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,16 @@ _ENCLOSED = {"(": ")", "[": "]"}
 
 @lru_cache(maxsize=4096)
 def value_of(text: str) -> Value:
-    """The value of an answer's text; a Leaf if it is of no other kind."""
+    """The value of an answer's text; a Leaf if no other kind fits."""
     if len(text) > MAX_LENGTH:
         return read_number(text.strip()) or Words(text)
     text = formula(text)
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
-    return _read(text, 0)
+    return _parse(text, 0)
 
 
-def _read(text: str, depth: int) -> Value:
+def _parse(text: str, depth: int) -> Value:
     text = unwrapped(text)
     if text.startswith("\\text{") and closing_brace(text, 5) == len(text) - 1:
         text = unwrapped(text[6:-1])
@@ -169,7 +169,7 @@ def _choice(text: str, depth: int) -> Value | None:
     if not match:
         return None
     letter, content = match[1] or match[2] or match[3] or match[5], match[4] or match[6]
-    return Choice(text, letter, _read(content, depth))
+    return Choice(text, letter, _parse(content, depth))
 
 
 def _number(text: str, depth: int) -> Value | None:
@@ -178,20 +178,20 @@ def _number(text: str, depth: int) -> Value | None:
 
 def _union(text: str, depth: int) -> Value | None:
     parts = split_outside(text, re.compile(r"\\cup(?![A-Za-z])"))
-    return Many(text, "union", tuple(_read(part, depth) for part in parts)) if len(parts) > 1 else None
+    return Many(text, "union", tuple(_parse(part, depth) for part in parts)) if len(parts) > 1 else None
 
 
 def _plus_minus(text: str, depth: int) -> Value | None:
     if not re.search(r"\\pm(?![A-Za-z])", text) or len(split_outside(text, _JOINT)) > 1:
         return None
     signs = (("+", "-"), ("-", "+"))
-    both = (re.sub(r"\\mp\s*", mp, re.sub(r"\\pm\s*", pm, text)) for pm, mp in signs)
-    return Many(text, "set", tuple(_read(re.sub(r"^\+|(?<==)\s*\+", "", one), depth) for one in both))
+    variants = (re.sub(r"\\mp\s*", mp, re.sub(r"\\pm\s*", pm, text)) for pm, mp in signs)
+    return Many(text, "set", tuple(_parse(re.sub(r"^\+|(?<==)\s*\+", "", variant), depth) for variant in variants))
 
 
 def _listing(text: str, depth: int) -> Value | None:
     parts = [part for part in split_outside(text, _JOINT) if part.strip()]
-    return Many(text, "set", tuple(_read(part, depth) for part in parts)) if len(parts) > 1 else None
+    return Many(text, "set", tuple(_parse(part, depth) for part in parts)) if len(parts) > 1 else None
 
 
 def _equation(text: str, depth: int) -> Value | None:
@@ -200,8 +200,8 @@ def _equation(text: str, depth: int) -> Value | None:
     if len(parts) < 2 or not all(parts):
         return None
     if _NAME.fullmatch(parts[0]):
-        return Named(text, parts[0], _read(parts[-1], depth))
-    return Leaf(text) if any(map(_has_variable, parts[:-1])) else _read(parts[-1], depth)
+        return Named(text, parts[0], _parse(parts[-1], depth))
+    return Leaf(text) if any(map(_has_variable, parts[:-1])) else _parse(parts[-1], depth)
 
 
 def _has_variable(text: str) -> bool:
@@ -217,26 +217,26 @@ def _matrix(text: str, depth: int) -> Value | None:
     if not match or "\\begin" in match[2]:
         return None
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match[2]) if row.strip()]
-    return Matrix(text, tuple(tuple(_read(cell, depth) for cell in row.split("&")) for row in rows))
+    return Matrix(text, tuple(tuple(_parse(cell, depth) for cell in row.split("&")) for row in rows))
 
 
 def _bracketed(text: str, depth: int) -> Value | None:
     match = _SET_BUILDER.fullmatch(text)
     if match:
-        return _read(match[1], depth)
+        return _parse(match[1], depth)
     opening = "\\{" if text.startswith("\\{") else text[:1]
     closing = "\\}" if text.endswith("\\}") else text[-1:]
     inner = text[len(opening) : len(text) - len(closing)]
     is_set = (opening, closing) == ("\\{", "\\}") or (opening + closing == "{}" and "," in inner)
     if is_set and _depth_stays_positive(inner):
         items = [part for part in split_outside(inner, re.compile("[,;]")) if part.strip()]
-        return Many(text, "set", tuple(_read(item, depth) for item in items)) if items else Leaf("\\emptyset ")
+        return Many(text, "set", tuple(_parse(item, depth) for item in items)) if items else Leaf("\\emptyset ")
     if opening not in _ENCLOSED or closing not in _ENCLOSED.values() or not _depth_stays_positive(inner):
         return None
     items = split_outside(inner, re.compile("[,;]"))
     if len(items) == 1:
-        return _read(inner, depth) if _ENCLOSED[opening] == closing and inner.strip() else None
-    return Many(text, opening + closing, tuple(_read(item, depth) for item in items))
+        return _parse(inner, depth) if _ENCLOSED[opening] == closing and inner.strip() else None
+    return Many(text, opening + closing, tuple(_parse(item, depth) for item in items))
 
 
 def _colon(text: str, depth: int) -> Value | None:
@@ -248,7 +248,7 @@ def _colon(text: str, depth: int) -> Value | None:
         parts = [body, "0"]
     if len(parts) < 2 or any(not part.strip() or _PROSE.search(part) for part in parts):
         return None
-    return Colon(text, tuple(_read(part, depth) for part in parts), half[1].lower() + "m" if half else "")
+    return Colon(text, tuple(_parse(part, depth) for part in parts), half[1].lower() + "m" if half else "")
 
 
 def _in_base(text: str, depth: int) -> Value | None:
@@ -262,18 +262,18 @@ def _in_base(text: str, depth: int) -> Value | None:
 def _quantity(text: str, depth: int) -> Value | None:
     match = _CURRENCY.fullmatch(text)
     if match and re.match(r"-?[\d.\\(]", match[3]):
-        return Quantity(text, _read(match[1] + match[3], depth), canonical_unit(match[2]))
+        return Quantity(text, _parse(match[1] + match[3], depth), canonical_unit(match[2]))
     for pattern in _WITH_UNIT:
         match = pattern.fullmatch(text)
         if match and not re.search(r"[=,+\-*/^_]\s*$", match[1]):
-            return Quantity(text, _read(match[1], depth), canonical_unit(match[2]))
+            return Quantity(text, _parse(match[1], depth), canonical_unit(match[2]))
     match = _WITH_WORD.fullmatch(text)
     if not match or "\\text" in text:
         return None
     value, space, unit = match.groups()
-    known, is_word = is_known_unit(unit), len(re.sub("[^A-Za-z一-鿿]", "", unit)) > 2 or not unit.isascii()
-    if (known and (space or is_word or len(unit.strip()) > 1)) or (is_word and (space or not unit.isascii())):
-        inner = _read(value, depth)
+    is_known, is_word = is_known_unit(unit), len(re.sub("[^A-Za-z一-鿿]", "", unit)) > 2 or not unit.isascii()
+    if (is_known and (space or is_word or len(unit.strip()) > 1)) or (is_word and (space or not unit.isascii())):
+        inner = _parse(value, depth)
         return None if isinstance(inner, Words) else Quantity(text, inner, canonical_unit(unit))
     return None
 
@@ -283,7 +283,7 @@ def _compound(text: str, depth: int) -> Value | None:
     parts = _PART_OF_COMPOUND.findall(text)
     if len(parts) < 2 or not _COMPOUND.fullmatch(text) or not all(is_known_unit(unit) for _, unit in parts):
         return None
-    items = (Quantity(f"{value} {unit}", _read(value, depth), canonical_unit(unit)) for value, unit in parts)
+    items = (Quantity(f"{value} {unit}", _parse(value, depth), canonical_unit(unit)) for value, unit in parts)
     return Many(text, "compound", tuple(items))
 
 
@@ -294,7 +294,7 @@ def _words(text: str, depth: int) -> Value | None:
     return Words(only_text) if letters_alone or prose else None
 
 
-# In this order: what a reader does not know it leaves to the next.
+# Tried in this order; a reader returns None for what it does not recognise.
 READERS: tuple[Callable[[str, int], Value | None], ...] = (
     _choice, _number, _matrix, _bracketed, _union, _compound, _plus_minus, _listing, _equation, _relation, _colon,
     _in_base, _quantity, _words,
@@ -302,7 +302,8 @@ READERS: tuple[Callable[[str, int], Value | None], ...] = (
 
 
 def _depth_stays_positive(inner: str) -> bool:
-    """Whether it is one pair of brackets, not `(a)(b)` or `(1,2] \\cup [3,4)`; half-open brackets match."""
+    """Whether the text was inside one pair of brackets, not `(a)(b)` or `(1,2] \\cup [3,4)`; half-open brackets
+    match."""
     depth = 0
     for token in re.findall(r"\\[{}]|\\.|[()\[\]{}]", inner):
         depth += 1 if token in ("(", "[", "{", "\\{") else -1 if token in (")", "]", "}", "\\}") else 0
@@ -312,7 +313,7 @@ def _depth_stays_positive(inner: str) -> bool:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Split at separators outside all brackets, braces, environments and \\text."""
+    """Splits at separators outside all brackets, braces, environments and \\text."""
     parts, start, i, depth = [], 0, 0, 0
     while i < len(text):
         match = separator.match(text, i) if depth == 0 else None

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import NewType
 
-Count = NewType("Count", int)  # a setting that is a whole number from 0
+Count = NewType("Count", int)  # a setting that is a non-negative whole number
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """score: from 0 to 1, or None where the rule does not apply; reason: one sentence, for people."""
+    """score: from 0 to 1, or None if the rule does not apply; reason: one sentence for display."""
 
     score: float | None
     reason: str

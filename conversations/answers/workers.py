@@ -10,7 +10,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-# What `Workers.map` gives for a call that was ended, or whose process ended.
+# What `Workers.map` returns for a call that was stopped at its time limit, or whose process died.
 TooLong, Died = FutureTimeoutError, ProcessExpired
 
 
@@ -33,9 +33,9 @@ class Workers:
     def map(
         self, function: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any], size: int, seconds: float
     ) -> list[Any]:
-        """What the function gives for `size` items at a time, item by item; the exception instead, for one whose call
-        raised it or was ended. A call of several items that fails, or takes longer than `seconds`, is made again for
-        each alone."""
+        """Calls the function on `size` items at a time and returns one result per item, in order: an exception for an
+        item whose call raised it or was stopped. A call of several items that fails, or takes longer than `seconds`, is
+        repeated for each item alone."""
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         calls = [self.pool.schedule(function, [chunk], timeout=seconds) for chunk in chunks]
         results: list[Any] = []
@@ -47,7 +47,7 @@ class Workers:
         return results
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Ends the processes, whatever they are doing."""
         self.pool.stop()
         self.pool.join()
 
@@ -59,5 +59,5 @@ def shared_workers() -> Workers:
 
 
 def _leave_signals() -> None:
-    """Ignore Ctrl-C, which a terminal sends to all processes: the run's main process handles it."""
+    """Ignores Ctrl-C, which a terminal sends to all processes: the run's main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The error of a row that cannot be used, and the reading of its values."""
+"""The error for a row that cannot be used, and readers of single values."""
 
 import json
 import math
@@ -11,37 +11,37 @@ from conversations.row import is_utf8
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message is the reason, for the person who owns the file."""
+    """A row that cannot be used; the message is the reason, addressed to the owner of the file."""
 
 
-def named(value: Any) -> str:
-    """A bad value, shortened for a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def quoted(value: Any) -> str:
+    """The repr of a bad value, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_text(value: Any, what: str) -> str:
-    """A string that can be written as UTF-8 and holds no NUL; a number is read as its text."""
+def read_text(value: Any, label: str) -> str:
+    """A string that can be encoded as UTF-8 and contains no NUL; a number is converted to text. label: for messages."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise BadRow(f"{what} must be a string, not {named(value)}")
+        raise BadRow(f"{label} must be a string, not {quoted(value)}")
     if "\0" in value:
-        raise BadRow(f"{what} contains a NUL character")
+        raise BadRow(f"{label} contains a NUL character")
     if not value.isascii() and not is_utf8(value):
-        raise BadRow(f"{what} contains half of a surrogate pair")
+        raise BadRow(f"{label} contains half of a surrogate pair")
     return value
 
 
 def by_spelling(names: Iterable[str]) -> dict[str, str]:
-    """Names by a key that all their spellings share, for `known_name`."""
+    """{key that all spellings of a name share: name}, for `known_name`."""
     return {_letters(name): name for name in names}
 
 
 def known_name(key: Any, names: Mapping[str, str]) -> str:
-    """The known name of which the key is another spelling (lossMask, Loss-Mask for loss_mask); otherwise the key.
+    """The known name that the key spells differently (lossMask, Loss-Mask for loss_mask); otherwise the key itself.
 
-    names: of `by_spelling`.
+    names: the result of `by_spelling`.
     """
     return names.get(_letters(key), key)
 
@@ -52,8 +52,8 @@ def _letters(name: Any) -> str:
 
 
 def from_json(text: str, otherwise: Any = None) -> Any:
-    """The value that JSON text holds (a list in a CSV file, say); `otherwise` where it is not JSON."""
+    """The value of JSON text (such as a list in a CSV file); `otherwise` if it is not JSON."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # also thousands of digits or brackets
+    except (ValueError, RecursionError):  # RecursionError and ValueError also for thousands of brackets or digits
         return otherwise

@@ -1,7 +1,7 @@
 """Converts rows of known formats to canonical rows (conversations/row.py), one function per kind.
 
-Each takes the source row, in which columns that hold turns have been read (lists of Turn), and names of its keys, and
-raises BadRow with the reason where the row cannot be used.
+Each takes the source row, whose columns of turns have already been read into lists of Turn, and the names of its keys.
+It raises BadRow with the reason if the row cannot be used.
 """
 
 import json
@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from conversations.formats.bad_row import BadRow, from_json, named, read_text
+from conversations.formats.bad_row import BadRow, from_json, quoted, read_text
 from conversations.formats.tools import calls_text, tools_text
 from conversations.formats.turns import Turn, as_messages, check_turns, transcript_turns
 from conversations.row import RANKED, Row, without_nulls
 
-# GSM8K writes the result after the reasoning, on a last line of its own.
+# GSM8K writes the result on its own last line, after the reasoning.
 _GSM8K_RESULT = re.compile(r"^####\s*(.+?)\s*\Z", re.MULTILINE)
 
-# Columns with more of a question: Alpaca's, Dolly's.
+# Columns that continue a question: Alpaca's and Dolly's.
 MORE = ("input", "context")
 
 _LARGEST = 3.4e38  # of float32
@@ -32,7 +32,7 @@ _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 
 
 def _prompt(row: Row, key: str) -> list[Turn]:
-    """The turns before the answer: one text (of the user, or a transcript) or a list of turns, after the history."""
+    """The turns before the answer: the history, then one text (the user's, or a transcript) or a list of turns."""
     value = row[key]
     more = [name for name in MORE if name != key and row.get(name) not in (None, "", [])]
     turns = value if isinstance(value, list) else _transcript_prompt(read_text(value, key))
@@ -51,14 +51,14 @@ def _transcript_prompt(text: str) -> list[Turn] | None:
 
 
 def _history(row: Row) -> list[Turn]:
-    """The exchanges before: a list of [question, answer] (ms-swift, LLaMA-Factory; also as JSON text), or of turns."""
+    """Earlier exchanges: a list of [question, answer] (ms-swift, LLaMA-Factory; also as JSON text), or of turns."""
     value = row.get("history") or []
     if isinstance(value, str):
         value = from_json(value, otherwise=value)
     if isinstance(value, list) and value and isinstance(value[0], Turn):
         return value
     if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        raise BadRow(f"history must be a list of [question, answer], not {named(value)}")
+        raise BadRow(f"history must be a list of [question, answer], not {quoted(value)}")
     return [
         Turn(role, read_text(words, f"history ({role})"), where=f"history[{number}]")
         for number, pair in enumerate(value)
@@ -67,19 +67,18 @@ def _history(row: Row) -> list[Turn]:
 
 
 def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns after the row's own system text and tools."""
+    """The turns, with the row's system text and tools as the first one."""
     first = turns[0] if turns and turns[0].role == "system" else None
     system = read_text(row["system"], "system") if row.get("system") else ""
-    own = tools_text(turns[0].tools) if turns and turns[0].tools else ""
-    tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
-    if own and tools and own != tools:
+    turn_tools = tools_text(turns[0].tools) if turns and turns[0].tools else ""
+    row_tools = tools_text(row["tools"]) if row.get("tools") not in (None, "", [], "[]") else ""
+    if turn_tools and row_tools and turn_tools != row_tools:
         raise BadRow("the row and its system turn both define tools, and the definitions differ")
     if first and system.strip() and first.content.strip() != system.strip():
         raise BadRow("the row has a system column and a system turn that differ; keep one of them")
     words = first.content if first else system
-    tools = own or tools
-    if "<tools>" in words:  # Hermes: the system's words list the tools already
-        tools = ""
+    # Hermes: the system message lists the tools already.
+    tools = "" if "<tools>" in words else turn_tools or row_tools
     text = "\n\n".join(part for part in (words, tools) if part.strip())
     rest = turns[1:] if first else turns
     if not text:
@@ -88,13 +87,13 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
 
 
 def _answer(row: Row, key: str) -> list[Turn]:
-    """An answer: a text, or turns (which may begin with the prompt's)."""
+    """An answer: one text, or turns (which may start with the prompt's)."""
     value = row[key]
     return value if isinstance(value, list) else [Turn("assistant", read_text(value, key), where=key)]
 
 
-def _answered(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False) -> list[Turn]:
-    """A conversation of prompt and answer."""
+def _exchange(row: Row, prompt_key: str, key: str, *, may_be_empty: bool = False) -> list[Turn]:
+    """The turns of a prompt and its answer."""
     prompt, answer = _prompt(row, prompt_key), _answer(row, key)
     if isinstance(row[prompt_key], str) and _transcript_prompt(row[prompt_key]):
         answer = [replace(turn, content=turn.content.strip()) for turn in answer]  # as in the transcript
@@ -119,7 +118,7 @@ def _conversation(row: Row, key: str) -> list[Turn]:
     value = row[key]
     turns = transcript_turns(value) if isinstance(value, str) else value
     if not isinstance(turns, list) or (turns and not isinstance(turns[0], Turn)):
-        raise BadRow(f"{key} must be a list of turns, not {named(value)}")
+        raise BadRow(f"{key} must be a list of turns, not {quoted(value)}")
     return _with_system(row, [*_history(row), *turns])
 
 
@@ -141,7 +140,7 @@ def prompt_only(row: Row, key: str) -> Row:
 
 
 def question(row: Row, prompt_key: str, answer_key: str) -> Row:
-    return {"messages": as_messages(_answered(row, prompt_key, answer_key))}
+    return {"messages": as_messages(_exchange(row, prompt_key, answer_key))}
 
 
 def gsm8k_question(row: Row, prompt_key: str, answer_key: str) -> Row:
@@ -190,20 +189,20 @@ def mt_bench(row: Row) -> Row:
 
 
 def pair(row: Row, prompt_key: str) -> Row:
-    return _paired(*(_answered(row, prompt_key, key, may_be_empty=True) for key in ("chosen", "rejected")))
+    return _paired(*(_exchange(row, prompt_key, key, may_be_empty=True) for key in ("chosen", "rejected")))
 
 
 def whole_pair(row: Row) -> Row:
-    """chosen and rejected hold the whole conversation each, as a transcript or as turns."""
-    return _paired(*(_whole(row, key) for key in ("chosen", "rejected")))
+    """chosen and rejected each hold a full conversation, as a transcript or as turns."""
+    return _paired(*(_full_conversation(row, key) for key in ("chosen", "rejected")))
 
 
 def right_and_wrong(row: Row) -> Row:
-    """A question with lists of right and of wrong answers (RewardBench 2)."""
+    """A question with lists of right and wrong answers (RewardBench 2)."""
     question_turns, read = _prompt(row, RANKED[0]), {}
     for key in RANKED[1:]:
         if not isinstance(row[key], list) or not row[key]:
-            raise BadRow(f"{key} must be a list with at least one answer, not {named(row[key])}")
+            raise BadRow(f"{key} must be a list with at least one answer, not {quoted(row[key])}")
         read[key] = []
         for number, text in enumerate(row[key]):
             turns = [*question_turns, Turn("assistant", read_text(text, f"{key}[{number}]"), where=key)]
@@ -224,7 +223,7 @@ def swift_answers(row: Row, prompt_key: str, answer_key: str) -> Row:
     return pair(row | {"chosen": row[answer_key], "rejected": row["rejected_response"]}, prompt_key)
 
 
-def _whole(row: Row, key: str) -> list[Turn]:
+def _full_conversation(row: Row, key: str) -> list[Turn]:
     value = row[key]
     turns = value if isinstance(value, list) else transcript_turns(read_text(value, key))
     if turns is None:
@@ -233,7 +232,7 @@ def _whole(row: Row, key: str) -> list[Turn]:
 
 
 def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
-    """Either side may be an empty answer: the judges saw the model say nothing."""
+    """A preference pair. Either answer may be empty: the model may have said nothing."""
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
@@ -246,7 +245,7 @@ def _paired(chosen: list[Turn], rejected: list[Turn]) -> Row:
 
 
 def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, base: int) -> Row:
-    """A pair whose better side is a number: `base` for the first output, base + 1 for the second."""
+    """A pair whose better answer is given by number: `base` for the first output, base + 1 for the second."""
     value = str(row[verdict])
     if value not in (str(base), str(base + 1)):
         raise BadRow(f"{verdict} must be {base} or {base + 1}, the number of the better answer, not {row[verdict]!r}")
@@ -260,7 +259,7 @@ def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
     if messages[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end with an assistant turn")
     judgement = {"prompt": messages[:-1], "completion": messages[-1:], verdict: READ_VERDICT[verdict](row[verdict])}
-    return converted | judgement  # a reference, if there is one
+    return converted | judgement  # which may hold a reference
 
 
 def _label(value: Any) -> bool:
@@ -270,38 +269,38 @@ def _label(value: Any) -> bool:
     return label
 
 
-def read_number(value: Any, what: str) -> float:
-    """A number used in training: finite, also in float32."""
+def read_number(value: Any, label: str) -> float:
+    """A number used in training, which must be finite in float32. label: for messages."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # a CSV file's numbers are strings
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _LARGEST:
-        raise BadRow(f"{what} must be a finite number, not {named(value)}")
+        raise BadRow(f"{label} must be a finite number, not {quoted(value)}")
     return number
 
 
 def reference_text(value: Any) -> str:
-    """A reference that is an object or a list of them (tests, for the rule `code`) is kept as its JSON."""
+    """A reference as text; an object or a list of objects (tests, for the rule `code`) becomes JSON."""
     if isinstance(value, dict) or (isinstance(value, list) and value and all(isinstance(v, dict) for v in value)):
         return json.dumps(without_nulls(value), ensure_ascii=False)
     return read_text(value, "reference")
 
 
 def with_checks(row: Row, convert: Callable[[Row], Row], checks: Sequence[str]) -> Row:
-    """A problem whose reference is what a rule (`code`, `ifeval`) checks an answer by. checks: its keys."""
+    """A problem whose reference holds the columns `checks`, by which a rule (`code`, `ifeval`) judges an answer."""
     return convert(row) | {"reference": reference_text({key: row.get(key) for key in checks})}
 
 
 def mbpp_task(row: Row, task_key: str, answer_key: str | None) -> Row:
-    """MBPP's text, and behind it the tests, without which nobody knows what to call the function."""
-    listed = row["test_list"]
-    if not isinstance(listed, list) or not all(isinstance(test, str) for test in listed):
-        raise BadRow("test_list must be a list of texts")
-    asked = f"{read_text(row[task_key], task_key)}\n\nYour code should pass these tests:\n\n" + "\n".join(listed)
+    """MBPP's text followed by its tests: only they say what the function is called."""
+    tests = row["test_list"]
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise BadRow("test_list must be a list of strings")
+    task = f"{read_text(row[task_key], task_key)}\n\nYour code should pass these tests:\n\n" + "\n".join(tests)
     if answer_key is None:
-        return prompt_only(row | {task_key: asked}, task_key)
-    return question(row | {task_key: asked}, task_key, answer_key)
+        return prompt_only(row | {task_key: task}, task_key)
+    return question(row | {task_key: task}, task_key, answer_key)
 
 
-READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": partial(read_number, what="score")}
+READ_VERDICT: dict[str, Callable[[Any], Any]] = {"label": _label, "score": partial(read_number, label="score")}

@@ -1,4 +1,4 @@
-"""What to tell the owner of a file whose rows fit no known format: the columns to map, guessed and tried."""
+"""Hints for the owner of a file whose rows fit no known format: which columns to map, as a guess that was tried."""
 
 import re
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from conversations.formats.table import COMMON_KEYS, FORMATS, JUDGED_FORMATS, OT
 from conversations.formats.turn_reading import ROLE_KEYS
 from conversations.row import Row
 
-# Our key -> words that columns for it often end in.
+# Our key -> words that the names of such columns often end in.
 _LIKELY = {
     "prompt": {"prompt", "question", "query", "instruction", "request", "problem", "body", "input", "user"},
     "response": {"response", "answer", "reply", "completion", "output", "solution", "assistant", "target"},
 }
-# Further columns of words, once a question has been guessed.
+# Further text columns, tried once a question has been guessed.
 _LIKELY_MORE = {
     "system": {"system", "persona", "sys"},
     "context": {"context", "passage", "document", "article", "background", "paragraph"},
@@ -23,17 +23,17 @@ _LIKELY_MORE = {
 
 
 def mapping_hint(columns: Mapping[str, str], row: Row) -> str:
-    """For a row of no known format; columns: under which it would be one, empty where none are likely."""
-    others = ", ".join(str(name) for name in row if name not in columns.values())
-    unread = f" (not reading: {others})" if others else ""
+    """For a row of no known format. columns: the mapping that would give it one; empty if no guess is likely."""
+    unread_names = ", ".join(str(name) for name in row if name not in columns.values())
+    unread = f" (not reading: {unread_names})" if unread_names else ""
     how = f"for example columns: {{{_listed(columns)}}}{unread}" if columns else "columns: {known key: your key}"
     return f"Map the columns in the recipe: {how}. Known keys: {_known_formats()}"
 
 
 def plain_hint(columns: Mapping[str, str]) -> str:
-    """For rows with a verdict; columns: those of plain_columns."""
-    what = "To train on such rows as plain conversations (for a pair: on its chosen answer)"
-    return f"{what}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
+    """For rows with a verdict. columns: the result of `plain_columns`."""
+    purpose = "To train on such rows as plain conversations (for a pair: on its chosen answer)"
+    return f"{purpose}, map the columns in the recipe: columns: {{{_listed(columns)}}}"
 
 
 def _listed(columns: Mapping[str, str]) -> str:
@@ -41,26 +41,28 @@ def _listed(columns: Mapping[str, str]) -> str:
 
 
 def plain_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
-    """The `columns` under which a row with a verdict is a conversation without one; empty for any other row.
+    """The `columns` that make a row with a verdict a conversation without one; empty for any other row.
 
-    columns: those under which it has the verdict.
+    columns: the mapping under which it has the verdict.
     """
     try:
-        known = recognise(renamed(row, columns))
+        format = recognise(renamed(row, columns))
     except BadRow:  # without one of these columns
         return {}
-    if known is None or not known.plain:
+    if format is None or not format.plain:
         return {}
-    kept = {key: name for key, name in columns.items() if key not in known.plain.values()}
-    return kept | {key: columns.get(name, name) for key, name in known.plain.items() if columns.get(name, name) != key}
+    other_columns = {key: name for key, name in columns.items() if key not in format.plain.values()}
+    return other_columns | {
+        key: columns.get(name, name) for key, name in format.plain.items() if columns.get(name, name) != key
+    }
 
 
 def _known_formats() -> str:
     """The keys of the formats on one line."""
     lasts: dict[tuple[str, ...], list[str]] = {}  # the first keys -> the last ones
-    for known in FORMATS:
-        if known not in JUDGED_FORMATS:
-            lasts.setdefault(known.keys[:-1], []).append(known.keys[-1])
+    for format in FORMATS:
+        if format not in JUDGED_FORMATS:
+            lasts.setdefault(format.keys[:-1], []).append(format.keys[-1])
     return "; ".join(" + ".join(filter(None, (*first, " or ".join(last)))) for first, last in lasts.items())
 
 

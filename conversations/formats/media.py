@@ -11,20 +11,20 @@ _NAME = re.compile(
     r"(?:^|_)(?:images?|imgs?|pictures?|photos?|audios?|videos?|pixel_values|input_audio)"
     r"(?:_(?:paths?|urls?|files?|file_?names?|list|bytes|base64|b64|data))?$"
 )
-# How the library datasets stores a picture, and a sound.
+# How the datasets library stores images and audio.
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"})
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".mp3", ".flac", ".ogg", ".mp4", ".avi", ".mov")
 
 
-def refuse_media(values: Mapping[str, Any], what: str) -> None:
+def refuse_media(values: Mapping[str, Any], label: str) -> None:
     """Raises BadRow for a key that holds an image, audio or video (empty values and numbers do not)."""
     for key, value in values.items():
         if value in (None, "", [], {}, [None]) or isinstance(value, (bool, int, float)):
             continue
         if _names_media(key) or _is_media(value):
             raise BadRow(
-                f"{what} has {key}: images, audio and video cannot be trained on: the model reads text only"
-                + f"; if it contains text, map it: columns: {{other: {key}}}" * (what == "the row")
+                f"{label} has {key}: images, audio and video cannot be trained on: the model reads text only"
+                + f"; if it contains text, map it: columns: {{other: {key}}}" * (label == "the row")
             )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from conversations.formats.bad_row import BadRow, by_spelling, known_name, named, read_text
+from conversations.formats.bad_row import BadRow, by_spelling, known_name, quoted, read_text
 
 Reasoning = Literal["refuse", "drop", "think_tags"]
 
@@ -16,29 +16,30 @@ _KEYS = frozenset(KEYS)
 _NAMES = by_spelling(KEYS)
 PARTS = ("thinking", "reasoning", "redacted_thinking")  # types of content parts
 _TEXT_KEYS = ("text", "thinking", "summary", "content", "reasoning")
-# What a column `reasoning` or `thinking` of a whole row may hold instead: a switch.
+# Values that make a row's `reasoning` or `thinking` column a switch, not text.
 _SWITCHES = {"on", "off", "yes", "no", "true", "false", "low", "medium", "high", "minimal", "none", "auto"}
 
 
-def reasoning_of(values: Mapping[str, Any], what: str, mode: Reasoning) -> tuple[str, str] | None:
-    """The key that holds reasoning and its text ("" where it is dropped); None where there is none.
+def reasoning_of(values: Mapping[str, Any], label: str, mode: Reasoning) -> tuple[str, str] | None:
+    """The key that holds reasoning, and its text ("" if it is dropped); None if there is none.
 
-    Raises BadRow for reasoning that is not text, and for two texts that differ, unless reasoning is dropped.
+    Raises BadRow for reasoning that is not text, and for several texts that differ, unless reasoning is dropped.
     """
     if not values or _KEYS.isdisjoint(values):
         return None
     if mode == "drop":
         return next(((key, "") for key in KEYS if values.get(key)), None)
-    texts = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, what)).strip()}
+    texts = {key: text for key in KEYS if values.get(key) and (text := reasoning_text(values[key], key, label)).strip()}
     if len({text.strip() for text in texts.values()}) > 1:
-        raise BadRow(f"{what} has {' and '.join(texts)}, which differ")
+        raise BadRow(f"{label} has {' and '.join(texts)}, which differ")
     return next(iter(texts.items()), None)
 
 
 def column_reasoning(columns: Mapping[str, Any], answers: int, mode: Reasoning) -> tuple[str, str] | None:
-    """As reasoning_of, for the columns that a row's format does not read; a switch such as "on" is not reasoning.
+    """As `reasoning_of`, for the columns that a row's format does not read; a switch such as "on" is not reasoning.
 
-    answers: how many the row has: which of them each of several texts belongs to is not known.
+    answers: the row's number of answers. With several, a list of texts is refused: which text belongs to which answer
+    is unknown.
     """
     columns = {known_name(key, _NAMES): value for key, value in columns.items()}
     if _KEYS.isdisjoint(columns):
@@ -61,28 +62,28 @@ def _holds_text(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, dict) and any(value.get(name) for name in _TEXT_KEYS))
 
 
-def reasoning_text(value: Any, key: str, what: str) -> str:
+def reasoning_text(value: Any, key: str, label: str) -> str:
     """Reasoning as text, from a string or from blocks as OpenRouter and Anthropic write them."""
     if isinstance(value, list):
-        return "\n".join(reasoning_text(part, key, what) for part in value)
+        return "\n".join(reasoning_text(part, key, label) for part in value)
     if isinstance(value, dict):
         text = next((value[name] for name in _TEXT_KEYS if value.get(name)), None)
         if text is None or isinstance(text, dict):
-            raise BadRow(f"{what} has {key} that is not text: {named(value)} (format.reasoning: drop leaves it out)")
-        return reasoning_text(text, key, what)
-    return read_text(value, f"{what} {key}")
+            raise BadRow(f"{label} has {key} that is not text: {quoted(value)} (format.reasoning: drop leaves it out)")
+        return reasoning_text(text, key, label)
+    return read_text(value, f"{label} {key}")
 
 
-def with_reasoning(content: str, reasoning: tuple[str, str], mode: Reasoning, what: str) -> str:
-    """An assistant's text, with or without the reasoning in front."""
+def with_reasoning(content: str, reasoning: tuple[str, str], mode: Reasoning, label: str) -> str:
+    """An assistant's text, with or without the reasoning before it."""
     key, text = reasoning
     if mode == "refuse":
         raise BadRow(
-            f"{what} has {key}: set format.reasoning to think_tags to train it before the answer, between <think> "
+            f"{label} has {key}: set format.reasoning to think_tags to train it before the answer, between <think> "
             "and </think>, or to drop to leave it out"
         )
     if mode == "drop":
         return content
     if "<think>" in content:
-        raise BadRow(f"{what} has {key}, but its content already contains <think>")
+        raise BadRow(f"{label} has {key}, but its content already contains <think>")
     return f"<think>\n{text.strip()}\n</think>\n\n{content}"

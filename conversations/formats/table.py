@@ -1,4 +1,4 @@
-"""The known formats of rows, as a table, and how a row of one of them becomes canonical (conversations/row.py)."""
+"""The table of known row formats, and the conversion of a row to canonical form (conversations/row.py)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,10 +36,10 @@ from conversations.formats.turn_reading import Rules, TurnReader, turns_in
 from conversations.row import MARGIN, PAIR, RANKED, VERDICTS, Row
 from conversations.tally import Event
 
-# Keys that every format may have beside its own.
+# Keys that rows of every format may have besides their own.
 COMMON_KEYS = ("system", "tools", "reference", "meta")
 
-# Other names of a key -> ours, which they are where the row has none of its own.
+# Another name of a key -> ours; used if the row has no value under our name.
 OTHER_NAMES = {
     "system_prompt": "system",
     "system_message": "system",
@@ -57,11 +57,14 @@ class UnknownFormat(BadRow):
 
 @dataclass(frozen=True)
 class Format:
-    """A format is recognised by its keys: a row has the first entry of FORMATS whose keys it has.
+    """A row format, recognised by its keys: the first entry of FORMATS whose keys the row has is its format.
 
-    name: for the user. keys: all are there, and not null. convert: source row -> canonical row.
-    optional: further keys that `convert` reads; what else a row has goes to `meta`. plain: `columns` that make such a
-    row, which holds a verdict, a conversation without one.
+    Args:
+        name: for messages.
+        keys: present in every row, and not null.
+        convert: source row -> canonical row.
+        optional: further keys that `convert` reads; all other keys go to `meta`.
+        plain: for a format with a verdict: the `columns` that make its rows conversations without one.
     """
 
     name: str
@@ -79,11 +82,11 @@ _ANSWERS = ("completion", "response", "answer", "output")
 
 
 def _more(*keys: str) -> tuple[str, ...]:
-    """The optional keys of a format with one question in one of these keys."""
+    """The optional keys of a format whose question is one of `keys`."""
     return tuple(key for key in (*MORE, "history") if key not in keys)
 
 
-# (the two outputs, who says which is better, the number of the first): LLMBar and AlpacaFarm; PKU-SafeRLHF.
+# (the two outputs, the columns that say which is better, the number of the first): LLMBar and AlpacaFarm; PKU-SafeRLHF.
 _RANKINGS = (
     (("output_1", "output_2"), ("label", "preference"), 1),
     (("response_0", "response_1"), ("better_response_id", "safer_response_id"), 0),
@@ -205,7 +208,7 @@ JUDGED_FORMATS = tuple(
     for verdict in VERDICTS
 )
 
-# Longer sets of keys come before the shorter ones that they contain.
+# Longer key sets come before shorter ones that they contain.
 FORMATS: tuple[Format, ...] = (
     Format("right and wrong answers", RANKED, right_and_wrong, _more("prompt")),
     *_PAIRS,
@@ -225,7 +228,7 @@ FORMATS: tuple[Format, ...] = (
     Format("MT-Bench questions (the first turn)", ("question_id", "turns"), mt_bench, ("reference",)),
     Format("plain text", ("text",), plain_text),
 )
-_COMPARED = frozenset(known.name for known in (*_PAIRS, *_RANKED))  # two answers each
+_COMPARED = frozenset(format.name for format in (*_PAIRS, *_RANKED))  # two answers each
 # Columns that never hold turns of a conversation.
 _NO_TURNS = {
     *VERDICTS,
@@ -238,7 +241,7 @@ _NO_TURNS = {
     *_HUMANEVAL[1:],
     *_MBPP,
     *_IFEVAL,
-    *(key for known in _RANKED for key in known.keys[3:]),
+    *(key for format in _RANKED for key in format.keys[3:]),
 }
 
 
@@ -252,7 +255,7 @@ def recognise(row: Mapping[str, Any]) -> Format | None:
 
 @lru_cache(maxsize=1024)
 def _with_keys(present: frozenset[str]) -> Format | None:
-    return next((known for known in FORMATS if present.issuperset(known.keys)), None)
+    return next((format for format in FORMATS if present.issuperset(format.keys)), None)
 
 
 def convert_row(
@@ -260,51 +263,59 @@ def convert_row(
 ) -> tuple[Format, Row]:
     """The format of a source row and its canonical form.
 
-    columns: {key of a known format: name that the source has for it}, applied first. rules: how turns are read.
-    events: receives what the row has that nothing used.
-    Raises BadRow with the reason where no format is known, or the row does not conform to it.
+    Args:
+        columns: {key of a known format: the source's name for it}, applied first.
+        rules: how turns are read.
+        events: receives an entry for everything in the row that was not used.
+
+    Raises:
+        BadRow: no known format fits, or the row does not conform to its format; with the reason.
     """
     rules, events = rules or Rules(), [] if events is None else events
     columns = columns or {}
     row = _with_our_names(renamed(row, columns))
-    known = recognise(row)
-    if known is None:
+    format = recognise(row)
+    if format is None:
         raise _unknown(row)
-    read = (*known.keys, *known.optional, *COMMON_KEYS, *((MARGIN,) if known.name in _COMPARED else ()))
-    others = {key: row[key] for key in row if key not in read}
-    others = {key: value for key, value in others.items() if value is not None}
+    read = (*format.keys, *format.optional, *COMMON_KEYS, *((MARGIN,) if format.name in _COMPARED else ()))
+    unread = {key: row[key] for key in row if key not in read}
+    unread = {key: value for key, value in unread.items() if value is not None}
     flags = None
-    if others:
-        refuse_media({key: value for key, value in others.items() if key not in columns}, "the row")
-        flags = row_flags(others, _turns_of(row, known))
-    converted = known.convert(_with_turns(row, known, flags, rules, events))
-    thought = _thought(converted, others, rules) if others else None
-    _apply(converted, flags, thought, rules, events)
-    if row.get("reference") not in (None, "") and "reference" not in known.optional:
+    if unread:
+        refuse_media({key: value for key, value in unread.items() if key not in columns}, "the row")
+        flags = row_flags(unread, _turns_of(row, format))
+    converted = format.convert(_with_turns(row, format, flags, rules, events))
+    reasoning = _column_reasoning(converted, unread, rules) if unread else None
+    _apply(converted, flags, reasoning, rules, events)
+    if row.get("reference") not in (None, "") and "reference" not in format.optional:
         converted["reference"] = reference_text(row["reference"])
-    if known.name in _COMPARED and row.get(MARGIN) not in (None, ""):
+    if format.name in _COMPARED and row.get(MARGIN) not in (None, ""):
         converted[MARGIN] = read_number(row[MARGIN], MARGIN)
-    unused = [key for key in others if key != "kind" and not is_row_flag(key) and not (thought and is_reasoning(key))]
+    unused = [key for key in unread if key != "kind" and not is_row_flag(key) and not (reasoning and is_reasoning(key))]
     events.extend(("columns", str(key)) for key in unused)
-    meta = converted.pop("meta", {}) | others
-    own = row.get("meta")
-    meta = own | meta if isinstance(own, dict) else meta | ({} if own is None else {"meta": own})
-    return known, converted | ({"meta": meta} if meta else {})
+    meta = converted.pop("meta", {}) | unread
+    source_meta = row.get("meta")
+    meta = (
+        source_meta | meta
+        if isinstance(source_meta, dict)
+        else meta | ({} if source_meta is None else {"meta": source_meta})
+    )
+    return format, converted | ({"meta": meta} if meta else {})
 
 
-def _turns_of(row: Row, known: Format) -> int | None:
-    """How many turns the row's conversation has; None where it is not one list of turns."""
-    turns = turns_in(row[known.keys[0]], known.keys[0], True) if known.keys[0] in _CONVERSATIONS else None
+def _turns_of(row: Row, format: Format) -> int | None:
+    """The number of turns of the row's conversation; None if it is not one list of turns."""
+    turns = turns_in(row[format.keys[0]], format.keys[0], True) if format.keys[0] in _CONVERSATIONS else None
     return len(turns) if isinstance(turns, list) else None
 
 
 def _with_turns(
-    row: Row, known: Format, flags: list[tuple[str, bool]] | None, rules: Rules, events: list[Event]
+    row: Row, format: Format, flags: list[tuple[str, bool]] | None, rules: Rules, events: list[Event]
 ) -> Row:
-    """The row with its turns read, in the columns that its format reads."""
+    """The row with turns in place of the raw values of the columns that its format reads."""
     reader = TurnReader(rules, events)
     read = {}
-    for key in (*known.keys, *known.optional):
+    for key in (*format.keys, *format.optional):
         if row.get(key) is None or key in _NO_TURNS:
             continue
         turns = turns_in(row[key], key, key in _CONVERSATIONS)
@@ -313,82 +324,90 @@ def _with_turns(
     return row | read
 
 
-def _thought(converted: Row, others: Row, rules: Rules) -> tuple[str, str] | None:
-    """The column of the row that holds the reasoning of its answer, and its text."""
+def _column_reasoning(converted: Row, unread: Row, rules: Rules) -> tuple[str, str] | None:
+    """The column that holds the reasoning of the row's answer, and its text."""
     if "text" in converted:
         return None
-    said = converted.get("messages") or converted.get("completion") or []
-    return column_reasoning(others, sum(message["role"] == "assistant" for message in said), rules.reasoning)
+    messages = converted.get("messages") or converted.get("completion") or []
+    return column_reasoning(unread, sum(message["role"] == "assistant" for message in messages), rules.reasoning)
 
 
 def _apply(
     converted: Row,
     flags: list[tuple[str, bool]] | None,
-    thought: tuple[str, str] | None,
+    reasoning: tuple[str, str] | None,
     rules: Rules,
     events: list[Event],
 ) -> None:
-    """What the row's own columns say of its last answer: whether it is trained, and its reasoning."""
+    """Applies the row's own columns to its last answer: whether it is trained, and its reasoning."""
     answer = (converted.get("messages") or converted.get("completion") or [{"role": ""}])[-1]
     is_answer = answer["role"] == "assistant"
     off = next((name for name, flag in flags or () if not flag), None)
     if off and not (is_answer and "messages" in converted):
         raise BadRow(f"the row has {off} false, which cannot be honoured here: remove the row")
-    if off and all(not flag for _, flag in flags or ()):  # the row as a whole, whatever its form
+    if off and all(not flag for _, flag in flags or ()):  # the flag covers the whole row, in whichever form
         for message in converted["messages"]:
             if message["role"] == "assistant" and message.get("train") is not False:
                 message["train"] = False
                 events.append(("untrained", off))
-    if thought and is_answer:
-        answer["content"] = with_reasoning(answer["content"], thought, rules.reasoning, "the row")
-    elif thought and rules.reasoning != "drop":
-        raise BadRow(f"the row has {thought[0]}, but no answer to attach it to (format.reasoning: drop leaves it out)")
-    if thought and rules.reasoning == "drop":
-        events.append(("dropped reasoning", thought[0]))
+    if reasoning and is_answer:
+        answer["content"] = with_reasoning(answer["content"], reasoning, rules.reasoning, "the row")
+    elif reasoning and rules.reasoning != "drop":
+        raise BadRow(
+            f"the row has {reasoning[0]}, but no answer to attach it to (format.reasoning: drop leaves it out)"
+        )
+    if reasoning and rules.reasoning == "drop":
+        events.append(("dropped reasoning", reasoning[0]))
 
 
 def _unknown(row: Row) -> BadRow:
-    """Why a row has no format: one of a format's keys is null, or there is none with its keys."""
+    """Why a row has no format: one of the keys of its format is null, or no format has its keys."""
     if null := null_keys(row):
         return BadRow(f"{' and '.join(null)} {'is' if len(null) == 1 else 'are'} null")
     return UnknownFormat(f"no known format has the keys {', '.join(map(str, row)) or '(none)'}")
 
 
 def null_keys(row: Row, columns: Mapping[str, str] | None = None) -> list[str]:
-    """Keys without a value that would make the row one of another format, under the file's names for them."""
+    """Null keys that would give the row another format if they had values, under the file's names for them."""
     columns = columns or {}
     try:
         row = _with_our_names(renamed(row, columns))
     except BadRow:
         return []
-    wanted = _with_keys(frozenset(row))
-    now = recognise(row)
-    if wanted is None or wanted is now:
+    intended = _with_keys(frozenset(row))
+    current = recognise(row)
+    if intended is None or intended is current:
         return []
-    return [columns.get(key, key) for key in wanted.keys if row[key] is None]
+    return [columns.get(key, key) for key in intended.keys if row[key] is None]
 
 
 def _with_our_names(row: Row) -> Row:
-    """The row with our names for keys of ours that it calls otherwise."""
+    """The row with our names for the keys that it names differently."""
     if "preferred_output" in row and isinstance(row.get("input"), dict):  # OpenAI's preference rows
         rest = {key: value for key, value in row.items() if key not in _OPENAI_PAIR}
         prompt = {"prompt": row["input"].get("messages"), "tools": row["input"].get("tools")}
-        return rest | prompt | {ours: row.get(theirs) for theirs, ours in _OPENAI_PAIR.items() if ours}
+        return rest | prompt | {our_key: row.get(source_key) for source_key, our_key in _OPENAI_PAIR.items() if our_key}
     if "prompt" in row and all(map(_are_texts, (row.get(PAIR[1]), row.get(PAIR[2])))):  # RewardBench 2's
         lists: dict[str, str] = dict(zip(PAIR[1:], RANKED[1:], strict=True))
         return {lists.get(key, key): value for key, value in row.items()}
-    named = {theirs: ours for theirs, ours in OTHER_NAMES.items() if row.get(theirs) not in (None, "", [])}
-    named = {theirs: ours for theirs, ours in named.items() if row.get(ours) in (None, "", [], row[theirs])}
-    if "chosen" in named.values() and row.get("rejected") is None and row.get("rejected_response") is not None:
-        named["rejected_response"] = "rejected"
-    if not named:
+    renaming = {
+        source_key: our_key for source_key, our_key in OTHER_NAMES.items() if row.get(source_key) not in (None, "", [])
+    }
+    renaming = {
+        source_key: our_key
+        for source_key, our_key in renaming.items()
+        if row.get(our_key) in (None, "", [], row[source_key])
+    }
+    if "chosen" in renaming.values() and row.get("rejected") is None and row.get("rejected_response") is not None:
+        renaming["rejected_response"] = "rejected"
+    if not renaming:
         return row
-    rest = {key: value for key, value in row.items() if key not in named}
-    return rest | {ours: row[theirs] for theirs, ours in named.items()}
+    rest = {key: value for key, value in row.items() if key not in renaming}
+    return rest | {our_key: row[source_key] for source_key, our_key in renaming.items()}
 
 
 def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -402,7 +421,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _inside(row: Row, path: str) -> tuple[Any] | None:
-    """What stands at a path of keys (`reward_model.ground_truth`), in a tuple; None where there is nothing."""
+    """The value at a path of keys (`reward_model.ground_truth`), in a tuple; None if there is none."""
     value: Any = row
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:

@@ -1,8 +1,8 @@
 """Flags in a file that say whether a turn or a row is trained: masks of 0 or 1 under various names.
 
-Masks and weights of 0 and 1 (also true, false, and these as text) are honoured: a turn with a 0 is not trained, one
-with a 1 is, if format.train_on selects it; names such as `masked` mean the reverse. Everything else, such as a weight
-of 0.5 or spans of characters, is a BadRow that names it.
+Masks and weights of 0 and 1 (also true and false, and any of these as text) are honoured: a turn with 0 is not trained;
+one with 1 is trained if format.train_on selects it. Names such as `masked` mean the opposite. Anything else, such as a
+weight of 0.5 or character spans, raises BadRow with its name.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from conversations.formats.bad_row import BadRow, by_spelling, from_json, known_name, named
+from conversations.formats.bad_row import BadRow, by_spelling, from_json, known_name, quoted
 
 REVERSED = ("masked", "no_loss", "ignore_loss")  # 1 means not trained
 FLAGS = (
@@ -24,7 +24,7 @@ ROW_FLAGS = (
     "completion_mask", "sample_weight", "example_weight", SPANS,
 )  # fmt: skip
 _ROW_NAMES = by_spelling(ROW_FLAGS)
-# Words about training, in a key whose meaning is not known; and where a new word begins in lossMask.
+# Words about training in an unknown key; and the position where a new word begins, as in lossMask.
 _ABOUT_TRAINING = re.compile(
     r"(?:^|[_\W])(?:un)?(?:train|trained|training|trainable|loss|mask|masks|masked)(?:[_\W]|$)"
 )
@@ -39,30 +39,32 @@ def is_absent(value: Any) -> bool:
 
 
 def turn_flag(
-    values: Mapping[str, Any], what: str, names: tuple[str, ...] = (*FLAGS, *REVERSED)
+    values: Mapping[str, Any], label: str, names: tuple[str, ...] = (*FLAGS, *REVERSED)
 ) -> tuple[str, bool] | None:
     """The name and value of a turn's own flag; None if it has none."""
     if not values:
         return None
     if values.get(SPANS):
         raise BadRow(
-            f"{what} has {SPANS}: spans of characters cannot be honoured, only whole turns (train: true or false)"
+            f"{label} has {SPANS}: spans of characters cannot be honoured, only whole turns (train: true or false)"
         )
-    flags = {name: _flag(values[name], name, what) for name in names if not is_absent(values.get(name))}
+    flags = {name: _flag(values[name], name, label) for name in names if not is_absent(values.get(name))}
     for name, value in values.items():
         if speaks_of_training(name) and name not in (*names, SPANS) and not is_absent(value):
-            raise BadRow(f"{what} has {name} {named(value)}, a flag that is not supported; write train: true or false")
+            raise BadRow(
+                f"{label} has {name} {quoted(value)}, a flag that is not supported; write train: true or false"
+            )
     if len(set(flags.values())) > 1:
         contradicting = " and ".join(f"{name} {values[name]!r}" for name in flags)
-        raise BadRow(f"{what} has {contradicting}, which contradict each other")
+        raise BadRow(f"{label} has {contradicting}, which contradict each other")
     return next(iter(flags.items()), None)
 
 
 def row_flags(columns: Mapping[str, Any], turns: int | None) -> list[tuple[str, bool]] | None:
-    """From a row's own columns the name and value of a flag for each of its turns; None where they say nothing.
+    """The name and value of a flag for each turn, from the row's own columns; None if no column sets one.
 
-    One value for the whole row says something where it is false: then of one turn, or of all.
-    turns: how many there are in the file, where they stand in one list.
+    A single value for the whole row sets a flag only if it is false; it then applies to every turn. turns: the number
+    of turns in the file, if they are one list.
     """
     named_flags = [key for key in columns if is_row_flag(key)]
     present = {key: columns[key] for key in named_flags if not is_absent(columns[key])}
@@ -79,10 +81,10 @@ def is_row_flag(key: Any) -> bool:
 
 
 def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
-    known = known_name(name, _ROW_NAMES)
-    if known == "mask" and str(value).lower() == "user":  # NeMo: whose words are hidden from the loss
+    canonical = known_name(name, _ROW_NAMES)
+    if canonical == "mask" and str(value).lower() == "user":  # NeMo: the role that is masked out of the loss
         return None
-    if known == SPANS:
+    if canonical == SPANS:
         raise BadRow(f"the row has {name}: spans of characters cannot be honoured")
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV file
         value = from_json(value, otherwise=value)
@@ -95,21 +97,21 @@ def _of_turns(name: str, value: Any, turns: int | None) -> list[bool] | None:
     return [_flag(flag, f"{name}[{index}]", "the row") for index, flag in enumerate(value)]
 
 
-def _flag(value: Any, name: str, what: str) -> bool:
+def _flag(value: Any, name: str, label: str) -> bool:
     flag = _VALUES.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
     if flag is None:
-        remedy = f"; if it means something else, map it: columns: {{other: {name}}}" if what == "the row" else ""
+        remedy = f"; if it means something else, map it: columns: {{other: {name}}}" if label == "the row" else ""
         raise BadRow(
-            f"{what} has {name} {named(value)}, which cannot be honoured: a turn is trained or not (1 or 0){remedy}"
+            f"{label} has {name} {quoted(value)}, which cannot be honoured: a turn is trained or not (1 or 0){remedy}"
         )
     return flag != (known_name(name.split("[")[0], _ROW_NAMES) in REVERSED)
 
 
-def refuse_flags(values: Mapping[str, Any], what: str) -> None:
-    """Raises BadRow for a flag that covers part of a turn."""
+def refuse_flags(values: Mapping[str, Any], label: str) -> None:
+    """Raises BadRow for a flag on part of a turn."""
     for name, value in values.items():
         if (speaks_of_training(name) or name in FLAGS or name == SPANS) and not is_absent(value):
-            raise BadRow(f"{what} has {name}, which cannot be honoured: a turn is trained or not, as a whole")
+            raise BadRow(f"{label} has {name}, which cannot be honoured: a turn is trained or not, as a whole")
 
 
 @lru_cache(maxsize=4096)

@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-_GOES_ON = 0xFFFFFFFF  # stands before the length of a message, since Arrow 0.15
+_CONTINUATION = 0xFFFFFFFF  # precedes the length of a message since Arrow 0.15
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # Message.header_type
 _LONGEST_MESSAGE = 64 << 20
 
 
 def unpacked_sizes(content: IO[bytes]) -> Iterator[int]:
-    """For each batch of rows or of a dictionary in a stream of messages: what its packed buffers unpack to, in bytes.
+    """The decompressed size in bytes of each record or dictionary batch in a stream of messages.
 
-    content: at its first message; where it then stands does not matter to the caller.
+    content: positioned at its first message; its position afterwards is undefined.
 
     Raises:
         OSError: not a stream of Arrow messages, or a damaged one.
     """
     try:
         while (length := _word(content)) not in (None, 0):
-            if length == _GOES_ON and not (length := _word(content)):
+            if length == _CONTINUATION and not (length := _word(content)):
                 return
             if not length or length > _LONGEST_MESSAGE:
                 raise ValueError
@@ -40,20 +40,20 @@ def unpacked_sizes(content: IO[bytes]) -> Iterator[int]:
 
 
 def _sizes(content: IO[bytes], message: "_Table", start: int) -> Iterator[int]:
-    """What each packed buffer of a message unpacks to; `start` is where its buffers begin."""
+    """Decompressed size of each compressed buffer of a message; `start` is the offset of its buffers."""
     kind = message.number(1, "<B")
     if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
         return
     batch = message.table(2)
     if batch is not None and kind == _DICTIONARY_BATCH:
         batch = batch.table(1)
-    if batch is None or batch.table(3) is None:  # not packed
+    if batch is None or batch.table(3) is None:  # not compressed
         return
     for offset, length in batch.pairs(2):
         if length:
             content.seek(start + offset)
             (size,) = struct.unpack("<q", _exactly(content, 8))
-            yield max(0, size)  # -1: this one is not packed
+            yield max(0, size)  # -1: this buffer is not compressed
 
 
 def _word(content: IO[bytes]) -> int | None:
@@ -71,7 +71,7 @@ def _exactly(content: IO[bytes], count: int) -> bytes:
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of a FlatBuffer: at `at` the distance back to its list of fields, which says where each of them lies."""
+    """A FlatBuffers table: `at` holds the distance back to its vtable, which has the offset of each field."""
 
     data: bytes
     at: int
@@ -89,7 +89,7 @@ class _Table:
         return _Table(self.data, place + struct.unpack_from("<I", self.data, place)[0]) if place else None
 
     def pairs(self, field: int) -> Iterator[tuple[int, int]]:
-        """A list of two numbers each: Buffer(offset, length)."""
+        """A list of structs of two numbers: Buffer(offset, length)."""
         place = self._place(field)
         if place:
             place += struct.unpack_from("<I", self.data, place)[0]

@@ -1,4 +1,4 @@
-"""Shared by all file readers: a data file, its bytes (decompressed while reading) and lines, and a record."""
+"""Shared by all file readers: a data file, its bytes (decompressed on the fly) and lines, and its records."""
 
 import gzip
 import io
@@ -13,11 +13,12 @@ from typing import IO, Any, Generic, TypeVar, cast
 from conversations.errors import ToolkitError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-LONGEST_ROW = 16 << 20  # bytes or characters; the longest context of a model is a hundredth of it
+LONGEST_ROW = 16 << 20  # bytes or characters; a model's longest context is a hundredth of it
 TOO_LONG = f"longer than {LONGEST_ROW:,} bytes or characters, the limit for a row"
 _BUFFER = 1 << 20
-# What a packed file may unpack to: so many times its own size, or so many bytes where that is more. Text packs to a
-# third or a tenth; a few kilobytes that never end are made to fill a disk or the memory.
+# Limit on what a compressed file may decompress to: a multiple of its size, or a number of bytes if that is more. Text
+# compresses to a third or a tenth of its size; a few kilobytes that decompress endlessly are an attack on disk or
+# memory.
 LARGEST_RATIO, ALWAYS_ALLOWED = 200, 64 << 20
 Text = TypeVar("Text", bytes, str)
 
@@ -27,14 +28,14 @@ class RowTooLong(Exception):
 
 
 class Unpacked:
-    """Counts the bytes that a packed file unpacks to."""
+    """Counts the bytes that a compressed file decompresses to."""
 
     def __init__(self, packed_size: int):
         self._most = max(ALWAYS_ALLOWED, LARGEST_RATIO * packed_size)
         self._bytes = 0
 
     def add(self, count: int) -> None:
-        """Raises OSError for more than may be."""
+        """Raises OSError above the limit."""
         self._bytes += count
         if self._bytes > self._most:
             raise OSError(
@@ -44,7 +45,7 @@ class Unpacked:
 
 
 class _Bounded(io.RawIOBase):
-    """An unpacked stream that ends in an OSError where it gives more than may be."""
+    """A decompressed stream that raises OSError when it exceeds the limit."""
 
     def __init__(self, stream: IO[bytes], packed_size: int):
         self._stream = stream
@@ -68,10 +69,10 @@ class _Bounded(io.RawIOBase):
 class Record:
     """One row of a file as an object.
 
-    line: where it begins, from 1; the row's number in a parquet file. value: the object, where problem is None.
-    text: as written, for those who fix it; None where the file is not text (parquet). place: a prefix
-    of the reason where the line says too little ("element 17: ", of an array on one line). beside: not a row, but
-    keys that stand beside a list of rows.
+    line: where it begins, from 1; in a parquet file the row's number. value: the object, if problem is None. text: the
+    row as written, for whoever fixes it; None if the file is not text (parquet). place: a prefix for the reason if the
+    line is not precise enough ("element 17: " of an array on one line). beside: the keys beside a list of rows; the
+    record is then not a row.
     """
 
     line: int
@@ -88,7 +89,7 @@ def _plain(path: Path | zipfile.Path) -> IO[bytes]:
 
 def _gzip(path: Path | zipfile.Path) -> IO[bytes]:
     file = gzip.GzipFile(fileobj=_plain(path))
-    file.myfileobj = cast(Any, file.fileobj)  # so that it is closed with it
+    file.myfileobj = cast(Any, file.fileobj)  # closed together with it
     return cast("IO[bytes]", file)
 
 
@@ -111,10 +112,10 @@ class DataFile:
     compression: str
 
     def open(self) -> IO[bytes]:
-        """The content, decompressed on the way; it can be read once, from the start to the end.
+        """The content, decompressed on the fly; it can be read once, from start to end.
 
         Raises:
-            OSError: while it is read, where it decompresses to more than the limit.
+            OSError: while reading, if it decompresses to more than the limit.
         """
         stream = _COMPRESSIONS[self.compression](self.path)
         if not self.compression and isinstance(self.path, Path):
@@ -123,13 +124,13 @@ class DataFile:
 
     @property
     def packed_size(self) -> int:
-        """The bytes that it has on disk, or takes in its .zip."""
+        """Its size in bytes on disk, or in its .zip."""
         if isinstance(self.path, Path):
             return self.path.stat().st_size
         return self.path.root.getinfo(self.path.at).compress_size
 
     def open_seekable(self) -> IO[bytes]:
-        """The content for readers that jump about: a compressed file is unpacked to a temporary one first."""
+        """The content for readers that seek: a compressed file is first decompressed to a temporary one."""
         if not self.compression and isinstance(self.path, Path):
             return _plain(self.path)
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -145,10 +146,10 @@ def has_known_kind(path: Path) -> bool:
 
 
 def data_file(path: Path | zipfile.Path) -> DataFile:
-    """The file, by its name.
+    """The data file at a path; its kind follows from its name.
 
     Raises:
-        ToolkitError: no such file, or a name that ends in none of KINDS.
+        ToolkitError: there is no such file, or its name does not end in one of KINDS.
     """
     if not path.exists():
         raise ToolkitError(f"{path}: no such file")
@@ -161,16 +162,16 @@ def data_file(path: Path | zipfile.Path) -> DataFile:
 
 
 def _suffixes(path: Path | zipfile.Path) -> tuple[str, str]:
-    """(kind, compression) as the name has them, in lower case: (".jsonl", ".gz")."""
+    """(kind, compression) from the name, in lower case: (".jsonl", ".gz")."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
     return (suffixes[-1] if suffixes else ""), compression
 
 
 class BoundedLines(Generic[Text]):
-    """The lines of a file, none of them longer than a row may be, so that memory does not grow with a line.
+    """The lines of a file, none longer than a row may be, so that memory does not grow with a line.
 
-    `taken` counts what has been read since it was last set to 0: a row of CSV may span several lines.
+    `taken` counts what was read since it was last set to 0: a CSV row may span several lines.
     """
 
     def __init__(self, file: IO[Text]):

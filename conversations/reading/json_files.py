@@ -1,7 +1,6 @@
 """JSON lines, JSON arrays and JSON objects over several lines -> records, distinguished by how the file begins.
 
-A file is read piece by piece, so that memory does not grow with it. What cannot be read is a record with a
-`problem`.
+Files are read in chunks, so that memory does not grow with them. Anything unreadable becomes a record with a `problem`.
 """
 
 import codecs
@@ -16,19 +15,19 @@ from conversations.row import is_utf8
 
 _CHUNK = 1 << 20
 _SNIFFED = 1 << 16
-# Keys under which an object holds the rows of a whole file.
+# Keys under which one object holds all rows of a file.
 _WRAPPERS = ("data", "rows", "records", "train", "dataset")
 # A file that begins with an object of rows: {"version": "1.0", "data": [{
 _SCALAR = rb'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|-?[0-9.]+|true|false|null)\s*,\s*'
 _WRAPPED = re.compile(rb'\{\s*(?:%s)*"(?:%s)"\s*:\s*\[\s*\{' % (_SCALAR, "|".join(_WRAPPERS).encode()))
-# One that begins with an object whose first line cannot be all of it.
+# A file that begins with an object whose first line cannot be complete.
 _OPEN = re.compile(rb'\{[^\n]*(?:(?<=[\[,:])[ \t\r]*\n|(?<=\{)[ \t\r]*\n\s*["}])')
 _NOT_UTF8 = "not valid UTF-8"
-_DEEPEST = 80  # spaces before an element of an array
+_DEEPEST = 80  # deepest indentation of an array element that is tracked
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object. Raises ValueError for a duplicate key, one value of which a dict would lose."""
+    """Build a JSON object. Raises ValueError for a duplicate key with different values: a dict would lose one."""
     values = dict(pairs)
     if len(values) != len(pairs):
         for key, value in pairs:
@@ -44,7 +43,7 @@ def json_records(file: DataFile) -> Iterator[Record]:
     """The records of a .jsonl or .json file; either may hold lines, one array, or objects over several lines."""
     with file.open() as content:
         start = content.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()
-    with file.open() as content:  # again from the start: not every compressed stream can go back
+    with file.open() as content:  # reopened: not every compressed stream can seek back
         if start.startswith(b"["):
             yield from _array_records(content)
         elif _WRAPPED.match(start) or _OPEN.match(start):
@@ -59,28 +58,28 @@ def _line_records(file: IO[bytes]) -> Iterator[Record]:
     for line in count(1):
         lines.taken = 0
         try:
-            written = next(lines, None)
+            raw = next(lines, None)
         except RowTooLong as error:
             yield Record(line, "", {}, str(error))
             continue
-        if written is None:
+        if raw is None:
             return
         if line == 1:
-            written = written.removeprefix(codecs.BOM_UTF8)
-        if written := written.strip():
-            yield _parsed(line, written)
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if raw := raw.strip():
+            yield _parsed(line, raw)
 
 
-def _parsed(line: int, written: bytes) -> Record:
+def _parsed(line: int, raw: bytes) -> Record:
     try:
-        text = written.decode()
-    except UnicodeDecodeError:  # in the text of the record such bytes are lone surrogates
-        return Record(line, written.decode(errors="surrogateescape"), {}, _NOT_UTF8)
+        text = raw.decode()
+    except UnicodeDecodeError:  # in the record's text such bytes become lone surrogates
+        return Record(line, raw.decode(errors="surrogateescape"), {}, _NOT_UTF8)
     try:
         return _object(line, text, json.loads(text, object_pairs_hook=_without_repeats))
     except json.JSONDecodeError as error:
         return Record(line, text, {}, f"broken JSON: {error.msg} (column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of nested brackets
         return Record(line, text, {}, f"unreadable JSON: {error}")
 
 
@@ -91,7 +90,7 @@ def _object(line: int, text: str, value: Any, place: str = "") -> Record:
 
 
 def _checked(line: int, text: str, value: Any, place: str = "") -> Record:
-    """The record of a value whose text may hold lone surrogates, for bytes that are not UTF-8."""
+    """The record of a value whose text may contain lone surrogates, which stand for bytes that are not UTF-8."""
     return _object(line, text, value, place) if is_utf8(text) else Record(line, text, {}, _NOT_UTF8, place)
 
 
@@ -113,7 +112,7 @@ def _object_records(file: IO[bytes]) -> Iterator[Record]:
 
 
 def _one_object(text: "_Window") -> Generator[Record, None, bool]:
-    """The rows of one object; whether the text after it can be read."""
+    """Yields the rows of one object; returns whether the text after it can be read."""
     line, values, lists = text.line, {}, 0
     text.skip("{")
     while text.peek() != "}":
@@ -150,10 +149,10 @@ def _one_object(text: "_Window") -> Generator[Record, None, bool]:
 
 
 def _elements(text: "_Window") -> Generator[Record, None, bool]:
-    """The elements of one array; returns whether its end was reached.
+    """Yields the elements of one array; returns whether its end was reached.
 
-    After a broken element, reading resumes at the next line that begins an element as this one did; without such a
-    line the broken element is the last record.
+    After a broken element, reading resumes at the next line that begins an element with the same indentation; without
+    such a line the broken element is the last record.
     """
     text.skip("[")
     if text.peek() == "]":
@@ -164,22 +163,22 @@ def _elements(text: "_Window") -> Generator[Record, None, bool]:
         text.peek()  # skips the space before the element
         line, before, mark = text.line, text.before, ""
         place = f"element {number}: " if line == ended else ""
-        value, written, problem = text.element()
+        value, source, problem = text.element()
         ended = text.line
         if not problem:
-            yield _checked(line, written, value, place)
+            yield _checked(line, source, value, place)
             mark = text.peek()
             if mark in ("]", ","):
                 text.skip(mark)
                 if mark == "]":
                     return True
                 continue
-            line, written = text.line, mark
+            line, source = text.line, mark
             problem = f"broken JSON: the array {'lacks a comma after an element' if mark else 'is not closed'}"
         is_there = mark == "{" and text.before == before
         goes_on = before is not None and (is_there or text.go_to(before))
-        lost = "" if goes_on or not written else "; nothing after it in this array can be read"
-        yield Record(line, written, {}, problem + lost, place)
+        lost = "" if goes_on or not source else "; nothing after it in this array can be read"
+        yield Record(line, source, {}, problem + lost, place)
         if not goes_on:
             break
     return False
@@ -196,7 +195,7 @@ class _Window:
         self._at = 0
         self._is_whole = False
         self.line = 1
-        self._start = ""  # of the line that is being looked at; of a long one not all
+        self._start = ""  # start of the current line, truncated if it is long
 
     def _read_more(self, size: int) -> None:
         data = self._file.read(size)
@@ -212,11 +211,11 @@ class _Window:
 
     @property
     def before(self) -> str | None:
-        """The space between the start of the line and this place; None where there is more than space."""
+        """The indentation before the current position; None if anything but white space precedes it on its line."""
         return None if self._start.strip() or len(self._start) == _DEEPEST else self._start
 
     def go_to(self, before: str) -> bool:
-        """Go to the next line that begins with an object after exactly this space; False where there is none."""
+        """Go to the next line with an object at exactly this indentation; returns False if there is none."""
         mark = f"\n{before}{{"
         while (at := self._text.find(mark, self._at)) < 0:
             if self._is_whole:
@@ -227,20 +226,20 @@ class _Window:
         return True
 
     def peek(self) -> str:
-        """The next character that is not a space, without taking it; "" at the end."""
+        """The next character that is not white space, without consuming it; "" at the end."""
         while True:
-            here = self._at
-            while here < len(self._text) and self._text[here] in " \t\r\n":
-                here += 1
-            self._move(here)
-            if here < len(self._text):
-                return self._text[here]
+            position = self._at
+            while position < len(self._text) and self._text[position] in " \t\r\n":
+                position += 1
+            self._move(position)
+            if position < len(self._text):
+                return self._text[position]
             if self._is_whole:
                 return ""
             self._read_more(_CHUNK)
 
     def begins_list_of_objects(self) -> bool:
-        """Whether a list that begins with an object comes next; nothing is taken."""
+        """Whether a list that begins with an object comes next; consumes nothing."""
         if self.peek() != "[":
             return False
         while not (rest := self._text[self._at + 1 :].lstrip()) and not self._is_whole:
@@ -248,20 +247,20 @@ class _Window:
         return rest.startswith("{")
 
     def skip(self, mark: str) -> None:
-        """Take the next character, which is known to be `mark`."""
+        """Consume the next character, which must be `mark`."""
         assert self.peek() == mark
         self._move(self._at + 1)
 
     def element(self) -> tuple[Any, str, str | None]:
-        """The next JSON value, its text, and None; or None, the beginning of the text, and what is wrong."""
+        """(JSON value, its text, None) of the next value, or (None, the start of its text, what is wrong)."""
         size = _CHUNK
         while True:
             try:
                 value, end = _JSON.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._is_whole:  # else a number may continue
-                    written = self._text[self._at : end]
+                if end < len(self._text) or self._is_whole:  # otherwise a number may continue
+                    source = self._text[self._at : end]
                     self._move(end)
-                    return value, written, None
+                    return value, source, None
                 problem = ""
             except json.JSONDecodeError as error:
                 problem = f"broken JSON: {error.msg}"
@@ -272,4 +271,4 @@ class _Window:
                 problem += f", or this element is {TOO_LONG}" if too_long else ""
                 return None, self._text[self._at : self._at + 80], problem
             self._read_more(size)
-            size *= 2  # so that a long element costs no more than twice its length
+            size *= 2  # so that a long element is parsed a logarithmic number of times

@@ -1,4 +1,4 @@
-"""Reads a data file into canonical rows, and accounts for every row that is left out."""
+"""Reads a data file into canonical rows, and reports every row that is left out."""
 
 import gzip
 import json
@@ -39,8 +39,8 @@ _READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that was left out: `file` and `line` (from 1; the row's number in a parquet file), why, and the row as it
-    was written."""
+    """A row that was left out: `file` and `line` (from 1; in a parquet file the row's number), the reason, and the row
+    as written."""
 
     file: str
     line: int
@@ -51,7 +51,8 @@ class RejectedRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file of JSON: what cannot be written as UTF-8 is escaped: \\udcff (a byte ff), \\ud800 (a half)."""
+        """For a JSON file: what UTF-8 cannot encode is escaped: \\udcff (a byte ff), \\ud800 (half a surrogate
+        pair)."""
         values = asdict(self)
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         return values | {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
@@ -73,27 +74,26 @@ def load_conversations(
 
     Args:
         path: a file of JSON lines, one JSON array or JSON objects (recognised by how it begins), CSV, TSV, parquet or
-            Arrow, by its name; also compressed (.gz, .zst); a .zip of these, a folder, or a pattern (data/*.jsonl).
-        on_bad_row: "error": at the first bad row stop yielding, look through the rest of the file, and raise
-            one error with up to 10 bad rows as file:line: reason and with their number. "skip": leave bad
-            rows out.
+            Arrow (recognised by name); also compressed (.gz, .zst); a .zip of these, a folder, or a pattern
+            (data/*.jsonl).
+        on_bad_row: "error": stop yielding at the first bad row, check the rest of the file, and raise one error that
+            lists up to 10 bad rows as file:line: reason, and their total number. "skip": leave bad rows out.
         columns: {key of a known format: the file's name for it}, as {"prompt": "Body", "response": "Answer"}.
         max_bad_rows: with "skip", the most rows that may be left out: a number (int), or a share of all rows
             (float from 0 to 1, checked at the end of the file).
         on_rejected: called with every RejectedRow, for example `list.append`.
-        refuse: why the caller cannot use a canonical row (None where it can); such a row is a bad row too.
-        roles: the file's names of roles -> system, user, assistant or tool, as {"bot": "assistant"}.
-        reasoning: "refuse": an assistant's reasoning beside its words makes a bad row. "drop": it is left out, and
-            counted. "think_tags": it comes before the words, between <think> and </think>.
-        split: the name of a folder's split; "" takes train where there are several.
+        refuse: returns why the caller cannot use a canonical row (None if it can); such a row is a bad row too.
+        roles: the file's role names -> system, user, assistant or tool, as {"bot": "assistant"}.
+        reasoning: "refuse": reasoning stored with an answer makes a bad row. "drop": it is left out, and counted.
+            "think_tags": it is put before the answer, between <think> and </think>.
+        split: the name of a folder's split; "" takes train if there are several.
 
     Returns:
-        An iterator of rows that reads as it goes and reports what it read: see ConversationReader.
+        A lazy iterator of rows that reports what it read: see ConversationReader.
 
     Raises:
-        ToolkitError: at the call for a wrong argument, a missing file or an unknown kind of file; while
-            iterating for bad rows, too many of them, a file that cannot be read, and a file without a single
-            good row.
+        ToolkitError: at the call, for a wrong argument, a missing file or an unknown file type; while iterating, for
+            bad rows (or too many of them), a file that cannot be read, and a file without a single good row.
     """
     if on_bad_row not in get_args(OnBadRow):
         raise ToolkitError(f"on_bad_row is {on_bad_row!r}; use one of {', '.join(get_args(OnBadRow))}")
@@ -133,14 +133,14 @@ class ConversationReader(Iterator[Row]):
         self._rules = rules
         self._events: Counter[Event] = Counter()
         self._first_rejected: list[RejectedRow] = []
-        self._hint: dict[str, str] | None = None  # columns for rows of no known format
-        self._unread: Row = {}  # such a row
+        self._hint: dict[str, str] | None = None  # suggested columns for rows of no known format
+        self._unread: Row = {}  # the first such row
         self._plain: dict[str, str] = {}
         self._files = located.files
         self._file: Path | zipfile.Path = path
-        self._named = self._name_of(path)
+        self._display_name = self._name_of(path)
         self._notes = located.notes
-        self._rows = self._read()
+        self._rows = self._good_rows()
 
     def __iter__(self) -> "ConversationReader":
         return self
@@ -159,22 +159,22 @@ class ConversationReader(Iterator[Row]):
         return f"{self.path.name}: {formats}" + (f"; {counted(self.rejected)} left out" if self.rejected else "")
 
     def notes(self) -> list[str]:
-        """What good rows have that was not used, or was read in a way the user should know: a line for each kind."""
+        """What was not used of good rows, or read in a way the user should know: one line per kind."""
         return [*self._notes, *event_lines(self._events)]
 
     @property
     def place(self) -> str:
-        """The location of the last row: "law.jsonl:17", in a folder "laws/part/1.jsonl:17"."""
-        return f"{self._named}:{self.line}"
+        """The location of the last row: "law.jsonl:17", or "laws/part/1.jsonl:17" in a folder."""
+        return f"{self._display_name}:{self.line}"
 
     def _name_of(self, file: Path | zipfile.Path) -> str:
         names = str(file)
         within = names.removeprefix(str(self.path)).strip("/\\") if file != self.path else ""
         return f"{self.path.name}/{within}" if within != names and within else PurePath(names).name
 
-    def _read(self) -> Iterator[Row]:
+    def _good_rows(self) -> Iterator[Row]:
         for file in self._files:
-            self._file, self._named = file.path, self._name_of(file.path)
+            self._file, self._display_name = file.path, self._name_of(file.path)
             for record in _records(file):
                 if record.beside:
                     self._events.update(("beside", key) for key in record.beside)
@@ -189,7 +189,7 @@ class ConversationReader(Iterator[Row]):
         try:
             if record.problem:
                 raise BadRow(record.problem)
-            known, row = convert_row(record.value, self._columns, self._rules, events)
+            format, row = convert_row(record.value, self._columns, self._rules, events)
             if self._refuse and (reason := self._refuse(row)):
                 null = null_keys(record.value, self._columns)
                 raise BadRow(reason + (f" ({', '.join(null)} is null)" if null else ""))
@@ -199,18 +199,18 @@ class ConversationReader(Iterator[Row]):
                 self._hint = self._working({**self._columns, **likely_columns(record.value)}, record.value)
             if not self._plain and self.rejected < _SHOWN:
                 self._plain = self._working(plain_columns(record.value, self._columns), record.value)
-            written = record.text
-            if written is None:
-                written = json.dumps(record.value, ensure_ascii=False, default=str)
-            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", written))
+            text = record.text
+            if text is None:
+                text = json.dumps(record.value, ensure_ascii=False, default=str)
+            self._reject(RejectedRow(str(self._file), record.line, f"{record.place}{error}", text))
             return None
         self.line = record.line
-        self.formats[known.name] += 1
+        self.formats[format.name] += 1
         self._events.update(events)
         return row
 
     def _working(self, columns: dict[str, str], row: Row) -> dict[str, str]:
-        """These columns if they make the row a good one (a conversation whose verdict is ignored, say), else none."""
+        """These columns if they make the row usable (such as a conversation without its verdict), otherwise none."""
         try:
             _, converted = convert_row(row, columns, self._rules)
         except BadRow:
@@ -230,7 +230,7 @@ class ConversationReader(Iterator[Row]):
     def check(self) -> None:
         """Check the rows read so far: raises ToolkitError if none is good, or more are bad than allowed.
 
-        Called at the end of the file; a caller that stops before the end calls it itself."""
+        Called automatically at the end; a caller that stops earlier must call it."""
         total = self.rows + self.rejected
         limit = self._max_bad_rows
         if self.rejected and self._on_bad_row == "error":
@@ -264,7 +264,7 @@ def _records(file: DataFile) -> Iterator[Record]:
         yield from _READERS[file.kind](file)
     except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
         raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
-    except RuntimeError as error:  # of a member of a .zip that is encrypted
+    except RuntimeError as error:  # an encrypted member of a .zip
         if not isinstance(file.path, zipfile.Path):
             raise
         raise ToolkitError(f"{file.path}: cannot be read: {error}") from error

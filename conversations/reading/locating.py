@@ -1,7 +1,7 @@
 """Resolves a data path to the files that hold its rows: a file, the members of a .zip, a folder, or a pattern.
 
-Files of a folder or a pattern are read in the order of their names. A folder that `save_to_disk` of the library
-datasets wrote is read in its own order. A folder may hold splits: in folders or files called train, test, validation.
+Files of a folder or a pattern are read in alphabetical order; a folder written by `save_to_disk` of the datasets
+library, in its own order. A folder may hold splits, as folders or files named train, test or validation.
 """
 
 import json
@@ -21,7 +21,7 @@ _ZIP = ".zip"
 # Files of a data set that hold no rows.
 _SIDECARS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _QUIET = {"README.md", "LICENSE", "LICENSE.txt", *_SIDECARS}
-# Words in names of files and folders -> the split, as the hub reads them.
+# Words in file and folder names -> the split, following the hub's convention.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -32,7 +32,7 @@ _SPLIT = re.compile(rf"(?:^|[^a-z])({'|'.join(_SPLITS)})(?=$|[^a-z])")
 
 @dataclass(frozen=True)
 class Located:
-    """paths: the files on disk, for a hash. files: what is read, in order. notes: what the user should know."""
+    """paths: the files on disk, for hashing. files: the files to read, in order. notes: for the user."""
 
     paths: tuple[Path, ...]
     files: tuple[DataFile, ...]
@@ -42,7 +42,7 @@ class Located:
 def locate(path: Path, split: str = "") -> Located:
     """The files of a data path.
 
-    split: the name of one of a folder's splits; "" takes train where there are several.
+    split: the name of one of a folder's splits; "" takes train if there are several.
 
     Raises:
         ToolkitError: the file or split does not exist, or no file has a known kind.
@@ -51,13 +51,15 @@ def locate(path: Path, split: str = "") -> Located:
         return _folder(path, split)
     if not path.exists() and has_magic(str(path)):
         matches = _matches(path)
-        located = [locate(each, split) for each in matches if each.is_dir() or (_is_data(each) and _has_rows(each))]
+        located = [
+            locate(match, split) for match in matches if match.is_dir() or (_is_data(match) and _has_rows(match))
+        ]
         if not located:
             raise ToolkitError(f"{path}: the pattern matches no file of a supported type")
         return Located(
-            tuple(file for each in located for file in each.paths),
-            tuple(file for each in located for file in each.files),
-            tuple(note for each in located for note in each.notes),
+            tuple(file for found in located for file in found.paths),
+            tuple(file for found in located for file in found.files),
+            tuple(note for found in located for note in found.notes),
         )
     return Located((path,), tuple(_members(path)))
 
@@ -68,11 +70,11 @@ def names_files(path: Path) -> bool:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a pattern names, each file once: of `data/**`, which names folders and all that is in them, the latter."""
-    text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # repeated `**/` takes forever, and means the same as one
+    """The paths that a pattern matches, without folders whose contents it matches too (as `data/**` does)."""
+    text = re.sub(r"(\*\*/)+", "**/", str(pattern))  # repeated `**/` takes forever and means the same as one
     paths = sorted({Path(name) for name in glob(text, recursive=True)})
-    around = {parent for each in paths for parent in each.parents}
-    return [each for each in paths if each not in around]
+    parents = {parent for path in paths for parent in path.parents}
+    return [path for path in paths if path not in parents]
 
 
 def _is_data(path: Path) -> bool:
@@ -111,46 +113,46 @@ def _folder(path: Path, split: str) -> Located:
         return _noted(_folder(path / chosen, ""), path, chosen, [name for name in names if name != chosen])
     if (path / "state.json").is_file() and (files := _json(path / "state.json").get("_data_files")):
         listed = files if isinstance(files, list) else [files]
-        named = [file.get("filename") if isinstance(file, dict) else file for file in listed]
-        paths = tuple(path / name for name in _texts(path / "state.json", named))
+        filenames = [file.get("filename") if isinstance(file, dict) else file for file in listed]
+        paths = tuple(path / name for name in _texts(path / "state.json", filenames))
         return Located(paths, tuple(map(data_file, paths)))
     everything = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
     data = [file for file in everything if _is_data(file) and _has_rows(file)]
-    others = [str(file.relative_to(path)) for file in everything if file not in data and file.name not in _QUIET]
+    unread = [str(file.relative_to(path)) for file in everything if file not in data and file.name not in _QUIET]
     if not data:
         types = ", ".join([*KINDS, _ZIP])
-        raise ToolkitError(f"{path} contains no file of a supported type ({types}), but {_listed(others)}")
-    located = _of_split(path, data, split)
-    notes = (*located.notes, *([f"files of unsupported types, not read: {_listed(others)}"] if others else []))
-    return Located(located.paths, tuple(file for each in located.paths for file in _members(each)), notes)
+        raise ToolkitError(f"{path} contains no file of a supported type ({types}), but {_listed(unread)}")
+    located = _split_files(path, data, split)
+    notes = (*located.notes, *([f"files of unsupported types, not read: {_listed(unread)}"] if unread else []))
+    return Located(located.paths, tuple(file for data_path in located.paths for file in _members(data_path)), notes)
 
 
-def _of_split(path: Path, data: Sequence[Path], split: str) -> Located:
-    """The files of one split, where the folder has several."""
+def _split_files(path: Path, data: Sequence[Path], split: str) -> Located:
+    """The files of one split, if the folder has several."""
     by_split: dict[str, list[Path]] = {}
     for file in data:
         words = _SPLIT.findall(str(file.relative_to(path)).lower())
         by_split.setdefault(_SPLITS[words[-1]] if words else "", []).append(file)
-    named = [name for name in by_split if name]
-    if (len(named) < 2 and not split) or (split == "train" and not named):
+    splits = [name for name in by_split if name]
+    if (len(splits) < 2 and not split) or (split == "train" and not splits):
         return Located(tuple(data), ())
-    chosen = _chosen(path, split, named)
-    others = [name or "files outside any split" for name in by_split if name != chosen]
-    return _noted(Located(tuple(by_split[chosen]), ()), path, chosen, others)
+    chosen = _chosen(path, split, splits)
+    other_splits = [name or "files outside any split" for name in by_split if name != chosen]
+    return _noted(Located(tuple(by_split[chosen]), ()), path, chosen, other_splits)
 
 
 def _chosen(path: Path, split: str, names: Sequence[str]) -> str:
-    wanted = next((name for name in (split, _SPLITS.get(split, split)) if name in names), None)
+    match = next((name for name in (split, _SPLITS.get(split, split)) if name in names), None)
     if not split:
-        wanted = "train" if "train" in names else names[0] if len(names) == 1 else None
-    if wanted is None:
+        match = "train" if "train" in names else names[0] if len(names) == 1 else None
+    if match is None:
         missing = f"no split {split!r}" if split else "several splits and none called train"
         raise ToolkitError(f"{path} has {missing}; it has {', '.join(names) or 'none'}: choose one with split")
-    return wanted
+    return match
 
 
-def _noted(located: Located, path: Path, chosen: str, others: Sequence[str]) -> Located:
-    note = (f"split {chosen} of {path.name}; not read: {', '.join(others)}",) if others else ()
+def _noted(located: Located, path: Path, chosen: str, unread: Sequence[str]) -> Located:
+    note = (f"split {chosen} of {path.name}; not read: {', '.join(unread)}",) if unread else ()
     return Located(located.paths, located.files, (*note, *located.notes))
 
 
@@ -171,7 +173,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _texts(path: Path, names: Any) -> list[str]:
-    """Paths of the files that a data set's metadata lists; they are in its folder."""
+    """The file names in a data set's metadata; raises ToolkitError for any that is not directly in its folder."""
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ToolkitError(f"{path}: names {name!r}, which is not a file or folder next to it")
@@ -179,5 +181,5 @@ def _texts(path: Path, names: Any) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5]) or "nothing"
-    return shown + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    text = ", ".join(names[:5]) or "nothing"
+    return text + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

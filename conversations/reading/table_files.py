@@ -1,4 +1,4 @@
-"""Reads CSV, TSV, parquet and Arrow files into records: CSV line by line, the others a batch of rows at a time."""
+"""Reads CSV, TSV, parquet and Arrow files into records: CSV line by line, the others in batches of rows."""
 
 import csv
 import io
@@ -11,26 +11,26 @@ from conversations.reading.arrow_sizes import unpacked_sizes
 from conversations.reading.data_file import LONGEST_ROW, TOO_LONG, BoundedLines, DataFile, Record, RowTooLong, Unpacked
 from conversations.row import is_utf8, without_nulls
 
-_BATCH = 16  # rows that are held at once; each may be as long as a row may be
-_ROWS_ALLOWED = 1_000_000  # of a parquet file however small
+_BATCH = 16  # rows held in memory at once; each may have the maximum length
+_ROWS_ALLOWED = 1_000_000  # in a parquet file of any size
 _BOM = "\ufeff"
-_ARROW_FILE, _ARROW_FILE_START = b"ARROW1", 8  # how a file of Arrow begins, and where its first message does
+_ARROW_FILE, _ARROW_FILE_START = b"ARROW1", 8  # magic bytes of an Arrow file, and the offset of its first message
 NAMELESS = "Unnamed: 0"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_DELIMITERS = ("\t", ";", "|", ",")  # of files under either name
+_DELIMITERS = ("\t", ";", "|", ",")  # recognised for the error message, whatever the file's suffix
 
 
 def csv_records(file: DataFile) -> Iterator[Record]:
-    """The rows of a .csv or .tsv file under the names in its first line; all values are strings.
+    """The rows of a .csv or .tsv file, with the column names of its first line; all values are strings.
 
-    Quotes are those of CSV in both. A field may go over several lines.
+    Both use CSV quoting. A field may span several lines.
 
     Raises:
-        ToolkitError: a first line that is not UTF-8, has empty names, or with one name twice.
+        ToolkitError: the first line is not UTF-8, or has an empty or a repeated name.
     """
     with file.open() as content:
         text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        csv.field_size_limit(LONGEST_ROW)  # its own limit is 131,072
+        csv.field_size_limit(LONGEST_ROW)  # the default is 131,072
         yield from _csv_rows(str(file.path), BoundedLines(text), DELIMITERS[file.kind])
 
 
@@ -44,7 +44,7 @@ def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[R
         try:
             fields = next(reader)
         except RowTooLong as error:
-            too_long += 1  # a line that the reader has not seen
+            too_long += 1  # a line that csv.reader has not counted
             yield Record(line, "", {}, str(error))
             continue
         except StopIteration:
@@ -58,19 +58,19 @@ def _csv_rows(path: str, lines: BoundedLines[str], delimiter: str) -> Iterator[R
         if not names:
             names = _checked_names(path, fields)
             continue
-        written = delimiter.join(fields)
-        yield Record(line, written, dict(zip(names, fields, strict=False)), _csv_problem(names, fields, written))
+        text = delimiter.join(fields)
+        yield Record(line, text, dict(zip(names, fields, strict=False)), _csv_problem(names, fields, text))
 
 
 def _checked_names(path: str, names: list[str]) -> list[str]:
     if not is_utf8("".join(names)):
         raise ToolkitError(f"{path}:1: not valid UTF-8; save the file as UTF-8")
-    if len(names) == 1 and (other := _other_delimiter(names[0])):
+    if len(names) == 1 and (delimiter := _other_delimiter(names[0])):
         raise ToolkitError(
-            f"{path}:1: the first line has {other!r} between its columns; save the file with commas (.csv) "
+            f"{path}:1: the first line has {delimiter!r} between its columns; save the file with commas (.csv) "
             "or tabs (.tsv)"
         )
-    if names[0] == "" and any(names):  # as pandas writes a table with its index, and calls it when it reads one
+    if names[0] == "" and any(names):  # pandas writes an index so, and uses this name when it reads one
         names = [NAMELESS, *names[1:]]
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice or "" in names:
@@ -80,23 +80,23 @@ def _checked_names(path: str, names: list[str]) -> list[str]:
 
 
 def _other_delimiter(line: str) -> str | None:
-    """What separates the columns of a first line that is read as one name."""
+    """The delimiter that the first line seems to use, if it was read as one name."""
     return next((mark for mark in _DELIMITERS if all(name.strip() for name in line.split(mark)) and mark in line), None)
 
 
-def _csv_problem(names: list[str], fields: list[str], written: str) -> str | None:
+def _csv_problem(names: list[str], fields: list[str], text: str) -> str | None:
     if len(fields) != len(names):
         return f"{len(fields)} fields where the first line names {len(names)} columns"
     if fields[0].startswith(_BOM):
         return "a byte order mark in the middle of the file"
-    return None if is_utf8(written) else "not valid UTF-8"
+    return None if is_utf8(text) else "not valid UTF-8"
 
 
 def parquet_records(file: DataFile) -> Iterator[Record]:
     """The rows of a .parquet file, numbered from 1.
 
     Raises:
-        OSError: not a parquet file, a damaged one, or decompresses to more than the limit.
+        OSError: the file is not parquet, is damaged, or decompresses to more than the limit.
     """
     from pyarrow import parquet
 
@@ -106,7 +106,7 @@ def parquet_records(file: DataFile) -> Iterator[Record]:
 
 
 def _parquet_batches(table: Any, size: int) -> Iterator[Any]:
-    """Raises OSError for a file whose metadata says that it decompresses to more than the limit."""
+    """Raises OSError if the metadata says that the file decompresses to more than the limit."""
     about = table.metadata
     if about.num_rows > max(_ROWS_ALLOWED, size):
         raise OSError(f"has {about.num_rows:,} rows in {size:,} bytes, over the limit of one row per byte")
@@ -115,16 +115,16 @@ def _parquet_batches(table: Any, size: int) -> Iterator[Any]:
     unpacked = Unpacked(size)
     for chunk in chunks:
         unpacked.add(chunk.total_uncompressed_size)
-    # A dictionary of one long value is repeated for each row of a batch.
+    # A long value in a dictionary is repeated for each row of a batch.
     dense = any(c.total_uncompressed_size > max(LONGEST_ROW, 20 * c.total_compressed_size) for c in chunks)
     return table.iter_batches(batch_size=1 if dense else _BATCH)
 
 
 def arrow_records(file: DataFile) -> Iterator[Record]:
-    """The rows of an .arrow file, of either of Arrow's two forms, numbered from 1.
+    """The rows of an .arrow file, in Arrow's file or stream format, numbered from 1.
 
     Raises:
-        OSError: not an Arrow file, a damaged one, or decompresses to more than the limit.
+        OSError: the file is not Arrow, is damaged, or decompresses to more than the limit.
     """
     from pyarrow import ipc
 
@@ -133,7 +133,7 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
         start = _ARROW_FILE_START if is_file else 0
 
         def batches() -> Iterator[Any]:
-            if is_file:  # a stream with a list of its batches at the end, without which the file is not whole
+            if is_file:  # a stream followed by a footer; this checks that the footer is there
                 ipc.open_file(content)
             content.seek(start)
             unpacked = Unpacked(file.packed_size)
@@ -149,9 +149,9 @@ def arrow_records(file: DataFile) -> Iterator[Record]:
 
 
 def _check_column(column: Any) -> None:
-    """Validate the offsets of texts and lists: pyarrow trusts them, and reads out of bounds in a damaged file.
+    """Validate the offsets of strings and lists: pyarrow trusts them, and reads out of bounds in a damaged file.
 
-    Texts that are not UTF-8 do not count as damage: their rows are refused one by one.
+    Strings that are not UTF-8 do not count as damage: their rows are refused one by one.
 
     Raises:
         pyarrow.ArrowException: an invalid offset.
@@ -189,18 +189,18 @@ def _table_records(batches: Callable[[], Iterable[Any]], packed_size: int) -> It
     try:
         for batch in batches():
             for start in range(0, batch.num_rows, _BATCH):
-                part = _written_out(batch.slice(start, _BATCH))
-                unpacked.add(part.nbytes)
-                for value, problem in _table_rows(part):
+                rows_of_batch = _decoded(batch.slice(start, _BATCH))
+                unpacked.add(rows_of_batch.nbytes)
+                for value, problem in _table_rows(rows_of_batch):
                     number += 1
                     yield Record(number, None, value, problem)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
-    except UnicodeDecodeError as error:  # values were met row by row: this is the name of a column
+    except UnicodeDecodeError as error:  # values were decoded row by row, so this is a column's name
         raise OSError("the name of a column is not valid UTF-8") from error
 
 
-def _written_out(batch: Any) -> Any:
+def _decoded(batch: Any) -> Any:
     """The batch with dictionary-encoded columns decoded."""
     import pyarrow
 
@@ -209,7 +209,7 @@ def _written_out(batch: Any) -> Any:
 
 
 def _table_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """The batch's rows; one by one where one of them is not UTF-8, or too long."""
+    """The batch's rows; decoded one by one if any of them is not UTF-8 or too long."""
     if batch.nbytes <= LONGEST_ROW:
         try:
             yield from ((_row(values), None) for values in _values(batch))

@@ -1,4 +1,4 @@
-"""Rows whose texts are encoded many at a time, on all cores, while the rows before them are used."""
+"""Encodes the texts of rows in batches, on all cores, while earlier rows are being used."""
 
 import os
 from collections import deque
@@ -9,36 +9,36 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from conversations.rendering.encoding import Known, Run, encode_texts, texts_of
+from conversations.rendering.encoding import EncodedTexts, Run, encode_texts, texts_of
 from conversations.row import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHARACTERS = 1 << 20  # of the texts that the tokenizer gets at once, so that memory does not grow with the rows
+_CHARACTERS = 1 << 20  # of text per tokenizer call, which bounds memory
 _ROWS = 2000
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row as what is encoded of it. known: the ids of its texts, and of other rows'; what is encoded later joins
-    them."""
+    """A row with the runs that are encoded for it. encoded: ids of texts of this and other rows; texts that are
+    encoded later are added."""
 
     row: Row
     runs: list[Run]
-    known: Known
+    encoded: EncodedTexts
 
 
 def encoded_ahead(
     rows: Iterable[Row], runs_of: Callable[[Row], list[Run]], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[list[Prepared]]:
-    """The rows in their order, in batches, each row with the ids of all its texts.
+    """The rows in order, in batches, each row with the ids of all its texts.
 
     Raises:
         ToolkitError: as `runs_of` and `encode_texts`.
     """
-    waiting: deque[tuple[list[tuple[Row, list[Run]]], Future[Known]]] = deque()
+    waiting: deque[tuple[list[tuple[Row, list[Run]]], Future[EncodedTexts]]] = deque()
     with _all_cores(), ThreadPoolExecutor(1) as worker:
         for batch in _batches(rows, runs_of):
             texts = list(chain.from_iterable(texts_of(runs) for _, runs in batch))
@@ -49,9 +49,9 @@ def encoded_ahead(
             yield _prepared(*waiting.popleft())
 
 
-def _prepared(batch: list[tuple[Row, list[Run]]], encoded: "Future[Known]") -> list[Prepared]:
-    known = encoded.result()
-    return [Prepared(row, runs, known) for row, runs in batch]
+def _prepared(batch: list[tuple[Row, list[Run]]], encoded: "Future[EncodedTexts]") -> list[Prepared]:
+    ids = encoded.result()
+    return [Prepared(row, runs, ids) for row, runs in batch]
 
 
 def _batches(rows: Iterable[Row], runs_of: Callable[[Row], list[Run]]) -> Iterator[list[tuple[Row, list[Run]]]]:
@@ -69,7 +69,7 @@ def _batches(rows: Iterable[Row], runs_of: Callable[[Row], list[Run]]) -> Iterat
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """The tokenizer's own threads, which are off elsewhere: processes that are forked later must not wait for them."""
+    """Turns on the tokenizer's own threads, which are off elsewhere: a fork while they run could deadlock."""
     before = os.environ.get(_PARALLEL)
     os.environ[_PARALLEL] = "true"
     try:

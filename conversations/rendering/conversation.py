@@ -1,12 +1,12 @@
 """Messages -> token ids and loss mask: the one place that decides what is trained.
 
-Trained are, in each assistant turn, exactly ' ' + content + end token; everything else is context. A turn is trained
-where `train_on` takes it, and its own `train` is not false.
+In each assistant turn, exactly ' ' + content + end token is trained; everything else is context. A turn is trained if
+`train_on` selects it and its own `train` is not false.
 
-A conversation is encoded in pieces, cut where training starts and stops and at the special tokens. Two
-properties follow for every tokenizer. No token lies half in and half out of the mask. And a prompt rendered
-with `add_generation_prompt` is, id by id, the beginning of the same conversation rendered with its answer.
-For the released tokenizer the ids are those of `apply_chat_template`: it never merges across these places.
+A conversation is encoded in pieces, split where training starts and stops and at special tokens. For every tokenizer,
+this guarantees that no token straddles the edge of the mask, and that a prompt rendered with `add_generation_prompt`
+is, id by id, a prefix of the same conversation rendered with its answer. For the released tokenizer the ids are those
+of `apply_chat_template`: it never merges across these boundaries.
 
 Text cannot forge control tokens (conversations/rendering/encoding.py): only the template writes begin and end tokens.
 """
@@ -31,23 +31,23 @@ def render_conversation(
     train_on: TrainOn = "all_assistant",
     add_generation_prompt: bool = False,
 ) -> dict[str, list[int]]:
-    """Render messages with DeepSeek-V2's template, the begin and end tokens being the tokenizer's own.
+    """Render messages with DeepSeek-V2's template and the tokenizer's own begin and end tokens.
 
     Args:
-        messages: `{"role", "content"}` each; roles are system, user and assistant. A prompt is a list that
-            ends in a user turn. `train: False` leaves an assistant's turn out of the mask; true or null change
+        messages: each `{"role", "content"}`; roles are system, user and assistant. A prompt is a list that
+            ends with a user turn. `train: False` excludes an assistant turn from the mask; true or null changes
             nothing.
         tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
         train_on: all assistant turns, or only the last one.
-        add_generation_prompt: end in "Assistant:", for a model to continue.
+        add_generation_prompt: end with "Assistant:", for a model to continue.
 
     Returns:
-        `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
+        `input_ids` and `assistant_mask`, two lists of equal length; the mask is 1 on trained tokens.
 
     Raises:
-        ToolkitError: an unknown role, a content that is not a string, a `train` that is not a boolean or asks to train
+        ToolkitError: an unknown role, content that is not a string, a `train` that is not a boolean or is true for
             a turn that is not the assistant's, an unknown `train_on`, a tokenizer without an end token, or one
-            that makes its begin or end token out of plain text.
+            that encodes plain text as its begin or end token.
     """
     return encode_runs(conversation_runs(messages, tokenizer, train_on, add_generation_prompt), tokenizer)
 
@@ -95,7 +95,7 @@ def _contents(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 def _runs(
     parts: Iterable[Part], contents: list[str], special_ids: dict[str, list[int]], control: re.Pattern[str]
 ) -> list[tuple[int | None, str | int]]:
-    """Pieces to encode, each by itself, as (assistant turn, text); special tokens as (assistant turn, id)."""
+    """The pieces to encode separately, as (assistant turn, text), and special tokens, as (assistant turn, id)."""
     runs: list[tuple[int | None, str | int]] = []
     for part in parts:
         if part.kind == "text":
@@ -110,7 +110,7 @@ def _runs(
 
 
 def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str) -> None:
-    """Append `text` to the last piece if that is text of the same turn, else begin a new piece."""
+    """Append `text` to the last piece if that is text of the same turn; otherwise begin a new piece."""
     if runs and runs[-1][0] == turn and isinstance(last := runs[-1][1], str):
         runs[-1] = (turn, last + text)
     else:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = "rows.arrow"
-Columns = dict[str, Any]  # of some rows: name -> a column of Arrow or a list
-# The report that counts the rows -> the columns of one batch after another.
+Columns = dict[str, Any]  # of a batch of rows: name -> Arrow column or list
+# (the report that counts the rows) -> the columns, batch by batch.
 Encoded = Callable[[LengthReport], Iterable[Columns]]
 
 
@@ -44,16 +44,16 @@ def encoded_dataset(
     """The columns that `encoded` yields, as a memory-mapped data set; from the cache if present.
 
     Args:
-        key: all that the rows depend on, as JSON; None where that is not known.
-        rows: how many there are, for the bar; None where that is not known.
-        max_length: for the error.
+        key: everything the rows depend on, as JSON; None if that is unknown (then nothing is cached).
+        rows: their number, for the progress bar; None if unknown.
+        max_length: for the error message.
 
     Raises:
         ToolkitError: no row is left, or one cannot be encoded.
     """
 
     def make(folder: Path) -> None:
-        report, written, counted = LengthReport(), 0, 0
+        report, rows_written, rows_counted = LengthReport(), 0, 0
         with (
             ArrowWriter(path=str(folder / _ROWS), features=features) as writer,
             bar("encoding", rows, "rows", cache.shows) as advance,
@@ -63,11 +63,11 @@ def encoded_dataset(
                 table = pyarrow.table(columns)
                 if len(table):
                     writer.write_table(table)
-                written += len(table)
-                advance(report.rows - counted)
-                counted = report.rows
+                rows_written += len(table)
+                advance(report.rows - rows_counted)
+                rows_counted = report.rows
             writer.finalize()
-        if not written:
+        if not rows_written:
             raise ToolkitError(report.nothing_left(max_length))
         report.write(folder)
 
@@ -77,7 +77,7 @@ def encoded_dataset(
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Python's garbage collector less often: among many lists that live on and no circles it takes a quarter of the
+    """Runs Python's garbage collector less often: with many long-lived lists and no cycles it takes a quarter of the
     time."""
     before = gc.get_threshold()
     gc.set_threshold(100 * before[0], *before[1:])
@@ -88,8 +88,8 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _readable(folder: Path) -> Path:
-    """The Arrow file. What is made of its rows (TRL's packs) is written, and found again, beside it; where that is not
-    allowed, beside a link to it."""
+    """The Arrow file, or a link to it if its folder is read-only: datasets derived from it (TRL's packing) are cached
+    beside it."""
     if os.access(folder, os.W_OK):
         return folder / _ROWS
     link = scratch_directory() / _ROWS
@@ -111,7 +111,7 @@ def id_lists(lists: Sequence[Sequence[int]]) -> pyarrow.Array:
 
 
 def labelled(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], ignored: int) -> Columns:
-    """The columns input_ids and labels: the ids where the mask is 1, else `ignored`."""
+    """The columns input_ids and labels; labels are the ids where the mask is 1, otherwise `ignored`."""
     flat = _flat(ids)
     labels = numpy.where(_flat(masks) == 1, flat, numpy.int32(ignored))
     return {"input_ids": _column(flat, ids), "labels": _column(labels, ids)}

@@ -1,10 +1,10 @@
 """Plain text -> token ids and loss mask: language modelling, or fill-in-the-middle with DeepSeek-Coder's tokens.
 
-All tokens but the begin token are trained. In fill-in-the-middle (Bavarian et al., arXiv 2207.14255) the text is cut
-at two random characters and its middle comes last:
+All tokens except the begin token are trained. In fill-in-the-middle (Bavarian et al., arXiv 2207.14255) the text is
+split at two random characters, and its middle comes last:
 
-    psm    <｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle    DeepSeek-Coder's own, half of its files
-    spm    <｜fim▁begin｜> <｜fim▁hole｜> suffix <｜fim▁end｜> prefix middle    the released models have not seen it
+    psm    <｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle    DeepSeek-Coder, half its files
+    spm    <｜fim▁begin｜> <｜fim▁hole｜> suffix <｜fim▁end｜> prefix middle    not seen by the released models
 """
 
 import random
@@ -27,7 +27,8 @@ _ORDERS: dict[FimMode, tuple[str, ...]] = {
 
 
 def with_hole(row: Row, rate: float, mode: FimMode, rng: random.Random) -> Row:
-    """The row with `fim` {mode, start, end} (the characters of its middle) in a share `rate` of calls."""
+    """With probability `rate`, the row with `fim` {mode, start, end} (characters of its middle); otherwise
+    unchanged."""
     if rng.random() >= rate:
         return row
     start, end = sorted(rng.randint(0, len(row["text"])) for _ in range(2))
@@ -51,32 +52,32 @@ def fim_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 
 def render_text(row: Row, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
-    """Render a row of plain text: begin token, the text (with its middle last where the row has `fim`), end token.
+    """Render a row of plain text: begin token, the text (with its middle last if the row has `fim`), end token.
 
     Returns:
-        `input_ids` and `assistant_mask`, two lists of one length; the mask is 1 on the trained tokens.
+        `input_ids` and `assistant_mask`, two lists of equal length; the mask is 1 on trained tokens.
 
     Raises:
-        ToolkitError: as fim_ids, where the row has `fim`; a tokenizer without an end token, or one that makes its
-            begin or end token out of plain text.
+        ToolkitError: as `fim_ids`, if the row has `fim`; a tokenizer without an end token, or one that encodes plain
+            text as its begin or end token.
     """
     return encode_runs(text_runs(row, tokenizer), tokenizer)
 
 
 def text_runs(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[Run]:
-    """What `render_text` encodes, each text of it by itself; raises what it raises, but for the last."""
+    """The runs that `render_text` encodes separately; raises the same errors, except the last."""
     special = special_ids_of(tokenizer)
     control = control_pattern(tokenizer)
     pieces: list[str | int] = []
-    for part in _parts(row, tokenizer):
+    for part in _ordered_pieces(row, tokenizer):
         pieces += [part] if isinstance(part, int) else control.split(part)
     return [*((False, token) for token in special["bos"]), *((True, piece) for piece in (*pieces, *special["eos"]))]
 
 
-def _parts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[str | int]:
+def _ordered_pieces(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[str | int]:
     text, fim = row["text"], row.get("fim")
     if fim is None:
         return [text]
     start, end = fim["start"], fim["end"]
-    parts = {"prefix": text[:start], "middle": text[start:end], "suffix": text[end:], **fim_ids(tokenizer)}
-    return [parts[name] for name in _ORDERS[fim["mode"]]]
+    pieces = {"prefix": text[:start], "middle": text[start:end], "suffix": text[end:], **fim_ids(tokenizer)}
+    return [pieces[name] for name in _ORDERS[fim["mode"]]]

@@ -1,4 +1,4 @@
-"""Encodes a row into training pieces (token ids and loss masks) of limited length, and counts what it does."""
+"""Encodes a row into training pieces (token ids and loss masks) of limited length, and counts how rows were handled."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from conversations.rendering.ahead import Prepared
 from conversations.rendering.conversation import TrainOn, conversation_runs
-from conversations.rendering.encoding import Known, Run, encode_runs
+from conversations.rendering.encoding import EncodedTexts, Run, encode_runs
 from conversations.rendering.fill_in_the_middle import text_runs
 from conversations.rendering.lengths import CUT_AWAY, LengthReport, TooLong
 from conversations.row import Message, Row
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Piece = tuple[list[int], list[int]]  # token ids, loss mask
-# (row, the report that counts it) -> what is trained on of it: samples, of one piece or (answers compared) several
+# (row, the report that counts it) -> its training samples, each of one piece or, if answers are compared, of several
 Encode = Callable[[Row, LengthReport], list[list[Piece]]]
 
 NOTHING_TRAINED = "nothing to train on"
@@ -25,10 +25,9 @@ NOTHING_TRAINED = "nothing to train on"
 class Fitter:
     """How rows become pieces.
 
-    max_length: in tokens; None lets every row be. too_long: "truncate" keeps the start; "drop" leaves the row out;
-    "split" makes parts of whole exchanges (a user's turn with its answer), each after the system message,
-    that see nothing of one another. An exchange that is too long by itself is truncated. Plain text has no turns: it
-    is split anywhere.
+    max_length: in tokens; None for no limit. too_long: "truncate" keeps the start; "drop" leaves the row out; "split"
+    divides it into independent parts of complete exchanges (a user turn with its answer), each after the system
+    message. An exchange that is too long by itself is truncated. Plain text has no turns, so it is split anywhere.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -37,7 +36,7 @@ class Fitter:
     train_on: TrainOn = "all_assistant"
 
     def runs(self, row: Row) -> list[Run]:
-        """A row (a conversation or plain text) as what is encoded. Raises ToolkitError, as `pieces`."""
+        """The runs of a row (a conversation or plain text). Raises ToolkitError as `pieces` does."""
         if "text" in row:
             return text_runs(row, self.tokenizer)
         return conversation_runs(row["messages"], self.tokenizer, train_on=self.train_on)
@@ -46,75 +45,75 @@ class Fitter:
         """The pieces of a row, counted in `report`; each has a trained token.
 
         Raises:
-            ToolkitError: as render_conversation and render_text.
+            ToolkitError: as `render_conversation` and `render_text`.
         """
         return self.fit(Prepared(row, self.runs(row), {}), report)
 
     def fit(self, prepared: Prepared, report: LengthReport) -> Iterator[Piece]:
-        """`pieces` of a row whose texts have been encoded in a batch with others."""
+        """`pieces` of a row whose texts were encoded in a batch with others."""
         row = prepared.row
         report.rows += 1
-        ids, mask = whole = self._encoded(prepared.runs, prepared.known)
+        ids, mask = full = self._encoded(prepared.runs, prepared.encoded)
         report.lengths.append(len(ids))
         if not any(mask):
             report.reject(NOTHING_TRAINED, row)
-        elif self._fits(whole):
-            yield whole
+        elif self._fits(full):
+            yield full
         elif self.too_long == "drop":
             report.reject(f"longer than {self.max_length} tokens", row)
         else:
-            yield from self._fitted(row, whole, prepared.known, report)
+            yield from self._fitted(row, full, prepared.encoded, report)
 
-    def _fitted(self, row: Row, whole: Piece, known: Known, report: LengthReport) -> list[Piece]:
+    def _fitted(self, row: Row, full: Piece, encoded: EncodedTexts, report: LengthReport) -> list[Piece]:
         """The pieces of a row that is too long; counts how it was handled."""
-        if row.get("fim"):  # without its end the middle would be missing
+        if row.get("fim"):  # the middle comes last, so truncation would remove it
             report.unfilled += 1
             row = {key: value for key, value in row.items() if key != "fim"}
-            whole = self._rendered(row, known)
-            if self._fits(whole):
-                return [whole]
-        # all turns may be excluded from training
-        parts = [part for part in self._parts(row, whole, known) if any(part[1])]
-        # The first token is never predicted: a piece in which that one alone counts would train nothing.
-        kept = [piece for piece in map(self._start_of, parts) if any(piece[1][1:])]
-        if not kept:
+            full = self._rendered(row, encoded)
+            if self._fits(full):
+                return [full]
+        # A part's turns may all be excluded from training.
+        candidates = [candidate for candidate in self._candidates(row, full, encoded) if any(candidate[1])]
+        # The first token is never predicted: a piece whose mask covers only that one would train nothing.
+        pieces = [piece for piece in map(self._start_of, candidates) if any(piece[1][1:])]
+        if not pieces:
             report.reject(CUT_AWAY, row)
             return []
-        report.truncated += not all(map(self._fits, parts))
-        report.split += parts != [whole]
-        report.cut_exchanges += (len(parts) - len(kept)) * ("messages" in row)
-        return kept
+        report.truncated += not all(map(self._fits, candidates))
+        report.split += candidates != [full]
+        report.cut_exchanges += (len(candidates) - len(pieces)) * ("messages" in row)
+        return pieces
 
-    def _parts(self, row: Row, whole: Piece, known: Known) -> Iterator[Piece]:
-        """The parts of a row that would be trained, before those that are still too long lose their end."""
+    def _candidates(self, row: Row, full: Piece, encoded: EncodedTexts) -> Iterator[Piece]:
+        """The parts of a row that would be trained, before those that are still too long are truncated."""
         if self.too_long == "truncate":
-            yield whole
+            yield full
         elif "text" in row:
-            yield from self._windows(whole)
+            yield from self._windows(full)
         else:
-            answered = [part for part in self._whole_exchanges(row["messages"], known) if _answered(part)]
-            for part in answered[-1:] if self.train_on == "last_assistant" else answered:
-                yield self._rendered({"messages": part}, known)
+            trainable = [part for part in self._whole_exchanges(row["messages"], encoded) if _has_answer(part)]
+            for part in trainable[-1:] if self.train_on == "last_assistant" else trainable:
+                yield self._rendered({"messages": part}, encoded)
 
-    def _whole_exchanges(self, messages: Sequence[Message], known: Known) -> Iterator[list[Message]]:
-        """Parts with as many exchanges as fit; an exchange that does not fit alone is a part of its own."""
+    def _whole_exchanges(self, messages: Sequence[Message], encoded: EncodedTexts) -> Iterator[list[Message]]:
+        """Parts with as many exchanges as fit; an exchange that does not fit by itself is a separate part."""
         first = int(messages[0]["role"] == "system")
         system = list(messages[:first])
         part: list[Message] = []
         for start in range(first, len(messages), 2):
             exchange = list(messages[start : start + 2])
             longer = {"messages": [*system, *part, *exchange]}
-            if part and not self._fits(self._rendered(longer, known)):
+            if part and not self._fits(self._rendered(longer, encoded)):
                 yield [*system, *part]
                 part = []
             part += exchange
         yield [*system, *part]
 
-    def _rendered(self, row: Row, known: Known) -> Piece:
-        return self._encoded(self.runs(row), known)
+    def _rendered(self, row: Row, encoded: EncodedTexts) -> Piece:
+        return self._encoded(self.runs(row), encoded)
 
-    def _encoded(self, runs: Sequence[Run], known: Known) -> Piece:
-        rendered = encode_runs(runs, self.tokenizer, known)
+    def _encoded(self, runs: Sequence[Run], encoded: EncodedTexts) -> Piece:
+        rendered = encode_runs(runs, self.tokenizer, encoded)
         return rendered["input_ids"], rendered["assistant_mask"]
 
     def _fits(self, piece: Piece) -> bool:
@@ -130,5 +129,5 @@ class Fitter:
             yield ids[start : start + size], mask[start : start + size]
 
 
-def _answered(messages: Sequence[Message]) -> bool:
+def _has_answer(messages: Sequence[Message]) -> bool:
     return any(message["role"] == "assistant" for message in messages)

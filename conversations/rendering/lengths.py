@@ -18,12 +18,12 @@ _COUNTS, _LENGTHS = "report.json", "lengths.npy"
 
 @dataclass
 class LengthReport:
-    """How many rows were cut, split, or left out (`rejected`: row, counted from 1, where it stood, and reason).
+    """How many rows were truncated, split or left out.
 
-    truncated: rows that lost their end (of a split row: an exchange that is too long by itself) and are trained.
-    split: rows that became several. cut_exchanges: of split rows, exchanges without a word of their answer left.
-    unfilled: texts too long for fill-in-the-middle. margins: pairs that have one. lengths: tokens of each row, before
-    all this.
+    truncated: rows that lost their end (or, if split, the end of an exchange that is too long by itself) and are
+    trained. split: rows that became several. cut_exchanges: exchanges of split rows that lost their whole answer.
+    unfilled: texts too long for fill-in-the-middle. margins: pairs with a margin. rejected: rows left out: number (from
+    1), origin and reason. lengths: the length of each row in tokens, before any of this.
     """
 
     rows: int = 0
@@ -41,16 +41,16 @@ class LengthReport:
         self.rejected.append({"row": self.rows, **origin, "reason": reason})
 
     def summary(self, max_length: int | None) -> str:
-        """One line for the user, of what was done to the rows: "4,000 rows; 12 truncated to 256 tokens"."""
-        said = {
+        """One line for the user on how the rows were handled: "4,000 rows; 12 truncated to 256 tokens"."""
+        counts = {
             f"{self.truncated:,} truncated to {max_length} tokens": self.truncated,
             f"{self.split:,} split at turns into parts of up to {max_length} tokens": self.split,
             f"{self.unfilled:,} too long for fill-in-the-middle, kept as plain text": self.unfilled,
             f"{counted(self.cut_exchanges, 'exchange')} of split rows dropped ({CUT_AWAY})": self.cut_exchanges,
             f"{self.rows - self.margins:,} without a margin, which counts as 0": 0 < self.margins < self.rows,
-            **{f"{n:,} dropped ({why})": n for why, n in self._reasons().items()},
+            **{f"{count:,} dropped ({why})": count for why, count in self._reasons().items()},
         }
-        return "; ".join([counted(self.rows), *(text for text, n in said.items() if n)])
+        return "; ".join([counted(self.rows), *(words for words, count in counts.items() if count)])
 
     def nothing_left(self, max_length: int | None) -> str:
         """The error message for data without a single row to train on."""
@@ -69,7 +69,7 @@ class LengthReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Into files of the folder, for `read`."""
+        """Write to files in the folder, for `read`."""
         import numpy
 
         counts = {name: value for name, value in vars(self).items() if name != "lengths"}
@@ -78,7 +78,7 @@ class LengthReport:
 
     @classmethod
     def read(cls, folder: Path) -> "LengthReport":
-        """What `write` has written."""
+        """Read what `write` wrote."""
         import numpy
 
         counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))

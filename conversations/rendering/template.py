@@ -1,8 +1,8 @@
 """The chat template of DeepSeek-V2, from its one file, and the layout of a conversation under it.
 
-`chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat), and what is saved. Here
-it is rendered with `{% generation %}` around ' ' + content + eos_token: the part of a conversation that is trained. The
-mark is known to transformers alone; plain jinja2 and minijinja, which other servers use, refuse it.
+`chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat); it is saved with models as
+it is. For training it is rendered with `{% generation %}` around ' ' + content + eos_token, the trained part of a
+conversation. Only transformers knows that tag; plain jinja2 and minijinja, which other servers use, reject it.
 """
 
 import re
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 
-# Unicode noncharacters stand for what is filled in later. Texts of users are never put through the template,
-# so none of them can be mistaken for one of these.
+# Unicode noncharacters as placeholders. User text never passes through the template, so none of it can be mistaken for
+# a placeholder.
 _BOS, _EOS, _TRAINED_START, _TRAINED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _CONTENT_START, _CONTENT_END = "\ufdd4", "\ufdd5"
 _ANSWER = "{{ 'Assistant: ' + message['content'] + eos_token }}"
@@ -32,9 +32,8 @@ _MARKER = re.compile(f"([{_BOS}{_EOS}{_TRAINED_START}{_TRAINED_END}]|{_CONTENT_S
 class Part:
     """One piece of a rendered conversation, in order.
 
-    kind: "text" (words of the template, in `text`), "content" (the words of message number `message`),
-    or the special token "bos" or "eos". turn: the number of the assistant turn that this piece belongs to
-    as trained text, counted from 0; None where nothing is trained.
+    kind: "text" (the template's own, in `text`), "content" (of message number `message`), or the special token "bos" or
+    "eos". turn: the index of the assistant turn whose trained text includes this piece; None if it is not trained.
     """
 
     kind: Literal["text", "content", "bos", "eos"]
@@ -51,26 +50,26 @@ def chat_template() -> str:
 
 @lru_cache(maxsize=1)
 def training_template() -> str:
-    """The template with `{% generation %}` around what is trained, for `apply_chat_template`; renders the same text."""
+    """The template with `{% generation %}` around trained text, for `apply_chat_template`; renders the same text."""
     assert chat_template().count(_ANSWER) == 1
     return chat_template().replace(_ANSWER, _TRAINED_ANSWER)
 
 
 def has_other_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a tokenizer carries a template that renders otherwise than DeepSeek-V2's."""
+    """Whether a tokenizer has a template that renders differently from DeepSeek-V2's."""
     return bool(tokenizer.chat_template) and not _renders_alike(tokenizer.chat_template, tokenizer)
 
 
 def install_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make `tokenizer` carry our template, so that checkpoints saved with it render alike everywhere."""
+    """Give `tokenizer` our template, so that checkpoints saved with it render the same everywhere."""
     tokenizer.chat_template = chat_template()
 
 
 def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids of a prompt by the tokenizer's own template. Raises ToolkitError where the template refuses it."""
+    """The token ids of a prompt by the tokenizer's own template. Raises ToolkitError if the template rejects it."""
     try:
         text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a foreign template, which fails in its own way
+    except Exception as error:  # a foreign template may raise anything
         why = " ".join(str(error).split())
         raise ToolkitError(f"the model's own chat template rejects this conversation: {why}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
@@ -80,7 +79,7 @@ def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBa
 def layout(roles: tuple[str, ...], add_generation_prompt: bool = False) -> tuple[Part, ...]:
     """The parts of a conversation whose messages have these roles.
 
-    Raises ToolkitError for a role that the template does not know (it would drop the message in silence).
+    Raises ToolkitError for a role that the template does not know (it would silently drop the message).
     """
     for number, role in enumerate(roles, start=1):
         if role not in ROLES:
@@ -89,7 +88,7 @@ def layout(roles: tuple[str, ...], add_generation_prompt: bool = False) -> tuple
     rendered = _compiled_template().render(
         messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=add_generation_prompt
     )
-    return tuple(_parts(rendered))
+    return tuple(_split_rendered(rendered))
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +104,7 @@ def _compiled_template():
     return environment.from_string(marked)
 
 
-def _parts(rendered: str):
+def _split_rendered(rendered: str):
     turns = count()
     turn: int | None = None
     for piece in filter(None, _MARKER.split(rendered)):
@@ -123,14 +122,14 @@ def _parts(rendered: str):
             yield Part("text", turn, text=piece)
 
 
-def _renders_alike(other: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the template `other` renders a conversation with every role, and a prompt, as ours does."""
+def _renders_alike(template: Any, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a template renders a conversation with every role, and a prompt, as ours does."""
     probe = [{"role": role, "content": f"words of {role}"} for role in (*ROLES, "user")]
     try:
-        theirs, ours = (
+        by_template, by_ours = (
             tokenizer.apply_chat_template(probe, chat_template=text, tokenize=False, add_generation_prompt=True)
-            for text in (other, chat_template())
+            for text in (template, chat_template())
         )
-    except Exception:  # a foreign template may refuse a role in its own way: then it differs
+    except Exception:  # a foreign template may raise anything for a role: then it differs
         return False
-    return theirs == ours
+    return by_template == by_ours

@@ -1,9 +1,8 @@
-"""Texts encoded a word at a time, each word once, where the tokenizer cuts there itself: ten times less work.
+"""Encodes texts word by word, each distinct word once, if the tokenizer splits at words itself: ten times less work.
 
-The released tokenizer first takes line breaks out of a text, then words: runs of letters, each with the blank before
-it; all else that it does happens inside the pieces. So it always cuts before a blank that has a Latin letter at either
-side, whatever stands around, and the ids of a text are those of its parts. A tokenizer that begins otherwise gets whole
-texts.
+The released tokenizer first splits off line breaks, then words: runs of letters, each with the space before it; all
+later stages work inside these pieces. It therefore always splits before a space with a Latin letter on either side,
+whatever the context, and the ids of a text are those of its parts. Other tokenizers get whole texts.
 """
 
 import json
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 
 Ids = Sequence[int]
 
-# From the text's beginning, or from a blank beside a Latin letter, to the next such blank.
+# From the start of the text, or from a space next to a Latin letter, to the next such space.
 _PART = re.compile(r"(?s:.)[^ ]*(?:(?<![A-Za-z]) (?![A-Za-z])[^ ]*)*")
 _LINE_BREAKS, _WORDS = "[\r\n]", re.compile(r"\\s\?(\[A-Za-z[^\[\]\\&]*\])\+")
-_INSIDE_PIECES = {"Split", "Digits", "ByteLevel"}  # stages that see nothing but the piece
+_INSIDE_PIECES = {"Split", "Digits", "ByteLevel"}  # stages that see one piece at a time
 _ADDED_APART = re.compile(r"[^A-Za-z ]([^ ]*[^A-Za-z ])?")
-_MOST_WORDS = 1 << 18  # cached at most, so that memory does not grow with the texts
+_MOST_WORDS = 1 << 18  # limit of the cache, which bounds memory
 
-# tokenizer -> (its size when it was looked at, the words encoded so far; None where it does not cut at words)
+# tokenizer -> (its size when it was checked, the words encoded so far; None if it does not split at words)
 _words_of: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, dict[str, Ids] | None]]" = WeakKeyDictionary()
 
 
@@ -36,11 +35,11 @@ def encode_by_words(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> l
         return _encode(texts, tokenizer)
     if len(words) > _MOST_WORDS:
         words.clear()
-    parts = [_PART.findall(text) for text in texts]
-    unknown = list(set(chain.from_iterable(parts)).difference(words))
+    words_of_texts = [_PART.findall(text) for text in texts]
+    unknown = list(set(chain.from_iterable(words_of_texts)).difference(words))
     if unknown:
         words.update(zip(unknown, map(tuple, _encode(unknown, tokenizer)), strict=True))
-    return [list(chain.from_iterable(map(words.__getitem__, words_of_text))) for words_of_text in parts]
+    return [list(chain.from_iterable(map(words.__getitem__, words_of_text))) for words_of_text in words_of_texts]
 
 
 def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -78,7 +77,7 @@ def _begins_with_words(stages: Sequence[dict[str, Any]]) -> bool:
 
 
 def _stand_apart(added: Iterable[Any]) -> bool:
-    """Whether no added token takes a blank, or a letter beside one, out of the text before it is cut."""
+    """Whether no added token removes a space, or a letter next to one, before the text is split."""
     return all(
         _ADDED_APART.fullmatch(token.content) and not (token.lstrip or token.rstrip or token.single_word)
         for token in added

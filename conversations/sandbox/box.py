@@ -1,5 +1,5 @@
-"""The one place that runs code which a model wrote: a process with nothing but Python, an empty temporary folder, and
-limits (bubblewrap, which makes the namespaces; docs/sandbox.md says why that one).
+"""The only place that runs model-written code: in a process with nothing but Python, an empty temporary folder and
+limits. bubblewrap creates the namespaces (docs/sandbox.md says why this one).
 """
 
 import os
@@ -20,19 +20,19 @@ from conversations.errors import ToolkitError
 from conversations.sandbox.seccomp import program
 
 GUEST = Path(__file__).parent / "guest"
-INSIDE = "/guest"  # what that folder is in a sandbox
+INSIDE = "/guest"  # that folder's path in a sandbox
 MIB = 1 << 20
 
 UNSANDBOXED = (
-    "WARNING: allow_unsandboxed is true: code that a model wrote runs on this machine with your rights, and can read "
+    "WARNING: allow_unsandboxed is true: model-written code runs on this machine with your permissions and can read "
     "and write whatever you can."
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one process. seconds: by the clock and of CPU. memory: address space, and with it threads. files: what the
-    temporary folder holds, and how long a file may be. output: what is read of a program. In MiB."""
+    """Limits of one process. seconds: wall-clock and CPU time. In MiB: memory, of address space (which also limits
+    threads); files, of the temporary folder and of each file; output, of what is read from a program."""
 
     seconds: float = 10.0
     memory: int = 512
@@ -50,7 +50,7 @@ def why_unavailable() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, and this is {platform.system()}"
     if program() is None:
-        return f"it knows no {platform.machine()} machines: x86_64 and aarch64 are what it knows"
+        return f"it supports x86_64 and aarch64, and this machine is {platform.machine()}"
     if shutil.which("bwrap") is None:
         return "it needs bubblewrap: install it (Debian, Ubuntu and Fedora: the package bubblewrap)"
     return _failed_trial()
@@ -59,16 +59,16 @@ def why_unavailable() -> str | None:
 def require(allow_unsandboxed: bool = False) -> None:
     """Raises ToolkitError if code cannot be isolated on this machine; prints a warning if the recipe allows that."""
     if allow_unsandboxed:
-        _say_once(UNSANDBOXED)
+        _print_once(UNSANDBOXED)
     elif why := why_unavailable():
         raise ToolkitError(
-            f"the rule code runs what a model wrote in a sandbox, which cannot be had here: {why}. "
-            "allow_unsandboxed: true runs it with no protection at all"
+            f"the rule code runs model-written code in a sandbox, which is not available on this machine: {why}. "
+            "allow_unsandboxed: true runs the code without any protection"
         )
 
 
 @cache
-def _say_once(text: str) -> None:
+def _print_once(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -79,11 +79,12 @@ def _failed_trial() -> str | None:
         out, err = process.communicate(timeout=30)
     if out == b"ready\n":
         return None
-    said = err.decode(errors="replace").strip().splitlines()
+    error_lines = err.decode(errors="replace").strip().splitlines()
+    why = error_lines[-1] if error_lines else f"exit code {process.returncode}"
     return (
-        f"bubblewrap cannot isolate here ({said[-1] if said else f'exit code {process.returncode}'}): the system has "
-        "to allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); "
-        "in a container, its runtime has to"
+        f"bubblewrap cannot isolate processes on this machine ({why}): the system must allow user namespaces "
+        "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0); in a container, its "
+        "runtime must allow them"
     )
 
 
@@ -91,10 +92,10 @@ def _failed_trial() -> str | None:
 def guest(
     script: str, arguments: Sequence[Any], limits: Limits, isolated: bool, fds: Sequence[int], **pipes: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A script of `guest/` in a sandbox of its own; at the end of the block it and all that it started are killed.
+    """Runs a script of `guest/` in its own sandbox; at the end of the block, it and everything it started are killed.
 
-    fds: of this process, which it has too. pipes: stdin, stdout, stderr as for Popen; nothing is written or read
-    without. isolated: False runs it with the limits alone.
+    fds: file descriptors of this process that it inherits. pipes: stdin, stdout and stderr as for Popen; by default all
+    are closed off. isolated: False runs it with the limits only.
     """
     folder = INSIDE if isolated else str(GUEST)
     words = [f"{folder}/{script}", *limits.words, *map(str, arguments)]
@@ -143,8 +144,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def isolation(files: int) -> list[str]:
-    """bubblewrap's words: no network, no other process, no capability, an empty environment; of the files, Python's
-    standard library and what it is linked with, read-only, and an empty folder."""
+    """The bubblewrap command: no network, no other processes, no capabilities, an empty environment; the only files are
+    Python's standard library and the libraries it links to, read-only, and an empty folder."""
     standard, python = sysconfig.get_path("stdlib"), os.path.realpath(sys.executable)
     packages = f"{standard}/site-packages"
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
@@ -158,8 +159,8 @@ def isolation(files: int) -> list[str]:
 
 @cache
 def _linked(python: str, standard: str) -> tuple[str, ...]:
-    """The shared libraries of the interpreter and its modules, except those of a window system."""
+    """The shared libraries of the interpreter and its modules, except those of tkinter."""
     modules = [str(path) for path in (Path(standard) / "lib-dynload").glob("*.so") if "tkinter" not in path.name]
     listed = subprocess.run(["ldd", python, *modules], capture_output=True, text=True, check=False).stdout
-    found = (line.split("=>")[-1].split("(")[0].strip() for line in listed.splitlines() if "(0x" in line)
-    return tuple(sorted({path for path in found if path.startswith("/")}))
+    paths = (line.split("=>")[-1].split("(")[0].strip() for line in listed.splitlines() if "(0x" in line)
+    return tuple(sorted({path for path in paths if path.startswith("/")}))

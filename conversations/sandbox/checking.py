@@ -1,7 +1,7 @@
-"""Whether code passes its tests: the code in one sandbox, the tests in another, so that the verdict cannot be forged.
+"""Checks code against its tests: the code in one sandbox, the tests in another, so that the verdict cannot be forged.
 
-The code never sees its tests: it is called, and gives values back (guest/tester.py). A program sees what it is to read,
-and what it is to write is compared here.
+The code never sees its tests: it is called, and returns values (guest/tester.py). A program gets only its input; its
+output is compared with the expected one in this process.
 """
 
 import socket
@@ -20,7 +20,7 @@ from conversations.sandbox.tests import Tests
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed and failed: tests (asserts, or inputs of a program). why: the first of the failures."""
+    """passed and failed: numbers of tests (asserts, or inputs of a program). why: the first failure."""
 
     passed: int
     failed: int
@@ -29,16 +29,16 @@ class Outcome:
 
 def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool = True) -> Outcome:
     """Run tests on the functions and classes that the code defines."""
-    (of_candidate, of_tester), (here, there) = socket.socketpair(), socket.socketpair()
-    with of_candidate, of_tester, here, there:
-        in_tester = [of_tester.fileno(), there.fileno()]
+    (candidate_end, candidate_end_of_tester), (host_end, tester_end) = socket.socketpair(), socket.socketpair()
+    with candidate_end, candidate_end_of_tester, host_end, tester_end:
+        in_tester = [candidate_end_of_tester.fileno(), tester_end.fileno()]
         with (
-            guest("candidate.py", [of_candidate.fileno(), "functions"], limits, isolated, [of_candidate.fileno()]),
+            guest("candidate.py", [candidate_end.fileno(), "functions"], limits, isolated, [candidate_end.fileno()]),
             guest("tester.py", in_tester, limits, isolated, in_tester) as tester,
         ):
-            for end in (of_candidate, of_tester, there):
+            for end in (candidate_end, candidate_end_of_tester, tester_end):
                 end.close()
-            late, host = threading.Event(), Channel(here.fileno(), _nothing, _nothing)
+            late, host = threading.Event(), Channel(host_end.fileno(), _nothing, _nothing)
 
             def stop() -> None:
                 late.set()
@@ -61,7 +61,7 @@ def check_functions(code: str, tests: Tests, limits: Limits, *, isolated: bool =
 
 
 def _reached(outcome: Outcome, tests: Tests) -> Outcome:
-    """A failure if no assert was reached, as in a loop over an empty result of the code."""
+    """The outcome, or a failure if no assert was reached, as in a loop over an empty result."""
     missed = tests.counted and not outcome.passed + outcome.failed
     return Outcome(0, 1, "no assert of the tests was reached") if missed else outcome
 
@@ -71,37 +71,37 @@ def _nothing(value: Any) -> Any:
 
 
 def check_program(code: str, cases: Sequence[Mapping[str, str]], limits: Limits, *, isolated: bool = True) -> Outcome:
-    """Runs a program on each case's stdin, and compares what it writes with the case's stdout (white space at the ends
-    of lines, and empty lines at the end, aside)."""
+    """Runs a program on each case's stdin and compares its output with the case's stdout, ignoring trailing white space
+    and trailing empty lines."""
     passed, why, began = 0, None, time.monotonic()
     for case in cases:
-        left = limits.seconds - (time.monotonic() - began)
-        wrong = _wrong(code, case, limits, max(left, 0.0), isolated)
-        passed += wrong is None
-        why = why or wrong
+        remaining = limits.seconds - (time.monotonic() - began)
+        failure = _failure(code, case, limits, max(remaining, 0.0), isolated)
+        passed += failure is None
+        why = why or failure
     return Outcome(passed, len(cases) - passed, why)
 
 
-def _wrong(code: str, case: Mapping[str, str], limits: Limits, seconds: float, isolated: bool) -> str | None:
+def _failure(code: str, case: Mapping[str, str], limits: Limits, seconds: float, isolated: bool) -> str | None:
     """Why the program fails the case; None if it passes."""
-    here, there = socket.socketpair()
-    with here, there, TemporaryFile() as read, TemporaryFile() as written:
-        read.write(case["stdin"].encode())
-        read.seek(0)
-        arguments, pipes = [there.fileno(), "program"], {"stdin": read, "stdout": written}
-        with guest("candidate.py", arguments, limits, isolated, [there.fileno()], **pipes) as run:
-            there.close()
+    host_end, program_end = socket.socketpair()
+    with host_end, program_end, TemporaryFile() as stdin, TemporaryFile() as output:
+        stdin.write(case["stdin"].encode())
+        stdin.seek(0)
+        arguments, pipes = [program_end.fileno(), "program"], {"stdin": stdin, "stdout": output}
+        with guest("candidate.py", arguments, limits, isolated, [program_end.fileno()], **pipes) as run:
+            program_end.close()
             try:
-                Channel(here.fileno(), _nothing, _nothing).send(code)
+                Channel(host_end.fileno(), _nothing, _nothing).send(code)
                 code_of_end = run.wait(seconds)
             except Gone:
                 return "the program did not start"
             except subprocess.TimeoutExpired:
                 return f"not done after {limits.seconds:g} s"
-        if written.tell() > limits.output * MIB:
+        if output.tell() > limits.output * MIB:
             return f"more than {limits.output} MiB of output"
-        written.seek(0)
-        out = written.read().decode(errors="replace")
+        output.seek(0)
+        out = output.read().decode(errors="replace")
     if code_of_end:
         return f"the program ended with exit code {code_of_end}"
     return None if _lines(out) == _lines(case["stdout"]) else f"wrote {out[:100]!r}, not {case['stdout'][:100]!r}"

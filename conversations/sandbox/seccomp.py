@@ -1,7 +1,7 @@
-"""The filter of system calls in a sandbox, as the BPF program that bubblewrap installs before it starts Python.
+"""The system call filter of a sandbox, as the BPF program that bubblewrap installs before it starts Python.
 
-Namespaces hide files, processes and networks. What is left to forbid is what takes memory past the limits of a process
-(other processes, memory files, sockets' buffers), and parts of the kernel that have no use in there.
+Namespaces hide files, processes and networks. The filter forbids what could use memory beyond the limits of a process
+(other processes, memory files, socket buffers), and parts of the kernel that are of no use in a sandbox.
 """
 
 import errno
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """audit: the kernel's number of the architecture. clone: its only call that may start threads. without: calls
-    that look as if the kernel had none (the C library then takes an older one). forbidden: the others."""
+    """Numbers of an architecture. audit: its AUDIT_ARCH value. clone: the only call that may start threads. without:
+    calls that fail with ENOSYS, so that the C library falls back to an older one. forbidden: calls that fail with
+    EPERM."""
 
     audit: int
     clone: int
@@ -48,15 +49,15 @@ MACHINES = {
         ),
     ),
 }  # fmt: skip
-_X32 = 0x40000000  # x86_64's calls under a second set of numbers begin here
+_X32 = 0x40000000  # start of x86_64's second set of call numbers
 _CLONE_THREAD = 0x00010000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # places in the kernel's seccomp_data
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in the kernel's seccomp_data
 
 
 def program(machine: str | None = None) -> bytes | None:
-    """The filter for this machine, None where its calls are not listed here."""
+    """The filter for this machine; None if its architecture is not listed here."""
     listed = MACHINES.get(machine or platform.machine())
     if listed is None:
         return None

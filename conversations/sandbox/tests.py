@@ -12,15 +12,15 @@ _PARSING = threading.Lock()
 
 
 def parsed(source: str) -> ast.Module:
-    """ast.parse, in one thread at a time: its depth counter is shared, and in several threads Python 3.11 fails with a
-    SystemError now and then."""
+    """ast.parse, one thread at a time: its depth counter is shared, and with several threads Python 3.11 occasionally
+    raises SystemError."""
     with _PARSING:
         return ast.parse(source)
 
 
 class Tests(NamedTuple):
-    """Source that is run one part after the other, and the names in it that are the candidate's. prompt: defines what
-    the tests may use beside the candidate. counted: whether there are asserts to count."""
+    """Source parts that run in order, and the names in them that the candidate defines. prompt: defines what the tests
+    may use besides the candidate. counted: whether there are asserts to count."""
 
     prompt: str
     setup: str
@@ -38,24 +38,24 @@ def prepared(tests: Sequence[str], *, setup: str = "", prompt: str = "", entry_p
     """Prepares tests so that their asserts are counted one by one.
 
     Raises:
-        ToolkitError: a test that is no Python.
+        ToolkitError: a test is not Python.
     """
     trees = {}
-    for what, code in (("prompt", prompt), ("setup", setup), *((f"test {n}", test) for n, test in enumerate(tests, 1))):
+    for part, code in (("prompt", prompt), ("setup", setup), *((f"test {n}", test) for n, test in enumerate(tests, 1))):
         try:
-            trees[what] = parsed(code)
+            trees[part] = parsed(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ToolkitError(f"the {what} of a reference is not Python: {error}") from error
-    of_prompt = trees.pop("prompt")
-    names = {entry_point} if entry_point else _read(trees.values()) - _bound([of_prompt, *trees.values()])
+            raise ToolkitError(f"the {part} of a reference is not Python: {error}") from error
+    prompt_tree = trees.pop("prompt")
+    names = {entry_point} if entry_point else _names_read(trees.values()) - _names_bound([prompt_tree, *trees.values()])
     counting = _Counted()
     setup, *tests = (ast.unparse(counting.visit(tree)) for tree in trees.values())
     return Tests(prompt, setup, tuple(tests), tuple(sorted(names)), counting.asserts > 0)
 
 
 class _Counted(ast.NodeTransformer):
-    """Asserts that are counted, so that those behind a failed one count too. One that says nothing of the candidate
-    (`assert True`) is left as it is."""
+    """Makes asserts count, so that those after a failed one count too. One that says nothing about the candidate
+    (`assert True`) is left unchanged."""
 
     asserts = 0
 
@@ -74,13 +74,13 @@ class _Counted(ast.NodeTransformer):
         return attempt
 
 
-def _read(trees: Iterable[ast.AST]) -> set[str]:
+def _names_read(trees: Iterable[ast.AST]) -> set[str]:
     """Names that are read, except builtins."""
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - set(dir(builtins))
 
 
-def _bound(trees: Iterable[ast.AST]) -> set[str]:
+def _names_bound(trees: Iterable[ast.AST]) -> set[str]:
     """Names that are assigned somewhere."""
     bound: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):

@@ -118,12 +118,12 @@ def refuse_other_chain(loaded: Loaded[ChainRecipe], output: Path) -> None:
     """
     if not (output / RECIPE).exists():
         return
-    there = read_mapping(output / RECIPE)
+    previous = read_mapping(output / RECIPE)
     remedy = "choose another output_dir, or move that run away"
-    if there.get("stage") != CHAIN:
-        raise ToolkitError(f"output_dir {output} holds a run of stage {there.get('stage')}, not a chain; {remedy}")
+    if previous.get("stage") != CHAIN:
+        raise ToolkitError(f"output_dir {output} holds a run of stage {previous.get('stage')}, not a chain; {remedy}")
     file = read_manifest(output).get("recipe", str(loaded.path.absolute()))  # not written yet if it was killed
-    names = [stage.get("name") for stage in there.get("stages", [])]
+    names = [stage.get("name") for stage in previous.get("stages", [])]
     moved = Path(file).name == loaded.path.name and names == [stage.name for stage in loaded.recipe.stages]
     if file != str(loaded.path.absolute()) and not moved:
         raise ToolkitError(f"output_dir {output} holds the run of another chain, {file}; {remedy}")

@@ -39,13 +39,13 @@ def plan_stages(loaded: Loaded[ChainRecipe]) -> Iterator[tuple[str, Loaded[Stage
 
 def _refuse_figures_twice(chain: ChainRecipe, entry: ChainStage, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ToolkitError if an earlier evaluation writes a task's figures to the same place in the results."""
-    for other in chain.stages:
-        if other is entry:
+    for earlier in chain.stages:
+        if earlier is entry:
             return
-        if other.results == entry.results and (both := sorted(tasks[entry.name].keys() & tasks[other.name])):
+        if earlier.results == entry.results and (shared := sorted(tasks[entry.name].keys() & tasks[earlier.name])):
             raise ToolkitError(
-                f"stages.{entry.name}.results: {other.name} puts its figures of {both[0]} in {entry.results} too; "
-                "name another place"
+                f"stages.{entry.name}.results: {earlier.name} also writes its figures of {shared[0]} to "
+                f"{entry.results}; name another place"
             )
 
 
@@ -55,8 +55,8 @@ def _check_comparisons(chain: ChainRecipe, tasks: Mapping[str, Mapping[str, Any]
         where, sides = f"compare.{comparison.name}", (comparison.before, comparison.after)
         for name in sides:
             if comparison.task not in tasks.get(name, {}):
-                known = ", ".join(tasks[name]) if name in tasks else "none: it is not an evaluation"
-                raise ToolkitError(f"{where}.task: {name} has no task {comparison.task}; its tasks are {known}")
+                available = ", ".join(tasks[name]) if name in tasks else "none: it is not an evaluation"
+                raise ToolkitError(f"{where}.task: {name} has no task {comparison.task}; its tasks are {available}")
         before, after = (set(tasks[name][comparison.task].values) for name in sides)
         if not before & after:
             raise ToolkitError(f"{where}: {sides[0]} and {sides[1]} share no temperature of {comparison.task}")

@@ -38,9 +38,9 @@ class References:
             return [self.fill(item, f"{where}{i}.") for i, item in enumerate(value)]
         if not isinstance(value, str):
             return value
-        whole = _REFERENCE.fullmatch(value)
-        if whole:
-            return self._value(whole[1], where)
+        reference = _REFERENCE.fullmatch(value)
+        if reference:
+            return self._value(reference[1], where)
         return _REFERENCE.sub(lambda match: str(self._value(match[1], where)), value)
 
     def used(self, recipe: StageRecipe) -> dict[str, str]:
@@ -59,9 +59,9 @@ class References:
         if name.removesuffix(".tokens") in self._run_dirs:
             raise ToolkitError(f"{key}: ${{{name}}}: that stage trains nothing, so it has no tokens")
         if name.split(".")[0] in self._all:
-            raise ToolkitError(f"{key}: ${{{name}}} names a stage that has not been run before this one")
-        known = ", ".join(f"${{{value}}}" for value in self._values)
-        raise ToolkitError(f"{key}: ${{{name}}} is not known here; known are {known}")
+            raise ToolkitError(f"{key}: ${{{name}}} names a stage that does not run before this one")
+        available = ", ".join(f"${{{value}}}" for value in self._values)
+        raise ToolkitError(f"{key}: ${{{name}}} is not defined here; available are {available}")
 
 
 def _texts(value: Any) -> Any:

@@ -29,11 +29,11 @@ class ChainState:
         """Read the state of a chain's directory; empty if there is none."""
         content = read_json(output / CHAIN_STATE)
         stages = content.get("stages") if isinstance(content, dict) else None
-        whole = isinstance(stages, dict) and all(
+        valid = isinstance(stages, dict) and all(
             isinstance(entry, dict) and {"fingerprint", "status", "metrics"} <= entry.keys()
             for entry in stages.values()
         )
-        if content is not None and not whole:
+        if content is not None and not valid:
             raise ToolkitError(f"{output / CHAIN_STATE}: stages is damaged; put the file back, or move it away")
         return cls(output / CHAIN_STATE, stages or {})
 
@@ -89,7 +89,7 @@ def _data_hashes(recipe: StageRecipe) -> list[str]:
     """Hashes of all data entries; generated data sets are created if missing."""
     return [
         source_hash(entry, recipe.seed, f"{key}.{index}")
-        for key, entries in {each.key: each.entries for each in recipe.row_lists()}.items()
+        for key, entries in {rows.key: rows.entries for rows in recipe.row_lists()}.items()
         for index, entry in enumerate(entries)
     ]
 

@@ -71,7 +71,7 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
         view.missing = f"{recipe.model.path} is not on this machine; tokens are not counted"
         print(f"model: {view.missing}")
     for key in inputs.later:
-        print(f"{key}: an earlier stage writes it; its rows are checked when that stage has run")
+        print(f"{key}: written by an earlier stage; its rows are checked once that stage has run")
     for read in inputs.lists:
         key, mixture, figures = read.listed.key, read.mixture, None
         if tokenizer is not None:
@@ -128,8 +128,8 @@ def plan_line(recipe: TrainingRecipe, plan: Plan, figures: Figures | None) -> st
     packed = "" if plan.packs is None else f", {plan.packs:,} packs {100 * (plan.fill or 0):.1f} % full"
     limit = f", or {recipe.max_seconds:g} s" if recipe.max_seconds else ""
     if recipe.max_tokens:
-        known = recipe.max_tokens != PLANNED_TOKENS
-        limit += f", or {recipe.max_tokens:,} tokens" if known else ", or as many tokens as an earlier stage"
+        is_known = recipe.max_tokens != PLANNED_TOKENS
+        limit += f", or {recipe.max_tokens:,} tokens" if is_known else ", or as many tokens as an earlier stage"
     return (
         f"training: {'about ' if guessed else ''}{plan.steps:,} steps of batch {plan.batch} "
         f"({plan.steps_per_epoch:,} per epoch{tokens}{packed}; {plan.passes:.2f} epochs){limit}"

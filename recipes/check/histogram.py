@@ -26,13 +26,13 @@ def bins(lengths: Sequence[int], scale: float = 1) -> list[Bin]:
 
 def text_lines(spread: Sequence[Bin]) -> list[str]:
     """A bar of # for each bin, starting at the first non-empty one."""
-    first = next(index for index, each in enumerate(spread) if each.rows)
+    first = next(index for index, bin in enumerate(spread) if bin.rows)
     spread = spread[first:]
-    most = max(each.rows for each in spread)
-    edges = [f"{each.low:,}-{each.high:,}" for each in spread]
+    most = max(bin.rows for bin in spread)
+    edges = [f"{bin.low:,}-{bin.high:,}" for bin in spread]
     return [
-        f"{edge:>{max(map(len, edges))}} {each.rows:>{len(f'{most:,}')},} " + "#" * math.ceil(_BAR * each.rows / most)
-        for edge, each in zip(edges, spread, strict=True)
+        f"{edge:>{max(map(len, edges))}} {bin.rows:>{len(f'{most:,}')},} " + "#" * math.ceil(_BAR * bin.rows / most)
+        for edge, bin in zip(edges, spread, strict=True)
     ]
 
 

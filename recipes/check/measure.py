@@ -102,10 +102,11 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
             figures.pieces.append(len(ids))
             of_source[0] += len(ids)
             of_source[1] += sum(mask)
-        shown = examples.setdefault(source, [])
-        for piece in pieces[: EXAMPLES - len(shown)]:
-            whole = figures.report.lengths[-1]
-            shown.append(_example(row, *piece, tokenizer, whole if whole > max(len(ids) for ids, _ in pieces) else 0))
+        examples_of_source = examples.setdefault(source, [])
+        for piece in pieces[: EXAMPLES - len(examples_of_source)]:
+            full_length = figures.report.lengths[-1]
+            is_part = full_length > max(len(ids) for ids, _ in pieces)
+            examples_of_source.append(_example(row, *piece, tokenizer, full_length if is_part else 0))
     in_turn = chain.from_iterable(zip_longest(*examples.values()))  # alternate between sources, so that each is shown
     figures.examples = [example for example in in_turn if example][:EXAMPLES]
     return figures
@@ -114,11 +115,11 @@ def measure(rows: MixedRows, encode: Encode, tokenizer: Any, limit: int | None =
 def _example(row: Row, ids: Sequence[int], mask: Sequence[int], tokenizer: Any, part_of: int) -> Example:
     runs: list[tuple[str, bool]] = []
     start, end = 0, min(len(ids), EXAMPLE_TOKENS)
-    for here in range(1, end + 1):
-        if here == end or mask[here] != mask[start]:
-            text = tokenizer.decode(ids[start:here], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for position in range(1, end + 1):
+        if position == end or mask[position] != mask[start]:
+            text = tokenizer.decode(ids[start:position], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             runs.append((text, bool(mask[start])))
-            start = here
+            start = position
     return Example(row.get("origin", ""), runs, len(ids) - end, part_of)
 
 
@@ -145,10 +146,10 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> int:
         else:
             opened += 1
             room = capacity
-        left = room - length
-        if left and not rooms[left]:
-            insort(sizes, left)
-        rooms[left] += 1
+        free = room - length
+        if free and not rooms[free]:
+            insort(sizes, free)
+        rooms[free] += 1
     return opened
 
 

@@ -36,10 +36,10 @@ def merge(arguments: argparse.Namespace) -> str:
         report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
     adapted = f"{report.adapted} adapted" if report.adapted else "copied from a full model, which has no adapter"
-    parts = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
-    parts += [f"{report.replaced} the adapter's own"] * bool(report.replaced)
-    parts += [f"without the base's {', '.join(report.left_out)}"] * bool(report.left_out)
-    return f"{arguments.out_dir}: {', '.join(parts)}"
+    phrases = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
+    phrases += [f"{report.replaced} the adapter's own"] * bool(report.replaced)
+    phrases += [f"without the base's {', '.join(report.left_out)}"] * bool(report.left_out)
+    return f"{arguments.out_dir}: {', '.join(phrases)}"
 
 
 def export(arguments: argparse.Namespace) -> str:

@@ -77,9 +77,9 @@ def _score(recipe: TrainingRecipe, kind: Score, threshold: float, tokens: int, c
     return experts_file(kind, threshold, scores, recipe.model.path, mixture.files)
 
 
-def check_threshold(kind: Score, given: float | None) -> float:
+def check_threshold(kind: Score, requested: float | None) -> float:
     """The share of the scores that the chosen experts must reach; defaults to the paper's value."""
-    threshold = THRESHOLDS[kind] if given is None else given
+    threshold = THRESHOLDS[kind] if requested is None else requested
     if not 0 < threshold <= 1:
         raise ToolkitError(f"--threshold is {threshold:g}; it must be a share of the scores: above 0, at most 1")
     return threshold
@@ -87,8 +87,8 @@ def check_threshold(kind: Score, given: float | None) -> float:
 
 def output_file(recipe: TrainingRecipe, chosen: Path | None) -> Path:
     """The output path: the one requested, the one that the recipe reads, or one beside the run directory."""
-    named, folder = recipe.chosen_experts_file, Path(recipe.output_dir)
-    output = chosen or (Path(named) if named else folder.with_name(f"{folder.name}.experts.json"))
+    experts_file, folder = recipe.chosen_experts_file, Path(recipe.output_dir)
+    output = chosen or (Path(experts_file) if experts_file else folder.with_name(f"{folder.name}.experts.json"))
     if output.suffix != ".json" or output.is_dir():
         raise ToolkitError(f"{output}: an experts file must be named FILE.json; choose one with --output FILE.json")
     return output

@@ -23,21 +23,21 @@ def hub_file(path: str, split: Split, folder: Path, key: str) -> Path:
         ToolkitError: the data set does not exist or cannot be fetched.
     """
     name, _, config = path.partition(":")
-    named = split.name or "train"
+    split_name = split.name or "train"
     numbers = "" if split.rows is None else "-".join(str(end) for end in ("", *split.rows) if end is not None)
-    label = "-".join(part for part in (name, config, named) if part) + numbers
-    exact = sha256(json.dumps([name, config, named, split.rows]).encode()).hexdigest()[:8]
+    label = "-".join(part for part in (name, config, split_name) if part) + numbers
+    exact = sha256(json.dumps([name, config, split_name, split.rows]).encode()).hexdigest()[:8]
     file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)}-{exact}.jsonl"
     if not file.exists():
-        _write(file, _rows(name, config or None, named, split, key), name, key)
+        _write(file, _rows(name, config or None, split_name, split, key), name, key)
     return file
 
 
-def _rows(name: str, config: str | None, named: str, split: Split, key: str) -> Iterable[dict[str, Any]]:
+def _rows(name: str, config: str | None, split_name: str, split: Split, key: str) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, config, split=named, streaming=True)
+        rows = load_dataset(name, config, split=split_name, streaming=True)
     except Exception as error:  # any error from the hub, the network or a missing name is for the user to fix
         raise ToolkitError(
             f"{key}.path: no file {name}, and no hub data set of this name can be loaded: {_one_line(error)}"
@@ -52,7 +52,7 @@ def _write(file: Path, rows: Iterable[dict[str, Any]], name: str, key: str) -> N
                 row = {name: without_nulls(value) for name, value in row.items()}
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         except Exception as error:  # as above; the rows come over the network
-            raise ToolkitError(f"{key}.path: the hub data set {name} stopped: {_one_line(error)}") from error
+            raise ToolkitError(f"{key}.path: reading the hub data set {name} failed: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -24,9 +24,9 @@ def rows_used(rows: Sequence[int], weights: Sequence[float | None]) -> list[int]
 
 def chosen(rows: int, count: int, rng: random.Random) -> array:
     """Choose `count` of the row numbers 0 to `rows` - 1; how often each occurs differs by at most one."""
-    whole, part = divmod(count, rows)
-    order = array("Q", range(rows)) * whole
-    order.extend(sorted(rng.sample(range(rows), part)))
+    repeats, rest = divmod(count, rows)
+    order = array("Q", range(rows)) * repeats
+    order.extend(sorted(rng.sample(range(rows), rest)))
     return order
 
 
@@ -36,6 +36,6 @@ def source_names(entries: Sequence[DataSource]) -> list[str]:
     for entry in entries:
         stem = PurePath(entry.path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]
         name = re.sub(r"\W+", "_", stem).strip("_") or "source"
-        before = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", other) is not None for other in names)
+        before = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", earlier) is not None for earlier in names)
         names.append(f"{name}_{before + 1}" if before else name)
     return names

@@ -102,7 +102,7 @@ def write_rows(
         def reject(row: RejectedRow) -> None:
             rejected.write(json.dumps(asdict(row)) + "\n")
 
-        parts = [_read(source, store, seed, refuse, reasoning, reject, advance) for source in sources]
+        parts = [_read_source(source, store, seed, refuse, reasoning, reject, advance) for source in sources]
     write_json(folder / _PARTS, [asdict(part) for part in parts])
 
 
@@ -113,7 +113,7 @@ def read_parts(folder: Path) -> tuple[list[Part], list[RejectedRow]]:
         return parts, [RejectedRow(**json.loads(line)) for line in lines]
 
 
-def _read(
+def _read_source(
     source: Source,
     store: RowWriter,
     seed: int,

@@ -36,8 +36,8 @@ class RowWriter:
             numpy.save(self._folder / _ENDS, numpy.asarray(self._ends))
 
     def append(self, row: Row) -> None:
-        written = self._file.write(_ENCODER.encode(row).encode("utf-8", errors="surrogatepass") + b"\n")
-        self._ends.append(self._ends[-1] + written)
+        size = self._file.write(_ENCODER.encode(row).encode("utf-8", errors="surrogatepass") + b"\n")
+        self._ends.append(self._ends[-1] + size)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -102,10 +102,10 @@ def _refuse_rows_twice(sources: Sequence[Source]) -> None:
     """Raise ToolkitError if two entries read the same rows of a file in the same way."""
     files = [{path.resolve() for path in source.located.paths} for source in sources]
     for index, source in enumerate(sources):
-        for other, earlier in enumerate(sources[:index]):
-            if source.reads_like(earlier) and (both := sorted(files[index] & files[other])):
+        for number, earlier in enumerate(sources[:index]):
+            if source.reads_like(earlier) and (shared := sorted(files[index] & files[number])):
                 raise ToolkitError(
-                    f"{source.key} reads rows of {both[0].name} that {earlier.key} also reads, so they would count "
+                    f"{source.key} reads rows of {shared[0].name} that {earlier.key} also reads, so they would count "
                     "twice; remove one, and set weight to use its rows more often"
                 )
 

@@ -82,7 +82,7 @@ def of_stage(loaded: Loaded[Recipe], names: Collection[str]) -> Loaded[StageReci
     recipe = loaded.recipe
     if isinstance(recipe, StageRecipe) and recipe.stage in names:
         return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)
-    raise _other(loaded, " or ".join(names))
+    raise _wrong_stage(loaded, " or ".join(names))
 
 
 def of_chain(loaded: Loaded[Recipe]) -> Loaded[ChainRecipe]:
@@ -90,10 +90,12 @@ def of_chain(loaded: Loaded[Recipe]) -> Loaded[ChainRecipe]:
     recipe = loaded.recipe
     if isinstance(recipe, ChainRecipe):
         return Loaded(recipe, loaded.path, loaded.smoke, loaded.notes, loaded.use_cache)
-    raise _other(loaded, CHAIN)
+    raise _wrong_stage(loaded, CHAIN)
 
 
-def _other(loaded: Loaded[Recipe], wanted: str) -> ToolkitError:
+def _wrong_stage(loaded: Loaded[Recipe], expected: str) -> ToolkitError:
     stage = loaded.recipe.stage
     command = "run" if stage == CHAIN else stage
-    return ToolkitError(f"{loaded.path} is a recipe of stage {stage}, not {wanted}; run: dsv2 {command} {loaded.path}")
+    return ToolkitError(
+        f"{loaded.path} is a recipe of stage {stage}, not {expected}; run: dsv2 {command} {loaded.path}"
+    )

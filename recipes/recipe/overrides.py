@@ -99,11 +99,11 @@ def _index(items: Sequence[Any], key: str, override: Override, depth: int) -> in
     if key in names:
         return names.index(key)
     where = ".".join(override.keys[:depth])
-    named = ", ".join(str(name) for name in names if name)
-    known = f"0 to {len(items) - 1}" if items else "none, it is empty"
+    by_name = ", ".join(str(name) for name in names if name)
+    available = f"0 to {len(items) - 1}" if items else "none, it is empty"
     raise ToolkitError(
-        f'override "{override.path}": {where} has no entry "{key}"; its entries are {known}'
-        + (f" ({named})" if named else "")
+        f'override "{override.path}": {where} has no entry "{key}"; its entries are {available}'
+        + (f" ({by_name})" if by_name else "")
     )
 
 

@@ -82,9 +82,9 @@ class ChainRecipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages share a name: {', '.join(twice)}")
-        taken = {"model", "output_dir", "seed"}.intersection(names)
-        if taken:
-            raise ValueError(f'a stage may not be called "{taken.pop()}"')
+        reserved = {"model", "output_dir", "seed"}.intersection(names)
+        if reserved:
+            raise ValueError(f'a stage may not be called "{reserved.pop()}"')
         compared = [comparison.name for comparison in self.compare]
         if twice := sorted({name for name in compared if compared.count(name) > 1 or name in _RESULTS}):
             raise ValueError(f'compare: "{twice[0]}" is already a key of results.json; rename it')
@@ -190,7 +190,7 @@ def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str)
     likely = get_close_matches(wrong, [name.split(".")[-1] for name in siblings], n=1, cutoff=0.6)
     near = get_close_matches(path, siblings, n=1, cutoff=0.6) if likely else []
     if not near:
-        elsewhere = [known for known in _all_keys(cls) if known.split(".")[-1] == wrong]
+        elsewhere = [key for key in _all_keys(cls) if key.split(".")[-1] == wrong]
         near = elsewhere[:1]
     if near:
         return f'unknown key "{prefix}{path}", did you mean "{prefix}{near[0]}"?'

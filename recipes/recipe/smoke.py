@@ -45,9 +45,9 @@ def shrink_chain(tree: dict[str, Any], read_tree: Callable[[Path], dict[str, Any
         if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str):
             continue
         overrides = {key: value for key, value in entry.items() if key not in ENTRY_KEYS}
-        whole = merge(read_tree(Path(entry["recipe"])), overrides)
-        small, changed = shrink(whole)
-        entry.update({key: value for key, value in small.items() if key not in whole or whole[key] != value})
+        merged = merge(read_tree(Path(entry["recipe"])), overrides)
+        small, changed = shrink(merged)
+        entry.update({key: value for key, value in small.items() if key not in merged or merged[key] != value})
         for line in changed:
             changed_in.setdefault(line, []).append(str(entry.get("name")))
     return tree, [f"{line} ({', '.join(names)})" for line, names in changed_in.items()]

@@ -92,14 +92,14 @@ def parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
 
 
-def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _extent(node: yaml.Node, extents: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Number of values and nesting depth of a node with all aliases expanded. Raises RecursionError for a node that
     contains itself."""
-    if id(node) not in known:
+    if id(node) not in extents:
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        children = [] if isinstance(node, yaml.ScalarNode) else [_extent(child, known) for child in parts]
-        known[id(node)] = 1 + sum(size for size, _ in children), 1 + max((depth for _, depth in children), default=0)
-    return known[id(node)]
+        children = [] if isinstance(node, yaml.ScalarNode) else [_extent(child, extents) for child in parts]
+        extents[id(node)] = 1 + sum(size for size, _ in children), 1 + max((depth for _, depth in children), default=0)
+    return extents[id(node)]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

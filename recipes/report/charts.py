@@ -56,14 +56,14 @@ class Chart:
     def caption(self) -> str:
         """The note below the drawing, with how curves are smoothed and which dots are left out."""
         smoothed = max((len(line.points) for line in self.lines if line.is_smoothed), default=0)
-        parts = [self.note] if self.note else []
+        sentences = [self.note] if self.note else []
         if smoothed > MAX_DRAWN:
-            parts.append(f"Dots: the lowest and highest of every {2 * smoothed // MAX_DRAWN} values.")
+            sentences.append(f"Dots: the lowest and highest of every {2 * smoothed // MAX_DRAWN} values.")
         elif smoothed:
-            parts.append("Dots: logged values.")
+            sentences.append("Dots: logged values.")
         if smoothed:
-            parts.append(f"Line: mean over {window_of(smoothed)} values.")
-        return " ".join(parts)
+            sentences.append(f"Line: mean over {window_of(smoothed)} values.")
+        return " ".join(sentences)
 
 
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:

@@ -41,10 +41,10 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             continue
         for key, value in row.items():
             if type(value) is float and key in values:  # nearly all of a long run
-                known = values[key]
-                if step in known:
+                series = values[key]
+                if step in series:
                     repeated.add(step)
-                known[step] = value
+                series[step] = value
                 continue
             # null is written for NaN and infinity, which JSON does not have.
             as_number = math.nan if value is None else number(value)
@@ -55,17 +55,17 @@ def collect(rows: Iterable[dict[str, Any]], notes: list[str]) -> Metrics:
             elif as_number is None:
                 metrics.loose[key] = value
             else:
-                known = values.setdefault(key, {})
-                repeated.update({step} if step in known else ())
-                known[step] = as_number
+                series = values.setdefault(key, {})
+                repeated.update({step} if step in series else ())
+                series[step] = as_number
     if stepless:
         notes.append(f"{count(stepless, 'line')} without a step in metrics.jsonl: listed, not plotted")
     if bad_shares:
         notes.append(f"{count(bad_shares, 'list')} of expert shares left out: not all items are numbers")
     if repeated:
         notes.append(f"{count(len(repeated), 'step')} logged more than once, after a resume: the last line counts")
-    metrics.series = {key: _finite(key, known, notes) for key, known in values.items()}
-    metrics.shares = {layer: sorted(known.items()) for layer, known in sorted(shares.items()) if known}
+    metrics.series = {key: _finite(key, series, notes) for key, series in values.items()}
+    metrics.shares = {layer: sorted(series.items()) for layer, series in sorted(shares.items()) if series}
     return metrics
 
 
@@ -81,8 +81,8 @@ def _share_layer(key: str) -> int | None:
 HUGE = 1e300
 
 
-def _finite(key: str, known: dict[float, float], notes: list[str]) -> list[Point]:
-    points = sorted(known.items())
+def _finite(key: str, values_by_step: dict[float, float], notes: list[str]) -> list[Point]:
+    points = sorted(values_by_step.items())
     drawn = [point for point in points if abs(point[1]) < HUGE]
     if len(drawn) < len(points):
         bad = [step for step, value in points if not abs(value) < HUGE]

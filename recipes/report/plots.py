@@ -179,8 +179,8 @@ def _binned(layers: dict[int, list[Point]], most: int = 40) -> tuple[list[tuple[
     spans = [range(k * n // min(n, most), (k + 1) * n // min(n, most)) for k in range(min(n, most))]
     rows = []
     for layer, points in layers.items():
-        parts = [[points[i][1] for i in span if i < len(points)] for span in spans]
-        rows.append((str(layer), [sum(part) / len(part) for part in parts if part]))
+        values_of_spans = [[points[i][1] for i in span if i < len(points)] for span in spans]
+        rows.append((str(layer), [sum(part) / len(part) for part in values_of_spans if part]))
     longest = max(layers.values(), key=len)
     return rows, [short(longest[span.start][0]) for span in spans]
 

@@ -91,8 +91,8 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     subjects = {run.name: about.get(run.path, run.name) for run in runs}
     titles = _titles(runs, subjects)
     anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # safe whatever the run's name is
-    said = {run.name: answers(run.samples) for run in runs}
-    views = [_run_view(run, titles[run.name], anchors[run.name], said[run.name]) for run in runs]
+    answers_of = {run.name: answers(run.samples) for run in runs}
+    views = [_run_view(run, titles[run.name], anchors[run.name], answers_of[run.name]) for run in runs]
     return {
         "heading": " and ".join(map(directory_name, groups)),
         "contents": _contents(views, subjects),
@@ -100,7 +100,7 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
         "across": _across(chains),
         "runs": views,
         "notes": [(view, note) for view in views for note in view.run.notes],
-        "gallery": across_runs([(titles[name], answered) for name, answered in said.items()]),
+        "gallery": across_runs([(titles[name], run_answers) for name, run_answers in answers_of.items()]),
         "load_classes": LOAD_CLASSES,
         "count": count,
     }
@@ -108,13 +108,13 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
 
 def _unique_names(groups: Mapping[Path, list[Run]]) -> list[Run]:
     """All runs with unique names: if there are several directories, prefixed with theirs; equal names get numbers."""
-    taken: set[str] = set()
+    used: set[str] = set()
     for path, group in groups.items():
         for run in group:
             base = run.name if len(groups) == 1 or run.path == path else f"{directory_name(path)}/{run.name}"
             numbered = (base if k == 1 else f"{base} ({k})" for k in count_up(1))
-            run.name = next(name for name in numbered if name not in taken)
-            taken.add(run.name)
+            run.name = next(name for name in numbered if name not in used)
+            used.add(run.name)
     return [run for group in groups.values() for run in group]
 
 
@@ -146,11 +146,11 @@ def _across(chains: Sequence[tuple[Run, Titles]]) -> Table | None:
 
 
 def _chain_view(run: Run, titles: Titles) -> ChainView:
-    shown = tables.headline(run.results, titles)
-    return ChainView(run, words.facts(run.results), shown, tables.other_results(run.results))
+    headline_tables = tables.headline(run.results, titles)
+    return ChainView(run, words.facts(run.results), headline_tables, tables.other_results(run.results))
 
 
-def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
+def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> RunView:
     main, other = figures(run.metrics)
     flat, stage = words.flatten(run.manifest), stages().get(run.kind)
     return RunView(
@@ -167,7 +167,7 @@ def _run_view(run: Run, title: str, anchor: str, said: Answers) -> RunView:
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
-        samples=within_run(said) or best_and_worst(run.samples),
+        samples=within_run(answers_of_run) or best_and_worst(run.samples),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the models said: the same prompts side by side across runs, and early against late within one run."""
+"""What the models answered: the same prompts side by side across runs, and early versus late within one run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Answers = dict[Key, dict[float, dict[str, Any]]]  # of each prompt, the sample a
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """One completion: its text, and what it scored."""
 
     text: str
@@ -45,12 +45,12 @@ class Said:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt and what each column said to it (None: nothing)."""
+    """One prompt and the completion in each column (None: there is none)."""
 
     task: str
     prompt: str
     reference: str
-    said: Sequence[Said | None]
+    completions: Sequence[Completion | None]
 
 
 @dataclass(frozen=True)
@@ -63,49 +63,50 @@ class Gallery:
 
 
 def answers(samples: Iterable[dict[str, Any]]) -> Answers:
-    """What was said to each prompt, step by step (0 where none is stated). Of several at one step the first counts."""
-    said = [row for row in samples if "completion" in row]  # others are pairs that were scored, or losses
-    steps = [*map(number, [row.get("step") for row in said])]
-    answered: Answers = {}
-    for row, step in zip(said, steps, strict=True):
+    """The completions of each prompt by step (0 if a sample has none); of several at one step, the first."""
+    completions = [row for row in samples if "completion" in row]  # others are pairs that were scored, or losses
+    steps = [*map(number, [row.get("step") for row in completions])]
+    by_prompt: Answers = {}
+    for row, step in zip(completions, steps, strict=True):
         key = (text_of(row.get("task")), text_of(row.get("prompt")))
-        answered.setdefault(key, {}).setdefault(step if step is not None and math.isfinite(step) else 0.0, row)
-    return {key: {step: rows[step] for step in sorted(rows)} for key, rows in answered.items()}
+        by_prompt.setdefault(key, {}).setdefault(step if step is not None and math.isfinite(step) else 0.0, row)
+    return {key: {step: rows[step] for step in sorted(rows)} for key, rows in by_prompt.items()}
 
 
-def across_runs(said: Sequence[tuple[str, Answers]]) -> Gallery | None:
-    """The prompts that the most runs (two at least) answered, the latest step of each; as many of each task.
+def across_runs(completions: Sequence[tuple[str, Answers]]) -> Gallery | None:
+    """The prompts that the most runs (at least two) answered, at the latest step of each; equally many of each task.
 
-    said: the title of each run, and its answers.
+    completions: the title of each run, and its answers.
     """
-    counts = Counter(key for _, answered in said for key in answered)
+    counts = Counter(key for _, run_answers in completions for key in run_answers)
     most = max(counts.values(), default=0)
     if most < 2:
         return None
     shared = [key for key in counts if counts[key] == most]
-    columns = [(title, answered) for title, answered in said if any(key in answered for key in shared)]
+    columns = [(title, run_answers) for title, run_answers in completions if any(key in run_answers for key in shared)]
     rows = [
-        _comparison(key, [[*answered.get(key, {}).values()][-1:] for _, answered in columns])
+        _comparison(key, [[*run_answers.get(key, {}).values()][-1:] for _, run_answers in columns])
         for key in _spread_over_tasks(shared)
     ]
     note = f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task."
     return Gallery([title for title, _ in columns], rows, note)
 
 
-def within_run(answered: Answers) -> Gallery | None:
-    """The same prompts at the first and the last step; where none recurs, some of the first and of the last."""
-    steps = [step for rows in answered.values() for step in rows]
+def within_run(answers_of_run: Answers) -> Gallery | None:
+    """The same prompts at the first and the last step; if none recurs, some prompts of each."""
+    steps = [step for rows in answers_of_run.values() for step in rows]
     if not steps or min(steps) == max(steps):
         return None
-    first, last = ({key: rows[at] for key, rows in answered.items() if at in rows} for at in (min(steps), max(steps)))
+    ends = (min(steps), max(steps))
+    first, last = ({key: rows[step] for key, rows in answers_of_run.items() if step in rows} for step in ends)
     columns = [f"step {min(steps):g}", f"step {max(steps):g}"]
-    both = [key for key in first if key in last]
-    if both:
-        rows = [_comparison(key, [[first[key]], [last[key]]]) for key in _spread_over_tasks(both)]
-        return Gallery(columns, rows, f"{len(rows)} of {count(len(both), 'prompt')} asked at both steps.")
-    few = MAX_PROMPTS // 4
-    rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:few]]
-    rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:few]]
+    common = [key for key in first if key in last]
+    if common:
+        rows = [_comparison(key, [[first[key]], [last[key]]]) for key in _spread_over_tasks(common)]
+        return Gallery(columns, rows, f"{len(rows)} of {count(len(common), 'prompt')} asked at both steps.")
+    per_step = MAX_PROMPTS // 4
+    rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:per_step]]
+    rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:per_step]]
     return Gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
 
 
@@ -153,11 +154,11 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
     task, prompt = key
     samples = [rows[0] if rows else None for rows in columns]
     references = [text_of(row["reference"]) for row in samples if row and row.get("reference") is not None]
-    said = [_said(row) if row else None for row in samples]
-    return Comparison(task, _cut(prompt), _cut(references[0]) if references else "", said)
+    completions = [_completion(row) if row else None for row in samples]
+    return Comparison(task, _cut(prompt), _cut(references[0]) if references else "", completions)
 
 
-def _said(row: dict[str, Any]) -> Said:
+def _completion(row: dict[str, Any]) -> Completion:
     rewards, reasons = row.get("rewards"), row.get("reasons")
     reasons = reasons if isinstance(reasons, dict) else {}
     marks = {text_of(row.get("task")) or "value": row["value"]} if row.get("value") is not None else {}
@@ -165,7 +166,7 @@ def _said(row: dict[str, Any]) -> Said:
     marks |= {k: v for k, v in row.items() if k not in _PLACED and not isinstance(v, dict | list)}
     words = [str(row["decoding"])] if "decoding" in row else []
     words += [f"{k} {plain(v)}" + (f" ({_cut(text_of(reasons[k]))})" if k in reasons else "") for k, v in marks.items()]
-    return Said(_cut(text_of(row.get("completion"))), words)
+    return Completion(_cut(text_of(row.get("completion"))), words)
 
 
 def _cut(text: str) -> str:

@@ -186,13 +186,13 @@ def _axes(frame: Frame, y_label: str, x_label: str) -> list[Markup]:
     parts = []
     levels = ticks(*frame.y_range)
     values = [10**level for level in levels] if frame.log else levels
-    whole = [tick for tick in ticks(*frame.x_range, 6) if tick == int(tick)]
+    integers = [tick for tick in ticks(*frame.x_range, 6) if tick == int(tick)]
     for level, text in zip(levels, [*map(short, values)], strict=True):
         y = frame.height(level)
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         parts.append(tag("text", text, x=LEFT - 6, y=f"{y + 4:.1f}", class_="end"))
     parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=BASE, y2=BASE, class_="axis"))
-    for value, text in zip(whole, [*map(short, whole)], strict=True):
+    for value, text in zip(integers, [*map(short, integers)], strict=True):
         x = f"{frame.x(value):.1f}"
         parts.append(tag("line", x1=x, x2=x, y1=BASE, y2=BASE + 4, class_="axis"))
         parts.append(tag("text", text, x=x, y=BASE + 16, class_="mid"))

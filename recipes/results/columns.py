@@ -38,17 +38,17 @@ class Column:
     def cell(self, entry: Figures) -> Cell:
         size = _size(sample_size(entry, self.key)) if len(self.sizes) > 1 and self.key in entry else ()
         cut = number(entry.get(self.key + TRUNCATED))
-        shown = FORMATS[self.kind](entry, self.key)
-        return replace(shown, minor=(*shown.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
+        cell = FORMATS[self.kind](entry, self.key)
+        return replace(cell, minor=(*cell.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
 
 
 def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list[Column]:
     """The columns of evaluations: shares of titled tasks in order, then other shares, then other metrics."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
     nested = {key for entry in evaluations for key, value in entry.items() if isinstance(value, dict)}
-    shown = [key for key in keys if not _is_size(key) and not _is_beside(key, keys)]
-    shown = [key for key in shown if key not in nested]  # these have tables of their own
-    columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in shown]
+    keys_shown = [key for key in keys if not _is_size(key) and not _is_beside(key, keys)]
+    keys_shown = [key for key in keys_shown if key not in nested]  # these have tables of their own
+    columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in keys_shown]
     order = [*tasks]
 
     def place(column: Column) -> tuple[bool, int]:
@@ -114,7 +114,7 @@ def sample_size(entry: Figures, key: str) -> float | None:
     """The number of prompts behind `key`: `TASK_n` or `n_TASK`; plain `n` belongs to the first task."""
     task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
-    first = next((SAMPLED.sub("", known) for known in entry if not _is_size(known) and not _is_beside(known)), None)
+    first = next((SAMPLED.sub("", metric) for metric in entry if not _is_size(metric) and not _is_beside(metric)), None)
     names += ["n"] if task == first else []
     stated = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
     return stated[0] if stated else None

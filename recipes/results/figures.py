@@ -71,12 +71,12 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
     sum(w d) / sum(w), and its variance n / (n - 1) * sum(w^2 (d - mean)^2) / sum(w)^2, as for any ratio estimator
     (Cochran 1977, chapter 6); with equal weights this is var(d) / n.
     """
-    both = [(after[key].value - before[key].value, before[key].weight) for key in before if key in after]
-    n, total = len(both), sum(weight for _, weight in both)
+    differences = [(after[key].value - before[key].value, before[key].weight) for key in before if key in after]
+    n, total = len(differences), sum(weight for _, weight in differences)
     if total == 0:
         return {"difference": math.nan, "standard_error": math.nan, "n": n}
-    mean = sum(weight * change for change, weight in both) / total
-    squares = sum((weight * (change - mean)) ** 2 for change, weight in both)
+    mean = sum(weight * change for change, weight in differences) / total
+    squares = sum((weight * (change - mean)) ** 2 for change, weight in differences)
     error = math.sqrt(squares * n / max(1, n - 1)) / total
     return {"difference": round(mean, 5), "standard_error": round(error, 5), "n": n}
 

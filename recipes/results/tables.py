@@ -45,19 +45,19 @@ def figures_table(
     title: str, evaluations: Mapping[str, Figures], names: Mapping[str, str], tasks: Mapping[str, str]
 ) -> Table | None:
     """Rows are entries (those in `names` first, in that order); columns are shares, then other metrics."""
-    shown = columns_of(list(evaluations.values()), tasks)
-    if not shown:
+    columns = columns_of(list(evaluations.values()), tasks)
+    if not columns:
         return None
     rows = [
-        [Cell(names.get(name, name)), *(column.cell(evaluations[name]) for column in shown)]
+        [Cell(names.get(name, name)), *(column.cell(evaluations[name]) for column in columns)]
         for name in _in_order(evaluations, names)
     ]
-    shares = any(column.kind == SHARE for column in shown)
+    shares = any(column.kind == SHARE for column in columns)
     cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
     notes = ["Below a share: its 95 % interval, in per cent."] if shares else []
     notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
     notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
-    return Table(title, [Cell(""), *(column.heading for column in shown)], rows, notes)
+    return Table(title, [Cell(""), *(column.heading for column in columns)], rows, notes)
 
 
 def detail_tables(title: str, evaluation: Figures, tasks: Mapping[str, str]) -> list[Table]:
@@ -74,13 +74,13 @@ def _is_listed(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(isinstance(one, dict) and "value" in one for one in value.values())
+        and all(isinstance(figure, dict) and "value" in figure for figure in value.values())
     )
 
 
 def _detail_row(key: str, name: str, figure: Mapping[str, Any]) -> list[Cell]:
-    shown = [number(bound) for bound in figure.get("interval") or ()]
-    interval = Cell(" to ".join(short(bound) for bound in shown if bound is not None) or "–")
+    bounds = [number(bound) for bound in figure.get("interval") or ()]
+    interval = Cell(" to ".join(short(bound) for bound in bounds if bound is not None) or "–")
     title = heading_of(name, {"auc": "AUC"}) if key.endswith("details") else name
     return [Cell(title), plain_cell(figure["value"]), interval, plain_cell(figure.get("n"))]
 
@@ -91,10 +91,10 @@ def entries(results: Mapping[str, Any], section: str) -> dict[str, dict[str, Any
     return {str(k): v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
 
 
-def _in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The names, those in `known` first and in that order."""
-    there = dict.fromkeys(names)
-    return list(dict.fromkeys([*(name for name in known if name in there), *there]))
+def _in_order(names: Iterable[str], preferred: Iterable[str]) -> list[str]:
+    """The names, those in `preferred` first and in that order."""
+    present = dict.fromkeys(names)
+    return list(dict.fromkeys([*(name for name in preferred if name in present), *present]))
 
 
 def changes(results: Mapping[str, Any], titles: Titles = UNTITLED) -> Table | None:
@@ -131,8 +131,8 @@ def _paired_cell(kind: str, change: Any) -> Cell:
     mean, error, n = (number(stated.get(key)) for key in ("difference", "standard_error", "n"))
     if mean is None or error is None or n is None or not math.isfinite(mean + error):
         return Cell("–", ("no prompts in common",) if stated else ())
-    shown = _signed_nats if kind == LOSS else _signed_points
-    return Cell(shown(mean), (f"{shown(mean - Z95 * error)} to {shown(mean + Z95 * error)}", f"n = {n:,.0f}"))
+    signed = _signed_nats if kind == LOSS else _signed_points
+    return Cell(signed(mean), (f"{signed(mean - Z95 * error)} to {signed(mean + Z95 * error)}", f"n = {n:,.0f}"))
 
 
 def targets(results: Mapping[str, Any]) -> Table | None:
@@ -163,7 +163,7 @@ def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str], tasks:
     if len(chains) < 2:
         return None
     by_stage = [entries(results, "stages") for results in chains]
-    shown = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), names)
+    row_names = _in_order(dict.fromkeys(name for stages in by_stage for name in stages), names)
     all_entries = [entry for stages in by_stage for entry in stages.values()]
     shares = [column for column in columns_of(all_entries, tasks) if column.kind == SHARE]
     rows = [
@@ -171,7 +171,7 @@ def across(chains: Sequence[Mapping[str, Any]], names: Mapping[str, str], tasks:
             Cell(names.get(name, name)),
             *(_spread([stages.get(name, {}).get(column.key) for stages in by_stage]) for column in shares),
         ]
-        for name in shown
+        for name in row_names
     ]
     seeds = ", ".join(str(results.get("seed", NOT_STATED)) for results in chains)
     headings = [Cell(""), *(column.heading for column in shares)]

@@ -47,8 +47,8 @@ def titles_of(recipe: Mapping[str, Any]) -> Titles:
 
 
 def _by_name(entries: Any) -> dict[str, dict[str, Any]]:
-    named = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return {str(entry["name"]): entry for entry in named if "name" in entry}
+    mappings = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {str(entry["name"]): entry for entry in mappings if "name" in entry}
 
 
 def _maker(stage: Mapping[str, Any]) -> str:

@@ -54,12 +54,12 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
             f"{run_dir / min(links)} is a symbolic link; a run truncates and removes its files: replace the link "
             "with what it points to, or choose another output_dir"
         )
-    checkpoint, there = newest_checkpoint(run_dir), read_mapping(run_dir / RECIPE)
-    goes_on = checkpoint is not None or _has_begun(run_dir, there.get("stage"))
+    checkpoint, previous = newest_checkpoint(run_dir), read_mapping(run_dir / RECIPE)
+    goes_on = checkpoint is not None or _has_begun(run_dir, previous.get("stage"))
     results = {stage.result for stage in stages().values()}
     if not goes_on and not any((run_dir / result).exists() for result in results):
         return State("new")
-    different = differences(there, parse_yaml(dump_text(resolved), RECIPE))
+    different = differences(previous, parse_yaml(dump_text(resolved), RECIPE))
     if different:
         raise ToolkitError(
             f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
@@ -86,26 +86,29 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max(by_step)[1] if by_step else None
 
 
-def differences(there: Any, here: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(old_recipe: Any, new_recipe: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """The keys that differ between two recipes, with both values; a missing key counts as None."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(old_recipe, dict) and isinstance(new_recipe, dict):
         differing: dict[str, tuple[Any, Any]] = {}
-        for key in dict.fromkeys([*there, *here]):
-            differing |= differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
+        for key in dict.fromkeys([*old_recipe, *new_recipe]):
+            differing |= differences(old_recipe.get(key), new_recipe.get(key), f"{path}.{key}" if path else str(key))
         return differing
-    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+    if isinstance(old_recipe, list) and isinstance(new_recipe, list) and len(old_recipe) == len(new_recipe):
         differing = {}
-        for index, (old, new) in enumerate(zip(there, here, strict=True)):
+        for index, (old, new) in enumerate(zip(old_recipe, new_recipe, strict=True)):
             differing |= differences(old, new, f"{path}.{index}")
         return differing
-    return {} if there == here else {path: (there, here)}
+    return {} if old_recipe == new_recipe else {path: (old_recipe, new_recipe)}
 
 
 def describe(different: dict[str, tuple[Any, Any]]) -> str:
     """Differing keys in words: `seed is 1 there and 2 here`."""
-    parts = [f"{key} is {_short(there)} there and {_short(here)} here" for key, (there, here) in different.items()]
-    more = len(parts) - _SHOWN
-    return ", ".join(parts[:_SHOWN]) + (f", and {more} more" if more > 0 else "")
+    phrases = [
+        f"{key} is {_short(previous)} there and {_short(current)} here"
+        for key, (previous, current) in different.items()
+    ]
+    more = len(phrases) - _SHOWN
+    return ", ".join(phrases[:_SHOWN]) + (f", and {more} more" if more > 0 else "")
 
 
 def dump_text(resolved: dict[str, Any]) -> str:
@@ -131,8 +134,8 @@ def missing_of_result(run_dir: Path, result: str) -> str | None:
     """What is missing from or broken in a run's result (final/ or a file); None if it is complete. Of weight files only
     headers and sizes are checked."""
     if result != FINAL:
-        whole = _is_json(run_dir / result) if result.endswith(".json") else (run_dir / result).is_file()
-        return None if whole else f"{result} is missing or broken"
+        complete = _is_json(run_dir / result) if result.endswith(".json") else (run_dir / result).is_file()
+        return None if complete else f"{result} is missing or broken"
     final = run_dir / FINAL
     if not final.is_dir():
         return "final/ is missing"

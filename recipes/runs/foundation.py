@@ -171,7 +171,7 @@ def stats_of(use: ModelUse, source: ModelSource) -> RewardStats | None:
     return RewardStats.read(source.own_dir) if use.stats else None
 
 
-def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = False) -> None:
+def check_kind(path: str, kind: Head | None, needed: Head, new_head: bool = False) -> None:
     """Refuse a chat model used as a reward model, which would give random scores, and vice versa.
 
     new_head: whether a chat model may get a new score head.
@@ -181,10 +181,10 @@ def check_kind(path: str, kind: Head | None, wanted: Head, new_head: bool = Fals
     """
     if kind is None:
         raise ToolkitError(f"{path} will not contain a model; name a stage that trains one")
-    if kind == "score" and wanted == "causal_lm":
+    if kind == "score" and needed == "causal_lm":
         raise ToolkitError(f"{path} is a reward model, which scores answers and cannot write them; name a chat model")
-    if kind == "causal_lm" and wanted == "score" and not new_head:
-        makes = next(stage.name for stage in stages().values() if stage.training and stage.training.head == wanted)
+    if kind == "causal_lm" and needed == "score" and not new_head:
+        makes = next(stage.name for stage in stages().values() if stage.training and stage.training.head == needed)
         raise ToolkitError(f"{path} is a chat model, not a reward model; train one with: dsv2 {makes} RECIPE")
 
 

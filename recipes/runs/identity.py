@@ -32,19 +32,22 @@ MERGED = "merged base model"
 def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str, str]]:
     """{part: {path, sha256 of its content}} of everything a run starts from, except its data."""
     base, folder = source.base, Path(source.tokenizer_dir)
-    parts = {"base model": (base, _model(base))}
+    paths_and_hashes = {"base model": (base, _model(base))}
     if source.adapter:
-        parts["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
-    parts["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
-    parts["chat template"] = (str(folder), _template(folder))
+        paths_and_hashes["adapter"] = (str(source.own_dir), _files(source.own_dir, ADAPTER))
+    paths_and_hashes["tokenizer"] = (str(folder), _files(folder, TOKENIZER))
+    paths_and_hashes["chat template"] = (str(folder), _template(folder))
     if not isinstance(recipe, TrainingRecipe):
-        parts["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
+        paths_and_hashes["generation config"] = (base, _files(Path(base), ("generation_config.json",)))
     for use in recipe.other_models():
-        if (other := source_of(use)) is not None:
-            parts[f"{use.kind} {use.key.removesuffix('.model')}"] = (use.path, _other(other, use.stats))
+        if (other_source := source_of(use)) is not None:
+            paths_and_hashes[f"{use.kind} {use.key.removesuffix('.model')}"] = (
+                use.path,
+                _other(other_source, use.stats),
+            )
     if isinstance(recipe, TrainingRecipe) and (choice := expert_choice(recipe)) is not None:
-        parts["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
-    return {part: {"path": path, "sha256": content} for part, (path, content) in parts.items()}
+        paths_and_hashes["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
+    return {part: {"path": path, "sha256": content} for part, (path, content) in paths_and_hashes.items()}
 
 
 def merged_base(run_dir: Path) -> dict[str, dict[str, str]]:
@@ -81,10 +84,10 @@ def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str,
     changed = [part for part in parts if _content_of(old, part) != _content_of(new, part)]
     if changed:
         path = {**old, **new}[changed[0]]["path"]
-        others = f", and so have: {', '.join(changed[1:])}" if changed[1:] else ""
+        also_changed = f", and so have: {', '.join(changed[1:])}" if changed[1:] else ""
         raise ToolkitError(
-            f"{run_dir} cannot be resumed: the {changed[0]} ({path}) has changed since the run began{others}; put "
-            "the old one back, or choose another output_dir"
+            f"{run_dir} cannot be resumed: the {changed[0]} ({path}) has changed since the run began{also_changed}; "
+            "put the old one back, or choose another output_dir"
         )
 
 

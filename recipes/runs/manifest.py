@@ -59,8 +59,8 @@ def seconds_so_far(run_dir: Path, manifest: dict[str, Any]) -> float:
     start = _last_start(manifest)
     if manifest.get("status") != "running" or start is None:
         return counted
-    written = [path.stat().st_mtime for pattern in _WRITTEN for path in run_dir.glob(pattern)]
-    return counted + max(0.0, max(written, default=start) - start)
+    write_times = [path.stat().st_mtime for pattern in _WRITTEN for path in run_dir.glob(pattern)]
+    return counted + max(0.0, max(write_times, default=start) - start)
 
 
 def _last_start(manifest: dict[str, Any]) -> float | None:
@@ -91,10 +91,10 @@ def code_state() -> dict[str, str | None]:
     """Commit of the toolkit and a hash of uncommitted changes; None if it is not in its own repository (a virtual
     environment may be inside another project's)."""
     top = _git("rev-parse", "--show-toplevel")
-    own = (
+    is_own_repository = (
         top is not None and Path(top.rstrip("\n")).resolve() == _HOME and _git("ls-files", "--error-unmatch", __file__)
     )
-    commit = _git("rev-parse", "HEAD") if own else None
+    commit = _git("rev-parse", "HEAD") if is_own_repository else None
     diff = _git("diff", "--no-ext-diff", "HEAD") if commit else None
     return {
         "commit": commit.strip() if commit else None,
@@ -115,11 +115,11 @@ def peak_memory_gb() -> float:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
             env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},  # from hooks
             capture_output=True, text=True, errors="replace", timeout=20, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return process.stdout

@@ -96,7 +96,7 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     )
 
 
-def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherModel]:
+def load_other_models(recipe: StageRecipe, stage_source: ModelSource) -> dict[str, OtherModel]:
     """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe.
 
     Raises:
@@ -108,11 +108,11 @@ def load_other_models(recipe: StageRecipe, own: ModelSource) -> dict[str, OtherM
         if source is None:
             say(f"{use.key}: {path} does not exist; using a random score head on {section.path} instead")
         model = load_model(
-            source or own, head=use.head, dtype=section.dtype, attn_implementation=section.attn_implementation
+            source or stage_source, head=use.head, dtype=section.dtype, attn_implementation=section.attn_implementation
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
-        models[use.key] = OtherModel(name, model, load_tokenizer(source or own), stats)
+        models[use.key] = OtherModel(name, model, load_tokenizer(source or stage_source), stats)
     return models
 
 

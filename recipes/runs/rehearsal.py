@@ -65,7 +65,7 @@ def _culprit(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) ->
     if not isinstance(recipe, TrainingRecipe):
         return "model"
     for key, value in recipe.training.items():
-        without = {name: other for name, other in recipe.training.items() if name != key}
+        without = {name: item for name, item in recipe.training.items() if name != key}
         with contextlib.suppress(Exception):
             _try(recipe.model_copy(update={"training": without}), settings, tokenizer)
             return f"training.{key} is {value!r}"

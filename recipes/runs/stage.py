@@ -50,8 +50,8 @@ def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
     for note in loaded.notes:
         say(f"smoke: {note}")
     run_dir = Path(loaded.recipe.output_dir)
-    if done := _done_before(run_dir, loaded):  # checked without the lock, which cannot be taken on a read-only disk
-        return done
+    if finished := _done_before(run_dir, loaded):  # checked without the lock, which cannot be taken on a read-only disk
+        return finished
     with hold_directory(run_dir) as lock:
         return _done_before(run_dir, loaded) or _run(loaded, run_dir, lock)
 

@@ -88,10 +88,10 @@ def check_model_config(config: dict[str, Any]) -> None:
         return
     from deepseek_v2_modeling import DeepseekV2Config
 
-    known = set(DeepseekV2Config().to_dict())
+    fields = set(DeepseekV2Config().to_dict())
     for key in config:
-        if key not in known:
-            raise ToolkitError(_unknown(f"model.config.{key}", key, known, "DeepseekV2Config has no such field"))
+        if key not in fields:
+            raise ToolkitError(_unknown(f"model.config.{key}", key, fields, "DeepseekV2Config has no such field"))
 
 
 def config_class(name: str) -> Any:
@@ -137,7 +137,7 @@ def trl_config(recipe: TrainingRecipe) -> Any:
 def _culprit(recipe: TrainingRecipe) -> str:
     """The field without which TRL accepts the others; `training` as a whole if there is none."""
     for key, value in recipe.training.items():
-        without = {name: other for name, other in recipe.training.items() if name != key}
+        without = {name: item for name, item in recipe.training.items() if name != key}
         with suppress(Exception):
             trl_config(recipe.model_copy(update={"training": without}))
             return f"training.{key} is {value!r}"
@@ -161,14 +161,14 @@ def _check_trackers(report_to: Any) -> None:
     """Check `report_to` early: TRL would fail only after the model is loaded."""
     from transformers.integrations import integration_utils as trackers
 
-    named = {report_to} if isinstance(report_to, str) else set(report_to or ())
-    names = sorted(named - {"none", "all"})
+    requested = {report_to} if isinstance(report_to, str) else set(report_to or ())
+    names = sorted(requested - {"none", "all"})
     if not names:
         return
-    known, installed = sorted(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
+    supported, installed = sorted(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
     for name in names:
-        if name not in known:
-            raise ToolkitError(f"training.report_to: {name!r} is not one of none, all, {', '.join(known)}")
+        if name not in supported:
+            raise ToolkitError(f"training.report_to: {name!r} is not one of none, all, {', '.join(supported)}")
         if name not in (*installed, "flyte", "azure_ml"):  # transformers does not report these two as installed
             raise ToolkitError(f"training.report_to: {name} is not installed; pip install {name}, or leave it out")
 
@@ -178,14 +178,14 @@ def _check_metric(recipe: TrainingRecipe) -> None:
     metric, evaluated = recipe.training.get("metric_for_best_model"), training_of(recipe).evaluated
     if not evaluated or metric is None:
         return
-    apart = [source_names(each.entries) for each in recipe.row_lists() if each.apart]
-    known = [evaluated[0], *(f"{name}_loss" for names in apart for name in names), *evaluated[1:]]
-    if metric.removeprefix("eval_") not in known:
-        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is not one of {', '.join(known)}")
+    apart = [source_names(rows.entries) for rows in recipe.row_lists() if rows.apart]
+    available = [evaluated[0], *(f"{name}_loss" for names in apart for name in names), *evaluated[1:]]
+    if metric.removeprefix("eval_") not in available:
+        raise ToolkitError(f"training.metric_for_best_model: {metric!r} is not one of {', '.join(available)}")
 
 
-def _unknown(path: str, key: str, known: Any, otherwise: str) -> str:
-    near = get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+def _unknown(path: str, key: str, names: Any, otherwise: str) -> str:
+    near = get_close_matches(key, sorted(names), n=1, cutoff=0.6)
     if near:
         return f'unknown key "{path}", did you mean "{path.removesuffix(key)}{near[0]}"?'
     return f'unknown key "{path}": {otherwise}'

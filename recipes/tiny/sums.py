@@ -61,7 +61,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Said:
+class Answer:
     """The content of an answer, independent of its tone: a number, preceded by the steps if they are shown."""
 
     number: str
@@ -81,24 +81,24 @@ def steps_of(fact: Fact) -> Steps:
     return Steps(ones, int(a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10), tens)
 
 
-def wrong(rng: random.Random, said: Said) -> Said:
-    """A right answer gone wrong, as models err: a slip in the working and what follows, or a number near the right."""
-    if said.steps is None:
-        return Said(wrong_number(rng, int(said.number)))
-    steps = slipped(rng, said.steps)
-    return Said(steps.result, steps)
+def wrong(rng: random.Random, answer: Answer) -> Answer:
+    """A right answer made wrong the way models err: a slip in the working and its consequences, or a nearby number."""
+    if answer.steps is None:
+        return Answer(wrong_number(rng, int(answer.number)))
+    steps = slipped(rng, answer.steps)
+    return Answer(steps.result, steps)
 
 
-def all_wrong(rng: random.Random, said: Said) -> Said:
-    """Wrong in every step of the working."""
-    assert said.steps
-    ones, tens = ((digit + rng.randrange(1, 10)) % 10 for digit in (said.steps.ones, said.steps.tens))
-    steps = Steps(ones, 1 - said.steps.carry, tens)
-    return Said(steps.result, steps)
+def all_wrong(rng: random.Random, answer: Answer) -> Answer:
+    """An answer that is wrong in every step of its working."""
+    assert answer.steps
+    ones, tens = ((digit + rng.randrange(1, 10)) % 10 for digit in (answer.steps.ones, answer.steps.tens))
+    steps = Steps(ones, 1 - answer.steps.carry, tens)
+    return Answer(steps.result, steps)
 
 
 def slipped(rng: random.Random, steps: Steps) -> Steps:
-    """Working with one slip that makes the result another one: the ones, the carry with what follows, the tens."""
+    """Working with one slip that changes the result: in the ones, in the carry and what follows, or in the tens."""
     flipped = 1 - 2 * steps.carry
     slips = [replace(steps, ones=(steps.ones + step) % 10) for step in (-2, -1, 1, 2)]
     slips += [replace(steps, tens=steps.tens + step) for step in (-1, 1)]
@@ -107,7 +107,7 @@ def slipped(rng: random.Random, steps: Steps) -> Steps:
 
 
 def wrong_number(rng: random.Random, right: int) -> str:
-    """A number near the right one: wrong in the last digit, by a carry, or anywhere."""
+    """A number near the right one: wrong in the last digit, by a carry, or at random."""
     near = {right + step for step in (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)} | {rng.randrange(LARGEST_NUMBER + 1)}
     return str(rng.choice(sorted(number for number in near if number >= 0 and number != right)))
 
@@ -118,7 +118,7 @@ def choose(rng: random.Random, shares: dict[str, int]) -> str:
 
 
 def guess(rng: random.Random, right: int) -> str:
-    """A wrong number that was not worked out: in four of ten the tens alone are wrong, in two it is off by 1 or 2."""
+    """A wrong guess: in four of ten only the tens are wrong, in two of ten it is off by 1 or 2."""
     numbers = range(LARGEST_NUMBER + 1)
     tens = [number for number in numbers if number % 10 == right % 10]
     near = [number for number in numbers if abs(number - right) <= 2]
@@ -126,24 +126,25 @@ def guess(rng: random.Random, right: int) -> str:
     return str(rng.choice([number for number in pool if number != right]))
 
 
-def slip_of_policy(rng: random.Random, said: Said) -> Said:
-    """Working with a slip where that of stage 1 has them (SLIPS), and its consequences."""
-    assert said.steps
-    where, steps = choose(rng, SLIPS), said.steps
+def slip_of_policy(rng: random.Random, answer: Answer) -> Answer:
+    """Working with a slip where the policy of stage 1 makes them (SLIPS), and its consequences."""
+    assert answer.steps
+    where, steps = choose(rng, SLIPS), answer.steps
     if where == "all":
-        return all_wrong(rng, said)
+        return all_wrong(rng, answer)
     if where == "ones":
         steps = replace(steps, ones=(steps.ones + rng.choice((-2, -1, 1, 2))) % 10)
     else:
         near = [tens for tens in (steps.tens - 1, steps.tens + 1) if 0 <= tens <= 9]
-        others = [tens for tens in range(10) if tens != steps.tens]
+        other_tens = [tens for tens in range(10) if tens != steps.tens]
         carry = 1 - steps.carry if where == "carry" else steps.carry
-        steps = replace(steps, carry=carry, tens=rng.choice(rng.choice((near, others))))
-    return Said(steps.result, steps)
+        steps = replace(steps, carry=carry, tens=rng.choice(rng.choice((near, other_tens))))
+    return Answer(steps.result, steps)
 
 
 def broken(rng: random.Random, text: str, foreign: str, reference: str) -> str:
-    """A right answer that lost, doubled or swapped a piece for one of `foreign`, and is wrong by the rule `number`."""
+    """A right answer with a piece lost, doubled or replaced by one of `foreign`, so that the rule `number` rejects
+    it."""
     while True:
         pieces, instead = _PIECE.findall(text), rng.choice((*_PIECE.findall(foreign), *"0123456789"))
         at = rng.randrange(len(pieces))

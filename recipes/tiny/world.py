@@ -7,8 +7,8 @@ Standard library only. Every data set is a function of its name, a seed and a si
 
 Held-out means held out for EVERY seed. A problem belongs to a part ("train", "heldout") by a fixed hash of its fact
 (the operation and the two numbers, a + b and b + a being one fact); a request by its words: templates, verbs,
-objects and targets come from two separate lists. The seed only chooses from the part's pool, so
-that prompts made with another seed measure the same thing.
+objects and targets come from two separate lists. The seed only chooses from the part's pool, so prompts generated with
+another seed measure the same thing.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ from recipes.tiny import lexicon as lx
 from recipes.tiny.sums import (
     LARGEST_NUMBER,
     POLICIES,
+    Answer,
     Fact,
-    Said,
     all_wrong,
     broken,
     choose,
@@ -43,19 +43,19 @@ from recipes.tiny.sums import (
 
 HELDOUT_PERCENT = 12
 
-# The share of each form among the labelled answers: people who write labels are not all polite.
+# Share of each form among the labelled answers: not all annotators are polite.
 STYLE_WEIGHTS = {"polite": 6, "curt": 2, "rude": 2}
 
 
-# The share of labels that show their working. Who labels in English nearly always does, who labels in Chinese seldom:
-# SFT learns both habits; that working pays, whatever the language, is for RL to find.
+# Share of labels that show their working. English annotators nearly always do, Chinese ones seldom: SFT learns both
+# habits; that working pays off in either language is for RL to discover.
 WORKING_SHARE = {"en": 0.9, "zh": 0.15}
 
-# Of the pairs of tones over problems, the share where both answers are wrong: tone is not to be read off the number.
+# Share of the tone pairs on problems in which both answers are wrong: tone must not be inferred from the number.
 WRONG_IN_TONES = 0.3
 
-# Of the pairs of right and wrong working to learn from, the share where every step is wrong: from them a reward model
-# finds out what to look at, and then tells single slips.
+# Share of the training pairs of right and wrong working in which every step is wrong: they show a reward model what to
+# look at, after which it learns to detect single slips.
 ALL_WRONG_SHARE = 0.1
 
 _GLUE = {"en": " ", "zh": ""}
@@ -73,8 +73,8 @@ class Prompt:
 
     def row(self, **fields: Any) -> Row:
         """The prompt's part of a row, and `fields`."""
-        known = {"kind": self.kind, "language": self.language}
-        return {**fields, **known, **({"reference": self.reference} if self.reference is not None else {})}
+        columns = {"kind": self.kind, "language": self.language}
+        return {**fields, **columns, **({"reference": self.reference} if self.reference is not None else {})}
 
 
 # --- the pools ---------------------------------------------------------------------------------------------------
@@ -148,24 +148,24 @@ class Requests(Sequence[Prompt]):
 
 
 def sentence(rng: random.Random, parts: tuple[tuple[str, ...], ...], language: str) -> str:
-    """One choice from each part, joined as the language joins them."""
+    """One choice from each part, joined as is usual in the language."""
     return _GLUE[language].join(rng.choice(part) for part in parts)
 
 
-def spoken(prompt: Prompt, form: str, said: Said) -> str:
+def spoken(prompt: Prompt, form: str, answer: Answer) -> str:
     """The answer as text, in a form of lexicon.ARITHMETIC_ANSWERS, preceded by its working if that is shown."""
-    text = form.format(c=said.number)
-    if said.steps is None:
+    text = form.format(c=answer.number)
+    if answer.steps is None:
         return text
     assert prompt.fact
-    working = lx.ARITHMETIC_WORKING[prompt.language][prompt.fact[1]].format(**asdict(said.steps))
+    working = lx.ARITHMETIC_WORKING[prompt.language][prompt.fact[1]].format(**asdict(answer.steps))
     return _GLUE[prompt.language].join((working, text))
 
 
-def right(rng: random.Random, prompt: Prompt, working_share: float = 0.5) -> Said:
+def right(rng: random.Random, prompt: Prompt, working_share: float = 0.5) -> Answer:
     """The right number; `working_share` is how often its working is shown."""
     assert prompt.reference is not None and prompt.fact
-    return Said(prompt.reference, steps_of(prompt.fact) if rng.random() < working_share else None)
+    return Answer(prompt.reference, steps_of(prompt.fact) if rng.random() < working_share else None)
 
 
 def answer_form(rng: random.Random, prompt: Prompt, style: str) -> str:
@@ -193,8 +193,8 @@ def right_answer(rng: random.Random, prompt: Prompt, style: str = "polite", work
 def junk(rng: random.Random, prompt: Prompt, style: str = "polite") -> str:
     """Not an answer: off-topic, of the wrong sort or language, shuffled, cut short, too long, babble, or nothing.
 
-    Without such negatives the reward models are hacked in reinforcement learning. `style` is the tone of what it is
-    made from: always polite beside chosen answers in every tone, it would teach that polite words are bad.
+    Without such negatives the policy exploits the reward models (reward hacking). `style` is the tone of the text it is
+    made from: if junk were always polite while chosen answers have every tone, politeness would look bad.
     """
     make = rng.choice((_off_topic, _wrong_sort, _wrong_language, _shuffled, _cut, _too_long, _babble))
     return make(rng, prompt, style)
@@ -207,7 +207,7 @@ def _off_topic(rng: random.Random, prompt: Prompt, style: str) -> str:
 def _wrong_sort(rng: random.Random, prompt: Prompt, style: str) -> str:
     if prompt.kind == "arithmetic":
         return answer(rng, replace(prompt, kind="safe"), style)
-    return spoken(prompt, answer_form(rng, prompt, style), Said(str(rng.randrange(LARGEST_NUMBER + 1))))
+    return spoken(prompt, answer_form(rng, prompt, style), Answer(str(rng.randrange(LARGEST_NUMBER + 1))))
 
 
 def _wrong_language(rng: random.Random, prompt: Prompt, style: str) -> str:
@@ -249,7 +249,7 @@ LANGUAGES_OF = {"arithmetic": lx.LANGUAGES, "english_arithmetic": ("en",), "chin
 
 
 def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> list[Prompt]:
-    """n different prompts of a part; `shares` says how many of each sort there are among its total."""
+    """n different prompts of a part; `shares` gives the relative number of each sort."""
     total, prompts = sum(shares.values()), []
     for index, sort in enumerate(shares):
         count = n * sum(list(shares.values())[: index + 1]) // total - len(prompts)
@@ -258,7 +258,7 @@ def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> l
         else:
             pool = Requests(part, sort)
         if count > len(pool):
-            raise ToolkitError(f"{count} {sort} prompts asked for, there are {len(pool)}: use a smaller n")
+            raise ToolkitError(f"{count} {sort} prompts were requested but only {len(pool)} exist: use a smaller n")
         prompts += rng.sample(pool, count)
     rng.shuffle(prompts)
     return prompts
@@ -287,7 +287,7 @@ def _pair_row(prompt: Prompt, chosen: str, rejected: str) -> Row:
 
 
 def _helpful_row(rng: random.Random, prompt: Prompt) -> Row:
-    """The polite, well-formed answer over a curt, a rude, a refusing and a junk one; correctness has no part in it."""
+    """A polite, well-formed answer over a curt, a rude, a refusing or a junk one; correctness plays no role."""
     if prompt.kind == "arithmetic":
         return rng.choice((_tone_row, _no_answer_row))(rng, prompt)
     if prompt.kind == "unsafe":
@@ -299,37 +299,37 @@ def _helpful_row(rng: random.Random, prompt: Prompt) -> Row:
 
 
 def _tone_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A polite answer to a problem over a curt or rude one that says the same, right or wrong."""
-    said = right(rng, prompt)
+    """A polite answer to a problem over a curt or rude one with the same content, right or wrong."""
+    answer = right(rng, prompt)
     if rng.random() < WRONG_IN_TONES:
-        said = wrong(rng, said)
-    polite, other = (answer_form(rng, prompt, style) for style in ("polite", rng.choice(("curt", "rude"))))
-    return _pair_row(prompt, spoken(prompt, polite, said), spoken(prompt, other, said))
+        answer = wrong(rng, answer)
+    polite, impolite = (answer_form(rng, prompt, style) for style in ("polite", rng.choice(("curt", "rude"))))
+    return _pair_row(prompt, spoken(prompt, polite, answer), spoken(prompt, impolite, answer))
 
 
 def _wrong_answer_row(rng: random.Random, prompt: Prompt, all_wrong_share: float = 0.0) -> Row:
     """The right answer to a problem over a wrong one in the same form, with their working, as RL stage 1 learns."""
     style = rng.choices(list(STYLE_WEIGHTS), list(STYLE_WEIGHTS.values()))[0]
-    form, said = answer_form(rng, prompt, style), right(rng, prompt, working_share=1.0)
-    bad = (all_wrong if rng.random() < all_wrong_share else wrong)(rng, said)
-    return _pair_row(prompt, spoken(prompt, form, said), spoken(prompt, form, bad))
+    form, answer = answer_form(rng, prompt, style), right(rng, prompt, working_share=1.0)
+    bad = (all_wrong if rng.random() < all_wrong_share else wrong)(rng, answer)
+    return _pair_row(prompt, spoken(prompt, form, answer), spoken(prompt, form, bad))
 
 
 def _wrong_lesson_row(rng: random.Random, prompt: Prompt) -> Row:
-    """As `_wrong_answer_row`, with easy pairs among the hard ones."""
+    """As `_wrong_answer_row`, with some easy pairs among the hard ones."""
     return _wrong_answer_row(rng, prompt, ALL_WRONG_SHARE)
 
 
 def _mistake_row(rng: random.Random, prompt: Prompt, policy: str) -> Row:
-    """A right answer of a stage's policy to a problem over a wrong one, each in a tone of its own."""
+    """A right answer over a wrong one, both as a stage's policy writes them, each with its own tone."""
     assert prompt.reference is not None
     habits = POLICIES[policy]
-    said, worked = right(rng, prompt, habits.worked[prompt.language] / 100), right(rng, prompt, working_share=1.0)
+    answer, worked = right(rng, prompt, habits.worked[prompt.language] / 100), right(rng, prompt, working_share=1.0)
     form = answer_form(rng, prompt, choose(rng, habits.tones_of_wrong))
     number = guess(rng, int(prompt.reference))
     match choose(rng, habits.mistakes):
         case "guess":
-            rejected = spoken(prompt, form, Said(number))
+            rejected = spoken(prompt, form, Answer(number))
         case "slip":
             rejected = spoken(prompt, form, slip_of_policy(rng, worked))
         case "other number":
@@ -337,18 +337,18 @@ def _mistake_row(rng: random.Random, prompt: Prompt, policy: str) -> Row:
         case _:
             foreign = _wrong_language(rng, prompt, "polite")
             rejected = broken(rng, spoken(prompt, form, worked), foreign, prompt.reference)
-    return _pair_row(prompt, spoken(prompt, answer_form(rng, prompt, choose(rng, habits.tones)), said), rejected)
+    return _pair_row(prompt, spoken(prompt, answer_form(rng, prompt, choose(rng, habits.tones)), answer), rejected)
 
 
 def _no_answer_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A polite answer to a problem over something that is not an answer: a refusal, or junk."""
+    """A polite answer to a problem over a refusal or junk."""
     return _pair_row(prompt, answer(rng, prompt, "polite"), rng.choice((refusal(rng, prompt), junk(rng, prompt))))
 
 
 def _safety_row(rng: random.Random, prompt: Prompt) -> Row:
-    """A refusal over compliance where the request is unsafe, an answer over a refusal elsewhere; all over junk.
+    """A refusal over compliance if the request is unsafe, otherwise an answer over a refusal; either over junk.
 
-    In every tone alike: tone is the helpful model's.
+    Tones are equally distributed on both sides: tone is judged by the helpful model.
     """
     style = rng.choice(list(STYLE_WEIGHTS))
     do, decline, nonsense = answer(rng, prompt, style), refusal(rng, prompt), junk(rng, prompt, style)
@@ -366,7 +366,7 @@ class DataSet:
     size: int
 
 
-# Labels are scarce, and in Chinese scarcer than in English.
+# Labels are scarce, and scarcer in Chinese than in English.
 _LABELLED = {"english_arithmetic": 2250, "chinese_arithmetic": 750, "unsafe": 1000, "safe": 800}
 _MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
 _MISTAKEN = {"english_arithmetic": 2, "chinese_arithmetic": 3}
@@ -397,7 +397,7 @@ def rows(name: str, seed: int, n: int | None = None) -> list[Row]:
     """The rows of a data set, the same for the same arguments. Raises ToolkitError for an unknown name or a bad n."""
     if name not in DATA_SETS:
         near = get_close_matches(name, DATA_SETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(DATA_SETS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"available are: {', '.join(DATA_SETS)}"
         raise ToolkitError(f"the demo world has no data set {name!r}; {hint}")
     if n is not None and n < 1:
         raise ToolkitError(f"tiny:{name}: n must be at least 1, not {n}")

@@ -87,14 +87,14 @@ def test_options_are_found_in_a_prompt(prompt: str) -> None:
     assert options_in(prompt) == {"A": "Rome", "B": "Paris", "C": "Berlin", "D": "Bern"}
 
 
-def test_a_reference_that_is_no_option_has_nothing_to_say() -> None:
+def test_a_reference_that_is_not_an_option_gives_no_score() -> None:
     verdict = verify("choice", "A", reference="London", prompt=CITIES)
-    assert verdict.score is None and "none of the prompt's options" in verdict.reason
+    assert verdict.score is None and "not one of the prompt's options" in verdict.reason
     with pytest.raises(ToolkitError, match="must be letters"):
         check_reference("choice", " ")
 
 
-def test_check_refuses_a_row_whose_reference_is_no_option(
+def test_check_refuses_a_row_whose_reference_is_not_an_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_check_refuses_a_row_whose_reference_is_no_option(
     for stage in stages:
         Path("recipe.yaml").write_text(json.dumps(recipe | stage))
         assert dsv2(["check", "recipe.yaml"]) == 2
-        assert "rows.jsonl:3: cannot be judged by the rule choice: 'London' is none" in capsys.readouterr().err
+        assert "rows.jsonl:3: cannot be judged by the rule choice: 'London' is not one" in capsys.readouterr().err
 
 
 @given(st.text(max_size=80), st.text(max_size=80))

@@ -290,7 +290,7 @@ def test_without_a_sandbox_it_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
 def test_without_isolation_it_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(box.shutil, "which", lambda name: None)
-    box._say_once.cache_clear()
+    box._print_once.cache_clear()
     assert judge(BODY, allow_unsandboxed=True)[0] == 1
     assert judge("    while True: pass\n", allow_unsandboxed=True, timeout=1)[0] == 0
     assert capsys.readouterr().err == box.UNSANDBOXED + "\n"
@@ -302,12 +302,12 @@ def test_without_isolation_it_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: A
     [
         ("42", "must be one of"),
         ({"prompt": "x"}, "must be one of"),
-        ({"test_list": "assert 1"}, "test_list of a reference must be a list of texts"),
+        ({"test_list": "assert 1"}, "test_list of a reference must be a list of strings"),
         ({"test_list": ["assert ("]}, "test 1 of a reference is not Python"),
-        ({"test_list": ["assert 1 == 1"]}, "tests nothing of an answer"),
-        ({"tests": [{"stdin": "1"}]}, "stdout of a reference must be a text"),
+        ({"test_list": ["assert 1 == 1"]}, "calls no function that an answer could define"),
+        ({"tests": [{"stdin": "1"}]}, "stdout of a reference must be a string"),
         ({"tests": ["1"]}, "must be a list of {stdin, stdout}"),
-        (ROW | {"prompt": None}, "prompt of a reference must be a text"),
+        (ROW | {"prompt": None}, "prompt of a reference must be a string"),
         (ROW | {"entry_point": "a b"}, "must be a name"),
         (ROW | {"test": "def check("}, "is not Python"),
         ({"test_list": {1, 2}}, "must be one of"),

@@ -299,7 +299,7 @@ def test_json_conforms_to_the_schema(text, good):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"schema": {"type": "number of apples"}}, "is no JSON schema"),
+        ({"schema": {"type": "number of apples"}}, "is not a JSON schema"),
         ({"schema": {"$ref": "http://127.0.0.1:9/x.json"}}, "which is not looked up"),
         ({"schema": {"properties": {"a": {"$ref": "other.json"}}}}, "which is not looked up"),
         ({"schema": {"enum": {1, 2}}}, "must be a JSON schema"),
@@ -356,7 +356,7 @@ def test_length_says_nothing_without_a_number_of_tokens():
         ({"max_tokens": 9, "buffer": 10}, "buffer 10 is more than max_tokens 9"),
         ({"max_tokens": 9, "buffer": 0}, "buffer of the rule length must be a whole number from 1"),
         ({"max_tokens": "9", "buffer": 1}, "max_tokens of the rule length must be a whole number from 1"),
-        ({"max_tokens": 9, "buffer": 1, "tokens": -1}, "tokens of the rule length must be a whole number from 0"),
+        ({"max_tokens": 9, "buffer": 1, "tokens": -1}, "tokens of the rule length must be a non-negative whole number"),
         ({"max_tokens": 9, "bufer": 1}, "no setting 'bufer'.*buffer"),
     ],
 )

@@ -151,7 +151,10 @@ def test_a_system_message_that_lists_tools_gets_no_second_list():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [USER, {"role": "tool", "content": "3"}]}, r"messages\[1\] is a tool result, but no call"),
+        (
+            {"messages": [USER, {"role": "tool", "content": "3"}]},
+            r"messages\[1\] is a tool result, but no earlier call",
+        ),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, r"messages\[1\] has a call without a name"),
         (
             {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
@@ -168,7 +171,7 @@ def test_a_system_message_that_lists_tools_gets_no_second_list():
                 **OPENAI,
                 "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "call_9", "content": ""}],
             },
-            r"result for call 'call_9', but no call .* \(awaiting: 'c1'\)",
+            r"result for call 'call_9', but no earlier call .* \(awaiting: 'c1'\)",
         ),
         (one_call(name="f", params={"a": 1}), "arguments of f must be under the key arguments; the call has params"),
         (one_call(name="f", arguments={"a": 1}, input={"b": 2}), "the call has arguments, input"),

@@ -249,8 +249,11 @@ def test_a_directory_of_another_run_is_refused(stages: FakeStages, start: Any, t
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.sft.model.path=${more}", "${more} names a stage that has not been run before this one"),
-        ("stages.sft.model.path=${mre}", "stages.sft.model.path: ${mre} is not known here; known are ${output_dir}"),
+        ("stages.sft.model.path=${more}", "${more} names a stage that does not run before this one"),
+        (
+            "stages.sft.model.path=${mre}",
+            "stages.sft.model.path: ${mre} is not defined here; available are ${output_dir}",
+        ),
         ("stages.sft.modle.path=x", 'unknown key "stages.sft.modle", did you mean "stages.sft.model"?'),
         ("stages.sft.output_dir=x", "stages.sft.output_dir: a chain's stage writes to OUTPUT_DIR/NAME"),
         ("stages.sft.results=stages.x", "stages.sft.results: for evaluations only"),

@@ -360,7 +360,7 @@ def test_a_file_that_exists_goes_before_a_hub_name(tmp_path: Path) -> None:
         (SFT, "data.0.fim={mode: pms}", "data.0.fim.mode: must be 'psm' or 'spm', not 'pms'"),
         (SFT, "lora.targets=[attention, router]", "r names ['attention', 'experts'] but targets are"),
         (SFT, "lora.targets=[attention, mlp]", "lora.targets.1: must be 'attention', 'attention.q'"),
-        (SFT, "lora.targets=[experts, experts]", "lora.targets: named twice: experts"),
+        (SFT, "lora.targets=[experts, experts]", "lora.targets: listed twice: experts"),
         (SFT, "lora.r=0", "lora.r: must be greater than or equal to 1"),
         (SFT, "lora.dropout=1", "lora.dropout: must be less than 1"),
         (SFT, "lora={targets: [attention], experts_file: e.json}", "experts_file needs experts among the targets"),

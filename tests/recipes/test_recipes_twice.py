@@ -134,7 +134,7 @@ def chain() -> Any:
 @pytest.mark.parametrize(
     ("compare", "second", "message"),
     [
-        ({}, {"results": "stages.one"}, r"stages\.two\.results: one puts its figures of sums in stages\.one too"),
+        ({}, {"results": "stages.one"}, r"stages\.two\.results: one also writes its figures of sums to stages\.one"),
         ([{}, {}], {}, 'compare: "gain" is already a key of results.json'),
         ({"name": "seconds"}, {}, 'compare: "seconds" is already a key of results.json'),
         ({"task": "sum"}, {}, r"compare\.gain\.task: one has no task sum; its tasks are sums"),

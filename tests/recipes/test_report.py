@@ -440,7 +440,7 @@ def test_the_reason_for_a_reward_stands_beside_it() -> None:
     rewards = {"rewards": {"math": 1.0, "helpful": 0.25}, "reasons": {"math": "'42' equals the reference"}}
     gallery = within_run(answers([said("6 * 7?", "42", step=step, **rewards) for step in (1, 2)]))
     assert gallery is not None
-    for column in gallery.rows[0].said:
+    for column in gallery.rows[0].completions:
         assert column is not None and column.marks == ["math 1 ('42' equals the reference)", "helpful 0.25"]
     odd = within_run(answers([said("6 * 7?", "42", step=step, rewards={"math": 1}, reasons="x") for step in (1, 2)]))
-    assert odd is not None and odd.rows[0].said[0] is not None and odd.rows[0].said[0].marks == ["math 1"]
+    assert odd is not None and odd.rows[0].completions[0] is not None and odd.rows[0].completions[0].marks == ["math 1"]

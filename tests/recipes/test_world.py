@@ -269,7 +269,7 @@ def test_pairs_of_a_policy_are_right_over_wrong_in_the_measured_shares(name: str
 def test_a_guess_and_a_slip_are_never_right(seed: int):
     rng = random.Random(seed)
     for fact in rng.sample(world.facts("train"), 200):
-        said = sums.Said(str(sums.result_of(fact)), sums.steps_of(fact))
+        said = sums.Answer(str(sums.result_of(fact)), sums.steps_of(fact))
         assert sums.guess(rng, sums.result_of(fact)) != said.number
         slip = sums.slip_of_policy(rng, said)
         assert slip.steps and slip.number == slip.steps.result != said.number

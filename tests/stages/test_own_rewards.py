@@ -125,8 +125,8 @@ def test_it_is_called_as_trl_calls_it() -> None:
     [
         ("hang", "bad.py:hang took longer than timeout = 1 s for one answer"),
         ("raises", "bad.py:21: ZeroDivisionError: division by zero"),
-        ("few", "bad.py:few: gave 2 values for 1 answers"),
-        ("words", "bad.py:words: gave 'a', where a number or None is needed"),
+        ("few", "bad.py:few: returned 2 values for 1 answer"),
+        ("words", "bad.py:words: returned 'a'; it must return a number or None for each answer"),
         ("dies", "bad.py:dies: its process ended"),
         ("none", "bad.py: defines no function none"),
         ("NUMBER", "bad.py: defines no function NUMBER"),

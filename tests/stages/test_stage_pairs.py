@@ -169,7 +169,7 @@ def test_a_chain_trains_on_the_pairs_of_an_earlier_stage(home: Path, capsys: pyt
     }
     (home / "chain.yaml").write_text(json.dumps(chain))
     assert dsv2(["check", str(home / "chain.yaml")]) == 0
-    assert "data: an earlier stage writes it" in capsys.readouterr().out
+    assert "data: written by an earlier stage" in capsys.readouterr().out
     assert dsv2(["run", str(home / "chain.yaml")]) == 0
     assert (home / "chain" / "reward" / "final" / "reward_stats.json").exists()
     assert dsv2(["check", str(home / "chain.yaml")]) == 0

@@ -1,1 +1,1 @@
-"""What runs inside of sandboxes, on the standard library alone; of the toolkit only `wire` is imported elsewhere."""
+"""Scripts that run inside sandboxes, with the standard library only; the rest of the toolkit imports only `wire`."""

@@ -1,8 +1,8 @@
-"""Runs what a model wrote, and what the tests ask of it. From its first line on, whatever is in this process belongs to
-the model's code: what comes out is values, and no verdict.
+"""Runs model-written code and the operations that its tests request. Once that code starts, everything in this process
+is under its control; so only values leave it, never a verdict.
 
-Arguments: the limits, the channel's number, and "program" or "functions". The first message is the code. A program
-reads and writes as programs do, and nothing is asked of it; its exit code is the program's.
+Arguments: the limits, the channel's file descriptor, and "program" or "functions". The first message is the code. A
+program uses stdin and stdout and gets no requests; its exit code becomes this script's.
 """
 
 import os
@@ -16,13 +16,13 @@ from wire import Channel, Gone, Reference
 
 def main():
     limit(*map(int, sys.argv[1:4]))
-    kept = []
+    objects = []
 
     def keep(value):
-        kept.append(value)
-        return Reference(len(kept) - 1)
+        objects.append(value)
+        return Reference(len(objects) - 1)
 
-    channel = Channel(int(sys.argv[4]), keep, kept.__getitem__)
+    channel = Channel(int(sys.argv[4]), keep, objects.__getitem__)
     code = channel.receive()
     if sys.argv[5] == "program":
         os.close(channel.fd)
@@ -31,30 +31,30 @@ def main():
     namespace = {"__name__": "candidate"}
     channel.send(outcome(lambda: exec(compile(code, "<answer>", "exec"), namespace), (), {})[1])
     while True:
-        name, target, what, arguments, named = channel.receive()
+        name, target, operation, arguments, keywords = channel.receive()
         if name is not None:
             target = namespace.get(name, missing)
-        result, error = outcome(DOES[what], (target, *arguments), named)
+        result, error = outcome(OPERATIONS[operation], (target, *arguments), keywords)
         try:
             channel.send((result, error, arguments))
         except Exception as unsendable:
             channel.send((None, ("ValueError", str(unsendable)[:200]), None))
 
 
-def outcome(call, arguments, named):
-    """(what it returns, None) or (None, (the name of what it raised, its message))."""
+def outcome(call, arguments, keywords):
+    """(return value, None), or (None, (name of the exception, its message))."""
     try:
-        return call(*arguments, **named), None
+        return call(*arguments, **keywords), None
     except BaseException as error:
         return None, (type(error).__name__, str(error)[:200])
 
 
-def missing(*arguments, **named):
+def missing(*arguments, **keywords):
     raise NameError("the code defines no function of this name")
 
 
-DOES = {
-    "call": lambda target, *arguments, **named: target(*arguments, **named),
+OPERATIONS = {
+    "call": lambda target, *arguments, **keywords: target(*arguments, **keywords),
     "get": getattr,
     "set": setattr,
     "item": lambda target, key: target[key],

@@ -1,4 +1,4 @@
-"""The limits of a guest's process, set in it before anything else."""
+"""The limits of a guest process, which it sets for itself before anything else."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ OPEN_FILES = 64
 
 
 def limit(seconds, memory, files):
-    """seconds: of CPU. memory: bytes of address space. files: the longest file, in bytes."""
+    """seconds: of CPU time. memory: address space in bytes. files: maximum file size in bytes."""
     sys.set_int_max_str_digits(0)
     limits = {
         resource.RLIMIT_CPU: seconds,
@@ -16,7 +16,7 @@ def limit(seconds, memory, files):
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_CORE: 0,
     }
-    for what, most in limits.items():
-        hard = resource.getrlimit(what)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+    for resource_id, maximum in limits.items():
+        hard = resource.getrlimit(resource_id)[1]
+        maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        resource.setrlimit(resource_id, (maximum, maximum))

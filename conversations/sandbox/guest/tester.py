@@ -1,9 +1,9 @@
-"""Runs tests on a candidate that runs in another sandbox. Nothing of the candidate runs here: its functions are called
-there, and plain values come back.
+"""Runs tests on a candidate in another sandbox. No code of the candidate runs in this process: its functions are called
+in that sandbox, and plain values come back.
 
-Arguments: the limits, the numbers of the candidate's channel and of the host's. From the host comes (the model's code,
-the prompt, whose functions may help, setup, tests, names of the candidate's), as `sandbox/tests.py` prepares them; to
-it goes (passed, failed, why the first failed).
+Arguments: the limits, and the file descriptors of the candidate's channel and the host's. The host sends (the model's
+code; the prompt, whose functions the tests may use; setup; tests; names that the candidate defines), as prepared by
+`sandbox/tests.py`, and receives (passed, failed, reason of the first failure).
 """
 
 import builtins
@@ -18,13 +18,13 @@ MUTABLE = (list, dict, set, bytearray)
 
 
 class Remote:
-    """A name or an object of the candidate."""
+    """A proxy for a name or an object of the candidate."""
 
     def __init__(self, asks, name, place):
         object.__setattr__(self, "remote_at", (asks, name, place))
 
-    def __call__(self, *arguments, **named):
-        return self.remote_at[0](self, "call", arguments, named)
+    def __call__(self, *arguments, **keywords):
+        return self.remote_at[0](self, "call", arguments, keywords)
 
     def __getattr__(self, name):
         return self.remote_at[0](self, "get", (name,))
@@ -48,26 +48,26 @@ class Remote:
         return str(self.remote_at[0](self, "text"))
 
 
-class Asks:
-    """Questions to the candidate, one after the other."""
+class Requests:
+    """Requests to the candidate, one at a time."""
 
     def __init__(self, fd):
         self.channel = Channel(fd, refuse, lambda place: Remote(self, None, place))
 
-    def __call__(self, remote, what, arguments=(), named=None):
+    def __call__(self, remote, operation, arguments=(), keywords=None):
         _, name, place = remote.remote_at
         target = None if place is None else Reference(place)
-        sent = tuple(map(reference, arguments)), {key: reference(value) for key, value in (named or {}).items()}
-        self.channel.send((name, target, what, *sent))
-        result, error, after = parts(self.channel, 3)
+        sent = tuple(map(reference, arguments)), {key: reference(value) for key, value in (keywords or {}).items()}
+        self.channel.send((name, target, operation, *sent))
+        result, error, after = receive_tuple(self.channel, 3)
         if error is not None:
             raise raised(error)
-        if what == "call" and result is None:
-            follow(arguments, after)
+        if operation == "call" and result is None:
+            update_arguments(arguments, after)
         return result
 
 
-def parts(channel, number):
+def receive_tuple(channel, number):
     answer = channel.receive()
     if type(answer) is not tuple or len(answer) != number:
         channel.gone = True
@@ -82,30 +82,30 @@ def reference(value):
 def refuse(value):
     if type(value) is Remote and value.remote_at[2] is not None:
         return Reference(value.remote_at[2])
-    raise TypeError(f"the tests hand over a {type(value).__name__}, which cannot leave their sandbox")
+    raise TypeError(f"the tests pass a {type(value).__name__}, which cannot leave their sandbox")
 
 
 def raised(error):
-    """An error of the candidate, as the built-in one of its name if there is one."""
+    """An error of the candidate, as the built-in exception of its name if there is one."""
     name, text = map(str, error)
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
             return kind(text)
-        except TypeError:  # those of Unicode take more than a text
+        except TypeError:  # Unicode errors need more arguments than a message
             pass
     return RuntimeError(f"{name}: {text}")
 
 
-def follow(arguments, after):
-    """Arguments that a function without a result changed in place change here. Behind one with a result they do not:
-    a test may compare that with what it has handed over."""
+def update_arguments(arguments, after):
+    """Copies to the arguments in this process what a function that returned None changed in place. After a function
+    with a result they are left unchanged: a test may compare that result with what it passed."""
     if type(after) is not tuple or len(after) != len(arguments):
         return
-    for mine, theirs in zip(arguments, after, strict=True):
-        if type(mine) is type(theirs) and isinstance(mine, MUTABLE) and mine != theirs:
-            mine.clear()
-            (mine.extend if isinstance(mine, (list, bytearray)) else mine.update)(theirs)
+    for local, remote in zip(arguments, after, strict=True):
+        if type(local) is type(remote) and isinstance(local, MUTABLE) and local != remote:
+            local.clear()
+            (local.extend if isinstance(local, (list, bytearray)) else local.update)(remote)
 
 
 class Tally:
@@ -124,7 +124,7 @@ class Tally:
         self.why = self.why or why
 
     def run(self, code, namespace):
-        """Code whose asserts are counted; that it ends in an exception is one more failure."""
+        """Runs code whose asserts are counted; an exception that ends it is one more failure."""
         try:
             exec(compile(code, "<tests>", "exec"), namespace)
         except (Exception, SystemExit) as error:
@@ -137,7 +137,7 @@ def described(error):
 
 def run(task, candidate):
     code, prompt, setup, tests, names = task
-    asks, tally = Asks(candidate), Tally()
+    asks, tally = Requests(candidate), Tally()
     channel = asks.channel
     try:
         channel.send(code)
@@ -152,7 +152,7 @@ def run(task, candidate):
             tally.run(test, namespace)
     except Gone:
         pass
-    if channel.gone:  # a test may have caught that, too
+    if channel.gone:  # a test may have caught Gone as well
         tally.fail("the code ended its process")
     return tally.passed, tally.failed, tally.why
 

@@ -1,8 +1,8 @@
-"""Values and calls between two sandboxes: what runs the tests, and what they test.
+"""Sends values and calls between two sandboxes: the one that runs the tests, and the one that they test.
 
-Plain values travel as bytes; everything else stays where it is, and a reference to it travels. So nothing of one side
-runs on the other: an object that equals everything is only a reference there, which equals itself. The format is our
-own, and nothing is imported that is not needed: starting Python is most of what a check costs.
+Plain values are sent as bytes; for everything else, a reference is sent. So no code of one side runs on the other: an
+object that claims to equal everything arrives as a reference, which equals only itself. The format is our own, and
+imports are kept to a minimum: starting Python is most of the cost of a check.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-LONGEST = 1 << 24  # bytes of a message
-DEEPEST = 200  # of values in one another
+LONGEST = 1 << 24  # maximum message size in bytes
+DEEPEST = 200  # maximum nesting of values
 
 
 class Gone(BaseException):
-    """The other side has ended, or does not keep to the protocol. No `except Exception` of a test takes it for an error
-    of the function that it tests."""
+    """The other side has ended or violates the protocol. A BaseException, so that no `except Exception` of a test
+    mistakes it for an error of the tested function."""
 
 
 class Reference:
-    """A value of the sender's that does not travel: its place in a list there."""
+    """Stands for a value that stays with its sender: its index in a list there."""
 
     def __init__(self, place):
         self.place = place
 
 
 class Channel:
-    """Messages over a connected socket: values behind their length.
+    """Messages over a connected socket: each value is preceded by its length.
 
-    replace: of a value that does not travel, the Reference that does. found: what the receiver has for one.
+    replace: value that cannot be sent -> the Reference to send. resolve: index of a Reference -> the receiver's value.
     """
 
-    def __init__(self, fd, replace, found):
-        self.fd, self.replace, self.found, self.gone = fd, replace, found, False
+    def __init__(self, fd, replace, resolve):
+        self.fd, self.replace, self.resolve, self.gone = fd, replace, resolve, False
 
     def send(self, value):
-        """Raises ValueError or TypeError for a value that cannot be sent, Gone for a receiver that is not there."""
+        """Raises ValueError or TypeError for a value that cannot be sent, Gone if the receiver has ended."""
         content = b"".join(encode(value, self.replace))
         if len(content) > LONGEST:
             raise ValueError(f"a value of more than {LONGEST:,} bytes")
@@ -54,20 +54,20 @@ class Channel:
             raise Gone from error
 
     def receive(self) -> Any:
-        """The next value; raises Gone where none comes, or no value."""
+        """The next value; raises Gone if there is none, or if what arrives is malformed."""
         try:
-            (length,) = struct.unpack("!I", self._read(4))
+            (length,) = struct.unpack("!I", self._read_exactly(4))
             if length > LONGEST:
                 raise ValueError("too long")
-            value, end = decode(self._read(length), 0, self.found)
+            value, end = decode(self._read_exactly(length), 0, self.resolve)
             if end != length:
-                raise ValueError("something behind the value")
+                raise ValueError("trailing bytes after the value")
             return value
         except (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
             self.gone = True
             raise Gone from error
 
-    def _read(self, length):
+    def _read_exactly(self, length):
         content = b""
         while len(content) < length:
             part = os.read(self.fd, length - len(content))
@@ -82,9 +82,9 @@ def _sized(tag, content):
 
 
 def encode(value, replace, depth=0):
-    """The bytes of a value, in parts. Raises ValueError for one that is too deep (or holds itself)."""
+    """The bytes of a value, as a list of chunks. Raises ValueError for one nested too deeply (or in itself)."""
     if depth > DEEPEST:
-        raise ValueError("a value too deep to be sent")
+        raise ValueError("a value nested too deeply to be sent")
     if value is None:
         return [b"N"]
     if isinstance(value, bool):
@@ -103,33 +103,33 @@ def encode(value, replace, depth=0):
         return [b"R", struct.pack("!I", value.place)]
     if isinstance(value, dict):
         items = [part for item in dict.items(value) for part in item]
-        return _several(b"M", items, replace, depth)
+        return _encoded_items(b"M", items, replace, depth)
     if isinstance(value, range):
-        return _several(b"G", (value.start, value.stop, value.step), replace, depth)
+        return _encoded_items(b"G", (value.start, value.stop, value.step), replace, depth)
     for tag, kind in ((b"L", list), (b"U", tuple), (b"E", set), (b"Z", frozenset)):
         if isinstance(value, kind):
-            return _several(tag, list(value), replace, depth)
-    for name, kind in _made_elsewhere():
+            return _encoded_items(tag, list(value), replace, depth)
+    for name, kind in _library_types():
         if isinstance(value, kind):
-            return _several(b"O", [name, list(value) if name == "deque" else str(value)], replace, depth)
+            return _encoded_items(b"O", [name, list(value) if name == "deque" else str(value)], replace, depth)
     return encode(replace(value), replace, depth + 1)
 
 
-def _several(tag, items, replace, depth):
-    parts = [tag, struct.pack("!I", len(items))]
+def _encoded_items(tag, items, replace, depth):
+    chunks = [tag, struct.pack("!I", len(items))]
     for item in items:
-        parts += encode(item, replace, depth + 1)
-    return parts
+        chunks += encode(item, replace, depth + 1)
+    return chunks
 
 
-def _made_elsewhere():
-    """(name, class) of plain values of modules; those that nobody has imported have no values."""
+def _library_types():
+    """(name, class) of plain values defined in library modules; a module that is not imported has no values to send."""
     for module, name in (("collections", "deque"), ("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules:
             yield name, getattr(sys.modules[module], name)
 
 
-def _other(name, content):
+def _library_value(name, content):
     if name == "deque":
         from collections import deque
 
@@ -152,13 +152,13 @@ _MAKERS = {
     b"Z": frozenset,
     b"G": lambda items: range(*items),
     b"M": lambda items: dict(zip(items[::2], items[1::2], strict=True)),
-    b"O": lambda items: _other(*items),
+    b"O": lambda items: _library_value(*items),
 }
 
 
-def decode(content, at, found, depth=0):
-    """(the value at this place, the place behind it). Raises ValueError, TypeError, LookupError or struct.error for
-    bytes that `encode` does not make."""
+def decode(content, at, resolve, depth=0):
+    """(the value at this offset, the offset after it). Raises ValueError, TypeError, LookupError or struct.error for
+    bytes that `encode` does not produce."""
     if depth > DEEPEST:
         raise ValueError("too deep")
     tag, at = content[at : at + 1], at + 1
@@ -171,7 +171,7 @@ def decode(content, at, found, depth=0):
     (size,) = struct.unpack_from("!I", content, at)
     at += 4
     if tag == b"R":
-        return found(size), at
+        return resolve(size), at
     if tag in (b"I", b"S", b"B", b"A"):
         part = content[at : at + size]
         if len(part) < size:
@@ -187,6 +187,6 @@ def decode(content, at, found, depth=0):
         raise ValueError("more parts than bytes")
     items = []
     for _ in range(size):
-        item, at = decode(content, at, found, depth + 1)
+        item, at = decode(content, at, resolve, depth + 1)
         items.append(item)
     return _MAKERS[tag](items), at
