@@ -1,16 +1,16 @@
-# Needs Python 3.11 (or newer) and make, nothing else: each target sets up what it needs in .venv.
+# Needs only Python 3.11 (or newer) and make: each target sets up what it needs in .venv.
 
-# The first of them that runs: a version manager has names for Pythons that are not switched on.
+# The first of these that runs: a version manager may provide names of Pythons that are not active.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
-# The newest Python that is promised, where there is one.
+# The newest supported Python, if it is installed.
 NEWEST := 3.13
 NEWEST_PYTHON = $(shell for p in python$(NEWEST) $$HOME/.pyenv/versions/$(NEWEST)*/bin/python; do \
     $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 BIN := .venv/bin
 READY := .venv/.installed
-# Side by side on all cores, the tests of one file in one process, since they share fixtures.
+# On all cores; the tests of one file run in one process, since they share fixtures.
 ALL_CORES := -n auto --maxprocesses 8 --dist loadfile
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
@@ -36,29 +36,29 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# docs/api.md, from signatures and docstrings; a test holds that it is up to date.
+# Generates docs/api.md from signatures and docstrings; a test checks that it is up to date.
 api: $(READY)
 	$(BIN)/python docs/make_api.py
 
-# The model's floor on the oldest torch and transformers that pyproject.toml allows. The project itself is not installed
-# here, since this floor must do without TRL; it is found from its root.
+# The model package on the oldest torch and transformers that pyproject.toml allows. The project itself is not installed,
+# since the model package must work without TRL; it is imported from the project's root.
 test-oldest: $(READY_OLDEST)
 	.venv-oldest/bin/python -m pytest $(ALL_CORES) tests/model
 
-# All but the tests that are marked slow: few, of many seconds each, in processes of their own.
+# All tests except those marked slow: a few that take many seconds each, in separate processes.
 test-newest: $(if $(NEWEST_PYTHON),$(READY_NEWEST))
 	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest $(ALL_CORES) -m "not slow",\
-	    @echo "NOT TESTED on Python $(NEWEST): there is no python$(NEWEST) here")
+	    @echo "NOT TESTED on Python $(NEWEST): python$(NEWEST) is not installed")
 
-# On a machine with a GPU whose Python has torch, transformers and peft; nothing is installed.
+# For a machine with a GPU whose Python has torch, transformers and peft; installs nothing.
 gpu-check:
 	$(PYTHON) benchmarks/gpu/check.py --device cuda --output benchmarks/results/gpu.json
 
-# Built again when what is to be installed has changed, and when an installation was broken off.
+# Rebuilt if the requirements have changed, or if an installation was interrupted.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install Python 3.11" >&2; exit 2; }
 	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
-	    { echo "error: $(PYTHON) is older than Python 3.11; give another one: make PYTHON=python3.11" >&2; exit 2; }
+	    { echo "error: $(PYTHON) is older than Python 3.11; choose another one: make PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

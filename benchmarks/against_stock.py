@@ -1,11 +1,11 @@
-"""A small V2-Lite against stock transformers and peft on this machine's CPU: makes the table of docs/speed.md.
+"""Compares a small V2-Lite with stock transformers and peft on this machine's CPU; writes the table of docs/speed.md.
 
     python -m benchmarks.against_stock [--rounds N]      about 20 minutes on 2 cores; results/against_stock.json
 
-Both sides have the same weights, adapters and tokens. Each run is a process of its own, and the sides take turns, so
-that a machine which slows down hits both. Losses, gradient norms and logits are compared: sides that compute something
-else end the measurement. `--only` and `--toy` (the same code at toy size) write nothing; `--table` makes the table of
-the docs again from what was measured.
+Both sides have the same weights, adapters and tokens. Each run is a separate process, and the sides alternate, so that
+a slowdown of the machine affects both. Losses, gradient norms and logits are compared; if they differ, the measurement
+stops. `--only` and `--toy` (the same code at toy size) write nothing; `--table` rebuilds the table of the docs from the
+stored results.
 """
 
 import argparse
@@ -53,12 +53,12 @@ CASES = {
     "decoding, bf16, batch 1 at 8,192 tokens": Case("bfloat16", 1, 8192),
     "decoding, bf16, batch 1 at 128 tokens": Case("bfloat16", 1, 128),
 }
-# How far what the sides compute may lie apart, relative.
+# Maximum relative difference between what the two sides compute.
 TOLERANCE = {"bfloat16": 0.03, "float32": 0.002}
 
 
 def measure(case: Case, side: str, toy: bool) -> dict[str, Figures]:
-    """Of one side in this process: `speed` (figures of the table) and `computed` (what the sides must agree in)."""
+    """Measures one side in this process: `speed` (for the table) and `computed` (what both sides must agree on)."""
     bench = Bench("cpu", TOY if toy else MINI | {"aux_loss_alpha": 0.0})  # stock has no balance loss
     if toy:
         case = case._replace(batch=2, context=16)
@@ -98,18 +98,18 @@ def decoding(bench: Bench, model: Any, side: str, case: Case, ids: torch.Tensor)
 
 
 def run_apart(name: str, side: str, toy: bool) -> dict[str, Figures]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     command = [sys.executable, "-m", "benchmarks.against_stock", "--only", name, "--side", side, *["--toy"] * toy]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    if done.returncode:
-        sys.exit(f"{name}: {side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    if process.returncode:
+        sys.exit(f"{name}: {side} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def compare(name: str, ours: Figures, stock: Figures) -> None:
     for key, value in stock.items():
         if not abs(ours[key] - value) <= TOLERANCE[CASES[name].dtype] * abs(value):
-            sys.exit(f"{name}: the sides do not compute the same: {key} is {ours[key]:.5g} here, {value:.5g} in stock")
+            sys.exit(f"{name}: the sides differ: {key} is {ours[key]:.5g} in ours, {value:.5g} in stock")
 
 
 def measure_all(names: list[str], rounds: int, toy: bool) -> dict[str, dict[str, list[Figures]]]:
@@ -118,16 +118,16 @@ def measure_all(names: list[str], rounds: int, toy: bool) -> dict[str, dict[str,
     for name in names:
         runs[name] = {side: [] for side in SIDES}
         for _ in range(rounds):
-            found = {side: run_apart(name, side, toy) for side in SIDES}
-            compare(name, found["ours"]["computed"], found["stock"]["computed"])
+            figures = {side: run_apart(name, side, toy) for side in SIDES}
+            compare(name, figures["ours"]["computed"], figures["stock"]["computed"])
             for side in SIDES:
-                runs[name][side].append({key: float(f"{v:.4g}") for key, v in found[side]["speed"].items()})
+                runs[name][side].append({key: float(f"{v:.4g}") for key, v in figures[side]["speed"].items()})
                 print(f"{name}: {side}: {runs[name][side][-1]}", flush=True)
     return runs
 
 
 def table(runs: dict[str, dict[str, list[Figures]]]) -> str:
-    """Markdown: medians over the rounds, and ours over stock's."""
+    """Markdown: medians over the rounds, and the ratios of ours to stock."""
     lines = ["| | ours | stock | |", "|---|---|---|---|"]
     for name, sides in runs.items():
         ours, stock = ({key: median(run[key] for run in sides[side]) for key in sides[side][0]} for side in SIDES)
@@ -153,7 +153,7 @@ def speed_cell(figures: Figures) -> str:
 
 
 def put_into(page: Path, text: str) -> None:
-    """Between the marks of a page."""
+    """Replaces the text between the marks of a page."""
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not end:

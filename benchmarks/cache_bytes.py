@@ -1,6 +1,6 @@
-"""Bytes of cache a token: DeepSeek-V2's latent cache against DeepSeek 67B's keys and values, from their configs.
+"""Cache bytes per token: DeepSeek-V2's latent cache versus DeepSeek 67B's keys and values, from their configs.
 
-The paper (section 3.2.2) keeps six bits a value on average and finds 93.3 % less than DeepSeek 67B in 16 bits.
+The paper (section 3.2.2) stores six bits per value on average and reports 93.3 % less than DeepSeek 67B at 16 bits.
 
     python -m benchmarks.cache_bytes
 """
@@ -19,7 +19,7 @@ def dense_bytes() -> int:
 
 
 def latent_bytes(quantization: str | None) -> float:
-    """Measured on a filled cache of V2's shape, scales and spare room included."""
+    """Measured on a filled cache of V2's shape, including scales and reserved space."""
     config = DeepseekV2Config(num_hidden_layers=60, kv_lora_rank=512, qk_rope_head_dim=64)
     cache = LatentCache(config, quantization=quantization)  # pyright: ignore[reportArgumentType]
     for layer in range(config.num_hidden_layers):
@@ -31,11 +31,11 @@ def latent_bytes(quantization: str | None) -> float:
 
 def main() -> None:
     dense = dense_bytes()
-    print(f"DeepSeek 67B, 16 bits     {dense:>9,} bytes a token")
+    print(f"DeepSeek 67B, 16 bits     {dense:>9,} bytes per token")
     for quantization in (None, "int8", "int6", "int4"):
         latent = latent_bytes(quantization)
         name = f"DeepSeek-V2, {quantization or '16 bits'}"
-        print(f"{name:<25} {latent:>9,.0f} bytes a token   {1 - latent / dense:.1%} less")
+        print(f"{name:<25} {latent:>9,.0f} bytes per token   {1 - latent / dense:.1%} less")
 
 
 if __name__ == "__main__":

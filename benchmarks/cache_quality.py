@@ -1,9 +1,9 @@
-"""What a quantised latent cache costs in quality, on the demo's trained model: perplexity and greedy answers.
+"""Quality loss of a quantised latent cache on the demo's trained model: perplexity and greedy answers.
 
     make demo
     python -m benchmarks.cache_quality runs/tiny/rl_preference      half a minute; results/cache_quality.json
 
-Every token is decoded by itself, so that all that it attends to has been through the cache.
+Tokens are decoded one at a time, so that everything they attend to has been through the cache.
 """
 
 import argparse
@@ -24,22 +24,22 @@ NEW_TOKENS = 24
 
 @torch.no_grad()
 def perplexity(model: Any, conversations: list[dict[str, Any]], quantization: Any, pad: int) -> float:
-    """Of the assistant's tokens, decoded one by one."""
+    """Perplexity of the assistant's tokens, decoded one at a time."""
     ids, mask = pad_batch([c["input_ids"] for c in conversations], pad, left=False)
     trained, _ = pad_batch([c["assistant_mask"] for c in conversations], 0, left=False)
     cache, losses = LatentCache(model.config, quantization), []
     for place in range(ids.shape[1] - 1):
         logits = model(ids[:, place : place + 1], past_key_values=cache, attention_mask=mask[:, : place + 1]).logits
         losses.append(torch.nn.functional.cross_entropy(logits[:, 0], ids[:, place + 1], reduction="none"))
-    wanted = trained[:, 1:].bool()
-    return torch.stack(losses, 1)[wanted].mean().exp().item()
+    is_trained = trained[:, 1:].bool()
+    return torch.stack(losses, 1)[is_trained].mean().exp().item()
 
 
 @torch.no_grad()
 def greedy(model: Any, prompts: list[list[int]], quantization: Any, tokenizer: Any) -> list[str]:
     """Answers of at most NEW_TOKENS tokens."""
     ids, mask = pad_batch(prompts, tokenizer.pad_token_id, left=True)
-    made = model.generate(
+    output = model.generate(
         input_ids=ids,
         attention_mask=mask,
         past_key_values=LatentCache(model.config, quantization),
@@ -47,7 +47,7 @@ def greedy(model: Any, prompts: list[list[int]], quantization: Any, tokenizer: A
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def main() -> None:
@@ -62,20 +62,20 @@ def main() -> None:
     prompts = [
         render_conversation(row["messages"][:1], tokenizer, add_generation_prompt=True)["input_ids"] for row in heldout
     ]
-    plain, said = 0.0, []
-    found: dict[str, dict[str, float]] = {}
+    plain, reference_answers = 0.0, []
+    figures: dict[str, dict[str, float]] = {}
     for width in WIDTHS:
         value = perplexity(model, conversations, width, tokenizer.pad_token_id)
         answers = greedy(model, prompts, width, tokenizer)
-        plain, said = (value, answers) if width is None else (plain, said)
-        same = sum(a == b for a, b in zip(answers, said, strict=True)) / len(said)
-        found[width or "float32"] = {
+        plain, reference_answers = (value, answers) if width is None else (plain, reference_answers)
+        same = sum(a == b for a, b in zip(answers, reference_answers, strict=True)) / len(reference_answers)
+        figures[width or "float32"] = {
             "perplexity": round(value, 5),
             "rise_percent": round(100 * (value / plain - 1), 4),
             "same_answers_percent": round(100 * same, 2),
         }
-        print(width or "float32", found[width or "float32"], flush=True)
-    write("cache_quality", {"rows": len(heldout), "widths": found})
+        print(width or "float32", figures[width or "float32"], flush=True)
+    write("cache_quality", {"rows": len(heldout), "widths": figures})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the machine's description, and where results go."""
+"""Shared by the benchmarks: timing, the description of the machine, and writing of results."""
 
 import json
 import platform
@@ -37,18 +37,18 @@ def seconds(run: Callable[[], Any], repeats: int = 5, warm_up: int = 2) -> float
 
 
 def memory_gb(field: str) -> float:
-    """Memory of this process: RssAnon (anonymous, now) or VmHWM (the most that was resident)."""
+    """Memory of this process: RssAnon (anonymous, current) or VmHWM (peak resident)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e9
 
 
 @contextmanager
 def peak_of_memory() -> Iterator[list[float]]:
-    """In one entry, at the end: the highest anonymous memory meanwhile above that of the start, in GB."""
-    before, done, peaks = memory_gb("RssAnon"), threading.Event(), [0.0]
+    """Yields a list of one entry: the peak of anonymous memory in the block above that at its start, in GB."""
+    before, stopped, peaks = memory_gb("RssAnon"), threading.Event(), [0.0]
 
     def watch() -> None:
-        while not done.wait(0.005):
+        while not stopped.wait(0.005):
             peaks[0] = max(peaks[0], memory_gb("RssAnon") - before)
 
     watcher = threading.Thread(target=watch)
@@ -56,12 +56,12 @@ def peak_of_memory() -> Iterator[list[float]]:
     try:
         yield peaks
     finally:
-        done.set()
+        stopped.set()
         watcher.join()
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that a read of a large array reaches."""
+    """Bytes per second when reading a large array."""
     data = torch.ones(2**28, dtype=torch.uint8).view(torch.int64)
     return data.numel() * 8 / seconds(data.sum)
 
@@ -73,7 +73,7 @@ def matrix_rate(dtype: torch.dtype, n: int = 2048) -> float:
 
 
 def processor() -> str:
-    """The CPU's name and whether it has AMX, which decides what bf16 costs."""
+    """The CPU's name and whether it has AMX, which determines the speed of bf16."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -81,7 +81,7 @@ def processor() -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """Date, machine and versions, for every file of results."""
+    """Date, machine and versions, stored in every results file."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor(),
@@ -96,7 +96,7 @@ def conditions() -> dict[str, Any]:
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
-    """results/NAME.json, with the conditions."""
+    """Writes results/NAME.json, with the conditions."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**conditions(), **figures}, indent=1) + "\n")
@@ -104,7 +104,7 @@ def write(name: str, figures: dict[str, Any]) -> None:
 
 
 def plot(name: str, title: str, axes: tuple[str, str], curves: dict[str, Sequence[tuple[float, float]]]) -> None:
-    """results/NAME.png: curves of (x, y) on logarithmic axes."""
+    """Writes results/NAME.png: curves of (x, y) on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")

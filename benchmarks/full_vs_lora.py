@@ -1,10 +1,10 @@
-"""Full fine-tuning against LoRA on the demo's data: held-out exact match at an equal number of tokens.
+"""Full fine-tuning versus LoRA on the demo's data: held-out exact match after the same number of tokens.
 
     python -m benchmarks.full_vs_lora          about twelve minutes on 2 cores; results/full_vs_lora.json
 
-An adapter on random weights cannot learn what all weights can: embeddings and head stay random (TRL takes no adapter on
-lm_head). LoRA tunes a model that knows something. So both start from the same one, SFT of the demo broken off in
-mid-descent, and both continue for as many steps on the same rows, each at the learning rate that suits it.
+Adapters on random weights cannot learn what training all weights can: embeddings and head stay random. LoRA is for
+models that have already learned something. Both therefore start from the same model, the demo's SFT stopped while the
+loss is still falling, and continue for the same number of steps on the same rows, each at its own best learning rate.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LORA = "lora={targets: [attention, experts, shared_experts, dense, router], r: 6
 def command(*words: str) -> None:
     print("dsv2", *words, flush=True)
     if dsv2(words):
-        raise SystemExit("it failed")
+        raise SystemExit(f"dsv2 {words[0]} failed")
 
 
 def exact_match(folder: Path, name: str) -> float:
@@ -53,27 +53,27 @@ def main() -> None:
     parser.add_argument("--full-lr", type=float, default=1e-3)
     parser.add_argument("--lora-lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="the rates were chosen on seed 1")
-    parser.add_argument("--name", default="full_vs_lora", help="of the file of results; - writes none")
+    parser.add_argument("--name", default="full_vs_lora", help="name of the results file; - writes none")
     args = parser.parse_args()
     recipe, folder = str(RECIPES / "sft.yaml"), args.folder
     common = ("training.eval_strategy=no", "training.save_strategy=no", "training.logging_steps=20")
     start = ("training.lr_scheduler_type=constant_with_warmup", f"training.max_steps={args.start_steps}")
     command("sft", recipe, *common, *start, f"output_dir={folder / 'start'}")
-    found: dict[str, dict[int, float]] = {"full": {}, "lora": {}}
-    own = {
+    exact_matches: dict[str, dict[int, float]] = {"full": {}, "lora": {}}
+    settings_of = {
         "full": (f"training.learning_rate={args.full_lr}",),
         "lora": (LORA, f"training.learning_rate={args.lora_lr}"),
     }
     for seed in args.seeds:
         on = (f"model.path={folder / 'start'}", f"training.max_steps={args.steps}", f"seed={seed}")
-        for side, settings in own.items():
+        for side, settings in settings_of.items():
             name = f"{side}_{seed}"
             command("sft", recipe, *common, *on, *settings, f"output_dir={folder / name}")
-            found[side][seed] = exact_match(folder, name)
+            exact_matches[side][seed] = exact_match(folder, name)
         assert tokens(folder / f"full_{seed}") == tokens(folder / f"lora_{seed}")
-    means = {side: statistics.mean(by_seed.values()) for side, by_seed in found.items()}
+    means = {side: statistics.mean(by_seed.values()) for side, by_seed in exact_matches.items()}
     figures = {
-        "exact_match": found,
+        "exact_match": exact_matches,
         "start": exact_match(folder, "start"),
         "points_apart": round(100 * abs(means["full"] - means["lora"]), 1),
         "tokens": tokens(folder / f"full_{args.seeds[0]}"),

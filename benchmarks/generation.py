@@ -1,9 +1,9 @@
-"""Prefill and decoding over the context: this project against stock transformers, same weights, one process.
+"""Prefill and decoding by context length: this project versus stock transformers, same weights, one process.
 
     python -m benchmarks.generation            2 to 10 minutes on 2 cores; results/generation.json and two plots
 
-A decoding step has to read the active weights and the cache once: the share of the machine's measured memory
-bandwidth that it reaches is reported.
+A decoding step has to read the active weights and the cache once, so the achieved share of the machine's measured
+memory bandwidth is reported.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure(model: Any, ours: bool, batch: int, context: int) -> tuple[float, fl
 
 
 def bytes_of_a_step(model: Any, batch: int, context: int) -> int:
-    """Active weights (experts: as many as batch x K can reach) and the latent cache, bf16."""
+    """Bytes of active weights (with the most experts that batch x K can reach) and of the latent cache, in bf16."""
     config = model.config
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     moe_layers = config.num_hidden_layers - config.first_k_dense_replace
@@ -79,7 +79,7 @@ def main() -> None:
         for field in ("tokens_per_s", "prefill_s")
     }
     write("generation", {"shape": MINI, "rows": rows})
-    plot("generation", "Decoding, bf16", ("context (tokens)", "tokens a second"), curves["tokens_per_s"])
+    plot("generation", "Decoding, bf16", ("context (tokens)", "tokens per second"), curves["tokens_per_s"])
     plot("prefill", "Prefill, bf16", ("context (tokens)", "seconds"), curves["prefill_s"])
 
 

@@ -1,10 +1,9 @@
-"""What grows with the work, each against its law: seconds are a start and so much for each unit, or stay the same.
+"""Checks how time grows with size against an expected law: linear with an offset, or constant.
 
     python -m benchmarks.growth [--only WORD ...]        under 10 minutes on 2 cores; results/growth.json and a plot
 
-Every curve is one line of CURVES: what it measures at which sizes. The line is fitted (least squares of relative
-errors); how far the points lie off it says whether something bends. `--toy` runs the same code at toy sizes and writes
-nothing.
+Each entry of CURVES says what is measured at which sizes. The line is fitted by least squares on relative errors; the
+deviation of the points shows whether the law holds. `--toy` runs the same code at toy sizes and writes nothing.
 """
 
 import argparse
@@ -34,9 +33,9 @@ SMALL: dict[str, Any] = MINI | {  # with V2-Lite's cache: 576 values a token and
     "num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 32,
     "num_experts_per_tok": 4, "max_position_embeddings": 65536, "aux_loss_alpha": 0.0,
 }  # fmt: skip
-DOCUMENT = 512  # tokens of one that is packed
-TOKENS = 2048  # of a step whose other sizes grow
-ROWS = 8  # that decode together
+DOCUMENT = 512  # tokens per packed document
+TOKENS = 2048  # per step when another size varies
+ROWS = 8  # decoded together
 Figures = dict[str, float]
 
 
@@ -63,7 +62,7 @@ def decoding_step(bench: Bench, context: int) -> Figures:
 
 
 def checkpoint(bench: Bench, layers: int, folder: str) -> float:
-    """A model with its tokenizer into the folder; its weights in MB."""
+    """Saves a model with its tokenizer to the folder; returns the size of its weights in MB."""
     tokenizer = build_tokenizer("v2-lite-mini")
     model = bench.model(torch.bfloat16, num_hidden_layers=layers, vocab_size=len(tokenizer))
     model.save_pretrained(folder)
@@ -80,7 +79,7 @@ def loading(bench: Bench, layers: int) -> Figures:
 
 
 def first_token(bench: Bench, layers: int) -> Figures:
-    """Seconds of `dsv2 chat` from the command to its end after one token."""
+    """Seconds of a `dsv2 chat` that answers with one token, from start to exit."""
     command = [sys.executable, "-m", "recipes.cli", "chat", "", "--prompt", "Hello", "--max-new-tokens", "1"]
     with tempfile.TemporaryDirectory() as folder:
         size, command[4] = checkpoint(bench, layers, folder), folder
@@ -89,7 +88,7 @@ def first_token(bench: Bench, layers: int) -> Figures:
 
 
 def report(bench: Bench, lines: int) -> Figures:
-    """Seconds of the page about a run with so many lines of metrics."""
+    """Seconds to build the report page of a run with this many lines of metrics."""
     with tempfile.TemporaryDirectory() as folder:
         with (Path(folder) / METRICS).open("w", encoding="utf-8") as file:
             for step, (loss, norm) in enumerate(torch.rand(lines, 2).tolist()):
@@ -98,8 +97,8 @@ def report(bench: Bench, lines: int) -> Figures:
 
 
 class Curve(NamedTuple):
-    """unit: of the sizes. measure: (bench, size) -> figures, `x` among them where it is another than the size. flat:
-    the law is that nothing grows."""
+    """unit: unit of the sizes. measure: (bench, size) -> figures, including `x` if that is not the size itself. flat:
+    the expected law is constant time."""
 
     unit: str
     measure: Callable[[Bench, int], Figures]
@@ -133,40 +132,40 @@ def measured(curve: Curve, toy: bool) -> list[Figures]:
 
 
 def fitted(points: Sequence[Figures], flat: bool) -> dict[str, float]:
-    """The line through the points: seconds at the start and for each unit; off: the largest relative distance."""
+    """The fitted line: offset in seconds and seconds per unit; off: the largest relative deviation of a point."""
     x, y = (numpy.array([point[key] for point in points]) for key in ("x", "seconds"))
     terms = numpy.stack([numpy.ones_like(y), numpy.zeros_like(y) if flat else x], axis=1)
-    start, each = numpy.linalg.lstsq(terms / y[:, None], numpy.ones_like(y), rcond=None)[0]
-    return {"start": float(start), "each": float(each), "off": float(abs(terms @ (start, each) / y - 1).max())}
+    start, slope = numpy.linalg.lstsq(terms / y[:, None], numpy.ones_like(y), rcond=None)[0]
+    return {"start": float(start), "each": float(slope), "off": float(abs(terms @ (start, slope) / y - 1).max())}
 
 
 def rows_of_page(curves: dict[str, dict[str, Any]]) -> str:
     """A table for docs/speed.md."""
     lines = ["| | at | seconds | the line | points off it by |", "|---|---|---|---|---|"]
-    for name, found in curves.items():
+    for name, curve in curves.items():
         sizes, times = (
-            ", ".join(f"{point[key]:{form}}" for point in found["points"])
+            ", ".join(f"{point[key]:{form}}" for point in curve["points"])
             for key, form in (("x", ",.0f"), ("seconds", ".3g"))
         )
-        law, unit = found["law"], CURVES[name].unit
+        law, unit = curve["law"], CURVES[name].unit
         line = f"{law['start']:.2g} s" + ("" if CURVES[name].flat else f" + {law['each'] * 1e6:.3g} µs a unit")
         lines.append(f"| {name} | {sizes} {unit} | {times} | {line} | up to {100 * law['off']:.0f} % |")
     return "\n".join(lines)
 
 
 def draw(curves: dict[str, dict[str, Any]], file: Path) -> None:
-    """Points and line of each curve, a panel each."""
+    """Plots points and line of each curve, one panel per curve."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, -(-len(curves) // 2), figsize=(15, 7), dpi=100, squeeze=False)
-    for ax, (name, found) in zip(axes.flat, curves.items(), strict=False):
-        x = numpy.array([point["x"] for point in found["points"]])
+    for ax, (name, curve) in zip(axes.flat, curves.items(), strict=False):
+        x = numpy.array([point["x"] for point in curve["points"]])
         smooth = numpy.geomspace(x.min(), x.max(), 50)
-        ax.plot(x, [point["seconds"] for point in found["points"]], "o", label="measured")
-        ax.plot(smooth, found["law"]["start"] + found["law"]["each"] * smooth, label="its law")
+        ax.plot(x, [point["seconds"] for point in curve["points"]], "o", label="measured")
+        ax.plot(smooth, curve["law"]["start"] + curve["law"]["each"] * smooth, label="fitted law")
         ax.set(title=name, xlabel=CURVES[name].unit, ylabel="seconds", xscale="log", yscale="log")
         ax.grid(True, which="both", alpha=0.3)
         ax.legend()

@@ -1,10 +1,10 @@
-"""Most tokens a second at a fixed cache budget: DeepSeek-V2's shape against DeepSeek 67B's, both an eighth as wide.
+"""Maximum tokens per second within a fixed cache budget: DeepSeek-V2's shape versus DeepSeek 67B's, both at 1/8 width.
 
     python -m benchmarks.headline              a few minutes on 2 cores; results/headline.json and a plot
 
-The paper's headline: V2 generates at up to 5.76 times the rate of DeepSeek 67B. Here the dense model is
-stock's Llama class (grouped-query attention), V2 this project's class with its latent cache, unquantised and with
-six bits. Each takes the batch size that suits it best among those whose cache fits the budget.
+The paper's headline: V2's maximum generation throughput is 5.76 times that of DeepSeek 67B. Here the dense model is the
+stock Llama class (grouped-query attention), and V2 is this project's class with its latent cache, unquantised and with
+six bits. Each uses its best batch size among those whose cache fits the budget.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def dense() -> tuple[Any, Any, int]:
-    """(model, its cache's maker, bytes of cache a token)."""
+    """(model, function that creates its cache, cache bytes per token)."""
     config = LlamaConfig(**DENSE, max_position_embeddings=16384)
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     return model, lambda: DynamicCache(config=config), DENSE["num_hidden_layers"] * 8 * 16 * 2 * 2
@@ -50,7 +50,7 @@ def latent(quantization: Any) -> tuple[Any, Any, int]:
 
 @torch.no_grad()
 def tokens_per_second(model: Any, make_cache: Any, batch: int, context: int) -> float:
-    """Decoding at this context. The prompt is read once and repeated for the batch."""
+    """Decoding speed at this context length. The prompt is processed once and its cache repeated for the batch."""
     cache = make_cache()
     model(input_ids=torch.randint(1, 8192, (1, context)), past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(batch)
@@ -93,7 +93,7 @@ def main() -> None:
     print(f"ratio: {figures['ratio']} (the paper: 5.76)")
     write("headline", figures)
     title = f"{args.budget_mb:.0f} MB of cache, {args.context:,} tokens of context"
-    plot("headline", title, ("batch", "tokens a second"), curves)
+    plot("headline", title, ("batch", "tokens per second"), curves)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Loading a hub-layout checkpoint: seconds, and the highest anonymous memory on the way, ours and stock.
+"""Loading a hub-layout checkpoint: seconds and peak anonymous memory, ours and stock.
 
-Sampled in a thread while `from_pretrained` runs, each run in a process of its own, in turn. Anonymous memory is what
-the process cannot give back; mapped files do not count. bench.py's `load` reads it after the end only.
+A thread samples the memory while `from_pretrained` runs; each run is a separate process, and the sides alternate.
+Anonymous memory excludes mapped files, which the system can reclaim.
 
-    python -m benchmarks.loading            makes a bf16 checkpoint of 2.4 GB in a temporary directory
+    python -m benchmarks.loading            creates a 2.4 GB bf16 checkpoint in a temporary directory
 """
 
 import argparse
@@ -38,7 +38,7 @@ def model_class(side: str) -> Any:
 
 
 def make(directory: str) -> None:
-    """The numbers do not matter; sharded, as large checkpoints are."""
+    """Writes a sharded checkpoint, as large ones are; its values do not matter."""
     cls = model_class("ours")
     with torch.device("meta"):
         model = cls(cls.config_class(**SHAPE))
@@ -60,7 +60,7 @@ def load(side: str, directory: str, dtype: str) -> dict[str, float]:
 
 
 def best(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The fastest run: what else the machine did shows in the others."""
+    """The fastest run, which other load on the machine affected least."""
     return {key: round(value, 3) for key, value in min(runs, key=lambda run: run["seconds"]).items()}
 
 
@@ -79,8 +79,8 @@ def main() -> None:
             for name, results in runs.items():
                 side, dtype = name.split()
                 command = [sys.executable, "-m", "benchmarks.loading", "--one", side, directory, dtype]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                results.append(json.loads(done.stdout.splitlines()[-1]))
+                process = subprocess.run(command, capture_output=True, text=True, check=True)
+                results.append(json.loads(process.stdout.splitlines()[-1]))
     figures = {name: best(results) for name, results in runs.items()}
     for name, figure in figures.items():
         print(f"{name:<15} {figure['seconds']:>6.2f} s   peak {figure['peak_over_weights']:.2f} x the weights")

@@ -40,11 +40,11 @@ def main() -> None:
         f"{PADS} tokens of padding on the left": {"use_cache": False, "attention_mask": mask},
         f"packed documents of {DOCUMENT:,}": {"use_cache": False, "position_ids": positions % DOCUMENT},
     }
-    found = {}
+    figures = {}
     for name, inputs in cases.items():
-        found[name] = measure(model, ids, inputs)
-        print(name, found[name], flush=True)
-    write("long_forward", {"tokens": args.tokens, "model": "v2-lite-mini", "dtype": "bf16", "cases": found})
+        figures[name] = measure(model, ids, inputs)
+        print(name, figures[name], flush=True)
+    write("long_forward", {"tokens": args.tokens, "model": "v2-lite-mini", "dtype": "bf16", "cases": figures})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Useful tokens a second of LoRA tuning on conversations of mixed lengths: what packing brings, and what the model.
+"""Useful tokens per second of LoRA tuning on conversations of mixed lengths: the gains of packing and of the model.
 
     python -m benchmarks.packing ROWS.jsonl [ROWS.jsonl ...]       about four minutes on 2 cores; results/packing.json
 
-Three sides train on the same rows with the same weights, adapters, batch size and longest length, each for --seconds:
+Three sides train on the same rows with the same weights, adapters, batch size and maximum length, each for --seconds:
 
     stock padded     transformers' class and plain peft in TRL's SFTTrainer, rows padded to the longest of their batch
     ours padded      this project's model and trainer, rows padded likewise
-    ours packed      the same with packing: true (best fit); documents do not see one another
+    ours packed      the same with packing: true (best fit); documents do not attend to one another
 
-Padding is not counted. `--sides` takes others: "stock packed" is TRL's packing on the stock class, whose attention
-mask is as large as the square of the batch. The first loss of the padded sides must agree. What packing can bring at
-most is 1 / the useful share of padded batches, which sinks as batches grow: it is written for several sizes.
+Padding is not counted. `--sides` accepts others: "stock packed" is TRL's packing on the stock class, whose attention
+mask is quadratic in the packed length. The first losses of the padded sides must agree. The most that packing can gain
+is 1 / (useful share of padded batches), which falls as batches grow; it is recorded for several batch sizes.
 """
 
 import argparse
@@ -45,11 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LORA = {"targets": ("attention", "experts"), "r": 16, "alpha": 32}
 SIDES = ("stock padded", "ours padded", "ours packed")
-WARM_UP = 1  # steps that are not counted
+WARM_UP = 1  # steps that are not measured
 
 
 class Clock(TrainerCallback):
-    """Ends training when its time is up; keeps (seconds, tokens so far, loss) of each step."""
+    """Stops training when its time is up; records (seconds, tokens so far, loss) of each step."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -67,7 +67,7 @@ class Clock(TrainerCallback):
 
 
 def build(shape: str, dtype: str, weights: dict[str, torch.Tensor], ours: bool, token_ids: dict[str, int]) -> Any:
-    """The model with the weights (which the first call makes), and fresh adapters in float32, as peft makes them."""
+    """The model with these weights (created by the first call) and new float32 adapters, as peft creates them."""
     torch.manual_seed(0)
     settings = SHAPES[shape] | token_ids | ({"aux_loss_alpha": 0.0} if ours else {})  # stock has no balance loss
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**settings)) if ours else StockModel(StockConfig(**settings))
@@ -80,7 +80,7 @@ def build(shape: str, dtype: str, weights: dict[str, torch.Tensor], ours: bool, 
 
 
 def train(side: str, model: Any, data: Dataset, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Some steps of a side."""
+    """Trains one side for --seconds."""
     ours, packing = side.startswith("ours"), side.endswith("packed")
     settings = {
         "per_device_train_batch_size": args.batch, "max_length": args.max_length, "packing": packing,
@@ -105,7 +105,7 @@ def train(side: str, model: Any, data: Dataset, tokenizer: Any, args: argparse.N
 
 
 def useful_share(loader: Any) -> float:
-    """The share of a batch's positions that are no padding."""
+    """The share of batch positions that are not padding."""
     real = places = 0
     for batch in loader:
         places += batch["input_ids"].numel()
@@ -126,10 +126,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="mini")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the one with the faster matrix product here")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default the one that multiplies faster")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), metavar="SIDE")
-    parser.add_argument("--name", default="packing", help="of the file of results; - writes none")
+    parser.add_argument("--name", default="packing", help="name of the results file; - writes none")
     args = parser.parse_args()
     disable_progress_bars()
     faster = max(("float32", "bfloat16"), key=lambda name: matrix_rate(getattr(torch, name)))
@@ -141,19 +141,19 @@ def main() -> None:
     )
     token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     weights: dict[str, torch.Tensor] = {}
-    found: dict[str, dict[str, Any]] = {}
+    figures_of_sides: dict[str, dict[str, Any]] = {}
     for side in args.sides:
         if side.startswith("ours"):
             keep_freed_memory()  # as `dsv2` does
         model = build(args.shape, args.dtype, weights, side.startswith("ours"), token_ids)
-        found[side] = train(side, model, data, tokenizer, args)
-        print(side, found[side], flush=True)
-    losses = [entry["first_loss"] for side, entry in found.items() if side.endswith("padded")]
+        figures_of_sides[side] = train(side, model, data, tokenizer, args)
+        print(side, figures_of_sides[side], flush=True)
+    losses = [entry["first_loss"] for side, entry in figures_of_sides.items() if side.endswith("padded")]
     if losses and max(losses) - min(losses) > 0.02 * max(losses):
-        raise SystemExit(f"the sides do not compute the same: first losses {losses}")
-    rate = {side: entry["useful_tokens_per_s"] for side, entry in found.items()}
+        raise SystemExit(f"the sides differ: first losses {losses}")
+    rate = {side: entry["useful_tokens_per_s"] for side, entry in figures_of_sides.items()}
     pairs = {"packing alone": SIDES[2:0:-1], "model alone": SIDES[1::-1], "both": SIDES[2::-2]}
-    ratios = {what: round(rate[a] / rate[b], 2) for what, (a, b) in pairs.items() if a in rate and b in rate}
+    ratios = {gain: round(rate[a] / rate[b], 2) for gain, (a, b) in pairs.items() if a in rate and b in rate}
     lengths = sorted(min(length, args.max_length) for length in report.lengths)
     figures = {
         "files": [Path(path).name for path in args.paths],
@@ -166,7 +166,7 @@ def main() -> None:
         "batch": args.batch,
         "max_length": args.max_length,
         "lora": LORA,
-        "sides": found,
+        "sides": figures_of_sides,
         "ratios": ratios,
     }
     print(ratios)

@@ -1,11 +1,11 @@
-"""Data before the first step: seconds, rows a second and memory, the first time and when it is found again.
+"""Data preparation before the first step: seconds, rows per second and memory, without and with the cache.
 
     python -m benchmarks.preparation TOKENIZER [--rows 100000]      results/preparation.json
 
-Makes seeded conversations of four turns, of the words of docs/, in a temporary directory, and reads and encodes them as
-`dsv2 sft` does, each time in a process of its own. Beside it the tokenizer's own time for the same texts, one call for
-all of a batch and on all cores: what it would take at least without words that are encoded once. TOKENIZER is a
-directory with the released tokenizer (another is told apart: it may not cut at words).
+Creates seeded four-turn conversations from the words of docs/ in a temporary directory, and reads and encodes them as
+`dsv2 sft` does, each time in a separate process. For comparison, the tokenizer's own time for the same texts, in
+batches and on all cores: a lower bound without encoding each word only once. TOKENIZER is a directory with the released
+tokenizer; `by_words` records whether it splits at words.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BATCH = 5000  # texts
 
 
 def make(file: Path, rows: int) -> None:
-    """Conversations of some 200 tokens as JSON lines."""
+    """Writes conversations of about 200 tokens as JSON lines."""
     rng = random.Random(0)
     words = [word for page in sorted(DOCS.glob("*.md")) for word in page.read_text(encoding="utf-8").split()]
     with file.open("w", encoding="utf-8") as lines:
@@ -72,7 +72,7 @@ def prepare(file: str, tokenizer_directory: str) -> dict[str, Any]:
 
 
 def tokenizer_alone(file: str, tokenizer_directory: str) -> dict[str, Any]:
-    """The texts of the same turns, each as a whole, in the tokenizer's own threads."""
+    """Encodes the texts of the same turns, each as a whole, on the tokenizer's own threads."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_directory)
@@ -115,9 +115,9 @@ def main() -> None:
         figures["file_mb"] = round(file.stat().st_size / 1e6, 1)
         for part in PARTS:
             command = [sys.executable, "-m", "benchmarks.preparation", args.tokenizer, "--one", part, str(file)]
-            where = {**os.environ, "DSV2_CACHE": folder, "TOKENIZERS_PARALLELISM": "true"}
-            done = subprocess.run(command, env=where, check=True, capture_output=True, text=True)
-            figures[part] = json.loads(done.stdout.splitlines()[-1])
+            environment = {**os.environ, "DSV2_CACHE": folder, "TOKENIZERS_PARALLELISM": "true"}
+            process = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            figures[part] = json.loads(process.stdout.splitlines()[-1])
             print(part, figures[part], flush=True)
     write("preparation", figures)
 

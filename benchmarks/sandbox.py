@@ -1,8 +1,8 @@
-"""Seconds to start Python in a sandbox and without, and checks of the rule `code` a second.
+"""Start-up time of Python with and without a sandbox, and checks of the rule `code` per second.
 
     python -m benchmarks.sandbox [ROWS.jsonl]
 
-ROWS: of HumanEval, with canonical_solution; without, one row of that size.
+ROWS.jsonl: rows of HumanEval with canonical_solution; by default, one built-in row of that size is repeated.
 """
 
 import argparse
@@ -34,10 +34,10 @@ ROW = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="?", type=Path)
-    given = parser.parse_args().rows
+    rows_file = parser.parse_args().rows
     rows: list[dict[str, Any]] = [ROW] * CHECKS
-    if given:
-        rows = [json.loads(line) for line in given.read_text().splitlines()]
+    if rows_file:
+        rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     commands = {"python": PYTHON, "unshare": [*NAMESPACES, *PYTHON], "bubblewrap": [*isolation(1), *PYTHON]}
     starts = {name: seconds(partial(subprocess.run, command, check=True), 20) for name, command in commands.items()}
     began = time.perf_counter()
@@ -46,7 +46,7 @@ def main() -> None:
     passed = sum(isinstance(verdict, Verdict) and verdict.score == 1 for verdict in verdicts)
     for name, start in starts.items():
         print(f"{name:<11} {1000 * start:5.1f} ms to start")
-    print(f"{rate:.1f} checks a second; {passed} of {len(rows)} pass")
+    print(f"{rate:.1f} checks per second; {passed} of {len(rows)} pass")
     starts_ms = {name: round(1000 * start, 1) for name, start in starts.items()}
     write("sandbox", {"start_ms": starts_ms, "checks_per_s": round(rate, 1), "passed": passed, "of": len(rows)})
 

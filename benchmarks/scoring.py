@@ -1,4 +1,4 @@
-"""Scores of reward models (v2-lite-mini): against stock transformers at its best batch size, and 4 heads against 1.
+"""Scoring with reward models (v2-lite-mini): versus stock transformers at its best batch size, and 4 heads versus 1.
 
 python -m benchmarks.scoring [--rows 500]       results/scoring.json; about 20 minutes on 2 cores, 3 with --rows 32
 """
@@ -21,8 +21,8 @@ from reward.trainers import bootstrap_weights, pairwise_loss
 
 TOKENS, PROMPT, GROUP = 512, 384, 8
 STOCK_BATCHES = (4, 8, 16)
-STOCK_EXPERTS = ("grouped_mm", "eager")  # transformers' ways to run experts
-PAIRS = 4  # of the training step
+STOCK_EXPERTS = ("grouped_mm", "eager")  # transformers' experts implementations
+PAIRS = 4  # per training step
 
 
 def model_of(heads: int, dtype: torch.dtype) -> Any:
@@ -32,7 +32,7 @@ def model_of(heads: int, dtype: torch.dtype) -> Any:
 
 
 def rows_of(count: int, prompt: int) -> list[list[int]]:
-    """Conversations of TOKENS tokens, each GROUP of which begins with the same `prompt` tokens."""
+    """Conversations of TOKENS tokens; each group of GROUP begins with the same `prompt` tokens."""
     vocabulary = PRESETS["v2-lite-mini"]["vocab_size"]
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(2, vocabulary, (-(-count // GROUP), prompt), generator=generator).tolist()
@@ -56,19 +56,19 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def least_of_two(run: Callable[[], Any]) -> tuple[float, Any]:
-    """The first call may have to prepare products of shapes that are new to oneDNN."""
-    return min((timed(run) for _ in range(2)), key=lambda one: one[0])
+    """The faster of two calls: the first may have to compile oneDNN kernels for new shapes."""
+    return min((timed(run) for _ in range(2)), key=lambda timing: timing[0])
 
 
 def best_of_stock(stock: Any, rows: list[list[int]]) -> tuple[str, int]:
-    """Its fastest way to run experts and batch size; each is called once before it is timed."""
+    """Stock's fastest experts implementation and batch size; each is called once before it is timed."""
     tried: dict[tuple[str, int], float] = {}
     for way in STOCK_EXPERTS:
         stock.set_experts_implementation(way)
         for batch in STOCK_BATCHES:
             stock_scores(stock, rows[:batch], batch)
             tried[way, batch] = timed(partial(stock_scores, stock, rows, batch))[0]
-    return min(tried, key=lambda one: tried[one])
+    return min(tried, key=lambda setting: tried[setting])
 
 
 def against_stock(dtype: torch.dtype, count: int, folder: str) -> dict[str, Any]:
@@ -77,23 +77,23 @@ def against_stock(dtype: torch.dtype, count: int, folder: str) -> dict[str, Any]
     stock: Any = Stock.from_pretrained(folder, dtype=dtype).eval()
     way, best = best_of_stock(stock, rows_of(max(STOCK_BATCHES), 0))
     stock.set_experts_implementation(way)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, prompt in (("different", 0), (f"groups of {GROUP} with a prompt of {PROMPT}", PROMPT)):
         rows = rows_of(count, prompt)
-        theirs, expected = least_of_two(partial(stock_scores, stock, rows, best))
+        stock_seconds, expected = least_of_two(partial(stock_scores, stock, rows, best))
         ours, scores = least_of_two(partial(score_heads, model, rows, pad_token_id=0))
         worst = max(abs(a - b[0]) for a, b in zip(expected, scores, strict=True))
-        found[name] = {
-            "stock_seconds": round(theirs, 2),
+        figures[name] = {
+            "stock_seconds": round(stock_seconds, 2),
             "stock_batch": best,
             "stock_experts": way,
             "seconds": round(ours, 2),
-            "times": round(theirs / ours, 2),
+            "times": round(stock_seconds / ours, 2),
             "tokens_per_s": round(len(rows) * TOKENS / ours),
             "largest_difference": worst,
         }
-        print(dtype, name, found[name], flush=True)
-    return found
+        print(dtype, name, figures[name], flush=True)
+    return figures
 
 
 def step_of(model: Any, rows: list[list[int]], heads: int) -> Callable[[], None]:
@@ -114,21 +114,21 @@ def step_of(model: Any, rows: list[list[int]], heads: int) -> Callable[[], None]
 
 
 def heads_cost(rounds: int) -> dict[str, float]:
-    """Seconds with 4 heads over seconds with 1, the least of several rounds taken in turn."""
+    """Ratio of the seconds with 4 heads to those with 1: the minimum of several alternating rounds."""
     rows = rows_of(2 * PAIRS, 0)
     models = {heads: model_of(heads, torch.float32) for heads in (1, 4)}
     scoring = {heads: lambda model=model: score_heads(model, rows, pad_token_id=0) for heads, model in models.items()}
     steps = {heads: step_of(model_of(heads, torch.float32), rows, heads) for heads in (1, 4)}
-    found = {}
+    ratios = {}
     for name, runs in (("scoring", scoring), ("training step", steps)):
         times: dict[int, list[float]] = {1: [], 4: []}
         for _ in range(rounds + 1):
             for heads, run in runs.items():
                 times[heads].append(timed(run)[0])
         least = {heads: min(values[1:]) for heads, values in times.items()}
-        found[name] = round(least[4] / least[1], 3)
-        print(name, least, found[name], flush=True)
-    return found
+        ratios[name] = round(least[4] / least[1], 3)
+        print(name, least, ratios[name], flush=True)
+    return ratios
 
 
 def main() -> None:

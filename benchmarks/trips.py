@@ -1,4 +1,4 @@
-"""How many of our files typical calls pass through, and how often they change from one file to another. No timing.
+"""Counts the files of ours that typical calls enter, and the changes from one file to another. Measures no time.
 
     python benchmarks/trips.py [--trip NAME] [--show]
 

@@ -1,7 +1,7 @@
-"""The first token of a few prompts from a frozen model with the released vocabulary of 102,400 words.
+"""Time and memory of the first token of a few prompts, on a frozen model with the released vocabulary (102,400).
 
-Torch copies a frozen weight once a row of the batch when the input is a slice of three dimensions, as the hidden state
-of the last token is: stock transformers copies its head so.
+If the input is a 3-D slice, such as the last token's hidden state, torch copies a frozen weight once per row of the
+batch. Stock transformers copies its LM head this way.
 
     python -m benchmarks.wide_vocabulary
 """
@@ -22,7 +22,7 @@ PROMPTS, TOKENS = 6, 32
 
 
 def build(cls: Any, dtype: torch.dtype) -> Any:
-    """A frozen random model of a class, made in that dtype."""
+    """A frozen random model of the class, created in this dtype."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -152,7 +152,9 @@ def encode_pairs(
     def encoded(report: LengthReport) -> Iterator[Columns]:
         runs_of = partial(_runs_of, keys=PAIR[1:], tokenizer=tokenizer)
         for batch in encoded_ahead(checked(), runs_of, tokenizer):
-            pairs = [(prepared.row, fit.answers(prepared.row, PAIR[1:], prepared.encoded, report)) for prepared in batch]
+            pairs = [
+                (prepared.row, fit.answers(prepared.row, PAIR[1:], prepared.encoded, report)) for prepared in batch
+            ]
             pairs = [(row, pair) for row, pair in pairs if pair]
             ids = {f"{key}_ids": id_lists([pair[place][0] for _, pair in pairs]) for place, key in enumerate(PAIR[1:])}
             answers = [_last_turn(chosen[1]) for _, (chosen, _) in pairs]

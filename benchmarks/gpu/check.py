@@ -1,10 +1,10 @@
-"""What only a GPU can show of the model: right numbers, no host synchronisation, speed and memory beside stock.
+"""Checks of the model that need a GPU: correct results, no host synchronisation, speed and memory compared with stock.
 
     python benchmarks/gpu/check.py [--device cuda] [--output FILE.json] [--only WORD]
 
-Needs torch, transformers and peft, and this repository as it lies (nothing installed). Every check runs whatever the
-others did; the table at the end has one line each, and the exit code says whether one failed. `--device cpu` runs the
-same code at toy size, so that the only thing left unknown is the GPU itself.
+Needs torch, transformers, peft and this repository (not installed). Every check runs even if others fail; the table at
+the end has one line per check, and the exit code says whether any failed. `--device cpu` runs the same code at toy size,
+so that only the GPU itself is left untested.
 """
 
 import argparse
@@ -64,7 +64,7 @@ Figures = dict[str, Any]
 
 
 class Bench:
-    """The device, a model's sizes (by default those that go with it), and the one large model that checks share."""
+    """The device, the model's sizes (by default chosen for the device), and one large model shared by the checks."""
 
     def __init__(self, device: str, shape: Figures | None = None):
         self.device, self.on_gpu = torch.device(device), device == "cuda"
@@ -86,13 +86,13 @@ class Bench:
             torch.set_default_dtype(before)
 
     def large(self) -> DeepseekV2ForCausalLM:
-        """The whole shape in bf16, made once."""
+        """A model of the full shape in bf16, created once."""
         if self._large is None:
             self._large = self.model(torch.bfloat16).eval()
         return self._large
 
     def twin(self, ours: DeepseekV2ForCausalLM, **changes: Any) -> Any:
-        """Stock's model on the very tensors of ours."""
+        """The stock model sharing our model's tensors."""
         config = self.config(stock_configuration.DeepseekV2Config, **changes)
         with torch.device("meta"):
             model = stock.DeepseekV2ForCausalLM(config)
@@ -120,7 +120,7 @@ class Bench:
         return statistics.median(times[warm_up:])
 
     def peak_gb(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        """(what the call returns, the most memory of the device meanwhile in GB; 0 on a CPU)."""
+        """(the call's result, peak device memory in GB during the call; 0 on a CPU)."""
         gc.collect()
         if not self.on_gpu:
             return run(), 0.0
@@ -135,8 +135,8 @@ class Bench:
         return 2 * n**3 / self.seconds(lambda: a @ a, repeats=10)
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def adapted(model: Any, ours: bool) -> tuple[Any, dict[str, torch.nn.Parameter]]:
@@ -158,12 +158,12 @@ def adapted(model: Any, ours: bool) -> tuple[Any, dict[str, torch.nn.Parameter]]
     return model.train(), trained
 
 
-# --- right numbers -----------------------------------------------------------------------------------------------
+# --- correct results -----------------------------------------------------------------------------------------------
 
 
 def goldens(bench: Bench) -> Figures:
-    """Logits, loss and gradients of the official implementation's golden sets, float32; bf16's distance to them."""
-    found: Figures = {}
+    """Logits, loss and gradients against golden sets of the official implementation in float32; the distance of bf16."""
+    figures: Figures = {}
     for name in ("lite", "full"):
         golden = load_file(REFERENCE / name / "golden.safetensors", device=str(bench.device))
         for attention in ("eager", "sdpa"):
@@ -180,26 +180,26 @@ def goldens(bench: Bench) -> Figures:
             out.loss.backward()
             grads = dict(model.named_parameters())
             stored = {k.removeprefix("grad_seq/"): v for k, v in golden.items() if k.startswith("grad_seq/")}
-            for key, wanted in stored.items():
+            for key, expected in stored.items():
                 if key in grads:
-                    assert relative(grads[key].grad, wanted) < 2e-5, f"{name} {attention}: gradient of {key}"
+                    assert relative(grads[key].grad, expected) < 2e-5, f"{name} {attention}: gradient of {key}"
             with torch.no_grad():
                 low_precision = model.eval().to(torch.bfloat16)
                 low = low_precision(golden["input_ids"], attention_mask=golden["attention_mask"]).logits
-            found[f"{name}_{attention}"] = {
+            figures[f"{name}_{attention}"] = {
                 "logits_off": worst, "loss_off": loss, "bf16_relative": relative(low[real], golden["logits"][real]),
             }  # fmt: skip
-    return found
+    return figures
 
 
 def lora_gradients(bench: Bench) -> Figures:
-    """Loss and adapter gradients, ours against stock PEFT on the stock model, in float32."""
+    """Loss and adapter gradients of ours versus stock PEFT on the stock model, in float32."""
     ours = bench.model(torch.float32, num_hidden_layers=min(4, bench.shape["num_hidden_layers"]))
     layers = {"num_hidden_layers": ours.config.num_hidden_layers}
     ids, losses, gradients = bench.ids(2, 256 if bench.on_gpu else 32), [], []
     twin = bench.twin(ours, **layers)
-    for model, own in ((twin, False), (ours, True)):
-        model, trained = adapted(model, own)
+    for model, is_ours in ((twin, False), (ours, True)):
+        model, trained = adapted(model, is_ours)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
@@ -213,39 +213,39 @@ def lora_gradients(bench: Bench) -> Figures:
 
 @torch.no_grad()
 def cached_decoding(bench: Bench) -> Figures:
-    """Absorbed decoding from the latent cache against one full forward, float32 and bf16."""
-    found: Figures = {}
+    """Absorbed decoding from the latent cache versus one full forward, in float32 and bf16."""
+    figures: Figures = {}
     context, steps = (512, 8) if bench.on_gpu else (24, 4)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         model = bench.model(dtype, num_hidden_layers=min(4, bench.shape["num_hidden_layers"])).eval()
         ids = bench.ids(2, context + steps)
-        wanted = model(ids, use_cache=False).logits[:, context - 1 :]
+        expected = model(ids, use_cache=False).logits[:, context - 1 :]
         cache = LatentCache(model.config)
-        parts = [model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+        logits = [model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
         for step in range(steps):
             token = ids[:, context + step : context + step + 1]
-            parts.append(model(token, past_key_values=cache, use_cache=True).logits)
-        off = relative(torch.cat(parts, dim=1), wanted)
+            logits.append(model(token, past_key_values=cache, use_cache=True).logits)
+        off = relative(torch.cat(logits, dim=1), expected)
         assert off < tolerance, f"{dtype}: {off:.2g}"
-        found[str(dtype).removeprefix("torch.")] = off
+        figures[str(dtype).removeprefix("torch.")] = off
         cache = LatentCache(model.config)
-        parts = [model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+        logits = [model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
         capture = bench.on_gpu and dtype == torch.bfloat16  # the float32 kernel waits for the host
         step = SlotDecoder(model, cache, 2, context + steps, fixed=True, capture=capture)
         step.fill([0, 1], cache, [0, 1], [context, context])
-        parts += [step(ids[:, context + i])[:, None].clone() for i in range(steps // 2)]
+        logits += [step(ids[:, context + i])[:, None].clone() for i in range(steps // 2)]
         step.keep([1])
-        parts = [part[1:] for part in parts]
-        parts += [step(ids[1:, context + i])[:, None].clone() for i in range(steps // 2, steps)]
-        off = relative(torch.cat(parts, dim=1), wanted[1:])
+        logits = [part[1:] for part in logits]
+        logits += [step(ids[1:, context + i])[:, None].clone() for i in range(steps // 2, steps)]
+        off = relative(torch.cat(logits, dim=1), expected[1:])
         assert off < tolerance, f"{dtype}, at fixed shapes: {off:.2g}"
-        found[f"{str(dtype).removeprefix('torch.')}_fixed"] = off
-    return found
+        figures[f"{str(dtype).removeprefix('torch.')}_fixed"] = off
+    return figures
 
 
 def ragged_groups(bench: Bench) -> Figures:
-    """Grouped products with empty and uneven groups against one product an expert: outputs and gradients."""
-    found: Figures = {}
+    """Grouped products with empty and uneven groups versus one product per expert: outputs and gradients."""
+    figures: Figures = {}
     sizes = [0, 7, 130, 0, 1, 64, 33, 0]
     wide, narrow = (512, 256) if bench.on_gpu else (32, 16)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
@@ -261,12 +261,12 @@ def ragged_groups(bench: Bench) -> Figures:
         px, pw = torch.autograd.grad(plain, (x, w), g.float())
         off = max(relative(y, plain), relative(dx, px), relative(dw, pw))
         assert off < tolerance, f"{dtype}: {off:.2g}"
-        found[str(dtype).removeprefix("torch.")] = off
-    return found
+        figures[str(dtype).removeprefix("torch.")] = off
+    return figures
 
 
 def no_waiting(bench: Bench) -> Figures:
-    """Forward, backward and a decode step without one host synchronisation (CUDA raises where there is one)."""
+    """Forward, backward and a decode step without any host synchronisation (CUDA raises an error at one)."""
     model = bench.model(torch.bfloat16, num_hidden_layers=min(4, bench.shape["num_hidden_layers"]))
     model, trained = adapted(model, ours=True)
     ids = bench.ids(2, 128)
@@ -280,8 +280,8 @@ def no_waiting(bench: Bench) -> Figures:
             yield
         except RuntimeError as error:
             frames = traceback.extract_tb(error.__traceback__)
-            own = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "deepseek_v2_modeling" in f.filename]
-            faults[name] = f"{own[-1] if own else frames[-1].filename}: {str(error)[:80]}"
+            our_frames = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "deepseek_v2_modeling" in f.filename]
+            faults[name] = f"{our_frames[-1] if our_frames else frames[-1].filename}: {str(error)[:80]}"
         finally:
             if bench.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
@@ -289,12 +289,12 @@ def no_waiting(bench: Bench) -> Figures:
     def loss(**inputs: Any) -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
 
-    loss().backward()  # the first calls build and choose kernels
+    loss().backward()  # the first calls compile and select kernels
     with guarded("forward"):
         loss()
-    kept = loss()
+    retained_loss = loss()
     with guarded("backward"):
-        kept.backward()
+        retained_loss.backward()
     cache = LatentCache(model.config)
     with torch.no_grad():
         for part in (ids, ids[:, :1]):
@@ -333,15 +333,15 @@ def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tenso
 
 
 def lora_step(bench: Bench) -> Figures:
-    """A LoRA step (attention and experts, r = 16, bf16, AdamW), with and without checkpointing, stock beside."""
-    rate, found = bench.matrix_rate(), {"matrix_tflops": 0.0}
-    found["matrix_tflops"] = rate / 1e12
+    """A LoRA step (attention and experts, r = 16, bf16, AdamW), with and without checkpointing, compared with stock."""
+    rate, figures = bench.matrix_rate(), {"matrix_tflops": 0.0}
+    figures["matrix_tflops"] = rate / 1e12
     batch, context = (4, 1024) if bench.on_gpu else (2, 32)
     ids = bench.ids(batch, context)
     for side in ("ours", "stock", "ours checkpointed"):
-        own = side != "stock"
+        is_ours = side != "stock"
         base = bench.large()
-        model, trained = adapted(base if own else bench.twin(base), own)
+        model, trained = adapted(base if is_ours else bench.twin(base), is_ours)
         if "checkpointed" in side:
             checkpoint(model)
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
@@ -350,39 +350,39 @@ def lora_step(bench: Bench) -> Figures:
         try:
             seconds, peak = bench.peak_gb(lambda step=step: bench.seconds(step, repeats=3))
             flops = step_flops(bench.config(DeepseekV2Config), batch * context, context)
-            found[side] = {
+            figures[side] = {
                 "tokens_per_s": batch * context / seconds, "mfu": flops / seconds / rate, "peak_gb": peak,
             }  # fmt: skip
         except torch.OutOfMemoryError as error:
-            found[side] = {"out_of_memory": str(error)[:100]}
+            figures[side] = {"out_of_memory": str(error)[:100]}
         if "checkpointed" in side:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
-        if own:
+        if is_ours:
             bench._large = model.unload().eval()
         del model, trained, optimizer, step
-    return compared(found, "tokens_per_s")
+    return compared(figures, "tokens_per_s")
 
 
 @torch.no_grad()
 def decoding(bench: Bench) -> Figures:
-    """Prefill and decode steps at several batches and contexts, bf16: as they come, captured, and stock's."""
+    """Prefill and decode steps at several batches and contexts in bf16: ours, ours captured as a graph, and stock."""
     sizes = ((1, 128), (8, 2048), (8, 8192)) if bench.on_gpu else ((1, 8), (2, 16))
     models = {"ours": bench.large(), "captured": bench.large(), "stock": bench.twin(bench.large())}
-    found: Figures = {}
+    figures: Figures = {}
     for batch, context in sizes:
         row: Figures = {}
         for side, model in models.items():
             try:
-                decode_seconds(bench, model, side, bench.ids(batch, context))  # kernels are chosen and built
+                decode_seconds(bench, model, side, bench.ids(batch, context))  # compiles and selects kernels
                 (prefill, step), peak = bench.peak_gb(
                     partial(decode_seconds, bench, model, side, bench.ids(batch, context))
                 )
                 row[side] = {"prefill_s": prefill, "tokens_per_s": batch / step, "peak_gb": peak}
             except torch.OutOfMemoryError as error:
                 row[side] = {"out_of_memory": str(error)[:100]}
-        found[f"{batch} x {context}"] = compared(row, "tokens_per_s")
-    return found
+        figures[f"{batch} x {context}"] = compared(row, "tokens_per_s")
+    return figures
 
 
 def new_cache(model: Any, side: str) -> Any:
@@ -390,7 +390,7 @@ def new_cache(model: Any, side: str) -> Any:
 
 
 def decode_seconds(bench: Bench, model: Any, side: str, ids: torch.Tensor, steps: int = 23) -> tuple[float, float]:
-    """Of the prefill and of one step after it."""
+    """Seconds of the prefill, and of one step after it."""
     cache = new_cache(model, side)
     keep: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     prefill = bench.seconds(lambda: model(ids, logits_to_keep=1, **keep), repeats=1, warm_up=0)
@@ -403,10 +403,10 @@ def decode_seconds(bench: Bench, model: Any, side: str, ids: torch.Tensor, steps
 
 
 def rollout(bench: Bench) -> Figures:
-    """Sampled answers as RL makes them: 8 prompts, 8 answers each; stock's `generate` beside."""
+    """Sampling as in RL: 8 prompts, 8 answers each; compared with stock's `generate`."""
     prompts, length, new = (8, 256, 128) if bench.on_gpu else (2, 8, 4)
     ids = bench.ids(prompts, length).repeat_interleave(8, 0)
-    rows, model, found = ids.tolist(), bench.large(), {}
+    rows, model, figures = ids.tolist(), bench.large(), {}
     twin = bench.twin(model)
 
     def ours() -> None:
@@ -414,25 +414,25 @@ def rollout(bench: Bench) -> Figures:
         generate_answers(model, rows, **ends, temperature=1.0, batch_size=64, seeds=range(len(rows)))
 
     @torch.no_grad()
-    def theirs() -> None:
+    def stock_rollout() -> None:
         twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=new)
 
-    for side, run in (("ours", ours), ("stock", theirs)):
+    for side, run in (("ours", ours), ("stock", stock_rollout)):
         seconds, peak = bench.peak_gb(lambda run=run: bench.seconds(run, repeats=1, warm_up=1))
-        found[side] = {"tokens_per_s": ids.shape[0] * new / seconds, "peak_gb": peak}
-    return compared(found, "tokens_per_s")
+        figures[side] = {"tokens_per_s": ids.shape[0] * new / seconds, "peak_gb": peak}
+    return compared(figures, "tokens_per_s")
 
 
-def compared(found: Figures, key: str) -> Figures:
-    """The figures with ours over stock's; of ours the captured ones where there are any."""
-    ours, stock_side = found.get("captured", found.get("ours", {})), found.get("stock", {})
+def compared(figures: Figures, key: str) -> Figures:
+    """The figures, with the ratios of ours (captured, if measured) to stock."""
+    ours, stock_side = figures.get("captured", figures.get("ours", {})), figures.get("stock", {})
     if key in ours and key in stock_side:
-        found["ratio_speed"] = ours[key] / stock_side[key]
+        figures["ratio_speed"] = ours[key] / stock_side[key]
         if stock_side.get("peak_gb"):
-            found["ratio_memory"] = ours["peak_gb"] / stock_side["peak_gb"]
+            figures["ratio_memory"] = ours["peak_gb"] / stock_side["peak_gb"]
         if "prefill_s" in ours:
-            found["ratio_prefill"] = stock_side["prefill_s"] / ours["prefill_s"]
-    return found
+            figures["ratio_prefill"] = stock_side["prefill_s"] / ours["prefill_s"]
+    return figures
 
 
 CHECKS = (
@@ -481,7 +481,7 @@ def main() -> int:
         results[check.__name__] = figures
         lines.append(f"{check.__name__:<16} {verdict:<7} {seconds:6.1f} s  {json.dumps(figures)}")
         print(lines[-1], flush=True)
-        if arguments.output:  # what has been measured is kept, whatever comes
+        if arguments.output:  # keeps the results so far if a later check crashes
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         gc.collect()

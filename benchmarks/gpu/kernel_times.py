@@ -1,9 +1,9 @@
-"""Where a LoRA step of V2-Lite and its prefill spend a GPU's time, kernel by kernel.
+"""GPU time of a LoRA step of V2-Lite and of its prefill, by kernel.
 
     python benchmarks/gpu/kernel_times.py
 
-Needs what check.py needs. Prints the seconds of each, the rate beside that of a large product, and the kernels that
-take longest.
+Same requirements as check.py. Prints the seconds of each, the rate compared with a large matrix product, and the
+slowest kernels.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from check import Bench, DeepseekV2Config, LatentCache, adapted, step_flops, tra
 from torch.profiler import ProfilerActivity, profile
 
 BATCH, CONTEXT = 4, 1024
-ROWS = 40  # of a table
+ROWS = 40  # per table
 
 
 def report(bench: Bench, name: str, run: Callable[[], Any]) -> float:
@@ -40,8 +40,8 @@ def main() -> None:
     )
     model, ids = model.unload().eval(), bench.ids(8, 2048)
     with torch.no_grad():
-        kept = {"use_cache": True, "logits_to_keep": 1}
-        report(bench, "prefill of 8 x 2,048", lambda: model(ids, past_key_values=LatentCache(model.config), **kept))
+        keywords = {"use_cache": True, "logits_to_keep": 1}
+        report(bench, "prefill of 8 x 2,048", lambda: model(ids, past_key_values=LatentCache(model.config), **keywords))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_a_system_message_that_lists_tools_gets_no_second_list():
         ({"messages": [USER | {"tool_calls": [openai_call("x")]}]}, "a user turn makes tool calls"),
         (
             {**OPENAI, "messages": [*OPENAI["messages"][:3], {"role": "tool", "tool_call_id": "c2", "content": ""}]},
-            "no call",
+            "no earlier call",
         ),
         ({**OPENAI, "messages": [*OPENAI["messages"][:4], OPENAI["messages"][3]]}, r"messages\[4\] is a tool result"),
         (

@@ -28,7 +28,7 @@ def test_both_sides_compute_the_same_and_make_a_row(name: str, monkeypatch, caps
     against_stock.compare(name, computed["ours"], computed["stock"])
     assert f"| {name} | " in against_stock.table({name: runs})
     key = next(iter(computed["ours"]))
-    with pytest.raises(SystemExit, match=f"do not compute the same: {key}"):
+    with pytest.raises(SystemExit, match=f"the sides differ: {key}"):
         against_stock.compare(name, {**computed["ours"], key: computed["stock"][key] * 1.1}, computed["stock"])
 
 
