@@ -25,9 +25,9 @@ Show = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without the space that begins every answer. tokens: of the answer, an end token included.
-    used: tokens of the whole conversation after it. limit: how many the model can take.
-    ending: how the answer ended; "end" where the model itself ended it."""
+    """text: without the space that begins every answer. tokens: length of the answer, including an end token.
+    used: tokens of the whole conversation after it. limit: the model's maximum. ending: how the answer ended; "end"
+    if the model ended it itself."""
 
     text: str
     tokens: int
@@ -42,7 +42,7 @@ class Answer:
         return {
             "end": "",
             "stopped": "stopped",
-            "length": f"cut after {self.tokens:,} tokens; --max-new-tokens allows more",
+            "length": f"cut after {self.tokens:,} tokens; raise --max-new-tokens for more",
             "context": f"cut: the context of {self.limit:,} tokens is full",
         }[self.ending]
 
@@ -97,7 +97,7 @@ class Partner:
 
         Args:
             show: called with each piece of the answer as it is generated.
-            stopped: asked after every token whether to end the answer there.
+            stopped: called after every token; true ends the answer there.
 
         Raises:
             ToolkitError: the conversation is longer than the model's context; it stays as it was before.
@@ -108,8 +108,8 @@ class Partner:
         room = self.limit - len(prompt)
         if room < 1:
             raise ToolkitError(
-                f"the conversation has {len(prompt):,} tokens with this prompt, and {self.name} takes {self.limit:,} "
-                "with the answer (max_position_embeddings)"
+                f"the conversation has {len(prompt):,} tokens with this prompt, which leaves no room for an answer: "
+                f"{self.name} takes at most {self.limit:,} (max_position_embeddings)"
             )
         start = time.monotonic()
         ids = self._generate(prompt, min(room, self.max_new_tokens), _Streamer(self.tokenizer, show), stopped)
@@ -151,9 +151,10 @@ class Partner:
         return written[len(prompt) :]
 
     def _cache_for(self, prompt: list[int]) -> LatentCache:
-        """The cache of the longest beginning that `prompt` shares with the conversation so far.
+        """The cache, cropped to the longest prefix that `prompt` shares with the conversation so far.
 
-        At least one token is left to read. An answer that is not encoded as it was generated is read again.
+        At least one token is left to process. An answer that is re-encoded differently from how it was generated is
+        processed again.
         """
         if self._cache is None:
             return LatentCache(self.model.config)
@@ -188,7 +189,7 @@ class _Streamer(BaseStreamer):
             return
         self.window += value.flatten().tolist()
         text = self._text()
-        complete = text.removesuffix("\ufffd")  # the first bytes of a character, perhaps
+        complete = text.removesuffix("\ufffd")  # possibly the first bytes of a character
         self._show(complete)
         if complete == text:
             self.window = self.window[-1:]

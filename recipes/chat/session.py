@@ -57,7 +57,7 @@ def _paths(arguments: argparse.Namespace) -> list[str]:
 def converse(partners: Sequence["Partner"]) -> None:
     """Answer turn after turn until the input ends.
 
-    What goes wrong with a turn or a command ends the conversation only where nobody types it.
+    An error in a turn or a command ends the conversation only if input is not typed.
     """
     typed = sys.stdin.isatty()
     read = reader()
@@ -84,19 +84,19 @@ def converse(partners: Sequence["Partner"]) -> None:
 def answer(partners: Sequence["Partner"], text: str, stopped: Callable[[], bool] = lambda: False) -> None:
     """Print the answer as it is generated, or two answers side by side."""
     if len(partners) == 1:
-        given = partners[0].answer(text, partial(print, end="", flush=True), stopped)
+        reply = partners[0].answer(text, partial(print, end="", flush=True), stopped)
         print()
-        _report(given)
+        _report(reply)
         return
     answers = [partner.answer(text, lambda piece: None, stopped) for partner in partners]
     _print_columns([partner.name for partner in partners], answers)
 
 
-def _report(given: "Answer") -> None:
-    if given.mark:
-        print(f"[{given.mark}]", file=sys.stderr)
-    if given.used >= NEARLY_FULL * given.limit:
-        print(f"[{given.used:,} of {given.limit:,} tokens of context used; /reset and /undo free it]", file=sys.stderr)
+def _report(reply: "Answer") -> None:
+    if reply.mark:
+        print(f"[{reply.mark}]", file=sys.stderr)
+    if reply.used >= NEARLY_FULL * reply.limit:
+        print(f"[{reply.used:,} of {reply.limit:,} tokens of context used; /reset and /undo free it]", file=sys.stderr)
 
 
 def _print_columns(names: Sequence[str], answers: Sequence["Answer"]) -> None:
@@ -107,16 +107,16 @@ def _print_columns(names: Sequence[str], answers: Sequence["Answer"]) -> None:
     table, details = Table(show_lines=True), []
     for name in names:
         table.add_column(Text(name), ratio=1, overflow="fold")
-    table.add_row(*(Text(given.text) for given in answers))
-    for given in answers:
-        details.append(f"{given.tokens:,} tokens, {given.seconds:.1f} s" + (f"; {given.mark}" if given.mark else ""))
+    table.add_row(*(Text(reply.text) for reply in answers))
+    for reply in answers:
+        details.append(f"{reply.tokens:,} tokens, {reply.seconds:.1f} s" + (f"; {reply.mark}" if reply.mark else ""))
     table.add_row(*(Text(line) for line in details))
     Console(file=sys.stdout, color_system=None, highlight=False).print(table)
 
 
 @contextmanager
 def _stopped_by_interrupt(typed: bool) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside ends the answer, a second one the program; where nobody types, the first one does."""
+    """In the block, Ctrl-C ends the answer and a second one the program; if input is not typed, the first one does."""
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
 

@@ -181,7 +181,7 @@ def test_commands_over_a_pipe(
         "[1 conversation added to talk.jsonl]",
     ):
         assert line in err
-    assert err.count("[cut after 4 tokens; --max-new-tokens allows more]") == 2 and "/save" in err
+    assert err.count("[cut after 4 tokens; raise --max-new-tokens for more]") == 2 and "/save" in err
     (row,) = map(json.loads, Path("talk.jsonl").read_text(encoding="utf-8").splitlines())
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     recipe = {"stage": "sft", "model": {"path": str(base)}, "data": [{"path": "talk.jsonl"}], "output_dir": "run"}
