@@ -210,7 +210,7 @@ class EvalRecipe(StageRecipe):
 STAGE = Stage(
     name="eval",
     recipe=EvalRecipe,
-    help="measure a model",
+    help="evaluate a model",
     title="evaluation",
     run="eval.stage:run",
     result=RESULTS,

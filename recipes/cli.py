@@ -55,9 +55,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or a name that `dsv2 recipes` lists")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to replace, as YAML")
-    parser.add_argument("--smoke", action="store_true", help="the recipe at toy size: 2 steps, batch 1")
-    parser.add_argument("--no-cache", action="store_true", help="read and encode all rows again, without the cache")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="values to replace, as YAML")
+    parser.add_argument("--smoke", action="store_true", help="run at toy size: 2 steps, batch 1")
+    parser.add_argument("--no-cache", action="store_true", help="do not use the cache of prepared rows")
 
 
 def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
@@ -67,7 +67,7 @@ def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the model; empty or new")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory for the model; new or empty")
     parser.add_argument("--preset", required=True, help="tiny, v2-lite-mini or v2-mini")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
 
@@ -77,49 +77,76 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show the answers of two models side by side")
     parser.add_argument("--prompt", help="answer this prompt and exit; without it, start a conversation")
     parser.add_argument("--system", help="the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="maximum answer tokens (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="float32")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="maximum length of an answer in tokens (512)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 is greedy (0)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model (float32)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
 
 
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_OR_RUN", help="an adapter directory, or a run with one in final/")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where to write; empty or new")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="directory to write; new or empty")
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of all weights; by default that of the base"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of all weights; by default, the base's"
     )
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
-    parser.add_argument("--layout", default="per_expert", help="per_expert, for vLLM and SGLang (per_expert)")
+    parser.add_argument(
+        "--layout", default="per_expert", help="layout to write: per_expert, which vLLM and SGLang read (per_expert)"
+    )
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
-    parser.add_argument("--base", metavar="MODEL", help="base model, if not the one in the adapter's config")
+    parser.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter's config names")
 
 
 def _experts_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--score", choices=("gate", "token"), default="gate", help="gate weights, or tokens (gate)")
-    parser.add_argument("--threshold", type=float, metavar="P", help="share of the scores to choose (0.1; token: 0.2)")
-    parser.add_argument("--tokens", type=int, default=131072, metavar="N", help="rows for about N tokens (131072)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the recipe's experts_file, or by output_dir")
+    parser.add_argument(
+        "--score",
+        choices=("gate", "token"),
+        default="gate",
+        help="score experts by gate weights or by token counts (gate)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="share of the scores that the chosen experts must reach (0.1; with token 0.2)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=131072, metavar="N", help="score rows with about N tokens in total (131072)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="file to write (the recipe's experts_file, or one next to output_dir)",
+    )
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("copy", nargs="*", metavar="copy NAME FILE", help="write a recipe to a file of your own")
+    parser.add_argument(
+        "copy", nargs="*", metavar="copy NAME FILE", help="copy a shipped recipe to FILE, for you to edit"
+    )
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of stages or chains")
-    parser.add_argument("--output", type=Path, help="the page; RUN/report.html of the first run")
+    parser.add_argument("--output", type=Path, help="HTML file to write (report.html in the first run)")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -218,7 +245,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
             print(f"{name:<{width}}  {headline(path)}")
         return 0
     if len(arguments.copy) != 3 or arguments.copy[0] != "copy":
-        raise ToolkitError("write: dsv2 recipes, or: dsv2 recipes copy NAME FILE")
+        raise ToolkitError("usage: dsv2 recipes, or dsv2 recipes copy NAME FILE")
     _, name, target = arguments.copy
     copy_recipe(name, Path(target))
     print(f"written: {target}")
@@ -236,31 +263,32 @@ def commands() -> dict[str, Command]:
     }
     return {
         "init": Command(
-            "DIR --preset NAME", "make a seeded random model with tokenizer, in hub layout", _init_arguments, _init
+            "DIR --preset NAME", "create a seeded random model with tokenizer, in hub layout", _init_arguments, _init
         ),
-        "check": Command("RECIPE", "validate a recipe and its data, load no weights", _recipe_arguments, _check),
+        "check": Command("RECIPE", "check a recipe and its data without loading weights", _recipe_arguments, _check),
         **stage_commands,
-        "run": Command(_ON_RECIPE, "a chain of stages, resumable", _recipe_arguments, _chain, True),
-        "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "talk to a model", _chat_arguments, _chat),
+        "run": Command(_ON_RECIPE, "run a chain of stages; resumes if interrupted", _recipe_arguments, _chain, True),
+        "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "chat with a model", _chat_arguments, _chat),
         "merge": Command(
             "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _merge
         ),
         "export": Command(
-            "ADAPTER_OR_RUN OUT_DIR --layout per_expert", "an adapter for vLLM and SGLang", _export_arguments, _export
+            "ADAPTER_OR_RUN OUT_DIR --layout per_expert",
+            "convert an adapter for vLLM and SGLang",
+            _export_arguments,
+            _export,
         ),
         "import": Command(
-            "ADAPTER OUT_DIR", "a per-expert or old adapter to PEFT's layout", _import_arguments, _import
+            "ADAPTER OUT_DIR", "convert a per-expert or old adapter to PEFT's layout", _import_arguments, _import
         ),
         "experts": Command(
             "RECIPE [key.path=value ...]",
-            "which experts a data set uses, to train just those",
+            "find the experts that a data set uses, to train only those",
             _experts_arguments,
             _experts,
         ),
-        "recipes": Command(
-            "[copy NAME FILE]", "the recipes that come with the toolkit, a line each", _recipes_arguments, _recipes
-        ),
-        "report": Command("RUN [RUN ...]", "one HTML page with plots and samples", _report_arguments, _report),
+        "recipes": Command("[copy NAME FILE]", "list the shipped recipes, or copy one", _recipes_arguments, _recipes),
+        "report": Command("RUN [RUN ...]", "write one HTML page with plots and samples", _report_arguments, _report),
     }
 
 
@@ -275,8 +303,8 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "dsv2 COMMAND --help says more. On several GPUs: torchrun --nproc_per_node 8 --no-python dsv2 COMMAND ...",
-            "Exit codes: 0 done, 2 wrong recipe, data or command, 1 a bug in the toolkit, 130 interrupted.",
+            "Details: dsv2 COMMAND --help. On several GPUs: torchrun --nproc_per_node 8 --no-python dsv2 COMMAND ...",
+            "Exit codes: 0 success, 2 wrong recipe, data or command, 1 a bug in the toolkit, 130 interrupted.",
             "--traceback (or DSV2_TRACEBACK=1) shows where an error comes from.",
         ]
     )

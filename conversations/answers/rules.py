@@ -104,7 +104,7 @@ def check_rule(name: str, settings: Mapping[str, Any]) -> None:
     rule = RULES[name]
     measured = {key: value for key, value in MEASURED.items() if key in rule.settings}
     if lacking := sorted(rule.settings - rule.optional - set(settings) - set(measured)):
-        raise ToolkitError(f"the rule {name} needs the setting {lacking[0]}: {{{', '.join(lacking)}}}")
+        raise ToolkitError(f"the rule {name} needs the setting{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}")
     if rule.settings and rule.parameters & {"prompt", "reference"} <= rule.optional:
         rule.judge("", **{**measured, **settings})  # validates them
 

@@ -100,7 +100,7 @@ def _index(items: Sequence[Any], key: str, override: Override, depth: int) -> in
         return names.index(key)
     where = ".".join(override.keys[:depth])
     by_name = ", ".join(str(name) for name in names if name)
-    available = f"0 to {len(items) - 1}" if items else "none, it is empty"
+    available = f"0 to {len(items) - 1}" if len(items) > 1 else "only 0" if items else "none: it is empty"
     raise ToolkitError(
         f'override "{override.path}": {where} has no entry "{key}"; its entries are {available}'
         + (f" ({by_name})" if by_name else "")

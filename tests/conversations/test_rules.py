@@ -351,7 +351,7 @@ def test_length_says_nothing_without_a_number_of_tokens():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({}, "needs the setting buffer: {buffer, max_tokens}"),
+        ({}, "needs the settings buffer, max_tokens"),
         ({"max_tokens": 9}, "needs the setting buffer"),
         ({"max_tokens": 9, "buffer": 10}, "buffer 10 is more than max_tokens 9"),
         ({"max_tokens": 9, "buffer": 0}, "buffer of the rule length must be a whole number from 1"),

@@ -99,8 +99,8 @@ def test_a_copy_is_the_recipe(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         (["sft", "v2_lite/sft_lor"], "no such recipe: v2_lite/sft_lor; did you mean v2_lite/sft_lora?"),
         (["sft", "nowhere.yaml"], "no such recipe: nowhere.yaml; `dsv2 recipes` lists those"),
         (["recipes", "copy", "v2/sft_lor", "a.yaml"], "no such recipe: v2/sft_lor; did you mean v2/sft_lora?"),
-        (["recipes", "copy", "tiny/sft"], "write: dsv2 recipes, or: dsv2 recipes copy NAME FILE"),
-        (["recipes", "list"], "write: dsv2 recipes, or: dsv2 recipes copy NAME FILE"),
+        (["recipes", "copy", "tiny/sft"], "usage: dsv2 recipes, or dsv2 recipes copy NAME FILE"),
+        (["recipes", "list"], "usage: dsv2 recipes, or dsv2 recipes copy NAME FILE"),
         (["recipes", "copy", "tiny/sft", "there.yaml"], "there.yaml exists already; choose another file"),
     ],
 )
