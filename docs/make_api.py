@@ -29,9 +29,9 @@ PACKAGES = (
 )
 HEAD = """# Python API
 
-Made from signatures and docstrings by `docs/make_api.py`; `make api` makes it again. The floors above use
-`deepseek_v2_modeling` through these six names; `conversations` reads rows, renders them and judges answers; recipes and
-their sections have the keys at the end. What is not here may change.
+Generated from signatures and docstrings by `docs/make_api.py`; `make api` updates it. The other packages use
+`deepseek_v2_modeling` through these six names; `conversations` reads rows, renders them and judges answers; the keys of
+recipes and their sections are at the end. Anything not listed here may change.
 """
 WIDTH = 100
 
@@ -40,31 +40,31 @@ def text(docstring: griffe.Docstring | None) -> str:
     """A docstring as Markdown: its sections as lists."""
     if docstring is None:
         return ""
-    parts = []
+    paragraphs = []
     for section in docstring.parse("google", warnings=False):
         if section.kind is griffe.DocstringSectionKind.text:
-            parts.append(section.value)
+            paragraphs.append(section.value)
         elif isinstance(section.value, list):
-            parts += [f"{section.kind.value.capitalize()}:", "\n".join(map(item, section.value))]
-    return "\n\n".join(parts)
+            paragraphs += [f"{section.kind.value.capitalize()}:", "\n".join(map(item, section.value))]
+    return "\n\n".join(paragraphs)
 
 
 def item(entry: Any) -> str:
-    """A parameter, an exception or what is returned."""
+    """A list item for a parameter, an exception or a return value."""
     name = getattr(entry, "name", "") or entry.annotation
     words = " ".join(entry.description.split())
     return f"- `{name}`: {words}" if name else f"- {words}"
 
 
-def entry(name: str, found: griffe.Object, level: str = "###") -> Iterator[str]:
-    """A name with its signature, its docstring and, of a class, its documented methods."""
+def entry(name: str, target: griffe.Object, level: str = "###") -> Iterator[str]:
+    """A name with its signature, its docstring and, for a class, its documented methods."""
     yield f"{level} `{name}`"
-    if found.is_function or (found.is_class and "__init__" in found.members):
-        signature = found.signature(name=name.rpartition(".")[2])
-        yield f"```python\n{wrapped(signature.removesuffix(' -> None') if found.is_class else signature)}\n```"
-    if words := text(found.docstring):
+    if target.is_function or (target.is_class and "__init__" in target.members):
+        signature = target.signature(name=name.rpartition(".")[2])
+        yield f"```python\n{wrapped(signature.removesuffix(' -> None') if target.is_class else signature)}\n```"
+    if words := text(target.docstring):
         yield words
-    for key, member in found.members.items() if found.is_class else ():
+    for key, member in target.members.items() if target.is_class else ():
         if member.is_function and member.docstring and not key.startswith("_"):
             yield from entry(f"{name}.{key}", member, "####")
 
@@ -73,14 +73,14 @@ def wrapped(signature: str) -> str:
     """A long signature with a line for each parameter."""
     if len(signature) <= WIDTH:
         return signature
-    depth, start, parts = 0, signature.index("(") + 1, [signature[: signature.index("(") + 1]]
+    depth, start, lines = 0, signature.index("(") + 1, [signature[: signature.index("(") + 1]]
     for place, letter in enumerate(signature):
         depth += (letter in "([{") - (letter in ")]}")
         if (depth, letter) in ((1, ","), (0, ")")):
-            parts.append(f"    {signature[start:place].strip()},")
+            lines.append(f"    {signature[start:place].strip()},")
             start = place + 1
         if depth == 0 and letter == ")":
-            return "\n".join([*parts, signature[place:]])
+            return "\n".join([*lines, signature[place:]])
     return signature
 
 
@@ -90,24 +90,24 @@ def public(module: griffe.Module) -> list[str]:
     return [name for name, member in module.members.items() if member.is_public and not member.is_alias]
 
 
-def section(name: str, module: griffe.Module, seen: set[str]) -> Iterator[str]:
-    """What has a docstring and was not seen before, and the names of the rest (constants, types)."""
+def section(name: str, module: griffe.Module, documented: set[str]) -> Iterator[str]:
+    """All documented names not listed before, and the names of the rest (constants, types)."""
     yield f"## {name}"
     yield text(module.docstring)
     rest = []
     for key in public(module):
-        found = module[key]
+        target = module[key]
         try:
-            found = found.final_target if found.is_alias else found
-        except griffe.AliasResolutionError:  # of another library, or a part of a tuple
-            found = None
-        if found is None or not found.docstring or found.path in seen:
+            target = target.final_target if target.is_alias else target
+        except griffe.AliasResolutionError:  # from another library, or an element of a tuple
+            target = None
+        if target is None or not target.docstring or target.path in documented:
             rest.append(key)
             continue
-        seen.add(found.path)
-        yield from entry(key, found)
+        documented.add(target.path)
+        yield from entry(key, target)
     if rest:
-        yield f"Also here: {', '.join(f'`{key}`' for key in rest)}."
+        yield f"Other names: {', '.join(f'`{key}`' for key in rest)}."
 
 
 def keys(model: type[BaseModel], loader: griffe.GriffeLoader) -> Iterator[str]:
@@ -122,11 +122,11 @@ def key_line(model: type[BaseModel], key: str, field: Any, loader: griffe.Griffe
         loader.modules_collection[f"{c.__module__}.{c.__name__}"] for c in model.__mro__ if key in c.__annotations__
     )
     annotation = next(owners).members[key].annotation
-    return f"- `{key}`: `{annotation}`{given(field)}. {field.description}"
+    return f"- `{key}`: `{annotation}`{default_text(field)}. {field.description}"
 
 
-def given(field: Any) -> str:
-    """What a key is where a recipe does not name it; a section then has the defaults of its own keys."""
+def default_text(field: Any) -> str:
+    """The default of a key, as text; a section has the defaults of its own keys."""
     if field.is_required():
         return ", required"
     default = field.get_default(call_default_factory=True)
@@ -136,16 +136,16 @@ def given(field: Any) -> str:
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in sections_in(part)]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def recipes() -> list[type[BaseModel]]:
-    """Those of the stages, then the sections that they have."""
-    found: list[type[BaseModel]] = [stage.recipe for stage in stages().values()]
-    for model in found:  # grows meanwhile
+    """The recipe classes of all stages, then the sections that they contain."""
+    models: list[type[BaseModel]] = [stage.recipe for stage in stages().values()]
+    for model in models:  # grows while it is iterated over
         inner = [part for field in model.model_fields.values() for part in sections_in(field.annotation)]
-        found.extend(part for part in dict.fromkeys(inner) if part not in found)
-    return found
+        models.extend(part for part in dict.fromkeys(inner) if part not in models)
+    return models
 
 
 def page() -> str:
@@ -154,13 +154,13 @@ def page() -> str:
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
     for name in (*PACKAGES, *FOLDERS):
         loader.load(name.partition(".")[0])
-    parts, seen = [HEAD.strip()], set[str]()
+    paragraphs, documented = [HEAD.strip()], set[str]()
     for name in PACKAGES:
-        parts += section(name, loader.modules_collection[name], seen)
-    parts.append("## Recipes")
+        paragraphs += section(name, loader.modules_collection[name], documented)
+    paragraphs.append("## Recipes")
     for model in recipes():
-        parts += keys(model, loader)
-    return "\n\n".join(part for part in parts if part) + "\n"
+        paragraphs += keys(model, loader)
+    return "\n\n".join(part for part in paragraphs if part) + "\n"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/gpu/check.py [--device cuda] [--output FILE.json] [--only WORD]
 
 Needs torch, transformers, peft and this repository (not installed). Every check runs even if others fail; the table at
-the end has one line per check, and the exit code says whether any failed. `--device cpu` runs the same code at toy size,
-so that only the GPU itself is left untested.
+the end has one line per check, and the exit code says whether any failed. `--device cpu` runs the same code at toy
+size, so that only the GPU itself is left untested.
 """
 
 import argparse
@@ -162,7 +162,8 @@ def adapted(model: Any, ours: bool) -> tuple[Any, dict[str, torch.nn.Parameter]]
 
 
 def goldens(bench: Bench) -> Figures:
-    """Logits, loss and gradients against golden sets of the official implementation in float32; the distance of bf16."""
+    """Logits, loss and gradients against golden sets of the official implementation in float32; the distance of
+    bf16."""
     figures: Figures = {}
     for name in ("lite", "full"):
         golden = load_file(REFERENCE / name / "golden.safetensors", device=str(bench.device))

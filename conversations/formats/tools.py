@@ -142,11 +142,11 @@ def _joined(turn: Turn, call: Turn, label: str) -> Turn:
     return replace(turn, content="\n".join(filter(None, (turn.content.strip(), call.content))))
 
 
-def _place(answered: Call, calls: tuple[Call, ...], results: Mapping[int, Turn], label: str) -> int:
+def _place(target: Call, calls: tuple[Call, ...], results: Mapping[int, Turn], label: str) -> int:
     """Index of the call that a result answers: by id if both have one, otherwise by name, otherwise the next call."""
     waiting = [number for number in range(len(calls)) if number not in results]
     for attribute in ("id", "name"):
-        value, values_of_calls = getattr(answered, attribute), [getattr(call, attribute) for call in calls]
+        value, values_of_calls = getattr(target, attribute), [getattr(call, attribute) for call in calls]
         if not value or not any(values_of_calls):
             continue
         place = next((number for number in waiting if values_of_calls[number] == value), None)

@@ -45,7 +45,7 @@ class Chart:
 
     @property
     def in_words(self) -> str:
-        """The chart as a sentence, for those who cannot see it."""
+        """A text alternative for the chart."""
         curves = []
         for line in self.lines:
             (first, start), (last, end) = line.points[0], line.curve[-1]
@@ -89,8 +89,8 @@ def thin(points: Sequence[Point], most: int = MAX_DRAWN) -> Sequence[Point]:
     if len(points) <= most:
         return points
     bins = most // 2
-    kept: list[Point] = []
+    points_kept: list[Point] = []
     for index in range(bins):
         part = points[index * len(points) // bins : (index + 1) * len(points) // bins]
-        kept += sorted({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))})
-    return kept
+        points_kept += sorted({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))})
+    return points_kept

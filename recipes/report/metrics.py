@@ -15,7 +15,7 @@ Point = tuple[float, float]
 @dataclass
 class Metrics:
     """`series`: key -> (step, value) points, ascending; `shares`: MoE layer -> (step, share of each expert);
-    `loose`: values that no plot can show (lines without a step, words), the last of each."""
+    `loose`: values that cannot be plotted (lines without a step, text), the last of each key."""
 
     series: dict[str, list[Point]] = field(default_factory=dict)
     shares: dict[int, list[tuple[float, list[float]]]] = field(default_factory=dict)

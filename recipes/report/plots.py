@@ -102,7 +102,7 @@ NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps
 
 
 def figures(metrics: Metrics) -> tuple[list[Drawn], list[Drawn]]:
-    """The figures of FIGURES that have data, and one default figure for every other logged key."""
+    """The figures of FIGURES that have data, and a default figure for every other logged key."""
     used: set[str] = set()
     main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
     main += _layer_lines(metrics)
@@ -154,7 +154,7 @@ def _dead_layers(metrics: Metrics) -> str:
 
 
 def _line(label: str, key: str, metrics: Metrics) -> Line:
-    # The schedule and held-out values are exact: a moving average would bend them.
+    # The schedule and held-out values are exact: a moving average would distort them.
     noisy = not key.startswith("eval_") and key != "learning_rate"
     return Line(label, metrics.series[key], noisy)
 

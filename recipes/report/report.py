@@ -130,7 +130,7 @@ def _titles(runs: Sequence[Run], subjects: Mapping[str, str]) -> dict[str, str]:
 
 
 def _contents(views: Sequence[RunView], subjects: Mapping[str, str]) -> list[tuple[str, list[RunView]]]:
-    """The runs by subject, in their order: the training and the evaluation of a stage stand together."""
+    """The runs by subject, in order: the training and the evaluation of a stage appear together."""
     by_subject: dict[tuple[Path, str], list[RunView]] = {}
     for view in views:
         by_subject.setdefault((view.run.path.parent, subjects[view.run.name]), []).append(view)
@@ -177,7 +177,7 @@ def _figures_tables(run: Run, title: str) -> list[Table]:
 
 
 def _rejected(run: Run) -> list[tuple[str, str]]:
-    """Why rows were left out, the most frequent reasons first; those beyond REASONS are added up."""
+    """Why rows were left out, the most frequent reasons first; those beyond REASONS are combined."""
     reasons = run.rejected.most_common()
     listed = [(reason, count(n, "row")) for reason, n in reasons[:REASONS]]
     rest = reasons[REASONS:]

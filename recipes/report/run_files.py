@@ -83,7 +83,7 @@ def open_runs(path: Path) -> list[Run]:
 
 
 def directory_name(path: Path) -> str:
-    """The directory's own name, also of `.` and the like."""
+    """The directory's own name, even for `.` and similar paths."""
     return path.resolve().name or str(path)
 
 
@@ -143,7 +143,7 @@ def _kind(run: Run) -> str:
 
 
 def _note_odd_results(run: Run) -> None:
-    """Note the entries of results.json that no table can show."""
+    """Adds a note for each entry of results.json that no table can show."""
     for section in ("stages", "reward_models"):
         entries = run.results.get(section, {})
         if not isinstance(entries, dict):
@@ -232,7 +232,7 @@ def _read_object(line: bytes) -> Any:
 
 
 def _keep_ends(samples: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
-    """At most MAX_SAMPLES samples, half from each end, so that a long RL run still gives a usable page."""
+    """At most MAX_SAMPLES samples, half from each end, so that the page of a long RL run stays usable."""
     if len(samples) <= MAX_SAMPLES:
         return samples
     half = MAX_SAMPLES // 2

@@ -62,7 +62,7 @@ class Frame:
         return self.height(math.log10(value) if self.log else value)
 
     def height(self, shown: float) -> float:
-        """The place of a value, or of a decade where the scale is logarithmic."""
+        """The y coordinate of a value, or of a decade on a logarithmic scale."""
         low, high = self.y_range
         return BASE - (shown - low) / (high - low) * (BASE - TOP)
 
@@ -78,7 +78,7 @@ def draw(chart: Chart) -> Drawn:
 
 
 def histogram(bars: Sequence[tuple[int, int, int]], limit: int | None, label: str) -> Markup:
-    """Bars of (lowest, highest, rows) over numbers of tokens, and a line at `limit` where rows reach it."""
+    """A bar for each (lowest, highest, rows) by number of tokens, and a line at `limit` if rows reach it."""
     longest = bars[-1][1] + 1
     frame = Frame((0, longest), (0, max(rows for _, _, rows in bars)))
     parts = _axes(frame, "rows", "tokens")
@@ -176,13 +176,13 @@ def _frame(chart: Chart) -> Frame:
     bottom = low if low == 0 and not log else low - margin
     first, last = min(steps), max(steps)
     if last == first:
-        room = max(1.0, 1e-6 * abs(first))  # a float of 16 digits is its own neighbour
+        room = max(1.0, 1e-6 * abs(first))  # adjacent 16-digit floats would be equal
         first, last = first - room, last + room
     return Frame((first, last), (bottom, high + margin), log)
 
 
 def _axes(frame: Frame, y_label: str, x_label: str) -> list[Markup]:
-    """Grid lines with their values, the x axis with its whole numbers, and what each axis shows."""
+    """Grid lines with their values, the x axis with its integers, and the axis labels."""
     parts = []
     levels = ticks(*frame.y_range)
     values = [10**level for level in levels] if frame.log else levels
@@ -211,13 +211,13 @@ def _curve(line: Line, colour: str, frame: Frame) -> Markup:
 
 
 def _dots(points: Sequence[Point], frame: Frame, classes: str, radius: float) -> Markup:
-    # One path of zero-length round strokes is a fifth of the bytes of as many circles.
+    # One path of zero-length round strokes takes a fifth of the bytes of the circles.
     spots = "".join(f"M{frame.x(step):.1f} {frame.y(value):.1f}h0" for step, value in points)
     return tag("path", d=spots, stroke_width=2 * radius, class_=classes)
 
 
 def _cells(rows: Sequence[Sequence[float]], left: float, top: float, width: float, height: float) -> list[Markup]:
-    """One path for each class of load: thousands of cells stay a small page."""
+    """One path per load class, so that thousands of cells still make a small page."""
     gap = 1.0 if width > 4 else 0.0
     outlines: dict[str, list[str]] = {}
     for row, values in enumerate(rows):

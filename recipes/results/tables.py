@@ -55,8 +55,8 @@ def figures_table(
     shares = any(column.kind == SHARE for column in columns)
     cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
     notes = ["Below a share: its 95 % interval, in per cent."] if shares else []
-    notes += ["Cut: the share of answers that were cut at max_new_tokens, where any were."] if any(cut) else []
-    notes += ["No answer was cut at max_new_tokens."] if cut and not any(cut) else []
+    notes += ["Cut: the share of answers cut off at max_new_tokens, if any."] if any(cut) else []
+    notes += ["No answer was cut off at max_new_tokens."] if cut and not any(cut) else []
     return Table(title, [Cell(""), *(column.heading for column in columns)], rows, notes)
 
 

@@ -1,9 +1,10 @@
 """Tokenizers for models that start from random weights: byte-level BPE, quickly trained on the project's own text.
 
-A model that sees only a few thousand sentences cannot learn to spell as well as to add. So digits are single tokens,
-and for the tiny model each span between them is one token: "User: What is |2|3| + |4|5|?\\n\\nAssistant:" is 8 tokens
-with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each as a separate
-text, with the highest weight on words, so that no merge joins a word to its sentence. Other text falls back to bytes.
+A model that sees only a few thousand sentences cannot learn spelling in addition to arithmetic. So digits are single
+tokens, and for the tiny model each span between them is one token: "User: What is |2|3| + |4|5|?\\n\\nAssistant:" is 8
+tokens with the first one. BPE is trained on natural pieces (a template's fixed parts, a word, a clause), each as a
+separate text, with the highest weight on words, so that no merge joins a word to its sentence. Other text falls back to
+bytes.
 """
 
 import re

@@ -20,7 +20,7 @@ def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
 
 
-def said(speaker: str, text: str) -> dict[str, str]:
+def sharegpt_turn(speaker: str, text: str) -> dict[str, str]:
     return {"from": speaker, "value": text}
 
 
@@ -41,7 +41,7 @@ KNOWN = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, assistant("A")]}, "messages", QA),
     (
-        {"conversations": [said("system", "S"), said("human", "Q"), said("gpt", "A")]},
+        {"conversations": [sharegpt_turn("system", "S"), sharegpt_turn("human", "Q"), sharegpt_turn("gpt", "A")]},
         "ShareGPT",
         {"messages": [system("S"), user("Q"), assistant("A")]},
     ),
@@ -93,7 +93,11 @@ KNOWN = [
         PAIR,
     ),
     (
-        {"conversations": [said("human", "Q")], "chosen": said("gpt", "good"), "rejected": said("gpt", "bad")},
+        {
+            "conversations": [sharegpt_turn("human", "Q")],
+            "chosen": sharegpt_turn("gpt", "good"),
+            "rejected": sharegpt_turn("gpt", "bad"),
+        },
         "preference pairs with conversations",
         PAIR,
     ),
@@ -180,7 +184,11 @@ def test_a_transcript_may_be_the_conversation():
             {"prompt": "Ask", "rejected": "Bad", "completion": "chosen"},
         ),
         (
-            {"conversations": [said("human", "Q")], "chosen": said("gpt", "A"), "rejected": said("gpt", "B")},
+            {
+                "conversations": [sharegpt_turn("human", "Q")],
+                "chosen": sharegpt_turn("gpt", "A"),
+                "rejected": sharegpt_turn("gpt", "B"),
+            },
             {},
             {"prompt": "conversations", "completion": "chosen"},
         ),

@@ -17,7 +17,7 @@ def row(text: str = "Q") -> dict:
     return {"question": text, "answer": "A"}
 
 
-def written(path, *lines: str | dict | bytes):
+def write_lines(path, *lines: str | dict | bytes):
     """Write one line for each argument."""
     pieces = [
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
@@ -38,7 +38,7 @@ def failure(path, **settings_) -> str:
 
 
 def test_says_what_it_found(tmp_path):
-    path = written(tmp_path / "a.jsonl", row("1"), "", row("2"), {"prompt": "3"}, "")
+    path = write_lines(tmp_path / "a.jsonl", row("1"), "", row("2"), {"prompt": "3"}, "")
     reader = load_conversations(path)
     assert questions(reader) == ["1", "2", "3"]
     assert reader.summary() == "a.jsonl: question/answer, 2 rows; prompts, 1 row"
@@ -53,12 +53,12 @@ ARRAY = ["[", json.dumps(row("1")) + ",", json.dumps(row("2"), indent=1), "]"]
     "lines", [ARRAY, [row("1"), row("2")], ["\ufeff[", *ARRAY[1:]], ["\ufeff" + json.dumps(row("1")), row("2")]]
 )
 def test_array_and_lines_are_told_apart_by_content(tmp_path, name, lines):
-    assert questions(load_conversations(written(tmp_path / name, *lines))) == ["1", "2"]
+    assert questions(load_conversations(write_lines(tmp_path / name, *lines))) == ["1", "2"]
 
 
 @pytest.mark.parametrize("line", ["{broken", {"Title": "T", "Answer": "A"}])
 def test_a_bad_row_beside_mapped_columns(tmp_path, line):
-    path = written(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"}, line)
+    path = write_lines(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"}, line)
     columns = {"prompt": "Body", "response": "Answer"}
     assert f"{path}:2: " in failure(path, columns=columns)
     reader = load_conversations(path, "skip", columns=columns)
@@ -89,7 +89,7 @@ def test_array_and_lines_give_the_same_rows_however_the_file_is_cut(
     rows = [row(text) for text in words]
     array = tmp_path / "array.json"
     array.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-    lines = written(tmp_path / "lines.jsonl", *(json.dumps(each, ensure_ascii=ascii_only) for each in rows))
+    lines = write_lines(tmp_path / "lines.jsonl", *(json.dumps(each, ensure_ascii=ascii_only) for each in rows))
     assert questions(load_conversations(array)) == questions(load_conversations(lines)) == words
 
 
@@ -113,7 +113,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 def test_bad_line_is_named_in_error_mode_and_left_out_in_skip_mode(tmp_path, line, reason):
-    path = written(tmp_path / "a.jsonl", row("1"), "", line, row("2"))
+    path = write_lines(tmp_path / "a.jsonl", row("1"), "", line, row("2"))
     with pytest.raises(ToolkitError, match=rf"a\.jsonl:3: {reason}"):
         list(load_conversations(path))
     rejected = []
@@ -131,7 +131,7 @@ def test_bad_line_is_named_in_error_mode_and_left_out_in_skip_mode(tmp_path, lin
 
 
 def test_error_mode_lists_ten_and_counts_all(tmp_path):
-    path = written(tmp_path / "a.jsonl", row(), *["{"] * 12, row())
+    path = write_lines(tmp_path / "a.jsonl", row(), *["{"] * 12, row())
     message = failure(path)
     assert message.startswith(f"{path}: 12 of 14 rows cannot be used\n  {path}:2: broken JSON")
     assert f"{path}:11: broken JSON" in message and f"{path}:12:" not in message
@@ -139,14 +139,14 @@ def test_error_mode_lists_ten_and_counts_all(tmp_path):
 
 
 def test_error_mode_yields_nothing_behind_the_first_bad_row(tmp_path):
-    reader = load_conversations(written(tmp_path / "a.jsonl", row("1"), "{", row("2")))
+    reader = load_conversations(write_lines(tmp_path / "a.jsonl", row("1"), "{", row("2")))
     assert questions([next(reader)]) == ["1"]
     with pytest.raises(ToolkitError):
         next(reader)
 
 
 def test_unknown_keys_bring_the_list_of_formats_and_the_mapping(tmp_path):
-    path = written(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"})
+    path = write_lines(tmp_path / "a.jsonl", {"Body": "Q", "Answer": "A"})
     assert "columns" in failure(path) and "question + answer" in failure(path)
     assert questions(load_conversations(path, columns={"prompt": "Body", "response": "Answer"})) == ["Q"]
 
@@ -226,7 +226,7 @@ def test_of_an_array_on_one_line_the_element_is_told(tmp_path):
 
 @pytest.mark.parametrize(("limit", "fails"), [(1, True), (2, False), (0.4, True), (0.5, False), (None, False)])
 def test_max_bad_rows_is_a_number_or_a_share(tmp_path, limit, fails):
-    path = written(tmp_path / "a.jsonl", row(), "{", "{", row())
+    path = write_lines(tmp_path / "a.jsonl", row(), "{", "{", row())
     if fails:
         assert f"max_bad_rows = {limit}" in failure(path, on_bad_row="skip", max_bad_rows=limit)
     else:
@@ -240,7 +240,7 @@ def test_empty_file(tmp_path, content):
 
 
 def test_file_without_a_good_row_fails_in_skip_mode_too(tmp_path):
-    message = failure(written(tmp_path / "a.jsonl", "{", "{"), on_bad_row="skip")
+    message = failure(write_lines(tmp_path / "a.jsonl", "{", "{"), on_bad_row="skip")
     assert "none of 2 rows can be used" in message and "a.jsonl:1: broken JSON" in message
 
 
@@ -249,7 +249,7 @@ def test_wrong_arguments_fail_at_the_call(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("README.md", ".hidden.jsonl", "b.docx", "c.xls", "dataset_infos.json"):
         (tmp_path / "folder" / name).touch()
-    good = written(tmp_path / "a.jsonl", row())
+    good = write_lines(tmp_path / "a.jsonl", row())
     for path, settings_, reason in (
         (tmp_path / "none.jsonl", {}, "none.jsonl: no such file"),
         (tmp_path / "folder", {}, "contains no file of a supported type .*, but b.docx, c.xls"),

@@ -16,7 +16,7 @@ from conversations.formats.turn_reading import Rules
 U, A = "user", "assistant"
 
 
-def said(row: dict, rules: Rules | None = None) -> list[tuple[str, str]]:
+def turns_of(row: dict, rules: Rules | None = None) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in convert_row(row, None, rules)[1]["messages"]]
 
 
@@ -52,7 +52,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "turns"), ROWS)
 def test_forms_of_other_frameworks(row, turns):
-    assert said(row) == turns
+    assert turns_of(row) == turns
 
 
 PAIR = {"prompt": [QA[0]], "chosen": [{"role": A, "content": "good"}], "rejected": [{"role": A, "content": "bad"}]}
@@ -105,8 +105,8 @@ def test_reasoning_is_refused_dropped_or_put_before_the_answer(row):
         BadRow, match=r"has (thinking|reasoning|thought|reasoning_\w+): set format.reasoning to think_tags"
     ):
         convert_row(row)
-    assert said(row, Rules(reasoning="drop")) == [(U, "Q"), (A, "R")]
-    assert said(row, Rules(reasoning="think_tags")) == [(U, "Q"), (A, "<think>\nT\n</think>\n\nR")]
+    assert turns_of(row, Rules(reasoning="drop")) == [(U, "Q"), (A, "R")]
+    assert turns_of(row, Rules(reasoning="think_tags")) == [(U, "Q"), (A, "<think>\nT\n</think>\n\nR")]
     events = []
     convert_row(row, None, Rules(reasoning="drop"), events)
     assert [kind for kind, _ in events] == ["dropped reasoning"]
@@ -115,7 +115,7 @@ def test_reasoning_is_refused_dropped_or_put_before_the_answer(row):
 def test_reasoning_before_a_call():
     call = {"function": {"name": "f", "arguments": "{}"}}
     row = {"messages": [QA[0], {"role": A, "content": None, "reasoning": "T", "tool_calls": [call]}]}
-    assert said(row, Rules(reasoning="think_tags"))[1][1].startswith("<think>\nT\n</think>\n\n<tool_call>\n")
+    assert turns_of(row, Rules(reasoning="think_tags"))[1][1].startswith("<think>\nT\n</think>\n\n<tool_call>\n")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_reasoning_that_belongs_nowhere(row, reason):
 
 @pytest.mark.parametrize("row", [thought(reasoning=""), thought(reasoning=None), {"messages": QA, "reasoning": "on"}])
 def test_no_reasoning(row):
-    assert said(row) == [(U, "Q"), (A, "R")]
+    assert turns_of(row) == [(U, "Q"), (A, "R")]
 
 
 # --- media, roles, places
@@ -177,7 +177,7 @@ def test_refused_by_name(row, reason):
     "row", [{"messages": QA, "images": [], "audio": None}, {"messages": QA, "files": {"path": "a.py"}}]
 )
 def test_columns_without_media(row):
-    assert said(row) == [(U, "Q"), (A, "R")]
+    assert turns_of(row) == [(U, "Q"), (A, "R")]
 
 
 def test_roles_of_the_files_own(tmp_path):
@@ -234,4 +234,4 @@ def test_what_is_null_is_named(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", '["a", "b"]', '[{"a": 1}]', "[1, 2] are numbers", '[{"role": "user"}]'])
 def test_a_question_that_is_json_is_a_question(text: str) -> None:
-    assert said({"prompt": text, "completion": "Yes."}) == [(U, text), (A, "Yes.")]
+    assert turns_of({"prompt": text, "completion": "Yes."}) == [(U, text), (A, "Yes.")]

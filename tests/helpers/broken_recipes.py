@@ -1,5 +1,5 @@
-"""Recipes of every kind, small enough to run in a second, and each with one thing broken: what `dsv2 check` and the run
-must judge alike."""
+"""Recipes of every kind that run in a second, each with one thing broken: `dsv2 check` and the run must agree on
+them."""
 
 import copy
 import json

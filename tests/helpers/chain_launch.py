@@ -1,12 +1,12 @@
-"""The demo chain stopped in every stage, started again, and compared with one that was not.
+"""The demo chain stopped in every stage, started again, and compared with an uninterrupted one.
 
     python -m tests.helpers.chain_launch DIR              one stop in each stage, as test_chain_resume.py does
     python -m tests.helpers.chain_launch DIR --every      SIGINT, SIGTERM, SIGKILL and a full disk in each stage
     python -m tests.helpers.chain_launch DIR --kills 5    the demo itself, killed at random moments
     python -m tests.helpers.chain_launch DIR --kills 5 stages.sft.training.max_steps=70    a shorter one
 
-Every run is a process of its own, forked from this one when the libraries are imported, and goes the whole way of
-`dsv2 run recipes/tiny/chain.yaml`.
+Every run is a separate process, forked from this one after the libraries are imported, and does everything that
+`dsv2 run recipes/tiny/chain.yaml` does.
 """
 
 import argparse

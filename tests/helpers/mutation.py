@@ -1,8 +1,8 @@
-"""Mutation testing: a sample of the mutants of an area's files, and which of them its tests do not notice.
+"""Mutation testing: a sample of the mutants of an area's files, and which of them its tests do not detect.
 
     python -m tests.helpers.mutation answers --sample 40    (needs the extra `mutation`; CONTRIBUTING.md has the shares)
 
-mutmut makes the mutants, in a copy of the tracked files below build/mutation, and runs the tests that reach each.
+mutmut creates the mutants in a copy of the tracked files in build/mutation, and runs the tests that reach each.
 Mutants that only change the words of a message are left out.
 """
 

@@ -1,10 +1,10 @@
-"""Runs that are killed with SIGKILL, started again, and compared with one that was not.
+"""Runs that are killed with SIGKILL, started again, and compared with an uninterrupted one.
 
     python -m tests.helpers.resume_launch DIR               at the moments of `MOMENTS`, as test_resume.py does
     python -m tests.helpers.resume_launch DIR --kills 20    at random moments, from the command's start to its end
 
-Every run is a process of its own, forked from this one when the libraries are imported, and goes the whole way of
-`dsv2 sft`: recipe, data, model, training, final/.
+Every run is a separate process, forked from this one after the libraries are imported, and does everything that
+`dsv2 sft` does: recipe, data, model, training, final/.
 """
 
 import argparse

@@ -287,15 +287,15 @@ def test_micro_batches_of_labels_that_are_shifted_already():
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was said, each time that it would be said for the first time."""
+def warnings_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The messages passed to `warning_once`, including repeated ones."""
     texts: list[str] = []
     monkeypatch.setattr(modeling.logger, "warning_once", texts.append)
     return texts
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_loss_that_nobody_adds_is_said(said: list[str], checkpointing: bool):
+def test_a_loss_that_nobody_adds_is_said(warnings_once: list[str], checkpointing: bool):
     """TRL's trainers call the backbone past the model's own forward."""
     model, ids = small_model(**ALL_ON).train(), random_ids(1, 7)
     if checkpointing:
@@ -307,25 +307,27 @@ def test_a_loss_that_nobody_adds_is_said(said: list[str], checkpointing: bool):
     with torch.no_grad():
         model.model(ids)
     model.eval().model(ids)
-    assert said == []
+    assert warnings_once == []
     model.train().model(ids).last_hidden_state.sum().backward()
     model(ids).logits.sum().backward()
-    assert len(said) == 2 and all("class MyTrainer(RunTrainerMixin, SFTTrainer)" in text for text in said)
+    assert len(warnings_once) == 2 and all(
+        "class MyTrainer(RunTrainerMixin, SFTTrainer)" in text for text in warnings_once
+    )
 
 
-def test_without_coefficients_nothing_is_said(said: list[str]):
+def test_without_coefficients_nothing_is_said(warnings_once: list[str]):
     model, ids = small_model(**ALL_OFF).train(), random_ids(1, 7)
     model.model(ids)
-    assert said == []
+    assert warnings_once == []
 
 
-def test_a_score_without_labels_is_said(said: list[str]):
+def test_a_score_without_labels_is_said(warnings_once: list[str]):
     """TRL's RewardTrainer makes its loss from the logits."""
     model = small_model(DeepseekV2ForSequenceClassification, num_labels=1, pad_token_id=1, **ALL_ON).train()
     model(random_ids(2, 6), labels=torch.zeros(2))
-    assert said == []
+    assert warnings_once == []
     model(random_ids(2, 6))
-    assert len(said) == 1
+    assert len(warnings_once) == 1
 
 
 # Gradient checkpointing

@@ -19,7 +19,7 @@ NEW_FORM = {**{k: v for k, v in YARN.items() if k != "type"}, "rope_type": "yarn
 WITHOUT_ROPE = {key: value for key, value in SMALL.items() if key != "rope_scaling"}
 
 
-def written(directory: Path, **settings: Any) -> Path:
+def write_config(directory: Path, **settings: Any) -> Path:
     (directory / "config.json").write_text(json.dumps({"model_type": "deepseek_v2", **WITHOUT_ROPE, **settings}))
     return directory
 
@@ -28,10 +28,10 @@ def written(directory: Path, **settings: Any) -> Path:
 
 
 def test_both_forms_are_read(tmp_path: Path):
-    released = DeepseekV2Config.from_pretrained(written(tmp_path, rope_scaling=YARN, rope_theta=5000.0))
-    new = DeepseekV2Config.from_pretrained(written(tmp_path, rope_parameters=NEW_FORM))
+    released = DeepseekV2Config.from_pretrained(write_config(tmp_path, rope_scaling=YARN, rope_theta=5000.0))
+    new = DeepseekV2Config.from_pretrained(write_config(tmp_path, rope_parameters=NEW_FORM))
     both = DeepseekV2Config.from_pretrained(
-        written(tmp_path, rope_scaling=YARN, rope_theta=5000.0, rope_parameters=NEW_FORM)
+        write_config(tmp_path, rope_scaling=YARN, rope_theta=5000.0, rope_parameters=NEW_FORM)
     )
     assert released.rope_parameters == new.rope_parameters == both.rope_parameters == NEW_FORM
 
@@ -58,7 +58,7 @@ def test_yarn_without_its_length(tmp_path: Path):
 
 @pytest.mark.parametrize("absent", [{}, {"rope_scaling": None, "rope_theta": 10000}])
 def test_without_scaling(tmp_path: Path, absent: dict[str, Any]):
-    config = DeepseekV2Config.from_pretrained(written(tmp_path, **absent))
+    config = DeepseekV2Config.from_pretrained(write_config(tmp_path, **absent))
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000}
     assert config.rope_scaling is None
     steps = torch.arange(0, SMALL["qk_rope_head_dim"], 2) / SMALL["qk_rope_head_dim"]
@@ -220,7 +220,7 @@ def test_yarn_is_the_official(case: str):
 @pytest.mark.parametrize("name", ["aux_loss_alpha", "device_aux_loss_alpha", "routed_scaling_factor"])
 def test_whole_numbers_are_numbers(tmp_path: Path, name: str):
     """JSON and YAML write 0 and 16 where they mean 0.0 and 16.0."""
-    config = DeepseekV2Config.from_pretrained(written(tmp_path, **{name: 0}))
+    config = DeepseekV2Config.from_pretrained(write_config(tmp_path, **{name: 0}))
     setattr(config, name, 16)
     assert getattr(DeepseekV2Config.from_pretrained(tmp_path, **{name: 16}), name) == getattr(config, name) == 16
 
@@ -252,7 +252,7 @@ def test_refused(tmp_path: Path, settings: dict[str, Any], named: list[str]):
     with pytest.raises(ModelError) as made:
         small_config(**settings)
     with pytest.raises(ModelError) as read:
-        DeepseekV2Config.from_pretrained(written(tmp_path, rope_theta=10000, **settings))
+        DeepseekV2Config.from_pretrained(write_config(tmp_path, rope_theta=10000, **settings))
     for word in named:
         assert word in str(made.value) and word in str(read.value)
 

@@ -92,7 +92,7 @@ PLACE = {"ended": "run", "stopped": "run", "measured": "figures", "chained": "ch
 EXPERTS = {"targets": ["experts"], "r": 2, "experts_file": "chosen/experts.json"}
 
 
-def written(name: str, kind: str, **changes: Any) -> str:
+def write_recipe(name: str, kind: str, **changes: Any) -> str:
     Path(f"{name}.yaml").write_text(json.dumps({**RECIPES[kind], "output_dir": "o", **changes}))
     return f"{name}.yaml"
 
@@ -106,10 +106,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setattr("sft.stage.SAMPLE_TOKENS", 2)
         training = {**RECIPES["sft"]["training"], "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-        assert main(["sft", written("sft", "sft", output_dir="run", training=training)]) == 0
-        assert main(["reward", written("reward", "reward", output_dir="whole/scorer")]) == 0
-        assert main(["eval", written("eval", "eval", output_dir="figures")]) == 0
-        assert main(["run", written("chain", "chain", output_dir="chain")]) == 0
+        assert main(["sft", write_recipe("sft", "sft", output_dir="run", training=training)]) == 0
+        assert main(["reward", write_recipe("reward", "reward", output_dir="whole/scorer")]) == 0
+        assert main(["eval", write_recipe("eval", "eval", output_dir="figures")]) == 0
+        assert main(["run", write_recipe("chain", "chain", output_dir="chain")]) == 0
         for name, place in PLACE.items():
             shutil.copytree(place, f"whole/{name}")
         shutil.copytree("run/final", "whole/adapter")
@@ -121,11 +121,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("whole/chosen").mkdir()
         Path("whole/chosen/experts.json").write_text(json.dumps({"experts": {"1": [0, 1]}, "shared_experts": False}))
         Dataset.from_list(conversations(4)).save_to_disk("whole/saved")
-        written("on_adapter", "sft", model={"path": "adapter"})
-        written("on_model", "sft", model={"path": "model"})
-        written("with_scorer", "rl", rewards=[{"model": "scorer"}])
-        written("on_experts", "sft", lora=EXPERTS)
-        written("on_saved", "sft", data=[{"path": "saved"}])
+        write_recipe("on_adapter", "sft", model={"path": "adapter"})
+        write_recipe("on_model", "sft", model={"path": "model"})
+        write_recipe("with_scorer", "rl", rewards=[{"model": "scorer"}])
+        write_recipe("on_experts", "sft", lora=EXPERTS)
+        write_recipe("on_saved", "sft", data=[{"path": "saved"}])
     return folder
 
 

@@ -56,8 +56,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """told(command, recipe) is the exit code, once it is sure that the message is one of ours."""
+def exit_code_of(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """exit_code_of(command, recipe) checks that the message is one of ours and returns the exit code."""
     monkeypatch.chdir(world)
     monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 2)
 
@@ -77,17 +77,17 @@ def told(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_whole_recipe_runs(told: Any, kind: str) -> None:
+def test_a_whole_recipe_runs(exit_code_of: Any, kind: str) -> None:
     recipe = RECIPES[kind]
-    assert told("check", recipe) == told(COMMAND.get(recipe["stage"], recipe["stage"]), recipe) == 0
+    assert exit_code_of("check", recipe) == exit_code_of(COMMAND.get(recipe["stage"], recipe["stage"]), recipe) == 0
 
 
 @pytest.mark.parametrize(("kind", "changes"), sample(), ids=lambda value: str(value)[:80])
-def test_check_is_right(told: Any, kind: str, changes: dict[Path_, Any]) -> None:
+def test_check_is_right(exit_code_of: Any, kind: str, changes: dict[Path_, Any]) -> None:
     """What check refuses the run refuses too, by the same code; what it lets pass must run."""
     recipe = broken(RECIPES[kind], changes)
     stage = recipe.get("stage")
     command = COMMAND.get(stage, stage) if stage in (*COMMAND, "sft", "reward", "rl", "eval") else "sft"
-    checked = told("check", recipe)
+    checked = exit_code_of("check", recipe)
     if checked == 0 or not WIDE:
-        assert told(command, recipe) == checked
+        assert exit_code_of(command, recipe) == checked

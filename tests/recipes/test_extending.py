@@ -73,8 +73,8 @@ def follow(home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each command said, by section."""
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The output of each command, by section."""
     home = tmp_path_factory.mktemp("copy")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, home / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -94,9 +94,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_each_extension_does_what_the_page_says(section: str, told: dict[str, list[str]]):
+def test_each_extension_does_what_the_page_says(section: str, outputs: dict[str, list[str]]):
     assert commands(section)
-    for command, said in zip(commands(section), told[section], strict=True):
+    for command, said in zip(commands(section), outputs[section], strict=True):
         expected = "\n".join(command.expected)
         pattern = ".*".join(map(re.escape, expected.split("...")))
         assert re.fullmatch(pattern, said.strip("\n"), re.DOTALL), f"$ {command.line}\n{said}\nis not\n{expected}"

@@ -45,7 +45,7 @@ WEIGHTS = (
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_and_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an adapter run on it."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
@@ -61,9 +61,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def dsv2(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def dsv2(
+    base_and_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Runs a command that must end with 2; the line it says."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(base_and_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     config = Path("run/final/adapter_config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))

@@ -24,17 +24,17 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "base"
     make_model(folder, "tiny", 0)
     return folder
 
 
 @pytest.fixture
-def said(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+def error_line(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
     """The one line of a command that ends with exit code 2, and leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(made, "m")
+    shutil.copytree(base_model, "m")
 
     def run(*words: str) -> str:
         capsys.readouterr()
@@ -81,10 +81,10 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", VALUES)
-def test_values_of_a_config(said: Callable[..., str], key: str) -> None:
+def test_values_of_a_config(error_line: Callable[..., str], key: str) -> None:
     edit("config.json", **{key: VALUES[key]})
     for command in (CHAT, MERGE):
-        line = said(*command)
+        line = error_line(*command)
         assert line.startswith("error: m")
         assert key.strip("_").replace("compression", "quantization") in line
 
@@ -101,17 +101,17 @@ def test_values_of_a_config(said: Callable[..., str], key: str) -> None:
         ({"type": ["yarn"], "factor": 4}, "rope_scaling.type is ['yarn']"),
     ],
 )
-def test_values_of_rope(said: Callable[..., str], setting: Any, named: str) -> None:
+def test_values_of_rope(error_line: Callable[..., str], setting: Any, named: str) -> None:
     edit("config.json", rope_scaling=setting, rope_parameters=None)
-    assert named in said(*CHAT)
-    assert named in said(*MERGE)
+    assert named in error_line(*CHAT)
+    assert named in error_line(*MERGE)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"a"', "[" * 10**5, '{"hidden_size": 1' + "0" * 5000 + "}", "\0"])
-def test_what_is_no_config(said: Callable[..., str], text: str) -> None:
+def test_what_is_no_config(error_line: Callable[..., str], text: str) -> None:
     Path("m/config.json").write_text(text)
-    assert "m/config.json" in said(*CHAT)
-    assert "m/config.json" in said(*MERGE)
+    assert "m/config.json" in error_line(*CHAT)
+    assert "m/config.json" in error_line(*MERGE)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_what_is_no_config(said: Callable[..., str], text: str) -> None:
         ("temperature", "hot"),
     ],
 )
-def test_values_of_a_generation_config(said: Callable[..., str], key: str, value: Any) -> None:
+def test_values_of_a_generation_config(error_line: Callable[..., str], key: str, value: Any) -> None:
     edit("generation_config.json", **{key: value})
     recipe = {"stage": "sft", "model": {"path": "m"}, "data": [{"path": "tiny:sft_train?n=4"}], "output_dir": "run"}
     Path("sft.yaml").write_text(json.dumps(recipe))
     for command in (CHAT, ("check", "sft.yaml")):
-        assert "m/generation_config.json" in said(*command)
+        assert "m/generation_config.json" in error_line(*command)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\0"])
-def test_what_is_no_generation_config(said: Callable[..., str], text: str) -> None:
+def test_what_is_no_generation_config(error_line: Callable[..., str], text: str) -> None:
     Path("m/generation_config.json").write_text(text)
-    assert "m/generation_config.json" in said(*CHAT)
+    assert "m/generation_config.json" in error_line(*CHAT)
 
 
 @pytest.mark.parametrize(
@@ -158,16 +158,16 @@ def test_what_is_no_generation_config(said: Callable[..., str], text: str) -> No
         ("tokenizer_config.json", '{"a":' * 50_000 + "1" + "}" * 50_000),
     ],
 )
-def test_what_is_no_tokenizer(said: Callable[..., str], file: str, text: str) -> None:
+def test_what_is_no_tokenizer(error_line: Callable[..., str], file: str, text: str) -> None:
     Path("m", file).write_text(text)
-    assert said(*CHAT).startswith("error: m: no tokenizer can be loaded (")
+    assert error_line(*CHAT).startswith("error: m: no tokenizer can be loaded (")
 
 
-def test_templates_that_fail_in_their_own_way(said: Callable[..., str]) -> None:
+def test_templates_that_fail_in_their_own_way(error_line: Callable[..., str]) -> None:
     Path("m/chat_template.jinja").write_text("{% for i in range(10**9) %}a{% endfor %}")
-    assert "the model's own chat template rejects this conversation" in said(*CHAT)
+    assert "the model's own chat template rejects this conversation" in error_line(*CHAT)
     Path("m/chat_template.jinja").write_bytes(b"\xff\xfe")
-    assert "m/chat_template.jinja: not UTF-8" in said(*MERGE)
+    assert "m/chat_template.jinja: not UTF-8" in error_line(*MERGE)
 
 
 def split() -> dict[str, Any]:
@@ -184,22 +184,22 @@ def split() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("value", [3, None, "../base/model.safetensors", "config.json", ["a"], "absent.safetensors"])
-def test_an_index_that_names_no_shards(said: Callable[..., str], value: Any) -> None:
+def test_an_index_that_names_no_shards(error_line: Callable[..., str], value: Any) -> None:
     index = split()
     Path("m", INDEX).write_text(json.dumps({**index, "weight_map": dict.fromkeys(index["weight_map"], value)}))
     for command in (CHAT, MERGE):
-        assert "index" in (line := said(*command)) or "absent.safetensors" in line
+        assert "index" in (line := error_line(*command)) or "absent.safetensors" in line
 
 
 @pytest.mark.parametrize("text", ["[]", "x", "{}", '{"weight_map": ["a"]}', '{"weight_map": {}}', "[" * 10**5])
-def test_what_is_no_index(said: Callable[..., str], text: str) -> None:
+def test_what_is_no_index(error_line: Callable[..., str], text: str) -> None:
     split()
     Path("m", INDEX).write_text(text)
     for command in (CHAT, MERGE):
-        assert f"m/{INDEX}" in said(*command)
+        assert f"m/{INDEX}" in error_line(*command)
 
 
-def test_a_tensor_in_two_shards(said: Callable[..., str]) -> None:
+def test_a_tensor_in_two_shards(error_line: Callable[..., str]) -> None:
     index = split()
     Path("m", INDEX).write_text(json.dumps(index))
     second = Path("m/model-00002-of-00002.safetensors")
@@ -207,10 +207,10 @@ def test_a_tensor_in_two_shards(said: Callable[..., str]) -> None:
     name = min(first)
     save_file({**load_file(second), name: first[name] + 1}, second, {"format": "pt"})
     for command in (CHAT, MERGE):
-        assert f"{name} is in another file of the model too" in said(*command)
+        assert f"{name} is in another file of the model too" in error_line(*command)
 
 
-def test_one_file_goes_before_shards_as_in_transformers(said: Callable[..., str], capsys: Any) -> None:
+def test_one_file_goes_before_shards_as_in_transformers(error_line: Callable[..., str], capsys: Any) -> None:
     whole = shutil.copy(f"m/{WEIGHTS}", "whole")
     Path("m", INDEX).write_text(json.dumps(split()))
     shutil.copy(whole, f"m/{WEIGHTS}")
@@ -223,23 +223,23 @@ def test_one_file_goes_before_shards_as_in_transformers(said: Callable[..., str]
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.complex64]
 )
-def test_weights_that_are_no_numbers_as_they_are(said: Callable[..., str], dtype: torch.dtype) -> None:
+def test_weights_that_are_no_numbers_as_they_are(error_line: Callable[..., str], dtype: torch.dtype) -> None:
     tensors = load_file(f"m/{WEIGHTS}")
     save_file({**tensors, GATE: tensors[GATE].to(dtype)}, f"m/{WEIGHTS}", {"format": "pt"})
     for command in (CHAT, MERGE):
-        line = said(*command)
+        line = error_line(*command)
         assert GATE in line and "quantised" in line
 
 
-def test_a_header_of_any_depth(said: Callable[..., str]) -> None:
+def test_a_header_of_any_depth(error_line: Callable[..., str]) -> None:
     Path("m", WEIGHTS).write_bytes(struct.pack("<Q", 50_000) + b"[" * 50_000)
     for command in (CHAT, MERGE):
-        assert f"m/{WEIGHTS}" in said(*command)
+        assert f"m/{WEIGHTS}" in error_line(*command)
 
 
 @pytest.fixture(scope="module")
-def adapter(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model: Any = apply_lora(load_base(str(made)), lora_config(("attention", "experts"), 2))
+def adapter(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model: Any = apply_lora(load_base(str(base_model)), lora_config(("attention", "experts"), 2))
     model.save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
     return folder
 
@@ -259,12 +259,12 @@ def adapter(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("alpha_pattern", [1]),
     ],
 )
-def test_ranks_and_alphas_of_an_adapter(said: Callable[..., str], adapter: Path, key: str, value: Any) -> None:
+def test_ranks_and_alphas_of_an_adapter(error_line: Callable[..., str], adapter: Path, key: str, value: Any) -> None:
     shutil.copytree(adapter, "a")
     config = json.loads(Path("a/adapter_config.json").read_text())
     Path("a/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "m", key: value}))
     for words in (("chat", "a", "--prompt", "Hi"), ("merge", "a", "o"), ("export", "a", "o"), ("import", "a", "o")):
-        assert f"a/adapter_config.json: {key}" in said(*words)
+        assert f"a/adapter_config.json: {key}" in error_line(*words)
 
 
 VALUE = st.recursive(
@@ -276,12 +276,12 @@ VALUE = st.recursive(
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_value_of_a_config_is_read_or_refused(made: Path, tmp_path: Path, data: st.DataObject) -> None:
-    config = json.loads((made / "config.json").read_text())
+def test_any_value_of_a_config_is_read_or_refused(base_model: Path, tmp_path: Path, data: st.DataObject) -> None:
+    config = json.loads((base_model / "config.json").read_text())
     key = data.draw(st.sampled_from([*sorted(config), "rope_scaling", "quantization_config", "head_dim", "to_dict"]))
     changed = {**config, key: data.draw(VALUE)}
     (tmp_path / "config.json").write_text(json.dumps(changed))
-    shutil.copy(made / WEIGHTS, tmp_path / WEIGHTS)
+    shutil.copy(base_model / WEIGHTS, tmp_path / WEIGHTS)
     try:
         found = read_settings(str(tmp_path))
         check_weights(str(tmp_path), found, "causal_lm")

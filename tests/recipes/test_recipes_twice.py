@@ -20,7 +20,7 @@ RL = {"stage": "rl", "model": {"path": "m"}, "output_dir": "o", "data": [{"path"
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -36,7 +36,7 @@ def make_stage(path: Path, stage: str, metrics: list[dict], samples: list[dict] 
     return path
 
 
-def said(prompt: str, completion: str, **more: object) -> dict:
+def sample(prompt: str, completion: str, **more: object) -> dict:
     return {"prompt": prompt, "completion": completion, **more}
 
 
@@ -81,7 +81,7 @@ def chain(tmp_path: Path) -> Path:
     train = [{"step": step, "loss": 3 / step, "learning_rate": 1e-3} for step in range(1, 50)]
     make_stage(root / "sft", "sft", [*train, {"step": 50, "eval_loss": 0.75}])
     for name, answer in (("eval_sft", "the SFT answer"), ("eval_rl_reasoning", "the RL answer")):
-        make_stage(root / name, "eval", [], [said("What is 1 + 2?", answer, task="exact_match", value=1.0)])
+        make_stage(root / name, "eval", [], [sample("What is 1 + 2?", answer, task="exact_match", value=1.0)])
     (root / "recipe.yaml").write_text(json.dumps(CHAIN))
     (root / "manifest.json").write_text("{}")
     (root / "results.json").write_text(json.dumps(RESULTS))
@@ -206,13 +206,13 @@ def test_html_in_every_input_is_escaped(tmp_path: Path) -> None:
         tmp_path / "a<b>",
         "rl",
         [{"step": s, "reward": s, f"rewards/{ATTACK}/mean": s, ATTACK: s} for s in (1, 2)] + [{ATTACK: ATTACK}],
-        [said(ATTACK, ATTACK, step=s, reference=ATTACK, rewards={ATTACK: 1}, task=ATTACK) for s in (1, 2)],
+        [sample(ATTACK, ATTACK, step=s, reference=ATTACK, rewards={ATTACK: 1}, task=ATTACK) for s in (1, 2)],
     )
     (run / "recipe.yaml").write_text(f"stage: rl\nx: {json.dumps(ATTACK)}\n")
     (run / "manifest.json").write_text(json.dumps({ATTACK: ATTACK, "command": ATTACK + "\n" + ATTACK}))
     lines(run / "rejected.jsonl", [{"reason": ATTACK}])
     (run / "results.json").write_text(json.dumps({"stages": {ATTACK: {ATTACK: ATTACK}}, ATTACK: ATTACK}))
-    other = make_stage(tmp_path / "b", "eval", [], [said(ATTACK, ATTACK, task=ATTACK)])
+    other = make_stage(tmp_path / "b", "eval", [], [sample(ATTACK, ATTACK, task=ATTACK)])
     page = page_of(run, other)
     assert "<script" not in page and "<img" not in page
     assert page.count("&lt;script&gt;") > 10
@@ -243,7 +243,7 @@ def test_no_text_leaves_its_place(attack: str, tmp_path: Path) -> None:
             tmp_path / name / text.replace("/", "-"),
             "rl",
             [{"step": s, "loss": s, f"rewards/{text}/mean": s, text: s, f"eval_{text}_loss": s} for s in (1, 2)],
-            [said(text, text, step=s, reference=text, rewards={text: 1}, task=text, decoding=text) for s in (1, 2)],
+            [sample(text, text, step=s, reference=text, rewards={text: 1}, task=text, decoding=text) for s in (1, 2)],
         )
         (run / "recipe.yaml").write_text(f"stage: rl\nx: {json.dumps(text)}\n")
         (run / "manifest.json").write_text(
@@ -333,7 +333,7 @@ def test_rows_left_out_are_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_text_that_utf8_or_html_cannot_hold(tmp_path: Path) -> None:
-    run = make_stage(tmp_path / "run", "sft", [], [said("p", "\ud800\x00\u202eok", step=s) for s in (0, 1)])
+    run = make_stage(tmp_path / "run", "sft", [], [sample("p", "\ud800\x00\u202eok", step=s) for s in (0, 1)])
     page = page_of(run)
     assert "\ufffd\ufffd\ufffdok" in page and "\x00" not in page
 
@@ -438,9 +438,9 @@ def test_no_torch_is_imported() -> None:
 
 def test_the_reason_for_a_reward_stands_beside_it() -> None:
     rewards = {"rewards": {"math": 1.0, "helpful": 0.25}, "reasons": {"math": "'42' equals the reference"}}
-    gallery = within_run(answers([said("6 * 7?", "42", step=step, **rewards) for step in (1, 2)]))
+    gallery = within_run(answers([sample("6 * 7?", "42", step=step, **rewards) for step in (1, 2)]))
     assert gallery is not None
     for column in gallery.rows[0].completions:
         assert column is not None and column.marks == ["math 1 ('42' equals the reference)", "helpful 0.25"]
-    odd = within_run(answers([said("6 * 7?", "42", step=step, rewards={"math": 1}, reasons="x") for step in (1, 2)]))
+    odd = within_run(answers([sample("6 * 7?", "42", step=step, rewards={"math": 1}, reasons="x") for step in (1, 2)]))
     assert odd is not None and odd.rows[0].completions[0] is not None and odd.rows[0].completions[0].marks == ["math 1"]

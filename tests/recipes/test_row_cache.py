@@ -72,7 +72,7 @@ def read(path: Path, cache: RowCache | None, reasoning: Any = "drop") -> Mixture
     return read_sources([entry], 0, refuse=no_answer, reasoning=reasoning, cache=cache, refuses_by="sft")
 
 
-def told(mixture: Mixture) -> list[Any]:
+def contents_of(mixture: Mixture) -> list[Any]:
     return [list(mixture.rows), mixture.rejected, mixture.files, mixture.lines]
 
 
@@ -103,7 +103,7 @@ def test_what_is_found_is_what_was_read_and_encoded_row_by_row(
         return
     made, found = read(path, cache, reasoning), read(path, cache, reasoning)
     assert "reused from" in found.read and "reused from" not in made.read
-    assert told(plain) == told(made) == told(found)
+    assert contents_of(plain) == contents_of(made) == contents_of(found)
     expected, report = one_by_one(plain.rows, **form)
     if not expected:
         with pytest.raises(ToolkitError, match="no row is left"):

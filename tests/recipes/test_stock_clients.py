@@ -72,7 +72,7 @@ print(json.dumps([ids.tolist(), prompts, told]))
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """base, full and LoRA runs, a merge, an export, and reward models with all weights and with an adapter."""
     home = tmp_path_factory.mktemp("written")
     lora = "lora={targets: [attention, experts, shared_experts, dense], r: 2, alpha: 4}"
@@ -97,8 +97,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-def test_stock_classes_read_all_of_it_and_give_the_same(written: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STOCK], cwd=written, capture_output=True, text=True)
+def test_stock_classes_read_all_of_it_and_give_the_same(checkpoints: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STOCK], cwd=checkpoints, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     ids, prompts, told = json.loads(done.stdout.splitlines()[-1])
     assert len(set(prompts.values())) == 1 and "User: 17 + 25?\n\nAssistant:" in prompts["served"]
@@ -121,9 +121,9 @@ def test_stock_classes_read_all_of_it_and_give_the_same(written: Path) -> None:
     assert score_sequences(ours["reward/final"], rows, pad_token_id=2) == pytest.approx(scores, abs=1e-5)
 
 
-def test_trl_takes_a_reward_model_by_its_path(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_takes_a_reward_model_by_its_path(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewards of GRPO are our scores of what was said, whatever the padding."""
-    monkeypatch.chdir(written)
+    monkeypatch.chdir(checkpoints)
     tokenizer = AutoTokenizer.from_pretrained("reward/final")
     trainer = GRPOTrainer(
         "base",

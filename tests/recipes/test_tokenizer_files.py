@@ -42,7 +42,7 @@ def token(content: str) -> dict[str, Any]:
     return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False}
 
 
-def written(folder: Path) -> dict[str, Any]:
+def tokenizer_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
 
 
@@ -52,7 +52,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released") / "base"
     make_model(folder, "tiny", 0)
     (folder / "chat_template.jinja").unlink()
-    names = {key: token(written(folder)[key]) for key in ("bos_token", "eos_token", "pad_token")}
+    names = {key: token(tokenizer_config(folder)[key]) for key in ("bos_token", "eos_token", "pad_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps({**RELEASED, **names}), encoding="utf-8")
     return folder
 
@@ -83,7 +83,7 @@ def test_every_directory_carries_the_sources_files(dsv2: Callable[..., int], rel
     assert dsv2("export", "run", "served") == 0
     folders = [Path(run, part) for run in ("full", "run", "next") for part in ("checkpoint-2", "final")]
     for folder in (*folders, Path("next/base"), Path("merged"), Path("copied"), Path("served")):
-        assert written(folder) == written(released), folder
+        assert tokenizer_config(folder) == tokenizer_config(released), folder
         assert (folder / "tokenizer.json").read_bytes() == (released / "tokenizer.json").read_bytes()
         assert (folder / "chat_template.jinja").is_file() or folder == Path("served")
 
@@ -127,18 +127,22 @@ def test_a_template_of_old_runs_loses_its_marks_in_a_merge(dsv2: Callable[..., i
 def test_only_what_changed_is_written_over(released: Path, tmp_path: Path) -> None:
     """A padding token that the source does not have; a token that was added; no keys of code or of this machine."""
     base = shutil.copytree(released, tmp_path / "base")
-    source = {key: value for key, value in written(base).items() if key != "pad_token"}
+    source = {key: value for key, value in tokenizer_config(base).items() if key != "pad_token"}
     extra = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "is_local": True, "padding_side": "right"}
     (base / "tokenizer_config.json").write_text(json.dumps({**source, **extra}), encoding="utf-8")
     tokenizer = load_tokenizer(ModelSource(str(base)))
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
     save_tokenizer(tokenizer, tmp_path / "a")
-    assert written(tmp_path / "a") == {**source, "padding_side": "right", "pad_token": source["eos_token"]["content"]}
+    assert tokenizer_config(tmp_path / "a") == {
+        **source,
+        "padding_side": "right",
+        "pad_token": source["eos_token"]["content"],
+    }
     tokenizer.add_tokens(["<new>"])
     save_tokenizer(tokenizer, tmp_path / "b")
     assert AutoTokenizer.from_pretrained(tmp_path / "b").convert_tokens_to_ids("<new>") == len(tokenizer) - 1
-    assert written(tmp_path / "b")["add_bos_token"] is True
+    assert tokenizer_config(tmp_path / "b")["add_bos_token"] is True
 
 
 def test_chat_keeps_a_models_own_template_and_training_says_that_it_does_not(

@@ -194,18 +194,18 @@ BENCH = [
 LABELS = [{"prompt": f"{n}?", "completion": "x" * n, "label": n % 2} for n in range(1, 5)]
 
 
-def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_rewardbench_2_rows_are_read(tmp_path: Path) -> None:
-    rows = list(load_conversations(written(tmp_path / "bench.jsonl", BENCH)))
+    rows = list(load_conversations(write_rows(tmp_path / "bench.jsonl", BENCH)))
     assert [answer[0]["content"] for answer in rows[-1]["right_answers"]] == ["red", "blue"]
     assert rows[0]["meta"] == {"id": "0", "subset": "Math"} and len(rows[0]["wrong_answers"]) == 3
     twice = {**BENCH[0], "rejected": ["1", "b"]}
     with pytest.raises(ValueError, match="same answer is among the right and the wrong"):
-        list(load_conversations(written(tmp_path / "twice.jsonl", [twice])))
+        list(load_conversations(write_rows(tmp_path / "twice.jsonl", [twice])))
 
 
 def test_the_command_on_every_kind_of_verdict(
@@ -218,7 +218,7 @@ def test_the_command_on_every_kind_of_verdict(
     scored = [{"prompt": f"{n}", "completion": "x" * n, "score": n} for n in range(1, 5)]
     files = {"bench": BENCH, "labels": LABELS, "pairs": pairs, "scores": scored}
     for name, rows in files.items():
-        written(tmp_path / f"{name}.jsonl", rows)
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     tasks = [{"name": name, "metric": "reward", "data": [{"path": f"{name}.jsonl"}]} for name in files]
     recipe = {"stage": "eval", "model": {"path": "rm"}, "tasks": tasks, "output_dir": "run"}
     Path("e.yaml").write_text(json.dumps(recipe))
@@ -242,7 +242,7 @@ def test_rows_without_a_verdict_are_refused(
     monkeypatch.chdir(tmp_path)
     score_model().eval().save_pretrained("rm")
     byte_tokenizer().save_pretrained("rm")
-    written(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}])
+    write_rows(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}])
     tasks = [{"name": "a", "metric": "reward", "data": [{"path": "chat.jsonl"}]}]
     Path("e.yaml").write_text(json.dumps({"stage": "eval", "model": {"path": "rm"}, "tasks": tasks}))
     assert main(["eval", "e.yaml", "output_dir=run"]) == 2

@@ -39,29 +39,29 @@ ANSWERS = 2 * ROWS + ROWS  # `formed` judges those of `right`
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "m"
     make_model(folder, "tiny", 0)
     return folder
 
 
 @pytest.fixture(scope="module")
-def unbroken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        folder = prepared(made, tmp_path_factory.mktemp("unbroken"), patch)
+        folder = prepared(base_model, tmp_path_factory.mktemp("unbroken"), patch)
         assert main(["eval", "e.yaml"]) == 0
     return folder / "run"
 
 
 @pytest.fixture
-def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return prepared(made, tmp_path, monkeypatch)
+def home(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return prepared(base_model, tmp_path, monkeypatch)
 
 
-def prepared(made: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+def prepared(base_model: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
     patch.chdir(folder)
     (folder / "m").mkdir()
-    for file in made.iterdir():
+    for file in base_model.iterdir():
         (folder / "m" / file.name).symlink_to(file)
     rows = [{"prompt": f"{n} + 1?", "completion": str(n + 1), "reference": str(n + 1)} for n in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -264,7 +264,7 @@ def test_a_report_says_that_no_answer_was_cut(home: Path) -> None:
     assert read_json(Path("run/results.json"))["right_truncated"] == 0
     assert main(["report", "run", "--output", "page.html"]) == 0
     page = Path("page.html").read_text()
-    assert "No answer was cut at max_new_tokens." in page and "% cut" not in page
+    assert "No answer was cut off at max_new_tokens." in page and "% cut" not in page
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,16 @@ QUESTION = "What is 3 + 4?"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "m"
     make_model(folder, "tiny", 0)
     return folder
 
 
 @pytest.fixture(scope="module")
-def greedy(made: Path) -> list[int]:
+def greedy(base_model: Path) -> list[int]:
     """The model's own answer, token by token."""
-    source = resolve_source(str(made))
+    source = resolve_source(str(base_model))
     model, tokenizer = cast(Any, load_model(source)), load_tokenizer(source)
     message = {"role": "user", "content": QUESTION}
     prompt = torch.tensor([render_conversation([message], tokenizer, add_generation_prompt=True)["input_ids"]])
@@ -51,11 +51,13 @@ def greedy(made: Path) -> list[int]:
 
 
 @pytest.fixture
-def said(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[str, Any]]:
+def answers_of(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Callable[..., tuple[str, Any]]:
     """(what chat says, the sample of an evaluation) under a generation_config, at a temperature."""
     monkeypatch.chdir(tmp_path)
     Path("m").mkdir()
-    for file in made.iterdir():
+    for file in base_model.iterdir():
         Path("m", file.name).symlink_to(file)
     Path("rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": QUESTION}]}) + "\n")
     config = Path("m/generation_config.json")
@@ -96,8 +98,8 @@ GREEDY: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_greedy_answers_are_alike(said: Callable[..., Any], greedy: list[int], name: str) -> None:
-    plain, (chatted, sample) = said()[0], said(0.0, GREEDY[name](greedy))
+def test_greedy_answers_are_alike(answers_of: Callable[..., Any], greedy: list[int], name: str) -> None:
+    plain, (chatted, sample) = answers_of()[0], answers_of(0.0, GREEDY[name](greedy))
     assert chatted == sample["completion"] != plain
     ends = "eos" in name or "exponential" in name
     assert sample["truncated"] is not ends
@@ -116,18 +118,18 @@ def test_greedy_answers_are_alike(said: Callable[..., Any], greedy: list[int], n
     ],
     ids=" ".join,
 )
-def test_what_leaves_one_token_leaves_the_same(said: Callable[..., Any], asked: dict[str, Any]) -> None:
-    chatted, sample = said(1.0, asked)
+def test_what_leaves_one_token_leaves_the_same(answers_of: Callable[..., Any], asked: dict[str, Any]) -> None:
+    chatted, sample = answers_of(1.0, asked)
     assert chatted == sample["completion"]
-    assert sample["completion"] != said(1.0)[1]["completion"]
+    assert sample["completion"] != answers_of(1.0)[1]["completion"]
 
 
-def test_the_temperature_is_the_commands(said: Callable[..., Any]) -> None:
-    greedy = said()[0]
+def test_the_temperature_is_the_commands(answers_of: Callable[..., Any]) -> None:
+    greedy = answers_of()[0]
     for asked in ({"temperature": 9.0, "do_sample": True}, {"top_k": 3, "top_p": 0.5, "do_sample": True}):
-        chatted, sample = said(0.0, asked)
+        chatted, sample = answers_of(0.0, asked)
         assert chatted == sample["completion"] == greedy
-    assert said(1e-5, {"temperature": 9.0})[1]["completion"] == greedy
+    assert answers_of(1e-5, {"temperature": 9.0})[1]["completion"] == greedy
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {

@@ -25,7 +25,7 @@ Reply = tuple[int, dict[str, str], str]
 BLOCK = r"<<<BEGIN {name} (\w+)>>>\n(.*)\n<<<END {name} \1>>>"
 
 
-def said(text: str) -> Reply:
+def reply_with(text: str) -> Reply:
     return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
 
@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append({**body, "path": self.path, "authorization": self.headers.get("authorization")})
         self.server.at.append(time.monotonic())
-        reply = self.server.replies.pop(0) if self.server.replies else said(self.server.judge(body["messages"]))
+        reply = self.server.replies.pop(0) if self.server.replies else reply_with(self.server.judge(body["messages"]))
         if isinstance(reply, float):
             time.sleep(reply)
             return
@@ -125,10 +125,10 @@ def block(messages: list[dict[str, str]], name: str) -> str:
         (200, {}, "[]"),
         (200, {}, json.dumps({"choices": []})),
         (200, {}, json.dumps({"choices": [{"message": {"content": None}}]})),
-        said("I like it."),
-        said("Score: 11"),
-        said("Score: -3"),
-        said("Score: many"),
+        reply_with("I like it."),
+        reply_with("Score: 11"),
+        reply_with("Score: -3"),
+        reply_with("Score: many"),
         1.0,
     ],
 )
@@ -146,8 +146,8 @@ def test_what_fails_is_tried_again(server: Server, failure: Reply | float) -> No
         ((403, {}, "." * 190 + KEY), "HTTP 403", 1),
         ((404, {}, "no model"), "HTTP 404 no model", 1),
         ((302, {"location": "http://127.0.0.1:9/steal"}, ""), "HTTP 302", 1),
-        (said("Score: 11"), "score 11 is not from 1 to 10", 3),
-        (said("good"), "has no score: 'good'", 3),
+        (reply_with("Score: 11"), "score 11 is not from 1 to 10", 3),
+        (reply_with("good"), "has no score: 'good'", 3),
         ((200, {}, "<html>"), "a reply of another form: '<html>'", 3),
     ],
 )

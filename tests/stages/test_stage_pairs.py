@@ -49,14 +49,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(home: Path, name: str, *overrides: str) -> Path:
+def pairs_run(home: Path, name: str, *overrides: str) -> Path:
     assert dsv2(["pairs", str(home / "pairs.yaml"), f"output_dir={home / name}", *overrides]) == 0
     return home / name
 
 
 @pytest.fixture(scope="module")
 def run(home: Path) -> Path:
-    return made(home, "run")
+    return pairs_run(home, "run")
 
 
 def test_the_files_say_what_was_sampled_and_how_it_was_judged(run: Path):
@@ -96,23 +96,23 @@ def test_the_files_are_data_of_the_other_stages(run: Path):
 
 
 def test_an_interrupted_run_ends_with_the_same_files(home: Path, run: Path, capsys: pytest.CaptureFixture[str]):
-    again = made(home, "again")
+    again = pairs_run(home, "again")
     for name in FILES[:4]:
         (again / name).unlink()
     manifest = json.loads((again / "manifest.json").read_text())
     (again / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     text = (again / "samples.jsonl").read_text()
     (again / "samples.jsonl").write_text(text[: len(text) // 2])  # in the middle of a line
-    made(home, "again")
+    pairs_run(home, "again")
     assert "answers of the interrupted run are reused" in capsys.readouterr().err
     for name in FILES:
         assert (again / name).read_bytes() == (run / name).read_bytes(), name
-    made(home, "again")
+    pairs_run(home, "again")
     assert "nothing to do" in capsys.readouterr().out
 
 
 def test_the_batch_changes_nothing(home: Path, run: Path):
-    other = made(home, "batch", "batch_size=3")
+    other = pairs_run(home, "batch", "batch_size=3")
     for name in FILES:
         assert (other / name).read_bytes() == (run / name).read_bytes(), name
 
@@ -124,7 +124,7 @@ def test_the_report_shows_the_best_beside_the_worst(run: Path):
 
 
 def test_another_seed_gives_other_answers(home: Path, run: Path):
-    other = made(home, "seed", "seed=1", "limit=2")
+    other = pairs_run(home, "seed", "seed=1", "limit=2")
     assert len(lines(other / "samples.jsonl")) == 8
     assert [s["completion"] for s in lines(other / "samples.jsonl")] != [
         s["completion"] for s in lines(run / "samples.jsonl")[:8]
@@ -132,7 +132,7 @@ def test_another_seed_gives_other_answers(home: Path, run: Path):
 
 
 def test_right_and_wrong_are_counted_by_rules(home: Path):
-    results = json.loads((made(home, "rule", "rewards=[{rule: number}]") / "results.json").read_text())
+    results = json.loads((pairs_run(home, "rule", "rewards=[{rule: number}]") / "results.json").read_text())
     assert results["all_wrong"] == 8 and results["all_right"] == 0  # a random model does not add
     assert results["usable"] == results["pairs"] == results["best"] == 0
     assert results["by_verifier"] == {"number": {"n": 32, "mean": 0.0}}
@@ -140,7 +140,7 @@ def test_right_and_wrong_are_counted_by_rules(home: Path):
 
 def test_truncated_and_unjudged_answers_are_in_no_pair(home: Path):
     rewards = f"rewards=[{{python: '{home / 'rewards.py'}:vowels'}}, {{python: '{home / 'rewards.py'}:short'}}]"
-    out = made(home, "cut", "max_new_tokens=5", rewards)
+    out = pairs_run(home, "cut", "max_new_tokens=5", rewards)
     results, samples = json.loads((out / "results.json").read_text()), lines(out / "samples.jsonl")
     cut = [s for s in samples if s["truncated"]]
     assert results["truncated"] == len(cut) > 0
