@@ -20,7 +20,7 @@ def place_of(spec: str) -> tuple[Path, str]:
     """(file, function name) of "FILE.py:FUNCTION". Raises ToolkitError for anything else."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        raise ToolkitError(f"{spec!r} does not name a function: write {FORM}")
+        raise ToolkitError(f"{spec!r} does not name a function: it must be {FORM}")
     return Path(path).expanduser(), name
 
 
