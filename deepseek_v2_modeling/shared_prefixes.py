@@ -47,5 +47,5 @@ def _runs(sequences: Sequence[Sequence[int]]) -> Iterator[Group]:
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """The length of the common prefix of two sequences, which always excludes the last token of the shorter one."""
-    most = min(len(first), len(second)) - 1
-    return next((place for place in range(most) if first[place] != second[place]), most)
+    limit = min(len(first), len(second)) - 1
+    return next((place for place in range(limit) if first[place] != second[place]), limit)

@@ -50,8 +50,8 @@ class Comparisons:
         counts = np.bincount(self.row, minlength=len(of_rows))
         return of_rows[self.row] * np.where(self.other < 0, 1, of_rows[self.other]) / counts[self.row]
 
-    def where(self, kept: Array) -> "Comparisons":
-        return Comparisons(self.row[kept], self.other[kept], self.margin[kept], self.length[kept])
+    def where(self, mask: Array) -> "Comparisons":
+        return Comparisons(self.row[mask], self.other[mask], self.margin[mask], self.length[mask])
 
 
 def compare(rows: Sequence[Row]) -> Comparisons:
@@ -158,7 +158,7 @@ def concordance(comparisons: Comparisons) -> Measure:
 def length_correlation(rows: Sequence[Row]) -> Measure:
     """Pearson correlation between an answer's score and its length in tokens, over all answers."""
     listed = [
-        (place, *each) for place, row in enumerate(rows) for each in zip(row["scores"], row["lengths"], strict=True)
+        (place, *answer) for place, row in enumerate(rows) for answer in zip(row["scores"], row["lengths"], strict=True)
     ]
     columns = np.array(listed, dtype=float).T
     row_of, pair = columns[0].astype(int), columns[1:]

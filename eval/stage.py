@@ -196,7 +196,7 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
     measured = [key for key in MEASURED if key in find_rule(rule).settings]
 
     def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
-        asked = [
+        inputs = [
             Asked(
                 answer.text,
                 prompt_of(row, number + 1),
@@ -205,18 +205,18 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
             )
             for (number, row), answer in zip(rows, answers, strict=True)
         ]
-        return [_scored(verdict) for verdict in verify_all(rule, asked)]
+        return [_scored(verdict) for verdict in verify_all(rule, inputs)]
 
     return verdicts_on
 
 
 def _by_judge(reward: JudgeReward) -> VerdictsOn:
     def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
-        asked = [
+        to_judge = [
             Answer(prompt_of(row, number + 1), answer.text, answer.finished, row.get("reference"), answer.tokens)
             for (number, row), answer in zip(rows, answers, strict=True)
         ]
-        values = reward.judge(asked)
+        values = reward.judge(to_judge)
         return [Verdict(value, reason or "") for value, reason in zip(values, reward.reasons, strict=True)]
 
     return verdicts_on
@@ -256,7 +256,7 @@ def _generate(task: EvalTask, rows: Numbered, subject: Subject, temperature: flo
 
 
 def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Verdict) -> Sample:
-    kept = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
+    copied = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
     prompt = prompt_text(prompt_of(row, number + 1))
     return {
         "row": number,
@@ -267,7 +267,7 @@ def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Ve
         "tokens": answer.tokens,
         "value": verdict.score,
         "reason": verdict.reason,
-        **kept,
+        **copied,
     }
 
 

@@ -75,15 +75,15 @@ def group_of(samples: Sequence[Sample], weights: Mapping[str, float], verifiers:
         if applied and all(sample["rewards"][name] is not None for name in applied):
             judged.append(Judged(sample["row"], sample["answer"], sample["completion"], sample["reward"], right))
     truncated = {sample["answer"] for sample in samples if sample["truncated"]}
-    whole = [each for each in judged if each.answer not in truncated]
-    readable = [each for each in whole if is_readable(each.text)]
+    complete = [each for each in judged if each.answer not in truncated]
+    readable = [each for each in complete if is_readable(each.text)]
     answers = distinct(readable)
     return Group(
         row=samples[0]["row"],
         answers=answers,
         truncated=len(truncated),
-        unjudged=len(samples) - len(truncated) - len(whole),
-        unreadable=len(whole) - len(readable),
+        unjudged=len(samples) - len(truncated) - len(complete),
+        unreadable=len(complete) - len(readable),
         duplicates=len(readable) - len(answers),
         right=[each.right for each in judged if each.right is not None],
     )

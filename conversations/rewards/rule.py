@@ -34,13 +34,13 @@ class RuleReward(Reward):
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """The rule's scores. An unreadable reference affects only its own answer."""
-        verdicts = verify_all(self.rule, [self._asked(answer) for answer in answers])
+        verdicts = verify_all(self.rule, [self._input_of(answer) for answer in answers])
         unreadable = next((verdict for verdict in verdicts if isinstance(verdict, ToolkitError)), None)
         if unreadable is not None and self.on_error == "error":
             raise unreadable
         self.reasons = [str(v) if isinstance(v, ToolkitError) else v.reason for v in verdicts]
         return [math.nan if isinstance(verdict, ToolkitError) else verdict.score for verdict in verdicts]
 
-    def _asked(self, answer: Answer) -> Asked:
+    def _input_of(self, answer: Answer) -> Asked:
         measured = {key: value for key in self.measured if (value := getattr(answer, key)) is not None}
         return Asked(answer.text, answer.prompt, answer.reference, {**self.settings, **measured})

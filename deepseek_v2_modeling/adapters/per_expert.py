@@ -111,7 +111,7 @@ def read_sources(
             config.
     """
     halves: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
+    whole_tensors: dict[str, str] = {}
     for name in infos:
         match = FACTOR.fullmatch(name)
         home = f"{hub_name(match['module'])}.weight" if match else hub_name(name)
@@ -120,8 +120,8 @@ def read_sources(
         if match:
             halves.setdefault(home, {})[match["side"]] = name
         else:
-            whole[home] = name
-    return {home: _source(home, names, infos, config, layout, where) for home, names in halves.items()}, whole
+            whole_tensors[home] = name
+    return {home: _source(home, names, infos, config, layout, where) for home, names in halves.items()}, whole_tensors
 
 
 def _source(
