@@ -255,7 +255,7 @@ class LatentCache(Cache):
     `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and returns
     both for all tokens so far.
 
-    quantization: None stores values in the model's dtype; "int8", "int6" and "int4" store quantized groups. "int6"
+    quantization: None stores values in the model's dtype; "int8", "int6" and "int4" store quantised groups. "int6"
         takes at most six bits per value, including scales and spare capacity: the average stated in the paper.
 
     Raises:

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
-BLOCK = 64  # tokens; unquantized buffers grow by whole blocks
-RAW_SPARE = 8  # unquantized buffers grow by an extra 1/8, so that they are rarely copied
-SPARE = 128  # quantized ones by 1/128: spare capacity counts in bits per value, and copies are small
+BLOCK = 64  # tokens; unquantised buffers grow by whole blocks
+RAW_SPARE = 8  # unquantised buffers grow by an extra 1/8, so that they are rarely copied
+SPARE = 128  # quantised ones by 1/128: spare capacity counts in bits per value, and copies are small
 GROUP = 128  # channels
 SCALE_BITS = 16
 WIDTHS = {"int8": 8, "int6": 6, "int4": 4}

@@ -78,9 +78,10 @@ def load_base(
     """Load a checkpoint in hub layout.
 
     Args:
-        config: settings to override, e.g. {"aux_loss_alpha": 0.003}. settings: the checkpoint's config, if it has been
-        read already. heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one
-        if it has none.
+        config: settings to override, e.g. {"aux_loss_alpha": 0.003}.
+        settings: the checkpoint's config, if it has been read already.
+        heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one if it has
+            none.
 
     Raises:
         ModelError: an unknown or invalid setting, or tensors that are missing, unexpected or misshapen.

@@ -76,7 +76,7 @@ def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> N
     """Check the config of a checkpoint before it is used, even if another config is passed (`config=`).
 
     Raises:
-        ModelError: it belongs to another architecture, or is quantized.
+        ModelError: it belongs to another architecture, or is quantised.
     """
     check_quantization(path, getattr(keywords.get("config"), "quantization_config", None))
     if path is None or (

@@ -68,7 +68,7 @@ def merge_lora(
         progress: called with the bytes of each piece written, and the total.
 
     Raises:
-        ModelError: there is no adapter, base or model, tensors do not match, weights are quantized, numbers are not
+        ModelError: there is no adapter, base or model, tensors do not match, weights are quantised, numbers are not
             finite, out_dir is not empty, or the disk has too little space.
     """
     out_dir = Path(out_dir)

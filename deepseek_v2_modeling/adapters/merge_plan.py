@@ -48,7 +48,7 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     dtype: safetensors code of the dtype for all weights; None keeps each tensor's dtype.
 
     Raises:
-        ModelError: the base's tensors do not match the model, or are quantized.
+        ModelError: the base's tensors do not match the model, or are quantised.
     """
     headers = base_headers(base)
     infos = {name: info for header in headers.values() for name, info in header.items()}
@@ -113,7 +113,7 @@ def check_base(adapter: AdapterFiles, infos: Mapping[str, TensorInfo]) -> tuple[
 
 
 def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: str | None) -> TensorInfo:
-    """The dtype and shape of a tensor of the result. Raises ModelError if the source is quantized."""
+    """The dtype and shape of a tensor of the result. Raises ModelError if the source is quantised."""
     if info.dtype not in FLOATS:
         raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
     return TensorInfo(dtype or info.dtype, shape)

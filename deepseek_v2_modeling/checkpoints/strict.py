@@ -60,7 +60,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         another shape is always an error.
 
         Raises:
-            ModelError: the checkpoint is quantized or of another architecture, there are no safetensors files, a file
+            ModelError: the checkpoint is quantised or of another architecture, there are no safetensors files, a file
                 cannot be read, or tensors are missing, unexpected, misshapen (a ShapeError) or not finite; the message
                 names them. Also if the keywords ask for quantization or a parallel plan.
         """
@@ -81,7 +81,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, *args: Any, **kwargs: Any) -> Any:
-        """Also reject a quantized base of an adapter that transformers was given, which `check_source` cannot see."""
+        """Also reject a quantised base of an adapter that transformers was given, which `check_source` cannot see."""
         if is_quantized:
             check_quantization("the base model", {"quant_method": "its own"})
         return super().get_init_context(dtype, is_quantized, *args, **kwargs)
@@ -97,7 +97,7 @@ class StrictPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Check names and shapes before the first tensor is read, and give transformers fused experts to load.
 
-        Parameters that are sharded or quantized during loading are left to transformers and checked afterwards; so are
+        Parameters that are sharded or quantised during loading are left to transformers and checked afterwards; so are
         native adapters, which come with `expected_keys`.
         """
         if expected_keys is None and not changes_parameters(load_config):
@@ -208,7 +208,7 @@ def check_directory(path: Any, subfolder: str) -> None:
 
 
 def changes_parameters(load_config: Any) -> bool:
-    """Whether parameters are quantized or sharded during loading, which changes names and shapes."""
+    """Whether parameters are quantised or sharded during loading, which changes names and shapes."""
     quantised, sharded = load_config.hf_quantizer is not None, load_config.device_mesh is not None
     return quantised or sharded or is_deepspeed_zero3_enabled()
 
@@ -228,7 +228,7 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
 
 
 def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError for tensors that are not floating-point numbers, which are quantized and need scales."""
+    """Raise ModelError for tensors that are not floating-point numbers, which are quantised and need scales."""
     kinds = {name: code_of(source) for name, source in sources.items()}
     if wrong := [name for name, code in kinds.items() if code not in FLOATS]:
         raise ModelError(

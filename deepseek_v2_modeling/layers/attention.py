@@ -7,7 +7,7 @@ There are two ways to compute the same result:
 - expanded: kv_b_proj maps the latents to keys and values (training, prefill);
 - absorbed: W_UK is applied to the query and W_UV to the output, so that attention runs on the cached latents
   themselves (decoding). kv_b_proj and its adapters are read at each step, so nothing is cached that could become stale.
-  If kv_b_proj cannot be absorbed (an adapter other than W + s B A, a quantized weight), decoding runs expanded, which
+  If kv_b_proj cannot be absorbed (an adapter other than W + s B A, a quantised weight), decoding runs expanded, which
   is slower.
 """
 
@@ -68,7 +68,7 @@ def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer just computes W x: an nn.Linear without adapters whose weight is not quantized."""
+    """Whether a layer just computes W x: an nn.Linear without adapters whose weight is not quantised."""
     if not isinstance(layer, nn.Linear) or isinstance(layer, BaseTunerLayer):
         return False
     return is_plain(layer.weight) and layer.weight.is_floating_point() and layer.weight.itemsize > 1
