@@ -56,6 +56,17 @@ class RowCache:
     first: Callable[[Callable[[], CacheEntry]], CacheEntry] = lambda do: do()
     shows: bool = True
 
+    def has(self, kind: str, key: Any) -> bool:
+        """Whether the entry for `key` is in the cache."""
+        return self.folder is not None and key is not None and _is_whole(self._place(kind, key)[0])
+
+    def _place(self, kind: str, key: Any) -> tuple[Path, dict[str, Any]]:
+        """The directory of an entry, and what its name stands for."""
+        assert self.folder is not None
+        contents = {"kind": kind, "version": self.version, "key": key}
+        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{kind}-{digest[:24]}", contents
+
     def entry(self, kind: str, key: Any, make: Make) -> CacheEntry:
         """The directory of the entry for `key` (JSON); calls `make` if it is not in the cache.
 
@@ -64,9 +75,7 @@ class RowCache:
         """
         if self.folder is None or key is None:
             return _temporary(make)
-        contents = {"kind": kind, "version": self.version, "key": key}
-        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-        path = self.folder / f"{kind}-{digest[:24]}"
+        path, contents = self._place(kind, key)
         return self.first(
             lambda: CacheEntry(path, True, True) if _is_whole(path) else self._create(path, contents, make)
         )

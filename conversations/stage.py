@@ -37,7 +37,7 @@ class Training:
     """How a stage trains, with a config and a trainer from TRL.
 
     Args:
-        config: the TRL config class that receives the recipe's `training`.
+        config: the TRL config class that receives the recipe's `training`; "module:class" if trl does not export it.
         head: the head of the trained model; a chat model used where a scoring model is needed gets a new head.
         planned_config: (recipe) -> the TRL config, as the stage creates it.
         rehearsal: (recipe, model, tokenizer, run_dir) -> the stage's trainer on two rows, for a trial step.
@@ -75,6 +75,7 @@ class Stage:
         writes: other files of a run that a report reads.
         signs: logged metrics that only this stage has; they identify a run without its recipe.
         smoke: how `--smoke` shrinks its recipes.
+        methods: variants of the stage by the recipe's `method`.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     signs: tuple[str, ...] = ()
     smoke: tuple[Shrink, ...] = ()
+    methods: Mapping[str, "Stage"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

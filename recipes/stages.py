@@ -1,6 +1,8 @@
 """The list of stages. Everything else about a stage is in its own folder, in the STAGE record of its config.py."""
 
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Stage, Training
@@ -14,9 +16,23 @@ def stages() -> dict[str, Stage]:
     return {stage.name: stage for stage in records}
 
 
+def trainings() -> list[Training]:
+    """How stages train, each with each of its methods."""
+    ways = [way for stage in stages().values() for way in (stage, *stage.methods.values())]
+    return [way.training for way in ways if way.training]
+
+
+def stage_written(tree: Mapping[str, Any]) -> Stage | None:
+    """The stage that a recipe names, as its method makes it; None for an unknown one. The recipe need not be valid."""
+    stage = stages().get(str(tree.get("stage")))
+    return stage and stage.methods.get(str(tree.get("method")), stage)
+
+
 def stage_of(recipe: StageRecipe) -> Stage:
     """The stage of a recipe."""
-    return stages()[recipe.stage]
+    stage = stage_written({"stage": recipe.stage, "method": getattr(recipe, "method", None)})
+    assert stage is not None, recipe.stage
+    return stage
 
 
 def training_of(recipe: TrainingRecipe) -> Training:

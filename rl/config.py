@@ -1,13 +1,17 @@
-"""Recipe schema and stage definition of reinforcement learning (GRPO). Imports no torch."""
+"""Recipe schema and stage definition of reinforcement learning: GRPO, and DPO and others on preferences. Imports no
+torch."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from conversations.rewards.entry import RewardedRecipe
+from conversations.formats.reasoning import Reasoning
+from conversations.rewards.entry import RewardedRecipe, RewardEntry
 from conversations.run_files import METRICS, SAMPLES
-from conversations.sections import RowList, Section, TrainingRecipe
+from conversations.sections import DataSource, FormatSection, RowList, Section, TrainingRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
+from rl.preference_methods import METHODS, fault
 
 
 class DynamicSampling(Section):
@@ -16,13 +20,36 @@ class DynamicSampling(Section):
     max_rounds: int = Field(ge=1, le=100, description="How often at most such prompts of a rollout are replaced.")
 
 
+_FOR_SAMPLES = ("rewards", "dynamic_sampling")  # keys of recipes that sample answers
+_FOR_PREFERENCES = ("eval_data", "early_stopping_patience", "format")
+
+
 class RlRecipe(TrainingRecipe, RewardedRecipe):
-    """Group-relative policy optimisation; `training` feeds trl.GRPOConfig."""
+    """Group-relative policy optimisation, or training on preferences without sampling; `training` feeds TRL's config of
+    the method."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
         description="Draw other prompts for groups whose answers all have one reward; null trains on the rest alone.",
+    )
+    method: Literal["grpo", "dpo", "ipo", "kto", "simpo", "orpo"] = Field(
+        default="grpo",
+        description="grpo samples answers and scores them by rewards; the others train on preferences: pairs, and for "
+        "kto labelled answers as well.",
+    )
+    rewards: list[RewardEntry] = Field(default_factory=list, description="The terms of the reward, for grpo.")
+    eval_data: list[DataSource] = Field(
+        default_factory=list, description="Held-out preferences for evaluation in training; not for grpo."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after this many consecutive evaluations without a new best value, by "
+        "training.metric_for_best_model (the held-out loss, where it names none); not for grpo.",
+    )
+    format: FormatSection = Field(
+        default_factory=lambda: FormatSection(), description="What happens to long preferences; not for grpo."
     )
     train_router: bool = Field(
         default=False,
@@ -57,14 +84,42 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> "RlRecipe":
+        if self.method == "grpo":
+            if not self.rewards:
+                raise ValueError("method: grpo needs rewards, by which answers are scored")
+            for name in _FOR_PREFERENCES:
+                if name in self.model_fields_set and getattr(self, name):
+                    raise ValueError(f"{name} is for methods that train on preferences, not for grpo; leave it out")
+            return self
+        for name in _FOR_SAMPLES:
+            if getattr(self, name):
+                raise ValueError(f"{name}: for method: grpo; {self.method} trains on preferences, so leave it out")
+        if self.format.too_long == "split":
+            raise ValueError("format.too_long: split is for conversations; preferences need truncate or drop")
+        if "train_on" in self.format.model_fields_set:
+            raise ValueError("format.train_on plays no part in preferences, whose answers are trained; leave it out")
+        if why := fault(self.method, self.training):
+            raise ValueError(why)
+        return self
+
+    @property
+    def reasoning(self) -> Reasoning:
+        return "drop" if self.method == "grpo" else self.format.reasoning
+
     def row_lists(self) -> list[RowList]:
+        if self.method != "grpo":
+            method = METHODS[self.method]
+            lists = {"data": self.data, **({"eval_data": self.eval_data} if self.eval_data else {})}
+            return [RowList(name, name, entries, method.refusal()) for name, entries in lists.items()]
         return [RowList("data", "data", self.data, self.judged_refusal(), answer="training.max_completion_length")]
 
 
-STAGE = Stage(
+_SAMPLING = Stage(
     name="rl",
     recipe=RlRecipe,
-    help="reinforcement learning (GRPO)",
+    help="reinforcement learning (GRPO), or DPO and others on preferences",
     title="reinforcement learning",
     run="rl.stage:run",
     training=Training(
@@ -83,7 +138,7 @@ STAGE = Stage(
     ),
     check_rows="rl.stage:check_rows",
     writes=(METRICS, SAMPLES),
-    signs=("reward", "kl"),
+    signs=("reward", "kl", "rewards/margins"),
     smoke=(
         Shrink(
             "training",
@@ -100,3 +155,28 @@ STAGE = Stage(
         Shrink("rewards", {"if_missing": "random"}, where="model"),
     ),
 )
+
+
+def _on_preferences(name: str) -> Stage:
+    """The stage as a method that samples nothing makes it."""
+    method = METHODS[name]
+    return replace(
+        _SAMPLING,
+        title=f"preferences ({name.upper()})",
+        run="rl.preference_stage:run",
+        training=Training(
+            config=method.config,
+            planned_config="rl.preference_stage:planned_config",
+            rehearsal="rl.preference_stage:rehearsal",
+            rehearsal_training={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
+            evaluated=method.figures,
+        ),
+        encode="rl.preference_data:encoder",
+        check_rows=None,
+        marks_tokens=True,
+        writes=(METRICS,),
+        smoke=(Shrink("training", {**SMOKE_TRAINING, "per_device_train_batch_size": 2, "max_length": 256}),),
+    )
+
+
+STAGE = replace(_SAMPLING, methods={name: _on_preferences(name) for name in METHODS})

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conversations.errors import ToolkitError
-from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
+from conversations.sections import FormatSection, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling.training import describe_computation, quiet_libraries
 from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
@@ -64,8 +64,8 @@ def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]
 
 def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> StageView:
     recipe, tokenizer = loaded.recipe, inputs.foundation.tokenizer
-    max_length = setting(recipe, "max_length") if isinstance(recipe, SupervisedRecipe) else None
-    form = recipe.format if isinstance(recipe, SupervisedRecipe) else None
+    form = form_of(recipe)
+    max_length = setting(recipe, "max_length") if form and isinstance(recipe, TrainingRecipe) else None
     view = StageView(name, loaded.path.name, max_length, form, stage_of(recipe))
     if tokenizer is None:
         view.missing = f"{recipe.model.path} is not on this machine; tokens are not counted"
@@ -104,8 +104,13 @@ def _described(recipe: StageRecipe, mixture: Mixture, figures: Figures | None, m
     spread = bins(figures.report.lengths, figures.scale)
     yield length_summary(figures.report.lengths, max_length)
     yield "\n".join(["histogram of tokens per row:", *(f"  {line}" for line in text_lines(spread))])
-    if isinstance(recipe, SupervisedRecipe):
-        yield figures.fate(recipe.format.too_long, max_length)
+    if form := form_of(recipe):
+        yield figures.fate(form.too_long, max_length)
+
+
+def form_of(recipe: StageRecipe) -> FormatSection | None:
+    """How rows are cut, where whole rows are trained on; None where they are prompts."""
+    return getattr(recipe, "format", None) if stage_of(recipe).encode else None
 
 
 def length_summary(lengths: Sequence[int], max_length: int | None) -> str:

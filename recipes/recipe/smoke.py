@@ -7,7 +7,7 @@ from typing import Any
 
 from recipes.recipe.overrides import merge
 from recipes.recipe.schema import ENTRY_KEYS
-from recipes.stages import stages
+from recipes.stages import stage_written
 
 _ABSENT = object()
 
@@ -15,7 +15,7 @@ _ABSENT = object()
 def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Shrink a stage's recipe; also returns one line for each replaced value, as `training.max_steps: 500 -> 2`."""
     tree = copy.deepcopy(tree)
-    stage = stages().get(str(tree.get("stage")))
+    stage = stage_written(tree)
     lines: list[str] = []
     if stage is not None and stage.training is not None:
         training = tree.get("training")

@@ -60,9 +60,31 @@ FIGURES = (
     Figure(
         "Pairs ranked correctly",
         "share of pairs",
-        ((r"accuracy", "train"), (r"eval_accuracy", "held-out"), (r"pair_accuracy", "pairs")),
+        (
+            (r"accuracy|rewards/accuracies", "train"),
+            (r"eval_accuracy|eval_rewards/accuracies", "held-out"),
+            (r"pair_accuracy", "pairs"),
+        ),
     ),
-    Figure("Margin of chosen over rejected", "score", ((r"margin", "train"), (r"eval_margin", "held-out"))),
+    Figure(
+        "Margin of chosen over rejected",
+        "score",
+        ((r"margin|rewards/margins", "train"), (r"eval_margin|eval_rewards/margins", "held-out")),
+    ),
+    Figure(
+        "Reward that the policy implies",
+        "mean reward",
+        (
+            (r"rewards/(chosen|rejected)", "{0}"),
+            (r"eval_rewards/(chosen|rejected)", "{0}, held-out"),
+        ),
+        note="Where both fall, the margin grows by making all of these answers less likely.",
+    ),
+    Figure(
+        "Log-probability of answers",
+        "nats",
+        ((r"logps/(chosen|rejected)", "{0}"), (r"eval_logps/(chosen|rejected)", "{0}, held-out")),
+    ),
     Figure(
         "Scores of the reward model",
         "score",

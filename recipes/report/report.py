@@ -24,7 +24,7 @@ from recipes.results import tables, words
 from recipes.results.layout import Table
 from recipes.results.titles import Titles, titles_of
 from recipes.results.words import count
-from recipes.stages import stages
+from recipes.stages import stage_written
 
 LONG_TEXT = 300
 REASONS = 12
@@ -152,7 +152,7 @@ def _chain_view(run: Run, titles: Titles) -> ChainView:
 
 def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> RunView:
     main, other = figures(run.metrics)
-    flat, stage = words.flatten(run.manifest), stages().get(run.kind)
+    flat, stage = words.flatten(run.manifest), stage_written({**run.recipe, "stage": run.kind})
     return RunView(
         run=run,
         anchor=anchor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from recipes.report.metrics import Metrics, collect
 from recipes.results.titles import titles_of
 from recipes.results.words import count, number
 from recipes.runs.manifest import seconds_so_far
-from recipes.stages import stages
+from recipes.stages import stage_written, stages
 
 RUN_FILES = (RECIPE, MANIFEST, METRICS, SAMPLES, RESULTS)
 MAX_SAMPLES = 20_000
@@ -154,9 +154,9 @@ def _note_odd_results(run: Run) -> None:
         ]
 
 
-def _expected(kind: str) -> tuple[str, ...]:
+def _expected(kind: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The files of a finished run; `final` is a directory."""
-    always, stage = (RECIPE, MANIFEST), stages().get(kind)
+    always, stage = (RECIPE, MANIFEST), stage_written({**recipe, "stage": kind})
     if kind == CHAIN:
         return (*always, RESULTS)
     if stage is None:
@@ -165,7 +165,7 @@ def _expected(kind: str) -> tuple[str, ...]:
 
 
 def _note_missing(run: Run) -> None:
-    for name in _expected(run.kind):
+    for name in _expected(run.kind, run.recipe):
         if (run.path / name).exists():
             continue
         unfinished = ": the run has not finished" if name in (FINAL, RESULTS) else ""

@@ -55,7 +55,7 @@ BOUNDS: dict[str, Bounds] = {
             "eval_accumulation_steps", "generation_batch_size", "steps_per_generation", "num_iterations",
             "num_generations_eval", "save_total_limit", "torch_empty_cache_steps", "ref_model_sync_steps",
             "dataset_num_proc", "dataloader_prefetch_factor", "num_completions_to_print", "ddp_timeout",
-            "ddp_bucket_cap_mb", "vllm_tensor_parallel_size",
+            "ddp_bucket_cap_mb", "vllm_tensor_parallel_size", "precompute_ref_batch_size",
         ),
         _COUNT,
     ),
@@ -65,6 +65,7 @@ BOUNDS: dict[str, Bounds] = {
     "max_tool_calling_iterations": _FROM_0,
     "dataloader_num_workers": _FROM_0,
     "eval_delay": _FROM_0,
+    "padding_value": _FROM_0,
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _OVER_0),  # under 1: shares of the run
     "warmup_steps": _FROM_0,
     # The optimizer.
@@ -79,6 +80,11 @@ BOUNDS: dict[str, Bounds] = {
     # Rewards and policies.
     "center_rewards_coefficient": _FROM_0,
     "beta": _FROM_0,
+    "ld_alpha": _SHARE,
+    "label_smoothing": Bounds(0, math.nextafter(0.5, 0)),  # from one half on preferences are turned round
+    "discopop_tau": _OVER_0,
+    **dict.fromkeys(("desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma"), _FROM_0),
+    **dict.fromkeys(("alpha", "f_alpha_divergence_coef"), Bounds(-math.inf)),
     "delta": _OVER_0,
     "epsilon": _FROM_0,
     "epsilon_high": _FROM_0,

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -65,7 +66,9 @@ def check_training(recipe: TrainingRecipe) -> None:
         if key not in fields and key in type(recipe).model_fields:
             raise ToolkitError(f'unknown key "training.{key}"; write {key} at the recipe\'s top level')
         if key not in fields:
-            raise ToolkitError(_unknown(f"training.{key}", key, fields, f"{config_name} has no such field"))
+            raise ToolkitError(
+                _unknown(f"training.{key}", key, fields, f"{config_name.rpartition(':')[2]} has no such field")
+            )
         try:
             TypeAdapter(fields[key], config=_LENIENT).validate_python(value, strict=True)
         except ValidationError as error:
@@ -95,10 +98,9 @@ def check_model_config(config: dict[str, Any]) -> None:
 
 
 def config_class(name: str) -> Any:
-    """The TRL config class with this name."""
-    import trl
-
-    return getattr(trl, name)
+    """The TRL config class with this name, or "module:name"."""
+    module, _, own_name = name.rpartition(":")
+    return getattr(import_module(module or "trl"), own_name)
 
 
 def setting(recipe: TrainingRecipe, name: str) -> Any:

@@ -57,6 +57,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl", "chat.jsonl", lora=LORA, model={"path": "runs/sft"}, training=ROLLOUT,
         rewards=[{"model": "runs/reward"}, {"rule": "format"}],
     ),
+    "dpo": _recipe(
+        "rl", "pairs.jsonl", method="dpo", lora=LORA, eval_data=[{"path": "pairs.jsonl"}],
+        training={**TRAINING, "eval_strategy": "steps", "eval_steps": 1},
+    ),
+    "kto": _recipe("rl", "judged.jsonl", method="kto", lora=None, training=TRAINING),
+    "simpo": _recipe("rl", "pairs.jsonl", method="simpo", lora=None, training=TRAINING),
     "eval": _recipe(
         "eval",
         tasks=[
@@ -167,6 +173,15 @@ ROLLOUTS: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 100}, {"scale_rewards": "x"}, {"use_liger_kernel": True}, {"num_iterations": 2},
     {"mask_truncated_completions": True}, {"top_entropy_quantile": 0.2}, {"importance_sampling_level": "x"},
 ]  # fmt: skip
+METHODS = ("grpo", "dpo", "ipo", "kto", "simpo", "orpo", "ppo")
+PREFERENCES: list[dict[str, Any]] = [
+    {"loss_type": "ipo"}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, {"loss_type": "exo_pair"},
+    {"loss_type": "banana"}, {"loss_type": "apo_zero_unpaired"}, {"sync_ref_model": True}, {"beta": 0},
+    {"ld_alpha": 0.5}, {"use_weighting": True}, {"precompute_ref_log_probs": False}, {"per_device_train_batch_size": 1},
+    {"f_divergence_type": "js_divergence"}, {"label_smoothing": 0.1}, {"cpo_alpha": 1.0}, {"simpo_gamma": -1},
+    {"train_sampling_strategy": "random"}, {"generate_during_eval": True}, {"max_completion_length": 4},
+    {"metric_for_best_model": "rewards/accuracies", "load_best_model_at_end": True, "save_steps": 1},
+]  # fmt: skip
 REWARDS: list[list[dict[str, Any]]] = [
     [{"rule": "banana"}], [{"rule": "math"}], [{"rule": "number", "weight": 0}], [{"rule": "number"}] * 2, [{}],
     [{"model": "base"}], [{"model": "runs/sft"}], [{"model": "absent"}], [{"model": "absent", "if_missing": "random"}],
@@ -196,11 +211,14 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
             yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in TASKS)
             continue
         yield from ((kind, {("lora",): lora}) for lora in ADAPTERS)
-        more = ROLLOUTS if recipe["stage"] == "rl" else [{"packing": True}, {"max_length": None}, {"max_length": 2}]
+        samples, prefers = "rewards" in recipe, "method" in recipe
+        yield from ((kind, {("method",): method}) for method in METHODS if recipe["stage"] == "rl")
+        more = ROLLOUTS if samples else [{"packing": True}, {"max_length": None}, {"max_length": 2}]
+        more = [*more, *(PREFERENCES if prefers else [])]
         yield from (
             (kind, {("training", key): value for key, value in fields.items()}) for fields in (*ANY_STAGE, *more)
         )
-        if recipe["stage"] != "rl":
+        if not samples:
             yield from ((kind, {("eval_data",): [{"path": f"{name}.jsonl"}]}) for name in DATA)
             yield from ((kind, {data: "long_answers.jsonl", ("format", "too_long"): how}) for how in ("drop", "split"))
     for router in (True, False):

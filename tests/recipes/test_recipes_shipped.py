@@ -44,10 +44,11 @@ def name_of(path: Path) -> str:
 
 def test_all_recipes_are_found() -> None:
     expected = {
-        "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain", "pairs"),
+        "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain", "pairs",
+                 "dpo"),
         "v2_lite": (
             "sft_lora", "sft_full", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "chain",
-            "pairs_reasoning", "reward_reasoning",
+            "pairs_reasoning", "reward_reasoning", "dpo",
         ),
         "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
         "v2": ("sft_lora",),
@@ -72,7 +73,9 @@ OTHERS = {f"tiny/rl_{name}.yaml" for name in ("dr_grpo", "dapo", "gspo", "cispo"
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in ALONE if STAGES[path] == "rl" and name_of(path) not in OTHERS], ids=name_of
+    "path",
+    [path for path in ALONE if STAGES[path] == "rl" and name_of(path) not in OTHERS and path.stem != "dpo"],
+    ids=name_of,
 )
 def test_rl_recipes_compute_the_papers_loss(path: Path) -> None:
     training = load_recipe(path).recipe.training
@@ -108,7 +111,8 @@ def test_a_recipe_runs_at_toy_size(
         (tmp_path / "code.jsonl").write_text(8 * f"{json.dumps(CODE)}\n")
         words += ["data=[{path: code.jsonl}]", "rewards.0.settings={allow_unsandboxed: true}"]
     elif tree.get("data"):
-        words.append(f"data=[{{path: 'tiny:{TINY_DATA[tree['stage']]}?n=8'}}]")
+        kind = "reward" if tree.get("method") else tree["stage"]  # preferences
+        words.append(f"data=[{{path: 'tiny:{TINY_DATA[kind]}?n=8'}}]")
     if tree.get("eval_data"):
         words.append("eval_data=[]")
     assert main([tree["stage"], str(path), "--smoke", *words]) == 0

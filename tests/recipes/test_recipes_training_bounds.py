@@ -9,9 +9,9 @@ from conversations.errors import ToolkitError
 from recipes.recipe.loader import load_recipe
 from recipes.runs.training_bounds import BOUNDS, check_bounds
 from recipes.runs.training_fields import OWNED, config_class
-from recipes.stages import stages
+from recipes.stages import trainings
 
-CONFIGS = [stage.training.config for stage in stages().values() if stage.training]
+CONFIGS = [training.config for training in trainings()]
 
 
 def numeric_fields() -> set[str]:

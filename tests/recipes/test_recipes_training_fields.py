@@ -8,7 +8,7 @@ from conversations.errors import ToolkitError
 from deepseek_v2_modeling.errors import ModelError
 from recipes.recipe.schema import validate
 from recipes.runs.training_fields import OWNED, check_model_config, check_training, config_fields
-from recipes.stages import stages
+from recipes.stages import trainings
 
 
 def check(stage: str, training: dict[str, Any], **more: Any) -> None:
@@ -63,7 +63,7 @@ def test_a_wrong_field_is_named(stage: str, training: dict[str, Any], message: s
 
 
 def test_every_owned_field_is_one_that_a_user_could_write() -> None:
-    known = {name for stage in stages().values() if stage.training for name in config_fields(stage.training.config)}
+    known = {name for training in trainings() for name in config_fields(training.config)}
     assert set(OWNED) <= known
 
 

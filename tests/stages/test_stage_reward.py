@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from conversations.answers.judging import judge, means, means_by_kind
 from conversations.errors import ToolkitError
+from conversations.rendering.answer_fitting import cut
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.lengths import LengthReport
 from deepseek_v2_modeling import DeepseekV2ForSequenceClassification
 from deepseek_v2_modeling.inference import pad_batch, token_losses
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from reward.config import RewardRecipe
-from reward.data import answer_ids, cut, encode_judged, encode_pairs, encoder
+from reward.data import answer_ids, encode_judged, encode_pairs, encoder
 from reward.stage import planned_config, rehearsal, train
 from reward.trainers import JudgedCollator, next_answer_tokens, pointwise_loss, prefix_loss
 
