@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .batching import by_length, evaluation_mode, finite, pad_batch, unpad_batch
 from .cache import LatentCache
-from .generation import Adjust, cache_bytes, end_tokens, generate_answers
+from .generation import Adjust, cache_bytes, decoding_dtype, end_tokens, generate_answers
 from .sampling import choose_tokens
 from .shared_prefixes import Group, shared_prefixes
 
@@ -21,6 +21,7 @@ __all__ = [
     "by_length",
     "cache_bytes",
     "choose_tokens",
+    "decoding_dtype",
     "end_tokens",
     "evaluation_mode",
     "finite",

@@ -20,7 +20,23 @@ class DynamicSampling(Section):
     max_rounds: int = Field(ge=1, le=100, description="How often at most such prompts of a rollout are replaced.")
 
 
-_FOR_SAMPLES = ("rewards", "dynamic_sampling")  # keys of recipes that sample answers
+class RolloutSection(Section):
+    """How answers are sampled."""
+
+    merge: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Sample from a copy of the weights with the adapters merged in, which is faster; auto does so if "
+        "free memory allows.",
+    )
+    max_cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Limit on the cache of the answers sampled side by side, per process; further answers wait. null "
+        "takes 60 % of free memory.",
+    )
+
+
+_FOR_SAMPLES = ("rewards", "dynamic_sampling", "rollout")  # keys of recipes that sample answers
 _FOR_PREFERENCES = ("eval_data", "early_stopping_patience", "format")
 
 
@@ -29,6 +45,7 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     the method."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
+    rollout: RolloutSection = Field(default_factory=lambda: RolloutSection(), description="How answers are sampled.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
         description="Draw other prompts for groups whose answers all have one reward; null trains on the rest alone.",

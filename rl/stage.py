@@ -107,6 +107,7 @@ def build_trainer(
         processing_class=tokenizer,
         limits=limits,
         max_rounds=recipe.dynamic_sampling.max_rounds if recipe.dynamic_sampling else 0,
+        rollout=recipe.rollout,
     )
 
 

@@ -18,7 +18,7 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import end_tokens, generate_answers
+from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.training import (
     HeadSettings,
     RunTrainerMixin,
@@ -26,17 +26,19 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
+from rl.config import RolloutSection
 from rl.groups import OtherPrompts
 from rl.judged import JudgedRollouts
 from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
+from rl.rollout import SampledRollouts
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # first batches for which a reward may give no score at all
 
 
-class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
+class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
     The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load
@@ -44,9 +46,19 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
 
     Args:
         max_rounds: of dynamic sampling; 0 for none.
+        rollout: how answers are sampled.
     """
 
-    def __init__(self, model: Any, args: GRPOConfig, rewards: Sequence[Reward], *, max_rounds: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: GRPOConfig,
+        rewards: Sequence[Reward],
+        *,
+        max_rounds: int = 0,
+        rollout: RolloutSection | None = None,
+        **kwargs: Any,
+    ):
         beta, sync = args.beta, args.sync_ref_model
         own_reference = beta != 0 and not hasattr(model, "peft_config")
         reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
@@ -66,7 +78,7 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.clock = PhaseClock(self.accelerator.device, self._log_phases)
         self.add_callback(self.clock)
-        self.max_rounds = max_rounds
+        self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
         self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
@@ -108,35 +120,12 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
         if self.answers:
             logps = [answer.logps for answer in self.answers]
             return [answer.ids for answer in self.answers], None if None in logps else logps
-        # PeftModel.generate bypasses its own forward, the one that accelerate wraps in autocast.
-        with self.accelerator.autocast():
-            if not self.samples_plainly:
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            tokenizer: Any = self._tokenizer
-            answers = generate_answers(
-                self.accelerator.unwrap_model(self.model_wrapped),
-                prompt_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=self.eos_token_ids,
-                max_new_tokens=self.args.max_completion_length,
-                temperature=self.temperature,
-                batch_size=len(prompt_ids),
-            )
-        return answers, None
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     @property
     def shares_prompts(self) -> bool:
         """Whether the prompt of several answers is read once; flash kernels cannot."""
         return not self.model.config._attn_implementation.startswith("flash")
-
-    @property
-    def samples_plainly(self) -> bool:
-        """Whether answers are sampled from the model itself with nothing but a temperature; otherwise TRL generates."""
-        args = self.args
-        cut = (args.top_p, args.top_k, args.min_p, args.repetition_penalty)
-        elsewhere = (args.use_vllm, args.use_transformers_continuous_batching)
-        neutral = cut in ((1.0, 0, None, 1.0), (1.0, None, None, 1.0)) and not any(elsewhere)
-        return neutral and not args.generation_kwargs and args.cache_implementation is None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -240,10 +229,11 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, GRPOTrainer):
         """Save the completions too: a checkpoint may fall between two updates on the same rollout."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {"micro_step": self._step, "inputs": self._buffered_inputs, "drawn": self.other_prompts.drawn}
-        torch.save(state, self._rollouts_file(folder))
+        torch.save({**state, "rollout_plan": self.saved_plan()}, self._rollouts_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = torch.load(self._rollouts_file(Path(resume_from_checkpoint)), weights_only=True)
         self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]
         self.other_prompts.drawn = saved["drawn"]
+        self.restore_plan(saved.get("rollout_plan"))

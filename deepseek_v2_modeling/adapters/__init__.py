@@ -2,6 +2,7 @@
 
 from ..checkpoints.adapter_config import CONFIG, WEIGHTS, pattern_fault
 from ..checkpoints.tensor_files import Progress
+from .copies import copied_bytes, merged_copy
 from .exporting import export_adapter
 from .files import match_adapter
 from .importing import import_adapter
@@ -16,11 +17,13 @@ __all__ = [
     "adapted_modules",
     "apply_lora",
     "check_targets",
+    "copied_bytes",
     "export_adapter",
     "import_adapter",
     "load_adapter",
     "lora_config",
     "match_adapter",
     "merge_lora",
+    "merged_copy",
     "pattern_fault",
 ]

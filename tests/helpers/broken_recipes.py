@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl", "chat.jsonl", lora=LORA, rewards=[{"rule": "number"}, {"rule": "format"}], training=ROLLOUT
     ),
     "rl_model": _recipe(
-        "rl", "chat.jsonl", lora=LORA, model={"path": "runs/sft"}, training=ROLLOUT,
+        "rl", "chat.jsonl", lora=LORA, model={"path": "runs/sft"}, training=ROLLOUT, rollout={"max_cache_gb": 1},
         rewards=[{"model": "runs/reward"}, {"rule": "format"}],
     ),
     "dpo": _recipe(

@@ -56,6 +56,7 @@ def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, **changes
         processing_class=byte_tokenizer(),
         limits=RunLimits(),
         max_rounds=max_rounds,
+        rollout=recipe(run_dir, **changes).rollout,
     )
 
 
