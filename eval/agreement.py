@@ -306,8 +306,8 @@ def _grouped(
 
 
 def _accuracy(comparisons: Comparisons, included: Array, prompts: Sequence[Hashable]) -> Figure:
-    """The accuracy on the rows in the mask `which`. With comparisons between two rows there is no value per row, so the
-    interval is then a bootstrap interval."""
+    """The accuracy on the rows in the mask `included`. With comparisons between two rows there is no value per row, so
+    the interval is then a bootstrap interval."""
     measure, n = accuracy(comparisons), int(included.sum())
     if (comparisons.other >= 0).any():
         return _figure(lambda weights: measure(weights * included), prompts, n)
