@@ -111,7 +111,7 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
                     raise ValueError(f"{name} is for methods that train on preferences, not for grpo; leave it out")
             return self
         for name in _FOR_SAMPLES:
-            if getattr(self, name):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name}: for method: grpo; {self.method} trains on preferences, so leave it out")
         if self.format.too_long == "split":
             raise ValueError("format.too_long: split is for conversations; preferences need truncate or drop")
