@@ -300,7 +300,7 @@ class SupervisedRecipe(TrainingRecipe):
         default=None,
         ge=1,
         description="Stop after this many consecutive evaluations without a new best value, by "
-        "training.metric_for_best_model (the held-out loss, where it names none).",
+        "training.metric_for_best_model (by default the held-out loss).",
     )
     format: FormatSection = Field(
         default_factory=lambda: FormatSection(), description="What is trained and what happens to long rows."

@@ -47,7 +47,7 @@ def means(agreements: Sequence[Agreement]) -> dict[str, float]:
 
 
 def means_by_kind(rows: Sequence[Row], agreements: Sequence[Agreement]) -> dict[str, dict[str, float]]:
-    """`means` for each meta.kind of the rows ("other" where it is missing)."""
+    """`means` for each meta.kind of the rows ("other" if it is missing)."""
     kinds = [str((row.get("meta") or {}).get("kind", "other")) for row in rows]
     return {
         kind: means([v for k, v in zip(kinds, agreements, strict=True) if k == kind]) for kind in sorted(set(kinds))

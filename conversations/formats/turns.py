@@ -1,6 +1,6 @@
-"""A turn of a conversation, its transcripts, and the order that turns must keep.
+"""A turn of a conversation, transcripts of turns, and the order that turns must follow.
 
-Every function here raises BadRow, with a reason for the person who owns the file.
+Functions in this module raise BadRow with a reason for the owner of the file.
 """
 
 import re
@@ -14,10 +14,10 @@ from conversations.row import Message
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn as read: role (system, user or assistant) and words.
+    """A turn as read: role (system, user or assistant) and text.
 
-    train: False where the file says that an assistant's turn is not trained. where: how the file numbers it ("turn 3"),
-    or its column. tools: definitions that a system turn brings.
+    train: False if the file excludes an assistant turn from training. where: the turn's number in the file ("turn 3"),
+    or its column. tools: tool definitions of a system turn.
     """
 
     role: str
@@ -28,7 +28,7 @@ class Turn:
 
 
 def as_messages(turns: Sequence[Turn]) -> list[Message]:
-    """The canonical messages. Only one that is not trained says so: `train` is false."""
+    """The canonical messages; `train` is present (and false) only for turns excluded from training."""
     return [
         {"role": turn.role, "content": turn.content} | ({"train": False} if turn.train is False else {})
         for turn in turns
@@ -37,13 +37,13 @@ def as_messages(turns: Sequence[Turn]) -> list[Message]:
 
 @dataclass(frozen=True)
 class _Transcript:
-    """Conversations written as one string: `start` opens it, `labels` name the speakers."""
+    """A format of conversations in one string: it begins with `start`; `labels` name the speakers."""
 
     start: str
     labels: dict[str, str]
 
     def turns(self, text: str) -> list[Turn]:
-        """The turns, stripped; consecutive words of one speaker are one turn."""
+        """The turns, stripped; consecutive text of one speaker is one turn."""
         _, *pieces = re.split(rf"(?:\A|\n\n)({'|'.join(self.labels)}):", text)
         turns: list[Turn] = []
         for label, words in zip(pieces[::2], pieces[1::2], strict=True):
@@ -61,7 +61,7 @@ _TRANSCRIPTS = (
 
 
 def transcript_turns(text: str) -> list[Turn] | None:
-    """The turns of a transcript that has both speakers, else None."""
+    """The turns of a transcript with both speakers; otherwise None."""
     for transcript in _TRANSCRIPTS:
         if text.startswith(transcript.start) and len(turns := transcript.turns(text)) > 1:
             return turns
@@ -69,9 +69,9 @@ def transcript_turns(text: str) -> list[Turn] | None:
 
 
 def check_turns(turns: Sequence[Turn], *, empty_last: bool = False) -> None:
-    """A system message or none, then user and assistant by turns, the user first; no turn is empty.
+    """Check the order: an optional system message, then user and assistant alternating, user first; no turn is empty.
 
-    empty_last: the last turn may be empty (an answer in a preference pair: the model said nothing).
+    empty_last: the last turn may be empty (in a preference pair the model may have answered nothing).
     """
     if not turns:
         raise BadRow("the conversation has no turns")
@@ -82,7 +82,7 @@ def check_turns(turns: Sequence[Turn], *, empty_last: bool = False) -> None:
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
             where = turn.where if turn.where.startswith("turn") else f"turn {first + number + 1}"
-            raise BadRow(f"{where} has role {turn.role} where {expected} is expected")
+            raise BadRow(f"{where} has role {turn.role}, but {expected} is expected")
     for number, turn in enumerate(turns, start=1):
         if not turn.content.strip() and not (empty_last and number == len(turns)):
             is_column = turn.where and not turn.where.startswith("turn")

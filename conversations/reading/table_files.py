@@ -86,7 +86,7 @@ def _other_delimiter(line: str) -> str | None:
 
 def _csv_problem(names: list[str], fields: list[str], text: str) -> str | None:
     if len(fields) != len(names):
-        return f"{len(fields)} fields where the first line names {len(names)} columns"
+        return f"{len(fields)} fields, but the first line names {len(names)} columns"
     if fields[0].startswith(_BOM):
         return "a byte order mark in the middle of the file"
     return None if is_utf8(text) else "not valid UTF-8"

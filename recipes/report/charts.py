@@ -35,7 +35,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: `unit` labels the y axis; `log_ok`: a log scale where the highest is over 30 times the lowest."""
+    """A figure: `unit` labels the y axis; `log_ok`: use a log scale if the highest value is over 30 times the
+    lowest."""
 
     title: str
     unit: str

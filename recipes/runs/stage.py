@@ -155,7 +155,7 @@ def _remove_merged(run_dir: Path, source: "ModelSource") -> None:
 
 
 def _start(recipe: StageRecipe, inputs: "Inputs", run_dir: Path) -> dict[str, Any]:
-    """What the run starts from and, where it matters, the number of processes; only the main process reads the
+    """What the run starts from and, if it matters, the number of processes; only the main process reads the
     files."""
     from recipes.runs.identity import extent, fingerprints, merged_base
 

@@ -104,7 +104,7 @@ def config_class(name: str) -> Any:
 
 
 def setting(recipe: TrainingRecipe, name: str) -> Any:
-    """The recipe's value of a field of its TRL config, or that config's default; None where it has no such field."""
+    """The recipe's value of a field of its TRL config, or that config's default; None if it has no such field."""
     return recipe.training.get(name, getattr(config_class(training_of(recipe).config), name, None))
 
 

@@ -251,9 +251,9 @@ BAD = [
     ({"question_id": 1, "turns": []}, "turns must be a list of questions"),
     ({"messages": [user([{"type": "image_url"}])]}, r"messages\[0\] \(user\) has a part that is not text"),  # type: ignore
     ({"messages": [system("S")]}, "only a system turn"),
-    ({"messages": [assistant("A")]}, "turn 1 has role assistant where user is expected"),
-    ({"messages": [user("Q"), user("R")]}, "turn 2 has role user where assistant is expected"),
-    ({"messages": [user("Q"), system("S")]}, "turn 2 has role system where assistant is expected"),
+    ({"messages": [assistant("A")]}, "turn 1 has role assistant, but user is expected"),
+    ({"messages": [user("Q"), user("R")]}, "turn 2 has role user, but assistant is expected"),
+    ({"messages": [user("Q"), system("S")]}, "turn 2 has role system, but assistant is expected"),
     ({"messages": [user("Q"), assistant(" \n")]}, r"turn 2 \(assistant\) is empty"),
     ({"messages": [user("Q\0")]}, "contains a NUL character"),
     ({"messages": [user("Q\ud800")]}, "half of a surrogate pair"),

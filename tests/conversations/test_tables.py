@@ -62,7 +62,7 @@ def test_bad_rows_of_a_csv_file(tmp_path):
     path.write_bytes(b"prompt,completion,score\n" + good + b'"Q\nQ",A,2\n\n' + b"".join(line + good for line in bad))
     lines = [(line, reason.split(":")[0]) for line, reason in rejected_in(path)]
     assert lines == [
-        (6, "2 fields where the first line names 3 columns"),
+        (6, "2 fields, but the first line names 3 columns"),
         (8, "broken quotes"),
         (10, "not valid UTF-8"),
         (12, "a byte order mark in the middle of the file"),
