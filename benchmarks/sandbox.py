@@ -1,16 +1,19 @@
 """Start-up time of Python with and without a sandbox, and checks of the rule `code` per second.
 
-    python -m benchmarks.sandbox [ROWS.jsonl]
+    python -m benchmarks.sandbox [ROWS.jsonl] [--wasm python.wasm]
 
-ROWS.jsonl: rows of HumanEval with canonical_solution; by default, one built-in row of that size is repeated.
+ROWS.jsonl: rows of HumanEval with canonical_solution; by default, one built-in row of that size is repeated. --wasm: a
+build of CPython for WASI, run by wasmtime (`pip install wasmtime`), which first compiles it.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from conversations.answers.many import Asked, verify_all
 from conversations.answers.verdict import Verdict
 from conversations.sandbox.box import isolation
 
-PYTHON = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", "pass"]
+OPTIONS = ["-I", "-S", "-B", "-c"]
+PYTHON = [os.path.realpath(sys.executable), *OPTIONS]
+WORK = {"start": "pass", "loop": "sum(i * i for i in range(10**6))"}
 NAMESPACES = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork"]
 CHECKS = 100
 ROW = {
@@ -31,24 +36,61 @@ ROW = {
 }
 
 
+def in_wasm(path: Path) -> Callable[[str], None]:
+    """Runs code in a CPython for WASI, in this process: a module that is compiled once, a new instance for each."""
+    wasmtime: Any = importlib.import_module("wasmtime")  # not a dependency
+    engine: Any = wasmtime.Engine()
+    began = time.perf_counter()
+    module = wasmtime.Module.from_file(engine, str(path))
+    print(f"{time.perf_counter() - began:.1f} s to compile {path.name}")
+    linker = wasmtime.Linker(engine)
+    linker.define_wasi()
+
+    def run(code: str) -> None:
+        store: Any = wasmtime.Store(engine)
+        settings = wasmtime.WasiConfig()
+        settings.argv = ["python", *OPTIONS, code]
+        store.set_wasi(settings)
+        start: Any = linker.instantiate(store, module).exports(store)["_start"]
+        try:
+            start(store)
+        except wasmtime.ExitTrap as end:
+            if end.code:
+                raise
+
+    return run
+
+
+def in_process(before: list[str], code: str) -> None:
+    subprocess.run([*before, *PYTHON, code], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="?", type=Path)
-    rows_file = parser.parse_args().rows
+    parser.add_argument("--wasm", type=Path)
+    args = parser.parse_args()
+    given = args.rows
     rows: list[dict[str, Any]] = [ROW] * CHECKS
-    if rows_file:
-        rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    commands = {"python": PYTHON, "unshare": [*NAMESPACES, *PYTHON], "bubblewrap": [*isolation(1), *PYTHON]}
-    starts = {name: seconds(partial(subprocess.run, command, check=True), 20) for name, command in commands.items()}
+    if given:
+        rows = [json.loads(line) for line in given.read_text().splitlines()]
+    before = {"python": [], "unshare": NAMESPACES, "bubblewrap": isolation(1)}
+    ways: dict[str, Callable[[str], None]] = {name: partial(in_process, words) for name, words in before.items()}
+    if args.wasm:
+        ways["wasmtime"] = in_wasm(args.wasm)
+    took = {
+        name: {what: seconds(partial(run, code), 20 if what == "start" else 5) for what, code in WORK.items()}
+        for name, run in ways.items()
+    }
     began = time.perf_counter()
     verdicts = verify_all("code", [Asked(row["canonical_solution"], reference=row) for row in rows])
     rate = len(rows) / (time.perf_counter() - began)
     passed = sum(isinstance(verdict, Verdict) and verdict.score == 1 for verdict in verdicts)
-    for name, start in starts.items():
-        print(f"{name:<11} {1000 * start:5.1f} ms to start")
+    for name, times in took.items():
+        print(f"{name:<11} {1000 * times['start']:5.1f} ms to start, {1000 * times['loop']:6.1f} ms with a loop")
     print(f"{rate:.1f} checks per second; {passed} of {len(rows)} pass")
-    starts_ms = {name: round(1000 * start, 1) for name, start in starts.items()}
-    write("sandbox", {"start_ms": starts_ms, "checks_per_s": round(rate, 1), "passed": passed, "of": len(rows)})
+    in_ms = {name: {what: round(1000 * time, 1) for what, time in times.items()} for name, times in took.items()}
+    write("sandbox", {"ms": in_ms, "checks_per_s": round(rate, 1), "passed": passed, "of": len(rows)})
 
 
 if __name__ == "__main__":

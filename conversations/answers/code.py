@@ -163,7 +163,7 @@ def written_code(completion: str, problem: Problem) -> str | None:
         return _before(problem) + defining[-1]
     if problem.prompt:
         bodies = fenced or [completion]
-        sources = (source for body in bodies for source in _continued(problem.prompt, body))
+        sources = (source for body in bodies for source in _continued(problem, body))
         return next((source for source in sources if _tree(source) is not None), None)
     python = [block for block in blocks if block.strip() and _tree(block) is not None]
     return max(python, key=len, default=None)
@@ -209,12 +209,16 @@ def _bare(completion: str) -> Iterator[str]:
             return
 
 
-def _continued(prompt: str, body: str) -> Iterator[str]:
+def _continued(problem: Problem, body: str) -> Iterator[str]:
     """The prompt with a function's body: as it is indented, or with missing indentation (of its first line) added."""
     body = body.lstrip("\n")
-    glue = "" if prompt.endswith("\n") else "\n"
-    if body[:1].isspace():
-        yield prompt + glue + body
-    else:
-        yield prompt + glue + "    " + body
-    yield prompt + glue + textwrap.indent(textwrap.dedent(body), "    ")
+    before = problem.prompt + ("" if problem.prompt.endswith("\n") else "\n")
+    as_it_is = before + ("" if body[:1].isspace() else "    ") + body
+    indented = before + textwrap.indent(textwrap.dedent(body), "    ")
+    yield from (indented, as_it_is) if _spills(as_it_is, problem.entry_point) else (as_it_is, indented)
+
+
+def _spills(source: str, entry_point: str) -> bool:
+    """Whether statements other than definitions follow the function: a part of its body, then."""
+    names = [getattr(node, "name", None) for node in getattr(_tree(source), "body", ())]
+    return None in names[names.index(entry_point) :] if entry_point in names else False

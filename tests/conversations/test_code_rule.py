@@ -80,6 +80,8 @@ def judge(answer: str, row: Any = ROW, **more: Any) -> tuple[float | None, str]:
         f"```py\n{PROMPT}{BODY}```\nUse it so:\n```python\nprint(rounded([1]))\n```",
         f"  ```python\n  {WHOLE.replace(chr(10), chr(10) + '  ').strip()}\n  ```",
         f"Here it is:\n\n{WHOLE}\nIt halves, and that's all.",
+        "```python\nhalves = map(half, numbers)\nreturn [math.floor(x) for x in halves]\n```",
+        "return [floor(x) for x in numbers]\n\n\ndef floor(x):\n    return x // 2\n",
         f"```python\n{WHOLE}",  # cut before the fence closes
         "rounded = lambda numbers: [math.floor(half(x)) for x in numbers]",
         f"```python\n{WHOLE}```\n```bash\npython it.py\n```",
@@ -197,6 +199,48 @@ FORGERIES = {
     "changed arguments": "def rounded(n):\n    n.clear()\n    return n",
     "a debugger": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n"
     "def rounded(n): return 0",
+    "a debugger that answers": "import sys\ndef trace(frame, event, arg):\n"
+    "    if 'result' in frame.f_locals: frame.f_locals['result'] = []\n    return trace\n"
+    "sys.settrace(trace)\nfor f in sys._current_frames().values():\n    while f: f.f_trace = trace; f = f.f_back\n"
+    "def rounded(n): return 0",
+    "an audit hook": "import sys\ndef hook(event, args):\n    if event in ('compile', 'exec'): raise SystemExit(0)\n"
+    "sys.addaudithook(hook)\ndef rounded(n): return 0",
+    "a verdict in the host's own format": "import os, sys\nfrom wire import Channel\n"
+    "for fd in range(3, 64):\n    for value in ((3, 0, None), ([], None, None), None):\n"
+    "        try: Channel(fd, None, None).send(value)\n        except BaseException: pass\n"
+    "def rounded(n): return 0",
+    "a thread that answers ahead": "import threading\nfrom wire import Channel\ndef ahead():\n    while True:\n"
+    "        for fd in range(3, 16):\n            try: Channel(fd, None, None).send(([], None, None))\n"
+    "            except BaseException: pass\n"
+    "threading.Thread(target=ahead, daemon=True).start()\ndef rounded(n): return 0",
+    "a patched guest": "import sys, wire\nm = sys.modules['__main__']\nm.outcome = lambda *a: (True, None)\n"
+    "wire.encode = lambda *a: [b'T']\nwire.Channel.send = lambda *a: None\ndef rounded(n): return 0",
+    "ctypes": "import ctypes\nlibc = ctypes.CDLL(None)\nfor fd in range(3, 64): libc.write(fd, b'\\0\\0\\0\\1T', 5)\n"
+    "libc.prctl(1, 0)\ndef rounded(n):\n    libc._exit(0)",
+    "built-in types that equal everything": "import ctypes, gc\n"
+    "for kind in (int, list, tuple, str):\n    names = gc.get_referents(kind.__dict__)[0]\n"
+    "    names['__eq__'] = lambda a, b: True\n    ctypes.pythonapi.PyType_Modified(ctypes.py_object(kind))\n"
+    "def rounded(n): return 0",
+    "numbers that equal everything": "class E(int):\n    def __eq__(self, other): return True\n"
+    "    __ne__ = __index__ = __hash__ = lambda *a: 0\ndef rounded(n): return [E(7)]",
+    "an object that claims to be a list": "class E:\n    __class__ = list\n    __len__ = lambda s: 0\n"
+    "    __iter__ = lambda s: iter(())\n    __eq__ = lambda s, o: True\n"
+    "    __reduce__ = lambda s: (print, ('passed',))\ndef rounded(n): return E()",
+    "an end that is a success": "import atexit, os, sys\natexit.register(os._exit, 0)\n"
+    "def rounded(n): return 0\nsys.exit(0)",
+    "handlers of what ends it": "import signal, sys, threading\nfor s in set(signal.Signals) - {9, 19}:\n"
+    "    try: signal.signal(s, lambda *a: None)\n    except (OSError, ValueError): pass\n"
+    "sys.excepthook = threading.excepthook = sys.unraisablehook = print\n"
+    "def rounded(n):\n    while True: pass",
+    "its whole process group": "import os, signal\ndef rounded(n): return 0\nos.killpg(0, signal.SIGKILL)",
+    "the kernel's files": "import os\ndef rounded(n):\n    for pid in ('self', '1', str(os.getppid())):\n"
+    "        for name in ('mem', 'environ', 'cmdline', 'fd/3', 'maps'):\n"
+    "            try: open(f'/proc/{pid}/{name}', 'rb')\n            except OSError: continue\n"
+    "            return [x // 2 for x in n]\n    return 0",
+    "frames of other threads": "import inspect, sys\ndef rounded(n):\n"
+    "    frames = [*sys._current_frames().values(), *(one.frame for one in inspect.stack())]\n"
+    "    seen = {name for frame in frames for names in (frame.f_globals, frame.f_locals) for name in names}\n"
+    "    return [x // 2 for x in n] if seen & {'tally', '_count', 'check', 'tests', 'task'} else 0",
 }
 ATTACKS = {
     "a fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
@@ -222,6 +266,7 @@ ATTACKS = {
 @pytest.mark.parametrize("answer", FORGERIES.values(), ids=FORGERIES)
 @isolated
 def test_a_verdict_cannot_be_forged(answer: str) -> None:
+    compile(answer, "answer", "exec")
     assert judge(f"```python\n{answer}\n```")[0] == 0
 
 
