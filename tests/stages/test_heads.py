@@ -79,6 +79,20 @@ def test_trained_saved_and_used(home: Path, how: dict[str, Any], lora: Any) -> N
     assert said["mean"] != said["min"] != said["mean_minus_std"]
 
 
+def test_an_adapter_of_several_heads_is_merged(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert started(reward_recipe(lora={"targets": ["attention", "experts"], "r": 2})) == 0
+    assert main(["merge", "rm", "merged"]) == 0
+    assert read_json(Path("merged/config.json"))["reward_heads"] == HEADS
+    assert RewardStats.read(Path("merged")) == RewardStats.read(Path("rm/final"))
+    ids = random_ids(4, 9).tolist()
+    adapted, merged = (
+        score_heads(load_model(resolve_source(path), head="score"), ids, pad_token_id=2) for path in ("rm", "merged")
+    )
+    torch.testing.assert_close(torch.tensor(merged), torch.tensor(adapted), atol=1e-5, rtol=0)
+    assert main(["export", "rm", "exported", "--layout", "per_expert"]) == 2  # no server reads a score head
+    assert "score.weight); use: dsv2 merge" in capsys.readouterr().err and not Path("exported").exists()
+
+
 def test_rl_combines_them(home: Path) -> None:
     assert started(reward_recipe()) == 0
     training = {

@@ -1,6 +1,10 @@
 """`dsv2 pairs` through the command line: its files, interruption, batches, chains, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,57 @@ def test_an_interrupted_run_ends_with_the_same_files(home: Path, run: Path, caps
         assert (again / name).read_bytes() == (run / name).read_bytes(), name
     pairs_run(home, "again")
     assert "nothing to do" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+
+import pairs.stage
+from recipes.cli import main
+
+real, calls = pairs.stage.append_lines, 0
+
+
+def deadly(*args):
+    global calls
+    calls += 1
+    real(*args)
+    if calls == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+pairs.stage.append_lines = deadly
+main(["pairs", *sys.argv[1:]])
+"""
+
+
+def test_a_run_that_was_killed_in_its_middle_ends_with_the_same_files(
+    home: Path, run: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [str(home / "pairs.yaml"), f"output_dir={home / 'killed'}", "batch_size=2"]  # two prompts at a time
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (home / "killed" / "pairs.jsonl").exists()
+    made(home, "killed", "batch_size=2")
+    assert "16 answers of the interrupted run are reused" in capsys.readouterr().err
+    for name in FILES:
+        assert (home / "killed" / name).read_bytes() == (run / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_files(home: Path, run: Path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    words = [
+        str(Path(sys.executable).with_name("dsv2")),
+        "pairs",
+        str(home / "pairs.yaml"),
+        f"output_dir={home / 'two'}",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in FILES:
+        assert (home / "two" / name).read_bytes() == (run / name).read_bytes(), name
 
 
 def test_the_batch_changes_nothing(home: Path, run: Path):
