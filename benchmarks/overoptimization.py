@@ -1,133 +1,196 @@
-"""Over-optimisation of a reward model with one score head and with several, on a reward that is known.
+"""Over-optimisation of a reward model with one score head and with four, on a reward that is known.
 
-    python -m benchmarks.overoptimization [FOLDER]      results/overoptimization.json and docs/overoptimization.svg
+    python -m benchmarks.overoptimization [FOLDER]   results/overoptimization.json, docs/overoptimization.svg; 5 minutes
 
-An answer is twelve digits. The gold reward knows what each digit is worth and counts none of them more than twice; a reward
-model learns it from few pairs, some of which are labelled wrongly, and GRPO then optimises the reward model alone. All
-of it runs through `dsv2`. Runs that are done are not repeated: use an empty folder to measure again.
+An answer is eight digits. The gold reward knows what each digit is worth and counts none of them more than twice; a
+reward model learns it from a few pairs, a quarter of which are labelled wrongly, and GRPO then optimises the reward
+model alone. Runs that FOLDER holds already are not repeated.
 """
 
 import argparse
+import copy
 import json
 import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
-from benchmarks.common import RESULTS, write
-from recipes.cli import main as dsv2
+import torch
+
+from benchmarks.common import write
+from conversations.answers.combining import Combine
+from conversations.answers.reward_stats import RewardStats
+from conversations.rewards.base import Answer, Reward, Values
+from conversations.rewards.model import RewardModelReward
+from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification
+from deepseek_v2_modeling.presets import PRESETS
+from recipes.runs.preset_tokenizer import build_tokenizer
+from reward.config import RewardRecipe
+from reward.stage import train as train_reward
+from rl.config import RlRecipe
+from rl.stage import train as train_rl
+from sft.config import SftRecipe
+from sft.stage import train as train_sft
 
 SEEDS = (0, 1, 2)
-DIGITS, LENGTH, COUNTED = "0123456789", 12, 2
-PAIRS, WRONG = 256, 0.25  # of each seed; share of wrong labels
-STEPS, WINDOW = 200, 10
-ARMS = {"one head": (1, "mean"), "min of 4": (4, "min")}  # heads, how they are combined
-GOLD = """
-WORTH = {worth}
+DIGITS, LENGTH, COUNTED = "0123456789", 8, 2
+PAIRS, WRONG = 192, 0.25  # of each seed; share of wrong labels
+ANSWERS, STEPS = 64, 150  # of GRPO
+WINDOW = 9  # steps that curves are averaged over
+ARMS: dict[str, tuple[int, Combine]] = {"one head": (1, "mean"), "min of 4 heads": (4, "min")}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 1}
+SMALL |= {"topk_group": 1, "num_experts_per_tok": 2, "num_attention_heads": 8, "aux_loss_alpha": 0.0}
+UNREAD: dict[str, Any] = {"data": [{"path": "unread"}], "output_dir": "unread", "model": {"path": "unread"}}
+FILE = Path(__file__).parents[1] / "docs" / "overoptimization.svg"
 
 
-def gold(prompts, completions):
-    return [sum(worth * min(c[-1]["content"].count(d), {counted}) for d, worth in WORTH.items()) for c in completions]
-"""
+class Gold(Reward):
+    """What each digit of an answer is worth, from -1 to 1, none counted more than twice."""
 
+    def __init__(self, seed: int):
+        super().__init__("gold", weight=0.0)
+        values = [2 * place / (len(DIGITS) - 1) - 1 for place in range(len(DIGITS))]
+        random.Random(seed).shuffle(values)
+        self.worth = dict(zip(DIGITS, values, strict=True))
 
-def worth_of(seed: int) -> dict[str, float]:
-    """What each digit is worth, from -1 to 1."""
-    values = [2 * place / (len(DIGITS) - 1) - 1 for place in range(len(DIGITS))]
-    random.Random(seed).shuffle(values)
-    return dict(zip(DIGITS, values, strict=True))
+    def value(self, text: str) -> float:
+        return sum(worth * min(text.count(digit), COUNTED) for digit, worth in self.worth.items())
 
-
-def gold(answer: str, worth: dict[str, float]) -> float:
-    return sum(worth[digit] * min(answer.count(digit), COUNTED) for digit in DIGITS)
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        return [self.value(answer.text) for answer in answers]
 
 
 def drawn(rng: random.Random) -> str:
     return "".join(rng.choices(DIGITS, k=LENGTH))
 
 
-def pairs_of(seed: int) -> list[dict[str, Any]]:
-    rng, worth = random.Random(f"pairs {seed}"), worth_of(seed)
+def said(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def pairs_of(gold: Gold, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(f"pairs {seed}")
     rows = []
-    for number in range(PAIRS):
-        better, worse = sorted((drawn(rng), drawn(rng)), key=lambda answer: -gold(answer, worth))
-        if rng.random() < WRONG:
-            better, worse = worse, better
-        rows.append({"prompt": f"{number % 50} ?", "chosen": better, "rejected": worse})
+    for _ in range(PAIRS):
+        answers = sorted((drawn(rng), drawn(rng)), key=gold.value, reverse=rng.random() >= WRONG)
+        chosen, rejected = (said("assistant", answer) for answer in answers)
+        rows.append({"prompt": said("user", "?"), "chosen": chosen, "rejected": rejected})
     return rows
 
 
-def started(folder: Path, name: str, recipe: dict[str, Any]) -> Path:
-    """The run directory of a recipe that has run."""
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({**recipe, "output_dir": str(folder / name)}))
-    if dsv2([recipe["stage"], str(path)]) != 0:
-        raise SystemExit(f"{path} failed")
-    return folder / name
+def training(steps: int, batch: int, rate: float, **more: Any) -> dict[str, Any]:
+    common = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": rate, "save_strategy": "no"}
+    return {**common, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, **more}
 
 
-def listed(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [{"path": str(path)}]
+def trained_policy(tokenizer: Any, run_dir: Path) -> Any:
+    """A model that answers with eight random digits."""
+    torch.manual_seed(0)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**PRESETS["tiny"], **SMALL, **ids}))
+    rng = random.Random(0)
+    rows = [{"messages": said("user", "?") + said("assistant", drawn(rng))} for _ in range(2000)]
+    recipe = SftRecipe(**UNREAD, stage="sft", training=training(150, 32, 3e-3, max_length=32))
+    train_sft(recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=None, run_dir=run_dir, resume_from=None)
+    return model
 
 
-def policy_of(folder: Path) -> Path:
-    """A model that answers with twelve digits by chance."""
-    base, rng = folder / "base", random.Random(0)
-    if not base.exists() and dsv2(["init", str(base), "--preset", "tiny"]) != 0:
-        raise SystemExit("no model")
-    rows = [{"prompt": f"{n % 50} ?", "completion": drawn(rng)} for n in range(4000)]
-    training = {"max_steps": 120, "per_device_train_batch_size": 64, "learning_rate": 2e-3, "max_length": 32}
-    data = listed(folder, "sft", rows)
-    return started(folder, "policy", {"stage": "sft", "model": {"path": str(base)}, "data": data, "training": training})
-
-
-def optimised(folder: Path, policy: Path, seed: int, arm: str) -> list[dict[str, float]]:
-    """GRPO against a reward model of this seed: {proxy, gold} of each step."""
+def reward_model(policy: Any, tokenizer: Any, gold: Gold, seed: int, arm: str, run_dir: Path) -> RewardModelReward:
     heads, combine = ARMS[arm]
-    name = f"{seed}_{heads}"
-    model = {"path": str(policy)}
-    recipe = {
-        "stage": "reward", "model": model, "data": listed(folder, f"pairs_{seed}", pairs_of(seed)), "heads": heads, "seed": seed,
-        "training": {"max_steps": 60, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "max_length": 32},
-    }  # fmt: skip
-    reward_model = started(folder, f"reward_{name}", recipe)
-    code = folder / f"gold_{seed}.py"
-    code.write_text(GOLD.format(worth=worth_of(seed), counted=COUNTED))
-    rewards = [{"model": str(reward_model), "combine": combine}, {"python": f"{code}:gold", "weight": 1e-6}]
-    training = {
-        "max_steps": STEPS, "per_device_train_batch_size": 64, "num_generations": 8, "max_completion_length": 16,
-        "steps_per_generation": 1, "learning_rate": 3e-4, "beta": 0.0, "loss_type": "grpo", "logging_steps": 1,
-        "save_strategy": "no",
-    }  # fmt: skip
-    recipe = {
-        "stage": "rl", "model": model, "data": listed(folder, "prompts", [{"prompt": f"{n} ?"} for n in range(50)]),
-        "rewards": rewards, "seed": seed, "training": training,
-    }  # fmt: skip
-    metrics = (started(folder, f"rl_{name}", recipe) / "metrics.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, metrics) if "rewards/gold/mean" in line]
-    proxy = next(key for key in steps[0] if key.startswith("rewards/reward_") and key.endswith("/mean"))
-    return [{"proxy": line[proxy], "gold": line["rewards/gold/mean"]} for line in steps]
+    torch.manual_seed(seed)
+    model = DeepseekV2ForSequenceClassification(DeepseekV2Config(**{**policy.config.to_dict(), "num_labels": heads}))
+    model.model.load_state_dict(policy.model.state_dict())
+    recipe = RewardRecipe(
+        **UNREAD, stage="reward", heads=heads, seed=seed, training=training(100, 32, 1e-3, max_length=32)
+    )
+    rows = pairs_of(gold, seed)
+    found = train_reward(
+        recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=None, run_dir=run_dir, resume_from=None
+    )
+    print(f"{run_dir.name}: {found['seconds']:.0f} s", flush=True)
+    stats = RewardStats.read(run_dir / "final")
+    return RewardModelReward("proxy", model.eval(), tokenizer, stats=stats, combine=combine)
+
+
+def optimised(policy: Any, tokenizer: Any, seed: int, arm: str, folder: Path) -> list[dict[str, float]]:
+    """GRPO against a reward model of this seed: {proxy, gold} of each step."""
+    run_dir, gold = folder / f"{arm.replace(' ', '_')}_{seed}", Gold(seed)
+    done = run_dir / "steps.json"
+    if not done.exists():
+        proxy = reward_model(policy, tokenizer, gold, seed, arm, folder / f"reward_{run_dir.name}")
+        more = {"num_generations": 8, "max_completion_length": LENGTH + 2, "steps_per_generation": 1, "beta": 0.0}
+        settings = training(STEPS, ANSWERS, 4e-4, loss_type="grpo", lr_scheduler_type="constant", **more)
+        recipe = RlRecipe(**UNREAD, stage="rl", seed=seed, rewards=[{"rule": "format"}], training=settings)
+        rows = [{"messages": said("user", "?") + said("assistant", "-")}] * 8
+        rewards = [proxy, gold]
+        train_rl(
+            recipe, model=copy.deepcopy(policy), tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir,
+            resume_from=None,
+        )  # fmt: skip
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        keys = {"proxy": "rewards/proxy/mean", "gold": "rewards/gold/mean"}
+        steps = [{name: line[key] for name, key in keys.items()} for line in lines if keys["gold"] in line]
+        done.write_text(json.dumps(steps))
+    return json.loads(done.read_text())
+
+
+def smoothed(steps: Sequence[dict[str, float]], key: str) -> list[float]:
+    half = WINDOW // 2
+    return [fmean(step[key] for step in steps[max(0, at - half) : at + half + 1]) for at in range(len(steps))]
+
+
+def figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Where gold is highest, how high, and what it and the proxy have become at the end."""
+    gold, proxy = smoothed(steps, "gold"), smoothed(steps, "proxy")
+    peak = max(range(len(gold)), key=gold.__getitem__)
+    found = {"gold_peak": gold[peak], "gold_end": gold[-1], "proxy_at_peak": proxy[peak], "proxy_end": proxy[-1]}
+    return {"peak_step": peak + 1, **{name: round(value, 3) for name, value in found.items()}}
+
+
+def draw(curves: dict[str, dict[int, list[dict[str, float]]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "overoptimization"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True)
+    for (arm, of_seeds), colour in zip(curves.items(), ("tab:red", "tab:blue"), strict=True):
+        for ax, key in zip(axes, ("proxy", "gold"), strict=True):
+            each = [smoothed(steps, key) for steps in of_seeds.values()]
+            for one in each:
+                ax.plot(range(1, len(one) + 1), one, color=colour, alpha=0.3, linewidth=0.8)
+            ax.plot(range(1, len(each[0]) + 1), [fmean(at) for at in zip(*each, strict=True)], color=colour, label=arm)
+    for ax, title in zip(axes, ("reward model (normalised)", "gold reward"), strict=True):
+        ax.set(title=title, xlabel="GRPO step")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(FILE, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--only", help="ARM:SEED; the figures are written when all runs are there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        policy = policy_of(folder)
-        for seed in args.seeds:
-            for arm in ARMS:
-                steps = optimised(folder, policy, seed, arm)
-                for at in range(0, len(steps), 20):
-                    part = steps[at : at + 20]
-                    print(seed, arm, at, *(round(fmean(s[k] for s in part), 2) for k in ("proxy", "gold")), flush=True)
+        tokenizer = build_tokenizer("tiny")
+        kept = folder / "policy" / "final"
+        policy = (
+            DeepseekV2ForCausalLM.from_pretrained(kept) if kept.exists() else trained_policy(tokenizer, kept.parent)
+        )
+        chosen = [(arm, seed) for seed in SEEDS for arm in ARMS if args.only in (None, f"{arm}:{seed}")]
+        found = {(arm, seed): optimised(policy, tokenizer, seed, arm, folder) for arm, seed in chosen}
+        for (arm, seed), steps in found.items():
+            print(arm, seed, figures(steps), [round(v, 2) for v in smoothed(steps, "gold")[::10]], flush=True)
+    if args.only is None:
+        curves = {arm: {seed: found[arm, seed] for seed in SEEDS} for arm in ARMS}
+        draw(curves)
+        write("overoptimization", {arm: {seed: figures(s) for seed, s in of.items()} for arm, of in curves.items()})
 
 
 if __name__ == "__main__":

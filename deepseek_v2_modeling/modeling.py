@@ -22,7 +22,7 @@ from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
 from .configuration import DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
-from .kernels.float32_products import Linear, WideLinear
+from .kernels.float32_products import Linear, WideLinear, rounds_apart
 from .kernels.token_scores import IGNORED, blockwise_loss
 from .layers.attention import DeepseekV2Attention
 from .layers.attention_plan import plan_attention
@@ -32,7 +32,7 @@ from .layers.norm import DeepseekV2RMSNorm
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
-from .packing.last_tokens import real_runs, scored_tokens
+from .packing.last_tokens import packed_rows, real_runs, scored_tokens
 from .routing_replay import Routes, next_routes
 
 logger = logging.get_logger(__name__)
@@ -43,6 +43,7 @@ LOST_BALANCE = (
     "is in deepseek_v2_modeling); so does `collect_balance` in a loop of your own, or adding the output's aux_loss to "
     "your loss. Coefficients of 0 (aux_loss_alpha, ...) turn them off."
 )
+STEADY_TOKENS = 512  # fewer, and oneDNN sums low-precision products in an order that depends on their number
 BATCH_SHAPED = ("output_hidden_states", "output_attentions", "output_router_logits")  # results with values per token
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -383,15 +384,19 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         scores; no cache is returned then, and `use_cache=True` prevents it. In training with labels, `loss` includes
         the balance losses.
         """
+        rows = None  # all that are found
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is not None and past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
             real: Any = real_runs(attention_mask, inputs.shape[:2])
             if real is not None:
-                packed: Any = inputs[real][None]
+                least = STEADY_TOKENS if rounds_apart(self.model.embed_tokens.weight) else 0
+                packed: Any
+                positions: Any
+                packed, positions = packed_rows(inputs, real, least)
                 input_ids, inputs_embeds = (packed, None) if inputs_embeds is None else (input_ids, packed)
-                positions: Any = (real.cumsum(-1) - 1)[real][None]
                 position_ids, attention_mask, use_cache = positions, torch.ones_like(positions), False
+                rows = len(real)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -406,7 +411,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         shape = (hidden.shape[0], hidden.shape[1])
         boundaries = (None, {}) if past else (position_ids, kwargs)  # with a filled cache each row is one sequence
         pooled = self.score(
-            hidden[scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)]
+            hidden[scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)][:rows]
         )
         loss = None
         if labels is not None:

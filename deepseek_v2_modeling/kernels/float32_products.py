@@ -31,6 +31,12 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def rounds_apart(x: torch.Tensor) -> bool:
+    """Whether what is computed from x without gradients, on a CPU, would be rounded to low precision in another way if
+    products had other shapes: a difference of one bit early on becomes one of the size of all rounding errors."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and compute_dtype(x).itemsize < 4
+
+
 def fastest_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which small products with x are fastest on its device: float32 or x's own."""
     low = x.device.type == "cpu" and x.dtype.itemsize < 4

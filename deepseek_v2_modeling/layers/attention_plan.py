@@ -11,7 +11,8 @@ from transformers.masking_utils import create_causal_mask
 
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
-from ..packing.layouts import FlatLayout, PackedLayout, flat_layout, pack_layout
+from ..kernels.float32_products import rounds_apart
+from ..packing.layouts import BUCKET_FILL, FlatLayout, PackedLayout, flat_layout, pack_layout
 
 LONG = 1024  # tokens; padded rows of at least this length are attended one by one, without a mask
 
@@ -68,7 +69,8 @@ def plan_attention(
     if implementation == "sdpa" and not torch.compiler.is_compiling():  # compiled code cannot read lengths
         runs = documents if documents is not None else long_padded_rows(attention_mask, cache, queries)
         if runs is not None:
-            return AttentionPlan(None, pack_layout(runs, prefixes if documents is not None else None))
+            fill = 1.0 if rounds_apart(inputs_embeds) else BUCKET_FILL
+            return AttentionPlan(None, pack_layout(runs, prefixes if documents is not None else None, fill))
     return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents, prefixes))
 
 

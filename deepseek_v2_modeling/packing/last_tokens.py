@@ -20,6 +20,17 @@ def real_runs(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> to
     return real if bool((real.any(-1, keepdim=True) & (real == (begun & unfinished))).all()) else None
 
 
+def packed_rows(values: torch.Tensor, real: torch.Tensor, least: int = 0) -> Places:
+    """The real tokens of values [B, T] or [B, T, D] as one row of documents, with their positions [1, N]. A document of
+    zeros at the end makes it at least `least` tokens long."""
+    packed, places = values[real], (real.cumsum(-1) - 1)[real]
+    missing = max(0, least - len(packed))
+    if missing:
+        packed = torch.cat((packed, packed.new_zeros(missing, *packed.shape[1:])))
+        places = torch.cat((places, torch.arange(missing, device=places.device)))
+    return packed[None], places[None]
+
+
 def scored_tokens(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,

@@ -113,10 +113,14 @@ class PackedLayout:
         return torch.cat(outs).index_select(0, self.inverse).unflatten(0, (batch, length))
 
 
-def pack_layout(documents: torch.Tensor, prefixes: torch.Tensor | None = None) -> PackedLayout:
+def pack_layout(
+    documents: torch.Tensor, prefixes: torch.Tensor | None = None, fill: float = BUCKET_FILL
+) -> PackedLayout:
     """The layout of documents [B, T]. On a GPU the host waits for the lengths, once per forward.
 
     prefixes: [documents], in the order of the flat batch, the number of the document that each continues, or -1.
+    fill: the shortest document of a bucket, as a fraction of its longest. With 1 a document is attended to in the same
+        shape, and so with the same rounding, whatever other documents are in the batch.
     """
     counts = document_lengths(documents)
     lengths = counts.tolist()
@@ -127,7 +131,7 @@ def pack_layout(documents: torch.Tensor, prefixes: torch.Tensor | None = None) -
     buckets = []
     while order:
         longest, shared = lengths[order[0]], prefix_lengths[order[0]]
-        members = [i for i in order if lengths[i] >= BUCKET_FILL * longest and prefix_lengths[i] == shared]
+        members = [i for i in order if lengths[i] >= fill * longest and prefix_lengths[i] == shared]
         taken = set(members)
         order = [i for i in order if i not in taken]
         column = partial(_column, members, counts.device)

@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_in_its_middle_ends_with_the_same_files(
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (home / "killed" / "pairs.jsonl").exists()
-    made(home, "killed", "batch_size=2")
+    pairs_run(home, "killed", "batch_size=2")
     assert "16 answers of the interrupted run are reused" in capsys.readouterr().err
     for name in FILES:
         assert (home / "killed" / name).read_bytes() == (run / name).read_bytes(), name
