@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .answer_records import Recorder
 from .batching import by_length, evaluation_mode, finite, pad_batch
 from .cache import LatentCache, whole_blocks
 from .decode_steps import WORTH_CAPTURING, SlotDecoder, can_capture, logits_of
@@ -96,8 +97,8 @@ def generate_answers(
     longest = max(map(len, prompts)) + max_new_tokens
     slots = min(batch_size, len(prompts), slots_within(model, longest, max_cache_bytes))
     asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust)
-    with evaluation_mode(model):
-        return Sampler(model, asked, slots).run()
+    with evaluation_mode(model), Recorder(model, len(prompts)) as recorder:
+        return Sampler(model, asked, slots, recorder).run()
 
 
 def slots_within(model: Any, tokens: int, max_cache_bytes: int | None) -> int:
@@ -146,8 +147,8 @@ class Sampler:
     them.
     """
 
-    def __init__(self, model: nn.Module, asked: Asked, slots: int):
-        self.model, self.asked = model, asked
+    def __init__(self, model: nn.Module, asked: Asked, slots: int, recorder: Recorder):
+        self.model, self.asked, self.recorder = model, asked, recorder
         self.device = next(model.parameters()).device
         self.waiting = deque(next(by_length(asked.prompts, len(asked.prompts))))
         self.room = len(asked.prompts[self.waiting[0]]) + asked.max_new_tokens
@@ -166,6 +167,7 @@ class Sampler:
             self.shrink()
             logits = self.decoder(self.tokens)
             finite(self.model, "logits", logits)
+            self.recorder.read(self.holds, self.live)
             if all(self.live) or self.asked.adjust is None:
                 self.choose(range(len(self.live)), logits)
             else:
@@ -187,6 +189,8 @@ class Sampler:
         if self.drawn is not None and temperature > 0:
             drawn = self.drawn[list(places), [min(len(answer), asked.max_new_tokens - 1) for answer in answers]]
         chosen = choose_tokens(logits, temperature, drawn)
+        holds, live = zip(*((self.holds[place], self.live[place]) for place in places), strict=True)
+        self.recorder.chosen(holds, live, logits, temperature, chosen)
         self.tokens[torch.tensor(places, device=self.device)] = chosen
         for place, answer, token in zip(places, answers, chosen.tolist(), strict=True):
             if self.live[place]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .answer_records import AnswerRecord, record_answers
 from .batching import by_length, evaluation_mode, finite, pad_batch, unpad_batch
 from .cache import LatentCache
 from .generation import Adjust, cache_bytes, decoding_dtype, end_tokens, generate_answers
@@ -18,6 +19,7 @@ from .shared_prefixes import Group, shared_prefixes
 
 __all__ = [
     "Adjust",
+    "AnswerRecord",
     "by_length",
     "cache_bytes",
     "choose_tokens",
@@ -27,6 +29,7 @@ __all__ = [
     "finite",
     "generate_answers",
     "pad_batch",
+    "record_answers",
     "score_heads",
     "score_sequences",
     "token_losses",

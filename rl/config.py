@@ -20,6 +20,16 @@ class DynamicSampling(Section):
     max_rounds: int = Field(ge=1, le=100, description="How often at most such prompts of a rollout are replaced.")
 
 
+class RolloutCorrection(Section):
+    """Importance weights against the difference between the rollout's probabilities and the policy's."""
+
+    mode: Literal["token_truncate", "token_mask", "sequence_mask"] = Field(
+        description="Each token's ratio, cut off at the cap (TIS); 0 outside [1/cap, cap] (IcePop); or so with the "
+        "ratio of the whole answer.",
+    )
+    cap: float = Field(default=2.0, gt=1, description="The largest ratio.")
+
+
 class RolloutSection(Section):
     """How answers are sampled."""
 
@@ -36,7 +46,7 @@ class RolloutSection(Section):
     )
 
 
-_FOR_SAMPLES = ("rewards", "dynamic_sampling", "rollout")  # keys of recipes that sample answers
+_FOR_SAMPLES = ("rewards", "dynamic_sampling", "rollout", "rollout_correction")  # keys of recipes that sample answers
 _FOR_PREFERENCES = ("eval_data", "early_stopping_patience", "format")
 
 
@@ -49,6 +59,10 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
         description="Draw other prompts for groups whose answers all have one reward; null trains on the rest alone.",
+    )
+    rollout_correction: RolloutCorrection | None = Field(
+        default=None,
+        description="Weigh what was sampled by how likely it is under the policy that is updated; null does not.",
     )
     method: Literal["grpo", "dpo", "ipo", "kto", "simpo", "orpo"] = Field(
         default="grpo",

@@ -18,16 +18,17 @@ from conversations.row import Row
 class JudgedAnswer:
     """An answer sampled for a row's prompt.
 
-    logps: of its tokens, by the model that sampled them; None where it does not say. finished: whether the model ended
-    it itself. values, reasons: by reward; NaN where one gave no score.
+    finished: whether the model ended it itself. values, reasons: by reward; NaN where one gave no score. logps, routes:
+    of its tokens, log-probabilities and experts (see `AnswerRecord`) by the model that sampled them, as far as known.
     """
 
     row: Row
     ids: list[int]
-    logps: list[float] | None
     finished: bool
     values: list[float]
     reasons: list[str | None]
+    logps: list[float] | None = None
+    routes: list[torch.Tensor] | None = None
 
 
 def judge_answers(
@@ -35,7 +36,6 @@ def judge_answers(
     rows: Sequence[Row],
     completions: Sequence[list[Row]],
     ids: Sequence[list[int]],
-    logps: Sequence[list[float]] | None,
     ends: Collection[int],
 ) -> list[JudgedAnswer]:
     """The answers with the values of all rewards. completions: as messages; ends: tokens with which a model ends."""
@@ -48,8 +48,8 @@ def judge_answers(
         reasons.append(list(reward.reasons))
     by_answer = zip(zip(*values, strict=True), zip(*reasons, strict=True), strict=True)
     return [
-        JudgedAnswer(row, tokens, None if logps is None else logps[i], done, list(scores), list(why))
-        for i, (row, tokens, done, (scores, why)) in enumerate(zip(rows, ids, finished, by_answer, strict=True))
+        JudgedAnswer(row, tokens, done, list(scores), list(why))
+        for row, tokens, done, (scores, why) in zip(rows, ids, finished, by_answer, strict=True)
     ]
 
 
@@ -76,6 +76,19 @@ def left_out(equal: torch.Tensor, lengths: torch.Tensor, micro_batch: int) -> to
         if bool(equal[part].all()):
             out[start + int(lengths[part].argmin())] = False
     return out
+
+
+def padded_routes(answers: Sequence[JudgedAnswer], length: int) -> torch.Tensor | None:
+    """[B, length, L, K] int16 of L MoE layers and K experts a token, -1 where there is none; None if none is known."""
+    known = [torch.stack(answer.routes) if answer.routes else None for answer in answers]
+    shape = next((routes.shape[1:] for routes in known if routes is not None), None)
+    if shape is None:
+        return None
+    padded = torch.full((len(known), length, *shape), -1, dtype=torch.int16)
+    for row, routes in zip(padded, known, strict=True):
+        if routes is not None:
+            row[: len(routes)] = routes
+    return padded
 
 
 class OtherPrompts:

@@ -1,6 +1,7 @@
 """Rollouts that are judged before TRL makes a batch of them: groups with equal rewards can be replaced or left out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,9 +9,12 @@ from accelerate.utils import gather_object
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.answers.prompts import prompt_text
+from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
-from rl.groups import JudgedAnswer, OtherPrompts, equal_groups, judge_answers, left_out
+from deepseek_v2_modeling.inference import record_answers
+from rl.config import RolloutCorrection
+from rl.groups import JudgedAnswer, OtherPrompts, equal_groups, judge_answers, left_out, padded_routes
 from rl.phases import PhaseClock
 
 SUMMED = "sum_then_normalize"  # TRL's default for several rewards
@@ -34,6 +38,7 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
     eos_token_ids: list[int]
     max_rounds: int
     other_prompts: OtherPrompts
+    rollout_correction: RolloutCorrection | None
     balances: bool
     answers: Sequence[JudgedAnswer] = ()
     unread: torch.Tensor | None = None
@@ -58,10 +63,13 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
                 self.unread = left_out(equal, lengths, self.args.per_device_train_batch_size)
             try:
                 output = super()._generate_and_score_completions([answer.row for answer in self.answers])
+                routes = padded_routes(self.answers, output["completion_ids"].shape[1])
             finally:
                 self.answers, unread, self.unread = (), self.unread, None
         if self.multi_objective_aggregation == SUMMED:
             output["advantages"] = output["advantages"].masked_fill(equal, 0)  # TRL's are rounding errors
+        if routes is not None:
+            output["rollout_routes"] = routes.to(output["completion_ids"].device)
         if unread is not None:
             for mask in ("prompt_mask", "completion_mask"):
                 output[mask] = output[mask].masked_fill(unread.unsqueeze(1), 0)
@@ -109,15 +117,23 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         if not rows:
             return []
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
-        ids, logps = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+        with record_answers() as record:
+            ids, logps = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return self._judge(rows, [[{"role": "assistant", "content": text}] for text in texts], ids, logps)
+        answers = self._judge(rows, [[{"role": "assistant", "content": text}] for text in texts], ids)
+        logps = logps or record.logps
+        if self.rollout_correction and not logps:
+            raise ToolkitError(
+                "rollout_correction needs the log-probabilities of the tokens that were sampled, which transformers' "
+                "generate does not give: leave it out, or the fields of training that this sampling is for"
+            )
+        routes = record.routes or [None] * len(answers)
+        known = zip(answers, logps or [None] * len(answers), routes, strict=True)
+        return [replace(answer, logps=of_tokens, routes=experts) for answer, of_tokens, experts in known]
 
-    def _judge(
-        self, rows: Sequence[Row], completions: Sequence[Any], ids: Sequence[list[int]], logps: Any
-    ) -> list[JudgedAnswer]:
+    def _judge(self, rows: Sequence[Row], completions: Sequence[Any], ids: Sequence[list[int]]) -> list[JudgedAnswer]:
         with self.clock.phase("rewards"):
-            return judge_answers(self.rewards, rows, completions, ids, logps, self.eos_token_ids)
+            return judge_answers(self.rewards, rows, completions, ids, self.eos_token_ids)
 
     def _values(self, answers: Sequence[JudgedAnswer]) -> torch.Tensor:
         """[answers, rewards], NaN where a reward gave no score."""

@@ -21,6 +21,11 @@ class PackedRows:
     inputs: dict[str, torch.Tensor]
     places: torch.Tensor
 
+    @property
+    def numbers(self) -> torch.Tensor:
+        """[B, T]: which of the packed tokens each of a row's own is; of no meaning for others."""
+        return (self.places.flatten().cumsum(0) - 1).view_as(self.places)[:, 1]
+
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values [1, N - 1] of all packed tokens except the first -> [B, T]; 0 at padding, at the first token of a
         row and in prompts that were read for a whole group."""

@@ -108,6 +108,7 @@ def build_trainer(
         limits=limits,
         max_rounds=recipe.dynamic_sampling.max_rounds if recipe.dynamic_sampling else 0,
         rollout=recipe.rollout,
+        rollout_correction=recipe.rollout_correction,
     )
 
 

@@ -26,9 +26,10 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
-from rl.config import RolloutSection
+from rl.config import RolloutCorrection, RolloutSection
 from rl.groups import OtherPrompts
 from rl.judged import JudgedRollouts
+from rl.mismatch import CorrectedRollouts
 from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
 from rl.rollout import SampledRollouts
@@ -38,7 +39,7 @@ SAMPLES_A_STEP = 4
 PATIENCE = 8  # first batches for which a reward may give no score at all
 
 
-class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTrainer):
+class PolicyTrainer(RunTrainerMixin, CorrectedRollouts, JudgedRollouts, SampledRollouts, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
     The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load
@@ -47,6 +48,7 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTraine
     Args:
         max_rounds: of dynamic sampling; 0 for none.
         rollout: how answers are sampled.
+        rollout_correction: for what the rollout's probabilities differ from the policy's; None for none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTraine
         *,
         max_rounds: int = 0,
         rollout: RolloutSection | None = None,
+        rollout_correction: RolloutCorrection | None = None,
         **kwargs: Any,
     ):
         beta, sync = args.beta, args.sync_ref_model
@@ -79,6 +82,8 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTraine
         self.clock = PhaseClock(self.accelerator.device, self._log_phases)
         self.add_callback(self.clock)
         self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
+        self.rollout_correction = rollout_correction
+        self.check_correction()
         self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
@@ -148,9 +153,10 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTraine
             for start in range(0, len(input_ids), size):
                 rows = slice(start, start + size)
                 packed = pack_rows(input_ids[rows], attention_mask[rows], logits_to_keep, self.shares_prompts)
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.watching_routes() as routes:
                     scored = model(**packed.inputs, fused_lm_head=True)
                 logps.append(packed.unpack(scored.log_probs)[:, -logits_to_keep:])
+                self.compare(logps[-1], routes, packed.numbers[:, -logits_to_keep:])
                 if compute_entropy:
                     entropies.append(packed.unpack(scored.entropy)[:, -logits_to_keep:])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -160,7 +166,7 @@ class PolicyTrainer(RunTrainerMixin, JudgedRollouts, SampledRollouts, GRPOTraine
     def _calculate_rewards(
         self, inputs: list[Row], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        answers = self.answers or self._judge(inputs, completions, completion_ids_list, None)
+        answers = self.answers or self._judge(inputs, completions, completion_ids_list)
         values = self.accelerator.gather(self._values(answers))
         self._log_completion_extra("truncated", [not answer.finished for answer in answers])
         for i, reward in enumerate(self.rewards):

@@ -96,6 +96,12 @@ FIGURES = (
         ((r"mean_token_accuracy", "train"), (r"eval_mean_token_accuracy", "held-out")),
     ),
     Figure(
+        "Rollout against update",
+        "share",
+        ((r"mismatch/outside_x2", "tokens twice or half as likely"), (r"mismatch/routes_agree", "same experts")),
+    ),
+    Figure("KL of the rollout to the policy", "nats per token", ((r"mismatch/k3", "k3"),), log_ok=True),
+    Figure(
         "Seconds of a step by phase",
         "seconds",
         ((r"step_time", "whole step"), (r"seconds/(.+)", "{0}")),

@@ -30,7 +30,7 @@ _AROUND = 16
 # Recipe keys that do not affect which rows are usable; any new key is assumed to.
 _NOT_OF_ROWS = {
     *("model", "output_dir", "seed", "on_nan", "lora", "experts_file", "training", "data", "eval_data"),
-    *("max_seconds", "max_tokens", "early_stopping_patience", "dynamic_sampling", "rollout"),
+    *("max_seconds", "max_tokens", "early_stopping_patience", "dynamic_sampling", "rollout", "rollout_correction"),
 }
 
 

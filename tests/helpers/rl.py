@@ -46,7 +46,7 @@ def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **
     )
 
 
-def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, **changes):
+def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, rollout_correction=None, **changes):
     rewards = rewards or [Vowels("vowels")]
     return PolicyTrainer(
         model or chat_model(),
@@ -57,6 +57,7 @@ def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, **changes
         limits=RunLimits(),
         max_rounds=max_rounds,
         rollout=recipe(run_dir, **changes).rollout,
+        rollout_correction=rollout_correction,
     )
 
 
