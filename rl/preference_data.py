@@ -121,12 +121,27 @@ def _single_columns(rows: list[tuple[Row, list[Piece]]]) -> Columns:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def padded(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    """(ids, labels) of each row -> {input_ids, attention_mask, completion_mask} [B, T], padded on the right."""
-    ids, mask = pad_batch([ids for ids, _ in rows], pad_token_id, left=False)
-    labels, _ = pad_batch([labels for _, labels in rows], IGNORED, left=False)
-    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
-    return {f"{prefix}{name}": value for name, value in batch.items()}
+Labelled = tuple[list[int], list[int]]  # ids, labels
+
+
+def split(ids: list[int], labels: list[int]) -> tuple[Labelled, Labelled]:
+    """The prompt, and the answer from its first trained token on."""
+    start = next(place for place, label in enumerate(labels) if label != IGNORED)
+    return (ids[:start], labels[:start]), (ids[start:], labels[start:])
+
+
+def padded(rows: Sequence[tuple[Labelled, Labelled]], pad_token_id: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Prompts and answers -> {input_ids, attention_mask, completion_mask} [B, T]: prompts are padded on the left and
+    answers on the right, so that all answers begin in the same column."""
+    parts = []
+    for place in (0, 1):
+        ids, mask = pad_batch([row[place][0] for row in rows], pad_token_id, left=place == 0)
+        labels, _ = pad_batch([row[place][1] for row in rows], IGNORED, left=place == 0)
+        parts.append((ids, mask, (labels != IGNORED).long()))
+    names = ("input_ids", "attention_mask", "completion_mask")
+    return {
+        f"{prefix}{name}": torch.cat(both, dim=1) for name, both in zip(names, zip(*parts, strict=True), strict=True)
+    }
 
 
 class PairCollator:
@@ -136,7 +151,7 @@ class PairCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [(pair[f"{key}_ids"], pair[f"{key}_labels"]) for key in PAIR[1:] for pair in pairs]
+        rows = [split(pair[f"{key}_ids"], pair[f"{key}_labels"]) for key in PAIR[1:] for pair in pairs]
         return {**padded(rows, self.pad_token_id), **_numbers(pairs, "ref_chosen_logps", "ref_rejected_logps")}
 
 
@@ -148,12 +163,11 @@ class SingleCollator:
         self.pad_token_id, self.max_length = pad_token_id, max_length
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [(example["input_ids"], example["labels"]) for example in examples]
-        asked, said = zip(*(_split(row) for row in rows), strict=True)
-        others = said[-1:] + said[:-1]
+        rows = [split(example["input_ids"], example["labels"]) for example in examples]
+        prompts, answers = zip(*rows, strict=True)
         mismatched = [
-            ((ids + more_ids)[: self.max_length], (labels + more_labels)[: self.max_length])
-            for (ids, labels), (more_ids, more_labels) in zip(asked, others, strict=True)
+            (prompt, self._fitting(prompt, answer))
+            for prompt, answer in zip(prompts, answers[-1:] + answers[:-1], strict=True)
         ]
         return {
             **padded(rows, self.pad_token_id),
@@ -162,12 +176,9 @@ class SingleCollator:
             **_numbers(examples, "ref_logps", "ref_KL_logps"),
         }
 
-
-def _split(row: tuple[list[int], list[int]]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
-    """(ids, labels) of the prompt, and of the answer from its first trained token on."""
-    ids, labels = row
-    start = next(place for place, label in enumerate(labels) if label != IGNORED)
-    return (ids[:start], labels[:start]), (ids[start:], labels[start:])
+    def _fitting(self, prompt: Labelled, answer: Labelled) -> Labelled:
+        room = None if self.max_length is None else max(0, self.max_length - len(prompt[0]))
+        return answer[0][:room], answer[1][:room]
 
 
 def _numbers(examples: list[dict[str, Any]], *names: str) -> dict[str, torch.Tensor]:

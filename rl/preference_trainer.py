@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import DataLoader
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -18,8 +17,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 from conversations.row_cache import RowCache
-from deepseek_v2_modeling.inference import evaluation_mode, unpad_batch
+from deepseek_v2_modeling.inference import evaluation_mode
 from deepseek_v2_modeling.training import IGNORED, HeadSettings, RunTrainerMixin, with_fused_head
+from rl.packing import pack_rows
 from rl.preference_data import column_hash
 
 _STORED = "reference.safetensors"
@@ -27,25 +27,39 @@ _NOT_LOGGED = ("logits/chosen", "logits/rejected")  # they would need all logits
 _LIKEWISE = ("log_probs", "entropy", "is_top1")
 
 
-def score_rows(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Any:
-    """Score rows [B, T] without their padding: the fused head's outputs, [B, T - 1] each, 0 where there is no label."""
-    real = attention_mask.bool()
-    labels = labels.masked_fill(attention_mask.cumsum(-1) == 1, IGNORED)  # nothing of its row predicts a first token
-    scored = model(**unpad_batch(input_ids, attention_mask), labels=labels[real][None], fused_lm_head=True)
+def score_rows(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, share: bool = True
+) -> Any:
+    """Score rows [B, T] without their padding; all answers begin in the same column (see `padded`). The balance losses
+    count a prompt that is read once as one sequence.
+
+    share: whether a pair's prompt is read once; the second half of the rows answers the prompts of the first half.
+
+    Returns:
+        The fused head's outputs, [B, T - 1] each, 0 where there is no label.
+    """
+    order = torch.arange(len(input_ids), device=input_ids.device)
+    if share and len(order) % 2 == 0:
+        order = order.view(2, -1).t().flatten()  # both answers to a prompt side by side
+    ids, mask, wanted = input_ids[order], attention_mask[order], labels[order]
+    prompt_columns = int((labels != IGNORED).any(0).int().argmax())
+    packed = pack_rows(ids, mask, ids.shape[1] - prompt_columns, share)
+    wanted = wanted.masked_fill(mask.cumsum(-1) == 1, IGNORED)  # nothing of its row predicts a first token
+    packed.inputs["labels"] = torch.stack((torch.full_like(wanted, IGNORED), wanted), dim=1)[packed.places][None]
+    scored = model(**packed.inputs, fused_lm_head=True)
     for name in _LIKEWISE:
-        value = nn.functional.pad(getattr(scored, name)[0], (1, 0))
-        scored[name] = value.new_zeros(real.shape).masked_scatter(real, value)[:, 1:]
+        scored[name] = packed.unpack(scored[name])[order.argsort()][:, 1:]
     return scored
 
 
 class PackedModel:
-    """A model, as TRL's trainers call it, that reads its rows without padding."""
+    """A model, as TRL's trainers call it, that reads its rows without padding. share: see `score_rows`."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, share: bool = True):
+        self.model, self.share = model, share
 
     def __call__(self, **inputs: Any) -> Any:
-        scored = score_rows(self.model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        scored = score_rows(self.model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], self.share)
         scored.mean_logits = torch.zeros_like(scored.log_probs)  # asked for by metrics in _NOT_LOGGED alone
         return scored
 
@@ -71,6 +85,11 @@ class PreferenceMixin(RunTrainerMixin):
         self.cache = cache or RowCache()
         with with_fused_head(model, HeadSettings()):
             super().__init__(model=model, args=args, **kwargs)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a pair is read once; flash kernels cannot."""
+        return not self.model.config._attn_implementation.startswith("flash")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.columns)
@@ -158,10 +177,10 @@ class PairTrainer(ReferenceMixin, DPOTrainer):
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        return super().compute_ref_log_probs(PackedModel(model), inputs)
+        return super().compute_ref_log_probs(PackedModel(model, self.shares_prompts), inputs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        loss = super()._compute_loss(PackedModel(model), inputs, False)
+        loss = super()._compute_loss(PackedModel(model, self.shares_prompts), inputs, False)
         _drop_unlogged(self)
         return (loss, None) if return_outputs else loss
 
@@ -176,10 +195,10 @@ class SingleTrainer(ReferenceMixin, KTOTrainer):
         return batch_size  # KL rows join an answer with the prompt after it in the batch
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        return super().compute_ref_log_probs(PackedModel(model), inputs)
+        return super().compute_ref_log_probs(PackedModel(model, share=False), inputs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        loss = super()._compute_loss(PackedModel(model), inputs, False)
+        loss = super()._compute_loss(PackedModel(model, share=False), inputs, False)
         _drop_unlogged(self)
         return (loss, None) if return_outputs else loss
 
@@ -214,7 +233,8 @@ class WithoutReference(PreferenceMixin):
         scored_at = answers.clone()
         if self.whole_rows:
             scored_at[:pairs] = real[:pairs]
-        logps = score_rows(model, ids, real, ids.masked_fill(scored_at == 0, IGNORED)).log_probs
+        labels = ids.masked_fill(scored_at == 0, IGNORED)
+        logps = score_rows(model, ids, real, labels, share=self.shares_prompts and not self.whole_rows).log_probs
         answered, read = answers[:, 1:], scored_at[:pairs, 1:]
         sums = (logps * answered).sum(-1)
         by_answer = sums / answered.sum(-1) if self.average_logps else sums
