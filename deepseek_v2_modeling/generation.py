@@ -17,10 +17,12 @@ from .batching import by_length, evaluation_mode, finite, pad_batch
 from .cache import LatentCache, whole_blocks
 from .decode_steps import WORTH_CAPTURING, SlotDecoder, can_capture, logits_of
 from .errors import ModelError
+from .kernels.float32_products import float32_is_faster
 from .sampling import choose_tokens, draws
 
 PREFILL_TOKENS = 2**14  # per prefill, padding included
 LARGE = 2**20  # weights of an expert's product
+MANY = 8  # rows of an expert
 REFILL = 1 / 8  # prefill for empty slots once they are this fraction of all slots
 
 # (token ids so far of each row, lengths of their prompts, logits [B, V]) -> logits [B, V]
@@ -47,15 +49,21 @@ def cache_bytes(model: Any, tokens: int, dtype: torch.dtype | None = None) -> in
     return config.num_hidden_layers * whole_blocks(tokens) * width * (dtype or own).itemsize
 
 
-def decoding_dtype(model: Any, compute_dtype: torch.dtype) -> torch.dtype | None:
-    """float32 if this model, which computes in another dtype, decodes faster in float32 on a CPU; None otherwise.
+def decoding_dtype(model: Any, compute_dtype: torch.dtype, rows: int) -> torch.dtype | None:
+    """The dtype in which a copy of the model decodes fastest on a CPU, if the model computes in low precision; None for
+    every other model, which decodes as it computes.
 
-    A low-precision product of few rows takes oneDNN 25 to 35 microseconds before it multiplies anything, a float32 one
-    5 to 8; reading large weights in half as many bytes is worth more than that.
+    A low-precision product takes oneDNN 25 to 35 microseconds before it multiplies anything, a float32 one 5 to 8. That
+    counts for small weights and few rows: large weights are read in half as many bytes, and many rows multiply faster
+    if the CPU has AMX.
     """
-    weights, config = next(model.parameters()), model.config
-    small = config.hidden_size * 2 * (config.moe_intermediate_size or config.intermediate_size) < LARGE
-    return torch.float32 if weights.device.type == "cpu" and compute_dtype.itemsize < 4 and small else None
+    config = model.config
+    if next(model.parameters()).device.type != "cpu" or compute_dtype.itemsize >= 4:
+        return None
+    large = config.hidden_size * 2 * config.moe_intermediate_size >= LARGE
+    chosen = rows * (config.num_experts_per_tok or 1) / (config.n_routed_experts or 1)
+    amx = compute_dtype == torch.bfloat16 and not float32_is_faster()
+    return compute_dtype if large or (amx and chosen >= MANY) else torch.float32
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def plan_rollouts(
         compute_dtype: in which the model computes in training.
         free: bytes of free memory, None if unknown.
     """
-    dtype = decoding_dtype(model, compute_dtype)
+    dtype = decoding_dtype(model, compute_dtype, rows)
     copied = copied_bytes(model, dtype)
     one = cache_bytes(model, tokens, dtype)
     fits = free is None or copied + min(rows, FEW) * one <= MERGED_SHARE * free

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config
 from deepseek_v2_modeling.adapters import copied_bytes
-from deepseek_v2_modeling.inference import cache_bytes
+from deepseek_v2_modeling.inference import cache_bytes, decoding_dtype
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from deepseek_v2_modeling.training import RunLimits
 from rl import memory
@@ -121,6 +121,15 @@ def test_a_low_precision_policy_samples_in_float32_where_that_is_faster(base: Pa
     assert "with the adapters merged, in float32" in described(trainer.plan)
 
 
+def test_the_dtype_of_a_copy_depends_on_its_shape_and_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    small, low = chat_model(), torch.bfloat16
+    large = chat_model(hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=2)
+    for without_amx, many in ((True, torch.float32), (False, low)):
+        monkeypatch.setattr("deepseek_v2_modeling.generation.float32_is_faster", lambda slow=without_amx: slow)
+        assert decoding_dtype(small, low, 2) == torch.float32 and decoding_dtype(small, low, 1000) == many
+        assert decoding_dtype(small, torch.float32, 1000) is None and decoding_dtype(large, low, 1) == low
+
+
 @given(
     free=st.integers(0, 10**7) | st.none(),
     merge=st.sampled_from(["auto", True, False]),
@@ -132,18 +141,19 @@ def test_a_plan_follows_the_recipe_and_what_is_free(free: int | None, merge: Any
     model, tokens = PLANNED, 40
     dtype = torch.bfloat16 if low else torch.float32
     plan = plan_rollouts(RolloutSection(merge=merge, max_cache_gb=budget), model, rows, tokens, dtype, free)
-    wide = torch.float32 if low else None
+    wide = decoding_dtype(model, dtype, rows)
+    assert (wide is None) is (not low)
     copied, one = copied_bytes(model, wide), cache_bytes(model, tokens, wide)
     fits = free is None or copied + min(rows, 64) * one <= MERGED_SHARE * free
     assert plan.copy is (merge if merge != "auto" else fits)
-    assert plan.dtype == ("float32" if plan.copy and low else None)
+    assert plan.dtype == (str(wide).removeprefix("torch.") if plan.copy and wide else None)
     if budget is not None:
         assert plan.cache_bytes == int(budget * 1e9)
     elif free is None:
         assert plan.cache_bytes is None
     else:
-        assert plan.cache_bytes is not None and plan.cache_bytes >= cache_bytes(model, tokens)
-        assert plan.cache_bytes <= max(free, one)
+        least = cache_bytes(model, tokens, wide if plan.copy else None)
+        assert plan.cache_bytes is not None and least <= plan.cache_bytes <= max(free, least)
 
 
 def test_a_resumed_run_keeps_the_plan_of_its_start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
