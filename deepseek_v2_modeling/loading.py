@@ -16,6 +16,7 @@ from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
 from .adapters.lora import LoraSettings, apply_lora, train_in_float32
 from .adapters.merge import merge_lora
+from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation
 from .checkpoints.sources import (
@@ -60,6 +61,7 @@ __all__ = [
     "prepare_trainable",
     "read_adapter",
     "read_settings",
+    "reason_not_to_share",
     "resolve_source",
     "save_directory",
     "write_model",
@@ -99,10 +101,17 @@ def load_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
+    on: PreTrainedModel | PeftModel | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load a model with its adapter, frozen and in evaluation mode."""
+    """Load a model with its adapter, frozen and in evaluation mode.
+
+    on: a model whose base is this one's, too (see `reason_not_to_share`): its weights are used, and none are loaded.
+    """
     settings = with_labels(source.settings, source.adapter.header) if source.adapter else source.settings
-    model: Any = load_base(source.base, head, dtype, attn_implementation, config, settings)
+    if on is not None:
+        model: Any = model_on_base(on, apply_settings(copy.deepcopy(settings), head, config), head, attn_implementation)
+    else:
+        model = load_base(source.base, head, dtype, attn_implementation, config, settings)
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False, task_type=TASKS[head])
     return model.requires_grad_(False).eval()

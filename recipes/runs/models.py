@@ -1,5 +1,6 @@
 """Loads the models of a recipe's model, lora and rewards sections. Imports torch."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deepseek_v2_modeling.loading import (
     load_model,
     load_tokenizer,
     prepare_trainable,
+    reason_not_to_share,
     resolve_source,
 )
 from recipes.processes import is_main, main_first, say, wait_for_all
@@ -32,6 +34,8 @@ from recipes.runs.foundation import (
 from recipes.runs.new_model import make_model
 from recipes.runs.training_fields import trl_config
 
+SHARDING = ("fsdp", "deepspeed")  # fields of training
+SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of accelerate launch
 MERGE_DIR = "base"  # in a run directory: the model that the run starts from, if an adapter had to be merged
 
 
@@ -96,8 +100,9 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
     )
 
 
-def load_other_models(recipe: StageRecipe, stage_source: ModelSource) -> dict[str, OtherModel]:
-    """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe.
+def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_model: Any) -> dict[str, OtherModel]:
+    """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe. Adapters of
+    the base that the stage's own model is on use its weights; others say why they have weights of their own.
 
     Raises:
         ToolkitError, ModelError: as `source_of`.
@@ -107,13 +112,32 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource) -> dict[st
         path, source = Path(use.path), source_of(use)
         if source is None:
             say(f"{use.key}: {path} does not exist; using a random score head on {section.path} instead")
+        base = stage_model if source and shares_base(recipe, use.key, source, stage_model) else None
         model = load_model(
-            source or stage_source, head=use.head, dtype=section.dtype, attn_implementation=section.attn_implementation
+            source or stage_source,
+            head=use.head,
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            on=base,
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
         models[use.key] = OtherModel(name, model, load_tokenizer(source or stage_source), stats)
     return models
+
+
+def shares_base(recipe: StageRecipe, key: str, source: ModelSource, stage_model: Any) -> bool:
+    """Whether a model uses the base weights of the stage's own; says so, or why not."""
+    fields = recipe.training if isinstance(recipe, TrainingRecipe) else {}
+    sharded = any(fields.get(name) for name in SHARDING) or any(name in os.environ for name in SHARDING_VARIABLES)
+    reason = (
+        "this stage shards its weights" if sharded else reason_not_to_share(stage_model, source, recipe.model.dtype)
+    )
+    if reason is None:
+        say(f"{key}: runs on the weights of this stage's base, {source.base}")
+    else:
+        say(f"{key}: has weights of its own in memory: {reason}")
+    return reason is None
 
 
 def adapted_table(model: Any) -> list[dict[str, Any]]:

@@ -205,12 +205,13 @@ def _work(
     from recipes.runs.models import load_other_models
 
     section = recipe.model
+    model = _load_model(recipe, inputs.source, run_dir, manifest)
     work = Work(
-        model=_load_model(recipe, inputs.source, run_dir, manifest),
+        model=model,
         tokenizer=inputs.foundation.tokenizer,
         run_dir=run_dir,
         rows={read.listed.name: read.handed for read in inputs.lists},
-        others=load_other_models(recipe, inputs.source),
+        others=load_other_models(recipe, inputs.source, model),
         lm_head=load_lm_head(inputs.source, section.dtype, section.attn_implementation)
         if recipe.reads_lm_head
         else None,
