@@ -47,7 +47,7 @@ class RolloutSection(Section):
 
 
 _FOR_SAMPLES = ("rewards", "dynamic_sampling", "rollout", "rollout_correction")  # keys of recipes that sample answers
-_FOR_PREFERENCES = ("eval_data", "early_stopping_patience", "format")
+_FOR_PREFERENCES = ("format",)
 
 
 class RlRecipe(TrainingRecipe, RewardedRecipe):
@@ -71,13 +71,13 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     )
     rewards: list[RewardEntry] = Field(default_factory=list, description="The terms of the reward, for grpo.")
     eval_data: list[DataSource] = Field(
-        default_factory=list, description="Held-out preferences for evaluation in training; not for grpo."
+        default_factory=list, description="Held-out prompts, or preferences, for evaluation in training."
     )
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,
         description="Stop after this many consecutive evaluations without a new best value, by "
-        "training.metric_for_best_model (the held-out loss, where it names none); not for grpo.",
+        "training.metric_for_best_model. Where it names none: the held-out loss, of grpo pass@1 or the reward.",
     )
     format: FormatSection = Field(
         default_factory=lambda: FormatSection(), description="What happens to long preferences; not for grpo."
@@ -144,7 +144,9 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             method = METHODS[self.method]
             lists = {"data": self.data, **({"eval_data": self.eval_data} if self.eval_data else {})}
             return [RowList(name, name, entries, method.refusal()) for name, entries in lists.items()]
-        return [RowList("data", "data", self.data, self.judged_refusal(), answer="training.max_completion_length")]
+        lists = {"data": self.data, **({"eval_data": self.eval_data} if self.eval_data else {})}
+        longest = "training.max_completion_length"
+        return [RowList(name, name, rows, self.judged_refusal(), answer=longest) for name, rows in lists.items()]
 
 
 _SAMPLING = Stage(

@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from conversations.answers.prompts import prompt_of
+from conversations.answers.rules import needs_reference
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.rewards.entry import RewardEntry
@@ -35,6 +36,7 @@ def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
             model=work.model,
             tokenizer=work.tokenizer,
             rows=work.rows["data"],
+            eval_rows=work.rows.get("eval_data"),
             rewards=rewards,
             run_dir=work.run_dir,
             resume_from=work.resume_from,
@@ -49,6 +51,7 @@ def train(
     rows: Iterable[Row],
     rewards: Sequence[Reward],
     run_dir: Path,
+    eval_rows: Iterable[Row] | None = None,
     resume_from: Path | None,
 ) -> dict[str, Any]:
     """Train `model` with GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
@@ -56,17 +59,19 @@ def train(
     Args:
         rows: canonical rows; the prompt is everything before the last answer, and `reference` is passed to the rewards.
         rewards: the terms of the reward, with their weights.
+        eval_rows: held-out rows of the same kind, for avg@n and pass@k while training.
         resume_from: a checkpoint of the same run to resume from.
 
     Returns:
-        Optimizer steps, seconds, tokens, and the last logged values of the reward, its terms, KL, entropy (nats) and
-        mean answer length (tokens).
+        Optimizer steps, seconds, tokens, the last logged values of the reward, its terms, KL, entropy (nats) and mean
+        answer length (tokens), those of held-out prompts, and the warnings that were printed.
 
     Raises:
         ToolkitError: a row has no question, or a reward is unavailable or gives no scores.
         StopRequested: a signal ended training early, after writing a checkpoint.
     """
-    trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
+    given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "rewards": rewards, "run_dir": run_dir}
+    trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, **given)
     for reward in rewards:
         if isinstance(reward, RewardModelReward):
             reward.model.to(trainer.accelerator.device)
@@ -80,7 +85,8 @@ def train(
         if trainer.is_world_process_zero() and (summary := reward.summary()):
             print(f"rl: {reward.name}: {summary}", file=sys.stderr)
     totals = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
-    return totals | last_logged(trainer.state.log_history)
+    said = list(trainer.warnings.said.values())
+    return {**totals, **last_logged(trainer.state.log_history), **({"warnings": said} if said else {})}
 
 
 def build_trainer(
@@ -91,11 +97,14 @@ def build_trainer(
     rows: Iterable[Row],
     rewards: Sequence[Reward],
     run_dir: Path,
+    eval_rows: Iterable[Row] | None = None,
 ) -> PolicyTrainer:
     """The trainer that `train` runs; raises ToolkitError if the rows do not suit the recipe."""
     datasets.disable_progress_bars()
     data = prompt_dataset(rows)
-    check_references(rewards, [{"reference": reference} for reference in data["reference"]])
+    held_out = prompt_dataset(eval_rows) if eval_rows else None
+    for prompts in (data, held_out) if held_out is not None else (data,):
+        check_references(rewards, [{"reference": reference} for reference in prompts["reference"]])
     limits = run_limits(recipe)
     arguments = grpo_config(recipe, run_dir, limits, rewards)
     check_prompts(recipe, arguments, len(data))
@@ -104,6 +113,7 @@ def build_trainer(
         arguments,
         rewards,
         train_dataset=data,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         limits=limits,
         max_rounds=recipe.dynamic_sampling.max_rounds if recipe.dynamic_sampling else 0,
@@ -124,12 +134,13 @@ def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages, "reference": "1"}] * 2
     rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
-    return build_trainer(recipe, model=model, tokenizer=tokenizer, rows=rows, rewards=rewards, run_dir=run_dir)
+    given: dict[str, Any] = {"rows": rows, "eval_rows": rows if recipe.eval_data else None, "rewards": rewards}
+    return build_trainer(recipe, model=model, tokenizer=tokenizer, **given, run_dir=run_dir)
 
 
 def run_limits(recipe: RlRecipe) -> RunLimits:
     """The conditions under which the recipe's run stops early."""
-    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens)
+    return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
 
 
 def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
@@ -177,12 +188,15 @@ def grpo_config(
     recipe: RlRecipe, run_dir: Path, limits: RunLimits, rewards: Sequence[Reward | RewardEntry]
 ) -> GRPOConfig:
     """TRL's config: the recipe's `training` plus the fields that the toolkit sets."""
+    judged = any(entry.rule and needs_reference(entry.rule) for entry in recipe.rewards)
+    by = {"metric_for_best_model": "pass@1" if judged else "reward"} if recipe.eval_data else {}
     arguments = training_arguments(
-        {"disable_dropout": True, **recipe.training},
+        {"disable_dropout": True, **by, **recipe.training},
         run_dir=run_dir,
         seed=recipe.seed,
         dtype=recipe.model.dtype,
         limits=limits,
+        has_eval=bool(recipe.eval_data),
     )
     return GRPOConfig(**arguments, reward_weights=[reward.weight for reward in rewards])
 
@@ -196,5 +210,6 @@ def last_logged(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The last logged value of each metric that summarizes the run."""
     last: dict[str, float] = {}
     for line in history:
-        last |= {key: line[key] for key in line if key in LOGGED_AT_END or key.endswith("/mean")}
+        kept = (*LOGGED_AT_END, "eval_reward")
+        last |= {key: line[key] for key in line if key in kept or key.endswith("/mean") or "@" in key}
     return last

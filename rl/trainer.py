@@ -28,18 +28,20 @@ from deepseek_v2_modeling.training import (
 )
 from rl.config import RolloutCorrection, RolloutSection
 from rl.groups import OtherPrompts
+from rl.held_out import HeldOutPrompts
 from rl.judged import JudgedRollouts
 from rl.mismatch import CorrectedRollouts
 from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
 from rl.rollout import SampledRollouts
+from rl.run_warnings import Warnings
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # first batches for which a reward may give no score at all
 
 
-class PolicyTrainer(RunTrainerMixin, CorrectedRollouts, JudgedRollouts, SampledRollouts, GRPOTrainer):
+class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRollouts, SampledRollouts, GRPOTrainer):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
     The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load
@@ -81,6 +83,8 @@ class PolicyTrainer(RunTrainerMixin, CorrectedRollouts, JudgedRollouts, SampledR
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.clock = PhaseClock(self.accelerator.device, self._log_phases)
         self.add_callback(self.clock)
+        self.warnings = Warnings()
+        self.add_callback(self.warnings)
         self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
         self.rollout_correction = rollout_correction
         self.check_correction()

@@ -33,7 +33,17 @@ FIGURES = (
         ((r"loss", "train"), (r"task_loss", "train, without balance"), (r"eval_loss", "held-out")),
     ),
     Figure("Reward", "reward", ((r"reward", "total, weighted"), (r"eval_reward", "total, held-out"))),
-    Figure("Reward components", "mean reward", ((r"rewards/(.+)/mean", "{0}"),)),
+    Figure(
+        "Right answers to held-out prompts",
+        "share of prompts or answers",
+        ((r"eval_avg@(\d+)", "mean of {0} answers"), (r"eval_pass@(\d+)", "at least one of {0}")),
+        note="It should rise with the reward; where it falls, the policy learns the reward's faults.",
+    ),
+    Figure(
+        "Reward components",
+        "mean reward",
+        ((r"rewards/(.+)/mean", "{0}"), (r"eval_rewards/(.+)/mean", "{0}, held-out")),
+    ),
     Figure(
         "Spread of rewards",
         "standard deviation",

@@ -218,8 +218,8 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         yield from (
             (kind, {("training", key): value for key, value in fields.items()}) for fields in (*ANY_STAGE, *more)
         )
+        yield from ((kind, {("eval_data",): [{"path": f"{name}.jsonl"}]}) for name in DATA)
         if not samples:
-            yield from ((kind, {("eval_data",): [{"path": f"{name}.jsonl"}]}) for name in DATA)
             yield from ((kind, {data: "long_answers.jsonl", ("format", "too_long"): how}) for how in ("drop", "split"))
     for router in (True, False):
         yield from (("rl", {("train_router",): router, ("lora",): lora}) for lora in (None, *ADAPTERS[:2], ADAPTERS[6]))

@@ -46,7 +46,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("simpo", ["training.generate_during_eval=true"], "nothing is generated"),
         ("kto", ["training.per_device_train_batch_size=1"], "needs at least 2"),
         ("kto", ["data=[{path: scored.jsonl}]"], "label must be true or false"),
-        ("rl", ["eval_data=[{path: pairs.jsonl}]"], "not for grpo"),
+        ("rl", ["format={too_long: drop}"], "not for grpo"),
         ("rl", ["rewards=[]"], "needs rewards"),
     ],
 )
