@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from conversations.answers.prompts import prompt_text
 from conversations.rewards.base import Reward
 from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
@@ -17,6 +18,14 @@ class Vowels(Reward):
 
     def judge(self, answers):
         return [float(sum(letter in "aeiouAEIOU" for letter in answer.text)) for answer in answers]
+
+
+class VowelsOfSome(Vowels):
+    """One reward, with a value that rounds, for all answers to prompts with an even number."""
+
+    def judge(self, answers):
+        even = [int(prompt_text(answer.prompt).split()[0]) % 2 == 0 for answer in answers]
+        return [0.1 if e else value for e, value in zip(even, super().judge(answers), strict=True)]
 
 
 def recipe(run_dir: Path, **changes):

@@ -17,6 +17,7 @@ from reward.stage import train as train_reward
 from rl.config import RlRecipe
 from rl.stage import train as train_rl
 from sft.config import SftRecipe
+from tests.helpers.rl import VowelsOfSome
 from tests.helpers.stages import SECTIONS, byte_tokenizer, chat_model, conversations, pairs, score_model
 
 GLOBAL_BATCH = 4
@@ -79,6 +80,23 @@ def rl(folder: Path, processes: int) -> dict[str, Any]:
     )
 
 
+def dynamic_rl(folder: Path) -> None:
+    """Groups of 4 on 2 processes with 6 answers each: both have a part of the second. Writes each process's weights."""
+    training = {**RL, "beta": 0.0, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    settings = {**SECTIONS, "stage": "rl", "output_dir": str(folder), "rewards": [{"rule": "format"}]}
+    model = chat_model(aux_loss_alpha=0.0)
+    train_rl(
+        RlRecipe(**settings, training=training, dynamic_sampling={"max_rounds": 2}),
+        model=model,
+        tokenizer=byte_tokenizer(),
+        rows=conversations(16),
+        rewards=[VowelsOfSome("vowels")],
+        run_dir=folder,
+        resume_from=None,
+    )
+    torch.save(model.state_dict(), folder / f"weights.{PartialState().process_index}.pt")
+
+
 def measure(folder: Path, tasks: list[dict[str, Any]], resume: bool = False) -> dict[str, Any]:
     sections = {**SECTIONS, "stage": "eval", "output_dir": str(folder), "tasks": tasks}
     ranked = tasks is PAIRS
@@ -111,6 +129,7 @@ def main(folder: Path) -> None:
     train_sft_model(folder / "straight", 2)
     reward(folder / "reward", 2)
     rl(folder / "rl", 2)
+    dynamic_rl(folder / "dynamic")
     found = evaluations(folder)
     (folder / f"figures.{PartialState().process_index}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -95,6 +95,17 @@ def test_both_processes_contribute_to_rl(parallel):
     assert len([line for line in said if line["step"] == 1]) == 4
 
 
+def test_both_processes_replace_the_same_groups(parallel):
+    """Groups that both have a part of, with one reward for all: the same prompts come in their place."""
+    log = steps(parallel / "dynamic")
+    assert len(log) == 2 and sum(line["dynamic_sampling/replaced"] for line in log) > 0
+    for line in log:
+        assert line["groups/left_out"] == line["dynamic_sampling/still_equal"]
+        assert line["groups/left_out"] == pytest.approx(3 * line["frac_reward_zero_std"])
+    one, two = (torch.load(parallel / "dynamic" / f"weights.{process}.pt") for process in range(2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 def test_an_evaluation_does_not_depend_on_the_number_of_processes(parallel, alone):
     """Greedy and sampled, with more and with fewer rows than processes, and where it goes on."""
     figures = json.loads((alone / "figures.json").read_text())

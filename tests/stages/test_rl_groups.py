@@ -13,18 +13,10 @@ from conversations.rewards.base import Reward
 from rl.groups import OtherPrompts, equal_groups, left_out
 from rl.judged import JudgedRollouts
 
-from ..helpers.rl import Vowels, run, trainer_for, untimed
+from ..helpers.rl import VowelsOfSome, run, trainer_for, untimed
 from ..helpers.stages import assert_same_weights, chat_model, conversations, lines, stopped_after
 
 NAN = float("nan")
-
-
-class VowelsOfSome(Vowels):
-    """One reward, with a value that rounds, for all answers to prompts with an even number."""
-
-    def judge(self, answers):
-        even = [int(prompt_text(answer.prompt).split()[0]) % 2 == 0 for answer in answers]
-        return [0.1 if e else value for e, value in zip(even, super().judge(answers), strict=True)]
 
 
 class OneReward(Reward):
