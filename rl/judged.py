@@ -43,6 +43,11 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
     answers: Sequence[JudgedAnswer] = ()
     unread: torch.Tensor | None = None
 
+    def check_dynamic_sampling(self) -> None:
+        """Raises ToolkitError for an engine to which all processes must turn together, as often as each other."""
+        if self.max_rounds and self.args.use_vllm and self.accelerator.num_processes > 1:
+            raise ToolkitError("dynamic_sampling with training.use_vllm needs a single process; leave one of them out")
+
     @property
     def leaves_out_equal_groups(self) -> bool:
         """Whether answers with an advantage of 0 add nothing to any part of the loss, so that they need not be read."""

@@ -91,14 +91,13 @@ class CorrectedRollouts(GRPOTrainer if TYPE_CHECKING else object):
             return
         mask, old = batch["completion_mask"], batch.get("old_per_token_logps")
         log_ratio = log_ratios(logps.detach() if old is None else old, batch["sampling_per_token_logps"], mask)
-        self._log_shares(("k3", "outside_x2"), mismatch_sums(log_ratio, mask))
+        agreed = log_ratio.new_zeros(2, dtype=torch.float64)
         if routes:
             sampled = batch["rollout_routes"]
             known = (sampled[:, :, 0, 0] >= 0) & mask.bool()
             chosen = torch.stack([experts[0] for experts in routes[0]], dim=1)  # [tokens, L, K]
-            self._log_shares(
-                ("routes_agree",), agreement_sums(chosen[numbers[known]], sampled[known].to(chosen.device))
-            )
+            agreed = agreement_sums(chosen[numbers[known]], sampled[known])
+        self._log_mismatch(torch.cat([mismatch_sums(log_ratio, mask), agreed]))
         if self.rollout_correction:
             weights = correction(log_ratio, self.rollout_correction.mode, self.rollout_correction.cap)
             if self.loss_type == "vespo":  # has a place for them in its own weights
@@ -106,9 +105,13 @@ class CorrectedRollouts(GRPOTrainer if TYPE_CHECKING else object):
             else:
                 batch["advantages"] = batch["advantages"].unsqueeze(1) * weights
 
-    def _log_shares(self, names: tuple[str, ...], sums: torch.Tensor) -> None:
-        """sums: one for each name and, last, of what they are shares; over all processes."""
-        *parts, whole = self.accelerator.reduce(sums, reduction="sum").tolist()
-        for name, part in zip(names, parts, strict=True):
+    def _log_mismatch(self, sums: torch.Tensor) -> None:
+        """`mismatch_sums` and `agreement_sums` of this process: shares of those of all."""
+        k3, far, tokens, agreed, token_layers = self.accelerator.reduce(sums, reduction="sum").tolist()
+        for name, part, whole in (
+            ("k3", k3, tokens),
+            ("outside_x2", far, tokens),
+            ("routes_agree", agreed, token_layers),
+        ):
             if whole:
                 self._metrics["train"][f"mismatch/{name}"].append(part / whole)

@@ -88,6 +88,7 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
         self.rollout_correction = rollout_correction
         self.check_correction()
+        self.check_dynamic_sampling()
         self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)

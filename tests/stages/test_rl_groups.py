@@ -1,6 +1,7 @@
 """Groups whose answers all have one reward: left out of the update to the same weights, or replaced."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +192,11 @@ def test_resume_draws_the_same_prompts(tmp_path, settings):
 def test_as_many_prompts_as_a_rollout_takes_have_no_others(tmp_path):
     with pytest.raises(ToolkitError, match="dynamic_sampling: each rollout takes all 2 prompts"):
         run(tmp_path, rows=conversations(2), dynamic_sampling={"max_rounds": 1})
+
+
+def test_processes_that_share_an_engine_do_not_redraw(tmp_path):
+    trainer = trainer_for(tmp_path, training=LEAVING, max_rounds=1)
+    trainer.check_dynamic_sampling()
+    trainer.args.use_vllm, trainer.accelerator = True, SimpleNamespace(num_processes=2)
+    with pytest.raises(ToolkitError, match="needs a single process"):
+        trainer.check_dynamic_sampling()
