@@ -215,7 +215,7 @@ def _continued(problem: Problem, body: str) -> Iterator[str]:
     before = problem.prompt + ("" if problem.prompt.endswith("\n") else "\n")
     as_it_is = before + ("" if body[:1].isspace() else "    ") + body
     indented = before + textwrap.indent(textwrap.dedent(body), "    ")
-    yield from (indented, as_it_is) if _spills(as_it_is, problem.entry_point) else (as_it_is, indented)
+    yield from (indented, as_it_is) if _spills(as_it_is, problem.entry_point or "") else (as_it_is, indented)
 
 
 def _spills(source: str, entry_point: str) -> bool:
