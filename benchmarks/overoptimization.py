@@ -108,7 +108,7 @@ def climbed(proxy: RewardModelReward, gold: Gold, seed: int) -> list[dict[str, f
     optimizer, steps = torch.optim.Adam([table], lr=RATE), []
     for _ in range(STEPS):
         policy = torch.distributions.Categorical(logits=table)
-        drawn = policy.sample((ANSWERS,))
+        drawn = policy.sample(torch.Size([ANSWERS]))
         answers = [Answer(said("user", "?"), "".join(DIGITS[place] for place in row)) for row in drawn.tolist()]
         values = torch.tensor(proxy.judge(answers))
         steps.append({"proxy": values.mean().item(), "gold": fmean(gold.value(answer.text) for answer in answers)})
