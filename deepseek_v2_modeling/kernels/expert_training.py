@@ -17,6 +17,7 @@ from torch import nn
 from .fused import fused
 from .grouped_products import ActiveAdapter, Groups, Slots, summed_slots, weighted_slots
 from .low_rank import Share, flattened, shares_of
+from .row_blocks import IN_CACHE, row_blocks
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,45 @@ def gated_halves_gradient(
     return d_halves, d_weights_P
 
 
+def pulled_back(activation: nn.Module, gate: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The gradient of the activation's input."""
+    if type(activation) is nn.SiLU:
+        return torch.ops.aten.silu_backward(g, gate)
+    vjp: Any = torch.func.vjp
+    return vjp(activation, gate)[1](g)[0]
+
+
+def gate_rows(hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor | None) -> torch.Tensor:
+    """`gated_halves`; on a CPU some rows at a time."""
+    if hidden_P2F.device.type != "cpu":
+        return gated_halves(hidden_P2F, activation, weights_P1)
+    gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
+    out_PF = torch.empty_like(gate_PF, memory_format=torch.contiguous_format)
+    for rows in row_blocks(*gate_PF.shape, IN_CACHE):
+        torch.mul(activation(gate_PF[rows]), up_PF[rows], out=out_PF[rows])
+        if weights_P1 is not None:
+            out_PF[rows] *= weights_P1[rows]
+    return out_PF
+
+
+def gate_rows_gradient(
+    hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch.Tensor, g_PF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_halves_gradient`; on a CPU some rows at a time."""
+    if hidden_P2F.device.type != "cpu":
+        return gated_halves_gradient(hidden_P2F, activation, weights_P1, g_PF)
+    d_halves, d_weights_P = torch.empty_like(hidden_P2F), g_PF.new_empty(len(g_PF), dtype=torch.float32)
+    (all_gates, all_ups), (d_gates, d_ups) = (t.chunk(2, dim=-1) for t in (hidden_P2F, d_halves))
+    for rows in row_blocks(*g_PF.shape, IN_CACHE):
+        gate, up, g = all_gates[rows], all_ups[rows], g_PF[rows]
+        activated = activation(gate)
+        d_weights_P[rows] = (activated * up).mul_(g).sum(-1, dtype=torch.float32)
+        d_gated = g * weights_P1[rows]
+        torch.mul(d_gated, activated, out=d_ups[rows])
+        d_gates[rows] = pulled_back(activation, gate, d_gated.mul_(up))
+    return d_halves, d_weights_P
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,7 +115,7 @@ class _Experts(torch.autograd.Function):
         slots, groups, (first, second) = job.slots, job.groups, job.shares(tensors)
         with torch.autocast(x_ND.device.type, enabled=False):
             hidden_P2F = groups.product(x_ND.index_select(0, slots.token_P), gate_up, first)
-            y_PD = groups.product(gated_halves(hidden_P2F, job.activation, None), down, second)
+            y_PD = groups.product(gate_rows(hidden_P2F, job.activation, None), down, second)
         ctx.save_for_backward(x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors)
         ctx.job = job
         return weighted_slots(y_PD, slots.places_NK, weights_NK)
@@ -90,9 +130,9 @@ class _Experts(torch.autograd.Function):
         x_PD, g_PD = (t.to(x_ND.dtype).index_select(0, slots.token_P) for t in (x_ND, grads[0]))
         weights_P1 = slots.weights_P(weights_NK).to(x_ND.dtype).unsqueeze(1)
         with torch.autocast(x_ND.device.type, enabled=False):
-            weighted = gated_halves(hidden_P2F, job.activation, weights_P1)
+            weighted = gate_rows(hidden_P2F, job.activation, weights_P1)
             d_weighted, d_down, of_second = groups.gradient(g_PD, weighted, down, second, (True, needs_w[1]))
-            d_halves, dw_P = gated_halves_gradient(hidden_P2F, job.activation, weights_P1, d_weighted)
+            d_halves, dw_P = gate_rows_gradient(hidden_P2F, job.activation, weights_P1, d_weighted)
             needs = (needs_x, needs_w[0])
             dx_PD, d_gate_up, of_first = groups.gradient(d_halves, x_PD, gate_up, first, needs)
         dx_ND = None if dx_PD is None else summed_slots(dx_PD, slots.places_NK)

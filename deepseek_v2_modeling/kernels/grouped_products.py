@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import low_rank
 from .float32_products import compute_dtype, widens
-from .fused import fused
+from .fused import MANY, fused
 from .low_rank import Factors, Share, flattened, shares_of
 from .ragged_products import ragged_gradient, ragged_product
 
@@ -251,14 +251,27 @@ def place_slots(experts_NK: torch.Tensor, num_experts: int, block: int) -> tuple
 @fused
 def summed_slots(rows_PD: torch.Tensor, places_NK: torch.Tensor) -> torch.Tensor:
     """[N, D]: the sum of each token's rows, in their dtype."""
+    if rows_PD.device.type == "cpu" and not torch.compiler.is_compiling():
+        return F.embedding_bag(places_NK, rows_PD, mode="sum")
     return rows_PD.index_select(0, places_NK.flatten()).unflatten(0, places_NK.shape).sum(1)
 
 
 def weighted_slots(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """[N, D] float32: the weighted sum of each token's rows."""
     if y_PD.device.type == "cpu":
-        return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+        return _bags(y_PD, places_NK, weights_NK)
     return weighted_sum(y_PD, places_NK, weights_NK)
+
+
+def _bags(y_PD: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Weighted sums in float32. Many bf16 rows are not copied to float32 first: torch accumulates their sums in float32
+    too. But it takes bf16 weights alone, so that each is split in two, and rounds the result once, to bf16."""
+    if y_PD.dtype != torch.bfloat16 or y_PD.numel() < MANY:
+        return F.embedding_bag(places_NK, y_PD.float(), per_sample_weights=weights_NK, mode="sum")
+    coarse = weights_NK.bfloat16()
+    fine = (weights_NK - coarse).bfloat16()
+    sums = (F.embedding_bag(places_NK, y_PD, per_sample_weights=w, mode="sum").float() for w in (coarse, fine))
+    return torch.add(*sums)
 
 
 @fused

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .float32_products import Linear, compute_dtype, is_plain, widens
+from .row_blocks import row_blocks
+
 IGNORED = -100  # the label that transformers excludes from the loss
-BLOCK_LOGITS = 2**25  # logits per product with the head: 64 MiB in bf16
+BLOCK_LOGITS = 2**26  # logits per product with the head: 128 MiB in bf16
 CACHED_LOGITS = 2**20  # logits per softmax on a CPU: 4 MiB in float32, which fits into its cache
 
 
@@ -33,12 +36,6 @@ class TokenScores(NamedTuple):
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     """[B, T]: the label of the next position at each position, IGNORED at the end of a row."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
-def row_blocks(rows: int, values_a_row: int, values: int) -> Iterator[slice]:
-    """Slices of rows, of about `values` values each."""
-    step = max(1, values // values_a_row)
-    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def score_logits(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float) -> TokenScores:
@@ -89,6 +86,16 @@ class Head(NamedTuple):
     def blocks(self, rows: int) -> Iterator[slice]:
         return row_blocks(rows, self.vocab_size, BLOCK_LOGITS)
 
+    def plain_weight(self, hidden_ND: torch.Tensor) -> torch.Tensor | None:
+        """The head's frozen weight [V, D] if the logits are hidden times it and nothing else, in its dtype, on a CPU."""
+        if type(self.module) is not Linear or hidden_ND.device.type != "cpu" or self.module.bias is not None:
+            return None
+        weight, dtype = self.module.weight, compute_dtype(hidden_ND)
+        hooked = self.module._forward_hooks or self.module._forward_pre_hooks or hasattr(self.module, "_hf_hook")
+        if hooked or weight.requires_grad or not is_plain(weight) or not dtype == weight.dtype == hidden_ND.dtype:
+            return None
+        return None if widens(hidden_ND, len(hidden_ND)) else weight
+
 
 def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> TokenScores:
     """Like `score_logits`, overwriting the logits with the gradient of each row's log-probability with respect to
@@ -98,16 +105,34 @@ def _score_in_place(head: Head, logits_NV: torch.Tensor, labels_N: torch.Tensor)
     for rows in row_blocks(len(logits_NV), logits_NV.shape[1], values):
         labels = labels_N[rows].unsqueeze(1)
         labelled, targets = labels != IGNORED, labels.clamp(min=0)
-        logps = logits_NV[rows].float().div_(head.temperature).log_softmax(-1)
+        logits = logits_NV[rows].float()
+        logps = (logits if head.temperature == 1 else logits.div_(head.temperature)).log_softmax(-1)
         label_logps = logps.gather(-1, targets)
         is_top1 = (label_logps == logps.amax(-1, keepdim=True)) & labelled if head.figures else labelled
-        gradient = logps.exp()
-        entropy = -torch.linalg.vecdot(gradient, logps) if head.figures else label_logps.squeeze(1)
-        gradient.neg_().scatter_add_(-1, targets, torch.ones_like(label_logps))
-        logits_NV[rows] = gradient.mul_(labelled / head.temperature)
+        probabilities = logps.exp() if head.figures else logps.exp_()
+        entropy = -torch.linalg.vecdot(probabilities, logps) if head.figures else label_logps.squeeze(1)
+        negative = probabilities.scatter_add_(-1, targets, torch.full_like(label_logps, -1.0))
+        logits_NV[rows] = negative.mul_(labelled / -head.temperature)
         parts.append(((label_logps * labelled).squeeze(1), entropy, is_top1.squeeze(1)))
     logps, entropy, is_top1 = map(torch.cat, zip(*parts, strict=True))
     return TokenScores(logps, entropy, is_top1)
+
+
+def _scores_of_plain_head(
+    head: Head, weight_VD: torch.Tensor, hidden_ND: torch.Tensor, labels_N: torch.Tensor, d_hidden: torch.Tensor | None
+) -> list[TokenScores]:
+    """The scores of each block; the gradients of their log-probabilities are written into d_hidden [N, D], if given.
+
+    All blocks share one buffer of logits: the page faults of a new one of 100 MB cost as much as a pass over it.
+    """
+    blocks, scores = list(head.blocks(len(hidden_ND))), []
+    buffer = hidden_ND.new_empty(max((block.stop - block.start for block in blocks), default=0), len(weight_VD))
+    for rows in blocks:
+        logits = torch.mm(hidden_ND[rows], weight_VD.t(), out=buffer[: rows.stop - rows.start])
+        scores.append(_score_in_place(head, logits, labels_N[rows]))
+        if d_hidden is not None:
+            torch.mm(logits, weight_VD, out=d_hidden[rows])
+    return scores
 
 
 class _Scores(torch.autograd.Function):
@@ -121,7 +146,11 @@ class _Scores(torch.autograd.Function):
         gradients = Gradients.zeros(hidden_ND, weights) if ready else None
         empty = hidden_ND.new_zeros(0, dtype=torch.float32)
         scores = [TokenScores(empty, empty, empty.bool())]
-        for rows in head.blocks(len(hidden_ND)):
+        plain = None if weights else head.plain_weight(hidden_ND)
+        if plain is not None:
+            d_hidden = None if gradients is None else gradients.hidden_ND
+            scores += _scores_of_plain_head(head, plain, hidden_ND, labels_N, d_hidden)
+        for rows in head.blocks(len(hidden_ND)) if plain is None else ():
             with torch.set_grad_enabled(ready):
                 x = hidden_ND[rows].detach().requires_grad_(ready)
                 logits = head.module(x)
