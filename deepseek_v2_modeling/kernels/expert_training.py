@@ -76,7 +76,7 @@ def gate_rows(hidden_P2F: torch.Tensor, activation: nn.Module, weights_P1: torch
         return gated_halves(hidden_P2F, activation, weights_P1)
     gate_PF, up_PF = hidden_P2F.chunk(2, dim=-1)
     out_PF = torch.empty_like(gate_PF, memory_format=torch.contiguous_format)
-    for rows in row_blocks(*gate_PF.shape, IN_CACHE):
+    for rows in row_blocks(len(gate_PF), gate_PF.shape[1], IN_CACHE):
         torch.mul(activation(gate_PF[rows]), up_PF[rows], out=out_PF[rows])
         if weights_P1 is not None:
             out_PF[rows] *= weights_P1[rows]
@@ -91,7 +91,7 @@ def gate_rows_gradient(
         return gated_halves_gradient(hidden_P2F, activation, weights_P1, g_PF)
     d_halves, d_weights_P = torch.empty_like(hidden_P2F), g_PF.new_empty(len(g_PF), dtype=torch.float32)
     (all_gates, all_ups), (d_gates, d_ups) = (t.chunk(2, dim=-1) for t in (hidden_P2F, d_halves))
-    for rows in row_blocks(*g_PF.shape, IN_CACHE):
+    for rows in row_blocks(len(g_PF), g_PF.shape[1], IN_CACHE):
         gate, up, g = all_gates[rows], all_ups[rows], g_PF[rows]
         activated = activation(gate)
         d_weights_P[rows] = (activated * up).mul_(g).sum(-1, dtype=torch.float32)
@@ -132,6 +132,7 @@ class _Experts(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             weighted = gate_rows(hidden_P2F, job.activation, weights_P1)
             d_weighted, d_down, of_second = groups.gradient(g_PD, weighted, down, second, (True, needs_w[1]))
+            assert d_weighted is not None
             d_halves, dw_P = gate_rows_gradient(hidden_P2F, job.activation, weights_P1, d_weighted)
             needs = (needs_x, needs_w[0])
             dx_PD, d_gate_up, of_first = groups.gradient(d_halves, x_PD, gate_up, first, needs)

@@ -87,7 +87,7 @@ class Head(NamedTuple):
         return row_blocks(rows, self.vocab_size, BLOCK_LOGITS)
 
     def plain_weight(self, hidden_ND: torch.Tensor) -> torch.Tensor | None:
-        """The head's frozen weight [V, D] if the logits are hidden times it and nothing else, in its dtype, on a CPU."""
+        """The head's frozen weight [V, D] if logits are hidden times it and nothing else, in its dtype, on a CPU."""
         if type(self.module) is not Linear or hidden_ND.device.type != "cpu" or self.module.bias is not None:
             return None
         weight, dtype = self.module.weight, compute_dtype(hidden_ND)

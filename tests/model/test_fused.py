@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from deepseek_v2_modeling.kernels import expert_training
 from deepseek_v2_modeling.kernels import fused as fused_file
 from deepseek_v2_modeling.kernels.expert_training import gated_halves, gated_halves_gradient
 from deepseek_v2_modeling.kernels.fused import fused
@@ -16,6 +19,7 @@ from deepseek_v2_modeling.kernels.grouped_products import (
     weighted_slots_gradient,
     weighted_sum,
 )
+from deepseek_v2_modeling.kernels.row_blocks import row_blocks
 from deepseek_v2_modeling.kernels.swiglu import gated
 from deepseek_v2_modeling.layers.norm import weighted_norm
 from deepseek_v2_modeling.layers.rope import rotate
@@ -62,6 +66,29 @@ def test_compiled_as_one_graph(case: str):
     wanted = values_and_gradients(function, arguments)
     for found, plain in zip(values_and_gradients(compiled, arguments), wanted, strict=True):
         torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU()], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, ROWS])
+def test_gates_by_rows_are_those_of_all_rows(rows: int, activation: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(expert_training, "IN_CACHE", 7 * WIDTH // 2)
+    hidden, weights, g = (numbers(rows, n, seed=n).detach() for n in (WIDTH, 1, WIDTH // 2))
+    for w in (None, weights):
+        torch.testing.assert_close(
+            expert_training.gate_rows(hidden, activation, w), gated_halves(hidden, activation, w), rtol=0, atol=0
+        )
+    found = expert_training.gate_rows_gradient(hidden, activation, weights, g)
+    torch.testing.assert_close(found, gated_halves_gradient(hidden, activation, weights, g))
+
+
+@given(rows=st.integers(0, 300), width=st.integers(0, 50), values=st.integers(1, 500))
+def test_row_blocks_are_equal_and_as_few_as_there_can_be(rows: int, width: int, values: int):
+    blocks = list(row_blocks(rows, width, values))
+    assert [row for block in blocks for row in range(rows)[block]] == list(range(rows))
+    sizes = [block.stop - block.start for block in blocks]
+    most = max(1, values // max(1, width))
+    assert all(size <= most for size in sizes) and len(set(sizes[:-1])) <= 1
+    assert len(sizes) <= -(-rows // most)
 
 
 def test_the_weighted_sum_is_that_of_a_cpu():

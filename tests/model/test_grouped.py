@@ -18,6 +18,7 @@ from deepseek_v2_modeling.kernels.grouped_products import (
     dispatch,
     filled_up,
     place_slots,
+    weighted_slots,
 )
 from deepseek_v2_modeling.kernels.low_rank import Factors, Share, add_share, pieces, share_gradient, whole_pieces
 from deepseek_v2_modeling.kernels.ragged_products import ragged_gradient, ragged_product
@@ -178,6 +179,17 @@ def test_combine_sums_in_float32():
     y = torch.tensor([[256.0], [0.5], [0.5]], dtype=torch.bfloat16)
     out = combine(y, torch.ones(1, 3), Slots(torch.arange(3), torch.arange(3), 3))
     assert out.dtype == torch.float32 and out.item() == 257.0
+
+
+def test_many_bf16_rows_are_combined_as_precisely_as_in_float32():
+    torch.manual_seed(0)
+    y, weights, places = torch.randn(1024, 1024).bfloat16(), torch.rand(300, 6), torch.randint(1024, (300, 6))
+    found, few = weighted_slots(y, places, weights), weighted_slots(y[:, :64].contiguous(), places, weights)
+    wanted = (y.double()[places] * weights.unsqueeze(-1).double()).sum(1)
+    assert found.dtype == few.dtype == torch.float32
+    torch.testing.assert_close(few.double(), wanted[:, :64], rtol=1e-5, atol=1e-5)
+    rounded_once = (wanted.bfloat16().double() - wanted).norm()
+    assert (found - wanted).norm() < 1.05 * rounded_once
 
 
 def test_gradients_are_the_same_at_every_run():

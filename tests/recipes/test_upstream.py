@@ -28,6 +28,7 @@ READ = {
     "_attn_implementation": "transformers.configuration_utils",
     "_commit_hash": "transformers.configuration_utils",
     "_data_files": "datasets.arrow_dataset",
+    "_forward_hooks": "torch.nn.modules.module",
     "_forward_pre_hooks": "torch.nn.modules.module",
     "_from_config": "transformers.modeling_utils",
     "_from_model_config": "transformers.generation.configuration_utils",

@@ -14,18 +14,24 @@ from conversations.errors import ToolkitError
 from deepseek_v2_modeling.training.mixin import RunLimits
 from recipes.recipe.schema import validate
 from sft.data import encode_rows
-from sft.stage import sft_config
+from sft.stage import leaves_padding_out, sft_config
 from sft.trainer import ChatTrainer, documents_of
 
 from ..helpers.stages import SECTIONS, assistant, byte_tokenizer, chat_model, user
 
 MAX_LENGTH = 96
-ALONE = {"max_length": MAX_LENGTH, "per_device_train_batch_size": 64}  # all in one padded batch
+ALONE = {"max_length": MAX_LENGTH, "per_device_train_batch_size": 64, "padding_free": False}  # one padded batch
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one pack a batch": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 64},
     "several packs a batch": {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 64},
     "all packs in one batch": {"packing": True, "per_device_train_batch_size": 64},
     "without padding, not packed": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 64},
+    "several batches without padding": {
+        "padding_free": True,
+        "max_length": None,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 64,
+    },
 }
 
 
@@ -95,6 +101,31 @@ def test_packs_are_filled_by_best_fit(tmp_path: Path) -> None:
     tokens = sum(len(ids) for ids in data["input_ids"])
     assert sum(packs) == tokens and max(packs) <= MAX_LENGTH
     assert len(packs) == -(-tokens // MAX_LENGTH)  # no pack could be saved
+
+
+@pytest.mark.parametrize(
+    ("training", "model", "padded"),
+    [
+        ({}, {}, False),
+        ({"per_device_train_batch_size": 2, "packing": False}, {"attn_implementation": "sdpa"}, False),
+        ({"padding_free": False}, {}, True),
+        ({"per_device_train_batch_size": 1}, {}, True),
+        ({"torch_compile": True}, {}, True),
+        ({"neftune_noise_alpha": 5.0}, {}, True),
+        ({}, {"attn_implementation": "eager"}, True),
+    ],
+)
+def test_batches_on_a_cpu_are_not_padded(
+    tmp_path: Path, training: dict[str, Any], model: dict[str, Any], padded: bool
+) -> None:
+    sections = {**SECTIONS, "model": {**SECTIONS["model"], **model}, "training": {**training, "use_cpu": True}}
+    recipe = validate({**sections, "stage": "sft", "output_dir": "o"})
+    assert sft_config(recipe, tmp_path).padding_free is not padded
+
+
+def test_batches_on_a_gpu_are_padded_unless_asked(tmp_path: Path) -> None:
+    recipe = validate({**SECTIONS, "stage": "sft", "output_dir": "o"})
+    assert not leaves_padding_out(recipe, {"use_cpu": False})
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_neftune_adds_noise_in_training_alone(tmp_path: Path) -> None:
     )
     a, b = (lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in "ab")
     assert a != b
-    assert plain["eval_loss"] == noisy["eval_loss"]
+    assert plain["eval_loss"] == pytest.approx(noisy["eval_loss"], rel=1e-6)  # one batch is padded, the other is not
 
 
 def test_a_tracker_gets_what_metrics_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
