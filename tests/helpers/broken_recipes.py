@@ -71,6 +71,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         ],
     ),
     "eval_reward": _recipe("eval", model={"path": "runs/reward"}, tasks=[_task("pair_accuracy", "pairs.jsonl")]),
+    "pairs": _recipe(
+        "pairs", "chat.jsonl", rewards=[{"rule": "number"}, {"rule": "format"}], limit=3, num_generations=2,
+        max_new_tokens=3, batch_size=4, max_pairs_per_prompt=2, min_margin=0.1, balance_lengths=False, temperature=1,
+    ),
     "chain": {
         "stage": "chain", "model": {"path": "base"}, "output_dir": "out", "compare": [],
         "stages": [
@@ -193,6 +197,11 @@ TASKS: list[dict[str, Any]] = [
     {"metric": "reward"}, {"metric": "reward", "combine": "min"}, {"combine": "min"},
     {"metric": "pair_accuracy"}, {"metric": "loss"}, {"rule": "math"}, {"name": "a_n"}, {"batch_size": 10**9},
 ]  # fmt: skip
+SAMPLINGS: list[dict[str, Any]] = [
+    {"num_generations": 1}, {"num_generations": 257}, {"temperature": 0}, {"temperature": 11}, {"limit": 10**9},
+    {"max_new_tokens": 10**9}, {"batch_size": 10**9}, {"min_margin": -1}, {"min_margin": 1e300}, {"limit": 1},
+    {"max_pairs_per_prompt": 10**9}, {"balance_lengths": True}, {"lora": {"targets": ["attention"]}},
+]  # fmt: skip
 OUTPUTS = ("base", "chat.jsonl", "folder", "chat.jsonl/x", "runs/sft", "x" * 300, "~nobody/x", ".")
 
 
@@ -210,6 +219,9 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         if evaluates:
             yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in TASKS)
             continue
+        if recipe["stage"] == "pairs":
+            yield from ((kind, {(key,): value for key, value in fields.items()}) for fields in SAMPLINGS)
+            continue
         yield from ((kind, {("lora",): lora}) for lora in ADAPTERS)
         samples, prefers = "rewards" in recipe, "method" in recipe
         yield from ((kind, {("method",): method}) for method in METHODS if recipe["stage"] == "rl")
@@ -225,4 +237,5 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         yield from (("rl", {("train_router",): router, ("lora",): lora}) for lora in (None, *ADAPTERS[:2], ADAPTERS[6]))
     for rewards in REWARDS:
         for name in ("chat", "bare", "some_references", "bad_references"):
-            yield "rl", {("rewards",): rewards, ("data", 0, "path"): f"{name}.jsonl"}
+            changes: dict[Path_, Any] = {("rewards",): rewards, ("data", 0, "path"): f"{name}.jsonl"}
+            yield from ((kind, changes) for kind in ("rl", "pairs"))

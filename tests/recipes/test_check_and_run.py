@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from recipes.cli import main
+from recipes.stages import stages
 
 from ..helpers.broken_recipes import COMMAND, RECIPES, Path_, broken, junk_cases, make_world, special_cases
 
@@ -87,7 +88,7 @@ def test_check_is_right(exit_code_of: Any, kind: str, changes: dict[Path_, Any])
     """What check refuses the run refuses too, by the same code; what it lets pass must run."""
     recipe = broken(RECIPES[kind], changes)
     stage = recipe.get("stage")
-    command = COMMAND.get(stage, stage) if stage in (*COMMAND, "sft", "reward", "rl", "eval") else "sft"
+    command = COMMAND.get(stage, stage) if stage in (*COMMAND, *stages()) else "sft"
     checked = exit_code_of("check", recipe)
     if checked == 0 or not WIDE:
         assert exit_code_of(command, recipe) == checked
