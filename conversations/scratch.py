@@ -40,7 +40,12 @@ def remove_scratch() -> None:
 
 def remove_abandoned(where: Path | None = None) -> None:
     """Remove the directories of this user's killed processes."""
-    for folder in (where or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
+    if where is None:
+        try:
+            where = Path(tempfile.gettempdir())
+        except FileNotFoundError:  # none can be written: a full or read-only disk
+            return
+    for folder in where.glob(f"{PREFIX}*"):
         with suppress(OSError):
             about = folder.lstat()
             if folder.is_dir() and about.st_uid == os.getuid() and _is_abandoned(folder, about.st_mtime):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.disk import remedy
 from recipes.processes import command_line, is_main, now
 
 LOCK = ".lock"
@@ -110,9 +111,7 @@ def _hold(file: Path, place: Path, room: int) -> Iterator[Lock]:
             raise
     except OSError as error:
         _remove_empty(new_folders)
-        raise ToolkitError(
-            f"{place} cannot be written: {error.strerror or error}; free some space, or choose another directory"
-        ) from error
+        raise ToolkitError(f"{place} cannot be written: {error.strerror or error}; {remedy(error.errno)}") from error
     pid = os.getpid()
     try:
         yield Lock(handle)
