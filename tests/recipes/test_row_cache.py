@@ -1,8 +1,10 @@
 """Cached rows: the same as without the cache, reused where nothing has changed, whole or absent."""
 
+import io
 import json
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,21 @@ def test_what_is_found_is_what_was_read_and_encoded_row_by_row(
         assert encoded.data.to_list() == expected and encoded.report == report
         assert encoded.entry.hit == (mixture is found)
     remove_scratch()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_one_process_alone_draws_bars(shows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "__stderr__", terminal := Terminal())
+    path = write(tmp_path / "rows.jsonl", [conversation([("a", "b", None)], {})])
+    cache = RowCache(tmp_path / "prepared", "1", shows=shows)
+    rows = read(path, cache).rows
+    encode_rows(rows, TOKENIZER, train_on="all_assistant", max_length=None, too_long="drop", cache=cache)
+    assert [what in terminal.getvalue() for what in ("reading", "encoding")] == [shows, shows]
 
 
 def test_pairs_and_judged_answers_are_found_again(tmp_path: Path) -> None:
