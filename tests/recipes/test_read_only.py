@@ -4,11 +4,11 @@ import contextlib
 import ctypes
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,22 +100,6 @@ def without_rights(folder: Path) -> None:
         raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
 
 
-def in_a_child(work: Callable[[], Any]) -> Any:
-    """What `work` returns, as JSON, in a process of its own."""
-    with tempfile.TemporaryFile("w+") as said:
-        pid = os.fork()
-        if not pid:
-            try:
-                json.dump(work(), said)
-                said.flush()
-            except BaseException:
-                traceback.print_exc()
-            os._exit(0)
-        os.waitpid(pid, 0)
-        said.seek(0)
-        return json.load(said)
-
-
 def run_all(seal: Callable[[Path], None], world: Path) -> Any:
     """{command: [exit code, what it printed to stderr, the files that are new or gone]}; or why it cannot be tried."""
     os.chdir(world)
@@ -139,9 +123,22 @@ def outcome(words: list[str]) -> tuple[int, str, list[str]]:
     return code, error.getvalue(), sorted(before ^ after)
 
 
+def in_new_process(seal: Callable[[Path], None], world: Path, answer: Path) -> Any:
+    """What `run_all` returns in a process of its own; not in a fork, where the threads of torch would be missing."""
+    process = multiprocessing.get_context("spawn").Process(target=write_outcomes, args=(seal, world, answer))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def write_outcomes(seal: Callable[[Path], None], world: Path, answer: Path) -> None:
+    answer.write_text(json.dumps(run_all(seal, world)), encoding="utf-8")
+
+
 @pytest.mark.parametrize("seal", [mounted_read_only, without_rights], ids=lambda seal: seal.__name__)
-def test_a_place_that_cannot_be_written(world: Path, seal: Callable[[Path], None]) -> None:
-    found = in_a_child(lambda: run_all(seal, world))
+def test_a_place_that_cannot_be_written(world: Path, seal: Callable[[Path], None], tmp_path: Path) -> None:
+    found = in_new_process(seal, world, tmp_path / "answer.json")
     if isinstance(found, str):
         pytest.skip(f"not allowed here: {found}")
     for name in REFUSED:
