@@ -1,22 +1,25 @@
 """What a rollout costs: sampling a token, a decode step with adapters, and many answers of different lengths.
 
-    python -m benchmarks.rollouts [--only sampling|steps|queue]     results/rollouts.json; about 3 minutes on 2 cores
+    python -m benchmarks.rollouts [--only sampling|steps|queue]     results/rollouts.json; about 3 minutes
+
+All figures are CPU seconds of one thread.
 
 - sampling: `choose_tokens` against torch.multinomial on the same softmax.
 - steps: with adapters on attention and experts, the same merged into a copy, and the same weights without adapters; and
   the merged copy in bf16.
-- queue: tokens/s with geometric lengths (mean 100, at most 512) and as many rows of cache on both sides: batch after
-  batch, where finished rows leave the batch, against slots that are refilled.
+- queue: tokens a second with geometric lengths (mean 100, at most 512) and as many rows of cache on both sides: batch
+  after batch, where finished rows leave the batch, against slots that are refilled.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, LatentCache, apply_lora, lora_config
 from deepseek_v2_modeling.adapters import merged_copy
 from deepseek_v2_modeling.decode_steps import SlotDecoder, logits_of
@@ -45,14 +48,14 @@ def model_of(rank: int = 16) -> Any:
 
 
 def alternating(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Least milliseconds of each, taken in turn, so that other load falls on all alike."""
+    """Least CPU milliseconds of each, taken in turn, so that other load falls on all alike."""
     best: dict[str, float] = dict.fromkeys(runs, float("inf"))
     for round_ in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if round_:
-                best[name] = min(best[name], (time.perf_counter() - start) * 1000)
+                best[name] = min(best[name], (time.process_time() - start) * 1000)
     return {name: round(value, 3) for name, value in best.items()}
 
 
@@ -64,7 +67,7 @@ def sampling() -> dict[str, Any]:
             "multinomial_ms": lambda logits=logits: torch.multinomial(logits.softmax(-1), 1),
             "ours_ms": lambda logits=logits: choose_tokens(logits, 1.0),
         }
-        row = alternating(runs, 15)
+        row = alternating(runs, 40)
         found[f"[{ROWS}, {words}]"] = {**row, "times": round(row["multinomial_ms"] / row["ours_ms"], 1)}
         print("sampling", words, found[f"[{ROWS}, {words}]"], flush=True)
     return found
@@ -117,11 +120,13 @@ def queue(answers: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"answers": answers, "rows": ROWS}
     for name, run in (("batch after batch", batches), ("slots refilled", refilled)):
-        start = time.perf_counter()
+        start = time.process_time()
         lengths = [len(answer) for answer in run()]
-        found[name] = {"tokens": sum(lengths), "tokens_per_s": round(sum(lengths) / (time.perf_counter() - start))}
-    found["times"] = round(found["slots refilled"]["tokens_per_s"] / found["batch after batch"]["tokens_per_s"], 2)
-    print("queue", found, flush=True)
+        seconds = time.process_time() - start
+        found[name] = {"tokens": sum(lengths), "seconds": round(seconds, 2)}
+        print("queue", name, found[name], flush=True)
+    batch, slots = (found[name]["seconds"] for name in ("batch after batch", "slots refilled"))
+    found["times"] = round(batch / slots, 2)
     return found
 
 
@@ -130,10 +135,12 @@ def main() -> None:
     parser.add_argument("--only", choices=["sampling", "steps", "queue"])
     parser.add_argument("--answers", type=int, default=256, help="of the queue")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     parts = {"sampling": sampling, "steps": steps, "queue": lambda: queue(args.answers)}
     figures = {name: part() for name, part in parts.items() if args.only in (None, name)}
-    if args.only is None:
-        write("rollouts", {"shape": SHAPE, **figures})
+    path = RESULTS / "rollouts.json"
+    earlier = json.loads(path.read_text()) if path.is_file() and args.only else {}
+    write("rollouts", {"shape": SHAPE, **{name: earlier[name] for name in parts if name in earlier}, **figures})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from .sampling import choose_tokens, draws
 
 PREFILL_TOKENS = 2**14  # per prefill, padding included
 LARGE = 2**20  # weights of an expert's product
-MANY = 8  # rows of an expert
+MANY = 16  # rows of an expert
 REFILL = 1 / 8  # prefill for empty slots once they are this fraction of all slots
 
 # (token ids so far of each row, lengths of their prompts, logits [B, V]) -> logits [B, V]
