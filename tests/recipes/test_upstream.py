@@ -25,6 +25,9 @@ STABLE_MODULES = {"torch.nn", "torch.utils.checkpoint", "accelerate.utils", "hug
 STABLE_METHODS = {"forward", "backward", "__init__", "__call__"}
 # Private names that are read of objects which are no part of ours, and the module that gives them their meaning.
 READ = {
+    "_buffers": "torch.nn.modules.module",
+    "_modules": "torch.nn.modules.module",
+    "_parameters": "torch.nn.modules.module",
     "_attn_implementation": "transformers.configuration_utils",
     "_commit_hash": "transformers.configuration_utils",
     "_data_files": "datasets.arrow_dataset",
