@@ -24,6 +24,7 @@ from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, Latent
 from deepseek_v2_modeling.adapters import merged_copy
 from deepseek_v2_modeling.decode_steps import SlotDecoder, logits_of
 from deepseek_v2_modeling.inference import choose_tokens, generate_answers
+from recipes.process_settings import keep_freed_memory
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128,
@@ -125,8 +126,8 @@ def queue(answers: int) -> dict[str, Any]:
         seconds = time.process_time() - start
         found[name] = {"tokens": sum(lengths), "seconds": round(seconds, 2)}
         print("queue", name, found[name], flush=True)
-    batch, slots = (found[name]["seconds"] for name in ("batch after batch", "slots refilled"))
-    found["times"] = round(batch / slots, 2)
+    rates = [found[name]["tokens"] / found[name]["seconds"] for name in ("batch after batch", "slots refilled")]
+    found["times"] = round(rates[1] / rates[0], 2)
     return found
 
 
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=256, help="of the queue")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as dsv2 does
     parts = {"sampling": sampling, "steps": steps, "queue": lambda: queue(args.answers)}
     figures = {name: part() for name, part in parts.items() if args.only in (None, name)}
     path = RESULTS / "rollouts.json"
