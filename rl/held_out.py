@@ -71,12 +71,15 @@ class HeldOutPrompts(GRPOTrainer if TYPE_CHECKING else object):
     # Of many types in transformers and TRL.
     args: Any
     accelerator: Any
+    model: Any
+    eval_dataset: Any
+    num_generations_eval: Any
     rewards: list[Reward]
     eos_token_ids: list[int]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         began = time.time()
-        rows: Any = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
         with evaluation_mode(self.model):
             groups = gather_object(
                 self._answered(rows[self.accelerator.process_index :: self.accelerator.num_processes])
