@@ -183,7 +183,11 @@ class SingleCollator:
 
 def _numbers(examples: list[dict[str, Any]], *names: str) -> dict[str, torch.Tensor]:
     """Columns of numbers, those that the examples have."""
-    return {name: torch.tensor([row[name] for row in examples]) for name in names if name in examples[0]}
+    return {
+        name: torch.tensor([row[name] for row in examples], dtype=torch.float64)
+        for name in names
+        if name in examples[0]
+    }
 
 
 def column_hash(data: Dataset) -> str:

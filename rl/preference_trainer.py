@@ -60,6 +60,8 @@ class PackedModel:
 
     def __call__(self, **inputs: Any) -> Any:
         scored = score_rows(self.model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], self.share)
+        # Sums over long answers are rounded in float32 by more than the first steps' differences of them.
+        scored.log_probs = scored.log_probs.double()
         scored.mean_logits = torch.zeros_like(scored.log_probs)  # asked for by metrics in _NOT_LOGGED alone
         return scored
 
@@ -158,9 +160,7 @@ class ReferenceMixin(PreferenceMixin):
                 parts = [part for part in self.compute_ref_log_probs(self.model, batch) if part is not None]
                 found.append(tuple(part.cpu() for part in self.accelerator.gather_for_metrics(parts)))
         columns = map(torch.cat, zip(*found, strict=True))
-        return {
-            name: column.float().contiguous() for name, column in zip(self.reference_columns, columns, strict=False)
-        }
+        return {name: column.contiguous() for name, column in zip(self.reference_columns, columns, strict=False)}
 
 
 class PairTrainer(ReferenceMixin, DPOTrainer):
