@@ -113,7 +113,9 @@ def test_an_evaluation_does_not_depend_on_the_number_of_processes(parallel, alon
         found = json.loads((parallel / f"figures.{process}.json").read_text())
         for run, tasks in figures.items():
             for task, values in tasks.items():
-                assert found[run][task] == pytest.approx(values, rel=1e-5), (run, task)
+                assert found[run][task].keys() == values.keys()
+                for name, value in values.items():
+                    assert found[run][task][name] == pytest.approx(value, rel=1e-5), (run, task, name)
     assert figures["again"] == figures["eval"]
     for run in figures:
         one, two = lines(alone / run / "samples.jsonl"), lines(parallel / run / "samples.jsonl")
