@@ -249,7 +249,7 @@ def test_cut_answers_and_nats_stand_everywhere(home: Path, unbroken: Path, capsy
         cut = [line["truncated"] for line in said if (line["task"], line["decoding"]) == (task, decoding)]
         assert results[figure] == sum(cut) / len(cut)
     assert 0 < results["right_truncated"] < 1
-    assert f"{100 * results['right_truncated']:.1f} % cut" in table and "cut at max_new_tokens" in table
+    assert f"{100 * results['right_truncated']:.1f} % cut" in table and "cut off at max_new_tokens" in table
     assert f"{results['nats_loss']:.3f} nats" in table and f"{100 * results['nats_loss']:.1f} %" not in table
     assert main(["report", "run", "--output", "page.html"]) == 0
     words = " ".join(re.sub(r"<[^>]*>", " ", Path("page.html").read_text()).split())
