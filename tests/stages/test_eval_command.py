@@ -253,7 +253,7 @@ def test_cut_answers_and_nats_stand_everywhere(home: Path, unbroken: Path, capsy
     assert f"{results['nats_loss']:.3f} nats" in table and f"{100 * results['nats_loss']:.1f} %" not in table
     assert main(["report", "run", "--output", "page.html"]) == 0
     words = " ".join(re.sub(r"<[^>]*>", " ", Path("page.html").read_text()).split())
-    assert f"{100 * results['right_truncated']:.1f} % cut" in words and "cut at max_new_tokens" in words
+    assert f"{100 * results['right_truncated']:.1f} % cut" in words and "cut off at max_new_tokens" in words
     assert f"{results['nats_loss']:.3f} nats" in words and f"{100 * results['nats_loss']:.1f} %" not in words
 
 
