@@ -4,19 +4,20 @@ Every field has a type, bounds and a one-sentence description. Types are strict:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from conversations.answers.prompts import prompt_of
 from conversations.formats.reasoning import Reasoning
 from conversations.formats.turn_reading import Role
 from conversations.reading.load import OnBadRow
 from conversations.rendering.conversation import TrainOn
 from conversations.rendering.fill_in_the_middle import FimMode
 from conversations.rendering.lengths import TooLong
-from conversations.row import Refuse
+from conversations.row import Message, Refuse, Row
 
 Head = Literal["causal_lm", "score"]  # as in deepseek_v2_modeling.loading, which imports torch
 
@@ -180,6 +181,7 @@ class RowList:
         limit: how many of its rows are used; None uses all.
         answer: the key that holds the maximum answer length in tokens; None if nothing is generated.
         apart: whether the rows of each source are used separately.
+        prompt: what a model is asked for a row, given with its number.
     """
 
     name: str
@@ -189,6 +191,7 @@ class RowList:
     limit: int | None = None
     answer: str | None = None
     apart: bool = False
+    prompt: Callable[[Row, int], list[Message]] = prompt_of
 
 
 @dataclass(frozen=True)

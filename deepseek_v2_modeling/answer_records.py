@@ -1,5 +1,6 @@
 """What sampling knew about each token of an answer: its log-probability, and the experts that read it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -16,9 +17,9 @@ from .routing_replay import Routes, record_routing
 class AnswerRecord:
     """By answer, in the order of the prompts.
 
-    logps: of each token, by the distribution that it was sampled from. routes: of each token but the last, which no
-    forward reads, the experts of each MoE layer, [MoE layers, K] int16; none where decode steps are captured as a CUDA
-    graph.
+    logps: of each token, by the distribution that it was sampled from; NaN where it was not sampled. routes: of each
+    token but the last, which no forward reads, the experts of each MoE layer, [MoE layers, K] int16; none where decode
+    steps are captured as a CUDA graph.
     """
 
     logps: list[list[float]] = field(default_factory=list)
@@ -60,6 +61,11 @@ class Recorder:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
+    def read_prompts(self) -> None:
+        """Prompts were read; the routes of their tokens are not kept."""
+        if self.routes is not None:
+            self.routes.clear()
+
     def read(self, answers: Sequence[int], live: Sequence[bool]) -> None:
         """A decode step was made, on one more token of the answer in each slot, as far as they are live."""
         if self.record is None or self.routes is None:
@@ -71,6 +77,22 @@ class Recorder:
             for answer, is_live, route in zip(answers, live, experts, strict=True):
                 if is_live:
                     self.record.routes[self.first + answer].append(route)
+
+    def read_turns(self, answers: Sequence[int], new: Sequence[Sequence[int]]) -> None:
+        """Several new tokens of these answers were read, padded on the left: the last one of a turn, then those that
+        follow it, which were not sampled."""
+        if self.record is None:
+            return
+        for answer, tokens in zip(answers, new, strict=True):
+            self.record.logps[self.first + answer] += [math.nan] * (len(tokens) - 1)
+        if self.routes is None:
+            return
+        forwards = [[chosen.to("cpu", torch.int16) for chosen in layers] for layers in self.routes if layers]
+        parts = [torch.stack(layers, dim=2) for layers in forwards]
+        self.routes.clear()
+        if parts:
+            for answer, tokens, experts in zip(answers, new, torch.cat(parts, dim=1), strict=True):
+                self.record.routes[self.first + answer] += list(experts[-len(tokens) :])
 
     def chosen(
         self,

@@ -214,6 +214,32 @@ class SlotCache(Cache):
         self.place, self.rows = self.place[indices], self.rows[: len(indices)]
 
 
+class SlotRows(Cache):
+    """Some rows of a SlotCache, for a forward on several new tokens of each of them.
+
+    Args:
+        rows: [R], which ones.
+        columns: [R, T], where each new token belongs.
+        real: [R, T] bool, which of the new tokens are stored; the others are padding.
+    """
+
+    layers: list[SlotLayer]
+
+    def __init__(self, slots: SlotCache, rows: torch.Tensor, columns: torch.Tensor, real: torch.Tensor):
+        super().__init__(layers=[*slots.layers])
+        self.rows, self.real = rows, real
+        self.place = rows[:, None].expand(columns.shape)[real], columns[real]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the latents [R, 1, T, C] and rotary keys [R, 1, T, R'], and return all columns of these rows."""
+        layer = self.layers[layer_idx]
+        layer.buffer[self.place] = layer.codec.encode(key_states, value_states)[self.real]
+        latent, rope_key = layer.codec.decode(layer.buffer[self.rows], layer.widths, key_states.dtype)
+        return latent, rope_key
+
+
 def whole_blocks(tokens: int) -> int:
     """A number of tokens rounded up to a multiple of BLOCK: matrix kernels are several times slower for other
     lengths."""

@@ -16,7 +16,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache import LatentCache, SlotCache, whole_blocks
+from .cache import LatentCache, SlotCache, SlotRows, whole_blocks
+from .layers.attention_plan import absorption_pays
 
 logger = logging.get_logger(__name__)
 WORTH_CAPTURING = 24  # steps; a capture costs about as much as three eager steps
@@ -39,6 +40,7 @@ class SlotDecoder:
     ):
         self.model = model
         self.lengths = [0] * slots  # tokens of each row in the cache, 0 for an empty slot
+        self.paused: set[int] = set()  # slots whose row stays as it is in the meantime
         self.fixed, self.capture = fixed, capture
         self.cache = SlotCache(like, slots, whole_blocks(columns) if fixed else 1)
         self._prepare()
@@ -61,9 +63,37 @@ class SlotDecoder:
     def empty(self, slot: int) -> None:
         """Mark a slot whose row has finished."""
         self.lengths[slot] = 0
+        self.paused.discard(slot)
+
+    def pause(self, slot: int) -> None:
+        """Leave a slot's row as it is until `read` continues it: what steps make of it in the meantime is not kept."""
+        self.paused.add(slot)
+
+    def read(self, slots: Sequence[int], ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Read several new tokens of each of these slots: the logits [R, V] after the last ones. As many tokens at a
+        time as absorbed attention pays for, which needs no keys and values of what is in the cache.
+
+        ids, real: [R, T], padded on the left; 1 in `real` on tokens.
+        """
+        rows, start = (torch.tensor(n, device=self.device) for n in (slots, [self.lengths[slot] for slot in slots]))
+        for slot, tokens in zip(slots, real.sum(-1).tolist(), strict=True):
+            self.lengths[slot] += tokens
+            self.paused.discard(slot)
+        ids, real = ids.to(self.device), real.to(self.device)
+        self._fit()
+        columns = (start[:, None] + real.cumsum(-1) - 1).clamp(min=0)
+        logits = torch.empty(0)
+        for first, last in chunks(self.model.config, ids.shape[1]):
+            part = slice(first, last)
+            cache = SlotRows(self.cache, rows, columns[:, part], real[:, part].bool())
+            mask = torch.arange(self.cache.columns, device=self.device) <= columns[:, part, None]
+            logits = logits_of(self.model, ids[:, part], mask[:, None], columns[:, part], cache)
+        self.cache.place[rows] = torch.tensor([self.lengths[slot] for slot in slots], device=self.device)
+        return logits
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all slots but these."""
+        self.paused = {place for place, slot in enumerate(slots) if slot in self.paused}
         self.cache.batch_select_indices(torch.tensor(slots, device=self.device))
         self.lengths = [self.lengths[slot] for slot in slots]
         self._prepare()
@@ -72,7 +102,7 @@ class SlotDecoder:
         """tokens [B] -> logits of the next tokens [B, V], which the next call overwrites."""
         self.tokens.copy_(tokens[:, None])
         self._fit()
-        self.lengths = [length + 1 if length else 0 for length in self.lengths]
+        self.lengths = [n + (n > 0 and slot not in self.paused) for slot, n in enumerate(self.lengths)]
         if self.graph is None:
             return self._step()
         self.graph.replay()
@@ -122,6 +152,12 @@ def logits_of(
         ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
     return out.logits[:, -1]
+
+
+def chunks(config: Any, tokens: int) -> list[tuple[int, int]]:
+    """Where parts of so many new tokens begin and end; each is short enough for absorbed attention."""
+    size = next(n for n in range(tokens, 0, -1) if n == 1 or absorption_pays(config, n))
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def can_capture(model: nn.Module) -> bool:

@@ -25,6 +25,8 @@ LARGE = 2**20  # weights of an expert's product
 MANY = 16  # rows of an expert
 REFILL = 1 / 8  # prefill for empty slots once they are this fraction of all slots
 
+# (which answers ended a turn, the token ids of each so far) -> the tokens that follow; none if an answer is complete
+AfterTurn = Callable[[Sequence[int], Sequence[Sequence[int]]], Sequence[Sequence[int]]]
 # (token ids so far of each row, lengths of their prompts, logits [B, V]) -> logits [B, V]
 Adjust = Callable[[Sequence[torch.Tensor], Sequence[int], torch.Tensor], torch.Tensor]
 
@@ -79,6 +81,7 @@ def generate_answers(
     max_cache_bytes: int | None = None,
     seeds: Sequence[int] | None = None,
     adjust: Adjust | None = None,
+    after_turn: AfterTurn | None = None,
 ) -> list[list[int]]:
     """Generate one answer per prompt, in the order of the prompts: token ids, including the end token if one was
     generated.
@@ -95,6 +98,11 @@ def generate_answers(
             independent of what is sampled beside it.
         adjust: processes logits before tokens are chosen, and applies the temperature too: (ids so far [T] of each row,
             lengths of their prompts, logits [B, V]) -> logits [B, V].
+        after_turn: for answers of several turns: (indices of prompts whose answers just ended with an end token before
+            max_new_tokens, the tokens of each so far) -> the tokens that follow, such as the results of tools, after
+            which the model goes on; none if the answer is complete. They are part of the answer, are read on top of
+            the cache of the turns before, and count in max_new_tokens; where they leave no room for another token the
+            answer ends as it is.
 
     Raises:
         ModelError: the logits are NaN or infinite, or the cache of one answer exceeds max_cache_bytes.
@@ -104,7 +112,7 @@ def generate_answers(
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     longest = max(map(len, prompts)) + max_new_tokens
     slots = min(batch_size, len(prompts), slots_within(model, longest, max_cache_bytes))
-    asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust)
+    asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust, after_turn)
     with evaluation_mode(model), Recorder(model, len(prompts)) as recorder:
         return Sampler(model, asked, slots, recorder).run()
 
@@ -135,6 +143,7 @@ class Asked:
     temperature: float
     seeds: Sequence[int] | None
     adjust: Adjust | None
+    after_turn: AfterTurn | None
 
 
 @dataclass
@@ -151,8 +160,8 @@ class Sampler:
     """Slots in which answers are sampled, and a queue of answers that wait for one.
 
     waiting: indices of answers, longest prompts first, identical prompts next to each other. holds: the answer that
-    each slot has or had last; live: whether it is unfinished. ids [B, T]: prompts and answers so far, if `adjust` needs
-    them.
+    each slot has or had last; live: whether it is being sampled. paused: slots whose answers ended a turn. ids [B, T]:
+    prompts and answers so far, if `adjust` needs them.
     """
 
     def __init__(self, model: nn.Module, asked: Asked, slots: int, recorder: Recorder):
@@ -162,6 +171,7 @@ class Sampler:
         self.room = len(asked.prompts[self.waiting[0]]) + asked.max_new_tokens
         self.answers: list[list[int]] = [[] for _ in asked.prompts]
         self.holds, self.live = [0] * slots, [False] * slots
+        self.paused: list[int] = []
         self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.drawn = None if asked.seeds is None else torch.zeros(slots, asked.max_new_tokens, dtype=torch.float64)
         self.ids = None if asked.adjust is None else self.tokens.new_zeros(slots, self.room)
@@ -209,34 +219,69 @@ class Sampler:
         if self.ids is not None:
             self.ids[place, len(self.asked.prompts[self.holds[place]]) + len(answer)] = token
         answer.append(token)
-        if token in self.asked.ends or len(answer) == self.asked.max_new_tokens:
+        if len(answer) < self.asked.max_new_tokens and token in self.asked.ends and self.asked.after_turn is not None:
+            self.live[place] = False
+            self.paused.append(place)
+            self.decoder.pause(place)
+        elif token in self.asked.ends or len(answer) == self.asked.max_new_tokens:
             self.live[place] = False
             self.decoder.empty(place)
 
     def shrink(self) -> None:
         """Drop empty slots once the queue is empty."""
-        places = [place for place, live in enumerate(self.live) if live]
+        places = [place for place, live in enumerate(self.live) if live or place in self.paused]
         if self.waiting or len(places) > self.decoder.worth_dropping * len(self.live):
             return
         self.decoder.keep(places)
-        self.holds, self.live = [self.holds[place] for place in places], [True] * len(places)
+        self.holds, self.live = [self.holds[place] for place in places], [self.live[place] for place in places]
+        self.paused = [new for new, place in enumerate(places) if place in self.paused]
         kept = torch.tensor(places, device=self.device)
         self.tokens = self.tokens[kept]
         self.ids = None if self.ids is None else self.ids[kept]
         self.drawn = None if self.drawn is None else self.drawn[places]
 
     def refill(self) -> None:
-        """Start waiting answers in empty slots."""
-        while places := self.due():
-            prefilled, count = self.next_prompts(len(places))
-            entering, places = [self.waiting.popleft() for _ in range(count)], places[:count]
-            self.enter(places, entering, prefilled)
+        """Go on with answers that ended a turn, and start waiting answers in empty slots."""
+        while True:
+            if self.paused and (len(self.paused) >= REFILL * len(self.live) or not any(self.live)):
+                self.resume()
+            elif places := self.due():
+                prefilled, count = self.next_prompts(len(places))
+                entering, places = [self.waiting.popleft() for _ in range(count)], places[:count]
+                self.enter(places, entering, prefilled)
+            else:
+                return
+
+    def resume(self) -> None:
+        """Read what follows the turns of paused answers, and choose the first tokens of the next turns; frees the slots
+        of complete answers."""
+        assert self.asked.after_turn is not None
+        places, self.paused = self.paused, []
+        answers = [self.answers[self.holds[place]] for place in places]
+        following = self.asked.after_turn([self.holds[place] for place in places], answers)
+        going, new = [], []
+        for place, answer, tokens in zip(places, answers, following, strict=True):
+            if not tokens or len(answer) + len(tokens) >= self.asked.max_new_tokens:
+                self.decoder.empty(place)
+                continue
+            going.append(place)
+            new.append([answer[-1], *tokens])
+            if self.ids is not None:
+                start = len(self.asked.prompts[self.holds[place]]) + len(answer)
+                self.ids[place, start : start + len(tokens)] = torch.tensor(tokens, device=self.device)
+            answer += tokens
+            self.live[place] = True
+        if going:
+            logits = self.decoder.read(going, *pad_batch(new, self.asked.pad_token_id, left=True))
+            finite(self.model, "logits", logits)
+            self.recorder.read_turns([self.holds[place] for place in going], new)
+            self.choose(going, logits)
 
     def due(self) -> list[int]:
         """The empty slots, if they are enough to prefill for or the next prompt is prefilled already."""
         if not self.waiting:
             return []
-        places = [place for place, live in enumerate(self.live) if not live]
+        places = [place for place, live in enumerate(self.live) if not live and place not in self.paused]
         enough = len(places) >= REFILL * len(self.live) or self.prefilled is not None
         return places if enough else []
 
@@ -259,6 +304,7 @@ class Sampler:
         cache = LatentCache(self.model.config)  # pyright: ignore[reportArgumentType]
         logits = logits_of(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         finite(self.model, "logits", logits)
+        self.recorder.read_prompts()
         return Prefilled(rows, cache, logits)
 
     def enter(self, places: list[int], entering: list[int], prefilled: Prefilled) -> None:

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from .answer_records import AnswerRecord, record_answers
 from .batching import by_length, evaluation_mode, finite, pad_batch, unpad_batch
 from .cache import LatentCache
-from .generation import Adjust, cache_bytes, decoding_dtype, end_tokens, generate_answers
+from .generation import Adjust, AfterTurn, cache_bytes, decoding_dtype, end_tokens, generate_answers
 from .sampling import choose_tokens
 from .shared_prefixes import Group, shared_prefixes
 
 __all__ = [
     "Adjust",
+    "AfterTurn",
     "AnswerRecord",
     "by_length",
     "cache_bytes",

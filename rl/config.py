@@ -2,10 +2,11 @@
 torch."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from conversations.environments.entry import EnvironmentSection
 from conversations.formats.reasoning import Reasoning
 from conversations.rewards.entry import RewardedRecipe, RewardEntry
 from conversations.run_files import METRICS, SAMPLES
@@ -46,7 +47,13 @@ class RolloutSection(Section):
     )
 
 
-_FOR_SAMPLES = ("rewards", "dynamic_sampling", "rollout", "rollout_correction")  # keys of recipes that sample answers
+_FOR_SAMPLES = (
+    "rewards",
+    "dynamic_sampling",
+    "rollout",
+    "rollout_correction",
+    "environment",
+)  # keys of recipes that sample answers
 _FOR_PREFERENCES = ("format",)
 
 
@@ -63,6 +70,9 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     rollout_correction: RolloutCorrection | None = Field(
         default=None,
         description="Weigh what was sampled by how likely it is under the policy that is updated; null does not.",
+    )
+    environment: EnvironmentSection | None = Field(
+        default=None, description="Tools that the model calls while it answers, in several turns; null for none."
     )
     method: Literal["grpo", "dpo", "ipo", "kto", "simpo", "orpo"] = Field(
         default="grpo",
@@ -118,7 +128,7 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     @model_validator(mode="after")
     def _fits_the_method(self) -> "RlRecipe":
         if self.method == "grpo":
-            if not self.rewards:
+            if not self.rewards and self.environment is None:
                 raise ValueError("method: grpo needs rewards, by which answers are scored")
             for name in _FOR_PREFERENCES:
                 if name in self.model_fields_set and getattr(self, name):
@@ -145,8 +155,10 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             lists = {"data": self.data, **({"eval_data": self.eval_data} if self.eval_data else {})}
             return [RowList(name, name, entries, method.refusal()) for name, entries in lists.items()]
         lists = {"data": self.data, **({"eval_data": self.eval_data} if self.eval_data else {})}
-        longest = "training.max_completion_length"
-        return [RowList(name, name, rows, self.judged_refusal(), answer=longest) for name, rows in lists.items()]
+        asked: dict[str, Any] = {"answer": "training.max_completion_length"}
+        if self.environment is not None:
+            asked["prompt"] = self.environment.prompts()
+        return [RowList(name, name, rows, self.judged_refusal(), **asked) for name, rows in lists.items()]
 
 
 _SAMPLING = Stage(

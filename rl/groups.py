@@ -10,8 +10,22 @@ from typing import Any
 import torch
 
 from conversations.answers.prompts import prompt_text
+from conversations.environments.episodes import Episode
 from conversations.rewards.base import Reward
 from conversations.row import Row
+
+
+@dataclass(frozen=True)
+class SampledAnswers:
+    """Answers to prompts, in order. completions: as messages, of several turns in an environment. logps: where the
+    engine gives them. episodes: in an environment; rewards: the environment's own, if it has any."""
+
+    prompt_ids: Sequence[list[int]]
+    ids: Sequence[list[int]]
+    completions: Sequence[list[Row]]
+    logps: Sequence[Any] | None = None
+    episodes: Sequence[Episode] | None = None
+    rewards: Sequence[float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -20,36 +34,41 @@ class JudgedAnswer:
 
     finished: whether the model ended it itself. values, reasons: by reward; NaN where one gave no score. logps, routes:
     of its tokens, log-probabilities and experts (see `AnswerRecord`) by the model that sampled them, as far as known.
+    episode: in an environment.
     """
 
     row: Row
+    prompt_ids: list[int]
     ids: list[int]
     finished: bool
     values: list[float]
     reasons: list[str | None]
     logps: list[float] | None = None
     routes: list[torch.Tensor] | None = None
+    episode: Episode | None = None
 
 
 def judge_answers(
     rewards: Sequence[Reward],
     rows: Sequence[Row],
-    completions: Sequence[list[Row]],
-    ids: Sequence[list[int]],
+    sampled: SampledAnswers,
     ends: Collection[int],
 ) -> list[JudgedAnswer]:
-    """The answers with the values of all rewards. completions: as messages; ends: tokens with which a model ends."""
-    finished = [bool(tokens) and tokens[-1] in ends for tokens in ids]
-    columns = {"reference": [row.get("reference") for row in rows], "finished": finished, "completion_ids": ids}
+    """The answers with the values of all rewards. ends: tokens with which a model ends."""
+    finished = [bool(tokens) and tokens[-1] in ends for tokens in sampled.ids]
+    columns: dict[str, Any] = {"reference": [row.get("reference") for row in rows], "finished": finished}
+    columns |= {"completion_ids": sampled.ids, "environment_rewards": sampled.rewards}
     values, reasons = [], []
     for reward in rewards:
-        given = reward([row["prompt"] for row in rows], list(completions), **columns)
+        given = reward([row["prompt"] for row in rows], list(sampled.completions), **columns)
         values.append([float("nan") if value is None else float(value) for value in given])
         reasons.append(list(reward.reasons))
     by_answer = zip(zip(*values, strict=True), zip(*reasons, strict=True), strict=True)
+    episodes = sampled.episodes or [None] * len(rows)
+    tokens = zip(sampled.prompt_ids, sampled.ids, finished, strict=True)
     return [
-        JudgedAnswer(row, tokens, done, list(scores), list(why))
-        for row, tokens, done, (scores, why) in zip(rows, ids, finished, by_answer, strict=True)
+        JudgedAnswer(row, prompt, ids, done, list(scores), list(why), episode=episode)
+        for row, (prompt, ids, done), (scores, why), episode in zip(rows, tokens, by_answer, episodes, strict=True)
     ]
 
 

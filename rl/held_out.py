@@ -3,17 +3,17 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import speed_metrics
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.rewards.base import Reward
 from conversations.rewards.rule import RuleReward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import evaluation_mode
+from rl.acting import ActingPolicy
 from rl.groups import JudgedAnswer, judge_answers
 
 RIGHT = 1.0  # the score of a right answer by a rule that has a reference
@@ -64,7 +64,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-class HeldOutPrompts(GRPOTrainer if TYPE_CHECKING else object):
+class HeldOutPrompts(ActingPolicy):
     """The part of `PolicyTrainer` that evaluates: `num_generations_eval` answers to each row of eval_dataset, sampled
     as in training, but always from the same random numbers, and judged by the recipe's rewards."""
 
@@ -102,10 +102,6 @@ class HeldOutPrompts(GRPOTrainer if TYPE_CHECKING else object):
             torch.manual_seed(self.args.seed)
             for start in range(0, len(rows), at_once):
                 asked = [row for row in rows[start : start + at_once] for _ in range(n)]
-                prompts = self._tokenize_prompts([row["prompt"] for row in asked])[0]
-                ids = self._generate_single_turn(prompts, None, {}, n)[0]
-                texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-                said = [[{"role": "assistant", "content": text}] for text in texts]
-                answers = judge_answers(self.rewards, asked, said, ids, self.eos_token_ids)
+                answers = judge_answers(self.rewards, asked, self.sampled_answers(asked, n), self.eos_token_ids)
                 groups += [answers[place : place + n] for place in range(0, len(answers), n)]
         return groups

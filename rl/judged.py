@@ -2,19 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.answers.prompts import prompt_text
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import record_answers
+from rl.acting import ActingPolicy
 from rl.config import RolloutCorrection
-from rl.groups import JudgedAnswer, OtherPrompts, equal_groups, judge_answers, left_out, padded_routes
+from rl.groups import (
+    JudgedAnswer,
+    OtherPrompts,
+    SampledAnswers,
+    equal_groups,
+    judge_answers,
+    left_out,
+    padded_routes,
+)
 from rl.phases import PhaseClock
 
 SUMMED = "sum_then_normalize"  # TRL's default for several rewards
@@ -22,9 +30,9 @@ SUMMED = "sum_then_normalize"  # TRL's default for several rewards
 COUNTS_WHAT_IS_LEFT = ("bnpo",)
 
 
-class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
-    """The part of `PolicyTrainer` that samples and judges answers; `GRPOTrainer` is then given them by the methods
-    that it calls for that.
+class JudgedRollouts(ActingPolicy):
+    """The part of `PolicyTrainer` that samples and judges answers; `GRPOTrainer` is then given them as from a rollout
+    function.
 
     answers: of this process, while TRL turns them into a batch. unread: [B] bool, which of them are not scored then.
     """
@@ -60,6 +68,7 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         with self.clock.phase("rollout"):
             self.answers = self._sampled(inputs)
+            self.count_calls([answer.episode for answer in self.answers if answer.episode])
             equal = self._equal(self.answers)
             self._metrics["train"]["groups/left_out"].append(float(equal.sum()) * self.leaves_out_equal_groups)
             equal = equal.repeat_interleave(self.num_generations)[self._own(len(inputs))]
@@ -79,6 +88,21 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
             for mask in ("prompt_mask", "completion_mask"):
                 output[mask] = output[mask].masked_fill(unread.unsqueeze(1), 0)
         return output
+
+    def given_answers(self, prompts: Any, trainer: Any) -> dict[str, Any]:
+        """TRL's rollout function: the answers that were sampled and judged; NaN for the log-probabilities of tokens
+        that tools wrote, 0 in env_mask."""
+        logps = [answer.logps for answer in self.answers]
+        given: dict[str, Any] = {
+            "prompt_ids": [answer.prompt_ids for answer in self.answers],
+            "completion_ids": [answer.ids for answer in self.answers],
+            "logprobs": None if None in logps else logps,
+        }
+        episodes = [answer.episode for answer in self.answers if answer.episode]
+        if episodes:
+            pairs = zip(episodes, given["completion_ids"], strict=True)
+            given["env_mask"] = [episode.own(len(ids)) for episode, ids in pairs]
+        return given
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """As TRL's, but the answers to a prompt stay side by side: TRL shuffles them over micro-batches. Prompts are
@@ -121,12 +145,10 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         """Sample an answer to each row's prompt and judge it."""
         if not rows:
             return []
-        prompt_ids = self._tokenize_prompts([row["prompt"] for row in rows])[0]
         with record_answers() as record:
-            ids, logps = self._generate_single_turn(prompt_ids, None, {}, self.num_generations)
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = self._judge(rows, [[{"role": "assistant", "content": text}] for text in texts], ids)
-        logps = logps or record.logps
+            sampled = self.sampled_answers(rows, self.num_generations)
+        answers = self._judge(rows, sampled)
+        logps = sampled.logps or record.logps
         if self.rollout_correction and not logps:
             raise ToolkitError(
                 "rollout_correction needs the log-probabilities of the tokens that were sampled, which transformers' "
@@ -136,9 +158,9 @@ class JudgedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         known = zip(answers, logps or [None] * len(answers), routes, strict=True)
         return [replace(answer, logps=of_tokens, routes=experts) for answer, of_tokens, experts in known]
 
-    def _judge(self, rows: Sequence[Row], completions: Sequence[Any], ids: Sequence[list[int]]) -> list[JudgedAnswer]:
+    def _judge(self, rows: Sequence[Row], sampled: SampledAnswers) -> list[JudgedAnswer]:
         with self.clock.phase("rewards"):
-            return judge_answers(self.rewards, rows, completions, ids, self.eos_token_ids)
+            return judge_answers(self.rewards, rows, sampled, self.eos_token_ids)
 
     def _values(self, answers: Sequence[JudgedAnswer]) -> torch.Tensor:
         """[answers, rewards], NaN where a reward gave no score."""

@@ -89,7 +89,7 @@ class CorrectedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         batch = self.updating
         if batch is None or "sampling_per_token_logps" not in batch:
             return
-        mask, old = batch["completion_mask"], batch.get("old_per_token_logps")
+        mask, old = batch["completion_mask"] * batch.get("tool_mask", 1), batch.get("old_per_token_logps")
         log_ratio = log_ratios(logps.detach() if old is None else old, batch["sampling_per_token_logps"], mask)
         agreed = log_ratio.new_zeros(2, dtype=torch.float64)
         if routes:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from conversations.generation.decoding import FIELDS, adjustment, asked_of
+from conversations.generation.decoding import adjustment, asked_of
 from deepseek_v2_modeling.adapters import copied_bytes, merged_copy
-from deepseek_v2_modeling.inference import cache_bytes, decoding_dtype, generate_answers
+from deepseek_v2_modeling.inference import AfterTurn, cache_bytes, decoding_dtype, generate_answers
+from rl.acting import engine_of, not_applied
 from rl.config import RolloutSection
 from rl.memory import free_bytes
 
@@ -18,8 +19,6 @@ GB = 1e9
 CACHE_SHARE = 0.6  # of free memory goes to the cache; prefill and logits need some as well
 MERGED_SHARE = 0.8  # of free memory must hold a merged copy and the cache of FEW answers (or of all, if fewer)
 FEW = 64
-# training.generation_kwargs that our own loop applies.
-APPLIED = FIELDS | {"do_sample", "temperature", "eos_token_id", "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -72,29 +71,18 @@ class SampledRollouts(GRPOTrainer if TYPE_CHECKING else object):
     generation_config: Any
     rollout: RolloutSection
     plan: Plan | None = None
+    after_turn: AfterTurn | None = None
     warned: bool = False
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self.engine is not None or (unknown := self.not_applied):
-            if self.engine is None and not self.warned and self.is_world_process_zero():
+        if (engine := engine_of(self.args)) is not None or (unknown := not_applied(self.args)):
+            if engine is None and not self.warned and self.is_world_process_zero():
                 self.warned = True
                 names = ", ".join(f"training.{name}" for name in unknown)
                 print(f"rl: rollouts use transformers' generate, which is slower, because of {names}", file=sys.stderr)
             with self.accelerator.autocast():  # PeftModel.generate bypasses the forward that accelerate wraps
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return self._sample(prompt_ids), None
-
-    @property
-    def engine(self) -> str | None:
-        """Another engine that the recipe asks for."""
-        engines = ("use_vllm", "use_transformers_continuous_batching")
-        return next((name for name in engines if getattr(self.args, name)), None)
-
-    @property
-    def not_applied(self) -> list[str]:
-        """Fields of `training` that only transformers' generate applies."""
-        unknown = [f"generation_kwargs.{name}" for name in self.args.generation_kwargs or {} if name not in APPLIED]
-        return unknown + (["cache_implementation"] if self.args.cache_implementation is not None else [])
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         policy, config = self.accelerator.unwrap_model(self.model_wrapped), self.generation_config
@@ -115,6 +103,7 @@ class SampledRollouts(GRPOTrainer if TYPE_CHECKING else object):
                 max_cache_bytes=plan.cache_bytes,
                 seeds=seeds,
                 adjust=adjustment(asked_of(config), temperature, ends),
+                after_turn=self.after_turn,
             )
 
     def _plan(self, policy: Any, prompt_ids: list[list[int]]) -> Plan:

@@ -11,6 +11,8 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from conversations.answers.prompts import prompt_of
 from conversations.answers.rules import needs_reference
+from conversations.environments.episodes import Players
+from conversations.environments.loading import Environment
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.rewards.entry import RewardEntry
@@ -19,6 +21,7 @@ from conversations.rewards.terms import check_references, check_rewards, opened_
 from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
+from rl.acting import EnvironmentReward, check_environment
 from rl.config import RlRecipe
 from rl.trainer import PolicyTrainer
 
@@ -30,6 +33,7 @@ LOGGED_AT_END = ("reward", "kl", "entropy", "completions/mean_length")
 
 def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
     """Run `train` with the data and models that `dsv2` has loaded; returns its results."""
+    environment = environment_of(recipe)
     with opened_rewards(recipe.rewards, work.others, work.run_dir) as rewards:
         return train(
             recipe,
@@ -38,6 +42,7 @@ def run(recipe: RlRecipe, work: Work) -> dict[str, Any]:
             rows=work.rows["data"],
             eval_rows=work.rows.get("eval_data"),
             rewards=rewards,
+            environment=environment,
             run_dir=work.run_dir,
             resume_from=work.resume_from,
         )
@@ -52,6 +57,7 @@ def train(
     rewards: Sequence[Reward],
     run_dir: Path,
     eval_rows: Iterable[Row] | None = None,
+    environment: Environment | None = None,
     resume_from: Path | None,
 ) -> dict[str, Any]:
     """Train `model` with GRPO; writes metrics.jsonl, samples.jsonl, checkpoints and final/ into `run_dir`.
@@ -60,6 +66,7 @@ def train(
         rows: canonical rows; the prompt is everything before the last answer, and `reference` is passed to the rewards.
         rewards: the terms of the reward, with their weights.
         eval_rows: held-out rows of the same kind, for avg@n and pass@k while training.
+        environment: in which the model answers, whose own reward is one more term.
         resume_from: a checkpoint of the same run to resume from.
 
     Returns:
@@ -70,7 +77,10 @@ def train(
         ToolkitError: a row has no question, or a reward is unavailable or gives no scores.
         StopRequested: a signal ended training early, after writing a checkpoint.
     """
-    given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "rewards": rewards, "run_dir": run_dir}
+    given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "run_dir": run_dir}
+    if environment is not None and environment.rewards:
+        rewards = [*rewards, EnvironmentReward(environment.name)]
+    given |= {"rewards": rewards, "environment": environment}
     trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, **given)
     for reward in rewards:
         if isinstance(reward, RewardModelReward):
@@ -81,6 +91,8 @@ def train(
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
+    if trainer.players is not None:
+        trainer.players.close()
     for reward in rewards:
         if trainer.is_world_process_zero() and (summary := reward.summary()):
             print(f"rl: {reward.name}: {summary}", file=sys.stderr)
@@ -98,6 +110,7 @@ def build_trainer(
     rewards: Sequence[Reward],
     run_dir: Path,
     eval_rows: Iterable[Row] | None = None,
+    environment: Environment | None = None,
 ) -> PolicyTrainer:
     """The trainer that `train` runs; raises ToolkitError if the rows do not suit the recipe."""
     datasets.disable_progress_bars()
@@ -107,6 +120,8 @@ def build_trainer(
         check_references(rewards, [{"reference": reference} for reference in prompts["reference"]])
     limits = run_limits(recipe)
     arguments = grpo_config(recipe, run_dir, limits, rewards)
+    if recipe.environment is not None:
+        check_environment(arguments)
     check_prompts(recipe, arguments, len(data))
     return PolicyTrainer(
         model,
@@ -119,6 +134,7 @@ def build_trainer(
         max_rounds=recipe.dynamic_sampling.max_rounds if recipe.dynamic_sampling else 0,
         rollout=recipe.rollout,
         rollout_correction=recipe.rollout_correction,
+        environment=environment,
     )
 
 
@@ -133,7 +149,9 @@ def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase"
     """The trainer of a run on two toy rows, used to check a recipe."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages, "reference": "1"}] * 2
-    rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)]
+    rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)] or [
+        Indifferent("0")
+    ]
     given: dict[str, Any] = {"rows": rows, "eval_rows": rows if recipe.eval_data else None, "rewards": rewards}
     return build_trainer(recipe, model=model, tokenizer=tokenizer, **given, run_dir=run_dir)
 
@@ -146,7 +164,27 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
 def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
     """Raise ToolkitError if the rows as a whole cannot be used: too few prompts, or no references for a reward."""
     check_rewards(recipe.rewards, rows)
+    if (environment := environment_of(recipe)) and rows:
+        players = Players(environment, None)
+        players.begin([prompt_row(rows[0], 1)])
+        players.close()
     check_prompts(recipe, planned_config(recipe), len(rows))
+
+
+def environment_of(recipe: RlRecipe) -> Environment | None:
+    """The environment of a recipe.
+
+    Raises:
+        ToolkitError: it cannot be loaded, or neither it nor the recipe has a reward.
+    """
+    if recipe.environment is None:
+        return None
+    environment = recipe.environment.load()
+    if not recipe.rewards and not environment.rewards:
+        raise ToolkitError(
+            f"rewards: there are none, and the environment {environment.written} has no get_reward; give one of the two"
+        )
+    return environment
 
 
 def check_prompts(recipe: RlRecipe, arguments: GRPOConfig, prompts: int) -> None:
@@ -172,16 +210,16 @@ def prompt_dataset(rows: Iterable[Row]) -> Dataset:
     Raises:
         ToolkitError: there are no rows, or a row has no question.
     """
-    entries = [
-        {
-            "prompt": [{"role": m["role"], "content": m["content"]} for m in prompt_of(row, number)],
-            "reference": row.get("reference"),
-        }
-        for number, row in enumerate(rows, 1)
-    ]
+    entries = [prompt_row(row, number) for number, row in enumerate(rows, 1)]
     if not entries:
         raise ToolkitError("data: there are no prompts to train on")
     return Dataset.from_list(entries)
+
+
+def prompt_row(row: Row, number: int) -> Row:
+    """What a rollout knows of a row."""
+    prompt = [{"role": m["role"], "content": m["content"]} for m in prompt_of(row, number)]
+    return {"prompt": prompt, "reference": row.get("reference")}
 
 
 def grpo_config(

@@ -14,6 +14,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from conversations import render_conversation
 from conversations.answers.prompts import answer_text, prompt_text
+from conversations.environments.loading import Environment
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
@@ -51,6 +52,7 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         max_rounds: of dynamic sampling; 0 for none.
         rollout: how answers are sampled.
         rollout_correction: for what the rollout's probabilities differ from the policy's; None for none.
+        environment: in which answers of several turns are sampled; None for none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         max_rounds: int = 0,
         rollout: RolloutSection | None = None,
         rollout_correction: RolloutCorrection | None = None,
+        environment: Environment | None = None,
         **kwargs: Any,
     ):
         beta, sync = args.beta, args.sync_ref_model
@@ -88,6 +91,8 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
         self.rollout_correction = rollout_correction
         self.check_correction()
+        self.act_in(environment)
+        self.rollout_func = self.given_answers
         self.check_dynamic_sampling()
         self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
         self.rewards = list(rewards)
@@ -125,12 +130,6 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
                 rendered[key] = encoded["input_ids"]
             ids.append(rendered[key])
         return ids, None, {}
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self.answers:
-            logps = [answer.logps for answer in self.answers]
-            return [answer.ids for answer in self.answers], None if None in logps else logps
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     @property
     def shares_prompts(self) -> bool:
@@ -171,9 +170,12 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
     def _calculate_rewards(
         self, inputs: list[Row], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        answers = self.answers or self._judge(inputs, completions, completion_ids_list)
+        answers = self.answers
         values = self.accelerator.gather(self._values(answers))
         self._log_completion_extra("truncated", [not answer.finished for answer in answers])
+        turns = [answer.episode.turns for answer in answers if answer.episode]
+        if turns:
+            self._log_completion_extra("turns", turns)
         for i, reward in enumerate(self.rewards):
             if reward.gives_reasons:
                 self._log_completion_extra(f"reason/{reward.name}", [answer.reasons[i] for answer in answers])
@@ -216,15 +218,17 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         """Completions of the last batch, for different prompts, each with the score of every reward."""
         prompts = list(self._logs["prompt"])
         chosen = range(0, len(prompts), max(1, len(prompts) // SAMPLES_A_STEP))[:SAMPLES_A_STEP]
-        completions, advantages = list(self._logs["completion"]), list(self._logs["advantages"])
+        advantages = list(self._logs["advantages"])
         rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
         extra = {name: list(values) for name, values in self._logs["extra"].items()}
+        completions = extra.get("turns") or list(self._logs["completion"])
         reasons = {name: extra[key] for name in rewards if (key := f"reason/{name}") in extra}
         return [
             {
                 "step": self.state.global_step,
                 "prompt": prompt_text(prompts[i]),
                 "completion": answer_text(completions[i][-1]["content"]),
+                **({"turns": extra["turns"][i]} if "turns" in extra else {}),
                 "truncated": extra["truncated"][i],
                 "rewards": {name: values[i] for name, values in rewards.items()},
                 **({"reasons": {name: texts[i] for name, texts in reasons.items() if texts[i]}} if reasons else {}),

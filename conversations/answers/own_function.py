@@ -38,7 +38,7 @@ def loaded(function_spec: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ToolkitError(_located_error(path, error)) from error
+        raise ToolkitError(located_error(path, error)) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ToolkitError(f"{path}: defines no function {name}")
@@ -71,7 +71,7 @@ def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
             values = asyncio.run(values)
         values = list(values)
     except Exception as error:
-        raise ToolkitError(_located_error(place_of(spec)[0], error)) from error
+        raise ToolkitError(located_error(place_of(spec)[0], error)) from error
     if len(values) != len(answers):
         raise ToolkitError(f"{spec}: returned {counted(len(values), 'value')} for {counted(len(answers), 'answer')}")
     return [_number(spec, value) for value in values]
@@ -86,7 +86,7 @@ def _number(spec: str, value: Any) -> float | None:
         raise ToolkitError(f"{spec}: returned {value!r:.60}; it must return a number or None for each answer") from None
 
 
-def _located_error(path: Path, error: Exception) -> str:
+def located_error(path: Path, error: Exception) -> str:
     """The error, with the line of the user's file."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"

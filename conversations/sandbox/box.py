@@ -62,7 +62,7 @@ def require(allow_unsandboxed: bool = False) -> None:
         _print_once(UNSANDBOXED)
     elif why := why_unavailable():
         raise ToolkitError(
-            f"the rule code runs model-written code in a sandbox, which is not available on this machine: {why}. "
+            f"model-written code runs in a sandbox, which is not available on this machine: {why}. "
             "allow_unsandboxed: true runs the code without any protection"
         )
 

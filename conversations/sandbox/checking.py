@@ -84,27 +84,57 @@ def check_program(code: str, cases: Sequence[Mapping[str, str]], limits: Limits,
 
 def _failure(code: str, case: Mapping[str, str], limits: Limits, seconds: float, isolated: bool) -> str | None:
     """Why the program fails the case; None if it passes."""
+    ran = run_program(code, case["stdin"], limits, seconds=seconds, isolated=isolated)
+    if ran.fault:
+        return ran.fault
+    out = ran.output
+    return None if _lines(out) == _lines(case["stdout"]) else f"wrote {out[:100]!r}, not {case['stdout'][:100]!r}"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A program's output, and why it did not end well; None if it did."""
+
+    output: str
+    fault: str | None = None
+
+
+def run_program(
+    code: str,
+    stdin: str,
+    limits: Limits,
+    *,
+    seconds: float | None = None,
+    isolated: bool = True,
+    with_errors: bool = False,
+) -> Ran:
+    """Runs a program once.
+
+    Args:
+        seconds: of wall-clock time, if other than the limits'.
+        with_errors: whether its output includes stderr.
+    """
     host_end, program_end = socket.socketpair()
-    with host_end, program_end, TemporaryFile() as stdin, TemporaryFile() as output:
-        stdin.write(case["stdin"].encode())
-        stdin.seek(0)
-        arguments, pipes = [program_end.fileno(), "program"], {"stdin": stdin, "stdout": output}
+    with host_end, program_end, TemporaryFile() as stdin_file, TemporaryFile() as output:
+        stdin_file.write(stdin.encode())
+        stdin_file.seek(0)
+        arguments = [program_end.fileno(), "program"]
+        pipes = {"stdin": stdin_file, "stdout": output, **({"stderr": subprocess.STDOUT} if with_errors else {})}
         with guest("candidate.py", arguments, limits, isolated, [program_end.fileno()], **pipes) as run:
             program_end.close()
+            fault = None
             try:
                 Channel(host_end.fileno(), _nothing, _nothing).send(code)
-                code_of_end = run.wait(seconds)
+                if code_of_end := run.wait(limits.seconds if seconds is None else seconds):
+                    fault = f"the program ended with exit code {code_of_end}"
             except Gone:
-                return "the program did not start"
+                fault = "the program did not start"
             except subprocess.TimeoutExpired:
-                return f"not done after {limits.seconds:g} s"
-        if output.tell() > limits.output * MIB:
-            return f"more than {limits.output} MiB of output"
+                fault = f"not done after {limits.seconds:g} s"
+        if output.seek(0, 2) > limits.output * MIB:
+            fault = f"more than {limits.output} MiB of output"
         output.seek(0)
-        out = output.read().decode(errors="replace")
-    if code_of_end:
-        return f"the program ended with exit code {code_of_end}"
-    return None if _lines(out) == _lines(case["stdout"]) else f"wrote {out[:100]!r}, not {case['stdout'][:100]!r}"
+        return Ran(output.read(limits.output * MIB).decode(errors="replace"), fault)
 
 
 def _lines(text: str) -> list[str]:

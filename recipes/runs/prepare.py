@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conversations.answers.prompts import prompt_of
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
@@ -31,6 +30,7 @@ _AROUND = 16
 _NOT_OF_ROWS = {
     *("model", "output_dir", "seed", "on_nan", "lora", "experts_file", "training", "data", "eval_data"),
     *("max_seconds", "max_tokens", "early_stopping_patience", "dynamic_sampling", "rollout", "rollout_correction"),
+    "environment",
 }
 
 
@@ -125,7 +125,7 @@ def prepare(
             provided(check)(recipe, mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
-            check_positions(read_lists[-1].used, tokenizer, inputs.settings, longest, listed.answer)
+            check_positions(read_lists[-1], tokenizer, inputs.settings, longest)
     return replace(inputs, lists=read_lists, later=later)
 
 
@@ -150,25 +150,22 @@ def will_give(recipe: StageRecipe, inputs: Inputs) -> Earlier:
     return {recipe.output_dir: replace(inputs.foundation, source=None, settings=settings, kind=head_of(recipe))}
 
 
-def check_positions(
-    rows: Sequence[Row], tokenizer: Any, settings: DeepseekV2Config | None, answer: int, key: str
-) -> None:
-    """Raise ToolkitError for a prompt that, with an answer of `answer` tokens (set by `key`), exceeds the model's
-    positions."""
+def check_positions(read: ReadList, tokenizer: Any, settings: DeepseekV2Config | None, answer: int) -> None:
+    """Raise ToolkitError for a prompt that, with an answer of `answer` tokens, exceeds the model's positions."""
     if settings is None:
         return
-    positions = settings.max_position_embeddings
-    for origin, tokens in _long_prompts(rows, tokenizer, positions - answer):
+    positions, key = settings.max_position_embeddings, read.listed.answer
+    for origin, tokens in _long_prompts(read, tokenizer, positions - answer):
         raise ToolkitError(
             f"{origin}: its prompt of {tokens:,} tokens and an answer of {answer:,} ({key}) are more than the "
             f"{positions:,} positions of the model (max_position_embeddings); lower {key}, or leave the row out"
         )
 
 
-def _long_prompts(rows: Sequence[Row], tokenizer: Any, room: int) -> Iterator[tuple[str, int]]:
+def _long_prompts(read: ReadList, tokenizer: Any, room: int) -> Iterator[tuple[str, int]]:
     """Yield (origin, token count) of every prompt of more than `room` tokens."""
-    for number, row in enumerate(rows, 1):
-        prompt = prompt_of(row, number)
+    for number, row in enumerate(read.used, 1):
+        prompt = read.listed.prompt(row, number)
         if sum(len(message["content"].encode("utf-8", "replace")) + _AROUND for message in prompt) + _AROUND <= room:
             continue
         tokens = len(render_conversation(prompt, tokenizer, add_generation_prompt=True)["input_ids"])

@@ -57,6 +57,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl", "chat.jsonl", lora=LORA, model={"path": "runs/sft"}, training=ROLLOUT, rollout={"max_cache_gb": 1},
         rewards=[{"model": "runs/reward"}, {"rule": "format"}],
     ),
+    "rl_tools": _recipe(
+        "rl", "chat.jsonl", lora=LORA, rewards=[{"rule": "number"}], training=ROLLOUT,
+        environment={"python": "conversations.environments:Calculator", "settings": {}},
+    ),
     "dpo": _recipe(
         "rl", "pairs.jsonl", method="dpo", lora=LORA, eval_data=[{"path": "pairs.jsonl"}],
         training={**TRAINING, "eval_strategy": "steps", "eval_steps": 1},

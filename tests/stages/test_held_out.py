@@ -60,7 +60,7 @@ def test_k_goes_up_to_n() -> None:
 
 def test_metrics_of_known_answers() -> None:
     def answer(right: float, other: float, finished: bool = True) -> JudgedAnswer:
-        return JudgedAnswer({}, [1] * 4, finished, [right, other], [None, None])
+        return JudgedAnswer({}, [0], [1] * 4, finished, [right, other], [None, None])
 
     nan = float("nan")
     groups = [[answer(1, 2), answer(0, 4)], [answer(1, nan, False), answer(1, 0)]]

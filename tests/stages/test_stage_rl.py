@@ -13,6 +13,7 @@ from conversations.rewards.rule import RuleReward
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
 from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
+from rl.groups import SampledAnswers, judge_answers
 from rl.stage import planned_config, prompt_dataset, rehearsal
 from rl.trainer import PATIENCE
 
@@ -147,6 +148,8 @@ def test_rewards_are_told_which_answers_ended_by_themselves(tmp_path):
     ids = [[70, end], [70, 71], [], [end]]
     completions = [[{"role": "assistant", "content": "a"}] for _ in ids]
     rows = [{"prompt": user("1 + 1"), "reference": None} for _ in ids]
+    sampled = SampledAnswers([[]] * len(ids), ids, completions)
+    trainer.answers = judge_answers(trainer.rewards, rows, sampled, trainer.eos_token_ids)
     values = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], completions, ids)
     assert values[:, 0].tolist() == [1, 0, 0, 1] and trainer.unwritten
 
