@@ -14,6 +14,7 @@ from safetensors import safe_open
 from ..checkpoints.adapter_config import WEIGHTS
 from ..checkpoints.hub_layout import Piece
 from ..checkpoints.sources import base_directory, copy_side_files
+from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
     DTYPES,
     Progress,
@@ -61,13 +62,15 @@ SERVER_NOTES = {
 @dataclass(frozen=True)
 class ExportReport:
     """The result of an export. zeros: number of added pairs of zeros, which servers need next to others. notes: known
-    limitations of servers for this adapter."""
+    limitations of servers for this adapter. warnings: settings of its base that stock transformers computes
+    differently."""
 
     pairs: int
     zeros: int
     rank: int
     nbytes: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def export_adapter(
         _server_config(adapter, served, rank, alpha).save_pretrained(str(directory))
         copy_side_files(adapter.directory, None, directory)
     zeros = sum(pair.pair is None for pair in served)
-    return ExportReport(len(served) - zeros, zeros, rank, total, server_notes(served, rank))
+    warnings = stock_differences(adapter.model_config)
+    return ExportReport(len(served) - zeros, zeros, rank, total, server_notes(served, rank), warnings)
 
 
 def check_whole_tensors(adapter: AdapterFiles) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.hub_layout import hub_layout
 from ..checkpoints.sources import base_directory, copy_side_files, resolve_source
+from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
     CODES,
     DTYPES,
@@ -42,7 +43,8 @@ from .merge_plan import Merged, Shard, plan_shards
 @dataclass(frozen=True)
 class MergeReport:
     """The result of a merge. adapted: number of tensors changed by factors; replaced: number of tensors taken from the
-    adapter; nbytes: total size; left_out: tensors of the base that the result does not have."""
+    adapter; nbytes: total size; left_out: tensors of the base that the result does not have; warnings: settings that
+    stock transformers computes differently."""
 
     shards: int
     tensors: int
@@ -50,6 +52,7 @@ class MergeReport:
     replaced: int
     nbytes: int
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def merge_lora(
@@ -92,6 +95,7 @@ def merge_lora(
         replaced=sum(tensor.from_adapter for tensor in merged),
         nbytes=total,
         left_out=left_out,
+        warnings=stock_differences(adapter.model_config),
     )
 
 

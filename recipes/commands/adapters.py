@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from deepseek_v2_modeling.adapters import Progress, export_adapter, import_adapter, merge_lora
@@ -31,6 +31,11 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
+def _warnings(differences: Iterable[str]) -> list[str]:
+    """Warnings about programs that run stock's class: those without this package, and `transformers serve`."""
+    return [f"warning: {text}; load it with deepseek_v2_modeling, or check its answers" for text in differences]
+
+
 def merge(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("merge") as progress:
         report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
@@ -39,7 +44,7 @@ def merge(arguments: argparse.Namespace) -> str:
     phrases = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
     phrases += [f"{report.replaced} the adapter's own"] * bool(report.replaced)
     phrases += [f"without the base's {', '.join(report.left_out)}"] * bool(report.left_out)
-    return f"{arguments.out_dir}: {', '.join(phrases)}"
+    return "\n".join([f"{arguments.out_dir}: {', '.join(phrases)}", *_warnings(report.warnings)])
 
 
 def export(arguments: argparse.Namespace) -> str:
@@ -47,7 +52,7 @@ def export(arguments: argparse.Namespace) -> str:
         report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress)
     zeros = f" and {report.zeros} of zeros" if report.zeros else ""
     lines = [f"{arguments.out_dir}: {report.pairs} pairs{zeros}, rank {report.rank}, {_size(report.nbytes)}"]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes), *_warnings(report.warnings)])
 
 
 def import_(arguments: argparse.Namespace) -> str:

@@ -38,6 +38,18 @@ def test_a_whole_model_is_copied(adapter: Path, capsys: pytest.CaptureFixture[st
     )
 
 
+def test_settings_that_stock_computes_differently_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    make_base(Path("base"), norm_topk_prob=True)
+    make_adapter(Path("run/final"), Path("base"))
+    for words in (["merge", "run", "merged"], ["merge", "base", "copy"], ["export", "run", "served"]):
+        assert main(words) == 0
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == 1 and warnings[0].startswith("warning: norm_topk_prob is true: stock transformers")
+
+
 def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFixture[str]):
     make_adapter(Path("plain"), Path("base"), ("attention",))
     assert main(["export", "plain", "served"]) == 0
