@@ -57,15 +57,15 @@ def decoding_dtype(model: Any, compute_dtype: torch.dtype, rows: int) -> torch.d
 
     A low-precision product takes oneDNN 25 to 35 microseconds before it multiplies anything, a float32 one 5 to 8. That
     counts for small weights and few rows: large weights are read in half as many bytes, and many rows multiply faster
-    if the CPU has AMX.
+    on some CPUs (`float32_is_faster`).
     """
     config = model.config
     if next(model.parameters()).device.type != "cpu" or compute_dtype.itemsize >= 4:
         return None
     large = config.hidden_size * 2 * config.moe_intermediate_size >= LARGE
     chosen = rows * (config.num_experts_per_tok or 1) / (config.n_routed_experts or 1)
-    amx = compute_dtype == torch.bfloat16 and not float32_is_faster()
-    return compute_dtype if large or (amx and chosen >= MANY) else torch.float32
+    many = chosen >= MANY and not float32_is_faster(compute_dtype)
+    return compute_dtype if large or many else torch.float32
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """Matrix products of low-precision tensors on CPUs where low precision is slow.
 
-An x86 CPU without AMX multiplies bf16 at half the rate of float32, or worse (docs/speed.md). On such a CPU, products of
-at least ROWS rows run in float32 on pieces of the weights that fit into the CPU's cache, and the results are rounded:
-the same as a low-precision kernel that accumulates in float32, but faster.
+Some CPUs multiply bf16 at half the rate of float32, others (with AMX, or AVX-512's bf16 products) at four to eight
+times that rate (docs/speed.md), so the rates are measured. Where float32 is faster, products of at least ROWS rows run
+in float32 on pieces of the weights that fit into the CPU's cache, and the results are rounded: the same as a
+low-precision kernel that accumulates in float32, but faster.
 """
 
-import platform
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -17,12 +18,33 @@ from torch.nn import functional as F
 ROWS = 64  # from this many rows on, the faster product makes up for converting the weights
 PIECE = 2**20  # weights converted at a time: 4 MiB in float32
 TOKENS = 2048  # rows converted at a time
+MEASURED = (256, 1024, 1024)  # rows, inputs and outputs of the product whose rate is measured
+REPEATS = 3
 
 
 @cache
-def float32_is_faster() -> bool:
-    """Whether this CPU multiplies float32 faster than bf16 and float16."""
-    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
+def float32_is_faster(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether this CPU multiplies float32 faster than a low-precision dtype; measured once per process, in about 20 ms.
+
+    No known CPU has nearly equal rates, so a resumed run chooses as the first one did.
+    """
+    return product_seconds(torch.float32) < product_seconds(dtype)
+
+
+@torch.no_grad()
+def product_seconds(dtype: torch.dtype) -> float:
+    """Time of a matrix product on this CPU in seconds, the least of REPEATS: other processes can only add to it."""
+    rows, inputs, outputs = MEASURED
+    x_NI = torch.ones(rows, inputs, dtype=dtype, device="cpu")
+    w_OI = torch.ones(outputs, inputs, dtype=dtype, device="cpu")
+    seconds = []
+    with torch.autocast("cpu", enabled=False):
+        torch.mm(x_NI, w_OI.t())  # creates oneDNN's primitive
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            torch.mm(x_NI, w_OI.t())
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -40,14 +62,15 @@ def rounds_apart(x: torch.Tensor) -> bool:
 def fastest_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which small products with x are fastest on its device: float32 or x's own."""
     low = x.device.type == "cpu" and x.dtype.itemsize < 4
-    return torch.float32 if low and float32_is_faster() else x.dtype
+    return torch.float32 if low and float32_is_faster(x.dtype) else x.dtype
 
 
 def widens(x: torch.Tensor, rows: int) -> bool:
     """Whether a product of `rows` rows of x runs in float32 although its result is low-precision."""
     if x.device.type != "cpu" or rows < ROWS or torch.compiler.is_compiling():
         return False
-    return compute_dtype(x).itemsize < 4 and float32_is_faster()
+    dtype = compute_dtype(x)
+    return dtype.itemsize < 4 and float32_is_faster(dtype)
 
 
 def _pieces(w_OI: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

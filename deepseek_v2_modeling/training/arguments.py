@@ -90,8 +90,8 @@ def describe_computation(training: dict[str, Any], dtype: str) -> str:
     if dtype != "bfloat16":
         return on_cpu
     if float32_is_faster():
-        return f"{on_cpu}; large products in float32, which is faster on a CPU without AMX"
-    return f"{on_cpu}; large products in bfloat16, which is fast on this CPU"
+        return f"{on_cpu}; large products in float32, which is faster on this CPU"
+    return f"{on_cpu}; large products in bfloat16, which is faster on this CPU"
 
 
 def check_batches(arguments: TrainingArguments, rows: int) -> None:

@@ -99,7 +99,7 @@ def test_in_bf16_neither_padding_nor_the_batch_changes_a_score(seed: int):
     assert wanted.dtype == torch.float32 and (wanted != wanted.bfloat16()).any()  # on no grid of bf16
 
 
-@pytest.mark.skipif(float32_is_faster(), reason="without AMX few rows are multiplied in another precision than many")
+@pytest.mark.skipif(float32_is_faster(), reason="few rows are multiplied in another precision than many")
 def test_in_bf16_v2_lite_mini_gives_the_same_scores_in_any_batch():
     torch.manual_seed(0)
     config = DeepseekV2Config(**{**PRESETS["v2-lite-mini"], "num_labels": 1, "pad_token_id": PAD})

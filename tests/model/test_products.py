@@ -25,11 +25,11 @@ BF16_ROUNDING = 2**-8
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """cpu(amx) makes this machine's CPU one with or without AMX; products of two rows count as large."""
+    """cpu(fast) makes this machine's CPU one with fast or slow low-precision products; two rows count as large."""
 
-    def choose(amx: bool) -> None:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    def choose(fast: bool) -> None:
+        seconds = {torch.float32: 2.0}
+        monkeypatch.setattr(products, "product_seconds", lambda dtype: seconds.get(dtype, 1.0 if fast else 4.0))
         float32_is_faster.cache_clear()
 
     monkeypatch.setattr(products, "ROWS", 2)
@@ -37,6 +37,27 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     monkeypatch.setattr(products, "TOKENS", 3)
     yield choose
     monkeypatch.undo()
+    float32_is_faster.cache_clear()
+
+
+def test_the_rate_of_each_dtype_is_measured_once(monkeypatch: pytest.MonkeyPatch):
+    """In that dtype also under autocast, and in training."""
+    measured = []
+
+    def record(a: torch.Tensor, b: torch.Tensor, product: Any = torch.mm) -> torch.Tensor:
+        out = product(a, b)
+        measured.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch, "mm", record)
+    float32_is_faster.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        for _ in range(2):
+            float32_is_faster(torch.float16)
+            float32_is_faster(torch.bfloat16)
+    each = [torch.float32] * (1 + products.REPEATS)
+    assert measured == [*each, *[torch.float16] * len(each), *each, *[torch.bfloat16] * len(each)]
+    assert 0 < products.product_seconds(torch.float32) < 1
     float32_is_faster.cache_clear()
 
 

@@ -110,8 +110,8 @@ def test_dtype_of_large_products_is_named(
 ) -> None:
     model = {"path": "nowhere/base", "preset": "tiny", "dtype": "bfloat16"}
     path = recipe(tmp_path, conversations(8), model=model, training={"max_length": 64, "use_cpu": True})
-    for without_amx, products in ((True, "float32, which is faster"), (False, "bfloat16, which is fast")):
-        monkeypatch.setattr(arguments, "float32_is_faster", lambda answer=without_amx: answer)
+    for slow, products in ((True, "float32, which is faster"), (False, "bfloat16, which is faster")):
+        monkeypatch.setattr(arguments, "float32_is_faster", lambda answer=slow: answer)
         check(load_recipe(path))
         line = rf"training: bfloat16 on the CPU \(\d+ threads?\); large products in {products}"
         assert re.search(line, capsys.readouterr().out)

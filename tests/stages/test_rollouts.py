@@ -124,8 +124,8 @@ def test_a_low_precision_policy_samples_in_float32_where_that_is_faster(base: Pa
 def test_the_dtype_of_a_copy_depends_on_its_shape_and_the_cpu(monkeypatch: pytest.MonkeyPatch):
     small, low = chat_model(), torch.bfloat16
     large = chat_model(hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=2)
-    for without_amx, many in ((True, torch.float32), (False, low)):
-        monkeypatch.setattr("deepseek_v2_modeling.generation.float32_is_faster", lambda slow=without_amx: slow)
+    for slow, many in ((True, torch.float32), (False, low)):
+        monkeypatch.setattr("deepseek_v2_modeling.generation.float32_is_faster", lambda _, answer=slow: answer)
         assert decoding_dtype(small, low, 2) == torch.float32 and decoding_dtype(small, low, 1000) == many
         assert decoding_dtype(small, torch.float32, 1000) is None and decoding_dtype(large, low, 1) == low
 
