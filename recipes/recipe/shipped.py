@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from conversations.errors import ToolkitError
+from recipes.files import write_text
 
 _HOME = Path(__file__).resolve().parents[1]
 _STAGE_RECIPE = re.compile(r"(\brecipe: )([\w-]+)\.yaml\b")
@@ -70,5 +71,4 @@ def copy_recipe(name: str, target: Path) -> None:
     folder, text = source.parent.name, source.read_text(encoding="utf-8")
     text = _STAGE_RECIPE.sub(rf"\g<1>{folder}/\g<2>", text)
     text = text.replace(f"recipes/{folder}/{source.name}", str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text)
