@@ -43,11 +43,13 @@ class Case(NamedTuple):
     context: int
     trains: bool = False
     checkpointing: bool = False
+    full: bool = False  # full fine-tuning instead of LoRA
 
 
 CASES = {
     "LoRA step (attention and experts, r = 16), bf16, 4 x 512": Case("bfloat16", 4, 512, trains=True),
     "LoRA step, float32, 4 x 512": Case("float32", 4, 512, trains=True),
+    "full fine-tuning step, float32, 4 x 512": Case("float32", 4, 512, trains=True, full=True),
     "LoRA step with checkpointing, bf16, 4 x 2,048": Case("bfloat16", 4, 2048, trains=True, checkpointing=True),
     "decoding, bf16, batch 8 at 2,048 tokens": Case("bfloat16", 8, 2048),
     "decoding, bf16, batch 1 at 8,192 tokens": Case("bfloat16", 1, 8192),
@@ -72,7 +74,10 @@ def measure(case: Case, side: str, toy: bool) -> dict[str, Figures]:
 
 
 def training(bench: Bench, model: Any, side: str, case: Case, ids: torch.Tensor) -> dict[str, Figures]:
-    model, trained = adapted(model, side == "ours")
+    if case.full:
+        model, trained = model.train(), dict(model.named_parameters())
+    else:
+        model, trained = adapted(model, side == "ours")
     if case.checkpointing:
         checkpoint(model)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -80,7 +85,7 @@ def training(bench: Bench, model: Any, side: str, case: Case, ids: torch.Tensor)
     norm = torch.stack([p.grad.float().norm() for p in trained.values() if p.grad is not None]).norm()
     step = partial(training_step, model, torch.optim.AdamW(trained.values(), lr=1e-4), ids)
     seconds = bench.seconds(step, repeats=3, warm_up=1)
-    flops = step_flops(model.config, ids.numel(), case.context)
+    flops = step_flops(model.config, ids.numel(), case.context, case.full)
     speed = {"tokens_per_s": ids.numel() / seconds, "mfu": flops / seconds / matrix_rate(getattr(torch, case.dtype))}
     return {"speed": speed, "computed": {"loss": loss.item(), "gradient_norm": norm.item()}}
 

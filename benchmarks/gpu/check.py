@@ -309,8 +309,9 @@ def no_waiting(bench: Bench) -> Figures:
 # --- speed and memory, stock beside ------------------------------------------------------------------------------
 
 
-def step_flops(config: Any, tokens: int, context: int) -> float:
-    """FLOPs of a LoRA step: 4 x active parameters x tokens (the base is frozen), and causal attention both ways."""
+def step_flops(config: Any, tokens: int, context: int, full: bool = False) -> float:
+    """FLOPs of a LoRA step: 4 x active parameters x tokens (the base is frozen; 6 in full fine-tuning), and causal
+    attention both ways."""
     d, heads = config.hidden_size, config.num_attention_heads
     qk, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     attention = d * heads * qk + d * (config.kv_lora_rank + config.qk_rope_head_dim) + heads * v * d
@@ -319,7 +320,7 @@ def step_flops(config: Any, tokens: int, context: int) -> float:
     layers, dense = config.num_hidden_layers, config.first_k_dense_replace
     active = attention * layers + 3 * d * config.intermediate_size * dense + d * config.vocab_size
     active += (experts + d * config.n_routed_experts) * (layers - dense)
-    return 4 * active * tokens + 3 * heads * (qk + v) * context * tokens * layers
+    return (6 if full else 4) * active * tokens + 3 * heads * (qk + v) * context * tokens * layers
 
 
 def checkpoint(model: Any) -> None:
