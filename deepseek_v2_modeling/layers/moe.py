@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..configuration import DeepseekV2Config
+from ..kernels.even_groups import few_rows_each, is_worth_padding
 from ..kernels.expert_training import train_experts
-from ..kernels.float32_products import Linear, compute_dtype
+from ..kernels.float32_products import Linear, compute_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch, fills_up, place_slots
 from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
@@ -134,13 +135,33 @@ def one_by_one(routed: Routed) -> torch.Tensor:
     return combine(experts.linear("down_proj", groups, hidden, adapters.get("down_proj", [])), weights_NK, slots)
 
 
+def padded(routed: Routed) -> torch.Tensor:
+    """Computes the experts with an equal number of rows each (`kernels.even_groups`)."""
+    experts, _, x_ND, weights_NK, experts_NK = routed
+    x_ND = x_ND.to(compute_dtype(x_ND))
+    return few_rows_each(x_ND, weights_NK, experts_NK, experts.gate_up_proj, experts.down_proj, experts.act_fn)
+
+
+def uses_own_linear(routed: Routed) -> bool:
+    """Whether the module's own `linear` is used, which the faster ways replace, outside compiled code."""
+    return type(routed.experts).linear is DeepseekV2Experts.linear and not torch.compiler.is_compiling()
+
+
 def trains_plainly(routed: Routed) -> bool:
-    """Whether gradients are needed, the module uses `DeepseekV2Experts.linear`, and its adapters have no dropout."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
+    """Whether gradients are needed, and the adapters have no dropout."""
     adapters = [adapter for of_weight in routed.adapters.values() for adapter in of_weight]
-    uses_own_linear = type(routed.experts).linear is DeepseekV2Experts.linear
-    return uses_own_linear and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
+    plain = uses_own_linear(routed) and all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters)
+    return plain and torch.is_grad_enabled()
+
+
+def has_few_rows(routed: Routed) -> bool:
+    """Whether small experts have a few rows each on a CPU, as in decoding a batch, without gradients or adapters."""
+    if torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or not uses_own_linear(routed):
+        return False
+    weights = (routed.experts.gate_up_proj, routed.experts.down_proj)
+    plain = all(is_plain(w) and w.dtype == compute_dtype(routed.x_ND) for w in weights)
+    adapted = any(routed.adapters.values())
+    return plain and not adapted and is_worth_padding(routed.experts_NK, weights[0])
 
 
 def at_once(routed: Routed) -> bool:
@@ -162,6 +183,7 @@ class Way(NamedTuple):
 # The first way that applies is used.
 WAYS = {
     "training": Way(trains_plainly, one_function, at_once),
+    "few rows each": Way(has_few_rows, padded, lambda _: True),
     "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
     "a GPU": Way(lambda routed: routed.x_ND.device.type != "cpu", one_by_one, lambda _: True),
     "a CPU": Way(lambda _: True, one_by_one, lambda _: False),

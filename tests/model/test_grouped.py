@@ -1,6 +1,7 @@
 """Grouped products, dispatch and combine against plain loops."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from deepseek_v2_modeling.kernels import even_groups
+from deepseek_v2_modeling.kernels.even_groups import BUSIEST, place_evenly
 from deepseek_v2_modeling.kernels.grouped_products import (
     ActiveAdapter,
     Groups,
@@ -24,15 +27,19 @@ from deepseek_v2_modeling.kernels.low_rank import Factors, Share, add_share, pie
 from deepseek_v2_modeling.kernels.ragged_products import ragged_gradient, ragged_product
 from deepseek_v2_modeling.layers import moe as moe_file
 from deepseek_v2_modeling.layers.moe import (
+    DeepseekV2Experts,
     Routed,
     choose_experts,
     expert_weights,
+    has_few_rows,
+    one_by_one,
     one_function,
+    padded,
     run_experts,
     trains_plainly,
 )
 
-from ..helpers.models import small_model
+from ..helpers.models import small_config, small_model
 
 EXPERTS = 4
 ROWS = {
@@ -221,6 +228,46 @@ def test_routed_experts(tokens: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(moe_file, "TOKENS", 3)  # without gradients so many at a time
     with torch.no_grad():
         torch.testing.assert_close(run_experts(moe.experts, x, weights, chosen), wanted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), skew=st.sampled_from([0.0, 3.0]), low=st.booleans())
+def test_few_rows_for_each_expert(seed: int, tokens: int, skew: float, low: bool):
+    """Padded to one number of rows, experts give what they give one by one."""
+    config = small_config(hidden_size=8, moe_intermediate_size=8)
+    moe = DeepseekV2Experts(config).requires_grad_(False)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe = moe.to(torch.bfloat16 if low else torch.float32)
+    tolerance = {"rtol": 2e-2, "atol": 0.2} if low else {"rtol": 1e-5, "atol": 1e-4}
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 8, generator=generator).to(moe.down_proj.dtype)
+    preference = torch.rand(tokens, 8, generator=generator) + skew * torch.arange(8) / 8
+    weights, chosen = preference.topk(3)
+    routed = Routed(moe, {}, x, weights, chosen)
+    with torch.no_grad():
+        assert set(place_evenly(chosen, 8)[0].flatten().tolist()) >= set(range(tokens))
+        torch.testing.assert_close(padded(routed), one_by_one(routed), **tolerance)
+        expected = 3 * tokens >= 8 and int(chosen.flatten().bincount().max()) <= BUSIEST and 3 * tokens <= 8 * BUSIEST
+        assert has_few_rows(routed) == expected
+        with mock.patch.object(even_groups, "SMALL", 8 * 2 * 8 - 1):
+            assert not has_few_rows(routed)
+        adapter = ActiveAdapter(torch.zeros(8, 1, 8), torch.zeros(8, 8, 1), 1.0, torch.nn.Identity())
+        assert not has_few_rows(routed._replace(adapters={"down_proj": [adapter]}))
+        assert not has_few_rows(routed._replace(x_ND=x.double()))
+    assert not has_few_rows(routed)
+
+
+def test_decoding_a_batch_takes_one_product_for_each_weight(monkeypatch: pytest.MonkeyPatch):
+    """And gives the logits of one answer at a time."""
+    model = small_model(num_hidden_layers=2)
+    ids = torch.randint(5, 60, (6, 1))
+    with torch.no_grad():
+        alone = torch.cat([model(row[None]).logits for row in ids])
+        products: list[int] = []
+        monkeypatch.setattr(even_groups, "batched_product", lambda x, w: (products.append(len(w)), x @ w.mT)[1])
+        torch.testing.assert_close(model(ids).logits, alone)
+    assert products == [8, 8]  # gate and up projections, down projections
 
 
 @pytest.mark.parametrize("autocast", [False, True])
