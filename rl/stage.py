@@ -23,7 +23,9 @@ from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.acting import EnvironmentReward, check_environment
 from rl.config import RlRecipe
+from rl.sharding import check_whole_weights
 from rl.trainer import PolicyTrainer
+from rl.vllm_engine import check_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,8 +122,6 @@ def build_trainer(
         check_references(rewards, [{"reference": reference} for reference in prompts["reference"]])
     limits = run_limits(recipe)
     arguments = grpo_config(recipe, run_dir, limits, rewards)
-    if recipe.environment is not None:
-        check_environment(arguments)
     check_prompts(recipe, arguments, len(data))
     return PolicyTrainer(
         model,
@@ -146,7 +146,10 @@ class Indifferent(Reward):
 
 
 def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> PolicyTrainer:
-    """The trainer of a run on two toy rows, used to check a recipe."""
+    """The trainer of a run on two toy rows, used to check a recipe. vLLM is checked with the rows: it needs a model on
+    disk."""
+    check_sampling(recipe)
+    recipe = recipe.model_copy(update={"training": {**recipe.training, "use_vllm": False}})
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages, "reference": "1"}] * 2
     rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)] or [
@@ -164,11 +167,21 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
 def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
     """Raise ToolkitError if the rows as a whole cannot be used: too few prompts, or no references for a reward."""
     check_rewards(recipe.rewards, rows)
+    check_sampling(recipe)
+    check_vllm(planned_config(recipe))
     if (environment := environment_of(recipe)) and rows:
         players = Players(environment, None)
         players.begin([prompt_row(rows[0], 1)])
         players.close()
     check_prompts(recipe, planned_config(recipe), len(rows))
+
+
+def check_sampling(recipe: RlRecipe) -> None:
+    """Raise ToolkitError if answers cannot be sampled as the recipe asks."""
+    arguments = planned_config(recipe)
+    check_whole_weights(arguments)
+    if recipe.environment is not None:
+        check_environment(arguments)
 
 
 def environment_of(recipe: RlRecipe) -> Environment | None:

@@ -36,6 +36,7 @@ from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
 from rl.rollout import SampledRollouts
 from rl.run_warnings import Warnings
+from rl.vllm_engine import send_hub_weights
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
@@ -80,6 +81,8 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         self.eos_token_ids = end_tokens(model, self._tokenizer)
         if not args.use_vllm and "eos_token_id" not in (args.generation_kwargs or {}):
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        if args.use_vllm:
+            send_hub_weights(self.vllm_generation)
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
             if sync:

@@ -3,6 +3,7 @@
 from ..checkpoints.adapter_config import CONFIG, WEIGHTS, pattern_fault
 from ..checkpoints.tensor_files import Progress
 from .copies import copied_bytes, merged_copy
+from .engine_weights import check_mergeable, hub_weights
 from .exporting import export_adapter
 from .files import match_adapter
 from .importing import import_adapter
@@ -16,9 +17,11 @@ __all__ = [
     "Progress",
     "adapted_modules",
     "apply_lora",
+    "check_mergeable",
     "check_targets",
     "copied_bytes",
     "export_adapter",
+    "hub_weights",
     "import_adapter",
     "load_adapter",
     "lora_config",

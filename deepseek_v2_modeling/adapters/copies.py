@@ -37,12 +37,12 @@ def merged_copy(model: Any, dtype: torch.dtype | None = None) -> Any:
         if not adapters and wanted == weight.dtype:
             return weight
         if adapters:
-            return nn.Parameter(_merged(weight, adapters, wanted), requires_grad=False)
+            return nn.Parameter(merged_weight(weight, adapters, wanted), requires_grad=False)
         if id(weight) not in held:
             held[id(weight)] = nn.Parameter(weight.to(wanted), requires_grad=False)
         return held[id(weight)]
 
-    return _twin(_without_peft(model), make)
+    return _twin(without_peft(model), make)
 
 
 def copied_bytes(model: Any, dtype: torch.dtype | None = None) -> int:
@@ -55,11 +55,11 @@ def copied_bytes(model: Any, dtype: torch.dtype | None = None) -> int:
             counted[id(weight)] = weight.numel() * wanted.itemsize
         return weight
 
-    _twin(_without_peft(model), make)
+    _twin(without_peft(model), make)
     return sum(counted.values())
 
 
-def _without_peft(model: Any) -> Any:
+def without_peft(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -73,7 +73,7 @@ def _twin(module: nn.Module, make: Make) -> nn.Module:
     """A copy of a module tree with parameters from `make`. Forwards that accelerate and TRL have set on an instance are
     bound to the original and left out."""
     adapters: dict[str, list[ActiveAdapter]] = {}
-    if isinstance(module, LoraLayer) and _can_merge(module):
+    if isinstance(module, LoraLayer) and can_merge(module):
         module, adapters = unwrap(module)
     twin = copy.copy(module)
     own: Any = vars(twin)
@@ -86,7 +86,7 @@ def _twin(module: nn.Module, make: Make) -> nn.Module:
     return twin
 
 
-def _can_merge(layer: Any) -> bool:
+def can_merge(layer: Any) -> bool:
     """Whether PEFT's wrappers of this layer only add s B A to a plain weight."""
     while isinstance(layer, LoraLayer):
         plain = isinstance(layer, (LoraLinear, ParamWrapper)) and not beyond_lora(layer) and not layer.merged
@@ -97,7 +97,7 @@ def _can_merge(layer: Any) -> bool:
     return all(w is None or (is_plain(w) and w.is_floating_point() and w.itemsize > 1) for w in weights)
 
 
-def _merged(weight: torch.Tensor, adapters: Sequence[ActiveAdapter], dtype: torch.dtype) -> torch.Tensor:
+def merged_weight(weight: torch.Tensor, adapters: Sequence[ActiveAdapter], dtype: torch.dtype) -> torch.Tensor:
     """W + s B A, [O, I] or [E, O, I]."""
     stacked = weight if weight.ndim == 3 else weight[None]
     merged = torch.empty(stacked.shape, dtype=dtype, device=weight.device)
