@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .answer_records import AnswerRecord, record_answers
-from .batching import by_length, evaluation_mode, finite, pad_batch, unpad_batch
+from .batching import by_length, evaluation_mode, finite, in_threads, pad_batch, unpad_batch
 from .cache import LatentCache
 from .generation import Adjust, AfterTurn, cache_bytes, decoding_dtype, end_tokens, generate_answers
 from .sampling import choose_tokens
@@ -69,22 +69,30 @@ def score_heads(
         ModelError: a score is NaN or infinite.
     """
     scores: list[list[float]] = [[] for _ in sequences]
-    device = next(model.parameters()).device
     groups, rest = shared_prefixes(sequences)
+
+    def score(shared: int, batch: list[int]) -> None:
+        rows = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
+        for i, row in zip(batch, _scored(model, shared, *rows).float().tolist(), strict=True):
+            scores[i] = row
+
     with evaluation_mode(model):
-        for shared, batch in _score_batches(sequences, groups, rest, batch_size):
-            ids, mask = (t.to(device) for t in pad_batch([sequences[i] for i in batch], pad_token_id, left=False))
-            cache = None
-            if shared:
-                cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
-                model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-                cache.batch_repeat_interleave(len(batch))
-            inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
-            logits = model(**inputs, use_cache=cache is not None).logits
-            finite(model, "scores", logits)
-            for i, score in zip(batch, logits.float().tolist(), strict=True):
-                scores[i] = score
+        in_threads(model, score, _score_batches(sequences, groups, rest, batch_size))
     return scores
+
+
+def _scored(model: nn.Module, shared: int, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B, heads] of rows [B, T] padded on the right, whose first `shared` tokens are the same and are computed once."""
+    device, cache = next(model.parameters()).device, None
+    ids, mask = ids.to(device), mask.to(device)
+    if shared:
+        cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
+        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+    inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
+    logits = model(**inputs, use_cache=cache is not None).logits
+    finite(model, "scores", logits)
+    return logits
 
 
 def _score_batches(

@@ -32,7 +32,7 @@ from .layers.norm import DeepseekV2RMSNorm
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
-from .packing.last_tokens import packed_rows, real_runs, scored_tokens
+from .packing.last_tokens import Places, packed_rows, real_runs, repeated, scored_tokens
 from .routing_replay import Routes, next_routes
 
 logger = logging.get_logger(__name__)
@@ -60,10 +60,15 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None, **kwargs: Any) -> LayerOutput:
+    def forward(
+        self, x: torch.Tensor, replayed: torch.Tensor | None = None, read: Places | None = None, **kwargs: Any
+    ) -> LayerOutput:
         """x [B, T, D] -> (x [B, T, D], router logits [N, E], chosen experts [N, K]); the last two are None in a dense
-        layer. replayed: experts to use instead of choosing them."""
+        layer. replayed: experts to use instead of choosing them. read: the only tokens [R] that the feed-forward block
+        computes; x is then [1, R, D]."""
         x = x + self.self_attn(self.input_layernorm(x), **kwargs)[0]
+        if read is not None:
+            x = x[read][None]
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), None, None
@@ -82,6 +87,14 @@ def without_checkpointing(layers: Iterable[Any]) -> Iterator[None]:
     finally:
         for layer in switched:
             layer.gradient_checkpointing = True
+
+
+def only_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The one that is given. Raises ValueError if it is none or both."""
+    given = [inputs for inputs in (input_ids, inputs_embeds) if inputs is not None]
+    if len(given) != 1:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return given[0]
 
 
 def without_default_cache(forward: Callable) -> Callable:
@@ -180,6 +193,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         output_router_logits: bool | None = None,
         balance_in_loss: bool = False,
         prefix_documents: torch.Tensor | None = None,
+        read: Places | None = None,
         **kwargs: Any,
     ) -> DeepseekV2ModelOutput:
         """Like the stock forward. In training it also computes the balance losses; here rather than in the layers, so
@@ -189,6 +203,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         prefix_documents: [documents] of one packed row, the number of the document that each of them continues, such
             as the prompt of several answers, or -1. It attends to that one too. For the balance losses each document
             is a sequence: a prompt counts once.
+        read: (rows [R], columns [R]) of the only tokens whose last hidden state is used, which is then [1, R, D]. The
+            last layer's feed-forward block leaves the others out. Not in training, nor while routes are recorded or
+            replayed.
 
         Raises:
             ModelError: a setting of the config was changed to an unsupported value, or the attention implementation
@@ -196,8 +213,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             ValueError: not exactly one of input_ids and inputs_embeds is given, or prefix_documents with several rows.
         """
         check_settings(self.config)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        only_one(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
@@ -228,6 +244,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 hidden, logits, experts = layer(
                     hidden,
                     next(upcoming, None) if layer.is_moe else None,
+                    read if layer is layers[-1] else None,
                     position_embeddings=position_embeddings,
                     plan=plan,
                     past_key_values=past_key_values,
@@ -386,17 +403,22 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         """
         rows = None  # all that are found
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is not None and past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
-            real: Any = real_runs(attention_mask, inputs.shape[:2])
+        inputs = only_one(input_ids, inputs_embeds)
+        least = STEADY_TOKENS if rounds_apart(self.model.embed_tokens.weight) else 0
+        if past_key_values is None and position_ids is None and self._packs(use_cache, kwargs):
+            real: Any = real_runs(attention_mask, (inputs.shape[0], inputs.shape[1]))
             if real is not None:
-                least = STEADY_TOKENS if rounds_apart(self.model.embed_tokens.weight) else 0
                 packed: Any
                 positions: Any
                 packed, positions = packed_rows(inputs, real, least)
                 input_ids, inputs_embeds = (packed, None) if inputs_embeds is None else (input_ids, packed)
+                inputs = packed
                 position_ids, attention_mask, use_cache = positions, torch.ones_like(positions), False
                 rows = len(real)
+        boundaries = (None, {}) if past else (position_ids, kwargs)  # with a filled cache each row is one sequence
+        shape = (inputs.shape[0], inputs.shape[1])
+        places = scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)
+        few = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self._asks_for_tokens(kwargs))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -405,14 +427,11 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             balance_in_loss=labels is not None,
+            read=repeated(places, least) if few else None,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        shape = (hidden.shape[0], hidden.shape[1])
-        boundaries = (None, {}) if past else (position_ids, kwargs)  # with a filled cache each row is one sequence
-        pooled = self.score(
-            hidden[scored_tokens(input_ids, attention_mask, *boundaries, self.config.pad_token_id, shape)][:rows]
-        )
+        pooled = self.score((hidden[0, : len(places[0])] if few else hidden[places])[:rows])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
@@ -426,17 +445,17 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _asks_for_tokens(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the call asks for values of all tokens, or of the batch's shape."""
+        values = [kwargs.get(name, getattr(self.config, name, None)) for name in BATCH_SHAPED]
+        routes = self.model.recordings or self.model.replayed_routes is not None
+        return bool(routes) or any(value is not None and value is not False for value in values)
+
     def _packs(self, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
         """Whether a padded batch may be computed as packed documents: not if the caller passes or requests tensors of
         the batch's shape, and not if attention would build a mask over all tokens of the batch."""
-        values = [kwargs.get(name, getattr(self.config, name, None)) for name in (*BATCH_SHAPED, *BOUNDARIES)]
-        routes = self.model.recordings or self.model.replayed_routes is not None
-        if (
-            use_cache
-            or routes
-            or torch.compiler.is_compiling()
-            or any(a is not None and a is not False for a in values)
-        ):
+        bounded = any(kwargs.get(name) is not None for name in BOUNDARIES)
+        if use_cache or bounded or torch.compiler.is_compiling() or self._asks_for_tokens(kwargs):
             return False
         return (self.config._attn_implementation or "eager").startswith(("sdpa", "flash"))
 

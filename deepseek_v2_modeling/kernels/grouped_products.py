@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import low_rank
-from .float32_products import compute_dtype, widens
+from .float32_products import by_onednn, compute_dtype, onednn_product, widens
 from .fused import MANY, fused
 from .low_rank import Factors, Share, flattened, shares_of
 from .ragged_products import ragged_gradient, ragged_product
@@ -66,9 +66,10 @@ def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: torch.Tensor, sh
     """y[rows of e] = x[rows of e] @ w[e]^T plus the adapters' shares, on a CPU: [S, O]. Products are in float32 where
     that is faster (float32_products.py)."""
     y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(w_EOI))
+    fast = by_onednn(x_SI) and x_SI.is_contiguous() and w_EOI.is_contiguous()
     for expert, rows in blocks(groups.counts):
         target, x, w = y_SO[rows], x_SI[rows].to(dtype), w_EOI[expert].to(dtype)
-        y = torch.mm(x, w.t(), out=target if dtype == y_SO.dtype else None)
+        y = onednn_product(x, w) if fast else torch.mm(x, w.t(), out=target if dtype == y_SO.dtype else None)
         if y is not target:
             target.copy_(y)
     y_SO[groups.filled :] = 0

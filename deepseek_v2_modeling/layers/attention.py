@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import joined, with_room
 from ..configuration import DeepseekV2Config
+from ..kernels.block_attention import block_attention, in_blocks
 from ..kernels.float32_attention import wide_attention
 from ..kernels.float32_products import Linear, fastest_dtype, is_plain, widens
 from ..kernels.grouped_products import ActiveAdapter
@@ -56,6 +57,25 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def attend_with_narrow_values(
+    kernel: Callable[..., Any],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention where V may be narrower than Q and K, for which kernels fall back to a quadratic path or fail: in
+    blocks of our own where these are faster, otherwise by the kernel, with V padded and the output sliced."""
+    if in_blocks(query, key, attention_mask):
+        return block_attention(module, query, key, value, attention_mask, **kwargs)
+    width = value.shape[-1]
+    padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
+    out, weights = kernel(module, query, key, padded, attention_mask, **kwargs)
+    return out[..., :width], weights
 
 
 def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -130,19 +150,18 @@ class DeepseekV2Attention(nn.Module):
             bias = None if plan.mask is None else torch.where(plan.mask, 0.0, torch.finfo(key.dtype).min).to(key.dtype)
             return eager_attention(self, query, key, value, bias, self.scaling)
         implementation = self.config._attn_implementation or "eager"
-        # If V is narrower than Q and K, kernels fall back to a quadratic path or fail: pad V, then slice the output.
-        pad = self.qk_dim - self.v_dim if implementation in SAME_WIDTH else 0
-        value = F.pad(value, (0, pad)) if pad > 0 else value
         kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         if implementation == "sdpa" and widens(key, key.shape[-2]):
             kernel = wide_attention
+        if implementation in SAME_WIDTH:
+            kernel = partial(attend_with_narrow_values, kernel)
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = partial(kernel, self, scaling=self.scaling, dropout=dropout, **kwargs)
         if plan.layout is None:
             out, weights = attend(query, key, value, plan.mask)
         else:
             out, weights = plan.layout.attend(partial(attend, attention_mask=None), query, key, value), None
-        return out[..., : self.v_dim], weights
+        return out, weights
 
     def kv_b_parts(self) -> KvB | None:
         """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None if kv_b_proj

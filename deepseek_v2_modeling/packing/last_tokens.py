@@ -31,6 +31,13 @@ def packed_rows(values: torch.Tensor, real: torch.Tensor, least: int = 0) -> Pla
     return packed[None], places[None]
 
 
+def repeated(places: Places, least: int) -> Places:
+    """The places, with the last one repeated until there are at least `least`."""
+    missing = max(0, least - len(places[0]))
+    rows, columns = (torch.cat((place, place[-1:].expand(missing))) for place in places)
+    return rows, columns
+
+
 def scored_tokens(
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,

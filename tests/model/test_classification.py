@@ -1,11 +1,12 @@
 """The score is read off each row's last real token."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
-from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForSequenceClassification
+from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForSequenceClassification, record_routing
 from deepseek_v2_modeling.inference import pad_batch, score_sequences, unpad_batch
 from deepseek_v2_modeling.kernels.float32_products import float32_is_faster
 from deepseek_v2_modeling.presets import PRESETS
@@ -129,6 +130,38 @@ def test_what_has_the_shape_of_the_batch_keeps_it():
         torch.testing.assert_close(out.logits, plain, rtol=0, atol=1e-5)
         kept = out.hidden_states[0].shape[:2] if out.hidden_states else (3, out.past_key_values.get_seq_length())
         assert tuple(kept) == tuple(ids.shape)
+
+
+def test_the_last_block_leaves_out_what_has_no_score():
+    """Where nothing else needs its values: neither gradients, nor a recording of routes, nor all hidden states."""
+    model, (_, ids, mask) = scored(), batch("left", ends_in_eos=True)
+    tokens: list[int] = []
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2].numel()))
+    plain = logits_of(model, ids, attention_mask=mask)
+    model(ids, attention_mask=mask)
+    with torch.no_grad(), record_routing(model):
+        recorded = model(ids, attention_mask=mask).logits
+    assert tokens == [len(LENGTHS), mask.sum(), ids.numel()]
+    torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-5)
+
+
+def test_batches_in_threads_give_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Under the caller's autocast, and torch has its threads back afterwards."""
+    rows = [random_ids(1, n, seed=n)[0].tolist() for n in range(3, 15)]
+    used: set[int] = set()
+    model, before, found = scored(), torch.get_num_threads(), {}
+    model.register_forward_pre_hook(lambda *_: used.add(threading.get_ident()))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found[threads] = torch.tensor(score_sequences(model, rows, pad_token_id=PAD, batch_size=2))
+            assert (used == {threading.get_ident()}) is (threads == 1)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[3], found[1], rtol=0, atol=1e-3)
+    assert found[3].tolist() != score_sequences(model, rows, pad_token_id=PAD)  # which is in float32
 
 
 # Packed

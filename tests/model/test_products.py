@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from deepseek_v2_modeling import LatentCache, lora_config
 from deepseek_v2_modeling.cache import joined, with_room
 from deepseek_v2_modeling.cache_codecs import BLOCK
+from deepseek_v2_modeling.kernels import block_attention
 from deepseek_v2_modeling.kernels import float32_attention as wide_attention
 from deepseek_v2_modeling.kernels import float32_products as products
 from deepseek_v2_modeling.kernels.float32_products import Linear, float32_is_faster, widens
@@ -69,6 +70,40 @@ def test_where_products_are_wide(cpu: Any):
     assert widens(x, 2) and not widens(x, 1) and not widens(x.float(), 2) and not widens(x.to("meta"), 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert widens(x.float(), 2)
+
+
+@pytest.mark.parametrize("rows", [5, products.STEADY, 2 * products.STEADY + 3])
+def test_float32_products_of_onednn(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """As MKL's; not where a gradient is needed, nor for another dtype."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    layer, x = Linear(12, 9, bias=False), torch.randn(1, rows, 12)
+    called: list[int] = []
+    product = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda x, w: [called.append(len(x)), product(x, w)][1])
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T)
+        layer.bfloat16()(x.bfloat16())
+    layer.float()(x).sum().backward()
+    assert called == [rows] and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 8, 13])
+def test_attention_in_blocks(cpu: Any, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Of queries, and of some heads at a time; values are narrower than keys."""
+    cpu(True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for name, value in {"QUERIES": 4, "LONG": 5, "IN_CACHE": 120}.items():
+        monkeypatch.setattr(block_attention, name, value)
+    parts = [torch.randn(2, 3, tokens, width, dtype=dtype) for width in (8, 8, 6)]
+    wanted = F.scaled_dot_product_attention(*(t.double() for t in parts), is_causal=True, scale=0.3).transpose(1, 2)
+    with torch.no_grad():
+        assert block_attention.in_blocks(*parts[:2], None) is (tokens >= 5)
+        assert not block_attention.in_blocks(parts[0], parts[1][:, :, 1:], None)
+        found, _ = block_attention.block_attention(nn.Identity(), *parts, None, 0.3)
+    assert not block_attention.in_blocks(*parts[:2], None)
+    near = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found, wanted.to(dtype), rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("bias", [False, True])
