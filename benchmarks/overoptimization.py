@@ -1,11 +1,12 @@
 """Over-optimisation of a reward model with one score head and with four, on a reward that is known.
 
-    python -m benchmarks.overoptimization [FOLDER]   results/overoptimization.json, docs/overoptimization.svg; minutes
+    python -m benchmarks.overoptimization [FOLDER] [--seeds 0 1 2]   results/overoptimization.json and a plot in docs/
 
-An answer is eight digits. The gold reward knows what each digit is worth and counts none of them more than twice; a
-reward model of the toolkit learns it from a few pairs, a quarter of which are labelled wrongly. The policy is the
-smallest there is, a table of probabilities for each place; GRPO's advantages optimise it for the reward model alone.
-Runs that FOLDER holds already are not repeated.
+An answer is eight digits. The gold reward knows what each digit is worth and counts none of them more than twice. The
+policy is the smallest there is, a table of probabilities for each place. At the start it says some digits often and
+others rarely, and a reward model of the toolkit learns from a few pairs of such answers, a quarter of which are
+labelled wrongly: of the rare digits it knows little. Then GRPO's advantages optimise the policy for the reward model
+alone. Runs that FOLDER holds already are not repeated.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import random
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import write
-from conversations.answers.combining import Combine
 from conversations.answers.reward_stats import RewardStats
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.rewards.model import RewardModelReward
@@ -30,16 +31,35 @@ from recipes.runs.preset_tokenizer import build_tokenizer
 from reward.config import RewardRecipe
 from reward.stage import train as train_reward
 
-SEEDS = (0, 1, 2)
 DIGITS, LENGTH, COUNTED = "0123456789", 8, 2
+STEEP = 2  # how much rarer the digits of each rank are at the start
 PAIRS, WRONG = 128, 0.25  # of each seed; share of wrong labels
-ANSWERS, STEPS, RATE = 64, 150, 0.05  # of GRPO
+MODEL_STEPS = 60
+ANSWERS, STEPS, RATE = 64, 400, 0.05  # of GRPO
 WINDOW = 9  # steps that curves are averaged over
-ARMS: dict[str, tuple[int, Combine]] = {"one head": (1, "mean"), "min of 4 heads": (4, "min")}
+FALLEN = 0.9  # gold has fallen if it ends below this share of its highest
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 1}
 SMALL |= {"topk_group": 1, "num_experts_per_tok": 2, "num_attention_heads": 8, "aux_loss_alpha": 0.0}
 UNREAD: dict[str, Any] = {"data": [{"path": "unread"}], "output_dir": "unread", "model": {"path": "unread"}}
 FILE = Path(__file__).parents[1] / "docs" / "overoptimization.svg"
+Steps = list[dict[str, float]]  # {proxy, gold, kl} of each
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the policy is optimised for: the least of the heads of one reward model, or of several models that learn
+    from the same pairs."""
+
+    heads: int = 1
+    models: int = 1
+    colour: str = "tab:red"
+
+
+ARMS = {
+    "one head": Arm(),
+    "min of 4 heads": Arm(heads=4, colour="tab:blue"),
+    "min of 4 models": Arm(models=4, colour="tab:green"),
+}
 
 
 class Gold(Reward):
@@ -58,8 +78,22 @@ class Gold(Reward):
         return [self.value(answer.text) for answer in answers]
 
 
-def drawn(rng: random.Random) -> str:
-    return "".join(rng.choices(DIGITS, k=LENGTH))
+class Least(Reward):
+    """The least of several rewards."""
+
+    def __init__(self, rewards: Sequence[Reward]):
+        super().__init__("proxy")
+        self.rewards = rewards
+
+    def judge(self, answers: Sequence[Answer]) -> Values:
+        return [min(map(float, values)) for values in zip(*(one.judge(answers) for one in self.rewards), strict=True)]
+
+
+def at_start(seed: int) -> list[float]:
+    """The probability of each digit in the policy's first answers: falling with the square of its rank."""
+    shares = [(1 + rank) ** -STEEP for rank in range(len(DIGITS))]
+    random.Random(f"start {seed}").shuffle(shares)
+    return [share / sum(shares) for share in shares]
 
 
 def said(role: str, text: str) -> list[dict[str, str]]:
@@ -67,72 +101,83 @@ def said(role: str, text: str) -> list[dict[str, str]]:
 
 
 def pairs_of(gold: Gold, seed: int) -> list[dict[str, Any]]:
-    rng = random.Random(f"pairs {seed}")
-    rows = []
+    rng, shares, rows = random.Random(f"pairs {seed}"), at_start(seed), []
     for _ in range(PAIRS):
-        answers = sorted((drawn(rng), drawn(rng)), key=gold.value, reverse=rng.random() >= WRONG)
+        drawn = ["".join(rng.choices(DIGITS, shares, k=LENGTH)) for _ in range(2)]
+        answers = sorted(drawn, key=gold.value, reverse=rng.random() >= WRONG)
         chosen, rejected = (said("assistant", answer) for answer in answers)
         rows.append({"prompt": said("user", "?"), "chosen": chosen, "rejected": rejected})
     return rows
 
 
-def reward_model(tokenizer: Any, gold: Gold, seed: int, arm: str, run_dir: Path) -> RewardModelReward:
-    heads, combine = ARMS[arm]
+def reward_model(tokenizer: Any, rows: list[dict[str, Any]], heads: int, seed: int, run_dir: Path) -> Reward:
+    """A reward model trained on these pairs from random weights; the seed decides on those, the bootstrap samples and
+    the order of the rows."""
     torch.manual_seed(seed)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = DeepseekV2Config(**{**PRESETS["tiny"], **SMALL, **ids, "num_labels": heads})
     training = {
-        "max_steps": 60, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_length": 32,
+        "max_steps": MODEL_STEPS, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_length": 32,
         "save_strategy": "no", "report_to": "none",
     }  # fmt: skip
-    model, rows = DeepseekV2ForSequenceClassification(config), pairs_of(gold, seed)
+    model = DeepseekV2ForSequenceClassification(config)
     recipe = RewardRecipe(**UNREAD, stage="reward", heads=heads, seed=seed, training=training)
     train_reward(recipe, model=model, tokenizer=tokenizer, rows=rows, eval_rows=None, run_dir=run_dir, resume_from=None)
     stats = RewardStats.read(run_dir / "final")
-    return RewardModelReward("proxy", model.eval(), tokenizer, stats=stats, combine=combine)
+    return RewardModelReward("proxy", model.eval(), tokenizer, stats=stats, combine="min")
 
 
-def optimised(tokenizer: Any, seed: int, arm: str, folder: Path) -> list[dict[str, float]]:
-    """A policy that is optimised for a reward model of this seed: {proxy, gold} of each step."""
-    run_dir, gold = folder / f"{arm.replace(' ', '_')}_{seed}", Gold(seed)
-    done = run_dir / "steps.json"
+def optimised(tokenizer: Any, seed: int, arm: str, folder: Path) -> Steps:
+    """The steps of a policy that is optimised for the reward models of this seed and arm."""
+    done = folder / f"{arm.replace(' ', '_')}_{seed}.json"
     if not done.exists():
-        proxy = reward_model(tokenizer, gold, seed, arm, run_dir)
-        done.write_text(json.dumps(climbed(proxy, gold, seed)))
+        gold = Gold(seed)
+        rows, heads = pairs_of(gold, seed), ARMS[arm].heads
+        proxies = [
+            reward_model(tokenizer, rows, heads, 1000 * number + seed, folder / f"{done.stem}_model_{number}")
+            for number in range(ARMS[arm].models)
+        ]
+        done.write_text(json.dumps(climbed(Least(proxies), gold, seed)))
     return json.loads(done.read_text())
 
 
-def climbed(proxy: RewardModelReward, gold: Gold, seed: int) -> list[dict[str, float]]:
+def climbed(proxy: Reward, gold: Gold, seed: int) -> Steps:
     torch.manual_seed(seed)
-    table = torch.zeros(LENGTH, len(DIGITS), requires_grad=True)  # logits
+    start = torch.distributions.Categorical(torch.tensor(at_start(seed)).expand(LENGTH, -1))
+    table = start.logits.clone().requires_grad_()
     optimizer, steps = torch.optim.Adam([table], lr=RATE), []
     for _ in range(STEPS):
         policy = torch.distributions.Categorical(logits=table)
-        drawn = policy.sample(torch.Size([ANSWERS]))
-        answers = [Answer(said("user", "?"), "".join(DIGITS[place] for place in row)) for row in drawn.tolist()]
+        sampled = policy.sample(torch.Size([ANSWERS]))
+        answers = [Answer(said("user", "?"), "".join(DIGITS[place] for place in row)) for row in sampled.tolist()]
         values = torch.tensor(proxy.judge(answers))
-        steps.append({"proxy": values.mean().item(), "gold": fmean(gold.value(answer.text) for answer in answers)})
+        golden = fmean(gold.value(answer.text) for answer in answers)
+        kl = torch.distributions.kl_divergence(policy, start).sum().item()
+        steps.append({"proxy": values.mean().item(), "gold": golden, "kl": kl})
         advantages = (values - values.mean()) / (values.std() + 1e-4)
         optimizer.zero_grad()
-        (-(advantages[:, None] * policy.log_prob(drawn)).mean()).backward()
+        (-(advantages[:, None] * policy.log_prob(sampled)).mean()).backward()
         optimizer.step()
     return steps
 
 
-def smoothed(steps: Sequence[dict[str, float]], key: str) -> list[float]:
+def smoothed(steps: Steps, key: str) -> list[float]:
     half = WINDOW // 2
     return [fmean(step[key] for step in steps[max(0, at - half) : at + half + 1]) for at in range(len(steps))]
 
 
-def figures(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Where gold is highest, how high, and what it and the proxy have become at the end."""
-    gold, proxy = smoothed(steps, "gold"), smoothed(steps, "proxy")
+def figures(steps: Steps) -> dict[str, Any]:
+    """Where gold is highest (step, and nats from the start), how high, and what it and the proxy are at the end."""
+    gold, proxy, kl = (smoothed(steps, key) for key in ("gold", "proxy", "kl"))
     peak = max(range(len(gold)), key=gold.__getitem__)
-    found = {"gold_peak": gold[peak], "gold_end": gold[-1], "proxy_at_peak": proxy[peak], "proxy_end": proxy[-1]}
-    return {"peak_step": peak + 1, **{name: round(value, 3) for name, value in found.items()}}
+    found = {"peak_kl": kl[peak], "end_kl": kl[-1], "gold_peak": gold[peak], "gold_end": gold[-1]}
+    found |= {"proxy_at_peak": proxy[peak], "proxy_end": proxy[-1]}
+    rounded = {name: round(value, 2) for name, value in found.items()}
+    return {"peak_step": peak + 1, **rounded, "falls": gold[-1] < FALLEN * gold[peak]}
 
 
-def draw(curves: dict[str, dict[int, list[dict[str, float]]]]) -> None:
+def draw(curves: dict[str, dict[int, Steps]]) -> None:
+    """Gold and proxy by step: the mean of an arm's seeds, and each seed faintly."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,12 +185,13 @@ def draw(curves: dict[str, dict[int, list[dict[str, float]]]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharex=True)
-    for (arm, of_seeds), colour in zip(curves.items(), ("tab:red", "tab:blue"), strict=True):
+    for arm, of_seeds in curves.items():
         for ax, key in zip(axes, ("proxy", "gold"), strict=True):
             each = [smoothed(steps, key) for steps in of_seeds.values()]
+            steps, colour = range(1, STEPS + 1), ARMS[arm].colour
             for one in each:
-                ax.plot(range(1, len(one) + 1), one, color=colour, alpha=0.3, linewidth=0.8)
-            ax.plot(range(1, len(each[0]) + 1), [fmean(at) for at in zip(*each, strict=True)], color=colour, label=arm)
+                ax.plot(steps, one, color=colour, alpha=0.25, linewidth=0.7)
+            ax.plot(steps, [fmean(at) for at in zip(*each, strict=True)], color=colour, label=arm)
     for ax, title in zip(axes, ("reward model (normalised)", "gold reward"), strict=True):
         ax.set(title=title, xlabel="GRPO step")
         ax.grid(alpha=0.3)
@@ -157,19 +203,19 @@ def draw(curves: dict[str, dict[int, list[dict[str, float]]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--only", help="ARM:SEED; the figures are written when all runs are there")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = build_tokenizer("tiny")
-        chosen = [(arm, seed) for seed in SEEDS for arm in ARMS if args.only in (None, f"{arm}:{seed}")]
-        found = {(arm, seed): optimised(tokenizer, seed, arm, folder) for arm, seed in chosen}
-        for (arm, seed), steps in found.items():
-            print(arm, seed, figures(steps), [round(v, 2) for v in smoothed(steps, "gold")[::10]], flush=True)
-    if args.only is None:
-        curves = {arm: {seed: found[arm, seed] for seed in SEEDS} for arm in ARMS}
-        draw(curves)
-        write("overoptimization", {arm: {seed: figures(s) for seed, s in of.items()} for arm, of in curves.items()})
+        curves: dict[str, dict[int, Steps]] = {arm: {} for arm in ARMS}
+        for seed in args.seeds:
+            for arm in ARMS:
+                curves[arm][seed] = optimised(tokenizer, seed, arm, folder)
+                print(arm, seed, figures(curves[arm][seed]), flush=True)
+    draw(curves)
+    write("overoptimization", {arm: {seed: figures(s) for seed, s in of.items()} for arm, of in curves.items()})
 
 
 if __name__ == "__main__":
