@@ -204,6 +204,7 @@ class ModelUse:
         remedy: what to do if it is missing.
         stand_in: if it is missing, use the stage's own model with a random head instead.
         stats: whether the statistics of its scores are used.
+        device: where it runs; None is the device of the stage.
     """
 
     kind: str
@@ -213,6 +214,7 @@ class ModelUse:
     remedy: str
     stand_in: bool = False
     stats: bool = False
+    device: str | None = None
 
 
 class StageRecipe(Section):

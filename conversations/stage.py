@@ -98,12 +98,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A frozen model that a stage uses besides its own. stats: of its scores, if the recipe needs them."""
+    """A frozen model that a stage uses besides its own. stats: of its scores, if the recipe needs them. device: where
+    it runs; None is the device of the stage."""
 
     name: str
     model: Any
     tokenizer: Any
     stats: RewardStats | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ address, so the cache is allocated at its final length and the mask tells how mu
 B slots, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from .cache import LatentCache, SlotCache, SlotRows, whole_blocks
 from .layers.attention_plan import absorption_pays
+from .routing_replay import record_routing
 
 logger = logging.get_logger(__name__)
 WORTH_CAPTURING = 24  # steps; a capture costs about as much as three eager steps
@@ -33,12 +35,23 @@ class SlotDecoder:
         columns: the length in tokens that a row may reach.
         fixed: allocate the cache at that length; otherwise it is as long as its longest row.
         capture: capture fixed steps as a CUDA graph. If that fails, logs a warning and decodes eagerly.
+        record: keep the experts of what was read last in `routes`: of each MoE layer [B, 1, K] of a step, or [R, T, K].
     """
 
     def __init__(
-        self, model: nn.Module, like: Cache, slots: int, columns: int, *, fixed: bool = False, capture: bool = True
+        self,
+        model: nn.Module,
+        like: Cache,
+        slots: int,
+        columns: int,
+        *,
+        fixed: bool = False,
+        capture: bool = True,
+        record: bool = False,
     ):
-        self.model = model
+        self.model, self.record = model, record
+        self.routes: list[torch.Tensor] = []
+        self.captured_routes: list[torch.Tensor] = []  # which the captured step overwrites
         self.lengths = [0] * slots  # tokens of each row in the cache, 0 for an empty slot
         self.paused: set[int] = set()  # slots whose row stays as it is in the meantime
         self.fixed, self.capture = fixed, capture
@@ -83,11 +96,12 @@ class SlotDecoder:
         self._fit()
         columns = (start[:, None] + real.cumsum(-1) - 1).clamp(min=0)
         logits = torch.empty(0)
-        for first, last in chunks(self.model.config, ids.shape[1]):
-            part = slice(first, last)
-            cache = SlotRows(self.cache, rows, columns[:, part], real[:, part].bool())
-            mask = torch.arange(self.cache.columns, device=self.device) <= columns[:, part, None]
-            logits = logits_of(self.model, ids[:, part], mask[:, None], columns[:, part], cache)
+        with self._recording():
+            for first, last in chunks(self.model.config, ids.shape[1]):
+                part = slice(first, last)
+                cache = SlotRows(self.cache, rows, columns[:, part], real[:, part].bool())
+                mask = torch.arange(self.cache.columns, device=self.device) <= columns[:, part, None]
+                logits = logits_of(self.model, ids[:, part], mask[:, None], columns[:, part], cache)
         self.cache.place[rows] = torch.tensor([self.lengths[slot] for slot in slots], device=self.device)
         return logits
 
@@ -106,6 +120,7 @@ class SlotDecoder:
         if self.graph is None:
             return self._step()
         self.graph.replay()
+        self.routes = self.captured_routes
         return self.logits
 
     def _fit(self) -> None:
@@ -116,9 +131,17 @@ class SlotDecoder:
 
     def _step(self) -> torch.Tensor:
         cache = self.cache
-        logits = logits_of(self.model, self.tokens, cache.mask(), cache.place[:, None], cache)
+        with self._recording():
+            logits = logits_of(self.model, self.tokens, cache.mask(), cache.place[:, None], cache)
         cache.place += 1
         return logits
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Around forwards over one part of the new tokens after the other."""
+        with record_routing(self.model) if self.record else nullcontext([]) as forwards:
+            yield
+        self.routes = [torch.cat(layer, dim=1) for layer in zip(*forwards, strict=True)]
 
     def _prepare(self) -> None:
         self.tokens = torch.zeros(len(self.lengths), 1, dtype=torch.long, device=self.device)
@@ -140,6 +163,7 @@ class SlotDecoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._step()
+        self.captured_routes = self.routes
         self.cache.place.copy_(place)
         return graph
 
@@ -161,7 +185,7 @@ def chunks(config: Any, tokens: int) -> list[tuple[int, int]]:
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Whether the whole model is on one GPU and its routing is neither recorded nor replayed."""
+    """Whether the whole model is on one GPU and its routing is neither recorded from outside nor replayed."""
     placements = {(parameter.device, type(parameter)) for parameter in model.parameters()}
     watched = any(getattr(m, "recordings", ()) or getattr(m, "replayed_routes", None) for m in model.modules())
     return not watched and len(placements) == 1 and next(iter(placements))[0].type == "cuda"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .answer_records import Recorder
+from .answer_records import Recorder, unpadded
 from .batching import by_length, evaluation_mode, finite, pad_batch
 from .cache import LatentCache, whole_blocks
 from .decode_steps import WORTH_CAPTURING, SlotDecoder, can_capture, logits_of
@@ -113,8 +113,8 @@ def generate_answers(
     longest = max(map(len, prompts)) + max_new_tokens
     slots = min(batch_size, len(prompts), slots_within(model, longest, max_cache_bytes))
     asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust, after_turn)
-    with evaluation_mode(model), Recorder(model, len(prompts)) as recorder:
-        return Sampler(model, asked, slots, recorder).run()
+    with evaluation_mode(model):
+        return Sampler(model, asked, slots, Recorder(len(prompts))).run()
 
 
 def slots_within(model: Any, tokens: int, max_cache_bytes: int | None) -> int:
@@ -148,12 +148,13 @@ class Asked:
 
 @dataclass
 class Prefilled:
-    """Different prompts after prefill. rows: each one's row in the left-padded cache and in the logits [prompts, V] of
-    its answer's first token."""
+    """Different prompts after prefill. rows: each one's row in the left-padded cache, in the logits [prompts, V] of
+    its answer's first token, and in the experts of its tokens, if they are recorded."""
 
     rows: dict[tuple[int, ...], int]
     cache: LatentCache
     logits: torch.Tensor
+    routes: list[torch.Tensor]
 
 
 class Sampler:
@@ -185,7 +186,7 @@ class Sampler:
             self.shrink()
             logits = self.decoder(self.tokens)
             finite(self.model, "logits", logits)
-            self.recorder.read(self.holds, self.live)
+            self.recorder.read(self.holds, self.live, self.decoder.routes)
             if all(self.live) or self.asked.adjust is None:
                 self.choose(range(len(self.live)), logits)
             else:
@@ -274,7 +275,7 @@ class Sampler:
         if going:
             logits = self.decoder.read(going, *pad_batch(new, self.asked.pad_token_id, left=True))
             finite(self.model, "logits", logits)
-            self.recorder.read_turns([self.holds[place] for place in going], new)
+            self.recorder.read_turns([self.holds[place] for place in going], new, self.decoder.routes)
             self.choose(going, logits)
 
     def due(self) -> list[int]:
@@ -302,10 +303,10 @@ class Sampler:
     def prefill(self, rows: dict[tuple[int, ...], int]) -> Prefilled:
         ids, mask = (t.to(self.device) for t in pad_batch(list(rows), self.asked.pad_token_id, left=True))
         cache = LatentCache(self.model.config)  # pyright: ignore[reportArgumentType]
-        logits = logits_of(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        with self.recorder.prefill(self.model) as routes:
+            logits = logits_of(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         finite(self.model, "logits", logits)
-        self.recorder.read_prompts()
-        return Prefilled(rows, cache, logits)
+        return Prefilled(rows, cache, logits, unpadded(routes, [len(prompt) for prompt in rows]))
 
     def enter(self, places: list[int], entering: list[int], prefilled: Prefilled) -> None:
         """Start answers in slots and choose their first tokens."""
@@ -313,8 +314,10 @@ class Sampler:
         rows, lengths = [prefilled.rows[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
         if self.decoder is None:
             capture = asked.max_new_tokens > WORTH_CAPTURING and can_capture(self.model)
-            self.decoder = SlotDecoder(self.model, prefilled.cache, len(self.live), self.room - 1, fixed=capture)
+            settings = {"fixed": capture, "record": self.recorder.records}
+            self.decoder = SlotDecoder(self.model, prefilled.cache, len(self.live), self.room - 1, **settings)
         self.decoder.fill(places, prefilled.cache, rows, lengths)
+        self.recorder.entered(entering, [prefilled.routes[row] for row in rows] if prefilled.routes else [])
         for place, answer, prompt in zip(places, entering, prompts, strict=True):
             self.holds[place], self.live[place] = answer, True
             if self.ids is not None:
@@ -332,5 +335,6 @@ class Sampler:
         if len(prefilled.rows) > 1:
             row = torch.tensor([prefilled.rows[last]], device=self.device)
             prefilled.cache.batch_select_indices(row)
-            prefilled = Prefilled({last: 0}, prefilled.cache, prefilled.logits[row])
+            routes = [prefilled.routes[int(row)]] if prefilled.routes else []
+            prefilled = Prefilled({last: 0}, prefilled.cache, prefilled.logits[row], routes)
         return prefilled

@@ -40,7 +40,8 @@ def record_routing(model: nn.Module) -> Iterator[Routes]:
 
 @contextmanager
 def replay_routing(model: nn.Module, routes: Routes) -> Iterator[None]:
-    """Context manager in which the n-th forward uses the experts of the n-th entry of `routes`.
+    """Context manager in which the n-th forward uses the experts of the n-th entry of `routes`. For a token whose
+    experts are -1 the router chooses.
 
     Raises:
         ValueError: a replay is open on this model already; a forward differs from the recording in shape or number of

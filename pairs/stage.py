@@ -74,8 +74,10 @@ def make_pairs(
         The contents of results.json (see `preference_data`).
     """
     state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
-    for module in (model, *(reward.model for reward in rewards if isinstance(reward, RewardModelReward))):
-        module.to(state.device)
+    model.to(state.device)
+    for reward in rewards:
+        if isinstance(reward, RewardModelReward):
+            reward.move(state.device)
     if state.is_main_process:
         print_obeyed("pairs", model)
     rows = list(rows)[: recipe.limit]

@@ -14,7 +14,7 @@ from conversations.generation.decoding import FIELDS
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.row import Row
 from deepseek_v2_modeling.inference import AfterTurn
-from rl.groups import SampledAnswers
+from rl.groups import NUMBER, SampledAnswers
 
 # training.generation_kwargs that our own loop applies.
 APPLIED = FIELDS | {"do_sample", "temperature", "eos_token_id", "max_new_tokens"}
@@ -80,7 +80,7 @@ class ActingPolicy(GRPOTrainer if TYPE_CHECKING else object):
         return SampledAnswers(prompt_ids, ids, [[{"role": "assistant", "content": text}] for text in texts], logps)
 
     def _acted(self, players: Players, rows: Sequence[Row], n: int) -> SampledAnswers:
-        episodes = players.begin(rows)
+        episodes = players.begin([{key: value for key, value in row.items() if key != NUMBER} for row in rows])
         prompt_ids = self._tokenize_prompts(episodes.prompts)[0]
         self._check_room(max(map(len, prompt_ids)))
         self.after_turn = episodes.after_turn

@@ -21,6 +21,15 @@ class DynamicSampling(Section):
     max_rounds: int = Field(ge=1, le=100, description="How often at most such prompts of a rollout are replaced.")
 
 
+class Curriculum(Section):
+    """Which prompts are drawn more often."""
+
+    by: Literal["pass_rate"] = Field(description="pass_rate: the share of right answers to the prompt so far.")
+    target: float = Field(
+        default=0.5, gt=0, lt=1, description="The pass rate of the prompts that are drawn most often."
+    )
+
+
 class RolloutCorrection(Section):
     """Importance weights against the difference between the rollout's probabilities and the policy's."""
 
@@ -47,13 +56,11 @@ class RolloutSection(Section):
     )
 
 
+Replay = Literal["off", "update", "rollout"]
+# Keys of recipes that sample answers.
 _FOR_SAMPLES = (
-    "rewards",
-    "dynamic_sampling",
-    "rollout",
-    "rollout_correction",
-    "environment",
-)  # keys of recipes that sample answers
+    *("rewards", "dynamic_sampling", "rollout", "rollout_correction", "environment", "routing_replay", "curriculum"),
+)
 _FOR_PREFERENCES = ("format",)
 
 
@@ -67,12 +74,21 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         default=None,
         description="Draw other prompts for groups whose answers all have one reward; null trains on the rest alone.",
     )
+    curriculum: Curriculum | None = Field(
+        default=None,
+        description="Draw prompts by how often they are answered right; null takes each once an epoch.",
+    )
     rollout_correction: RolloutCorrection | None = Field(
         default=None,
         description="Weigh what was sampled by how likely it is under the policy that is updated; null does not.",
     )
     environment: EnvironmentSection | None = Field(
         default=None, description="Tools that the model calls while it answers, in several turns; null for none."
+    )
+    routing_replay: Replay = Field(
+        default="off",
+        description="update: every update uses the experts by which the old log-probabilities were computed; rollout: "
+        "both use those by which the tokens were sampled; off: each forward chooses.",
     )
     method: Literal["grpo", "dpo", "ipo", "kto", "simpo", "orpo"] = Field(
         default="grpo",
@@ -122,6 +138,17 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         if self.training.get("cast_lm_head_to_fp32") and self.lora and "lm_head" in self.lora.targets:
             raise ValueError(
                 "training.cast_lm_head_to_fp32 cannot be combined with lm_head in lora.targets; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_has_verdicts(self) -> "RlRecipe":
+        from conversations.answers.rules import needs_reference
+
+        if self.curriculum and not any(entry.rule and needs_reference(entry.rule) for entry in self.rewards):
+            raise ValueError(
+                "curriculum counts right answers, which only a rule with a reference tells (number, math, code, ...): "
+                "give such a rule in rewards, or leave curriculum out"
             )
         return self
 
@@ -219,7 +246,7 @@ def _on_preferences(name: str) -> Stage:
         encode="rl.preference_data:encoder",
         check_rows=None,
         marks_tokens=True,
-        writes=(METRICS,),
+        writes=(METRICS, SAMPLES),
         smoke=(Shrink("training", {**SMOKE_TRAINING, "per_device_train_batch_size": 2, "max_length": 256}),),
     )
 

@@ -3,7 +3,7 @@
 N answers of all processes, G answers to a prompt, B answers of this process.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,13 @@ import torch
 
 from conversations.answers.prompts import prompt_text
 from conversations.environments.episodes import Episode
+from conversations.generation.generating import seed_of
 from conversations.rewards.base import Reward
+from conversations.rewards.rule import RuleReward
 from conversations.row import Row
+
+NUMBER = "number"  # of a row in the data, as a column of the data set
+RIGHT = 1.0  # the score of a right answer by a rule that has a reference
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,9 @@ class SampledAnswers:
 class JudgedAnswer:
     """An answer sampled for a row's prompt.
 
-    finished: whether the model ended it itself. values, reasons: by reward; NaN where one gave no score. logps, routes:
-    of its tokens, log-probabilities and experts (see `AnswerRecord`) by the model that sampled them, as far as known.
-    episode: in an environment.
+    finished: whether the model ended it itself. values, reasons: by reward; NaN where one gave no score. logps, routes,
+    prompt_routes: by the model that sampled it, as far as known, the log-probabilities and experts of its tokens and
+    the experts of its prompt's (see `AnswerRecord`). episode: in an environment.
     """
 
     row: Row
@@ -46,6 +51,7 @@ class JudgedAnswer:
     logps: list[float] | None = None
     routes: list[torch.Tensor] | None = None
     episode: Episode | None = None
+    prompt_routes: torch.Tensor | None = None
 
 
 def judge_answers(
@@ -70,6 +76,16 @@ def judge_answers(
         JudgedAnswer(row, prompt, ids, done, list(scores), list(why), episode=episode)
         for row, (prompt, ids, done), (scores, why), episode in zip(rows, tokens, by_answer, episodes, strict=True)
     ]
+
+
+def verifiers_of(rewards: Sequence[Reward]) -> list[int]:
+    """The places of the rewards that say whether an answer is right: rules with a reference."""
+    return [place for place, reward in enumerate(rewards) if isinstance(reward, RuleReward) and reward.needs_reference]
+
+
+def is_right(answer: JudgedAnswer, verifiers: Sequence[int]) -> bool:
+    """Whether all verifiers say that it is right; where one says nothing, it is not."""
+    return all(answer.values[place] >= RIGHT for place in verifiers)
 
 
 def equal_groups(values: torch.Tensor, weights: torch.Tensor, size: int) -> torch.Tensor:
@@ -97,17 +113,26 @@ def left_out(equal: torch.Tensor, lengths: torch.Tensor, micro_batch: int) -> to
     return out
 
 
-def padded_routes(answers: Sequence[JudgedAnswer], length: int) -> torch.Tensor | None:
-    """[B, length, L, K] int16 of L MoE layers and K experts a token, -1 where there is none; None if none is known."""
+def padded_routes(answers: Sequence[JudgedAnswer], length: int, prompt_length: int = 0) -> torch.Tensor | None:
+    """[B, prompt_length + length, L, K] int16 of L MoE layers and K experts a token, -1 where there is none; None if
+    none is known. Answers are padded on the right, and prompts, if they have a length, on the left."""
     known = [torch.stack(answer.routes) if answer.routes else None for answer in answers]
-    shape = next((routes.shape[1:] for routes in known if routes is not None), None)
+    prompts = [answer.prompt_routes if prompt_length else None for answer in answers]
+    shape = next((routes.shape[1:] for routes in (*known, *prompts) if routes is not None), None)
     if shape is None:
         return None
-    padded = torch.full((len(known), length, *shape), -1, dtype=torch.int16)
-    for row, routes in zip(padded, known, strict=True):
+    padded = torch.full((len(known), prompt_length + length, *shape), -1, dtype=torch.int16)
+    for row, routes, of_prompt in zip(padded, known, prompts, strict=True):
         if routes is not None:
-            row[: len(routes)] = routes
+            row[prompt_length : prompt_length + len(routes)] = routes
+        if of_prompt is not None:
+            row[prompt_length - len(of_prompt) : prompt_length] = of_prompt
     return padded
+
+
+def generator_of(*parts: int) -> torch.Generator:
+    """Random numbers that depend on all of these numbers. torch's generators use 32 bits of a seed."""
+    return torch.Generator().manual_seed(seed_of(*parts) % 2**32)
 
 
 class OtherPrompts:
@@ -133,9 +158,19 @@ class OtherPrompts:
             found[group] = row
         return found
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"drawn": self.drawn}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.drawn = saved["drawn"]
+
     def _others(self, taken: set[str]) -> Iterator[Row]:
-        for _ in range(len(self.rows)):
-            row = self.rows[self._next()]
+        return self._not_taken((self._next() for _ in range(len(self.rows))), taken)
+
+    def _not_taken(self, numbers: Iterable[int], taken: set[str]) -> Iterator[Row]:
+        for number in numbers:
+            row = self.rows[number]
             if (text := prompt_text(row["prompt"])) not in taken:
                 taken.add(text)
                 yield row
@@ -143,9 +178,7 @@ class OtherPrompts:
     def _next(self) -> int:
         turn, place = divmod(self.drawn, len(self.rows))
         if turn != self._turn:
-            order = torch.randperm(
-                len(self.rows), generator=torch.Generator().manual_seed(self.seed + (turn + 1) * 2**32)
-            )
+            order = torch.randperm(len(self.rows), generator=generator_of(self.seed, turn))
             self._turn, self._order = turn, order.tolist()
         self.drawn += 1
         return self._order[place]

@@ -10,13 +10,10 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import speed_metrics
 
 from conversations.rewards.base import Reward
-from conversations.rewards.rule import RuleReward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import evaluation_mode
 from rl.acting import ActingPolicy
-from rl.groups import JudgedAnswer, judge_answers
-
-RIGHT = 1.0  # the score of a right answer by a rule that has a reference
+from rl.groups import JudgedAnswer, is_right, judge_answers, verifiers_of
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -30,11 +27,6 @@ def sizes_of_k(n: int) -> list[int]:
     return sorted({n, *(2**power for power in range(n.bit_length()))} & set(range(1, n + 1)))
 
 
-def verifiers_of(rewards: Sequence[Reward]) -> list[int]:
-    """The places of the rewards that say whether an answer is right: rules with a reference."""
-    return [place for place, reward in enumerate(rewards) if isinstance(reward, RuleReward) and reward.needs_reference]
-
-
 def held_out_metrics(
     groups: Sequence[Sequence[JudgedAnswer]], names: Sequence[str], weights: Sequence[float], verifiers: Sequence[int]
 ) -> dict[str, float]:
@@ -46,7 +38,7 @@ def held_out_metrics(
     metrics |= {f"rewards/{name}/mean": _mean([a.values[place] for a in answers]) for place, name in enumerate(names)}
     if verifiers:
         n = len(groups[0])
-        right = [sum(all(a.values[place] >= RIGHT for place in verifiers) for a in group) for group in groups]
+        right = [sum(is_right(a, verifiers) for a in group) for group in groups]
         metrics[f"avg@{n}"] = sum(right) / len(answers)
         metrics |= {f"pass@{k}": _mean([pass_at_k(n, count, k) for count in right]) for k in sizes_of_k(n)}
     metrics["completions/mean_length"] = _mean([float(len(answer.ids)) for answer in answers])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,23 +15,27 @@ from conversations.row import Row
 from deepseek_v2_modeling.inference import record_answers
 from rl.acting import ActingPolicy
 from rl.config import RolloutCorrection
+from rl.curriculum import CurriculumPrompts
 from rl.groups import (
+    NUMBER,
     JudgedAnswer,
     OtherPrompts,
     SampledAnswers,
     equal_groups,
+    is_right,
     judge_answers,
     left_out,
-    padded_routes,
+    verifiers_of,
 )
 from rl.phases import PhaseClock
+from rl.replay import ReplayedRoutes
 
 SUMMED = "sum_then_normalize"  # TRL's default for several rewards
 # How these make one loss of the answers of an update depends on how many tokens are trained on in each micro-batch.
 COUNTS_WHAT_IS_LEFT = ("bnpo",)
 
 
-class JudgedRollouts(ActingPolicy):
+class JudgedRollouts(ReplayedRoutes, ActingPolicy):
     """The part of `PolicyTrainer` that samples and judges answers; `GRPOTrainer` is then given them as from a rollout
     function.
 
@@ -77,13 +82,11 @@ class JudgedRollouts(ActingPolicy):
                 self.unread = left_out(equal, lengths, self.args.per_device_train_batch_size)
             try:
                 output = super()._generate_and_score_completions([answer.row for answer in self.answers])
-                routes = padded_routes(self.answers, output["completion_ids"].shape[1])
+                output |= self.kept_routes(output)
             finally:
                 self.answers, unread, self.unread = (), self.unread, None
         if self.multi_objective_aggregation == SUMMED:
             output["advantages"] = output["advantages"].masked_fill(equal, 0)  # TRL's are rounding errors
-        if routes is not None:
-            output["rollout_routes"] = routes.to(output["completion_ids"].device)
         if unread is not None:
             for mask in ("prompt_mask", "completion_mask"):
                 output[mask] = output[mask].masked_fill(unread.unsqueeze(1), 0)
@@ -120,7 +123,9 @@ class JudgedRollouts(ActingPolicy):
     def _sampled(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
         """An answer for each row; groups with one reward for all are sampled again for other prompts, in at most
         `max_rounds` rounds."""
+        rows = self._drawn(rows)
         answers = self._answer(rows)
+        self._learn(answers)
         if not self.max_rounds:
             return answers
         taken: set[str] | None = None
@@ -133,7 +138,9 @@ class JudgedRollouts(ActingPolicy):
                 break
             of_group = [(place, (first + place) // self.num_generations) for place in range(len(rows))]
             new = {place: others[group] for place, group in of_group if group in others}
-            for place, answer in zip(new, self._answer(list(new.values())), strict=True):
+            redrawn = self._answer(list(new.values()))
+            self._learn(redrawn)
+            for place, answer in zip(new, redrawn, strict=True):
                 answers[place] = answer
             rounds, replaced = rounds + 1, replaced + len(others)
         left = float(self._equal(answers).sum())
@@ -141,11 +148,30 @@ class JudgedRollouts(ActingPolicy):
             self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
         return answers
 
+    def _drawn(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows to answer instead of those that the data loader gave, if there is a curriculum."""
+        if not isinstance(self.other_prompts, CurriculumPrompts):
+            return rows
+        groups = self.other_prompts.draw(len(rows) * self.accelerator.num_processes // self.num_generations)
+        own = self._own(len(rows))
+        return [groups[place // self.num_generations] for place in range(own.start, own.stop)]
+
+    def _learn(self, answers: Sequence[JudgedAnswer]) -> None:
+        """Tell the curriculum, if there is one, what became of answers; on all processes that of all."""
+        if not isinstance(self.other_prompts, CurriculumPrompts):
+            return
+        verifiers = verifiers_of(self.rewards)
+        verdicts = gather_object([(answer.row[NUMBER], is_right(answer, verifiers)) for answer in answers])
+        self.other_prompts.learn(verdicts)
+        figures = {**self.other_prompts.figures(), "pass_rate": fmean(right for _, right in verdicts)}
+        for name, value in figures.items():
+            self._metrics["train"][f"curriculum/{name}"].append(value)
+
     def _answer(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
         """Sample an answer to each row's prompt and judge it."""
         if not rows:
             return []
-        with record_answers() as record:
+        with record_answers(prompts=self.routing_replay == "rollout") as record:
             sampled = self.sampled_answers(rows, self.num_generations)
         answers = self._judge(rows, sampled)
         logps = sampled.logps or record.logps
@@ -154,9 +180,12 @@ class JudgedRollouts(ActingPolicy):
                 "rollout_correction needs the log-probabilities of the tokens that were sampled, which transformers' "
                 "generate does not give: leave it out, or the fields of training that this sampling is for"
             )
-        routes = record.routes or [None] * len(answers)
-        known = zip(answers, logps or [None] * len(answers), routes, strict=True)
-        return [replace(answer, logps=of_tokens, routes=experts) for answer, of_tokens, experts in known]
+        unknown = [None] * len(answers)
+        columns = (logps or unknown, record.routes or unknown, record.prompt_routes or unknown)
+        return [
+            replace(answer, logps=of_tokens, routes=experts, prompt_routes=of_prompt)
+            for answer, of_tokens, experts, of_prompt in zip(answers, *columns, strict=True)
+        ]
 
     def _judge(self, rows: Sequence[Row], sampled: SampledAnswers) -> list[JudgedAnswer]:
         with self.clock.phase("rewards"):

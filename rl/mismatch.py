@@ -4,7 +4,6 @@ Both have the same weights, and still differ: by the dtype, by kernels, by token
 the answers come from another engine. B answers, A tokens, L MoE layers, K experts a token.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.errors import ToolkitError
-from deepseek_v2_modeling import record_routing
 from rl.config import RolloutCorrection
+from rl.replay import joined
 
 FAR = 2.0  # times as likely, or half
 
@@ -78,13 +77,8 @@ class CorrectedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         finally:
             self.updating = None
 
-    def watching_routes(self) -> Any:
-        """Around a forward of the policy: records its experts where the rollout's are known."""
-        known = self.updating is not None and "rollout_routes" in self.updating
-        return record_routing(self.model) if known else nullcontext()
-
-    def compare(self, logps: torch.Tensor, routes: Any, numbers: torch.Tensor) -> None:
-        """logps [B, A] of the update's forward; routes: as recorded there, of tokens packed in a row; numbers [B, A]:
+    def compare(self, logps: torch.Tensor, routes: Any, index: torch.Tensor) -> None:
+        """logps [B, A] of the update's forward; routes: as recorded there, of tokens packed in a row; index [B, A]:
         which of them each token of the answers is."""
         batch = self.updating
         if batch is None or "sampling_per_token_logps" not in batch:
@@ -93,10 +87,9 @@ class CorrectedRollouts(GRPOTrainer if TYPE_CHECKING else object):
         log_ratio = log_ratios(logps.detach() if old is None else old, batch["sampling_per_token_logps"], mask)
         agreed = log_ratio.new_zeros(2, dtype=torch.float64)
         if routes:
-            sampled = batch["rollout_routes"]
+            sampled = batch["rollout_routes"][:, -mask.shape[1] :]
             known = (sampled[:, :, 0, 0] >= 0) & mask.bool()
-            chosen = torch.stack([experts[0] for experts in routes[0]], dim=1)  # [tokens, L, K]
-            agreed = agreement_sums(chosen[numbers[known]], sampled[known])
+            agreed = agreement_sums(joined(routes[0])[index[known]], sampled[known])
         self._log_mismatch(torch.cat([mismatch_sums(log_ratio, mask), agreed]))
         if self.rollout_correction:
             weights = correction(log_ratio, self.rollout_correction.mode, self.rollout_correction.cap)

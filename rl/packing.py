@@ -4,6 +4,7 @@ B rows, P columns of prompt (padded on the left), A columns of answer (padded on
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,15 +17,25 @@ WORTH_SHARING = 0.05  # of the tokens: so many must be saved
 @dataclass(frozen=True)
 class PackedRows:
     """inputs: of the model, [1, N] each but for prefix_documents. places: [B, 2, T] bool, the tokens of the padded
-    batch that were packed, in order: of each row its prompt, if it is read for a whole group, then what is its own."""
+    batch that were packed, in order: of each row its prompt, if it is read for a whole group, then what is its own.
+    index: [B, T], which of the packed tokens each token is, for all of a group the prompt that is read once; -1 at
+    padding and in rows that are not read."""
 
     inputs: dict[str, torch.Tensor]
     places: torch.Tensor
+    index: torch.Tensor
 
-    @property
-    def numbers(self) -> torch.Tensor:
-        """[B, T]: which of the packed tokens each of a row's own is; of no meaning for others."""
-        return (self.places.flatten().cumsum(0) - 1).view_as(self.places)[:, 1]
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [B, T, ...] of all tokens -> [N, ...] of the packed ones; of a prompt that is read once, those of the
+        group's first row."""
+        return values.unsqueeze(1).expand(-1, 2, *values.shape[1:])[self.places]
+
+    def spread(self, values: torch.Tensor, nothing: Any) -> torch.Tensor:
+        """Values [N, ...] of packed tokens -> [B, T, ...] of all, a prompt that is read once for each of its group;
+        `nothing` at padding."""
+        spread = values[self.index.clamp(min=0)]
+        spread[self.index < 0] = nothing
+        return spread
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values [1, N - 1] of all packed tokens except the first -> [B, T]; 0 at padding, at the first token of a
@@ -64,7 +75,16 @@ def pack_rows(input_ids: torch.Tensor, mask: torch.Tensor, answer_length: int, s
         continued = torch.stack((torch.full_like(leader, -1), torch.where(shared, leader, -1)), dim=1)
         inputs["seq_idx"] = document.unsqueeze(-1).expand(places.shape)[places][None]
         inputs["prefix_documents"] = continued[filled]
-    return PackedRows(inputs, places)
+    return PackedRows(inputs, places, _index(places, leads, shared, real))
+
+
+def _index(places: torch.Tensor, leads: torch.Tensor, shared: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The index of `PackedRows`. leads, shared: [B] bool, the first row of each group with one prompt, and all."""
+    number = (places.flatten().cumsum(0) - 1).view_as(places)
+    rows = torch.arange(len(real), device=real.device)
+    leader = torch.where(leads, rows, -1).cummax(0).values.clamp(min=0)
+    in_prefix = places[leader, 0] & shared.unsqueeze(1)
+    return torch.where(in_prefix, number[leader, 0], number[:, 1]).masked_fill(~real, -1)
 
 
 def _groups(input_ids: torch.Tensor, real: torch.Tensor, answer_length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from conversations.answers.prompts import prompt_text
+from conversations.generation.probes import SAMPLE_TOKENS, SAMPLES, Probe
 from conversations.rendering.encoded import EncodedRows
 from conversations.row import MARGIN, Row
 from conversations.row_cache import RowCache
@@ -51,11 +53,13 @@ def train(
     resume_from: Path | None,
     cache: RowCache | None = None,
 ) -> dict[str, Any]:
-    """Train `model` on preferences by the recipe's method; writes metrics.jsonl, checkpoints and final/ to `run_dir`.
+    """Train `model` on preferences by the recipe's method; writes metrics.jsonl, samples.jsonl, checkpoints and final/
+    to `run_dir`.
 
     Args:
         rows: pairs; for kto labelled answers too.
-        eval_rows: held-out rows of the same kinds.
+        eval_rows: held-out rows of the same kinds. Their prompts, without them those of rows, are answered before and
+            after training.
         resume_from: a checkpoint of the same run to resume from.
         cache: of encoded rows and of the reference's log-probabilities.
 
@@ -66,9 +70,10 @@ def train(
         ToolkitError: rows that cannot be trained on.
         StopRequested: a signal ended training early, with a checkpoint.
     """
-    rows = rows if isinstance(rows, Sequence) else list(rows)
+    rows, eval_rows = (x if isinstance(x, Sequence) else list(x) for x in (rows, eval_rows or ()))
     given: dict[str, Any] = {"rows": rows, "eval_rows": eval_rows, "run_dir": run_dir, "cache": cache}
-    trainer, (_, report, entry) = build_trainer(recipe, model=model, tokenizer=tokenizer, **given)
+    probes = probes_of(eval_rows or rows)
+    trainer, (_, report, entry) = build_trainer(recipe, model=model, tokenizer=tokenizer, probes=probes, **given)
     if trainer.is_world_process_zero():
         limit = trainer.args.max_length
         print(f"rl: {recipe.method}: {report.summary(limit)}", file=sys.stderr)
@@ -78,6 +83,7 @@ def train(
         if resume_from is None:
             append_lines(run_dir / REJECTED, report.rejected)
     output = trainer.train(resume_from)
+    trainer.write_samples("after")
     trainer.finish(recipe.model.dtype)
     counted = {"steps": output.global_step, "seconds": trainer.seconds, "tokens": trainer.tokens}
     return {**counted, **report.as_metrics(), **last_logged(trainer.state.log_history)}
@@ -92,6 +98,7 @@ def build_trainer(
     eval_rows: Iterable[Row] | None,
     run_dir: Path,
     cache: RowCache | None = None,
+    probes: Sequence[Probe] = (),
 ) -> tuple[PreferenceMixin, EncodedRows]:
     """The trainer of `train`, and the rows that it trains on."""
     datasets.disable_progress_bars()
@@ -116,8 +123,21 @@ def build_trainer(
         data_collator=collator,
         limits=run_limits(recipe),
         cache=cache,
+        probes=probes,
+        sample_tokens=SAMPLE_TOKENS,
     )
     return trainer, encoded
+
+
+def probes_of(rows: Iterable[Row]) -> list[Probe]:
+    """The first different prompts, each with its chosen or good answer, if there is one."""
+    found: dict[str, Probe] = {}
+    for row in rows:
+        good = row.get("chosen") or (row.get("completion") if row.get("label") else None)
+        found.setdefault(prompt_text(row["prompt"]), (row["prompt"], good[0]["content"] if good else None))
+        if len(found) == SAMPLES:
+            break
+    return list(found.values())
 
 
 def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase", run_dir: Path) -> PreferenceMixin:

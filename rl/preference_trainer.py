@@ -16,14 +16,17 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from conversations.generation.probes import ProbedTrainerMixin
+from conversations.rendering.encoded import lengths_of
 from conversations.row_cache import RowCache
 from deepseek_v2_modeling.inference import evaluation_mode
-from deepseek_v2_modeling.training import IGNORED, HeadSettings, RunTrainerMixin, with_fused_head
+from deepseek_v2_modeling.training import IGNORED, HeadSettings, with_fused_head
 from rl.packing import pack_rows
 from rl.preference_data import column_hash
 
 _STORED = "reference.safetensors"
 _NOT_LOGGED = ("logits/chosen", "logits/rejected")  # they would need all logits
+IDS = ("chosen_ids", "rejected_ids", "input_ids")
 _LIKEWISE = ("log_probs", "entropy", "is_top1")
 
 
@@ -77,7 +80,7 @@ class EncodedDataset(Dataset):
         return self
 
 
-class PreferenceMixin(RunTrainerMixin):
+class PreferenceMixin(ProbedTrainerMixin):
     """Put it before a TRL trainer: encoded rows go in as they are, and the head scores trained tokens only."""
 
     columns: tuple[str, ...]
@@ -92,6 +95,9 @@ class PreferenceMixin(RunTrainerMixin):
     def shares_prompts(self) -> bool:
         """Whether the prompt of a pair is read once; flash kernels cannot."""
         return not self.model.config._attn_implementation.startswith("flash")
+
+    def tokens_a_row(self) -> float:
+        return float(sum(lengths_of(self.train_dataset, name).mean() for name in self.columns if name in IDS))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.columns)

@@ -23,6 +23,7 @@ from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.acting import EnvironmentReward, check_environment
 from rl.config import RlRecipe
+from rl.groups import NUMBER
 from rl.sharding import check_whole_weights
 from rl.trainer import PolicyTrainer
 from rl.vllm_engine import check_vllm
@@ -86,7 +87,7 @@ def train(
     trainer = build_trainer(recipe, model=model, tokenizer=tokenizer, **given)
     for reward in rewards:
         if isinstance(reward, RewardModelReward):
-            reward.model.to(trainer.accelerator.device)
+            reward.move(trainer.accelerator.device)
     if trainer.is_world_process_zero():
         data: Any = trainer.train_dataset
         terms = " + ".join(f"{reward.weight:g} {reward.name}" for reward in rewards)
@@ -123,6 +124,7 @@ def build_trainer(
     limits = run_limits(recipe)
     arguments = grpo_config(recipe, run_dir, limits, rewards)
     check_prompts(recipe, arguments, len(data))
+    check_curriculum(recipe, data["reference"])
     return PolicyTrainer(
         model,
         arguments,
@@ -135,6 +137,8 @@ def build_trainer(
         rollout=recipe.rollout,
         rollout_correction=recipe.rollout_correction,
         environment=environment,
+        routing_replay=recipe.routing_replay,
+        curriculum=recipe.curriculum,
     )
 
 
@@ -173,6 +177,7 @@ def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
         players = Players(environment, None)
         players.begin([prompt_row(rows[0], 1)])
         players.close()
+    check_curriculum(recipe, [row.get("reference") for row in rows])
     check_prompts(recipe, planned_config(recipe), len(rows))
 
 
@@ -210,20 +215,31 @@ def check_prompts(recipe: RlRecipe, arguments: GRPOConfig, prompts: int) -> None
             f"({arguments.generation_batch_size:,} answers, {arguments.num_generations} to a prompt); lower "
             "training.per_device_train_batch_size or training.gradient_accumulation_steps, or give more rows"
         )
-    if recipe.dynamic_sampling and prompts == needed:
+    for name in ("dynamic_sampling", "curriculum"):
+        if getattr(recipe, name) and prompts == needed:
+            raise ToolkitError(
+                f"{name}: each rollout takes all {prompts:,} prompts, so that there are no others to draw; give more "
+                "rows, or leave it out"
+            )
+
+
+def check_curriculum(recipe: RlRecipe, references: Sequence[str | None]) -> None:
+    """Raise ToolkitError if a curriculum could not tell right answers to some prompts from wrong ones."""
+    missing = sum(reference is None for reference in references)
+    if recipe.curriculum and missing:
         raise ToolkitError(
-            f"dynamic_sampling: each rollout takes all {prompts:,} prompts, so that there are no others to draw; give "
-            "more rows, or leave it out"
+            f"curriculum: {missing:,} of the {len(references):,} rows have no reference, by which right answers are "
+            "counted; give them one (data.0.columns: {reference: NAME}), or leave the curriculum out"
         )
 
 
 def prompt_dataset(rows: Iterable[Row]) -> Dataset:
-    """A data set with the columns prompt (messages) and reference (text or null).
+    """A data set with the columns prompt (messages), reference (text or null) and number (of the row, from 0).
 
     Raises:
         ToolkitError: there are no rows, or a row has no question.
     """
-    entries = [prompt_row(row, number) for number, row in enumerate(rows, 1)]
+    entries = [{**prompt_row(row, number), NUMBER: number - 1} for number, row in enumerate(rows, 1)]
     if not entries:
         raise ToolkitError("data: there are no prompts to train on")
     return Dataset.from_list(entries)

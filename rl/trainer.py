@@ -27,7 +27,8 @@ from deepseek_v2_modeling.training import (
     fuse_head,
     with_fused_head,
 )
-from rl.config import RolloutCorrection, RolloutSection
+from rl.config import Curriculum, Replay, RolloutCorrection, RolloutSection
+from rl.curriculum import CurriculumPrompts
 from rl.groups import OtherPrompts
 from rl.held_out import HeldOutPrompts
 from rl.judged import JudgedRollouts
@@ -54,6 +55,8 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         rollout: how answers are sampled.
         rollout_correction: for what the rollout's probabilities differ from the policy's; None for none.
         environment: in which answers of several turns are sampled; None for none.
+        routing_replay: which forward's experts the update uses.
+        curriculum: which prompts are drawn more often; None takes them in the order of the data loader.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         rollout: RolloutSection | None = None,
         rollout_correction: RolloutCorrection | None = None,
         environment: Environment | None = None,
+        routing_replay: Replay = "off",
+        curriculum: Curriculum | None = None,
         **kwargs: Any,
     ):
         beta, sync = args.beta, args.sync_ref_model
@@ -92,12 +97,15 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
         self.warnings = Warnings()
         self.add_callback(self.warnings)
         self.max_rounds, self.rollout = max_rounds, rollout or RolloutSection()
-        self.rollout_correction = rollout_correction
+        self.rollout_correction, self.routing_replay = rollout_correction, routing_replay
         self.check_correction()
+        self.check_replay()
         self.act_in(environment)
         self.rollout_func = self.given_answers
         self.check_dynamic_sampling()
         self.other_prompts = OtherPrompts(self.train_dataset, args.seed)
+        if curriculum is not None:
+            self.other_prompts = CurriculumPrompts(self.train_dataset, args.seed, curriculum.target)
         self.rewards = list(rewards)
         self.silent_batches = [0] * len(rewards)
         self.unwritten = False  # whether there are completions since the last samples were written
@@ -160,10 +168,10 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
             for start in range(0, len(input_ids), size):
                 rows = slice(start, start + size)
                 packed = pack_rows(input_ids[rows], attention_mask[rows], logits_to_keep, self.shares_prompts)
-                with self.accelerator.autocast(), self.watching_routes() as routes:
+                with self.accelerator.autocast(), self.routing(model, packed, rows, logits_to_keep) as routes:
                     scored = model(**packed.inputs, fused_lm_head=True)
                 logps.append(packed.unpack(scored.log_probs)[:, -logits_to_keep:])
-                self.compare(logps[-1], routes, packed.numbers[:, -logits_to_keep:])
+                self.compare(logps[-1], routes, packed.index[:, -logits_to_keep:])
                 if compute_entropy:
                     entropies.append(packed.unpack(scored.entropy)[:, -logits_to_keep:])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -246,12 +254,12 @@ class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRo
     def _save_extra(self, folder: Path) -> None:
         """Save the completions too: a checkpoint may fall between two updates on the same rollout."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"micro_step": self._step, "inputs": self._buffered_inputs, "drawn": self.other_prompts.drawn}
+        state = {"micro_step": self._step, "inputs": self._buffered_inputs, "prompts": self.other_prompts.state()}
         torch.save({**state, "rollout_plan": self.saved_plan()}, self._rollouts_file(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = torch.load(self._rollouts_file(Path(resume_from_checkpoint)), weights_only=True)
         self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]
-        self.other_prompts.drawn = saved["drawn"]
+        self.other_prompts.restore(saved["prompts"])
         self.restore_plan(saved.get("rollout_plan"))

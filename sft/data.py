@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from conversations.errors import ToolkitError
 from conversations.rendering.ahead import encoded_ahead
 from conversations.rendering.conversation import TrainOn
-from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, key_of, labelled
+from conversations.rendering.encoded import Columns, EncodedRows, encoded_dataset, key_of, labelled, lengths_of
 from conversations.rendering.fitting import Encode, Fitter, Piece
 from conversations.rendering.lengths import LengthReport, TooLong
 from conversations.row import Row
@@ -73,12 +73,6 @@ def encode_rows(
     key = key_of(rows, tokenizer, stage="sft", train_on=train_on, max_length=max_length, too_long=too_long)
     count = len(rows) if isinstance(rows, Sequence) else None
     return encoded_dataset(cache or RowCache(), key, _FEATURES, encoded, rows=count, max_length=max_length)
-
-
-def lengths_of(data: Dataset) -> numpy.ndarray:
-    """The number of tokens of each row."""
-    chunks = data.data.column("input_ids").chunks
-    return numpy.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
 
 
 def origins_of(data: Dataset, documents: Iterable[list[int]]) -> list[str]:

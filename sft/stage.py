@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from trl.trainer.sft_config import SFTConfig
 
+from conversations.generation.probes import SAMPLE_TOKENS, SAMPLES
 from conversations.rendering.encoded import EncodedRows
 from conversations.row import Row
 from conversations.row_cache import RowCache
@@ -22,9 +23,6 @@ from sft.trainer import ChatTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SAMPLES = 6
-SAMPLE_TOKENS = 64
 
 
 def run(recipe: SftRecipe, work: Work) -> dict[str, Any]:

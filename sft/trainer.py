@@ -1,6 +1,5 @@
 """TRL's SFTTrainer for encoded rows: held-out loss per source, sample answers, and the origins of rows for errors."""
 
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -12,30 +11,18 @@ from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from conversations import render_conversation
-from conversations.answers.prompts import answer_text, prompt_text, split_prompt
+from conversations.answers.prompts import split_prompt
+from conversations.generation.probes import ProbedTrainerMixin
+from conversations.rendering.encoded import lengths_of
 from conversations.row import Row
-from conversations.run_files import SAMPLES
-from deepseek_v2_modeling.inference import end_tokens, generate_answers
-from deepseek_v2_modeling.training import (
-    IGNORED,
-    HeadSettings,
-    RunTrainerMixin,
-    append_lines,
-    with_fused_head,
-)
-from sft.data import lengths_of, origins_of
-
-SAMPLED_SHARE = 0.02  # sampled tokens as a fraction of a run's training tokens, at most: sampling is slower
-FEWEST_SAMPLE_TOKENS = 8
+from deepseek_v2_modeling.training import IGNORED, HeadSettings, with_fused_head
+from sft.data import origins_of
 
 
-class ChatTrainer(RunTrainerMixin, SFTTrainer):
+class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
     """SFTTrainer for data from `sft.data.encode_rows`.
 
     probes: rows whose conversations are used as prompts for sample answers before and after training.
-    sample_tokens: the maximum length of these answers; in short runs it is reduced, so that sampling takes only a small
-        part of the time.
     """
 
     def __init__(
@@ -45,15 +32,13 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
         *,
         train_dataset: Dataset,
         probes: Sequence[Row],
-        sample_tokens: int = 64,
         **kwargs: Any,
     ):
         # `uniform`, because the loss "nll" is a mean over tokens
         with with_fused_head(model, HeadSettings(uniform=args.loss_type == "nll")):
-            super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+            said = [split_prompt(row["messages"]) for row in probes if "messages" in row]
+            super().__init__(model, args, train_dataset=train_dataset, probes=said, **kwargs)
         self.encoded = train_dataset
-        self.probes = [split_prompt(row["messages"]) for row in probes if "messages" in row]
-        self.sample_tokens = sample_tokens
         self._eval_loss = torch.zeros(2, dtype=torch.float64)  # sum over tokens, number of tokens
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -119,51 +104,9 @@ class ChatTrainer(RunTrainerMixin, SFTTrainer):
     def rows_of(self, inputs: Any) -> list[str]:
         return origins_of(self.encoded, documents_of(inputs))
 
-    # --- samples ------------------------------------------------------------------------------------------------
-
-    def on_fresh_start(self) -> None:
-        self.write_samples("before")
-
-    def _sample_tokens(self) -> int:
-        """The length of sample answers, by the number of tokens in the run rather than by its speed, so that samples
-        are the same on every machine."""
+    def tokens_a_row(self) -> float:
         data: Any = self.train_dataset
-        rows = len(data) * self.args.num_train_epochs
-        if self.args.max_steps > 0:
-            rows = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        planned = rows * lengths_of(data).mean()
-        affordable = math.ceil(SAMPLED_SHARE * planned / (2 * len(self.probes)))
-        return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, affordable))
-
-    def write_samples(self, when: str) -> None:
-        """Append greedy answers to the probes to samples.jsonl; only the main process does so. when: "before" or
-        "after" training."""
-        tokenizer: Any = self.processing_class
-        if not self.is_world_process_zero() or not self.probes:
-            return
-        ids = [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p, _ in self.probes]
-        ends = end_tokens(self.model, tokenizer)
-        with self.accelerator.autocast():
-            answers = generate_answers(
-                self.model,
-                ids,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends,
-                max_new_tokens=self._sample_tokens(),
-            )
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        lines = [
-            {
-                "step": self.state.global_step,
-                "when": when,
-                "prompt": prompt_text(prompt),
-                "completion": answer_text(text),
-                "truncated": answer[-1] not in ends,
-                "reference": reference,
-            }
-            for (prompt, reference), text, answer in zip(self.probes, texts, answers, strict=True)
-        ]
-        append_lines(self.run_dir / SAMPLES, lines)
+        return float(lengths_of(data).mean())
 
 
 def documents_of(inputs: Any) -> Iterator[list[int]]:

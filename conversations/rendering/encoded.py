@@ -124,3 +124,9 @@ def _flat(lists: Iterable[Iterable[int]]) -> numpy.ndarray:
 def _column(flat: numpy.ndarray, lists: Sequence[Sequence[int]]) -> pyarrow.Array:
     ends = numpy.cumsum([0, *map(len, lists)], dtype=numpy.int32)
     return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(flat))
+
+
+def lengths_of(data: Dataset, column: str = "input_ids") -> numpy.ndarray:
+    """The number of tokens of each row."""
+    chunks = data.data.column(column).chunks
+    return numpy.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])

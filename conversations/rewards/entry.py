@@ -131,6 +131,12 @@ class RewardEntry(Section):
         description="With a model that has several heads: the mean of their scores, the minimum, or the mean minus the "
         "standard deviation (each head's score is normalised first).",
     )
+    device: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With model: the device that it runs on, such as cuda:1 or cpu; null is that of training, where "
+        "reward models can share its base weights.",
+    )
     on_error: Literal["error", "zero", "skip"] = Field(
         default="error", description="When the reward cannot be computed: stop, count 0, or leave the completion out."
     )
@@ -143,6 +149,8 @@ class RewardEntry(Section):
             raise ValueError("clip belongs to a reward model, not to a rule")
         if self.model is None and self.combine != "mean":
             raise ValueError("combine belongs to a reward model, not to a rule or a function")
+        if self.model is None and self.device is not None:
+            raise ValueError("device belongs to a reward model; leave it out")
         if self.python is None and (self.timeout, self.workers) != (10.0, 1):
             raise ValueError("timeout and workers belong to a function of your own (python); leave them out")
         if self.weight == 0:
@@ -193,6 +201,7 @@ class RewardedRecipe(StageRecipe):
                 remedy="train it with: dsv2 reward RECIPE, or set if_missing: random",
                 stand_in=entry.if_missing == "random",
                 stats=entry.normalize,
+                device=entry.device,
             )
             for index, entry in enumerate(self.rewards)
             if entry.model is not None

@@ -28,6 +28,7 @@ class RewardModelReward(Reward):
         stats: the mean and standard deviation to normalise with; None leaves the scores as they are.
         clip: clip to [-clip, clip]; None does not clip.
         combine: how the normalised scores of several heads are combined.
+        device: where the model runs whatever the stage's device is; None for that one.
 
     Raises:
         ToolkitError: the statistics are for a different number of heads.
@@ -45,6 +46,7 @@ class RewardModelReward(Reward):
         weight: float = 1.0,
         on_error: OnError = "error",
         batch_size: int = 128,
+        device: str | None = None,
     ):
         super().__init__(name, weight, on_error)
         self.model = model
@@ -58,7 +60,11 @@ class RewardModelReward(Reward):
             raise ToolkitError(
                 f"the reward model {name} has {heads} heads and statistics of {len(self.head_stats)}; train it again"
             )
-        self.batch_size = batch_size
+        self.batch_size, self.device = batch_size, device
+
+    def move(self, device: Any) -> None:
+        """To the device of the stage, or to its own if it has one."""
+        self.model.to(self.device or device)
 
     def judge(self, answers: Sequence[Answer]) -> Values:
         """Scores each distinct conversation once, since a trained policy often repeats its answers."""

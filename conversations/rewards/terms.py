@@ -37,7 +37,7 @@ def build_rewards(
             continue
         other = models[f"rewards.{index}.model"]
         settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
-        settings["combine"] = entry.combine
+        settings |= {"combine": entry.combine, "device": other.device}
         rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
     names = [reward.name for reward in rewards]
     for index, reward in enumerate(rewards):

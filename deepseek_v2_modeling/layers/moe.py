@@ -77,6 +77,12 @@ def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.T
     return scores_NE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
 
 
+def replayed_experts(config: DeepseekV2Config, scores_NE: torch.Tensor, replayed_NK: torch.Tensor) -> torch.Tensor:
+    """The experts to use again, [N, K]; where there are none (-1), those that the router chooses."""
+    replayed_NK = replayed_NK.to(scores_NE.device, torch.int64)
+    return torch.where(replayed_NK[:, :1] < 0, choose_experts(config, scores_NE), replayed_NK)
+
+
 def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
     """The gate weights [N, K] float32 of the chosen experts. Official: with norm_topk_prob normalised and not scaled,
     otherwise scaled by routed_scaling_factor."""
@@ -211,11 +217,14 @@ class DeepseekV2MoE(nn.Module):
 
     def forward(self, x: torch.Tensor, replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterOutput]:
         """x [B, T, D] -> (y [B, T, D], router logits and chosen experts). replayed [B, T, K]: experts to use instead of
-        choosing them."""
+        choosing them; -1 where they are to be chosen."""
         x_ND = x.flatten(0, 1)
         logits = router_logits(self.gate, x_ND)
         scores = logits.softmax(-1)
-        chosen = choose_experts(self.config, scores) if replayed is None else replayed.flatten(0, 1)
+        if replayed is None:
+            chosen = choose_experts(self.config, scores)
+        else:
+            chosen = replayed_experts(self.config, scores, replayed.flatten(0, 1))
         y_ND = run_experts(self.experts, x_ND, expert_weights(self.config, scores, chosen), chosen)
         y = y_ND.to(x.dtype).view_as(x)
         if self.shared_experts is not None:

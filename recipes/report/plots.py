@@ -56,6 +56,16 @@ FIGURES = (
         "groups a rollout",
         ((r"dynamic_sampling/(replaced|still_equal)", "{0}"), (r"groups/left_out", "left out")),
     ),
+    Figure(
+        "Curriculum: pass rate of the prompts that were drawn",
+        "share of answers",
+        ((r"curriculum/pass_rate", "right"),),
+    ),
+    Figure(
+        "Curriculum: prompts",
+        "prompts",
+        ((r"curriculum/seen", "sampled so far"), (r"curriculum/effective_prompts", "effective number drawn from")),
+    ),
     Figure("KL to the reference", "nats per token", ((r"kl", "KL"),)),
     Figure(
         "Completion length",

@@ -30,6 +30,7 @@ from deepseek_v2_modeling.loading import (
     resolve_source,
 )
 from recipes.processes import say
+from recipes.runs.devices import check_device
 from recipes.runs.preset_tokenizer import build_tokenizer
 from recipes.stages import stages, training_of
 
@@ -133,9 +134,12 @@ def check_other_models(recipe: StageRecipe, earlier: Earlier, ask_hub: bool) -> 
     """Check the models that the stage uses besides its own.
 
     Raises:
-        ToolkitError, ModelError: a model does not exist, has another head, or cannot be loaded.
+        ToolkitError, ModelError: a model does not exist, has another head, or cannot be loaded, or its device does not
+            exist.
     """
     for use in recipe.other_models():
+        if use.device is not None:
+            check_device(f"{use.key.rpartition('.')[0]}.device", use.device)
         if foundation := coming(use.path, earlier):
             check_kind(use.path, foundation.kind, use.head)
             continue

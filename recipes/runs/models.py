@@ -7,7 +7,7 @@ from typing import Any
 
 from conversations.rendering.template import install_template
 from conversations.run_files import FINAL
-from conversations.sections import ModelSection, StageRecipe, TrainingRecipe
+from conversations.sections import ModelSection, ModelUse, StageRecipe, TrainingRecipe
 from conversations.stage import OtherModel
 from deepseek_v2_modeling.adapters import adapted_modules
 from deepseek_v2_modeling.esft import trained_rows
@@ -102,7 +102,8 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
 
 def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_model: Any) -> dict[str, OtherModel]:
     """Load and freeze the models that a stage uses besides its own; returned by their keys in the recipe. Adapters of
-    the base that the stage's own model is on use its weights; others say why they have weights of their own.
+    the base that the stage's own model is on use its weights; others say why they have weights of their own, such as
+    those on a device of their own.
 
     Raises:
         ToolkitError, ModelError: as `source_of`.
@@ -112,7 +113,7 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_mode
         path, source = Path(use.path), source_of(use)
         if source is None:
             say(f"{use.key}: {path} does not exist; using a random score head on {section.path} instead")
-        base = stage_model if source and shares_base(recipe, use.key, source, stage_model) else None
+        base = stage_model if source and shares_base(recipe, use, source, stage_model) else None
         model = load_model(
             source or stage_source,
             head=use.head,
@@ -122,21 +123,24 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_mode
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
-        models[use.key] = OtherModel(name, model, load_tokenizer(source or stage_source), stats)
+        models[use.key] = OtherModel(name, model, load_tokenizer(source or stage_source), stats, use.device)
     return models
 
 
-def shares_base(recipe: StageRecipe, key: str, source: ModelSource, stage_model: Any) -> bool:
+def shares_base(recipe: StageRecipe, use: ModelUse, source: ModelSource, stage_model: Any) -> bool:
     """Whether a model uses the base weights of the stage's own; says so, or why not."""
     fields = recipe.training if isinstance(recipe, TrainingRecipe) else {}
     sharded = any(fields.get(name) for name in SHARDING) or any(name in os.environ for name in SHARDING_VARIABLES)
-    reason = (
-        "this stage shards its weights" if sharded else reason_not_to_share(stage_model, source, recipe.model.dtype)
-    )
-    if reason is None:
-        say(f"{key}: runs on the weights of this stage's base, {source.base}")
+    if use.device is not None:
+        reason = f"it runs on a device of its own, {use.device}"
+    elif sharded:
+        reason = "this stage shards its weights"
     else:
-        say(f"{key}: has weights of its own in memory: {reason}")
+        reason = reason_not_to_share(stage_model, source, recipe.model.dtype)
+    if reason is None:
+        say(f"{use.key}: runs on the weights of this stage's base, {source.base}")
+    else:
+        say(f"{use.key}: has weights of its own in memory: {reason}")
     return reason is None
 
 

@@ -31,6 +31,7 @@ _NOT_OF_ROWS = {
     *("model", "output_dir", "seed", "on_nan", "lora", "experts_file", "training", "data", "eval_data"),
     *("max_seconds", "max_tokens", "early_stopping_patience", "dynamic_sampling", "rollout", "rollout_correction"),
     "environment",
+    "routing_replay",
 }
 
 

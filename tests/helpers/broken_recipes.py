@@ -61,6 +61,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl", "chat.jsonl", lora=LORA, rewards=[{"rule": "number"}], training=ROLLOUT,
         environment={"python": "conversations.environments:Calculator", "settings": {}},
     ),
+    "rl_replay": _recipe(
+        "rl", "chat.jsonl", lora=None, rewards=[{"rule": "number"}], training={**ROLLOUT, "num_iterations": 2},
+        routing_replay="rollout", curriculum={"by": "pass_rate", "target": 0.5}, dynamic_sampling={"max_rounds": 1},
+        rollout_correction={"mode": "token_truncate", "cap": 2},
+    ),
     "dpo": _recipe(
         "rl", "pairs.jsonl", method="dpo", lora=LORA, eval_data=[{"path": "pairs.jsonl"}],
         training={**TRAINING, "eval_strategy": "steps", "eval_steps": 1},
@@ -194,6 +199,8 @@ REWARDS: list[list[dict[str, Any]]] = [
     [{"rule": "banana"}], [{"rule": "math"}], [{"rule": "number", "weight": 0}], [{"rule": "number"}] * 2, [{}],
     [{"model": "base"}], [{"model": "runs/sft"}], [{"model": "absent"}], [{"model": "absent", "if_missing": "random"}],
     [{"model": "runs/reward", "combine": "min"}], [{"rule": "format", "combine": "min"}],
+    [{"model": "runs/reward", "device": "cpu"}], [{"model": "runs/reward", "device": "cuda:9"}],
+    [{"rule": "format", "device": "cpu"}],
     [{"model": "runs/reward", "clip": 1}], [{"rule": "number", "on_error": "skip"}, {"rule": "format"}],
 ]  # fmt: skip
 TASKS: list[dict[str, Any]] = [

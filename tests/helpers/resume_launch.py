@@ -2,20 +2,22 @@
 
     python -m tests.helpers.resume_launch DIR               at the moments of `MOMENTS`, as test_resume.py does
     python -m tests.helpers.resume_launch DIR --kills 20    at random moments, from the command's start to its end
+    python -m tests.helpers.resume_launch DIR --kills 10 --only rl
 
 Every run is a separate process, forked from this one after the libraries are imported, and does everything that
-`dsv2 sft` does: recipe, data, model, training, final/.
+`dsv2 sft` or `dsv2 rl` does: recipe, data, model, training, final/.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import sft.stage
 from deepseek_v2_modeling.checkpoints import tensor_files
 from deepseek_v2_modeling.training import checkpoints as trainer_checkpoints
 from recipes.cli import main as dsv2
+from rl.trainer import PolicyTrainer
 from sft.trainer import ChatTrainer
 
 # Dropout-like noise (NEFTune) makes the weights depend on the state of the random numbers, too.
@@ -59,8 +62,26 @@ RECIPES: dict[str, dict[str, Any]] = {
             "load_best_model_at_end": True,
         },
     },
+    # all that a rollout keeps: experts, log-probabilities, pass rates, other prompts; two updates on each of 5 rollouts
+    "rl": {
+        **COMMON,
+        "stage": "rl",
+        "format": {},
+        "data": [{"path": "tiny:rl_reasoning?n=40"}],
+        "rewards": [{"rule": "number"}, {"rule": "repetition"}],
+        "routing_replay": "rollout",
+        "dynamic_sampling": {"max_rounds": 2},
+        "rollout_correction": {"mode": "token_truncate"},
+        "curriculum": {"by": "pass_rate"},
+        "training": {
+            "learning_rate": 1e-3, "save_total_limit": 2, "per_device_train_batch_size": 8, "num_generations": 4,
+            "gradient_accumulation_steps": 2, "num_iterations": 2, "max_completion_length": 12, "max_steps": 10,
+            "save_steps": 3, "logging_steps": 1, "beta": 0.02,
+        },
+    },
 }  # fmt: skip
 
+TIMES = re.compile(r"_runtime$|_per_second$|^seconds/|^step_time$")
 Patch = Callable[[], None]
 
 
@@ -104,6 +125,8 @@ MOMENTS: dict[str, tuple[str, Patch, int]] = {
     "before the old checkpoint goes": ("mixed", killed_at(trainer_checkpoints, "remove_old_checkpoints", 2), KILLED),
     "between epochs": ("packed", killed_at(ChatTrainer, "log", 2, after=True, when=_is_evaluation), KILLED),
     "in writing final": ("mixed", killed_at(tensor_files, "follow_umask", 1), KILLED),
+    "in a rollout": ("rl", killed_at(PolicyTrainer, "_sample", 4), KILLED),
+    "between two updates on a rollout": ("rl", killed_at(PolicyTrainer, "_compute_loss", 15), KILLED),
     "SIGTERM": ("mixed", killed_at(ChatTrainer, "training_step", 9, by=signal.SIGTERM), 130),
     "Ctrl-C": ("mixed", killed_at(ChatTrainer, "training_step", 14, by=signal.SIGINT), 130),
 }
@@ -124,7 +147,7 @@ def start(folder: Path, name: str, run: str, patch: Patch | None = None) -> int:
         sft.stage.SAMPLE_TOKENS = 2
         if patch:
             patch()
-        code = dsv2(["sft", f"{name}.yaml", f"output_dir={run}"])
+        code = dsv2([RECIPES[name]["stage"], f"{name}.yaml", f"output_dir={run}"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -140,7 +163,7 @@ def ended(pid: int) -> int:
 def result(run: Path) -> dict[str, Any]:
     """All that must be the same: the weights' bytes, metrics but for times, samples."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second"))} for line in lines]
+    metrics = [{k: v for k, v in line.items() if not TIMES.search(k)} for line in lines]
     weights = {path.name: path.read_bytes() for path in sorted((run / "final").glob("*.safetensors"))}
     assert weights and metrics
     return {"weights": weights, "metrics": metrics, "samples": (run / "samples.jsonl").read_text()}
@@ -159,9 +182,10 @@ def finish(folder: Path, name: str, run: str) -> None:
     assert code == 0, f"{run} ended with {code}:\n{(folder / f'{run}.log').read_text()[-4000:]}"
 
 
-def prepare(folder: Path) -> None:
-    """Writes the recipes and runs each of them unbroken."""
-    for name, recipe in RECIPES.items():
+def prepare(folder: Path, names: Sequence[str]) -> None:
+    """Writes these recipes and runs each of them unbroken."""
+    for name in names:
+        recipe = RECIPES[name]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": name}))
         finish(folder, name, name)
 
@@ -176,12 +200,12 @@ def kill_at_moments(folder: Path) -> None:
         print(f"{moment}: the same", flush=True)
 
 
-def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+def kill_at_random(folder: Path, names: Sequence[str], kills: int, seed: int) -> None:
     """Each run is killed up to four times, then left alone."""
     rng, done, number = random.Random(seed), 0, 0
-    longest = {name: _seconds(folder, name) for name in RECIPES}
+    longest = {name: _seconds(folder, name) for name in names}
     while done < kills:
-        name, run = rng.choice(list(RECIPES)), f"random-{number}"
+        name, run = rng.choice(names), f"random-{number}"
         number += 1
         for _ in range(4):
             pid, wait = start(folder, name, run), rng.uniform(0.1, 1.0) * longest[name]
@@ -212,12 +236,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=RECIPES, help="with --kills: runs of this recipe alone")
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder)
+    names = [args.only] if args.only else list(RECIPES)
+    prepare(folder, names)
     if args.kills:
-        kill_at_random(folder, args.kills, args.seed)
+        kill_at_random(folder, names, args.kills, args.seed)
     else:
         kill_at_moments(folder)
 

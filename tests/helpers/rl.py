@@ -1,10 +1,14 @@
 """GRPO runs of a tiny model, for tests of the stage rl."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from conversations.answers.prompts import prompt_text
 from conversations.rewards.base import Reward
+from deepseek_v2_modeling.inference import generate_answers
 from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
 from rl.stage import grpo_config, prompt_dataset, train
@@ -39,7 +43,8 @@ def recipe(run_dir: Path, **changes):
         "save_steps": 2,
         **changes.pop("training", {}),
     }
-    sections = {**SECTIONS, "rewards": [{"rule": "format"}], "output_dir": str(run_dir)}
+    rule = "number" if changes.get("curriculum") else "format"
+    sections = {**SECTIONS, "rewards": [{"rule": rule}], "output_dir": str(run_dir)}
     return RlRecipe(**{**sections, "stage": "rl", "training": training, **changes})
 
 
@@ -56,18 +61,44 @@ def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **
 
 
 def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, rollout_correction=None, **changes):
-    rewards = rewards or [Vowels("vowels")]
+    rewards, settings = rewards or [Vowels("vowels")], recipe(run_dir, **changes)
     return PolicyTrainer(
         model or chat_model(),
-        grpo_config(recipe(run_dir, **changes), run_dir, RunLimits(), rewards),
+        grpo_config(settings, run_dir, RunLimits(), rewards),
         rewards,
         train_dataset=prompt_dataset(conversations(16)),
         processing_class=byte_tokenizer(),
         limits=RunLimits(),
         max_rounds=max_rounds,
-        rollout=recipe(run_dir, **changes).rollout,
+        rollout=settings.rollout,
         rollout_correction=rollout_correction,
+        routing_replay=settings.routing_replay,
+        curriculum=settings.curriculum,
     )
+
+
+def perturbed(model: Any, size: float) -> Any:
+    """A copy with other weights in one layer and the head, in evaluation mode."""
+    other = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if name.startswith(("lm_head", "model.layers.1")):
+                weight += size * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return other
+
+
+def sample_from(trainer: Any, sampler: Any, monkeypatch: Any) -> None:
+    """Rollouts by another model than the one that is updated."""
+    usual = type(trainer)._generate_single_turn
+
+    def sample(self, prompt_ids, *args, **kwargs):
+        if self.answers:
+            return usual(self, prompt_ids, *args, **kwargs)
+        settings = {"pad_token_id": 2, "eos_token_id": self.eos_token_ids, "temperature": self.temperature}
+        most = self.args.max_completion_length
+        return generate_answers(sampler, prompt_ids, max_new_tokens=most, batch_size=len(prompt_ids), **settings), None
+
+    monkeypatch.setattr(type(trainer), "_generate_single_turn", sample)
 
 
 def untimed(line: dict[str, Any]) -> dict[str, Any]:

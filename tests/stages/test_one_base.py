@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversations.errors import ToolkitError
 from conversations.rewards.model import RewardModelReward
 from deepseek_v2_modeling.adapters.shared_base import base_weights
 from deepseek_v2_modeling.inference import score_heads
@@ -19,6 +22,7 @@ from deepseek_v2_modeling.loading import (
     resolve_source,
 )
 from recipes.cli import main
+from recipes.runs.devices import check_device, devices
 from recipes.runs.new_model import make_model
 
 from ..helpers.rl import Vowels, run
@@ -145,3 +149,28 @@ def test_runs_say_which_models_share(tmp_path, monkeypatch, capsys):
     assert main(["rl", "rl.yaml", "lora=null", "output_dir=full"]) == 0
     said = "rewards.0.model: has weights of its own in memory: this stage trains the weights of its base"
     assert said in "".join(capsys.readouterr())
+    elsewhere = ["rl.yaml", "rewards.0.device=cpu", "output_dir=elsewhere"]
+    assert main(["check", *elsewhere]) == main(["rl", *elsewhere]) == 0
+    said = "rewards.0.model: has weights of its own in memory: it runs on a device of its own, cpu"
+    assert said in "".join(capsys.readouterr())
+    assert (Path("rl", "samples.jsonl")).read_text() == (Path("elsewhere", "samples.jsonl")).read_text()
+    for command in ("check", "rl"):
+        assert main([command, "rl.yaml", "rewards.0.device=cuda:99", "output_dir=nowhere"]) == 2
+        assert 'rewards.0.device: "cuda:99" is not on this machine, which has cpu' in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
+def test_a_reward_model_stays_on_its_device():
+    moved = []
+    model = SimpleNamespace(to=moved.append, config=SimpleNamespace(num_labels=1))
+    RewardModelReward("here", model, byte_tokenizer()).move("cuda:0")
+    RewardModelReward("there", model, byte_tokenizer(), device="cpu").move("cuda:0")
+    assert moved == ["cuda:0", "cpu"]
+
+
+def test_the_devices_are_those_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert devices() == ["cpu", "cuda", "cuda:0", "cuda:1"]
+    with pytest.raises(ToolkitError, match=r'"cuda:2" is not on this machine, which has cpu, cuda, cuda:0, cuda:1'):
+        check_device("rewards.0.device", "cuda:2")

@@ -18,7 +18,7 @@ from deepseek_v2_modeling.loading import LoraSettings, prepare_trainable, resolv
 from rl.config import RlRecipe
 from rl.preference_data import AnswerFit, SingleCollator
 from rl.preference_methods import METHODS
-from rl.preference_stage import build_trainer, train
+from rl.preference_stage import build_trainer, probes_of, train
 
 from ..helpers.stages import (
     SECTIONS,
@@ -260,6 +260,15 @@ def test_resume_gives_the_same_weights_and_lines(method: str, tmp_path: Path) ->
     assert whole["tokens"] == again["tokens"] > 0 and whole["steps"] == 4
     both = [[line for line in lines(tmp_path / name / "metrics.jsonl") if "loss" in line] for name in "ab"]
     assert both[0] == both[1] and len(both[0]) == 4
+    assert lines(tmp_path / "a" / "samples.jsonl") == lines(tmp_path / "b" / "samples.jsonl")
+
+
+def test_probes_are_the_first_different_prompts_with_a_good_answer() -> None:
+    rows = [*ROWS[:2], ROWS[0], {"prompt": user("x"), "completion": assistant("bad"), "label": False}]
+    rows += [{"prompt": user("y"), "completion": assistant("good"), "label": True}, *pairs(9)]
+    found = probes_of(rows)
+    assert [prompt[0]["content"] for prompt, _ in found] == ["ask 0", "ask 1", "x", "y", "ask 2", "ask 3"]
+    assert [good for _, good in found] == ["yes, gladly", "yes, gladly", None, "good", "yes, gladly", "yes, gladly"]
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def test_other_prompts_are_others_while_there_are_any_and_resume(rows, asked, st
     ]
 
 
+def test_every_turn_has_an_order_of_its_own():
+    stream = OtherPrompts([{"prompt": [{"role": "user", "content": str(i)}]} for i in range(20)], 3)
+    turns = [[prompt_text(row["prompt"]) for row in stream.replacements(range(20), set()).values()] for _ in range(3)]
+    assert len({*map(tuple, turns)}) == 3 and all(sorted(turn) == sorted(turns[0]) for turn in turns)
+
+
 SIX = {"per_device_train_batch_size": 6, "num_generations": 3}
 LEAVING = {"beta": 0.0, "save_strategy": "no", "max_steps": 3}
 

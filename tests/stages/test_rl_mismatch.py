@@ -15,7 +15,7 @@ from deepseek_v2_modeling.routing_replay import record_routing
 from rl.config import RolloutCorrection
 from rl.mismatch import agreement_sums, correction, log_ratios, mismatch_sums
 
-from ..helpers.rl import Vowels, run, trainer_for, untimed
+from ..helpers.rl import Vowels, perturbed, run, sample_from, trainer_for, untimed
 from ..helpers.stages import chat_model, lines, stopped_after
 
 MODES = ("token_truncate", "token_mask", "sequence_mask")
@@ -59,21 +59,22 @@ def test_what_sampling_knew_is_what_a_forward_gives(batch_size):
     model = chat_model().eval()
     prompts = [[0, 70, 71, 72], [0, 80], [0, 80], [0, 90, 91], [0, 70, 71, 72]]
     settings = {"pad_token_id": 2, "eos_token_id": list(range(100, 140)), "max_new_tokens": 9, "temperature": 1.3}
-    with record_answers() as record:
+    with record_answers(prompts=True) as record:
         answers = generate_answers(model, prompts, batch_size=batch_size, seeds=range(5), **settings)
         answers += generate_answers(model, prompts[:1], **settings)
     assert len(record.logps) == len(record.routes) == len(answers) == 6
     assert len({len(answer) for answer in answers}) > 1
-    for prompt, answer, logps, routes in zip([*prompts, prompts[0]], answers, record.logps, record.routes, strict=True):
+    columns = (record.logps, record.routes, record.prompt_routes)
+    for prompt, answer, logps, routes, read in zip([*prompts, prompts[0]], answers, *columns, strict=True):
         ids = torch.tensor([[*prompt, *answer]])
         with torch.no_grad(), record_routing(model) as forward:
             scores = (model(ids).logits[0] / 1.3).log_softmax(-1)[len(prompt) - 1 : -1]
         wanted = scores.gather(1, torch.tensor(answer)[:, None]).flatten()
         torch.testing.assert_close(torch.tensor(logps), wanted, atol=1e-5, rtol=0)
-        experts = torch.stack([layer[0, len(prompt) : -1] for layer in forward[0]], dim=1)
-        assert len(routes) == len(answer) - 1
-        if routes:
-            assert torch.equal(torch.stack(routes).sort(-1).values.long(), experts.sort(-1).values)
+        experts = torch.stack([layer[0, :-1] for layer in forward[0]], dim=1)
+        assert len(routes) == len(answer) - 1 and len(read) == len(prompt)
+        known = torch.cat([read, *(route[None] for route in routes)])
+        assert torch.equal(known.sort(-1).values.long(), experts.sort(-1).values)
     assert generate_answers(model, prompts[:1], **settings) and len(record.logps) == 6  # no longer recorded
 
 
@@ -120,29 +121,6 @@ class Token(Reward):
 
     def judge(self, answers):
         return [float(sum(map(ord, answer.text[:1])) % 7) for answer in answers]
-
-
-def perturbed(model, size):
-    other = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, weight in other.named_parameters():
-            if name.startswith(("lm_head", "model.layers.1")):
-                weight += size * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
-    return other
-
-
-def sample_from(trainer, sampler, monkeypatch):
-    """Rollouts by another model than the one that is updated."""
-    usual = type(trainer)._generate_single_turn
-
-    def sample(self, prompt_ids, *args, **kwargs):
-        if self.answers:
-            return usual(self, prompt_ids, *args, **kwargs)
-        settings = {"pad_token_id": 2, "eos_token_id": self.eos_token_ids, "temperature": self.temperature}
-        most = self.args.max_completion_length
-        return generate_answers(sampler, prompt_ids, max_new_tokens=most, batch_size=len(prompt_ids), **settings), None
-
-    monkeypatch.setattr(type(trainer), "_generate_single_turn", sample)
 
 
 def sampled_as_often_as_likely(trainer, sampler, monkeypatch, rows):

@@ -128,7 +128,7 @@ def test_trains_and_writes_a_run(tmp_path):
 )
 def test_samples_of_a_short_run_are_short(training: dict[str, Any], longest: int, tmp_path, monkeypatch):
     monkeypatch.setattr("sft.stage.SAMPLE_TOKENS", 30)
-    monkeypatch.setattr("sft.trainer.SAMPLED_SHARE", 0.25)
+    monkeypatch.setattr("conversations.generation.probes.SAMPLED_SHARE", 0.25)
     model = chat_model()
     bias = torch.zeros(TINY["vocab_size"])
     bias[[1, 70]] = torch.tensor([-1e9, 1e9])  # always a letter, never an end
