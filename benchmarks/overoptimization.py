@@ -1,6 +1,6 @@
 """Over-optimisation of a reward model with one score head and with four, on a reward that is known.
 
-    python -m benchmarks.overoptimization [FOLDER] [--seeds 0 1 2]   results/overoptimization.json and a plot in docs/
+    python -m benchmarks.overoptimization [FOLDER] [--seeds 15]   results/overoptimization.json and a plot in docs/
 
 An answer is eight digits. The gold reward knows what each digit is worth and counts none of them more than twice. The
 policy is the smallest there is, a table of probabilities for each place. At the start it says some digits often and
@@ -203,15 +203,16 @@ def draw(curves: dict[str, dict[int, Steps]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["one head", "min of 4 heads"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = build_tokenizer("tiny")
-        curves: dict[str, dict[int, Steps]] = {arm: {} for arm in ARMS}
-        for seed in args.seeds:
-            for arm in ARMS:
+        curves: dict[str, dict[int, Steps]] = {arm: {} for arm in args.arms}
+        for seed in range(args.seeds):
+            for arm in args.arms:
                 curves[arm][seed] = optimised(tokenizer, seed, arm, folder)
                 print(arm, seed, figures(curves[arm][seed]), flush=True)
     draw(curves)

@@ -13,6 +13,8 @@ _LETTER = r"(?<![A-Za-z0-9_'])\(?[A-J]\)?(?![A-Za-z0-9_^'])"
 _JOIN = r"\s*(?:,|、|;|&|/|\+|和|与|及|and\b)\s*(?:and\b)?\s*(?:(?:option|选项)\s*)?"
 _SEVERAL = re.compile(rf"{_LETTER}(?:{_JOIN}{_LETTER})+")
 _ALONE = re.compile(r"[\s(\[{*\"'“]*([A-J](?:[\s,、;&/+和与及()]*[A-J])*)[\s)\]}*\"'”.。:：]*")
+_LONE = re.compile(r"[\s(\[*\"'“]*([a-j])[\s)\]*\"'”.。:：]*")
+_FULL_WIDTH = str.maketrans("ＡＢＣＤＥＦＧＨＩＪ（）", "ABCDEFGHIJ()")
 _EXPLICIT = re.compile(r"<answer>|(?:^|\n)\s*####|\\boxed", re.IGNORECASE)
 _OPTION = re.compile(
     r"(?:^|\n|(?<=\s))[ \t]*(?:\(([A-J])\)|([A-J])[.)：:、．])[ \t]*(\S.*?)[ \t]*"
@@ -61,7 +63,7 @@ def options_in(prompt: str) -> dict[str, str]:
 
 def chosen_letters(completion: str, options: Mapping[str, str]) -> frozenset[str] | None:
     """The options that an answer chooses; None if it chooses none."""
-    text = completion.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:]
+    text = completion.rsplit("</think>", 1)[-1].strip()[-MAX_TEXT:].translate(_FULL_WIDTH)
     places, spoken = candidates(text), sentences(text)
     in_prose = [place for place in (after_phrase(text), *spoken[-1:], *spoken[:1]) if place]
     for place in in_prose[:2] if not _EXPLICIT.search(text) else ():
@@ -70,6 +72,9 @@ def chosen_letters(completion: str, options: Mapping[str, str]) -> frozenset[str
     for place in places:
         if letters := letters_alone(place) or _option_with_text(place, options):
             return letters
+    marked = places[0] if places and _EXPLICIT.search(text) else text
+    if letters := _lone_letter(marked):
+        return letters
     for place in (*places[:1], *in_prose):
         if letter := chosen_letter(place):
             return frozenset(letter)
@@ -88,6 +93,12 @@ def letters_alone(text: str) -> frozenset[str] | None:
         return None
     letters = re.findall("[A-J]", match[1])
     return frozenset(letters) if letters == sorted(set(letters)) or len(match[1]) > len(letters) else None
+
+
+def _lone_letter(text: str) -> frozenset[str] | None:
+    """The letter of an answer that is one small letter and nothing else: b, (b), b."""
+    match = _LONE.fullmatch(text)
+    return frozenset(match[1].upper()) if match else None
 
 
 def _option_with_text(text: str, options: Mapping[str, str]) -> frozenset[str] | None:

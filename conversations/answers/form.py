@@ -100,11 +100,16 @@ def _wrong_json(text: str, validator: Any) -> str | None:
     """Why the answer is not JSON that conforms to the schema; None if it is."""
     blocks = _JSON_BLOCK.findall(text)
     try:
-        value = json.loads(blocks[0] if len(blocks) == 1 else text)
+        value = json.loads(blocks[0] if len(blocks) == 1 else text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return f"the answer is not JSON: {str(error)[:100]}"
     error = next(validator.iter_errors(value), None)
     return None if error is None else f"the JSON does not conform: {error.json_path}: {error.message[:100]}"
+
+
+def _no_constant(name: str) -> None:
+    """Refuses NaN and Infinity, which Python reads, but which are no JSON (RFC 8259)."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _as_json(schema: Any) -> str:

@@ -140,8 +140,7 @@ def bullets(text: str, num_bullets: int) -> bool:
 
 def title(text: str) -> bool:
     """In << and >>, on one line."""
-    lines = [line.partition("<<")[2].rpartition(">>")[0] for line in text.split("\n")]
-    return any(line.strip("<> \t") for line in lines)
+    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
 
 
 def constrained_response(text: str) -> bool:
@@ -150,7 +149,7 @@ def constrained_response(text: str) -> bool:
 
 def highlights(text: str, num_highlights: int) -> bool:
     spans = [*re.findall(r"\*[^\n*]*\*", text), *re.findall(r"\*\*[^\n*]*\*\*", text)]
-    return sum(bool(span.strip("* \t")) for span in spans) >= num_highlights
+    return sum(bool(span.strip("*").strip()) for span in spans) >= num_highlights
 
 
 def sections(text: str, section_spliter: str, num_sections: int) -> bool:

@@ -52,6 +52,15 @@ def test_several_are_right_together(sentence: str, written: str) -> None:
         assert score(answer, reference) == right, (answer, reference)
 
 
+@pytest.mark.parametrize(
+    "answer", ["b", "(b)", "b.", "**b**", "\\boxed{b}", "<answer>b</answer>", "Ｂ", "选Ｂ。", "（Ｂ）"]
+)
+def test_a_small_letter_alone_and_a_wide_one(answer: str) -> None:
+    assert score(answer, "B") == 1 and score(answer, "A") == 0
+    assert score("a", "B", "Which letter follows a?\nA. b\nB. a") == 1  # an option's text goes before
+    assert score("b is what I take", "B") == 0
+
+
 def test_letters_without_marks_are_in_order() -> None:
     assert score("ACD", "A, C, D") == 1
     assert score("BAD", "ABD") == 0  # a word

@@ -107,13 +107,13 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["* a\n* b", "So:\n- 一\n  - 二"],
         ["* a", "* a\n* b\n- c", "**a**\n**b**"],
     ),
-    ("detectable_format:title", {}, ["<<Ode>>\nText", "<<颂歌>>"], ["<Ode>", "<<>>", "<<\nOde>>"]),
+    ("detectable_format:title", {}, ["<<Ode>>\nText", "<<颂歌>>"], ["<Ode>", "<<>>", "<<\nOde>>", "<< >>"]),
     ("detectable_format:constrained_response", {}, ["My answer is no."], ["No.", "my answer is no"]),
     (
         "detectable_format:number_highlighted_sections",
         {"num_highlights": 2},
         ["*a* and *b*", "**一** *二*"],
-        ["*a*", "** * **"],
+        ["*a*", "** * **", "*\f* *\u00a0*"],
     ),
     (
         "detectable_format:multiple_sections",

@@ -290,6 +290,7 @@ SCHEMA = {"type": "object", "properties": {"answer": {"type": "integer"}}, "requ
         ('{"answer": 4', 0),
         ("[" * 100_000, 0),
         ('It is {"answer": 4}', 0),
+        ('{"answer": 4, "why": NaN}', 0),  # Python reads it, JSON has no such value
     ],
 )
 def test_json_conforms_to_the_schema(text, good):
