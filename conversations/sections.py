@@ -246,6 +246,10 @@ class StageRecipe(Section):
         """The models used besides `model`."""
         return []
 
+    def files(self) -> dict[str, str]:
+        """Other files that are read, by what they are."""
+        return {}
+
     @property
     def reads_lm_head(self) -> bool:
         """Whether the stage uses the LM head of `model` although it trains another head."""

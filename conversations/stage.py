@@ -67,6 +67,8 @@ class Stage:
         training: how it trains; None for a stage that loads its model frozen.
         encode: (recipe, tokenizer, max_length) -> conversations.rendering.fitting.Encode, which encodes a row for the
             stage; None if rows are prompts.
+        check: (recipe, tokenizer, positions) -> lines for the user; raises ToolkitError for what a run would refuse of
+            what it reads besides `data` and models. The tokenizer and the model's positions are None if not known.
         check_rows: (recipe, rows) -> None; raises ToolkitError if the rows of `data` are unusable as a whole.
         marks_tokens: whether a mask selects the tokens of a row that are trained.
         result: what a finished run holds: a model in final/, or a file.
@@ -85,6 +87,7 @@ class Stage:
     run: str
     training: Training | None = None
     encode: str | None = None
+    check: str | None = None
     check_rows: str | None = None
     marks_tokens: bool = False
     result: str = FINAL

@@ -29,6 +29,8 @@ REFILL = 1 / 8  # prefill for empty slots once they are this fraction of all slo
 AfterTurn = Callable[[Sequence[int], Sequence[Sequence[int]]], Sequence[Sequence[int]]]
 # (token ids so far of each row, lengths of their prompts, logits [B, V]) -> logits [B, V]
 Adjust = Callable[[Sequence[torch.Tensor], Sequence[int], torch.Tensor], torch.Tensor]
+Stops = Callable[[Sequence[int]], bool]  # token ids of an answer so far -> whether it ends here
+Finished = Callable[[int, list[int]], object]  # (the place of a prompt, its answer), as soon as it is finished
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -82,6 +84,8 @@ def generate_answers(
     seeds: Sequence[int] | None = None,
     adjust: Adjust | None = None,
     after_turn: AfterTurn | None = None,
+    stops: Stops | None = None,
+    finished: Finished | None = None,
 ) -> list[list[int]]:
     """Generate one answer per prompt, in the order of the prompts: token ids, including the end token if one was
     generated.
@@ -103,6 +107,8 @@ def generate_answers(
             which the model goes on; none if the answer is complete. They are part of the answer, are read on top of
             the cache of the turns before, and count in max_new_tokens; where they leave no room for another token the
             answer ends as it is.
+        stops: asked after each token, whether the answer ends there (at a stop string).
+        finished: called with each answer in the order in which they finish.
 
     Raises:
         ModelError: the logits are NaN or infinite, or the cache of one answer exceeds max_cache_bytes.
@@ -112,7 +118,7 @@ def generate_answers(
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     longest = max(map(len, prompts)) + max_new_tokens
     slots = min(batch_size, len(prompts), slots_within(model, longest, max_cache_bytes))
-    asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust, after_turn)
+    asked = Asked(prompts, pad_token_id, ends, max_new_tokens, temperature, seeds, adjust, after_turn, stops, finished)
     with evaluation_mode(model):
         return Sampler(model, asked, slots, Recorder(len(prompts))).run()
 
@@ -144,6 +150,8 @@ class Asked:
     seeds: Sequence[int] | None
     adjust: Adjust | None
     after_turn: AfterTurn | None
+    stops: Stops | None
+    finished: Finished | None
 
 
 @dataclass
@@ -220,13 +228,22 @@ class Sampler:
         if self.ids is not None:
             self.ids[place, len(self.asked.prompts[self.holds[place]]) + len(answer)] = token
         answer.append(token)
-        if len(answer) < self.asked.max_new_tokens and token in self.asked.ends and self.asked.after_turn is not None:
+        asked = self.asked
+        stopped = asked.stops is not None and asked.stops(answer)
+        room = len(answer) < asked.max_new_tokens
+        if token in asked.ends and asked.after_turn is not None and room and not stopped:
             self.live[place] = False
             self.paused.append(place)
             self.decoder.pause(place)
-        elif token in self.asked.ends or len(answer) == self.asked.max_new_tokens:
-            self.live[place] = False
-            self.decoder.empty(place)
+        elif stopped or token in asked.ends or not room:
+            self.end(place, answer)
+
+    def end(self, place: int, answer: list[int]) -> None:
+        """Free the slot of a finished answer."""
+        self.live[place] = False
+        self.decoder.empty(place)
+        if self.asked.finished is not None:
+            self.asked.finished(self.holds[place], answer)
 
     def shrink(self) -> None:
         """Drop empty slots once the queue is empty."""
@@ -263,7 +280,7 @@ class Sampler:
         going, new = [], []
         for place, answer, tokens in zip(places, answers, following, strict=True):
             if not tokens or len(answer) + len(tokens) >= self.asked.max_new_tokens:
-                self.decoder.empty(place)
+                self.end(place, answer)
                 continue
             going.append(place)
             new.append([answer[-1], *tokens])

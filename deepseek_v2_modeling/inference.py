@@ -13,7 +13,17 @@ from torch.nn import functional as F
 from .answer_records import AnswerRecord, record_answers
 from .batching import by_length, evaluation_mode, finite, in_threads, pad_batch, unpad_batch
 from .cache import LatentCache
-from .generation import Adjust, AfterTurn, cache_bytes, decoding_dtype, end_tokens, generate_answers
+from .generation import (
+    Adjust,
+    AfterTurn,
+    Finished,
+    Stops,
+    cache_bytes,
+    decoding_dtype,
+    end_tokens,
+    generate_answers,
+)
+from .likelihoods import Continuation, Likelihood, continuation_likelihoods
 from .sampling import choose_tokens
 from .shared_prefixes import Group, shared_prefixes
 
@@ -21,9 +31,14 @@ __all__ = [
     "Adjust",
     "AfterTurn",
     "AnswerRecord",
+    "Continuation",
+    "Finished",
+    "Likelihood",
+    "Stops",
     "by_length",
     "cache_bytes",
     "choose_tokens",
+    "continuation_likelihoods",
     "decoding_dtype",
     "end_tokens",
     "evaluation_mode",

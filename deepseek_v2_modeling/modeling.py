@@ -200,9 +200,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         that gradient checkpointing does not count them twice.
 
         balance_in_loss: whether the caller adds them to the loss; if nothing does, one warning is logged.
-        prefix_documents: [documents] of one packed row, the number of the document that each of them continues, such
-            as the prompt of several answers, or -1. It attends to that one too. For the balance losses each document
-            is a sequence: a prompt counts once.
+        prefix_documents: [documents] of one packed row, the number of the earlier document that each of them continues,
+            such as the prompt of several answers, or -1. It attends to that one too, and to what that one continues.
+            For the balance losses each document is a sequence: a prompt counts once.
         read: (rows [R], columns [R]) of the only tokens whose last hidden state is used, which is then [1, R, D]. The
             last layer's feed-forward block leaves the others out. Not in training, nor while routes are recorded or
             replayed.

@@ -8,9 +8,10 @@ has "loss", in nats. reward has "value", the accuracy, and named figures with in
 """
 
 import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from conversations.answers.combining import Combine
 from conversations.answers.text import compiled
@@ -29,7 +30,7 @@ from conversations.run_files import RESULTS, SAMPLES
 from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
-_RESERVED = re.compile(r"(^|_)(n|truncated|interval|t\d+|details|by_source|by_kind)$")
+_RESERVED = re.compile(r"(^|_)(n|truncated|unread|interval|t\d+|details|by_source|by_kind)$")
 
 
 def decoding_name(temperature: float) -> str:
@@ -160,18 +161,112 @@ class EvalTask(Section):
         return self
 
 
+class BenchmarkTask(Section):
+    """A task of lm-eval: one of this toolkit's task files on local rows, one of its registry, or a file in its
+    format."""
+
+    task: str = Field(
+        min_length=1,
+        description="A task file of this toolkit (gsm8k_local, ...: docs/evaluation.md), a name of lm-eval's registry, "
+        "or a .yaml file in lm-eval's format.",
+    )
+    name: str = Field(
+        default="", pattern=r"^([a-z][a-z0-9_]*)?$", description="Name of the task in the results; by default `task`."
+    )
+    path: str | None = Field(
+        default=None, min_length=1, description="With a task file: the rows, in any file that `data` reads."
+    )
+    fewshot_path: str | None = Field(
+        default=None, min_length=1, description="With a task file: rows for the examples in the prompt."
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, le=100, description="Examples in the prompt; null for as many as the task has."
+    )
+    limit: int | None = Field(
+        default=None, ge=1, le=10**9, description="Use only this many rows, the first ones; null uses all."
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=10, description="Sampling temperature, 0 is greedy; null is the task's own."
+    )
+    num_answers: int = Field(default=1, ge=1, le=1024, description="Answers to each row: avg@n, pass@k and cons@n.")
+    pass_at: list[Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default_factory=list, description="The k of pass@k; by default 1, 2, 4, ... and num_answers."
+    )
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Maximum length of an answer, in tokens; null is the task's own."
+    )
+    batch_size: int = Field(default=32, ge=1, description="Number of answers generated side by side.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Strings before which an answer ends, besides the task's own."
+    )
+    too_long: Literal["refuse", "cut"] = Field(
+        default="refuse",
+        description="A prompt that, with its answer, exceeds the model's positions: the task fails, or the prompt is "
+        "cut from the left.",
+    )
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The fields of lm-eval's generation_kwargs that count instead of the task's."""
+        fields: dict[str, Any] = {}
+        if self.temperature is not None:
+            fields |= {"temperature": self.temperature, "do_sample": self.temperature > 0}
+        if self.max_new_tokens is not None:
+            fields["max_gen_toks"] = self.max_new_tokens
+        return fields
+
+    @model_validator(mode="after")
+    def _named_after_its_task(self) -> "BenchmarkTask":
+        if not self.name:
+            stem = PurePath(self.task).stem if self.task.endswith(".yaml") else self.task
+            self.name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+                raise ValueError(f"give it a name: the task {self.task!r} makes none")
+        return self
+
+    @model_validator(mode="after")
+    def _several_answers_differ(self) -> "BenchmarkTask":
+        if self.num_answers > 1 and not self.temperature:
+            raise ValueError("num_answers needs a temperature above 0: greedy answers to a prompt are all the same")
+        if self.num_answers == 1 and self.pass_at:
+            raise ValueError("pass_at needs num_answers, the number of answers to each row")
+        if too_many := [k for k in self.pass_at if k > self.num_answers]:
+            raise ValueError(f"pass_at: {too_many[0]} is more than num_answers, {self.num_answers}")
+        return self
+
+
+def _kind_of_task(entry: Any) -> str:
+    """Which of the two kinds an entry of `tasks` is, by its keys."""
+    named = isinstance(entry, BenchmarkTask) or (isinstance(entry, dict) and "task" in entry)
+    return _BENCHMARK if named else _METRIC
+
+
+_BENCHMARK, _METRIC = "a task of lm-eval", "a metric"  # no recipe has such keys, which error messages would show
+AnyTask = Annotated[
+    Annotated[EvalTask, Tag(_METRIC)] | Annotated[BenchmarkTask, Tag(_BENCHMARK)], Discriminator(_kind_of_task)
+]
+
+
 class EvalRecipe(StageRecipe):
     """Measures a model on held-out rows and records its answers."""
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
     data: list[DataSource] = Field(default_factory=list, description="Rows for every task without data of its own.")
-    tasks: list[EvalTask] = Field(min_length=1, description="What to measure.")
+    tasks: list[AnyTask] = Field(
+        min_length=1, description="What to measure: metrics on rows (`metric`), or tasks of lm-eval (`task`)."
+    )
+    chat_template: bool | None = Field(
+        default=None,
+        description="Whether prompts of lm-eval's tasks are rendered by the chat template; null: for what a run has "
+        "trained and for models named chat or instruct.",
+    )
 
     @model_validator(mode="after")
     def _tasks_fit_together(self) -> "EvalRecipe":
         names = [task.name for task in self.tasks]
         for task in self.tasks:
-            if _RESERVED.search(task.name) or (task.name.endswith("loss") and task.metric != "loss"):
+            is_loss = isinstance(task, EvalTask) and task.metric == "loss"
+            if _RESERVED.search(task.name) or (task.name.endswith("loss") and not is_loss):
                 raise ValueError(
                     f"a task cannot be called {task.name}: names ending in _n, _truncated, _interval, _t1 and the "
                     "like, or in loss with another metric, are reserved for other figures in results.json"
@@ -179,10 +274,10 @@ class EvalRecipe(StageRecipe):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"tasks share a name: {', '.join(repeated)}")
-        for task in self.tasks:
+        for task in self.metric_tasks.values():
             if not task.data and not self.data:
                 raise ValueError(f"task {task.name} has no data: give it some, or give the recipe `data`")
-        scored = {task.metric in SCORED for task in self.tasks}
+        scored = {isinstance(task, EvalTask) and task.metric in SCORED for task in self.tasks}
         if len(scored) == 2:
             raise ValueError(
                 f"{' and '.join(SCORED)} need a reward model, the other metrics a chat model: use two recipes"
@@ -190,8 +285,23 @@ class EvalRecipe(StageRecipe):
         return self
 
     @property
+    def metric_tasks(self) -> dict[int, EvalTask]:
+        """The tasks with a metric, by their place in `tasks`."""
+        return {index: task for index, task in enumerate(self.tasks) if isinstance(task, EvalTask)}
+
+    @property
     def head(self) -> Head:
-        return "score" if self.tasks[0].metric in SCORED else "causal_lm"
+        first = self.tasks[0]
+        return "score" if isinstance(first, EvalTask) and first.metric in SCORED else "causal_lm"
+
+    def files(self) -> dict[str, str]:
+        return {
+            f"rows of tasks.{index}.{key}": path
+            for index, task in enumerate(self.tasks)
+            if isinstance(task, BenchmarkTask)
+            for key in ("path", "fewshot_path")
+            if (path := getattr(task, key)) is not None
+        }
 
     def row_lists(self) -> list[RowList]:
         return [
@@ -203,7 +313,7 @@ class EvalRecipe(StageRecipe):
                 limit=task.limit,
                 answer=f"tasks.{index}.max_new_tokens" if task.metric not in UNSAMPLED_METRICS else None,
             )
-            for index, task in enumerate(self.tasks)
+            for index, task in self.metric_tasks.items()
         ]
 
 
@@ -213,6 +323,7 @@ STAGE = Stage(
     help="evaluate a model",
     title="evaluation",
     run="eval.stage:run",
+    check="eval.harness.checking:check",
     result=RESULTS,
     measures=True,
     continues=SAMPLES,

@@ -9,22 +9,12 @@ import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import speed_metrics
 
+from conversations.answers.repeated import pass_at_k, sizes_of_k
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import evaluation_mode
 from rl.acting import ActingPolicy
 from rl.groups import JudgedAnswer, is_right, judge_answers, verifiers_of
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that one of k answers is right, estimated without bias from n answers of which some are right: 1 -
-    C(n - right, k) / C(n, k) (Chen et al., "Evaluating Large Language Models Trained on Code", 2021)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def sizes_of_k(n: int) -> list[int]:
-    """1, 2, 4, ... and n."""
-    return sorted({n, *(2**power for power in range(n.bit_length()))} & set(range(1, n + 1)))
 
 
 def held_out_metrics(

@@ -7,6 +7,8 @@ from typing import Any
 
 Z95 = NormalDist().inv_cdf(0.975)
 DRAWS = 500  # of a bootstrap
+PAIRED_DRAWS = 2000  # of that of a difference
+_DRAWN_AT_ONCE = 2**20  # clusters
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -53,4 +55,43 @@ def bootstrap_interval(measure: Callable[[Any], float], clusters: Sequence[Hasha
     equal = np.full(groups, 1 / groups)
     drawn = [measure(rng.multinomial(groups, equal)[of_row].astype(float)) for _ in range(DRAWS)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def resampled_interval(
+    figure: Callable[[Sequence[Any]], float], values: Sequence[Any], clusters: Sequence[Hashable]
+) -> tuple[float, float]:
+    """As `bootstrap_interval`, for a figure of a list of values, such as lm-eval's aggregations."""
+    return bootstrap_interval(
+        lambda weights: figure(
+            [value for value, count in zip(values, weights, strict=True) for _ in range(int(count))]
+        ),
+        clusters,
+    )
+
+
+def difference_interval(
+    differences: Sequence[float], weights: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[float, float]:
+    """95 % confidence interval of the weighted mean of differences between two models on the same rows, of which those
+    of one cluster (the answers to one prompt) depend on one another.
+
+    The percentiles of a bootstrap that draws whole clusters, expanded for their number (Hesterberg 2015). Two clusters
+    are added, of the largest difference in either direction (as Bonett and Price 2012 do for yes-or-no answers): where
+    hardly any row differs, the bootstrap alone would call a handful of chance differences certain.
+    """
+    import numpy as np
+
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    of_row = np.array([numbers[cluster] for cluster in clusters])
+    each, weight = np.array(differences, dtype=float), np.array(weights, dtype=float)
+    sums, totals = np.bincount(of_row, each * weight), np.bincount(of_row, weight)
+    largest = float(np.abs(sums).max())
+    sums, totals = np.append(sums, [largest, -largest]), np.append(totals, [totals.mean()] * 2)
+    groups, rng = len(sums), np.random.default_rng(0)
+    at_once = max(1, _DRAWN_AT_ONCE // groups)
+    parts = [rng.integers(groups, size=(at_once, groups)) for _ in range(-(-PAIRED_DRAWS // at_once))]
+    drawn = np.concatenate([sums[part].sum(1) / totals[part].sum(1) for part in parts])
+    tail = 100 * NormalDist().cdf(-Z95 * (1 + 1.2 / (groups - 1)) * math.sqrt(groups / (groups - 1)))
+    low, high = np.percentile(drawn, [tail, 100 - tail])
     return float(low), float(high)

@@ -2,21 +2,35 @@
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from conversations.answers.prompts import answer_text
 from conversations.generation.decoding import adjustment, obeyed
-from deepseek_v2_modeling.inference import end_tokens, generate_answers
+from deepseek_v2_modeling.inference import Stops, end_tokens, generate_answers
+
+_BYTES_OF_A_CHARACTER = 4
 
 
 class Generated(NamedTuple):
-    """An answer. finished: whether it ends with an end token rather than being cut at max_new_tokens. tokens: its
-    length, including the end token."""
+    """An answer. finished: whether it ends with an end token or a stop string rather than being cut at max_new_tokens.
+    tokens: its length, including the end token."""
 
     text: str
     finished: bool
     tokens: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded. temperature: 0 is greedy. stop: strings before which it ends. settings: fields of a
+    generation_config that count instead of the model's, such as top_p."""
+
+    temperature: float
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def seed_of(*parts: object) -> int:
@@ -37,6 +51,62 @@ def print_obeyed(stage: str, model: Any) -> None:
         print(f"{stage}: applying the model's generation_config: {settings}", file=sys.stderr, flush=True)
 
 
+def stop_test(tokenizer: Any, stop: Sequence[str]) -> Stops | None:
+    """Whether an answer's ids so far hold one of these strings. Only their end is decoded: as many tokens as the
+    longest string has bytes, and some for a character that begins before it."""
+    if not stop:
+        return None
+    tail = max(len(text.encode()) for text in stop) + _BYTES_OF_A_CHARACTER
+
+    def holds_one(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(ids[-tail:], skip_special_tokens=True)
+        return any(one in text for one in stop)
+
+    return holds_one
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of these strings, in the way of lm-eval: each one cuts what the earlier ones left."""
+    for one in stop:
+        text = text.split(one)[0]
+    return text
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    decoding: Decoding,
+    batch_size: int,
+    on_answer: Callable[[int, Generated], object] | None = None,
+) -> list[Generated]:
+    """One answer per prompt (token ids, ending where the answer begins), each sampled with its own seed; its text as
+    decoded. `on_answer` is called with the place and the answer as soon as one is finished."""
+    ends, stop = end_tokens(model, tokenizer), decoding.stop
+    asked = {**obeyed(model), **decoding.settings}
+
+    def as_answer(ids: list[int]) -> Generated:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        cut = cut_at(text, stop)
+        return Generated(cut, ids[-1] in ends or cut != text, len(ids))
+
+    answers = generate_answers(
+        model,
+        prompts,
+        pad_token_id=padding_of(tokenizer),
+        eos_token_id=ends,
+        max_new_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature,
+        batch_size=batch_size,
+        seeds=seeds,
+        adjust=adjustment(asked, decoding.temperature, ends),
+        stops=stop_test(tokenizer, stop),
+        finished=None if on_answer is None else lambda place, ids: on_answer(place, as_answer(ids)),
+    )
+    return [as_answer(ids) for ids in answers]
+
+
 def generate_texts(
     model: Any,
     tokenizer: Any,
@@ -46,21 +116,9 @@ def generate_texts(
     temperature: float,
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
 ) -> list[Generated]:
     """One answer per prompt (token ids, ending where the answer begins), each sampled with its own seed."""
-    ends = end_tokens(model, tokenizer)
-    answers = generate_answers(
-        model,
-        prompts,
-        pad_token_id=padding_of(tokenizer),
-        eos_token_id=ends,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seeds=seeds,
-        adjust=adjustment(obeyed(model), temperature, ends),
-    )
-    return [
-        Generated(answer_text(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends, len(ids))
-        for ids in answers
-    ]
+    decoding = Decoding(temperature, max_new_tokens, tuple(stop))
+    answers = sample_answers(model, tokenizer, prompts, seeds, decoding, batch_size)
+    return [answer._replace(text=answer_text(answer.text)) for answer in answers]

@@ -1,9 +1,7 @@
 """Reads a data file into canonical rows, and reports every row that is left out."""
 
-import gzip
 import json
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,24 +15,15 @@ from conversations.formats.hints import likely_columns, mapping_hint, plain_colu
 from conversations.formats.reasoning import Reasoning
 from conversations.formats.table import UnknownFormat, convert_row, null_keys
 from conversations.formats.turn_reading import Rules
-from conversations.reading.data_file import DataFile, Record
-from conversations.reading.json_files import json_records
+from conversations.reading.data_file import Record
 from conversations.reading.locating import Located, locate
-from conversations.reading.table_files import arrow_records, csv_records, parquet_records
+from conversations.reading.records import records_of
 from conversations.row import Refuse, Row
 from conversations.tally import Event, counted, event_lines
 
 OnBadRow = Literal["error", "skip"]
 
 _SHOWN = 10  # bad rows in one message
-
-# Kind of file -> its reader.
-_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_records),
-    **dict.fromkeys((".csv", ".tsv"), csv_records),
-    ".parquet": parquet_records,
-    ".arrow": arrow_records,
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +164,7 @@ class ConversationReader(Iterator[Row]):
     def _good_rows(self) -> Iterator[Row]:
         for file in self._files:
             self._file, self._display_name = file.path, self._name_of(file.path)
-            for record in _records(file):
+            for record in records_of(file):
                 if record.beside:
                     self._events.update(("beside", key) for key in record.beside)
                     continue
@@ -253,18 +242,3 @@ class ConversationReader(Iterator[Row]):
             lines.append(plain_hint(self._plain))
         lines.append("Fix these rows, or leave them out with on_bad_row: skip.")
         return "\n".join(lines)
-
-
-def _records(file: DataFile) -> Iterator[Record]:
-    """Yield the records of a file lazily; one that cannot be read has a `problem`.
-
-    Raises ToolkitError for a file that cannot be opened or decompressed.
-    """
-    try:
-        yield from _READERS[file.kind](file)
-    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
-        raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
-    except RuntimeError as error:  # an encrypted member of a .zip
-        if not isinstance(file.path, zipfile.Path):
-            raise
-        raise ToolkitError(f"{file.path}: cannot be read: {error}") from error

@@ -52,7 +52,7 @@ def plan_attention(
     prefixes: torch.Tensor | None = None,
 ) -> AttentionPlan:
     """The plan for inputs_embeds [B, T, D]. documents [B, T] numbers packed documents, which must not attend to one
-    another but to what they continue: prefixes [documents] has the number of that document, or -1.
+    another but to what they continue: prefixes [documents] has the number of that earlier document, or -1.
 
     Raises:
         ModelError: the attention implementation cannot continue documents.
@@ -108,11 +108,22 @@ def decoding_mask(attention_mask: torch.Tensor | None, queries: int, total: int,
 
 
 def _same_document(
-    documents: torch.Tensor, continued: torch.Tensor | None, batch: Any, head: Any, query: Any, key: Any
+    documents: torch.Tensor, continues: torch.Tensor | None, batch: Any, head: Any, query: Any, key: Any
 ) -> Any:
-    """continued: [B, T], the document that each token's own one continues."""
-    same = documents[batch, query] == documents[batch, key]
-    return same if continued is None else same | (continued[batch, query] == documents[batch, key])
+    """continues: [documents, documents] bool, whether the first is the second or continues it."""
+    if continues is None:
+        return documents[batch, query] == documents[batch, key]
+    return continues[documents[batch, query], documents[batch, key]]
+
+
+def _lineage(prefixes: torch.Tensor) -> torch.Tensor:
+    """prefixes [documents] -> [documents, documents] bool: whether the first is the second or continues it, directly
+    or not."""
+    continues = torch.eye(len(prefixes), dtype=torch.bool, device=prefixes.device)
+    for number, prefix in enumerate(prefixes.tolist()):
+        if prefix >= 0:
+            continues[number] |= continues[prefix]
+    return continues
 
 
 def prefill_mask(
@@ -128,11 +139,11 @@ def prefill_mask(
     position_ids are not passed on: from them transformers would infer packed documents itself, with different results
     if there is a mask or a cache.
     """
-    continued = None if documents is None or prefixes is None else prefixes[documents]
+    continues = None if documents is None or prefixes is None else _lineage(prefixes)
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        and_mask_function=None if documents is None else partial(_same_document, documents, continued),
+        and_mask_function=None if documents is None else partial(_same_document, documents, continues),
     )

@@ -62,7 +62,7 @@ class Bucket:
     queries: token indices [documents, L]; shorter documents are padded with their last token, to which no real token
         attends (causality) and which `keep` drops.
     keep: the flat positions in [documents * L] of real tokens.
-    keys, mask: for documents that continue another one: token indices [documents, S] of that one and of their own, and
+    keys, mask: for documents that continue others: token indices [documents, S] of those and of their own, and
         [1, 1, L, S], True where a query may attend. None where the queries are the keys.
     """
 
@@ -101,7 +101,7 @@ class PackedLayout:
     def attend(
         self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Causal attention within each document, and to the one that it continues: query, key, value [B, H, T, d] ->
+        """Causal attention within each document, and to those that it continues: query, key, value [B, H, T, d] ->
         [B, T, H, d_v].
 
         kernel: causal attention without a mask, [n, H, L, d] -> ([n, L, H, d_v], weights); where documents continue
@@ -118,7 +118,8 @@ def pack_layout(
 ) -> PackedLayout:
     """The layout of documents [B, T]. On a GPU the host waits for the lengths, once per forward.
 
-    prefixes: [documents], in the order of the flat batch, the number of the document that each continues, or -1.
+    prefixes: [documents], in the order of the flat batch, the number of the earlier document that each continues, or
+        -1; that one may continue another.
     fill: the shortest document of a bucket, as a fraction of its longest. With 1 a document is attended to in the same
         shape, and so with the same rounding, whatever other documents are in the batch.
     """
@@ -126,7 +127,8 @@ def pack_layout(
     lengths = counts.tolist()
     begins = (counts.cumsum(0) - counts).tolist()
     continued = [-1] * len(lengths) if prefixes is None else prefixes.tolist()
-    prefix_lengths = [lengths[prefix] if prefix >= 0 else 0 for prefix in continued]
+    contexts = _contexts(begins, lengths, continued, counts.device)
+    prefix_lengths = [0 if context is None else len(context) for context in contexts]
     order = sorted(range(len(lengths)), key=lambda i: (prefix_lengths[i], -lengths[i]))
     buckets = []
     while order:
@@ -139,8 +141,8 @@ def pack_layout(
         queries = column(begins) + torch.minimum(steps, column(lengths) - 1)
         bucket = Bucket(queries, (steps < column(lengths)).reshape(-1).nonzero().squeeze(1))
         if shared:
-            begin = column([begins[prefix] for prefix in continued])
-            bucket.keys = torch.cat((begin + torch.arange(shared, device=counts.device), queries), dim=1)
+            before = torch.stack([context for i in members if (context := contexts[i]) is not None])
+            bucket.keys = torch.cat((before, queries), dim=1)
             seen = torch.ones(longest, shared + longest, dtype=torch.bool, device=counts.device)
             bucket.mask = seen.tril(shared)[None, None]
         buckets.append(bucket)
@@ -148,6 +150,22 @@ def pack_layout(
     inverse = torch.empty_like(kept)
     inverse[kept] = torch.arange(kept.shape[0], device=kept.device)
     return PackedLayout(buckets, inverse)
+
+
+def _contexts(
+    begins: list[int], lengths: list[int], continued: list[int], device: torch.device
+) -> list[torch.Tensor | None]:
+    """The flat indices of all tokens that each document continues; None for one that continues none."""
+    whole: dict[int, torch.Tensor] = {}  # of the documents that others continue, their own tokens included
+    contexts: list[torch.Tensor | None] = []
+    needed = set(continued)
+    for number, (begin, length, prefix) in enumerate(zip(begins, lengths, continued, strict=True)):
+        context = whole[prefix] if prefix >= 0 else None
+        contexts.append(context)
+        if number in needed:
+            own = torch.arange(begin, begin + length, device=device)
+            whole[number] = own if context is None else torch.cat((context, own))
+    return contexts
 
 
 def _column(members: list[int], device: torch.device, values: list[int]) -> torch.Tensor:

@@ -70,6 +70,8 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
     if tokenizer is None:
         view.missing = f"{recipe.model.path} is not on this machine; tokens are not counted"
         print(f"model: {view.missing}")
+    for note in inputs.notes:
+        print(note)
     for key in inputs.later:
         print(f"{key}: written by an earlier stage; its rows are checked once that stage has run")
     for read in inputs.lists:

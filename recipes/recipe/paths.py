@@ -35,7 +35,7 @@ def absolute_paths(value: Any, base: Path, keys: tuple[str, ...] = ()) -> Any:
     if "\0" in value:  # not allowed in a file name
         raise ToolkitError(f"{'.'.join(keys)}: contains a NUL byte; remove it")
     if _is_file_key(keys):
-        return _absolute(value, base, data=keys[-1] == "path", key=".".join(keys))
+        return _absolute(value, base, data=keys[-1] != "recipe", key=".".join(keys))
     return from_home(value, ".".join(keys)) if _is_local_key(keys) else value
 
 
@@ -61,6 +61,7 @@ def is_hub_name(path: str) -> bool:
 
 def _is_file_key(keys: tuple[str, ...]) -> bool:
     data = len(keys) >= 3 and keys[-1] == "path" and keys[-3] in ("data", "eval_data")
+    data = data or (len(keys) >= 3 and keys[-1] in ("path", "fewshot_path") and keys[-3] == "tasks")
     stage_recipe = len(keys) == 3 and keys[0] == "stages" and keys[2] == "recipe"
     return data or stage_recipe
 

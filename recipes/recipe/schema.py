@@ -135,7 +135,7 @@ def _messages(error: ValidationError, tree: dict[str, Any], cls: type[BaseModel]
     for keys in list(by_key):  # an error inside a section says more than "not a number" about the section itself
         if any(other[: len(keys)] == keys and other != keys for other in by_key):
             del by_key[keys]
-    return [_message(keys, details, cls, prefix) for keys, details in by_key.items()]
+    return [_message(keys, details, cls, prefix, tree) for keys, details in by_key.items()]
 
 
 def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
@@ -152,13 +152,15 @@ def _location(detail: ErrorDetails, tree: Any) -> tuple[str | int, ...]:
     return tuple(keys)
 
 
-def _message(keys: tuple[str | int, ...], details: list[ErrorDetails], cls: type[BaseModel], prefix: str) -> str:
+def _message(
+    keys: tuple[str | int, ...], details: list[ErrorDetails], cls: type[BaseModel], prefix: str, tree: Any
+) -> str:
     path = prefix + ".".join(str(key) for key in keys)
     kind = details[0]["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(keys, cls, prefix)
+        return _unknown_key(keys, cls, prefix, tree)
     if kind == "missing":
-        section = _section_at(cls, keys[:-1])
+        section = _section_at(cls, keys[:-1], tree)
         field = section.model_fields.get(str(keys[-1])) if section else None
         meaning = f": {field.description}" if field and field.description else ""
         return f'missing key "{path}"{meaning}'
@@ -182,9 +184,9 @@ def _reason(detail: ErrorDetails) -> str:
     return _WORDS.get(detail["type"], text.replace("Input should ", "must ").replace("String should ", "must "))
 
 
-def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str) -> str:
+def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str, tree: Any) -> str:
     parent, wrong = keys[:-1], str(keys[-1])
-    section = _section_at(cls, parent)
+    section = _section_at(cls, parent, tree)
     siblings = [".".join([*map(str, parent), name]) for name in (section.model_fields if section else {})]
     path = ".".join(map(str, keys))
     likely = get_close_matches(wrong, [name.split(".")[-1] for name in siblings], n=1, cutoff=0.6)
@@ -199,32 +201,39 @@ def _unknown_key(keys: tuple[str | int, ...], cls: type[BaseModel], prefix: str)
     return f'unknown key "{prefix}{path}"; known here: {names}{hint}'
 
 
-def _section_at(cls: type[BaseModel], keys: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The class of the section at `keys`, ignoring list indices."""
-    section: type[BaseModel] | None = cls
+def _section_at(cls: type[BaseModel], keys: tuple[str | int, ...], tree: Any) -> type[BaseModel] | None:
+    """The class of the section at `keys`, ignoring list indices; of several, the one with most of its keys."""
+    sections, node = [cls], tree
     for key in keys:
-        if isinstance(key, int):
-            continue
-        field = section.model_fields.get(key) if section else None
-        section = _section_in(field.annotation) if field else None
-    return section
+        node = _child(node, key)
+        if isinstance(key, str):
+            fields = [field for one in sections if (field := one.model_fields.get(key))]
+            sections = [section for field in fields for section in _sections_in(field.annotation)]
+    given = set(node) if isinstance(node, dict) else set()
+    return max(sections, key=lambda one: len(given & set(one.model_fields)), default=None)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `list[X]` or `X | None`."""
+def _child(node: Any, key: str | int) -> Any:
+    try:
+        return node[key]
+    except (LookupError, TypeError):
+        return None
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes inside an annotation such as `list[X]` or `X | None`."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for arg in get_args(annotation) if (section := _section_in(arg))), None)
+        return [annotation]
+    return [section for arg in get_args(annotation) for section in _sections_in(arg)]
 
 
 def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in cls.model_fields.items():
         keys.append(prefix + name)
-        section = _section_in(field.annotation)
-        if section:
-            index = "0." if "list" in str(field.annotation) else ""
+        index = "0." if "list" in str(field.annotation) else ""
+        for section in _sections_in(field.annotation):
             keys += _all_keys(section, f"{prefix}{name}.{index}")
     return keys

@@ -15,6 +15,8 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_tokens
+UNREAD = "_unread"  # suffix of the share of answers in which nothing was found to judge
+FAILED = "_error"  # suffix of the reason why a task could not be measured
 INTERVAL = "_interval"  # suffix of a share's 95 % interval
 SAMPLED = re.compile(r"_t([0-9.]+)$")
 
@@ -37,17 +39,20 @@ class Column:
 
     def cell(self, entry: Figures) -> Cell:
         size = _size(sample_size(entry, self.key)) if len(self.sizes) > 1 and self.key in entry else ()
-        cut = number(entry.get(self.key + TRUNCATED))
+        beside = {
+            word: number(entry.get(self.key + suffix)) for word, suffix in (("cut", TRUNCATED), ("unread", UNREAD))
+        }
+        shares = [f"{100 * share:.1f} % {word}" for word, share in beside.items() if share]
         cell = FORMATS[self.kind](entry, self.key)
-        return replace(cell, minor=(*cell.minor, *size, *([f"{100 * cut:.1f} % cut"] if cut else [])))
+        return replace(cell, minor=(*cell.minor, *size, *shares))
 
 
 def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list[Column]:
     """The columns of evaluations: shares of titled tasks in order, then other shares, then other metrics."""
     keys = dict.fromkeys(key for entry in evaluations for key in entry)
-    nested = {key for entry in evaluations for key, value in entry.items() if isinstance(value, dict)}
+    nested = {key for entry in evaluations for key, value in entry.items() if isinstance(value, dict)}  # own tables
     keys_shown = [key for key in keys if not _is_size(key) and not _is_beside(key, keys)]
-    keys_shown = [key for key in keys_shown if key not in nested]  # these have tables of their own
+    keys_shown = [key for key in keys_shown if key not in nested and not key.endswith(FAILED)]
     columns = [_column(key, [entry for entry in evaluations if key in entry], tasks) for key in keys_shown]
     order = [*tasks]
 
@@ -128,9 +133,15 @@ def is_cut(key: str) -> bool:
     return key.endswith(TRUNCATED)
 
 
+def failures(entry: Figures) -> dict[str, str]:
+    """The tasks that could not be measured, with the reasons."""
+    return {key.removesuffix(FAILED): str(why) for key, why in entry.items() if key.endswith(FAILED)}
+
+
 def _is_beside(key: str, keys: Iterable[str] | None = None) -> bool:
     """Whether a key says more of another figure: one of these keys, if they are given."""
-    figure = next((key.removesuffix(suffix) for suffix in (TRUNCATED, INTERVAL) if key.endswith(suffix)), None)
+    suffixes = (TRUNCATED, UNREAD, INTERVAL)
+    figure = next((key.removesuffix(suffix) for suffix in suffixes if key.endswith(suffix)), None)
     return figure is not None and (keys is None or figure in keys)
 
 

@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from conversations.answers.intervals import difference_interval
 from conversations.run_files import SAMPLES
-from recipes.results.columns import INTERVAL, LOSS, TRUNCATED
+from recipes.results.columns import INTERVAL, LOSS, TRUNCATED, UNREAD
 
 Figures = dict[str, Any]
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -17,16 +19,19 @@ _SUFFIX = {
     "greedy": "",
     "value": "",
     "greedy_truncated": TRUNCATED,
+    "greedy_unread": UNREAD,
     "greedy_interval": INTERVAL,
     "value_interval": INTERVAL,
 }
 
 
 class Outcome(NamedTuple):
-    """The outcome of one prompt. value: 1.0 or 0.0, or a loss in nats per token; weight: 1.0, or a loss's tokens."""
+    """The outcome of one row. value: 1.0 or 0.0, or a loss in nats per token, of several answers their mean; weight:
+    1.0, or a loss's tokens. prompt: rows with the same one depend on one another; None for a row of its own."""
 
     value: float
     weight: float = 1.0
+    prompt: str | None = None
 
 
 def figures(metrics: Metrics) -> Figures:
@@ -81,16 +86,35 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
     return {"difference": round(mean, 5), "standard_error": round(error, 5), "n": n}
 
 
+def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[str, Any]:
+    """The mean change over the rows common to both evaluations, its 95 % interval, clustered by prompt, and whether
+    that leaves zero (`differs`)."""
+    common = [key for key in before if key in after]
+    if not common:
+        return {"difference": math.nan, "interval": [math.nan, math.nan], "differs": False, "n": 0}
+    differences = [after[key].value - before[key].value for key in common]
+    weights = [before[key].weight for key in common]
+    prompts = [key if before[key].prompt is None else before[key].prompt for key in common]
+    mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
+    low, high = difference_interval(differences, weights, prompts)
+    return {"difference": mean, "interval": [low, high], "differs": low > 0 or high < 0, "n": len(common)}
+
+
 def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:
-    """The outcome of each prompt of an evaluation: {"greedy" | "t1" | "loss": {row number: outcome}}."""
-    outcomes: dict[str, dict[int, Outcome]] = {}
+    """The outcome of each row of an evaluation: {"greedy" | "t1" | "loss" | ...: {row number: outcome}}."""
+    answers: dict[str, dict[int, list[dict[str, Any]]]] = {}
     with (run_dir / SAMPLES).open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             if row.get("task") == task and row.get("value") is not None:
-                outcome = Outcome(float(row["value"]), float(row.get("weight", 1)))
-                outcomes.setdefault(row["decoding"], {})[row["row"]] = outcome
-    return outcomes
+                answers.setdefault(row["decoding"], {}).setdefault(row["row"], []).append(row)
+    return {kind: {row: _outcome(said) for row, said in rows.items()} for kind, rows in answers.items()}
+
+
+def _outcome(answers: Sequence[Mapping[str, Any]]) -> Outcome:
+    """The outcome of a row from its answers."""
+    first = answers[0]
+    return Outcome(fmean(float(one["value"]) for one in answers), float(first.get("weight", 1)), first.get("prompt"))
 
 
 def outcome_pairs(before: Path, after: Path, task: str) -> dict[str, Sequence[Any] | dict[str, float | int]]:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from conversations.answers.intervals import Z95
-from recipes.results.columns import LOSS, SHARE, Figures, columns_of, heading_of, is_cut
+from recipes.results.columns import LOSS, SHARE, Figures, columns_of, failures, heading_of, is_cut
 from recipes.results.layout import Cell, Table, as_text, plain_cell
 from recipes.results.titles import UNTITLED, Titles
 from recipes.results.words import NOT_STATED, flatten, number, short
@@ -57,6 +57,11 @@ def figures_table(
     notes = ["Below a share: its 95 % interval, in per cent."] if shares else []
     notes += ["Cut: the share of answers cut off at max_new_tokens, if any."] if any(cut) else []
     notes += ["No answer was cut off at max_new_tokens."] if cut and not any(cut) else []
+    notes += [
+        f"{names.get(name, name)}: {task} failed: {why}"
+        for name, entry in evaluations.items()
+        for task, why in failures(entry).items()
+    ]
     return Table(title, [Cell(""), *(column.heading for column in columns)], rows, notes)
 
 

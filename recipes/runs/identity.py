@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.reading.locating import locate
 from conversations.run_files import REWARD_STATS
 from conversations.sections import StageRecipe, TrainingRecipe
 from deepseek_v2_modeling.adapters import CONFIG, WEIGHTS
@@ -47,6 +48,8 @@ def fingerprints(recipe: StageRecipe, source: ModelSource) -> dict[str, dict[str
             )
     if isinstance(recipe, TrainingRecipe) and (choice := expert_choice(recipe)) is not None:
         paths_and_hashes["experts file"] = (str(recipe.chosen_experts_file), _hash(sorted(choice.layers.items())))
+    for part, path in recipe.files().items():
+        paths_and_hashes[part] = (path, _hash([file_sha256(file) for file in locate(Path(path)).paths]))
     return {part: {"path": path, "sha256": content} for part, (path, content) in paths_and_hashes.items()}
 
 

@@ -60,12 +60,13 @@ class ReadList:
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of a stage. settings: the model's config; None if it is not known. later: keys of data lists that an
-    earlier stage has yet to write."""
+    earlier stage has yet to write. notes: what the stage's own check says."""
 
     foundation: Foundation
     settings: DeepseekV2Config | None
     lists: Sequence[ReadList] = ()
     later: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def source(self) -> ModelSource:
@@ -110,6 +111,9 @@ def prepare(
     """
     inputs = check_recipe(recipe, earlier, ask_hub)
     lists, tokenizer = recipe.row_lists(), inputs.foundation.tokenizer
+    notes: Sequence[str] = ()
+    if check_more := stage_of(recipe).check:
+        notes = provided(check_more)(recipe, tokenizer, inputs.settings and inputs.settings.max_position_embeddings)
     if tokenizer is not None and any(entry.fim for listed in lists for entry in listed.entries):
         fim_ids(tokenizer)
     read_lists, later = [], []
@@ -127,7 +131,7 @@ def prepare(
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1], tokenizer, inputs.settings, longest)
-    return replace(inputs, lists=read_lists, later=later)
+    return replace(inputs, lists=read_lists, later=later, notes=notes)
 
 
 def value_of(recipe: StageRecipe, key: str) -> Any:

@@ -83,6 +83,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, cache, manifest)
         if stage.measures and is_main():
             write_json(run_dir / stage.result, figures(metrics))
+        _refuse_failures(run_dir, recipe, metrics)
         lock.make_room()
         _close(run_dir, manifest, "finished", began)
     except BaseException as error:
@@ -92,6 +93,20 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
         raise
     wait_for_all()
     return Outcome("finished", manifest)
+
+
+def _refuse_failures(run_dir: Path, recipe: StageRecipe, metrics: Any) -> None:
+    """Raise ToolkitError if a task could not be measured; the figures of the others are in the results."""
+    stage = stage_of(recipe)
+    failed = [name for name, values in metrics.items() if "error" in values] if stage.measures else []
+    if not failed:
+        return
+    if is_main():
+        say(table_text({"stages": {Path(recipe.model.path).name: figures(metrics)}}))
+    raise ToolkitError(
+        f"{', '.join(failed)} failed: {metrics[failed[0]]['error']}; the other figures are in "
+        f"{run_dir / stage.result}, and running this again measures only what is missing"
+    )
 
 
 def _load_inputs(recipe: StageRecipe, cache: RowCache) -> "Inputs":

@@ -80,6 +80,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         ],
     ),
     "eval_reward": _recipe("eval", model={"path": "runs/reward"}, tasks=[_task("pair_accuracy", "pairs.jsonl")]),
+    "eval_benchmark": _recipe(
+        "eval", chat_template=None,
+        tasks=[
+            {
+                "task": "gsm8k_local", "name": "sums", "path": "sums.jsonl", "fewshot_path": "sums.jsonl",
+                "num_fewshot": 1, "limit": 2, "temperature": 1, "num_answers": 2, "pass_at": [1], "max_new_tokens": 2,
+                "batch_size": 2, "stop": ["Q"], "too_long": "cut",
+            },
+            {"task": "mmlu_local", "path": "choices.jsonl"},
+        ],
+    ),
     "pairs": _recipe(
         "pairs", "chat.jsonl", rewards=[{"rule": "number"}, {"rule": "format"}], limit=3, num_generations=2,
         max_new_tokens=3, batch_size=4, max_pairs_per_prompt=2, min_margin=0.1, balance_lengths=False, temperature=1,
@@ -106,6 +117,8 @@ def make_world(folder: Path) -> None:
         "chat": rows, "held_out": conversations(4), "pairs": pairs(8), "judged": judged, "bare": bare,
         "some_references": rows[:6] + bare[6:], "bad_references": [{**row, "reference": "banana"} for row in rows],
         "scored": [{**row, "label": index / 8} for index, row in enumerate(judged)], "one": rows[:1], "empty": [],
+        "sums": [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)],
+        "choices": [{"question": "1 + 1?", "choices": list("0123"), "answer": i} for i in range(3)],
         "plain": [{"text": "def f(): pass"}] * 8, "unknown": [{"x": 1}] * 3,
         "long": [{**row, "messages": user("a " * 4000) + assistant("b")} for row in rows],
         "long_answers": [{**row, "messages": user("a") + assistant("b" * 300)} for row in rows],
@@ -208,6 +221,13 @@ TASKS: list[dict[str, Any]] = [
     {"metric": "reward"}, {"metric": "reward", "combine": "min"}, {"combine": "min"},
     {"metric": "pair_accuracy"}, {"metric": "loss"}, {"rule": "math"}, {"name": "a_n"}, {"batch_size": 10**9},
 ]  # fmt: skip
+BENCHMARKS: list[dict[str, Any]] = [
+    {"task": "banana"}, {"task": "absent.yaml"}, {"task": "mmlu_local"}, {"task": "perplexity_local"},
+    {"task": "gsm8k"}, {"num_fewshot": 2}, {"num_fewshot": 9}, {"fewshot_path": None},
+    {"fewshot_path": "choices.jsonl"}, {"limit": 10**9},
+    {"temperature": 0}, {"temperature": None}, {"num_answers": 1}, {"pass_at": [3]}, {"max_new_tokens": 10**9},
+    {"max_new_tokens": 10**9, "too_long": "refuse"}, {"name": "a_n"}, {"name": "mmlu_local"}, {"metric": "loss"},
+]  # fmt: skip
 SAMPLINGS: list[dict[str, Any]] = [
     {"num_generations": 1}, {"num_generations": 257}, {"temperature": 0}, {"temperature": 11}, {"limit": 10**9},
     {"max_new_tokens": 10**9}, {"batch_size": 10**9}, {"min_margin": -1}, {"min_margin": 1e300}, {"limit": 1},
@@ -221,14 +241,16 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
     for kind, recipe in RECIPES.items():
         if kind == "chain":
             continue
-        evaluates = recipe["stage"] == "eval"
+        evaluates, benchmark = recipe["stage"] == "eval", kind == "eval_benchmark"
         data: Path_ = ("tasks", 0, "data", 0, "path") if evaluates else ("data", 0, "path")
+        data = ("tasks", 0, "path") if benchmark else data
         yield from ((kind, {data: place}) for place in (*(f"{name}.jsonl" for name in DATA), *PLACES))
         yield from ((kind, {("model", "path"): place}) for place in MODELS)
         yield from ((kind, {("model", "config"): config}) for config in CONFIGS)
         yield from ((kind, {("output_dir",): place}) for place in OUTPUTS)
         if evaluates:
-            yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in TASKS)
+            tasks = BENCHMARKS if benchmark else TASKS
+            yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in tasks)
             continue
         if recipe["stage"] == "pairs":
             yield from ((kind, {(key,): value for key, value in fields.items()}) for fields in SAMPLINGS)

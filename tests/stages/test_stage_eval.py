@@ -8,8 +8,8 @@ from conversations import render_conversation
 from conversations.answers.intervals import mean_interval, wilson
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import by_length, choose_tokens, generate_answers, pad_batch, score_sequences
-from eval.config import EvalRecipe
-from eval.stage import decoding_name, evaluate
+from eval.config import EvalRecipe, decoding_name
+from eval.stage import evaluate
 
 from ..helpers.models import random_ids
 from ..helpers.stages import (

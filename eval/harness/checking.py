@@ -1,0 +1,58 @@
+"""What `dsv2 check` and a run say of lm-eval's tasks before any weight is loaded."""
+
+from typing import Any
+
+from conversations.errors import ToolkitError
+from eval.config import BenchmarkTask, EvalRecipe
+from eval.harness.loading import Built, one_line
+
+
+def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str]:
+    """A line for each task of lm-eval.
+
+    Args:
+        tokenizer, positions: the model's, None if they are not known.
+
+    Raises:
+        ToolkitError: an unknown task, a missing file or column, data that a run could not load, or a prompt that is too
+            long.
+    """
+    entries = [task for task in recipe.tasks if isinstance(task, BenchmarkTask)]
+    if not entries:
+        return []
+    from eval.harness.benchmarks import chat_of, need_lm_eval
+    from eval.harness.loading import build
+    from eval.harness.running import described, quiet_lm_eval
+
+    need_lm_eval()
+    chat, lines = chat_of(recipe), []
+    with quiet_lm_eval():
+        for entry in entries:
+            built = build(entry, chat)
+            rows = sum(len(task.eval_docs) for task in built.tasks.values())
+            used = min(rows, entry.limit or rows)
+            if tokenizer is not None and positions is not None:
+                _check_lengths(built, tokenizer, positions, chat)
+            lines.append(f"{entry.name}: {used:,} rows, {', '.join(described(built, chat))}")
+    return lines
+
+
+def _check_lengths(built: Built, tokenizer: Any, positions: int, chat: bool) -> None:
+    """Raise ToolkitError for the first request that is too long, if the entry refuses such."""
+    from eval.harness.lm import ToolkitLM
+
+    entry = built.entry
+    lm = ToolkitLM(tokenizer, positions, too_long=entry.too_long, overrides=entry.generation, stop=entry.stop)
+    template = lm.apply_chat_template if chat else None
+    for task in built.tasks.values():
+        try:
+            task.build_all_requests(
+                limit=entry.limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=template
+            )
+        except Exception as error:  # the task's own code
+            raise ToolkitError(f"task {entry.name}: its rows do not fit the task: {one_line(error)}") from error
+        for request in task.instances:
+            try:
+                lm.check_fit(request)
+            except ToolkitError as error:
+                raise ToolkitError(f"task {entry.name}: row {request.doc_id + 1}: {error}") from None
