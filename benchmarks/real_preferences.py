@@ -20,8 +20,8 @@ import yaml
 from benchmarks.common import RESULTS, write
 
 TRAINING = {
-    "learning_rate": 3e-4, "lr_scheduler_type": "cosine", "warmup_steps": 5, "num_train_epochs": 2,
-    "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no", "logging_steps": 5,
+    "learning_rate": 3e-4, "lr_scheduler_type": "cosine", "warmup_steps": 5, "num_train_epochs": 1,
+    "per_device_train_batch_size": 8, "max_length": 512, "save_strategy": "no", "logging_steps": 4,
 }  # fmt: skip
 FIGURES = ("auc", "length_controlled", "length_correlation")
 
@@ -42,7 +42,7 @@ def parts(name: str, loss: str = "pairwise") -> Data:
 
 
 DATA = {
-    "hh_harmless": Data({"path": "hh_harmless_train.jsonl", "split": "[:400]"}, {"path": "hh_harmless_test.jsonl"}),
+    "hh_harmless": Data({"path": "hh_harmless_train.jsonl", "split": "[:300]"}, {"path": "hh_harmless_test.jsonl"}),
     "dpo_en_demo": parts("dpo_en_demo"),
     "dpo_zh_demo": parts("dpo_zh_demo"),
     "kto_en_demo": parts("kto_en_demo", "pointwise"),
@@ -87,7 +87,7 @@ def measured(name: str, data_folder: Path, model: Path, folder: Path) -> dict[st
     return {
         "accuracy": results["held_out"],
         "interval": results["held_out_interval"],
-        "n": results["held_out_n"],
+        "n": results["held_out_details"]["auc"]["n"],
         **{key: results["held_out_details"][key] for key in FIGURES},
         "last_losses": [step["loss"] for step in steps if "loss" in step][-3:],
     }

@@ -1,12 +1,15 @@
 """Scoring with reward models (v2-lite-mini): versus stock transformers at its best batch size, and 4 heads versus 1.
 
 python -m benchmarks.scoring [--rows 500]       results/scoring.json; about 20 minutes on 2 cores, 3 with --rows 32
+
+Stock and ours run in turn, and the least of several rounds counts. With OMP_NUM_THREADS=1 times are those of the CPU,
+so that other processes on the machine hardly matter.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +20,14 @@ from benchmarks.common import conditions, write
 from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForSequenceClassification
 from deepseek_v2_modeling.inference import pad_batch, score_heads, unpad_batch
 from deepseek_v2_modeling.presets import PRESETS
+from recipes.process_settings import keep_freed_memory
 from reward.trainers import bootstrap_weights, pairwise_loss
 
 TOKENS, PROMPT, GROUP = 512, 384, 8
 STOCK_BATCHES = (4, 8, 16)
 STOCK_EXPERTS = ("grouped_mm", "eager")  # transformers' experts implementations
 PAIRS = 4  # per training step
+ROUNDS = 3
 
 
 def model_of(heads: int, dtype: torch.dtype) -> Any:
@@ -50,14 +55,16 @@ def stock_scores(model: Any, rows: list[list[int]], batch: int) -> list[float]:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     result = run()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
-def least_of_two(run: Callable[[], Any]) -> tuple[float, Any]:
-    """The faster of two calls: the first may have to compile oneDNN kernels for new shapes."""
-    return min((timed(run) for _ in range(2)), key=lambda timing: timing[0])
+def in_turn(sides: Sequence[Callable[[], Any]]) -> list[tuple[float, Any]]:
+    """The fastest of ROUNDS calls of each side, called in turn: the first may have to compile oneDNN kernels."""
+    rounds = [[timed(side) for side in sides] for _ in range(ROUNDS)]
+    return [min(of_side, key=lambda timing: timing[0]) for of_side in zip(*rounds, strict=True)]
 
 
 def best_of_stock(stock: Any, rows: list[list[int]]) -> tuple[str, int]:
@@ -80,8 +87,8 @@ def against_stock(dtype: torch.dtype, count: int, folder: str) -> dict[str, Any]
     figures: dict[str, Any] = {}
     for name, prompt in (("different", 0), (f"groups of {GROUP} with a prompt of {PROMPT}", PROMPT)):
         rows = rows_of(count, prompt)
-        stock_seconds, expected = least_of_two(partial(stock_scores, stock, rows, best))
-        ours, scores = least_of_two(partial(score_heads, model, rows, pad_token_id=0))
+        sides = partial(stock_scores, stock, rows, best), partial(score_heads, model, rows, pad_token_id=0)
+        (stock_seconds, expected), (ours, scores) = in_turn(sides)
         worst = max(abs(a - b[0]) for a, b in zip(expected, scores, strict=True))
         figures[name] = {
             "stock_seconds": round(stock_seconds, 2),
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--only", choices=["heads", "stock"])
     args = parser.parse_args()
+    keep_freed_memory()  # as in `dsv2`; for stock too
     results: dict[str, Any] = {"rows": args.rows, "tokens": TOKENS, **conditions()}
     if args.only != "stock":
         results["4 heads over 1"] = heads_cost(5)

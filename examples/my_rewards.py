@@ -1,6 +1,6 @@
 """Custom rewards, with the signature of TRL's reward functions: lists in, a number (or None: no score) per answer out.
 
-dsv2 rl recipes/tiny/rl_reasoning.yaml 'rewards=[{python: "examples/my_rewards.py:exact"}]'
+dsv2 rl recipes/tiny/rl_reasoning.yaml model.path=runs/tiny/sft 'rewards=[{python: "examples/my_rewards.py:exact"}]'
 """
 
 import re
