@@ -32,17 +32,13 @@ from rl.trainer import PolicyTrainer
 from sft.trainer import ChatTrainer
 
 # Dropout-like noise (NEFTune) makes the weights depend on the state of the random numbers, too.
-COMMON: dict[str, Any] = {
-    "stage": "sft",
-    "model": {"path": "base", "preset": "tiny"},
-    "format": {"too_long": "drop"},
-    "seed": 3,
-}
+COMMON: dict[str, Any] = {"model": {"path": "base", "preset": "tiny"}, "seed": 3}
+SFT: dict[str, Any] = {**COMMON, "stage": "sft", "format": {"too_long": "drop"}}
 TRAINING = {"learning_rate": 1e-3, "save_total_limit": 2, "neftune_noise_alpha": 5.0}
 RECIPES: dict[str, dict[str, Any]] = {
     # 4 epochs of a few steps; evaluates between epochs, after a checkpoint that its steps ask for
     "packed": {
-        **COMMON,
+        **SFT,
         "data": [{"path": "tiny:sft_train?n=40"}],
         "eval_data": [{"path": "tiny:sft_heldout?n=8"}],
         "training": {
@@ -52,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # 4 to 1, held-out loss by source, micro-batches, the best checkpoint at the end
     "mixed": {
-        **COMMON,
+        **SFT,
         "data": [{"path": "tiny:sft_train?n=24", "weight": 4}, {"path": "tiny:sft_train?seed=9&n=6", "weight": 1}],
         "eval_data": [{"path": "tiny:sft_heldout?n=6"}, {"path": "tiny:sft_heldout?seed=9&n=6"}],
         "early_stopping_patience": 3,
@@ -66,9 +62,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rl": {
         **COMMON,
         "stage": "rl",
-        "format": {},
         "data": [{"path": "tiny:rl_reasoning?n=40"}],
-        "rewards": [{"rule": "number"}, {"rule": "repetition"}],
+        "rewards": [{"rule": "number"}, {"rule": "language"}],
         "routing_replay": "rollout",
         "dynamic_sampling": {"max_rounds": 2},
         "rollout_correction": {"mode": "token_truncate"},
@@ -125,8 +120,8 @@ MOMENTS: dict[str, tuple[str, Patch, int]] = {
     "before the old checkpoint goes": ("mixed", killed_at(trainer_checkpoints, "remove_old_checkpoints", 2), KILLED),
     "between epochs": ("packed", killed_at(ChatTrainer, "log", 2, after=True, when=_is_evaluation), KILLED),
     "in writing final": ("mixed", killed_at(tensor_files, "follow_umask", 1), KILLED),
-    "in a rollout": ("rl", killed_at(PolicyTrainer, "_sample", 4), KILLED),
-    "between two updates on a rollout": ("rl", killed_at(PolicyTrainer, "_compute_loss", 15), KILLED),
+    "in a rollout": ("rl", killed_at(PolicyTrainer, "_sample", 7), KILLED),
+    "between two updates on a rollout": ("rl", killed_at(PolicyTrainer, "_compute_loss", 8), KILLED),
     "SIGTERM": ("mixed", killed_at(ChatTrainer, "training_step", 9, by=signal.SIGTERM), 130),
     "Ctrl-C": ("mixed", killed_at(ChatTrainer, "training_step", 14, by=signal.SIGINT), 130),
 }
