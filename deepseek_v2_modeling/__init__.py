@@ -10,9 +10,10 @@ from .adapters import apply_lora, export_adapter, import_adapter, load_adapter, 
 from .cache import LatentCache
 from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .family import DeepseekV3Config
 from .layers.balance_losses import collect_balance
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
-from .presets import PRESETS, build_model
+from .presets import PRESETS, build_model, preset_config
 from .registration import register
 from .routing_replay import record_routing, replay_routing
 
@@ -39,6 +40,7 @@ __all__ = [
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForSequenceClassification",
     "DeepseekV2Model",
+    "DeepseekV3Config",
     "LatentCache",
     "ModelError",
     "RunTrainerMixin",
@@ -50,6 +52,7 @@ __all__ = [
     "load_adapter",
     "lora_config",
     "merge_lora",
+    "preset_config",
     "record_routing",
     "replay_routing",
 ]

@@ -21,10 +21,10 @@ from .errors import ModelError
 from .refusals import check_model_type
 
 ROPE_TYPES = ("default", "linear", "yarn")
-TOPK_METHODS = ("greedy", "group_limited_greedy")
+CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock uses max_position_embeddings, which is the length after scaling
-ALPHAS = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
+NOT_NEGATIVE = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", "bias_update_speed")
 # Upper bounds, many times the values of the largest existing models.
 LARGEST = {
     "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,
@@ -32,12 +32,13 @@ LARGEST = {
     "num_key_value_heads": 10_000, "n_routed_experts": 10_000, "n_shared_experts": 1_000, "num_experts_per_tok": 10_000,
     "kv_lora_rank": 1_000_000, "q_lora_rank": 1_000_000, "qk_nope_head_dim": 100_000, "qk_rope_head_dim": 100_000,
     "v_head_dim": 100_000, "head_dim": 100_000, "max_position_embeddings": 1_000_000_000, "num_labels": 10_000,
-    "attention_dropout": 1.0,
+    "attention_dropout": 1.0, "num_nextn_predict_layers": 100,
 }  # fmt: skip
 # Lower bounds; 1 for all other names in LARGEST.
 SMALLEST = {
     "n_routed_experts": 0, "n_shared_experts": 0, "num_experts_per_tok": 0, "num_labels": 0, "attention_dropout": 0.0,
     "rms_norm_eps": 0.0, "initializer_range": 0.0, "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
 }  # fmt: skip
 # Numbers of the RoPE settings, and whether they may be 0.
 ROPE_NUMBERS = {
@@ -119,6 +120,10 @@ class DeepseekV2Config(StockConfig):
         ModelError: a value is rejected by the official model, or cannot work.
     """
 
+    # What differs between the architectures of the family (family.py): the name in messages, and for each scoring_func
+    # that it has (layers/routing.py) its topk_methods.
+    architecture = "DeepSeek-V2"
+    topk_methods = {"softmax": ("greedy", "group_limited_greedy")}  # noqa: RUF012
     # Stock's parallel plans refer to modules that these classes lack, such as its experts, so none can be applied.
     base_model_tp_plan = None
     base_model_ep_plan = None
@@ -138,7 +143,7 @@ class DeepseekV2Config(StockConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers', but the config of another architecture is an error; many would be accepted silently."""
-        check_model_type(config_dict)
+        check_model_type(config_dict, cls.model_type)
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
@@ -199,12 +204,15 @@ class DeepseekV2Config(StockConfig):
 
 def check_settings(config: DeepseekV2Config) -> None:
     """Like `check_config`, but fast, for the settings that are read at each forward."""
-    if config.scoring_func != "softmax":
-        raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: DeepSeek-V2 uses "softmax"')
-    if config.topk_method not in TOPK_METHODS:
-        raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {TOPK_METHODS}')
-    for name in ALPHAS:
-        if not getattr(config, name) >= 0:
+    methods = config.topk_methods
+    if config.scoring_func not in methods:
+        known = " or ".join(f'"{name}"' for name in methods)
+        raise ModelError(f'scoring_func "{config.scoring_func}" is not supported: {config.architecture} uses {known}')
+    if config.topk_method not in methods[config.scoring_func]:
+        known = methods[config.scoring_func]
+        raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {known}')
+    for name in NOT_NEGATIVE:
+        if not getattr(config, name, 0) >= 0:
             raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")
 
 
@@ -232,10 +240,12 @@ def check_config(config: DeepseekV2Config) -> None:
         raise ModelError(f"num_experts_per_tok is {top_k}: it must be from 1 to n_routed_experts ({experts})")
     if config.n_group and experts % config.n_group:
         raise ModelError(f"n_group is {config.n_group}: it must divide n_routed_experts ({experts})")
-    if config.topk_method == "group_limited_greedy":
+    if config.topk_method != "greedy":
         groups, kept_groups = config.n_group, config.topk_group
         if not groups:
-            raise ModelError("n_group is not set: group_limited_greedy needs it")
+            raise ModelError(f"n_group is not set: {config.topk_method} needs it")
+        if config.topk_method == "noaux_tc" and experts < 2 * groups:
+            raise ModelError(f"n_group is {groups}: noaux_tc needs at least 2 of the {experts} experts in each group")
         if not kept_groups or kept_groups > groups or kept_groups * (experts // groups) < top_k:
             raise ModelError(
                 f"topk_group is {kept_groups}: it must be at most n_group ({groups}), and its groups must hold "

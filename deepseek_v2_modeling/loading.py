@@ -19,6 +19,7 @@ from .adapters.merge import merge_lora
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation
+from .checkpoints.hub_layout import dtype_on_disk
 from .checkpoints.sources import (
     TASKS,
     AdapterSource,
@@ -36,28 +37,31 @@ from .configuration import DeepseekV2Config
 from .errors import ModelError
 from .esft.choice import ExpertChoice
 from .esft.full_weights import train_chosen_experts
+from .family import check_bias_updates, config_fields
 from .kernels.float32_products import Linear
 from .layers.moe import DeepseekV2Router
-from .modeling import HEADS
+from .model_classes import model_class
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
 # The names that other packages need to open a model; they import them from here.
 __all__ = [
-    "HEADS",
     "TASKS",
     "AdapterSource",
     "Head",
     "LoraSettings",
     "ModelSource",
     "apply_settings",
+    "check_bias_updates",
     "check_generation",
     "check_vocabulary",
     "check_weights",
+    "config_fields",
     "load_base",
     "load_lm_head",
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "model_class",
     "prepare_trainable",
     "read_adapter",
     "read_settings",
@@ -91,7 +95,8 @@ def load_base(
     settings = apply_settings(copy.deepcopy(settings) or read_settings(base), head, config, heads)
     check_generation(base, settings.vocab_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return HEADS[head].from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
+    cls = model_class(settings, head)
+    return cls.from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def load_model(
@@ -233,7 +238,10 @@ def write_model(
         state = None
         if dtype is not None:
             torch_dtype = getattr(torch, dtype)
-            state = {k: v.to(torch_dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            state = {
+                name: tensor.to(dtype_on_disk(name, torch_dtype)) if tensor.is_floating_point() else tensor
+                for name, tensor in model.state_dict().items()
+            }
         model.save_pretrained(str(directory), state_dict=state)
         if dtype is not None:
             path = directory / "config.json"

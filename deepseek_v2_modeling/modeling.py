@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
@@ -18,9 +17,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import LatentCache
-from .checkpoints.sources import Head
 from .checkpoints.strict import StrictPreTrainedModel
-from .configuration import DeepseekV2Config, check_config, check_settings
+from .configuration import CORRECTION_BIAS, DeepseekV2Config, check_config, check_settings
 from .errors import ModelError
 from .kernels.float32_products import Linear, WideLinear, rounds_apart
 from .kernels.token_scores import IGNORED, blockwise_loss
@@ -114,8 +112,9 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekV2DecoderLayer"]  # noqa: RUF012 - these four are read by transformers
+    _no_split_modules = ["DeepseekV2DecoderLayer"]  # noqa: RUF012 - these are read by transformers
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [CORRECTION_BIAS]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -127,10 +126,11 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     }
 
     def __init__(self, config: DeepseekV2Config):
-        if not isinstance(config, DeepseekV2Config):
+        expected: Any = self.config_class
+        if not isinstance(config, expected):
             raise ModelError(
                 f"{type(self).__name__} was given a {type(config).__module__}.{type(config).__name__}: it takes a "
-                "deepseek_v2_modeling.DeepseekV2Config, which AutoConfig gives too"
+                f"deepseek_v2_modeling.{expected.__name__}, which AutoConfig gives too"
             )
         super().__init__(config)
 
@@ -153,6 +153,8 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, DeepseekV2Router):
             init.normal_(module.weight, mean=0.0, std=std)
+            if (bias := getattr(module, CORRECTION_BIAS)) is not None:
+                init.zeros_(bias)
         elif isinstance(module, DeepseekV2Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -458,9 +460,3 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
         if use_cache or bounded or torch.compiler.is_compiling() or self._asks_for_tokens(kwargs):
             return False
         return (self.config._attn_implementation or "eager").startswith(("sdpa", "flash"))
-
-
-HEADS: dict[Head, type[PreTrainedModel]] = {
-    "causal_lm": DeepseekV2ForCausalLM,
-    "score": DeepseekV2ForSequenceClassification,
-}

@@ -16,7 +16,7 @@ from .checkpoints.strict import match_sources
 from .checkpoints.tensor_files import base_headers
 from .configuration import DeepseekV2Config, check_config, check_sizes
 from .errors import ModelError
-from .modeling import HEADS
+from .model_classes import model_class
 
 
 def apply_settings(
@@ -43,7 +43,7 @@ def apply_settings(
     if not changes:
         return settings
     if unknown := [key for key in changes if not hasattr(settings, key)]:
-        raise ModelError(f'model.config: DeepSeek-V2 has no setting "{unknown[0]}"')
+        raise ModelError(f'model.config: {settings.architecture} has no setting "{unknown[0]}"')
     try:
         check_sizes(changes)
         for key, value in changes.items():
@@ -58,7 +58,7 @@ def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
     """The model on the meta device, without weights. Raises ModelError if the settings cannot be built into a model."""
     try:
         with torch.device("meta"):
-            return HEADS[head](settings)
+            return model_class(settings, head)(settings)
     except Exception as error:  # an unknown hidden_act, a pad_token_id outside the vocabulary, ...
         raise ModelError(
             f"{settings.name_or_path}/config.json: it cannot be built into a model ({type(error).__name__}: {error})"

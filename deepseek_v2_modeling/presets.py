@@ -1,4 +1,4 @@
-"""Small models with DeepSeek-V2's structure and random weights, for experiments and tests."""
+"""Small models with the structure of DeepSeek-V2 and its family and random weights, for experiments and tests."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 
 from .configuration import DeepseekV2Config
 from .errors import ModelError
+from .family import config_class
+from .model_classes import model_class
 from .modeling import DeepseekV2ForCausalLM
 
 YARN = {
@@ -13,6 +15,7 @@ YARN = {
     "mscale": 0.707, "mscale_all_dim": 0.707,
 }  # fmt: skip
 
+# The settings of a config; without model_type, of DeepSeek-V2.
 PRESETS: dict[str, dict[str, Any]] = {
     # The demo's model: device-limited routing, small enough to train from scratch in minutes on two cores.
     "tiny": {
@@ -42,7 +45,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "comm_aux_loss_alpha": 0.02,
         "max_position_embeddings": 163840, "rope_scaling": YARN,
     },
+    # V3's structure: q_lora, a sigmoid gate with correction biases, routing limited to 4 of 8 groups of experts, YaRN.
+    "v3-mini": {
+        "model_type": "deepseek_v3", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768,
+        "moe_intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 8, "q_lora_rank": 96,
+        "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 64,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 4,
+        "routed_scaling_factor": 2.5, "max_position_embeddings": 163840,
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
 }  # fmt: skip
+
+
+def preset_config(preset: str, **changes: Any) -> DeepseekV2Config:
+    """The config of a preset. Raises ModelError if there is none of this name."""
+    if preset not in PRESETS:
+        raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')
+    settings = {**PRESETS[preset], **changes}
+    return config_class(settings.pop("model_type", "deepseek_v2"))(**settings)
 
 
 def build_model(preset: str, seed: int, **tokens: int) -> DeepseekV2ForCausalLM:
@@ -53,9 +73,7 @@ def build_model(preset: str, seed: int, **tokens: int) -> DeepseekV2ForCausalLM:
     Raises:
         ModelError: there is no preset of this name.
     """
-    if preset not in PRESETS:
-        raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')
+    config = preset_config(preset, **tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings: dict[str, Any] = {**PRESETS[preset], **tokens}
-        return DeepseekV2ForCausalLM(DeepseekV2Config(**settings))
+        return model_class(config, "causal_lm")(config)

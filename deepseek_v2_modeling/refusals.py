@@ -8,15 +8,13 @@ from typing import Any
 
 from .errors import ModelError
 
-MODEL_TYPE = "deepseek_v2"
 # Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
 RELATIVES = {
     "deepseek": "plain multi-head attention, without latents",
-    "deepseek_v3": "a sigmoid gate, whose choice of experts a bias corrects",
     "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
     "deepseek_v4": "compressed attention and another residual stream",
     "glm4_moe_lite": "a sigmoid gate, whose choice of experts a bias corrects",
-    "kimi_k2": "a sigmoid gate, whose choice of experts a bias corrects",
+    "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
     "kimi_linear": "linear attention in most layers",
     "longcat_flash": "two attentions a layer, and experts that do nothing",
     "minicpm3": "scaled embeddings, residuals and logits",
@@ -25,17 +23,18 @@ RELATIVES = {
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 
 
-def check_model_type(values: Mapping[str, Any], where: str = "") -> None:
-    """Check the values of a config.json, which `where` names in messages.
+def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") -> None:
+    """Check the values of a config.json, which `where` names in messages. expected: the model_type of the class that
+    is to read it.
 
     Raises:
         ModelError: they belong to another architecture, or to a DeepSeek-V2 without latent attention.
     """
-    model_type, where = values.get("model_type", MODEL_TYPE), where and f"{where}: "
-    if model_type != MODEL_TYPE:
+    model_type, where = values.get("model_type", expected), where and f"{where}: "
+    if model_type != expected:
         difference = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
         raise ModelError(
-            f'{where}model_type is "{model_type}", not "{MODEL_TYPE}"{difference}; Auto classes choose the class by it'
+            f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
         )
     if values.get("use_mla", True) is not True:
         use_mla = json.dumps(values["use_mla"])
@@ -88,5 +87,5 @@ def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> N
         values, _ = config_class.get_config_dict(path, **{name: keywords[name] for name in hub if name in keywords})
     except (OSError, ValueError):
         return  # `from_pretrained` raises its own error
-    check_model_type(values, os.fspath(path))
+    check_model_type(values, config_class.model_type, os.fspath(path))
     check_quantization(path, values.get("quantization_config"))

@@ -6,18 +6,18 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from .configuration import DeepseekV2Config
-from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
+from .model_classes import CLASSES
 
 
 def register() -> None:
     """Register the classes; called at import, and idempotent."""
-    AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
-    AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)
-    AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
-    # transformers applies its mapping from the hub's per-expert tensors to fused experts only to its own classes.
-    # Without it the experts would stay randomly initialised, and only a table in the log would say so.
     mapping = get_checkpoint_conversion_mapping("deepseek_v2")
     assert mapping is not None
-    register_checkpoint_conversion_mapping("deepseek_v2", mapping, overwrite=True)
+    for config, classes in CLASSES.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, classes[None], exist_ok=True)
+        AutoModelForCausalLM.register(config, classes["causal_lm"], exist_ok=True)
+        AutoModelForSequenceClassification.register(config, classes["score"], exist_ok=True)
+        # transformers applies its mapping from the hub's per-expert tensors to fused experts only to its own classes.
+        # Without it the experts would stay randomly initialised, and only a table in the log would say so.
+        register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)

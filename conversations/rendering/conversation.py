@@ -1,6 +1,7 @@
 """Messages -> token ids and loss mask: the one place that decides what is trained.
 
-In each assistant turn, exactly ' ' + content + end token is trained; everything else is context. A turn is trained if
+In each assistant turn, exactly the content (in DeepSeek-V2's template with the space before it) and the end token are
+trained; everything else is context. A turn is trained if
 `train_on` selects it and its own `train` is not false.
 
 A conversation is encoded in pieces, split where training starts and stops and at special tokens. For every tokenizer,
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversations.errors import ToolkitError
 from conversations.rendering.encoding import Run, control_pattern, encode_runs, special_ids_of
-from conversations.rendering.template import Part, layout
+from conversations.rendering.template import Part, layout, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,15 +32,16 @@ def render_conversation(
     train_on: TrainOn = "all_assistant",
     add_generation_prompt: bool = False,
 ) -> dict[str, list[int]]:
-    """Render messages with DeepSeek-V2's template and the tokenizer's own begin and end tokens.
+    """Render messages with the template of the model's family and the tokenizer's own begin and end tokens.
 
     Args:
         messages: each `{"role", "content"}`; roles are system, user and assistant. A prompt is a list that
             ends with a user turn. `train: False` excludes an assistant turn from the mask; true or null changes
             nothing.
-        tokenizer: any fast tokenizer of transformers with an end token. Its own chat template is not used.
+        tokenizer: any fast tokenizer of transformers with an end token. Its chat template decides between those that
+            we know (template.py); with any other, and without one, it is DeepSeek-V2's.
         train_on: all assistant turns, or only the last one.
-        add_generation_prompt: end with "Assistant:", for a model to continue.
+        add_generation_prompt: end as the assistant's turn begins ("Assistant:"), for a model to continue.
 
     Returns:
         `input_ids` and `assistant_mask`, two lists of equal length; the mask is 1 on trained tokens.
@@ -62,7 +64,8 @@ def conversation_runs(
     if train_on not in get_args(TrainOn):
         raise ToolkitError(f"train_on is {train_on!r}; use one of {', '.join(get_args(TrainOn))}")
     contents = _contents(messages)
-    parts = layout(tuple(message["role"] for message in messages), bool(add_generation_prompt))
+    roles = tuple(message["role"] for message in messages)
+    parts = layout(roles, bool(add_generation_prompt), template_of(tokenizer))
     turns = {part.turn for part in parts if part.turn is not None}
     trained = turns if train_on == "all_assistant" else {max(turns, default=None)}
     trained = trained - _left_out(messages)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from conversations.errors import ToolkitError
+from conversations.rendering.template import template_of
 from conversations.rendering.words import encode_by_words
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.split_special_tokens,
+        template_of(tokenizer).name,
     ]
     return hashlib.sha256((backend.to_str() + json.dumps(settings)).encode("utf-8", "surrogatepass")).hexdigest()
 

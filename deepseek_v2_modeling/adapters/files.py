@@ -56,7 +56,7 @@ class AdapterFiles:
 
     pairs: the factor pairs. replaced: {hub tensor: tensor of the file} of whole tensors, e.g. a score head or
     embeddings. parameters: {name: shape} of the model. layout: the piece of a parameter that each tensor in the hub's
-    layout holds. head: a key of HEADS.
+    layout holds. head: a key of `model_classes.PARTS`.
     """
 
     directory: Path

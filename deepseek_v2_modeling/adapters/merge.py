@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoints.finite import check_finite, is_finite
-from ..checkpoints.hub_layout import hub_layout
+from ..checkpoints.hub_layout import hub_layout, without_extra_layers
 from ..checkpoints.sources import base_directory, copy_side_files, resolve_source
 from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
@@ -34,7 +34,7 @@ from ..checkpoints.tensor_files import (
     write_tensors,
 )
 from ..errors import ModelError
-from ..modeling import HEADS
+from ..model_classes import model_class
 from ..outline import model_shapes
 from .files import AdapterFiles, FactorReader, open_adapter, open_factors, with_labels
 from .merge_plan import Merged, Shard, plan_shards
@@ -176,7 +176,8 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
 def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:
     """Write config.json with both forms of the RoPE settings and without references to code that is not copied."""
     config: Any = adapter.model_config
-    config.architectures = [HEADS[adapter.head].__name__]
+    config.architectures = [model_class(config, adapter.head).__name__]
+    without_extra_layers(config)
     if dtype is not None:
         config.dtype = getattr(torch, dtype)
     if adapter.head == "score" and config.pad_token_id is None:

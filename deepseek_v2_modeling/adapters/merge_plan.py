@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.hub_layout import COMPUTED
+from ..checkpoints.hub_layout import COMPUTED, dtype_on_disk, is_extra_layer, summed_up
 from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
 from ..errors import ModelError
 from .files import AdapterFiles
@@ -52,7 +52,7 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     """
     headers = base_headers(base)
     infos = {name: info for header in headers.values() for name, info in header.items()}
-    left_out = check_base(adapter, infos)
+    left_out = tuple(summed_up(check_base(adapter, infos), adapter.model_config))
     tensors = {path: merged_tensors(adapter, header, dtype) for path, header in headers.items()}
     tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(infos))
     filled = {path: merged for path, merged in tensors.items() if merged}
@@ -80,7 +80,12 @@ def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
     """The tensors that the adapter replaces, with its factors on top if it has those too."""
     pairs = {pair.parameter: pair for pair in adapter.pairs}
     return {
-        name: Merged(TensorInfo(dtype, adapter.layout[name].shape), stored, pair=pairs.get(name), from_adapter=True)
+        name: Merged(
+            TensorInfo(dtype_on_disk(name, dtype), adapter.layout[name].shape),
+            stored,
+            pair=pairs.get(name),
+            from_adapter=True,
+        )
         for name, stored in adapter.replaced.items()
     }
 
@@ -94,7 +99,13 @@ def check_base(adapter: AdapterFiles, infos: Mapping[str, TensorInfo]) -> tuple[
     tied = {"lm_head.weight"} if adapter.model_config.tie_word_embeddings else set()
     present = infos.keys() | adapter.replaced.keys() | tied
     extra = [name for name in infos if name not in layout and name not in adapter.fused]
-    left_out = tuple(name for name in extra if name.startswith(OTHER_HEAD[adapter.head]) or re.search(COMPUTED, name))
+    left_out = tuple(
+        name
+        for name in extra
+        if name.startswith(OTHER_HEAD[adapter.head])
+        or re.search(COMPUTED, name)
+        or is_extra_layer(name, adapter.model_config)
+    )
     shapes = {name: piece.shape for name, piece in layout.items() if name not in adapter.replaced}
     shapes |= {name: adapter.parameters[name] for name in adapter.fused}
     faults = {
@@ -116,7 +127,7 @@ def merged_info(source: str, info: TensorInfo, shape: tuple[int, ...], dtype: st
     """The dtype and shape of a tensor of the result. Raises ModelError if the source is quantised."""
     if info.dtype not in FLOATS:
         raise ModelError(f"{source} is {info.dtype}: quantised weights cannot be merged; name the original base")
-    return TensorInfo(dtype or info.dtype, shape)
+    return TensorInfo(dtype_on_disk(source, dtype or info.dtype), shape)
 
 
 def main_dtype(infos: Mapping[str, TensorInfo]) -> str:

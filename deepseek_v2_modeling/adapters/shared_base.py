@@ -24,6 +24,12 @@ def base_weights(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in plain.items() if name.startswith(_BACKBONE)}
 
 
+def base_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """{name: buffer} of a model's backbone, by the names of the model without adapters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name.replace(_WRAPPED, ""): buffer for name, buffer in base.named_buffers() if name.startswith(_BACKBONE)}
+
+
 def reason_not_to_share(model: Any, source: ModelSource, dtype: str) -> str | None:
     """Why a model of `source`, in `dtype`, cannot run on the base weights of `model`; None if it can."""
     base = str(model.config.name_or_path)
@@ -57,5 +63,8 @@ def model_on_base(model: Any, settings: DeepseekV2Config, head: Head, attn_imple
         owner, _, leaf = name.rpartition(".")
         zeros = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
         setattr(new.get_submodule(owner), leaf, shared.get(name, nn.Parameter(zeros, requires_grad=False)))
+    for name, buffer in base_buffers(model).items():
+        owner, _, leaf = name.rpartition(".")
+        new.get_submodule(owner).register_buffer(leaf, buffer)
     new.model.rotary_emb = RotaryEmbedding(settings).to(like.device)
     return new.eval()

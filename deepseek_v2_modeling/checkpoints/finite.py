@@ -1,5 +1,6 @@
 """Detects non-finite numbers while files are read: a model with a single NaN weight gives no usable output."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def check_finite(name: str, tensor: torch.Tensor, where: str | Path) -> torch.Te
 def check_weights(model: nn.Module, where: Any) -> None:
     """Raise ModelError for the first weight of a model, loaded from `where`, that is not finite; weights of experts are
     named as on disk."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
         if is_finite(parameter.detach()):
             continue
         for part, piece in pieces_of(name, tuple(parameter.shape)).items():

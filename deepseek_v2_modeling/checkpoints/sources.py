@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration import DeepseekV2Config, check_file_values
 from ..errors import ModelError
+from ..family import config_class
 from .adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from .tensor_files import WEIGHT_FILES, TensorInfo, read_header
 from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
@@ -150,7 +151,8 @@ def read_settings(base: str) -> DeepseekV2Config:
     file = f"{base}/config.json"
     try:
         values, _ = DeepseekV2Config.get_config_dict(base)
-        check_file_values(values, DeepseekV2Config)
+        cls = config_class(values.get("model_type") if isinstance(values, dict) else None)
+        check_file_values(values, cls)
         quantised = values.get("quantization_config") or values.get("compression_config")
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
@@ -161,7 +163,7 @@ def read_settings(base: str) -> DeepseekV2Config:
     if quantised:
         raise ModelError(f"{file}: quantization_config: the weights are quantised; name the original model")
     try:
-        settings = DeepseekV2Config.from_pretrained(base)
+        settings = cls.from_pretrained(base)
     except ModelError as error:
         raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # transformers' constructors do not check their values

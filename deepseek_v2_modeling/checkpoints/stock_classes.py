@@ -22,7 +22,12 @@ def stock_differences(config: DeepseekV2Config) -> tuple[str, ...]:
 
 def _normalised_gate(config: DeepseekV2Config) -> str | None:
     chosen = config.num_experts_per_tok or 0
-    if not (_has_moe(config) and config.norm_topk_prob and chosen > 1):
+    if not (_has_moe(config) and config.norm_topk_prob):
+        return None
+    if config.scoring_func == "sigmoid":  # stock's class of DeepSeek-V3 reads it
+        more = "norm_topk_prob is true with one expert per token: stock transformers normalises its weight to 1"
+        return more if chosen == 1 else None
+    if chosen == 1:
         return None
     return "norm_topk_prob is true: stock transformers ignores it, and scales the experts' weights instead"
 

@@ -25,7 +25,16 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..errors import ModelError, ShapeError
 from ..refusals import check_keywords, check_quantization, check_source
 from .finite import check_weights
-from .hub_layout import COMPUTED, FusedExperts, Piece, Shape, hub_layout
+from .hub_layout import (
+    COMPUTED,
+    FusedExperts,
+    Piece,
+    Shape,
+    hub_layout,
+    is_extra_layer,
+    summed_up,
+    without_extra_layers,
+)
 from .offloading import keep_readable
 from .tensor_files import CODES, FLOATS, WEIGHT_FILES, TensorInfo, check_doubled, shards_named
 
@@ -123,6 +132,8 @@ class StrictPreTrainedModel(PreTrainedModel):
         initialised, left_out = judge(
             model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes
         )
+        left_out = summed_up(left_out, model.config)
+        without_extra_layers(model.config)
         notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised) + [
             f"left out: {', '.join(left_out)}"
         ] * bool(left_out)
@@ -151,7 +162,7 @@ def judge(
     lenient = load_config.ignore_mismatched_sizes
     reshaped = {name for name in misshapen if lenient and ".experts." not in name}
     initialised = {name for name in missing if name.startswith(model.new_heads)} | reshaped
-    left_out = {name for name in unexpected if name.startswith(model.other_heads)}
+    left_out = {n for n in unexpected if n.startswith(model.other_heads) or is_extra_layer(n, model.config)}
     faults = {
         "missing": set(missing) - initialised,
         "unexpected": set(unexpected) - left_out,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..configuration import CORRECTION_BIAS
 from ..errors import ModelError
 from ..kernels.grouped_products import ActiveAdapter, Groups, blocks
 from ..layers.moe import DeepseekV2Experts, DeepseekV2MoE
@@ -149,8 +150,9 @@ def trained_rows(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained weights, and for each layer the indices of its chosen experts."""
+    """The trained weights and the routers' biases, and for each layer the indices of its chosen experts."""
     tensors = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(CORRECTION_BIAS)}
     return tensors | {f"{name}.chosen": module.chosen for name, module in trained_experts(model).items()}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..inference import by_length, evaluation_mode, pad_batch
-from ..layers.moe import expert_weights
+from ..layers.routing import expert_scores, expert_weights
 from ..routing_replay import record_routing
 from .choice import moe_layers
 
@@ -64,7 +64,7 @@ def score_experts(
             share_N1 = (mask.double() / mask.sum(1, keepdim=True)).view(-1, 1)  # 1/L of the token's row, 0 for padding
             for layer, (logits, chosen) in enumerate(zip(out.router_logits, routes[0], strict=True)):
                 experts_NK = chosen.flatten(0, 1)
-                weights = expert_weights(config, logits.softmax(-1), experts_NK)
+                weights = expert_weights(config, expert_scores(config, logits), experts_NK)
                 _add(sums[0, layer], experts_NK, weights * share_N1)
                 _add(sums[1, layer], experts_NK, (share_N1 / experts_NK.shape[1]).expand_as(weights))
             progress(int(mask.sum()))

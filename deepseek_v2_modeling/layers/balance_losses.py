@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..configuration import DeepseekV2Config
+from .routing import expert_shares
 
 COEFFICIENTS = {
     "expert": "aux_loss_alpha",
@@ -110,7 +111,7 @@ def layer_losses(
 ) -> dict[str, torch.Tensor]:
     """The balance losses of one layer, weighted by their coefficients; losses with coefficient 0 are left out.
 
-    f has no gradient; P is the mean of the softmax over all experts (before device-limited routing).
+    f has no gradient; P is the mean of the scores of all experts, normalised to sum to 1, before groups are masked.
     """
     coefficients = {k: getattr(config, name) for k, name in COEFFICIENTS.items() if getattr(config, name)}
     if not coefficients:
@@ -121,7 +122,7 @@ def layer_losses(
     chosen = torch.zeros_like(router.logits).scatter_(1, router.experts, 1.0)  # [N, E], no gradient
     share = _mean_by(chosen, sequence, real, limit)  # [sequences, E], sums to K
     f = share * (experts / top_k)  # eq. 24
-    p = _mean_by(router.logits.softmax(-1), sequence, real, limit)  # eq. 25
+    p = _mean_by(expert_shares(config, router.logits), sequence, real, limit)  # eq. 25
     weight = real.new_zeros(limit).index_add(0, sequence, real).clamp(max=1)  # 1 for sequences that exist
     weight = weight / weight.sum().clamp(min=1)
 

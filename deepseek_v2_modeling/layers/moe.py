@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from ..configuration import DeepseekV2Config
+from ..configuration import CORRECTION_BIAS, DeepseekV2Config
 from ..kernels.even_groups import few_rows_each, is_worth_padding
 from ..kernels.expert_training import train_experts
 from ..kernels.float32_products import Linear, compute_dtype, is_plain
@@ -19,6 +19,7 @@ from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch,
 from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
 from .peft_factors import linear, unwrap
+from .routing import choose_experts, expert_scores, expert_weights, replayed_experts
 
 TOKENS = 4096  # tokens to run through the experts at a time
 
@@ -38,12 +39,19 @@ class DeepseekV2MLP(nn.Module):
 
 
 class DeepseekV2Router(nn.Module):
-    """The router's linear layer, which scores all experts in float32 (official)."""
+    """The router's linear layer, which scores all experts in float32 (official).
+
+    With topk_method `noaux_tc` it holds e_score_correction_bias [E] float32, which is added to the scores in the choice
+    of experts only. No gradient trains it.
+    """
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size))
+        experts = config.n_routed_experts or 0
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        bias = torch.zeros(experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
+        self.register_buffer(CORRECTION_BIAS, bias)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         """x [N, D] -> logits [N, E] float32."""
@@ -62,34 +70,6 @@ def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
             x = adapter.dropout(x_ND.float())
             logits = logits + F.linear(F.linear(x, adapter.a.float()), adapter.b.float()) * adapter.scaling
     return logits
-
-
-def choose_experts(config: DeepseekV2Config, scores_NE: torch.Tensor) -> torch.Tensor:
-    """The K experts with the highest scores, [N, K]; group_limited_greedy first keeps the groups whose best expert has
-    the highest scores (device-limited routing)."""
-    if config.topk_method == "group_limited_greedy":
-        groups = config.n_group or 1
-        best_NG = scores_NE.unflatten(-1, (groups, -1)).amax(-1)
-        kept_groups = best_NG.topk(config.topk_group or groups, dim=-1, sorted=False).indices
-        allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, kept_groups, True)
-        allowed = allowed_NG.repeat_interleave(scores_NE.shape[-1] // groups, dim=1)
-        scores_NE = scores_NE.masked_fill(~allowed, 0.0)
-    return scores_NE.topk(config.num_experts_per_tok or 1, dim=-1, sorted=False).indices
-
-
-def replayed_experts(config: DeepseekV2Config, scores_NE: torch.Tensor, replayed_NK: torch.Tensor) -> torch.Tensor:
-    """The experts to use again, [N, K]; where there are none (-1), those that the router chooses."""
-    replayed_NK = replayed_NK.to(scores_NE.device, torch.int64)
-    return torch.where(replayed_NK[:, :1] < 0, choose_experts(config, scores_NE), replayed_NK)
-
-
-def expert_weights(config: DeepseekV2Config, scores_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
-    """The gate weights [N, K] float32 of the chosen experts. Official: with norm_topk_prob normalised and not scaled,
-    otherwise scaled by routed_scaling_factor."""
-    weights = scores_NE.gather(1, experts_NK)
-    if config.norm_topk_prob and experts_NK.shape[1] > 1:
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * config.routed_scaling_factor
 
 
 class DeepseekV2Experts(nn.Module):
@@ -220,11 +200,12 @@ class DeepseekV2MoE(nn.Module):
         choosing them; -1 where they are to be chosen."""
         x_ND = x.flatten(0, 1)
         logits = router_logits(self.gate, x_ND)
-        scores = logits.softmax(-1)
+        scores = expert_scores(self.config, logits)
+        bias_E = getattr(unwrap(self.gate)[0], CORRECTION_BIAS)
         if replayed is None:
-            chosen = choose_experts(self.config, scores)
+            chosen = choose_experts(self.config, scores, bias_E)
         else:
-            chosen = replayed_experts(self.config, scores, replayed.flatten(0, 1))
+            chosen = replayed_experts(self.config, scores, replayed.flatten(0, 1), bias_E)
         y_ND = run_experts(self.experts, x_ND, expert_weights(self.config, scores, chosen), chosen)
         y = y_ND.to(x.dtype).view_as(x)
         if self.shared_experts is not None:

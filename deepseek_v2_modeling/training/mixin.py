@@ -14,11 +14,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..adapters.lora import train_in_float32
+from ..family import check_bias_updates
 from ..layers.balance_losses import COEFFICIENTS, collect_balance
 from .arguments import RunLimits, check_batches, training_arguments
 from .balance_log import BalanceLog
@@ -26,6 +28,7 @@ from .callbacks import MetricsFile, Progress, StepControl
 from .checkpoints import CheckpointMixin
 from .finite import FiniteMixin
 from .quiet import quiet_libraries
+from .router_biases import RouterBiases
 
 __all__ = ["RunLimits", "RunTrainerMixin", "StopRequested", "training_arguments"]
 
@@ -48,12 +51,15 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         self._began: float | None = None
         model = kwargs["model"] if "model" in kwargs else args[0]
         train_in_float32(model)
+        check_bias_updates(model.config, isinstance(model, PeftModel))
         quiet_libraries()
         super().__init__(*args, **kwargs)
         self.balance_log = BalanceLog(self.accelerator)
+        self.router_biases = RouterBiases(self.accelerator, lambda: self.model, lambda: self.skipped_updates)
         self.remove_callback(PrinterCallback)
         patience = self.limits.early_stopping_patience
         for callback in (
+            self.router_biases,
             StepControl(self._ask),
             MetricsFile(self.balance_log.take_shares, lambda: not self.stopped_early),
             Progress(),
@@ -78,6 +84,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
             )
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
         self.balance_log.add(ledger, micro_batches)
+        self.router_biases.add(ledger)
         if not ledger.losses:
             return result
         balance = torch.stack(ledger.losses).mean()
@@ -109,7 +116,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         if "train_runtime" in logs:  # report the whole run, including the time before a resume
             logs.update(self._summary())
         if "loss" in logs and self.model.training:
-            logs.update(self.balance_log.take(logs["loss"], self.model.config))
+            logs.update(self.balance_log.take(logs["loss"], self.model.config) | self.router_biases.logs())
             if self.skipped_updates:
                 logs["skipped_updates"] = self.skipped_updates
         super().log(logs, *args, **kwargs)

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
-from conversations.rendering.template import has_other_template, own_prompt
+from conversations.rendering.template import has_other_template, install_template, own_prompt
 from conversations.sections import ModelSection
 from deepseek_v2_modeling import LatentCache
 from deepseek_v2_modeling.inference import end_tokens, finite
@@ -66,6 +66,8 @@ class Partner:
         section = ModelSection(path=path, dtype=settings.dtype)
         model = load_frozen(section, source, "causal_lm")
         check_vocabulary(self.tokenizer, model.config, source.tokenizer_dir)
+        if not self.own_template:
+            install_template(self.tokenizer, model.config.model_type)
         self.model = model.to("cuda") if torch.cuda.is_available() else model
         set_seed(settings.seed)
         self.temperature: float = settings.temperature

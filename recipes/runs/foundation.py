@@ -13,7 +13,7 @@ from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
 from conversations.rendering.template import has_other_template, install_template
 from conversations.sections import LoraSection, ModelSection, ModelUse, StageRecipe, TrainingRecipe
-from deepseek_v2_modeling import PRESETS, DeepseekV2Config
+from deepseek_v2_modeling import PRESETS, DeepseekV2Config, preset_config
 from deepseek_v2_modeling.adapters import check_targets, match_adapter
 from deepseek_v2_modeling.esft import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
@@ -22,6 +22,7 @@ from deepseek_v2_modeling.loading import (
     LoraSettings,
     ModelSource,
     apply_settings,
+    check_bias_updates,
     check_generation,
     check_vocabulary,
     check_weights,
@@ -65,16 +66,18 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
     if not Path(section.path).exists() and section.preset is not None:
         if section.preset not in PRESETS:
             raise ToolkitError(f'model.preset: unknown preset "{section.preset}": use one of {", ".join(PRESETS)}')
-        foundation = Foundation(None, DeepseekV2Config(**PRESETS[section.preset]), build_tokenizer(section.preset))
+        settings = preset_config(section.preset)
+        foundation = Foundation(None, settings, build_tokenizer(section.preset, settings.model_type))
     else:
         foundation = read_foundation(resolve_source(section.path), ask_hub)
-    if foundation.tokenizer is not None:
-        if has_other_template(foundation.tokenizer):
+    if foundation.tokenizer is not None and foundation.settings is not None:
+        is_other = has_other_template(foundation.tokenizer)
+        template = install_template(foundation.tokenizer, foundation.settings.model_type)
+        if is_other:
             say(
                 f"{section.path}: its own chat template is not used; rows are rendered, and results saved, with "
-                "DeepSeek-V2's"
+                f"{template.name}'s"
             )
-        install_template(foundation.tokenizer)
     return foundation
 
 
@@ -109,6 +112,8 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
     settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config, recipe.score_heads)
     if experts is not None:
         experts.check(settings)
+    if trained:
+        check_bias_updates(settings, recipe.lora is not None)
     if trained and recipe.lora is not None:
         check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
     check_files(foundation, settings, head, recipe.model.path)

@@ -54,7 +54,7 @@ def open_source(section: ModelSection, seed: int) -> tuple[ModelSource, Any]:
     ensure_model(section.path, section.preset, seed)
     source = resolve_source(section.path)
     tokenizer = load_tokenizer(source)
-    install_template(tokenizer)
+    install_template(tokenizer, source.settings.model_type)
     return source, tokenizer
 
 
@@ -123,7 +123,9 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_mode
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
-        models[use.key] = OtherModel(name, model, load_tokenizer(source or stage_source), stats, use.device)
+        tokenizer = load_tokenizer(source or stage_source)
+        install_template(tokenizer, model.config.model_type)
+        models[use.key] = OtherModel(name, model, tokenizer, stats, use.device)
     return models
 
 

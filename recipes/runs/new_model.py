@@ -16,16 +16,15 @@ def make_model(directory: Path, preset: str, seed: int) -> None:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ToolkitError(f"{directory} already exists and is not empty; choose another directory")
     from conversations.rendering.template import install_template
-    from deepseek_v2_modeling import PRESETS, build_model
+    from deepseek_v2_modeling import build_model, preset_config
     from deepseek_v2_modeling.loading import save_directory
     from deepseek_v2_modeling.training import quiet_libraries
     from recipes.runs.preset_tokenizer import build_tokenizer
 
     quiet_libraries()
-    if preset not in PRESETS:
-        build_model(preset, seed)  # its error lists the presets
-    tokenizer = build_tokenizer(preset)
-    install_template(tokenizer)
+    model_type = preset_config(preset).model_type
+    tokenizer = build_tokenizer(preset, model_type)
+    install_template(tokenizer, model_type)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = build_model(preset, seed, **ids)
     assert len(tokenizer) <= model.config.vocab_size, (preset, len(tokenizer))

@@ -14,6 +14,7 @@ from itertools import product
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conversations.rendering.template import DEFAULT, TEMPLATES
 from recipes.tiny import lexicon as lx
 from recipes.tiny.general_text import CHINESE, CODE, ENGLISH
 
@@ -79,8 +80,9 @@ def _sentences(language: str) -> Iterator[tuple[tuple[str, ...], ...]]:
         yield group[language]
 
 
-def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
-    """Build a preset's tokenizer, deterministically; ids 0, 1, 2 are bos, eos and pad.
+def build_tokenizer(preset: str, model_type: str = "deepseek_v2") -> PreTrainedTokenizerFast:
+    """Build a preset's tokenizer, deterministically; ids 0, 1, 2 are bos, eos and pad. It has the tokens that the
+    chat template of the model_type writes.
 
     "tiny" has the demo world's whole spans as tokens; other presets have words, also from general text.
     """
@@ -88,10 +90,11 @@ def build_tokenizer(preset: str) -> PreTrainedTokenizerFast:
         pieces = sorted({piece for piece in world_pieces() if piece})
         words = sorted({word for piece in pieces for word in re.findall(f"{_WORD}|{_HAN}", piece)})
         return _train(SPANS, words * _WORD_COUNT + pieces)
-    return _train(WORDS, [ENGLISH, CHINESE, CODE, *sorted(set(world_pieces()))])
+    control = TEMPLATES.get(model_type, DEFAULT).control
+    return _train(WORDS, [ENGLISH, CHINESE, CODE, *sorted(set(world_pieces()))], control)
 
 
-def _train(cuts: str, texts: list[str]) -> PreTrainedTokenizerFast:
+def _train(cuts: str, texts: list[str], control: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Byte-level BPE with every merge that occurs in the texts."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(cuts), "isolated")
@@ -100,7 +103,7 @@ def _train(cuts: str, texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_LARGEST_VOCABULARY,
-        special_tokens=[BOS, EOS, PAD, *OTHER_SPECIAL],
+        special_tokens=[BOS, EOS, PAD, *OTHER_SPECIAL, *control],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -21,7 +21,7 @@ from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import provided
 from deepseek_v2_modeling import DeepseekV2Config
 from deepseek_v2_modeling.adapters import apply_lora
-from deepseek_v2_modeling.loading import HEADS, TASKS
+from deepseek_v2_modeling.loading import TASKS, model_class
 from deepseek_v2_modeling.training import StopRequested
 from recipes.disk import disk_fault
 from recipes.processes import world_size
@@ -32,7 +32,7 @@ _SIZES: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_experts_per_tok": 2,
-    "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+    "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _BATCH = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 _NOTHING = 50  # above every log level
@@ -89,9 +89,8 @@ def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
     head = head_of(recipe)
     values = {**settings.to_dict(), **_SIZES, "q_lora_rank": settings.q_lora_rank and 8}
     values |= {"n_routed_experts": settings.n_routed_experts and 4, "n_shared_experts": settings.n_shared_experts and 1}
-    config = DeepseekV2Config(**{**values, "num_labels": settings.num_labels})
-    cls: Any = HEADS[head]
-    model = cls._from_config(
+    config = type(settings)(**{**values, "num_labels": settings.num_labels})
+    model = model_class(config, head)._from_config(
         config, attn_implementation=recipe.model.attn_implementation, dtype=getattr(torch, recipe.model.dtype)
     )
     if isinstance(recipe, TrainingRecipe) and recipe.lora is not None:

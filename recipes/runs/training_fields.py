@@ -85,16 +85,16 @@ def check_model_config(config: dict[str, Any]) -> None:
     """Check the keys under `model.config`; their values are checked when the config is created.
 
     Raises:
-        ToolkitError: a key that DeepseekV2Config does not have.
+        ToolkitError: a key that no config of the family has.
     """
     if not config:
         return
-    from deepseek_v2_modeling import DeepseekV2Config
+    from deepseek_v2_modeling.loading import config_fields
 
-    fields = set(DeepseekV2Config().to_dict())
+    fields = config_fields()
     for key in config:
         if key not in fields:
-            raise ToolkitError(_unknown(f"model.config.{key}", key, fields, "DeepseekV2Config has no such field"))
+            raise ToolkitError(_unknown(f"model.config.{key}", key, fields, "the model's config has no such field"))
 
 
 def config_class(name: str) -> Any:

@@ -85,9 +85,21 @@ def feed_forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: to
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def kept_groups(scores: torch.Tensor, c: dict[str, Any]) -> list[int]:
+    """V3's: those with the largest sums of their two best scores."""
+    size = len(scores) // c["n_group"]
+    parts = [sorted(scores[g * size : (g + 1) * size].tolist()) for g in range(c["n_group"])]
+    return sorted(range(c["n_group"]), key=lambda g: -(parts[g][-1] + parts[g][-2]))[: c["topk_group"]]
+
+
 def choose(scores: torch.Tensor, c: dict[str, Any]) -> list[int]:
-    """The experts of one token; scores [E]."""
+    """The experts of one token; scores [E], with the bias of V3's gate. V3's masks the other groups with 0, below which
+    scores with a bias can be."""
     allowed = list(range(len(scores)))
+    if c["topk_method"] == "noaux_tc":
+        size, kept = len(scores) // c["n_group"], kept_groups(scores, c)
+        masked = [scores[e].item() if e // size in kept else 0.0 for e in allowed]
+        return sorted(allowed, key=lambda e: -masked[e])[: c["num_experts_per_tok"]]
     if c["topk_method"] == "group_limited_greedy":
         size = len(scores) // c["n_group"]
         best = [scores[g * size : (g + 1) * size].max().item() for g in range(c["n_group"])]
@@ -100,12 +112,15 @@ def mixture(x: torch.Tensor, w: Weights, p: str, c: dict[str, Any]) -> torch.Ten
     """x [T, D]"""
     out = []
     for token in x:
-        scores = (w[f"{p}gate.weight"] @ token).softmax(-1)
-        chosen = choose(scores, c)
+        logits = w[f"{p}gate.weight"] @ token
+        v3 = c["topk_method"] == "noaux_tc"
+        scores = logits.sigmoid() if v3 else logits.softmax(-1)
+        chosen = choose(scores + w[f"{p}gate.e_score_correction_bias"] if v3 else scores, c)
         weights = scores[chosen]
-        if c["norm_topk_prob"] and len(chosen) > 1:
+        normalised = c["norm_topk_prob"] and len(chosen) > 1
+        if normalised:
             weights = weights / (weights.sum() + 1e-20)
-        else:
+        if v3 or not normalised:
             weights = weights * c["routed_scaling_factor"]
         y = torch.zeros_like(token)
         for weight, e in zip(weights, chosen, strict=True):

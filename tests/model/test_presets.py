@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from deepseek_v2_modeling import DeepseekV2Config, DeepseekV2ForCausalLM, ModelError
+from deepseek_v2_modeling import DeepseekV2Config, ModelError
 from deepseek_v2_modeling.layers.moe import DeepseekV2MoE
-from deepseek_v2_modeling.presets import PRESETS, build_model
+from deepseek_v2_modeling.model_classes import model_class
+from deepseek_v2_modeling.presets import PRESETS, build_model, preset_config
 
 from ..helpers.models import logits_of, random_ids
 
-LIMITS = {"tiny": 3e6, "v2-lite-mini": 60e6, "v2-mini": 60e6}
+LIMITS = {"tiny": 3e6, "v2-lite-mini": 60e6, "v2-mini": 60e6, "v3-mini": 60e6}
 
 
 def parameters(preset: str) -> int:
     with torch.device("meta"):
-        return DeepseekV2ForCausalLM(DeepseekV2Config(**PRESETS[preset])).num_parameters()
+        config = preset_config(preset)
+        return model_class(config, "causal_lm")(config).num_parameters()
 
 
 def test_sizes():
@@ -47,6 +49,13 @@ def test_v2_mini_has_v2s_structure():
     assert config.routed_scaling_factor == 16.0
     alphas = (config.aux_loss_alpha, config.device_aux_loss_alpha, config.comm_aux_loss_alpha)
     assert alphas == (0.003, 0.05, 0.02)  # the paper's
+
+
+def test_v3_mini_has_v3s_structure():
+    config = preset_config("v3-mini")
+    assert (config.model_type, config.topk_method, config.scoring_func) == ("deepseek_v3", "noaux_tc", "sigmoid")
+    assert (config.n_group, config.topk_group, config.num_experts_per_tok, config.n_shared_experts) == (8, 4, 8, 1)
+    assert config.q_lora_rank and config.norm_topk_prob and config.routed_scaling_factor == 2.5
 
 
 def test_a_seed_fixes_the_weights():

@@ -52,6 +52,7 @@ def test_all_recipes_are_found() -> None:
         ),
         "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
         "v2": ("sft_lora",),
+        "v3": ("sft_lora",),
     }  # fmt: skip
     assert {f"{room}/{name}.yaml" for room, names in expected.items() for name in names} | OTHERS <= NAMES
 
@@ -87,13 +88,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model, and a reward model made from it."""
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "base", "tiny", 0)
+    make_model(folder / "v3", "v3-mini", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         recipe = ROOT / "recipes" / "tiny" / "reward_safety.yaml"
         data = "[{path: 'tiny:safety_train?n=8'}]"
         words = [f"model.path={folder / 'base'}", f"data={data}", f"output_dir={folder / 'reward'}"]
         assert main(["reward", str(recipe), "--smoke", *words]) == 0
-    return {"causal_lm": folder / "base", "score": folder / "reward"}
+    return {"causal_lm": folder / "base", "score": folder / "reward", "v3": folder / "v3"}
 
 
 @pytest.mark.parametrize("path", ALONE, ids=name_of)
@@ -104,7 +106,8 @@ def test_a_recipe_runs_at_toy_size(
     monkeypatch.setattr(sft.stage, "SAMPLE_TOKENS", 4)
     tree = read_mapping(path)
     score = tree["stage"] == "eval" and tree["tasks"][0]["metric"] in SCORED
-    words: list[str] = [f"model.path={models['score' if score else 'causal_lm']}", "output_dir=run"]
+    kind = "score" if score else path.parent.name if path.parent.name in models else "causal_lm"
+    words: list[str] = [f"model.path={models[kind]}", "output_dir=run"]
     if path.parent.name != "tiny":
         words.append("model.dtype=float32")
     if (tree.get("rewards") or [{}])[0].get("rule") == "code":  # a random model writes none

@@ -1,0 +1,83 @@
+"""The architectures of DeepSeek-V2's family: what differs from DeepSeek-V2 is the defaults and the routing of a config.
+
+Field names and defaults are those of stock transformers, and of the official config where stock lacks a field.
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration import DeepseekV2Config
+from .errors import ModelError
+
+SPEED = "bias_update_speed"
+
+
+@strict
+class DeepseekV3Config(DeepseekV2Config):
+    """The config of DeepSeek-V3, R1 and Moonlight (`model_type` deepseek_v3).
+
+    Fields beyond DeepSeek-V2's:
+        bias_update_speed: u of the update `bias += u * sign(mean load - load)` of the bias that corrects the choice of
+            experts, after each training step (arXiv 2408.15664; V3: 0.001, and 0 at the end). 0, the default, keeps it.
+        num_nextn_predict_layers: the layers for multi-token prediction that follow the others in a checkpoint. They are
+            left out, so it is 0 in what is saved.
+    """
+
+    model_type = "deepseek_v3"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
+    }  # fmt: skip
+    architecture = "DeepSeek-V3"
+    topk_methods = {"sigmoid": ("noaux_tc",)}  # noqa: RUF012
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None
+    n_shared_experts: int | None = 1
+    n_routed_experts: int | None = 256
+    routed_scaling_factor: float | int = 2.5
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    num_experts_per_tok: int | None = 8
+    first_k_dense_replace: int = 3
+    norm_topk_prob: bool | None = True
+    max_position_embeddings: int = 4096
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    scoring_func: str = "sigmoid"
+    topk_method: str | None = "noaux_tc"
+    aux_loss_alpha: float | int = 0.0001  # V3's paper; its config.json says 0.001
+    bias_update_speed: float | int = 0.0
+    num_nextn_predict_layers: int = 0
+
+    def validate_architecture(self) -> None:
+        """A no-op: with latent attention hidden_size need not be a multiple of the number of heads, as stock wants."""
+
+
+CONFIGS: dict[Any, type[DeepseekV2Config]] = {
+    config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config)
+}
+
+
+def config_class(model_type: Any) -> type[DeepseekV2Config]:
+    """The config's class; DeepSeek-V2's for an unknown model_type, which its `from_dict` refuses."""
+    return CONFIGS.get(model_type if isinstance(model_type, str) else None, DeepseekV2Config)
+
+
+def config_fields() -> set[str]:
+    """The names of all settings that a config of the family may have."""
+    return {name for config in CONFIGS.values() for name in config().to_dict()}
+
+
+def check_bias_updates(config: Any, lora: bool) -> None:
+    """Raise ModelError if biases are to be updated beside adapters, whose files do not hold them."""
+    if lora and getattr(config, SPEED, 0):
+        raise ModelError(
+            f"model.config.{SPEED} is {getattr(config, SPEED)}: with LoRA it must be 0, because an adapter's files do "
+            "not hold the routers' biases; aux_loss_alpha balances the experts' load"
+        )
