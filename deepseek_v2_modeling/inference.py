@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from .answer_records import AnswerRecord, record_answers
 from .batching import by_length, evaluation_mode, finite, in_threads, pad_batch, unpad_batch
-from .cache import LatentCache
 from .generation import (
     Adjust,
     AfterTurn,
@@ -84,41 +83,75 @@ def score_heads(
         ModelError: a score is NaN or infinite.
     """
     scores: list[list[float]] = [[] for _ in sequences]
-    groups, rest = shared_prefixes(sequences)
+    implementation = getattr(model.config, "_attn_implementation", None) or "eager"
+    shares = implementation == "sdpa"  # flash kernels cannot continue documents, and others would need a mask over all
+    groups, rest = shared_prefixes(sequences) if shares else ([], list(range(len(sequences))))
 
-    def score(shared: int, batch: list[int]) -> None:
+    def score_group(groups: list[Group]) -> None:
+        members, rows = _group_scores(model, sequences, groups)
+        for i, row in zip(members, rows, strict=True):
+            scores[i] = row
+
+    def score_rows(batch: list[int]) -> None:
         rows = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
-        for i, row in zip(batch, _scored(model, shared, *rows).float().tolist(), strict=True):
+        for i, row in zip(batch, _row_scores(model, *rows), strict=True):
             scores[i] = row
 
     with evaluation_mode(model):
-        in_threads(model, score, _score_batches(sequences, groups, rest, batch_size))
+        in_threads(model, score_group, ((batch,) for batch in _group_batches(groups, batch_size)))
+        in_threads(
+            model, score_rows, (([rest[i] for i in b],) for b in by_length([sequences[i] for i in rest], batch_size))
+        )
     return scores
 
 
-def _scored(model: nn.Module, shared: int, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B, heads] of rows [B, T] padded on the right, whose first `shared` tokens are the same and are computed once."""
-    device, cache = next(model.parameters()).device, None
-    ids, mask = ids.to(device), mask.to(device)
-    if shared:
-        cache = LatentCache(model.config)  # pyright: ignore[reportArgumentType]
-        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(ids))
-    inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache}
-    logits = model(**inputs, use_cache=cache is not None).logits
+def _row_scores(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> list[list[float]]:
+    """[B][heads] of rows [B, T] padded on the right."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     finite(model, "scores", logits)
-    return logits
+    return logits.float().tolist()
 
 
-def _score_batches(
-    sequences: Sequence[Sequence[int]], groups: Sequence[Group], rest: Sequence[int], batch_size: int
-) -> Iterator[tuple[int, list[int]]]:
-    """For each batch: (length of the prefix that is computed once, indices into `sequences`)."""
+def _group_scores(
+    model: nn.Module, sequences: Sequence[Sequence[int]], groups: Sequence[Group]
+) -> tuple[list[int], list[list[float]]]:
+    """(indices of the members of all groups, [members][heads]): one packed row in which each group's prefix is a
+    document, which the rest of each of its sequences continues."""
+    documents: list[Sequence[int]] = []
+    starts, prefixes = [], []
     for shared, group in groups:
-        for batch in by_length([sequences[i] for i in group], batch_size):
-            yield shared if len(batch) > 1 else 0, [group[i] for i in batch]
-    for batch in by_length([sequences[i] for i in rest], batch_size):
-        yield 0, [rest[i] for i in batch]
+        prefix = len(documents)
+        documents += [sequences[group[0]][:shared], *(sequences[i][shared:] for i in group)]
+        starts += [0, *[shared] * len(group)]
+        prefixes += [-1, *[prefix] * len(group)]
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(document) for document in documents])
+    positions = [torch.arange(len(document)) + start for document, start in zip(documents, starts, strict=True)]
+    inputs = {
+        "input_ids": torch.tensor([token for document in documents for token in document])[None],
+        "position_ids": torch.cat(positions)[None],
+        "seq_idx": torch.arange(len(documents)).repeat_interleave(lengths)[None],
+        "prefix_documents": torch.tensor(prefixes),
+    }
+    logits = model(**{name: values.to(device) for name, values in inputs.items()}, use_cache=False).logits
+    finite(model, "scores", logits)
+    rows = [row for row, prefix in zip(logits.float().tolist(), prefixes, strict=True) if prefix >= 0]
+    return [i for _, group in groups for i in group], rows
+
+
+def _group_batches(groups: Sequence[Group], batch_size: int) -> Iterator[list[Group]]:
+    """Groups of together at most batch_size sequences; larger groups in parts."""
+    batch: list[Group] = []
+    for shared, group in groups:
+        for start in range(0, len(group), batch_size):
+            part = (shared, group[start : start + batch_size])
+            if batch and sum(len(members) for _, members in batch) + len(part[1]) > batch_size:
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ LONG = 256  # tokens; below, torch's kernel is as fast
 IN_CACHE = 2**18  # weights of a block: 1 MiB
 
 
-def in_blocks(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+def in_blocks(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, continues: bool) -> bool:
     """Whether this attention is computed here. With AMX torch's kernel is faster in bf16; in float32 it was not
-    compared there."""
+    compared there. continues: whether the mask only says that the queries are the last of the keys' tokens."""
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    causal = attention_mask is None and key.shape[2] == query.shape[2] >= LONG
-    return causal and not torch.cpu._is_amx_tile_supported()
+    causal = continues or (attention_mask is None and key.shape[2] == query.shape[2])
+    return causal and key.shape[2] >= LONG and not torch.cpu._is_amx_tile_supported()
 
 
 def block_attention(
@@ -35,24 +35,25 @@ def block_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Same signature and result as transformers' sdpa attention, without mask and dropout: query, key [B, H, T, d],
-    value [B, H, T, V] -> ([B, T, H, V] in the query's dtype, None)."""
-    batch, heads, length, _ = query.shape
-    q, k, v = (t.flatten(0, 1) for t in (query, key, value))  # [N, T, d]
-    out = torch.empty_like(v, dtype=query.dtype, memory_format=torch.contiguous_format)
-    together = max(1, IN_CACHE // (QUERIES * length))
+    """Same signature and result as transformers' sdpa attention, without dropout: query [B, H, T, d], key [B, H, S, d],
+    value [B, H, S, V] -> ([B, T, H, V] in the query's dtype, None). The queries are the last T of S tokens."""
+    batch, heads = query.shape[:2]
+    q, k, v = (t.flatten(0, 1) for t in (query, key, value))  # [N, T or S, d]
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    together = max(1, IN_CACHE // (QUERIES * k.shape[1]))
     for parts in zip(*(t.split(together) for t in (q, k, v, out)), strict=True):
         _attend(parts, scaling)
     return out.unflatten(0, (batch, heads)).transpose(1, 2), None
 
 
 def _attend(parts: tuple[torch.Tensor, ...], scaling: float) -> None:
-    """parts: q, k [N, T, d], v [N, T, V], and the output [N, T, V] to be filled."""
+    """parts: q [N, T, d], k [N, S, d], v [N, S, V], and the output [N, T, V] to be filled."""
     q, k, v, out = parts
+    before = k.shape[1] - q.shape[1]
     q, k, v = q.float() * scaling, k.float().transpose(1, 2), v.to(fastest_dtype(v))
     later = torch.full((QUERIES, QUERIES), -torch.inf).triu_(1)
     for start in range(0, q.shape[1], QUERIES):
         end = min(start + QUERIES, q.shape[1])
-        scores = torch.bmm(q[:, start:end], k[..., :end])
-        scores[..., start:] += later[: end - start, : end - start]
-        out[:, start:end] = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :end])
+        scores = torch.bmm(q[:, start:end], k[..., : before + end])
+        scores[..., before + start :] += later[: end - start, : end - start]
+        out[:, start:end] = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, : before + end])

@@ -82,7 +82,7 @@ class Bucket:
             t.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
             for t, index in ((q, self.queries), (k, keys), (v, keys))
         )
-        out = kernel(*parts)[0] if self.mask is None else kernel(*parts, attention_mask=self.mask)[0]
+        out = kernel(*parts)[0] if self.mask is None else kernel(*parts, attention_mask=self.mask, continues=True)[0]
         return out.flatten(0, 1).index_select(0, self.keep)
 
 
@@ -105,7 +105,7 @@ class PackedLayout:
         [B, T, H, d_v].
 
         kernel: causal attention without a mask, [n, H, L, d] -> ([n, L, H, d_v], weights); where documents continue
-            others, with an `attention_mask` too.
+            others, with an `attention_mask` and `continues=True` too.
         """
         batch, _, length, _ = query.shape
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]

@@ -88,20 +88,24 @@ def test_float32_products_of_onednn(rows: int, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [3, 8, 13])
-def test_attention_in_blocks(cpu: Any, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """Of queries, and of some heads at a time; values are narrower than keys."""
+@pytest.mark.parametrize(("tokens", "before"), [(3, 0), (8, 0), (13, 0), (1, 6), (6, 5)])
+def test_attention_in_blocks(cpu: Any, tokens: int, before: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Of queries, and of some heads at a time; values are narrower than keys, and tokens may continue others."""
     cpu(True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for name, value in {"QUERIES": 4, "LONG": 5, "IN_CACHE": 120}.items():
         monkeypatch.setattr(block_attention, name, value)
-    parts = [torch.randn(2, 3, tokens, width, dtype=dtype) for width in (8, 8, 6)]
-    wanted = F.scaled_dot_product_attention(*(t.double() for t in parts), is_causal=True, scale=0.3).transpose(1, 2)
+    query = torch.randn(2, 3, tokens, 8, dtype=dtype)
+    key, value = (torch.randn(2, 3, before + tokens, width, dtype=dtype) for width in (8, 6))
+    mask = torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before)
+    exact: Any = [t.double() for t in (query, key, value)]
+    wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3).transpose(1, 2)
+    given = mask if before else None
     with torch.no_grad():
-        assert block_attention.in_blocks(*parts[:2], None) is (tokens >= 5)
-        assert not block_attention.in_blocks(parts[0], parts[1][:, :, 1:], None)
-        found, _ = block_attention.block_attention(nn.Identity(), *parts, None, 0.3)
-    assert not block_attention.in_blocks(*parts[:2], None)
+        assert block_attention.in_blocks(query, key, given, before > 0) is (before + tokens >= 5)
+        assert not block_attention.in_blocks(query, key[:, :, 1:], given, False)
+        found, _ = block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)
+    assert not block_attention.in_blocks(query, key, given, before > 0)
     near = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found, wanted.to(dtype), rtol=near, atol=near)
 
