@@ -6,6 +6,7 @@ al., "Online Difficulty Filtering for Reasoning Oriented Reinforcement Learning"
 
 import math
 from collections.abc import Iterable, Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,9 +36,11 @@ class CurriculumPrompts(OtherPrompts):
         super().__init__(rows, seed)
         self.target = target
         self.rates = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        self.verdicts: list[bool] = []  # on the answers of this rollout
 
     def draw(self, count: int) -> list[Row]:
-        """So many different rows, for a rollout."""
+        """So many different rows, for a new rollout."""
+        self.verdicts = []
         return [self.rows[number] for number in self._by_weight()[:count]]
 
     def learn(self, answers: Iterable[tuple[int, bool]]) -> None:
@@ -45,17 +48,20 @@ class CurriculumPrompts(OtherPrompts):
         by_row: dict[int, list[bool]] = {}
         for number, right in answers:
             by_row.setdefault(number, []).append(right)
+            self.verdicts.append(right)
         for number, verdicts in by_row.items():
             newest, known = sum(verdicts) / len(verdicts), float(self.rates[number])
             self.rates[number] = newest if math.isnan(known) else known + LEARNT * (newest - known)
 
     def figures(self) -> dict[str, float]:
         """seen: prompts that were answered so far; effective_prompts: (sum of weights)^2 / sum of squared weights, the
-        number of prompts that, drawn equally often, would be as varied."""
+        number of prompts that, drawn equally often, would be as varied. pass_rate: the share of right answers in this
+        rollout."""
         weights = prompt_weights(self.rates, self.target)
         return {
             "seen": float((~self.rates.isnan()).sum()),
             "effective_prompts": float(weights.sum() ** 2 / weights.square().sum()),
+            "pass_rate": fmean(self.verdicts),
         }
 
     def state(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -121,13 +120,19 @@ class JudgedRollouts(ReplayedRoutes, ActingPolicy):
         return slice(start, start + rows)
 
     def _sampled(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
-        """An answer for each row; groups with one reward for all are sampled again for other prompts, in at most
-        `max_rounds` rounds."""
+        """An answer for each row, or for those that the curriculum and dynamic sampling take in their place."""
         rows = self._drawn(rows)
         answers = self._answer(rows)
         self._learn(answers)
-        if not self.max_rounds:
-            return answers
+        if self.max_rounds:
+            self._replace_equal_groups(rows, answers)
+        if isinstance(self.other_prompts, CurriculumPrompts):
+            for name, value in self.other_prompts.figures().items():
+                self._metrics["train"][f"curriculum/{name}"].append(value)
+        return answers
+
+    def _replace_equal_groups(self, rows: Sequence[Row], answers: list[JudgedAnswer]) -> None:
+        """Sample groups with one reward for all again for other prompts, in at most `max_rounds` rounds."""
         taken: set[str] | None = None
         rounds = replaced = 0
         first = self._own(len(rows)).start
@@ -146,7 +151,6 @@ class JudgedRollouts(ReplayedRoutes, ActingPolicy):
         left = float(self._equal(answers).sum())
         for name, value in (("rounds", rounds), ("replaced", replaced), ("still_equal", left)):
             self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
-        return answers
 
     def _drawn(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows to answer instead of those that the data loader gave, if there is a curriculum."""
@@ -161,11 +165,9 @@ class JudgedRollouts(ReplayedRoutes, ActingPolicy):
         if not isinstance(self.other_prompts, CurriculumPrompts):
             return
         verifiers = verifiers_of(self.rewards)
-        verdicts = gather_object([(answer.row[NUMBER], is_right(answer, verifiers)) for answer in answers])
-        self.other_prompts.learn(verdicts)
-        figures = {**self.other_prompts.figures(), "pass_rate": fmean(right for _, right in verdicts)}
-        for name, value in figures.items():
-            self._metrics["train"][f"curriculum/{name}"].append(value)
+        self.other_prompts.learn(
+            gather_object([(answer.row[NUMBER], is_right(answer, verifiers)) for answer in answers])
+        )
 
     def _answer(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
         """Sample an answer to each row's prompt and judge it."""

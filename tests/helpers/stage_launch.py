@@ -81,16 +81,19 @@ def rl(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def dynamic_rl(folder: Path) -> None:
-    """Groups of 4 on 2 processes with 6 answers each: both have a part of the second. Writes each process's weights."""
+    """Groups of 4 on 2 processes with 6 answers each: both have a part of the second. Writes each process's weights,
+    and a checkpoint with its answers and all that it knows of prompts."""
     training = {**RL, "beta": 0.0, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
-    settings = {**SECTIONS, "stage": "rl", "output_dir": str(folder), "rewards": [{"rule": "format"}]}
+    training |= {"save_strategy": "steps", "save_steps": 2}
+    settings = {**SECTIONS, "stage": "rl", "output_dir": str(folder), "rewards": [{"rule": "number"}]}
+    settings |= {"curriculum": {"by": "pass_rate"}, "routing_replay": "rollout"}
     model = chat_model(aux_loss_alpha=0.0)
     train_rl(
         RlRecipe(**settings, training=training, dynamic_sampling={"max_rounds": 2}),
         model=model,
         tokenizer=byte_tokenizer(),
         rows=conversations(16),
-        rewards=[VowelsOfSome("vowels")],
+        rewards=[VowelsOfSome("vowels"), RuleReward("number")],
         run_dir=folder,
         resume_from=None,
     )

@@ -66,7 +66,8 @@ def test_a_rate_is_the_newest_answers_and_what_was_known():
     assert stream.rates.tolist()[::2] == [0.5, 0.5] and math.isnan(stream.rates[1])
     stream.learn([(0, True), (0, True)])
     assert stream.rates[0] == 0.75
-    assert stream.figures() == {"seen": 2.0, "effective_prompts": pytest.approx(2.8017, abs=1e-3)}
+    figures = stream.figures()
+    assert figures == {"seen": 2.0, "effective_prompts": pytest.approx(2.8017, abs=1e-3), "pass_rate": 0.5}
 
 
 @given(st.lists(st.integers(1, 4), max_size=6), st.integers(0, 6))

@@ -12,7 +12,7 @@ import torch
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
 
 from ..helpers import stage_launch
-from ..helpers.stages import assert_same_weights, lines, weights
+from ..helpers.stages import assert_same_weights, byte_tokenizer, lines, weights
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -104,6 +104,15 @@ def test_both_processes_replace_the_same_groups(parallel):
         assert line["groups/left_out"] == pytest.approx(3 * line["frac_reward_zero_std"])
     one, two = (torch.load(parallel / "dynamic" / f"weights.{process}.pt") for process in range(2))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+    files = [parallel / "dynamic" / "checkpoint-2" / f"rollouts_{process}.pt" for process in range(2)]
+    one, two = (torch.load(file, weights_only=True) for file in files)
+    assert one["prompts"]["drawn"] == two["prompts"]["drawn"] >= 2
+    rates, others = one["prompts"]["rates"], two["prompts"]["rates"]
+    assert torch.equal(rates.isnan(), others.isnan()) and int((~rates.isnan()).sum()) == log[-1]["curriculum/seen"] >= 6
+    rows = [ids for state in (one, two) for part in state["inputs"] for ids in part["prompt_ids"].tolist()]
+    prompts = [[token for token in ids if token != byte_tokenizer().pad_token_id] for ids in rows]
+    assert prompts == [prompt for prompt in prompts[::4] for _ in range(4)] and len({*map(tuple, prompts)}) == 3
+    assert {line["mismatch/routes_agree"] for line in log} == {1.0}
 
 
 def test_an_evaluation_does_not_depend_on_the_number_of_processes(parallel, alone):

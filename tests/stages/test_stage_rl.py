@@ -332,8 +332,8 @@ def test_the_toy_run_of_a_check_is_the_recipes_own(tmp_path):
 
 def test_prompts_come_from_any_canonical_row():
     data = prompt_dataset([*conversations(1), *pairs(1)])
-    assert data[0] == {"prompt": user("0 + 1"), "reference": "1"}
-    assert data[1] == {"prompt": user("ask 0"), "reference": None}
+    assert data[0] == {"prompt": user("0 + 1"), "reference": "1", "number": 0}
+    assert data[1] == {"prompt": user("ask 0"), "reference": None, "number": 1}
     with pytest.raises(ToolkitError, match="no prompts"):
         prompt_dataset([])
     with pytest.raises(ToolkitError, match="row 1 has no question"):
