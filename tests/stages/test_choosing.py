@@ -61,6 +61,14 @@ def test_every_answer_is_in_a_pair_before_one_is_in_two():
     assert {judged.answer for pair in pairs for judged in (pair.chosen, pair.rejected)} == {0, 1, 2, 3}
 
 
+def test_chosen_and_rejected_answers_count_alike():
+    """With a > b > c and a pair of a and b, c is then paired with either of them."""
+    answers = [Judged(0, 0, "a", 1), Judged(0, 1, "b", 0.5), Judged(0, 2, "c", 0)]
+    drawn = [pairs_of(answers, most=2, min_margin=0, seed=seed, left_out=LeftOut()) for seed in range(40)]
+    named = [tuple(pair.chosen.text + pair.rejected.text for pair in pairs) for pairs in drawn]
+    assert {second for first, second in named if first == "ab"} == {"ac", "bc"}
+
+
 def test_the_best_answer_is_right_where_that_is_known():
     wrong = [Judged(0, 0, "a", 0.5, False), Judged(0, 1, "b", 0.9, False)]
     assert best_of(wrong) is None

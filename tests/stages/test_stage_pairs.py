@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from conversations import load_conversations
+from pairs.stage import _summary
 from recipes.cli import main as dsv2
 
 from ..helpers.stages import lines
@@ -66,6 +67,7 @@ def run(home: Path) -> Path:
 def test_the_files_say_what_was_sampled_and_how_it_was_judged(run: Path):
     samples, results = lines(run / "samples.jsonl"), json.loads((run / "results.json").read_text())
     assert [(s["row"], s["answer"]) for s in samples] == [(row, answer) for row in range(8) for answer in range(4)]
+    assert all(sample["reference"] == str(sample["row"] % 7 + 1) and sample["tokens"] > 0 for sample in samples)
     assert results["prompts"] == 8 and results["answers"] == 32 and results["all_right"] is None
     by_place = {(s["row"], s["answer"]): s for s in samples}
     pairs = lines(run / "pairs.jsonl")
@@ -89,6 +91,16 @@ def test_the_files_say_what_was_sampled_and_how_it_was_judged(run: Path):
     for row in best:
         place = row["meta"]["sampling"]
         assert by_place[place["row"], place["answers"][0]]["rewards"]["vowels"] == rewards[place["row"]]
+
+
+def test_the_summary_counts_what_is_not_in_a_pair():
+    counts = {"prompts": 1200, "answers": 4800, "usable": 7, "pairs": 9, "all_right": 3, "all_wrong": 2}
+    others = {"truncated": 11, "unjudged": 12, "unreadable": 13, "duplicates": 14}
+    summary = _summary({**counts, **others, "left_out": {"min_margin": 0, "balance_lengths": 5}})
+    assert summary == (
+        "pairs: 1,200 prompts (3 all right, 2 all wrong), 4,800 answers (11 truncated, 12 unjudged, 13 unreadable, "
+        "14 duplicates); 7 prompts usable; 9 pairs; left out: 5 by balance_lengths"
+    )
 
 
 def test_the_files_are_data_of_the_other_stages(run: Path):
