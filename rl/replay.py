@@ -54,6 +54,14 @@ class ReplayedRoutes(GRPOTrainer if TYPE_CHECKING else object):
                 f"own sampling gives: use update, or leave out {', '.join(f'training.{name}' for name in names)}"
             )
 
+    @property
+    def replays_nothing(self) -> bool:
+        """Whether the experts of the old log-probabilities' forward are asked for, and updates are that forward."""
+        args = self.args
+        aligned = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+        scored = args.use_vllm and args.vllm_importance_sampling_correction
+        return self.routing_replay == "update" and aligned and not scored
+
     def is_policy(self, model: nn.Module) -> bool:
         """Whether a forward is the policy's; the reference's may be on its weights, with other adapters."""
         policy = self.accelerator.unwrap_model(self.model)

@@ -92,6 +92,12 @@ def train(
         data: Any = trainer.train_dataset
         terms = " + ".join(f"{reward.weight:g} {reward.name}" for reward in rewards)
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
+        if trainer.replays_nothing:
+            print(
+                "rl: routing_replay: update has nothing to replay, with one update on each rollout; it is for "
+                "training.num_iterations, or training.steps_per_generation above training.gradient_accumulation_steps",
+                file=sys.stderr,
+            )
     output = trainer.train(resume_from)
     trainer.finish(recipe.model.dtype)
     if trainer.players is not None:

@@ -152,6 +152,12 @@ def test_later_updates_use_the_experts_of_the_old_log_probabilities(tmp_path, mo
     assert len(log) == 4
 
 
+def test_a_run_says_that_there_is_nothing_to_replay(tmp_path, capsys):
+    for name, training in (("one", {}), ("two", TWICE)):
+        run(tmp_path / name, training={**PLAIN, **training, "max_steps": 1}, routing_replay="update")
+        assert ("has nothing to replay" in capsys.readouterr().err) == (name == "one")
+
+
 @pytest.mark.parametrize("replay", ["update", "rollout"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_the_reference_chooses_for_itself(tmp_path, monkeypatch, lora, replay):
