@@ -3,10 +3,8 @@
 B batch, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -63,26 +61,3 @@ def finite(model: nn.Module, name: str, values: torch.Tensor) -> None:
             f"the model's {name} are not finite (NaN or infinity), though its weights are: it overflows in this dtype, "
             "or its numbers are out of range; try dtype float32, or an earlier checkpoint"
         )
-
-
-def in_threads(model: nn.Module, run: Callable[..., None], batches: Iterable[tuple[Any, ...]]) -> None:
-    """Calls run(*batch) for each batch without gradients: on a CPU with as many threads as torch has, each of which
-    computes a batch alone. That is faster than all of them in every operation, of which many are too small to share."""
-    threads, batches = torch.get_num_threads(), list(batches)
-    if next(model.parameters()).device.type != "cpu" or threads == 1 or len(batches) < 2 * threads:
-        for batch in batches:
-            run(*batch)
-        return
-    mixed = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-    def alone(batch: tuple[Any, ...]) -> None:
-        torch.set_num_threads(1)
-        with torch.no_grad(), torch.autocast("cpu", mixed[1], enabled=mixed[0]):
-            run(*batch)
-
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(alone, batches):
-                pass
-    finally:
-        torch.set_num_threads(threads)  # of threads that come after

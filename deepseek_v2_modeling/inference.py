@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .answer_records import AnswerRecord, record_answers
-from .batching import by_length, evaluation_mode, finite, in_threads, pad_batch, unpad_batch
+from .batching import by_length, evaluation_mode, finite, pad_batch, unpad_batch
 from .generation import (
     Adjust,
     AfterTurn,
@@ -77,7 +77,7 @@ def score_heads(
 ) -> list[list[float]]:
     """Each head's score for each sequence of token ids, in order: [sequences][heads] (right-padded, evaluation mode).
 
-    Sequences with a common prefix, such as answers to one prompt, share one forward pass over the prefix.
+    Sequences with a common prefix, such as answers to one prompt, are computed with one prefix (sdpa attention only).
 
     Raises:
         ModelError: a score is NaN or infinite.
@@ -87,21 +87,15 @@ def score_heads(
     shares = implementation == "sdpa"  # flash kernels cannot continue documents, and others would need a mask over all
     groups, rest = shared_prefixes(sequences) if shares else ([], list(range(len(sequences))))
 
-    def score_group(groups: list[Group]) -> None:
-        members, rows = _group_scores(model, sequences, groups)
-        for i, row in zip(members, rows, strict=True):
-            scores[i] = row
-
-    def score_rows(batch: list[int]) -> None:
-        rows = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
-        for i, row in zip(batch, _row_scores(model, *rows), strict=True):
-            scores[i] = row
-
     with evaluation_mode(model):
-        in_threads(model, score_group, ((batch,) for batch in _group_batches(groups, batch_size)))
-        in_threads(
-            model, score_rows, (([rest[i] for i in b],) for b in by_length([sequences[i] for i in rest], batch_size))
-        )
+        for batch in _group_batches(groups, batch_size):
+            for i, row in zip(*_group_scores(model, sequences, batch), strict=True):
+                scores[i] = row
+        for places in by_length([sequences[i] for i in rest], batch_size):
+            batch = [rest[place] for place in places]
+            rows = pad_batch([sequences[i] for i in batch], pad_token_id, left=False)
+            for i, row in zip(batch, _row_scores(model, *rows), strict=True):
+                scores[i] = row
     return scores
 
 

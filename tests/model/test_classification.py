@@ -1,6 +1,5 @@
 """The score is read off each row's last real token."""
 
-import threading
 from typing import Any
 
 import pytest
@@ -143,25 +142,6 @@ def test_the_last_block_leaves_out_what_has_no_score():
         recorded = model(ids, attention_mask=mask).logits
     assert tokens == [len(LENGTHS), mask.sum(), ids.numel()]
     torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-5)
-
-
-def test_batches_in_threads_give_the_same(monkeypatch: pytest.MonkeyPatch):
-    """Under the caller's autocast, and torch has its threads back afterwards."""
-    rows = [random_ids(1, n, seed=n)[0].tolist() for n in range(3, 15)]
-    used: set[int] = set()
-    model, before, found = scored(), torch.get_num_threads(), {}
-    model.register_forward_pre_hook(lambda *_: used.add(threading.get_ident()))
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                found[threads] = torch.tensor(score_sequences(model, rows, pad_token_id=PAD, batch_size=2))
-            assert (used == {threading.get_ident()}) is (threads == 1)
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found[3], found[1], rtol=0, atol=1e-3)
-    assert found[3].tolist() != score_sequences(model, rows, pad_token_id=PAD)  # which is in float32
 
 
 # Packed
