@@ -105,7 +105,7 @@ def ours(args: argparse.Namespace, folder: Path, clock: Clock) -> float:
 
     from deepseek_v2_modeling import DeepseekV2ForCausalLM, apply_lora, lora_config
     from rl.config import RlRecipe
-    from rl.preference_stage import build_trainer
+    from rl.preferences.stage import build_trainer
 
     model: Any = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if not args.full:

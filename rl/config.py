@@ -12,7 +12,7 @@ from conversations.rewards.entry import RewardedRecipe, RewardEntry
 from conversations.run_files import METRICS, SAMPLES
 from conversations.sections import DataSource, FormatSection, RowList, Section, TrainingRecipe
 from conversations.stage import SMOKE_TRAINING, Shrink, Stage, Training
-from rl.preference_methods import METHODS, fault
+from rl.preferences.methods import METHODS, fault
 
 
 class DynamicSampling(Section):
@@ -235,15 +235,15 @@ def _on_preferences(name: str) -> Stage:
     return replace(
         _SAMPLING,
         title=f"preferences ({name.upper()})",
-        run="rl.preference_stage:run",
+        run="rl.preferences.stage:run",
         training=Training(
             config=method.config,
-            planned_config="rl.preference_stage:planned_config",
-            rehearsal="rl.preference_stage:rehearsal",
+            planned_config="rl.preferences.stage:planned_config",
+            rehearsal="rl.preferences.stage:rehearsal",
             rehearsal_training={"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
             evaluated=method.figures,
         ),
-        encode="rl.preference_data:encoder",
+        encode="rl.preferences.data:encoder",
         check_rows=None,
         marks_tokens=True,
         writes=(METRICS, SAMPLES),

@@ -53,7 +53,7 @@ AREAS = {
     "generation": Area(
         ("conversations/generation/*.py",), ("test_generation_settings", "test_stage_eval", "test_stage_pairs")
     ),
-    "rl": Area(("rl/*.py",), ("test_stage_rl", "test_rewards")),
+    "rl": Area(("rl/**/*.py",), ("test_stage_rl", "test_rewards")),
     "reward": Area(("reward/*.py",), ("test_stage_reward", "test_heads", "test_reward_recipe")),
     "eval": Area(
         ("eval/*.py",), ("test_stage_eval", "test_eval_command", "test_generation_settings", "test_agreement")

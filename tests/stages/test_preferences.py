@@ -16,9 +16,9 @@ from conversations.rendering.lengths import LengthReport
 from conversations.row_cache import RowCache
 from deepseek_v2_modeling.loading import LoraSettings, prepare_trainable, resolve_source
 from rl.config import RlRecipe
-from rl.preference_data import AnswerFit, SingleCollator
-from rl.preference_methods import METHODS
-from rl.preference_stage import build_trainer, probes_of, train
+from rl.preferences.data import AnswerFit, SingleCollator
+from rl.preferences.methods import METHODS
+from rl.preferences.stage import build_trainer, probes_of, train
 
 from ..helpers.stages import (
     SECTIONS,

@@ -18,9 +18,9 @@ from conversations.run_files import REJECTED
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, append_lines, training_arguments
 from rl.config import RlRecipe
-from rl.preference_data import PairCollator, SingleCollator, encode_preferences
-from rl.preference_methods import METHODS
-from rl.preference_trainer import TRAINERS, PreferenceMixin
+from rl.preferences.data import PairCollator, SingleCollator, encode_preferences
+from rl.preferences.methods import METHODS
+from rl.preferences.trainer import TRAINERS, PreferenceMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

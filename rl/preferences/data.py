@@ -21,7 +21,7 @@ from conversations.row_cache import RowCache
 from deepseek_v2_modeling.inference import pad_batch
 from deepseek_v2_modeling.training import IGNORED
 from rl.config import RlRecipe
-from rl.preference_methods import METHODS
+from rl.preferences.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from conversations.row_cache import RowCache
 from deepseek_v2_modeling.inference import evaluation_mode
 from deepseek_v2_modeling.training import IGNORED, HeadSettings, with_fused_head
 from rl.packing import pack_rows
-from rl.preference_data import column_hash
+from rl.preferences.data import column_hash
 
 _STORED = "reference.safetensors"
 _NOT_LOGGED = ("logits/chosen", "logits/rejected")  # they would need all logits
