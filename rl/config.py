@@ -200,6 +200,7 @@ _SAMPLING = Stage(
         rehearsal="rl.stage:rehearsal",
         rehearsal_training={
             "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
             "num_generations": 2,
             "max_completion_length": 2,
             "steps_per_generation": 1,

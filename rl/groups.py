@@ -13,7 +13,6 @@ from conversations.answers.prompts import prompt_text
 from conversations.environments.episodes import Episode
 from conversations.generation.generating import seed_of
 from conversations.rewards.base import Reward
-from conversations.rewards.rule import RuleReward
 from conversations.row import Row
 
 NUMBER = "number"  # of a row in the data, as a column of the data set
@@ -80,7 +79,7 @@ def judge_answers(
 
 def verifiers_of(rewards: Sequence[Reward]) -> list[int]:
     """The places of the rewards that say whether an answer is right: rules with a reference."""
-    return [place for place, reward in enumerate(rewards) if isinstance(reward, RuleReward) and reward.needs_reference]
+    return [place for place, reward in enumerate(rewards) if reward.verifies]
 
 
 def is_right(answer: JudgedAnswer, verifiers: Sequence[int]) -> bool:

@@ -151,6 +151,10 @@ def build_trainer(
 class Indifferent(Reward):
     """Gives all answers the same score, for a rehearsal; the recipe's own rewards are checked separately."""
 
+    def __init__(self, name: str, entry: RewardEntry | None = None):
+        super().__init__(name, 1.0 if entry is None else entry.weight)
+        self.verifies = bool(entry and entry.rule and needs_reference(entry.rule))
+
     def judge(self, answers: Sequence[Answer]) -> Values:
         return [1.0] * len(answers)
 
@@ -162,9 +166,8 @@ def rehearsal(recipe: RlRecipe, model: Any, tokenizer: "PreTrainedTokenizerBase"
     recipe = recipe.model_copy(update={"training": {**recipe.training, "use_vllm": False}})
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": messages, "reference": "1"}] * 2
-    rewards = [Indifferent(str(index), entry.weight) for index, entry in enumerate(recipe.rewards)] or [
-        Indifferent("0")
-    ]
+    rewards = [Indifferent(str(index), entry) for index, entry in enumerate(recipe.rewards)]
+    rewards = rewards or [Indifferent("0")]  # in place of the environment's own
     given: dict[str, Any] = {"rows": rows, "eval_rows": rows if recipe.eval_data else None, "rewards": rewards}
     return build_trainer(recipe, model=model, tokenizer=tokenizer, **given, run_dir=run_dir)
 

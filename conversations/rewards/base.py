@@ -40,6 +40,7 @@ class Reward(ABC):
     """
 
     needs_reference = False
+    verifies = False  # whether 1 says that an answer is right
     gives_reasons = False
 
     def __init__(self, name: str, weight: float = 1.0, on_error: OnError = "error"):

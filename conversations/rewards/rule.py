@@ -29,7 +29,7 @@ class RuleReward(Reward):
         super().__init__(rule, weight, on_error)
         self.rule, self.settings = rule, dict(settings or {})
         rule_function = find_rule(rule)
-        self.needs_reference = rule_function.needs_reference
+        self.needs_reference = self.verifies = rule_function.needs_reference
         self.measured = [key for key in MEASURED if key in rule_function.settings]
 
     def judge(self, answers: Sequence[Answer]) -> Values:

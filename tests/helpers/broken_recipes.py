@@ -58,7 +58,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         rewards=[{"model": "runs/reward"}, {"rule": "format"}],
     ),
     "rl_tools": _recipe(
-        "rl", "chat.jsonl", lora=LORA, rewards=[{"rule": "number"}], training=ROLLOUT,
+        "rl", "chat.jsonl", lora=LORA, rewards=[{"rule": "number"}], eval_data=[{"path": "chat.jsonl"}],
+        training={**ROLLOUT, "eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 1},
         environment={"python": "conversations.environments:Calculator", "settings": {}},
     ),
     "rl_replay": _recipe(

@@ -319,8 +319,7 @@ def test_check_and_run_refuse_alike(change: dict[str, Any], why: str, tmp_path: 
 def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any):
     monkeypatch.chdir(tmp_path)
     make_world(tmp_path)
-    asked = {**RECIPES["rl"], "environment": {"python": "conversations.environments:Calculator"}}
-    Path("recipe.yaml").write_text(yaml.safe_dump(asked))
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPES["rl_tools"]))
     assert main(["check", "recipe.yaml"]) == 0 and main(["rl", "recipe.yaml"]) == 0
     line = next(line for line in lines(Path("out/metrics.jsonl")) if "tools/call_frequency" in line)
     assert line["tools/call_frequency"] == 0 and all("turns" in sample for sample in lines(Path("out/samples.jsonl")))
