@@ -4,7 +4,7 @@ Every field has a type, bounds and a one-sentence description. Types are strict:
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -248,6 +248,10 @@ class StageRecipe(Section):
 
     def files(self) -> dict[str, str]:
         """Other files that are read, by what they are."""
+        return {}
+
+    def parts(self) -> Mapping[str, "StageRecipe"]:
+        """The recipes of runs that this one consists of, by name; none if it is a run itself."""
         return {}
 
     @property

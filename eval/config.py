@@ -27,7 +27,7 @@ from conversations.answers.usable_rows import (
 from conversations.rewards.entry import JudgeSettings
 from conversations.row import Refuse
 from conversations.run_files import RESULTS, SAMPLES
-from conversations.sections import DataSource, Head, RowList, Section, StageRecipe
+from conversations.sections import DataSource, Head, ModelSection, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
 
 _RESERVED = re.compile(r"(^|_)(n|truncated|unread|interval|t\d+|details|by_source|by_kind)$")
@@ -215,6 +215,11 @@ class BenchmarkTask(Section):
             fields["max_gen_toks"] = self.max_new_tokens
         return fields
 
+    @property
+    def values(self) -> list[str]:
+        """The names that the measured value may have; which, the task's file says."""
+        return ["value", "greedy"] if self.temperature is None else ["value", decoding_name(self.temperature)]
+
     @model_validator(mode="after")
     def _named_after_its_task(self) -> "BenchmarkTask":
         if not self.name:
@@ -252,6 +257,11 @@ class EvalRecipe(StageRecipe):
 
     stage: Literal["eval"] = Field(description="Which stage this is.")
     data: list[DataSource] = Field(default_factory=list, description="Rows for every task without data of its own.")
+    models: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ModelSection] = Field(
+        default_factory=dict,
+        description="Several models side by side, by name: a path, or what `model` has. Each has a run of its own in "
+        "output_dir, and results.json compares them on the same rows.",
+    )
     tasks: list[AnyTask] = Field(
         min_length=1, description="What to measure: metrics on rows (`metric`), or tasks of lm-eval (`task`)."
     )
@@ -260,6 +270,31 @@ class EvalRecipe(StageRecipe):
         description="Whether prompts of lm-eval's tasks are rendered by the chat template; null: for what a run has "
         "trained and for models named chat or instruct.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, recipe: Any) -> Any:
+        """`models` with paths alone, and the first of them as `model`."""
+        models = recipe.get("models") if isinstance(recipe, dict) else None
+        if not isinstance(models, dict) or not models:
+            return recipe
+        models = {name: {"path": one} if isinstance(one, str) else one for name, one in models.items()}
+        first = next(iter(models.values()))
+        return {"model": first, **recipe, "models": models}
+
+    @model_validator(mode="after")
+    def _models_are_several(self) -> "EvalRecipe":
+        if len(self.models) == 1:
+            raise ValueError("models names one model; name two or more, or give it as `model`")
+        if self.models and self.model != next(iter(self.models.values())):
+            raise ValueError("models and model: give one of them; with several models leave `model` out")
+        return self
+
+    def parts(self) -> dict[str, "EvalRecipe"]:
+        return {
+            name: self.model_copy(update={"model": model, "models": {}, "output_dir": f"{self.output_dir}/{name}"})
+            for name, model in self.models.items()
+        }
 
     @model_validator(mode="after")
     def _tasks_fit_together(self) -> "EvalRecipe":

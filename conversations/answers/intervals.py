@@ -86,7 +86,7 @@ def difference_interval(
     of_row = np.array([numbers[cluster] for cluster in clusters])
     each, weight = np.array(differences, dtype=float), np.array(weights, dtype=float)
     sums, totals = np.bincount(of_row, each * weight), np.bincount(of_row, weight)
-    largest = float(np.abs(sums).max())
+    largest = float(np.abs(sums).max()) or float(totals.mean())
     sums, totals = np.append(sums, [largest, -largest]), np.append(totals, [totals.mean()] * 2)
     groups, rng = len(sums), np.random.default_rng(0)
     at_once = max(1, _DRAWN_AT_ONCE // groups)

@@ -108,6 +108,8 @@ def resolve_stage(loaded: Loaded[ChainRecipe], entry: ChainStage, references: Re
     tree["output_dir"] = str(Path(chain.output_dir) / entry.name)
     recipe = validate(references.fill(tree, prefix), prefix)
     assert isinstance(recipe, StageRecipe)
+    if recipe.parts():
+        raise ToolkitError(f"{prefix}models: a stage of a chain measures one model; leave it out")
     measures = stage_of(recipe).measures
     if (entry.results is not None) != measures:
         fault = "set where its figures go, such as stages.sft" if measures else "for evaluations only"

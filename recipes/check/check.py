@@ -21,6 +21,7 @@ from recipes.recipe.schema import ChainRecipe, Recipe
 from recipes.runs.caching import row_cache
 from recipes.runs.directory import inspect
 from recipes.runs.prepare import Inputs, prepare, will_give
+from recipes.runs.side_by_side import parts_of
 from recipes.runs.training_fields import setting
 from recipes.stages import stage_of, stages
 
@@ -50,9 +51,16 @@ def check(loaded: Loaded[Recipe]) -> None:
 
 
 def _stages(loaded: Loaded[Recipe]) -> Iterator[tuple[str, Loaded[StageRecipe]]]:
-    """Yield the recipe with its file's name, or each stage of a chain with its own name."""
+    """Yield the recipe with its file's name, each of its parts with its own, or each stage of a chain."""
     if not isinstance(loaded.recipe, ChainRecipe):
-        yield loaded.path.stem, of_stage(loaded, stages())
+        stage = of_stage(loaded, stages())
+        parts = parts_of(stage)
+        if parts:
+            inspect(Path(stage.recipe.output_dir), stage.resolved)
+        for name, part in parts.items() or [(loaded.path.stem, stage)]:
+            if parts:
+                print(f"-- {name} ({part.recipe.model.path})")
+            yield name, part
         return
     from recipes.chains.chain import refuse_other_chain
 

@@ -69,6 +69,7 @@ def _is_file_key(keys: tuple[str, ...]) -> bool:
 def _is_local_key(keys: tuple[str, ...]) -> bool:
     """Whether the key holds a model, a run, or a file that a run writes."""
     model = keys[-2:] == ("model", "path") or (keys[-1:] == ("model",) and "rewards" in keys)
+    model = model or keys[-2:-1] == ("models",) or (keys[-1:] == ("path",) and keys[-3:-2] == ("models",))
     return model or keys[-1:] in (("output_dir",), ("experts_file",))
 
 

@@ -87,8 +87,8 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
 
 
 def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[str, Any]:
-    """The mean change over the rows common to both evaluations, its 95 % interval, clustered by prompt, and whether
-    that leaves zero (`differs`)."""
+    """The mean change over the rows common to both evaluations, its 95 % interval, clustered by prompt, whether that
+    leaves zero (`differs`), and whether the values are shares."""
     common = [key for key in before if key in after]
     if not common:
         return {"difference": math.nan, "interval": [math.nan, math.nan], "differs": False, "n": 0}
@@ -97,7 +97,9 @@ def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dic
     prompts = [key if before[key].prompt is None else before[key].prompt for key in common]
     mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
     low, high = difference_interval(differences, weights, prompts)
-    return {"difference": mean, "interval": [low, high], "differs": low > 0 or high < 0, "n": len(common)}
+    shares = all(0 <= side[key].value <= 1 for side in (before, after) for key in common)
+    differs = low > 0 or high < 0
+    return {"difference": mean, "interval": [low, high], "differs": differs, "shares": shares, "n": len(common)}
 
 
 def read_outcomes(run_dir: Path, task: str) -> dict[str, dict[int, Outcome]]:

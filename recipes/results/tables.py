@@ -115,8 +115,13 @@ def changes(results: Mapping[str, Any], titles: Titles = UNTITLED) -> Table | No
     units = {"nats": LOSS in kinds, "percentage points": set(kinds) != {LOSS}}
     unit = " or ".join(unit for unit, used in units.items() if used)
     note = f"After minus before on the same prompts, in {unit}; below: the 95 % interval of the mean difference."
+    note += " *: it leaves zero." if any(_states_interval(value) for value in comparisons.values()) else ""
     headings = [Cell(re.sub(r"^t(?=[0-9.]+$)", "T = ", kind)) for kind in kinds]
     return Table("Changes, paired", [Cell(""), *headings], rows, (note,))
+
+
+def _states_interval(comparison: Mapping[str, Any]) -> bool:
+    return any("interval" in change for change in comparison["change"].values() if isinstance(change, dict))
 
 
 def is_comparison(value: Any) -> bool:
@@ -131,13 +136,26 @@ def _compared(name: str, value: Mapping[str, Any], titles: Titles) -> Cell:
 
 
 def _paired_cell(kind: str, change: Any) -> Cell:
-    """A change in percentage points for a share, in nats for a loss."""
+    """A change in percentage points for a share, in nats for a loss, otherwise in its own unit; one whose own interval
+    leaves zero is marked."""
     stated = change if isinstance(change, dict) else {}
-    mean, error, n = (number(stated.get(key)) for key in ("difference", "standard_error", "n"))
-    if mean is None or error is None or n is None or not math.isfinite(mean + error):
+    mean, n = number(stated.get("difference")), number(stated.get("n"))
+    interval = _interval_of_change(stated, mean)
+    if mean is None or interval is None or n is None or not all(map(math.isfinite, (mean, *interval))):
         return Cell("–", ("no prompts in common",) if stated else ())
-    signed = _signed_nats if kind == LOSS else _signed_points
-    return Cell(signed(mean), (f"{signed(mean - Z95 * error)} to {signed(mean + Z95 * error)}", f"n = {n:,.0f}"))
+    signed = _signed_nats if kind == LOSS or stated.get("shares") is False else _signed_points
+    mark = " *" if stated.get("differs") else ""
+    return Cell(signed(mean) + mark, (f"{signed(interval[0])} to {signed(interval[1])}", f"n = {n:,.0f}"))
+
+
+def _interval_of_change(stated: Mapping[str, Any], mean: float | None) -> tuple[float, float] | None:
+    """The 95 % interval that a change states, or else that of its standard error."""
+    bounds = [number(bound) for bound in stated.get("interval") or ()]
+    match bounds:
+        case [float(low), float(high)]:
+            return low, high
+    error = number(stated.get("standard_error"))
+    return None if mean is None or error is None else (mean - Z95 * error, mean + Z95 * error)
 
 
 def targets(results: Mapping[str, Any]) -> Table | None:

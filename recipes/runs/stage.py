@@ -16,7 +16,7 @@ from conversations.row_cache import RowCache
 from conversations.run_files import MANIFEST, RECIPE, REJECTED
 from conversations.sections import StageRecipe, TrainingRecipe
 from conversations.stage import Work, provided
-from recipes.files import write_json, write_jsonl, write_text
+from recipes.files import read_json, write_json, write_jsonl, write_text
 from recipes.lock import Lock, hold_directory
 from recipes.process_settings import keep_freed_memory
 from recipes.processes import is_main, now, say, wait_for_all
@@ -25,6 +25,7 @@ from recipes.results.figures import figures
 from recipes.results.tables import table_text
 from recipes.runs.directory import State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
+from recipes.runs.side_by_side import run_parts
 from recipes.stages import stage_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
     """
     for note in loaded.notes:
         say(f"smoke: {note}")
+    if loaded.recipe.parts():
+        ran, manifest = run_parts(loaded, run_stage)
+        return Outcome("finished" if ran else "done_before", manifest)
     run_dir = Path(loaded.recipe.output_dir)
     if finished := _done_before(run_dir, loaded):  # checked without the lock, which cannot be taken on a read-only disk
         return finished
@@ -256,7 +260,9 @@ def report_outcome(recipe: StageRecipe, outcome: Outcome) -> None:
     """
     stage, run_dir = stage_of(recipe), Path(recipe.output_dir)
     try:
-        if stage.measures:
+        if recipe.parts():
+            say(table_text(read_json(run_dir / stage.result)))
+        elif stage.measures:
             name = Path(recipe.model.path).name
             say(table_text({"stages": {name: figures(outcome.manifest["metrics"])}}))
         say(f"{run_dir / stage.result} ({outcome.manifest['seconds']:.0f} s)")

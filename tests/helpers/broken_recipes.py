@@ -92,6 +92,10 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"task": "mmlu_local", "path": "choices.jsonl"},
         ],
     ),
+    "eval_models": {
+        "stage": "eval", "models": {"one": "base", "other": {"path": "base", "dtype": "float32"}},
+        "tasks": [_task("loss", limit=2)], "output_dir": "out",
+    },
     "pairs": _recipe(
         "pairs", "chat.jsonl", rewards=[{"rule": "number"}, {"rule": "format"}], limit=3, num_generations=2,
         max_new_tokens=3, batch_size=4, max_pairs_per_prompt=2, min_margin=0.1, balance_lengths=False, temperature=1,

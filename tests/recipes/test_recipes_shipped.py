@@ -105,9 +105,10 @@ def test_a_recipe_runs_at_toy_size(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sft.stage, "SAMPLE_TOKENS", 4)
     tree = read_mapping(path)
-    score = tree["stage"] == "eval" and tree["tasks"][0]["metric"] in SCORED
-    kind = "score" if score else path.parent.name if path.parent.name in models else "causal_lm"
-    words: list[str] = [f"model.path={models[kind]}", "output_dir=run"]
+    score = tree["stage"] == "eval" and tree["tasks"][0].get("metric") in SCORED
+    model = models["score" if score else path.parent.name if path.parent.name in models else "causal_lm"]
+    start = f"models={{a: {model}, b: {model}}}" if "models" in tree else f"model.path={model}"
+    words: list[str] = [start, "output_dir=run"]
     if path.parent.name != "tiny":
         words.append("model.dtype=float32")
     if (tree.get("rewards") or [{}])[0].get("rule") == "code":  # a random model writes none
