@@ -3,6 +3,7 @@
 from typing import Any
 
 from conversations.errors import ToolkitError
+from conversations.reading.records import raw_rows
 from eval.config import BenchmarkTask, EvalRecipe
 from eval.harness.loading import Built, one_line
 
@@ -29,6 +30,8 @@ def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str
     with quiet_lm_eval():
         for entry in entries:
             built = build(entry, chat)
+            for path in entry.against:
+                next(raw_rows(path), None)
             rows = sum(len(task.eval_docs) for task in built.tasks.values())
             used = min(rows, entry.limit or rows)
             if tokenizer is not None and positions is not None:

@@ -1,8 +1,8 @@
 """From lm-eval's logged samples to samples.jsonl and figures with intervals."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conversations.answers.intervals import mean_interval, resampled_interval
@@ -132,7 +132,32 @@ def figures_of(entry: BenchmarkTask, logs: Mapping[str, Logged], lines: Sequence
     details = {_title(metric, name, several): _figure(logs, metric, name) for metric, name in others}
     details |= {name: _figure({name: log}, *main) for name, log in logs.items()} if len(logs) > 1 else {}
     details |= repeated_figures(lines, entry.pass_at) if entry.num_answers > 1 else {}
+    if entry.against:
+        rows = {line["row"] for line in lines if line.get("contaminated")}
+        found["contaminated"] = len(rows)
+        if len(rows) < figure["n"]:
+            details["not_in_training_data"] = _figure(_without(logs, rows), *main)
     return {**found, **({"details": details} if details else {})}
+
+
+def rows_of(logs: Mapping[str, Logged]) -> list[Any]:
+    """The rows of all tasks, in the order of their numbers."""
+    return [sample["doc"] for log in logs.values() for sample in log.of_filter(log.filters[0])]
+
+
+def _without(logs: Mapping[str, Logged], rows: Collection[int]) -> dict[str, Logged]:
+    """The same without some rows, which are numbered through all tasks."""
+    kept, before = {}, 0
+    for name, log in logs.items():
+        samples = [
+            sample
+            for filtered in log.filters
+            for number, sample in enumerate(log.of_filter(filtered), before)
+            if number not in rows
+        ]
+        before += len(log.of_filter(log.filters[0]))
+        kept[name] = replace(log, samples=samples)
+    return kept
 
 
 def _title(metric: str, name: str, several: bool) -> str:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from eval.config import BenchmarkTask
+from eval.harness.contamination import GRAM, contaminated
 from eval.harness.crew import Crew
-from eval.harness.figures import Figures, Sample, figures_of, logged, sample_lines
+from eval.harness.figures import Figures, Sample, figures_of, logged, rows_of, sample_lines
 from eval.harness.loading import Built, build
 
 
@@ -44,6 +45,11 @@ def measure(entry: BenchmarkTask, crew: Crew, seed: int, chat: bool) -> tuple[Fi
         print(f"eval: {entry.name}: {lm.cut:,} prompts were cut to fit", file=sys.stderr, flush=True)
     logs = {name: logged(task, results["samples"][name], _temperature(lm, task)) for name, task in built.tasks.items()}
     lines = sample_lines(entry, logs)
+    if entry.against:
+        rows = contaminated(rows_of(logs), entry.against)
+        lines = [{**line, "contaminated": line["row"] in rows} for line in lines]
+        total = len({line["row"] for line in lines})
+        print(f"eval: {entry.name}: {len(rows):,} of {total:,} rows share {GRAM} words with `against`", file=sys.stderr)
     return figures_of(entry, logs, lines), lines
 
 

@@ -62,6 +62,7 @@ def is_hub_name(path: str) -> bool:
 def _is_file_key(keys: tuple[str, ...]) -> bool:
     data = len(keys) >= 3 and keys[-1] == "path" and keys[-3] in ("data", "eval_data")
     data = data or (len(keys) >= 3 and keys[-1] in ("path", "fewshot_path") and keys[-3] == "tasks")
+    data = data or (len(keys) >= 4 and keys[-2] == "against" and keys[-4] == "tasks")
     stage_recipe = len(keys) == 3 and keys[0] == "stages" and keys[2] == "recipe"
     return data or stage_recipe
 

@@ -15,6 +15,8 @@ from recipes.results.words import number, short
 Figures = Mapping[str, Any]  # flat figures of one evaluation: exact_match, exact_match_t1, n, ...
 
 TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_tokens
+VERSION = "version"  # of the form of results.json
+CONTAMINATED = "_contaminated"  # suffix of the number of rows that training data contain
 UNREAD = "_unread"  # suffix of the share of answers in which nothing was found to judge
 FAILED = "_error"  # suffix of the reason why a task could not be measured
 INTERVAL = "_interval"  # suffix of a share's 95 % interval
@@ -43,6 +45,8 @@ class Column:
             word: number(entry.get(self.key + suffix)) for word, suffix in (("cut", TRUNCATED), ("unread", UNREAD))
         }
         shares = [f"{100 * share:.1f} % {word}" for word, share in beside.items() if share]
+        seen = number(entry.get(SAMPLED.sub("", self.key) + CONTAMINATED))
+        shares += [f"{seen:,.0f} in training data"] if seen else []
         cell = FORMATS[self.kind](entry, self.key)
         return replace(cell, minor=(*cell.minor, *size, *shares))
 
@@ -126,7 +130,7 @@ def sample_size(entry: Figures, key: str) -> float | None:
 
 
 def _is_size(key: str) -> bool:
-    return key == "n" or key.startswith("n_") or key.endswith("_n")
+    return key in ("n", VERSION) or key.startswith("n_") or key.endswith("_n")
 
 
 def is_cut(key: str) -> bool:
@@ -140,7 +144,7 @@ def failures(entry: Figures) -> dict[str, str]:
 
 def _is_beside(key: str, keys: Iterable[str] | None = None) -> bool:
     """Whether a key says more of another figure: one of these keys, if they are given."""
-    suffixes = (TRUNCATED, UNREAD, INTERVAL)
+    suffixes = (TRUNCATED, UNREAD, CONTAMINATED, INTERVAL)
     figure = next((key.removesuffix(suffix) for suffix in suffixes if key.endswith(suffix)), None)
     return figure is not None and (keys is None or figure in keys)
 

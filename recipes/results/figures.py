@@ -11,6 +11,7 @@ from conversations.answers.intervals import difference_interval
 from conversations.run_files import SAMPLES
 from recipes.results.columns import INTERVAL, LOSS, TRUNCATED, UNREAD
 
+RESULTS_VERSION = 1  # of an evaluation's results.json (docs/results.schema.json)
 Figures = dict[str, Any]
 Metrics = Mapping[str, Mapping[str, Any]]
 

@@ -13,11 +13,10 @@ from recipes.files import read_json, write_json, write_text
 from recipes.lock import hold_directory
 from recipes.processes import is_main, wait_for_all
 from recipes.recipe.loader import Loaded
-from recipes.results.figures import Outcome, compared, read_outcomes
+from recipes.results.columns import VERSION
+from recipes.results.figures import RESULTS_VERSION, Outcome, compared, read_outcomes
 from recipes.runs.directory import dump_text, inspect
 from recipes.runs.manifest import new_manifest, read_manifest, write_manifest
-
-VERSION = 1  # of results.json
 
 
 def parts_of(loaded: Loaded[StageRecipe]) -> dict[str, Loaded[StageRecipe]]:
@@ -78,8 +77,9 @@ def _close(loaded: Loaded[StageRecipe], folder: Path, status: str, began: float)
 def compare_runs(runs: Mapping[str, Path], seed: int) -> dict[str, Any]:
     """results.json: the figures of each run, and the changes of every task between every two of them."""
     measured = {name: folder for name, folder in runs.items() if (folder / RESULTS).is_file()}
-    results: dict[str, Any] = {"version": VERSION, "seed": seed}
-    results["stages"] = {name: read_json(folder / RESULTS) for name, folder in measured.items()}
+    results: dict[str, Any] = {VERSION: RESULTS_VERSION, "seed": seed, "stages": {}}
+    for name, folder in measured.items():
+        results["stages"][name] = {key: value for key, value in read_json(folder / RESULTS).items() if key != VERSION}
     tasks = dict.fromkeys(task for folder in measured.values() for task in _tasks(folder))
     for task in tasks:
         outcomes = {name: read_outcomes(folder, task) for name, folder in measured.items()}

@@ -21,7 +21,8 @@ from recipes.lock import Lock, hold_directory
 from recipes.process_settings import keep_freed_memory
 from recipes.processes import is_main, now, say, wait_for_all
 from recipes.recipe.loader import Loaded
-from recipes.results.figures import figures
+from recipes.results.columns import VERSION
+from recipes.results.figures import RESULTS_VERSION, figures
 from recipes.results.tables import table_text
 from recipes.runs.directory import State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
@@ -86,7 +87,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
     try:
         manifest["metrics"] = metrics = _work(recipe, run_dir, state, inputs, cache, manifest)
         if stage.measures and is_main():
-            write_json(run_dir / stage.result, figures(metrics))
+            write_json(run_dir / stage.result, {VERSION: RESULTS_VERSION, **figures(metrics)})
         _refuse_failures(run_dir, recipe, metrics)
         lock.make_room()
         _close(run_dir, manifest, "finished", began)
