@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
 from .errors import ModelError
-from .refusals import check_model_type
+from .refusals import check_model_type, is_block_fp8
 
 ROPE_TYPES = ("default", "linear", "yarn")
 CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
@@ -144,6 +144,8 @@ class DeepseekV2Config(StockConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers', but the config of another architecture is an error; many would be accepted silently."""
         check_model_type(config_dict, cls.model_type)
+        if is_block_fp8(config_dict.get("quantization_config")):  # such weights are read as plain ones
+            config_dict = {key: value for key, value in config_dict.items() if key != "quantization_config"}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
@@ -229,6 +231,8 @@ def check_config(config: DeepseekV2Config) -> None:
     for key, value in rope.items():
         if key != "rope_type" and not (is_number(value) and 0 <= value < math.inf):
             raise ModelError(f"rope_scaling {key} is {value!r}: it must be a number, at least 0")
+    if (part := rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))) not in (None, 1):
+        raise ModelError(f"partial_rotary_factor is {part}: all of qk_rope_head_dim is rotated here, so it must be 1")
     if not rope["rope_theta"] > 0 or not rope.get("factor", 1) > 0:
         raise ModelError(f"rope_theta is {rope['rope_theta']} and factor {rope.get('factor', 1)}: both must be over 0")
     if not config.n_routed_experts:

@@ -13,13 +13,13 @@ RELATIVES = {
     "deepseek": "plain multi-head attention, without latents",
     "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
     "deepseek_v4": "compressed attention and another residual stream",
-    "glm4_moe_lite": "a sigmoid gate, whose choice of experts a bias corrects",
     "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
     "kimi_linear": "linear attention in most layers",
     "longcat_flash": "two attentions a layer, and experts that do nothing",
     "minicpm3": "scaled embeddings, residuals and logits",
-    "youtu": "no experts, and the RoPE settings of DeepSeek-V3",
 }
+FP8_BLOCK = 128
+_FP8 = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],)}
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 
 
@@ -41,6 +41,12 @@ def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") 
         raise ModelError(f"{where}use_mla is {use_mla}: plain multi-head attention, without latents, is not supported")
 
 
+def is_block_fp8(settings: Any) -> bool:
+    """Whether the quantization_config of a config.json says fp8 with a scale for each block of 128 x 128, which is read
+    (checkpoints/block_scaled.py)."""
+    return isinstance(settings, Mapping) and all(settings.get(key) in known for key, known in _FP8.items())
+
+
 def _method(settings: Any) -> str:
     """The name of a quantization method, from a settings object or from the mapping in a config.json."""
     if isinstance(settings, Mapping):
@@ -54,7 +60,8 @@ def check_quantization(where: Any, settings: Any) -> None:
     if settings:
         raise ModelError(
             f"{where}: quantization_config ({_method(settings)}) is not supported: transformers' quantisers pass over "
-            "these classes' layers and experts. Load a checkpoint in bf16, float16 or float32, without it"
+            "these classes' layers and experts. Load a checkpoint in bf16, float16 or float32, without it, or in fp8 "
+            f"with blocks of {FP8_BLOCK} x {FP8_BLOCK}, as DeepSeek-V3's"
         )
 
 
@@ -88,4 +95,5 @@ def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> N
     except (OSError, ValueError):
         return  # `from_pretrained` raises its own error
     check_model_type(values, config_class.model_type, os.fspath(path))
-    check_quantization(path, values.get("quantization_config"))
+    if not is_block_fp8(settings := values.get("quantization_config")):
+        check_quantization(path, settings)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..checkpoints.block_scaled import BlockScaled
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.hub_layout import hub_layout, without_extra_layers
 from ..checkpoints.sources import base_directory, copy_side_files, resolve_source
@@ -66,8 +67,8 @@ def merge_lora(
     Args:
         adapter_dir: an adapter in PEFT's layout, or a run with one in final/; its config names the base. A full model,
             or a run that trained one, is checked and copied.
-        dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's dtype. Sums are computed in
-            float32.
+        dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's dtype, with bfloat16 for
+            fp8. Sums are computed in float32.
         progress: called with the bytes of each piece written, and the total.
 
     Raises:
@@ -149,7 +150,7 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
     Raises:
         ModelError: a weight, or a sum in the result's dtype, is not finite.
     """
-    source = reader.tensor(merged.source) if merged.from_adapter else file.get_tensor(merged.source)
+    source = reader.tensor(merged.source) if merged.from_adapter else base_tensor(merged, file)
     weight = source[merged.place]
     dtype = DTYPES[merged.info.dtype]
     source_dir = reader.adapter.directory if merged.from_adapter else reader.adapter.base
@@ -171,6 +172,15 @@ def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) ->
         if not is_finite(block):
             raise ModelError(f"{name}: the merged weights are not all finite in {str(dtype).removeprefix('torch.')}")
         yield block
+
+
+def base_tensor(merged: Merged, file: Any) -> torch.Tensor:
+    """A tensor of the base, in float32 if it is stored as fp8."""
+    if merged.scales is None:
+        return file.get_tensor(merged.source)
+    path, name = merged.scales
+    with safe_open(path, "pt") as scales:
+        return BlockScaled(file.get_slice(merged.source), scales.get_slice(name))[...]
 
 
 def write_config(adapter: AdapterFiles, directory: Path, dtype: str | None) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from ..checkpoints.block_scaled import SUFFIX, BlockScaled, with_scales
 from ..checkpoints.hub_layout import COMPUTED, dtype_on_disk, is_extra_layer, summed_up
 from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
 from ..errors import ModelError
@@ -20,13 +22,14 @@ SHOWN = 5
 @dataclass(frozen=True)
 class Merged:
     """One tensor of the result: tensor `source` of the base's shard (or of the adapter), indexed with [place], plus the
-    product of a factor pair."""
+    product of a factor pair. scales: the file and the name of its scales if it is an fp8 weight."""
 
     info: TensorInfo
     source: str
     place: Any = ...
     pair: FactorPair | None = None
     from_adapter: bool = False
+    scales: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     Raises:
         ModelError: the base's tensors do not match the model, or are quantised.
     """
-    headers = base_headers(base)
+    headers, scales = read_scaled(base, base_headers(base))
     infos = {name: info for header in headers.values() for name, info in header.items()}
     left_out = tuple(summed_up(check_base(adapter, infos), adapter.model_config))
-    tensors = {path: merged_tensors(adapter, header, dtype) for path, header in headers.items()}
+    tensors = {path: merged_tensors(adapter, header, dtype, scales) for path, header in headers.items()}
     tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(infos))
     filled = {path: merged for path, merged in tensors.items() if merged}
     names = shard_names(len(filled))
@@ -61,7 +64,28 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     return shards, left_out
 
 
-def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, Merged]:
+def read_scaled(
+    base: Path, headers: Mapping[Path, Mapping[str, TensorInfo]]
+) -> tuple[dict[Path, dict[str, TensorInfo]], dict[str, tuple[Path, str]]]:
+    """(the headers with fp8 weights as bf16 and without their scales, {weight: file and name of its scales}).
+
+    Raises:
+        ModelError: scales have another shape or type than blocks of 128 x 128 have.
+    """
+    homes = {name: path for path, header in headers.items() for name in header}
+    joined = with_scales(str(base), {name: headers[path][name] for name, path in homes.items()})
+    scaled = {name: info for name, info in joined.items() if isinstance(info, BlockScaled)}
+    infos = joined | {name: TensorInfo("BF16", tuple(info.get_shape())) for name, info in scaled.items()}
+    plain = {path: {name: infos[name] for name in header if name in infos} for path, header in headers.items()}
+    return plain, {name: (homes[name + SUFFIX], name + SUFFIX) for name in scaled}
+
+
+def merged_tensors(
+    adapter: AdapterFiles,
+    header: Mapping[str, TensorInfo],
+    dtype: str | None,
+    scales: Mapping[str, tuple[Path, str]] = MappingProxyType({}),
+) -> dict[str, Merged]:
     """The merged tensors of one file of the base. Fused experts are split, and tensors that the adapter replaces are
     left out."""
     pairs = {pair.parameter: pair for pair in adapter.pairs}
@@ -72,7 +96,8 @@ def merged_tensors(adapter: AdapterFiles, header: Mapping[str, TensorInfo], dtyp
             piece = adapter.layout[name]
             pair = pairs.get(piece.parameter)
             place = piece.place if fused else ...
-            tensors[name] = Merged(merged_info(source, info, piece.shape, dtype), source, place, pair)
+            merged = merged_info(source, info, piece.shape, dtype)
+            tensors[name] = Merged(merged, source, place, pair, scales=scales.get(source))
     return {name: merged for name, merged in tensors.items() if name not in adapter.replaced}
 
 

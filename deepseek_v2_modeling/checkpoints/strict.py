@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import ModelError, ShapeError
 from ..refusals import check_keywords, check_quantization, check_source
+from .block_scaled import BlockScaled, with_scales
 from .finite import check_weights
 from .hub_layout import (
     COMPUTED,
@@ -36,7 +37,7 @@ from .hub_layout import (
     without_extra_layers,
 )
 from .offloading import keep_readable
-from .tensor_files import CODES, FLOATS, WEIGHT_FILES, TensorInfo, check_doubled, shards_named
+from .tensor_files import FLOATS, WEIGHT_FILES, check_doubled, code_of, shape_of, shards_named
 
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # captures the adapter's name
 SHOWN = 5  # names per message
@@ -114,7 +115,9 @@ class StrictPreTrainedModel(PreTrainedModel):
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
                 matched = match_sources(model, sources, load_config)
                 offloaded = "disk" in (load_config.device_map or {}).values()  # such weights are read again later
-                if not (load_config.disable_mmap or offloaded):
+                if load_config.disable_mmap or offloaded:
+                    refuse_scaled(name_of(load_config), matched)
+                else:
                     result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
                     # Otherwise a model whose experts transformers did not fuse itself would be saved with fused ones.
                     model.__dict__.pop("_weight_conversions", None)
@@ -238,6 +241,13 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
     return sources
 
 
+def refuse_scaled(where: str, sources: Mapping[str, Any]) -> None:
+    """Raise ModelError for fp8 weights where transformers itself reads the files, which loses their scales."""
+    experts = (part for source in sources.values() if isinstance(source, FusedExperts) for _, part in source.pieces)
+    if any(isinstance(source, BlockScaled) for source in (*sources.values(), *experts)):
+        raise ModelError(f"{where}: fp8 weights cannot be offloaded to disk, or read with disable_mmap")
+
+
 def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
     """Raise ModelError for tensors that are not floating-point numbers, which are quantised and need scales."""
     kinds = {name: code_of(source) for name, source in sources.items()}
@@ -248,19 +258,13 @@ def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
         )
 
 
-def code_of(source: Any) -> str:
-    """The safetensors code of the dtype of a header's entry, a slice of a file, or a tensor."""
-    if isinstance(source, torch.Tensor):
-        return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
-    return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
-
-
 def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
     """The state dict for transformers to load, with experts under the names of their fused parameters.
 
     Raises:
         ModelError: names or shapes do not fit.
     """
+    sources = with_scales(name_of(load_config), sources)
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
     parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layout = hub_layout(parameters)
@@ -273,10 +277,7 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk too
         layout = hub_layout(parameters, names)
     check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
-    shapes = {}
-    for name, key in names.items():  # tensors, or slices of a file
-        source = sources[key]
-        shapes[name] = tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+    shapes = {name: shape_of(sources[key]) for name, key in names.items()}  # of tensors, or slices of a file
     check_sources(model, load_config, shapes, layout)
     state: dict[str, Any] = {}
     for name, key in names.items():

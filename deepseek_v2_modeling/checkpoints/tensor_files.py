@@ -54,6 +54,18 @@ class TensorInfo:
         return cls(CODES[dtype], tuple(shape))
 
 
+def code_of(source: Any) -> str:
+    """The safetensors code of the dtype of a header's entry, a slice of a file, or a tensor."""
+    if isinstance(source, torch.Tensor):
+        return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
+    return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
+
+
+def shape_of(source: Any) -> tuple[int, ...]:
+    """The shape of the same."""
+    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """{name: info} of a safetensors file, read from its header alone.
 
