@@ -54,13 +54,84 @@ class DeepseekV3Config(DeepseekV2Config):
     aux_loss_alpha: float | int = 0.0001  # V3's paper; its config.json says 0.001
     bias_update_speed: float | int = 0.0
     num_nextn_predict_layers: int = 0
+    rope_interleave: bool | None = True
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        if self.rope_interleave is False:
+            raise ModelError("rope_interleave is false: RoPE on halves, instead of pairs, is not supported")
 
     def validate_architecture(self) -> None:
         """A no-op: with latent attention hidden_size need not be a multiple of the number of heads, as stock wants."""
 
 
+@strict
+class Glm4MoeLiteConfig(DeepseekV3Config):
+    """The config of GLM-4.7-Flash (`model_type` glm4_moe_lite).
+
+    mlp_layer_types: "dense" or "sparse" for each layer, instead of first_k_dense_replace; None: the first is dense.
+    """
+
+    model_type = "glm4_moe_lite"
+    architecture = "GLM-4.7-Flash"
+
+    vocab_size: int = 154880
+    hidden_size: int = 2048
+    intermediate_size: int = 10240
+    moe_intermediate_size: int = 1536
+    num_hidden_layers: int = 47
+    num_attention_heads: int = 20
+    n_routed_experts: int | None = 64
+    routed_scaling_factor: float | int = 1.8
+    q_lora_rank: int | None = 768
+    qk_nope_head_dim: int = 192
+    v_head_dim: int = 256
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    num_experts_per_tok: int | None = 4
+    first_k_dense_replace: int = 1
+    max_position_embeddings: int = 202752
+    rms_norm_eps: float = 1e-5
+    mlp_layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["dense"] + ["sparse"] * (self.num_hidden_layers - 1)
+        if len(self.mlp_layer_types) != self.num_hidden_layers or set(self.mlp_layer_types) - {"dense", "sparse"}:
+            raise ModelError(
+                f"mlp_layer_types is {self.mlp_layer_types}: it must be dense or sparse for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
+        super().__post_init__(**kwargs)
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether a layer is MoE: by `mlp_layer_types`."""
+        return bool(self.n_routed_experts) and (self.mlp_layer_types or [])[layer_idx] == "sparse"
+
+
+@strict
+class YoutuConfig(DeepseekV3Config):
+    """The config of Youtu-LLM (`model_type` youtu): dense layers with DeepSeek-V3's attention."""
+
+    model_type = "youtu"
+    architecture = "Youtu-LLM"
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    max_position_embeddings: int = 131072
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    tie_word_embeddings: bool = True
+
+
 CONFIGS: dict[Any, type[DeepseekV2Config]] = {
-    config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config)
+    config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, YoutuConfig)
 }
 
 

@@ -54,6 +54,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5, "max_position_embeddings": 163840,
         "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    # GLM-4.7-Flash's structure: V3's gate in one group, values wider than the queries without RoPE.
+    "glm4-moe-lite-mini": {
+        "model_type": "glm4_moe_lite", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768,
+        "moe_intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 5, "q_lora_rank": 96,
+        "kv_lora_rank": 64, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64, "n_routed_experts": 64,
+        "n_shared_experts": 1, "num_experts_per_tok": 4, "max_position_embeddings": 202752,
+        "rope_theta": 1000000.0,
+    },
+    # Youtu-LLM's structure: dense, tied embeddings.
+    "youtu-mini": {
+        "model_type": "youtu", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 131072,
+        "rope_theta": 1600000.0,
+    },
 }  # fmt: skip
 
 

@@ -68,7 +68,8 @@ def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory for the model; new or empty")
-    parser.add_argument("--preset", required=True, help="tiny, v2-lite-mini, v2-mini or v3-mini")
+    presets = "tiny, v2-lite-mini, v2-mini, v3-mini, glm4-moe-lite-mini or youtu-mini"
+    parser.add_argument("--preset", required=True, help=presets)
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
 
 

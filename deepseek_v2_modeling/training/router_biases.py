@@ -44,7 +44,8 @@ class RouterBiases(TrainerCallback):
         model = self.model()
         if not (speed := getattr(model.config, SPEED, 0)):
             return {}
-        return {"router_bias/speed": speed, "router_bias/largest": max(b.abs().max().item() for b in _biases(model))}
+        largest = [bias.abs().max().item() for bias in _biases(model)] or [0.0]  # a dense model has none
+        return {"router_bias/speed": speed, "router_bias/largest": max(largest)}
 
 
 def _biases(model: nn.Module) -> list[torch.Tensor]:

@@ -89,6 +89,7 @@ def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
     head = head_of(recipe)
     values = {**settings.to_dict(), **_SIZES, "q_lora_rank": settings.q_lora_rank and 8}
     values |= {"n_routed_experts": settings.n_routed_experts and 4, "n_shared_experts": settings.n_shared_experts and 1}
+    values.pop("mlp_layer_types", None)  # of as many layers as the model has
     config = type(settings)(**{**values, "num_labels": settings.num_labels})
     model = model_class(config, head)._from_config(
         config, attn_implementation=recipe.model.attn_implementation, dtype=getattr(torch, recipe.model.dtype)

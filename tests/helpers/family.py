@@ -15,6 +15,23 @@ V3: dict[str, Any] = {
 }  # fmt: skip
 MEMBERS: dict[str, dict[str, Any]] = {
     "v3": V3,
+    "glm": {
+        **V3,
+        "model_type": "glm4_moe_lite",
+        "n_group": 1,
+        "topk_group": 1,
+        "v_head_dim": 16,
+        "num_attention_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "rope_scaling": None,
+    },
+    "youtu": {
+        **{k: v for k, v in V3.items() if "expert" not in k and "group" not in k},
+        "model_type": "youtu",
+        "tie_word_embeddings": True,
+        "rope_scaling": None,
+    },
     "moonlight": {**V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_scaling": None, "rope_theta": 5e4},
 }
 

@@ -11,6 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
+from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteForCausalLM
+from transformers.models.youtu.modeling_youtu import YoutuForCausalLM
 
 from deepseek_v2_modeling import (
     DeepseekV2ForCausalLM,
@@ -35,7 +37,13 @@ from ..helpers.adapters import EVERYWHERE
 from ..helpers.family import MEMBERS, V3, member, member_config
 from ..helpers.models import logits_of, random_adapter, random_ids, relative, stock_twin, tokenizer
 
-STOCK: dict[str, Any] = {"v3": stock.DeepseekV3ForCausalLM, "moonlight": stock.DeepseekV3ForCausalLM}
+STOCK: dict[str, Any] = {
+    "v3": stock.DeepseekV3ForCausalLM,
+    "moonlight": stock.DeepseekV3ForCausalLM,
+    "glm": Glm4MoeLiteForCausalLM,
+    "youtu": YoutuForCausalLM,
+}
+MIXTURES = [name for name in MEMBERS if name != "youtu"]
 IDS = random_ids(2, 24)
 ROUNDING = 3e-6
 
@@ -55,7 +63,8 @@ def gradients(model: Any, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids)
-    (loss.loss - (0 if loss.aux_loss is None else loss.aux_loss)).backward()
+    balance = getattr(loss, "aux_loss", None)
+    (loss.loss - (0 if balance is None else balance)).backward()
     model.eval()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -80,7 +89,9 @@ def test_logits_gradients_and_decoding_are_stocks(name: str, tmp_path: Path):
 
 def test_lora_is_stock_pefts(name: str, tmp_path: Path):
     base = saved(member(name), tmp_path / "base")
-    adapted = random_adapter(load_base(str(base)), lora_config(EVERYWHERE, r=2, alpha=3))
+    adapted = random_adapter(
+        load_base(str(base)), lora_config(EVERYWHERE if name in MIXTURES else ("attention", "dense"), r=2, alpha=3)
+    )
     saved(adapted, tmp_path / "adapter")
     twin = PeftModel.from_pretrained(STOCK[name].from_pretrained(base), tmp_path / "adapter", is_trainable=True).eval()
     logits = logits_of(adapted, IDS)
@@ -94,7 +105,7 @@ def test_lora_is_stock_pefts(name: str, tmp_path: Path):
     merge_lora(tmp_path / "adapter", tmp_path / "merged", "bfloat16")
     kinds = {key: tensor.dtype for key, tensor in load_file(tmp_path / "merged" / "model.safetensors").items()}
     assert {kind for key, kind in kinds.items() if not key.endswith(CORRECTION_BIAS)} == {torch.bfloat16}
-    assert {kind for key, kind in kinds.items() if key.endswith(CORRECTION_BIAS)} == {torch.float32}
+    assert {kind for key, kind in kinds.items() if key.endswith(CORRECTION_BIAS)} <= {torch.float32}
     merge_lora(tmp_path / "adapter", tmp_path / "wide")
     assert relative(logits_of(stock_twin(tmp_path / "wide", STOCK[name]), IDS), logits) < 1e-5
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["architectures"] == [STOCK[name].__name__]
@@ -102,6 +113,7 @@ def test_lora_is_stock_pefts(name: str, tmp_path: Path):
     assert report.pairs > 0
 
 
+@pytest.mark.parametrize("name", ["v3", "moonlight"])
 def test_logits_are_the_official_codes(name: str):
     settings = {**MEMBERS[name], "rms_norm_eps": 1e-6, "moe_layer_freq": 1}
     model = member(name)
@@ -154,7 +166,8 @@ def test_balance_loss():
     torch.testing.assert_close(found["expert"], wanted)
 
 
-def test_esft_scores_and_reward_head(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", MIXTURES)
+def test_esft_scores(name: str):
     model = member(name)
     shares = score_experts(model, [[5, 6, 7, 8]], pad_token_id=1).shares
     with torch.no_grad():
@@ -163,9 +176,14 @@ def test_esft_scores_and_reward_head(name: str, tmp_path: Path):
     for layer, scores in enumerate(router_logits):
         unchosen = scores.sigmoid().mean(0).log().isfinite() & (shares["token"][layer] == 0)
         assert (shares["gate"][layer][unchosen] == 0).all() and shares["gate"][layer].sum() == pytest.approx(1)
+
+
+def test_reward_head(name: str, tmp_path: Path):
     saved(member(name, "score", num_labels=1, pad_token_id=1), tmp_path / "rm")
     rewarded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    assert type(rewarded).__name__ == "DeepseekV3ForSequenceClassification"
+    assert type(rewarded).__name__ == STOCK[name].__name__.replace("CausalLM", "SequenceClassification")
+    if STOCK[name] is not stock.DeepseekV3ForCausalLM:
+        return  # stock has no such head
     twin = stock.DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     with torch.no_grad():
         torch.testing.assert_close(rewarded(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -209,6 +227,20 @@ def edit(directory: Path, **values: Any) -> None:
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str):
     with pytest.raises(ModelError, match=message):
         member_config("v3", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("glm", {"mlp_layer_types": ["dense", "sparse"]}, "for each of the 3 layers"),
+        ("glm", {"mlp_layer_types": ["dense", "sparse", "other"]}, "mlp_layer_types is"),
+        ("glm", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("youtu", {"rope_interleave": False}, "rope_interleave is false"),
+    ],
+)
+def test_settings_of_siblings_that_cannot_work(name: str, settings: dict[str, Any], message: str):
+    with pytest.raises(ModelError, match=message):
+        member_config(name, **settings)
 
 
 def test_the_classes_of_one_architecture_refuse_anothers_files(tmp_path: Path):

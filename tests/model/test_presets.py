@@ -10,7 +10,8 @@ from deepseek_v2_modeling.presets import PRESETS, build_model, preset_config
 
 from ..helpers.models import logits_of, random_ids
 
-LIMITS = {"tiny": 3e6, "v2-lite-mini": 60e6, "v2-mini": 60e6, "v3-mini": 60e6}
+MINIS = ("v2-lite-mini", "v2-mini", "v3-mini", "glm4-moe-lite-mini", "youtu-mini")
+LIMITS = {"tiny": 3e6, **dict.fromkeys(MINIS, 60e6)}
 
 
 def parameters(preset: str) -> int:

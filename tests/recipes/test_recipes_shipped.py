@@ -29,6 +29,7 @@ TINY_DATA = {
     "eval": "test_problems",
     "pairs": "rl_reasoning",
 }
+FAMILY = {"v3": "v3-mini", "glm4_moe_lite": "glm4-moe-lite-mini", "youtu": "youtu-mini"}  # folder -> preset
 RESULTS = {"eval": "results.json", "pairs": "pairs.jsonl"}
 CODE = {
     "text": "Write a function that adds.",
@@ -53,6 +54,8 @@ def test_all_recipes_are_found() -> None:
         "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
         "v2": ("sft_lora",),
         "v3": ("sft_lora",),
+        "glm4_moe_lite": ("sft_lora",),
+        "youtu": ("sft_lora",),
     }  # fmt: skip
     assert {f"{room}/{name}.yaml" for room, names in expected.items() for name in names} | OTHERS <= NAMES
 
@@ -88,14 +91,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model, and a reward model made from it."""
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "base", "tiny", 0)
-    make_model(folder / "v3", "v3-mini", 0)
+    for family, preset in FAMILY.items():
+        make_model(folder / family, preset, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         recipe = ROOT / "recipes" / "tiny" / "reward_safety.yaml"
         data = "[{path: 'tiny:safety_train?n=8'}]"
         words = [f"model.path={folder / 'base'}", f"data={data}", f"output_dir={folder / 'reward'}"]
         assert main(["reward", str(recipe), "--smoke", *words]) == 0
-    return {"causal_lm": folder / "base", "score": folder / "reward", "v3": folder / "v3"}
+    return {"causal_lm": folder / "base", "score": folder / "reward"} | {name: folder / name for name in FAMILY}
 
 
 @pytest.mark.parametrize("path", ALONE, ids=name_of)
