@@ -71,6 +71,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_V2 = {
+    "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+    "num_hidden_layers": 60, "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 160,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+    "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0,
+    "max_position_embeddings": 163840, "rope_scaling": YARN,
+}  # fmt: skip
+_V2_LITE = {
+    **_V2, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "q_lora_rank": None, "n_routed_experts": 64, "topk_method": "greedy", "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+
+# The sizes of released models by hub name, to plan runs where the hub is out of reach.
+RELEASED: dict[str, dict[str, Any]] = {
+    **{
+        f"deepseek-ai/{name}": _V2
+        for name in (
+            "DeepSeek-V2", "DeepSeek-V2-Chat", "DeepSeek-V2-Chat-0628", "DeepSeek-V2.5", "DeepSeek-V2.5-1210",
+            "DeepSeek-Coder-V2-Base", "DeepSeek-Coder-V2-Instruct", "DeepSeek-Coder-V2-Instruct-0724",
+        )
+    },
+    **{
+        f"deepseek-ai/{name}": _V2_LITE
+        for name in (
+            "DeepSeek-V2-Lite", "DeepSeek-V2-Lite-Chat", "DeepSeek-Coder-V2-Lite-Base",
+            "DeepSeek-Coder-V2-Lite-Instruct",
+        )
+    },
+}  # fmt: skip
+
 
 def preset_config(preset: str, **changes: Any) -> DeepseekV2Config:
     """The config of a preset. Raises ModelError if there is none of this name."""

@@ -16,9 +16,6 @@ from rl.config import RolloutSection
 from rl.memory import free_bytes
 
 GB = 1e9
-CACHE_SHARE = 0.6  # of free memory goes to the cache; prefill and logits need some as well
-MERGED_SHARE = 0.8  # of free memory must hold a merged copy and the cache of FEW answers (or of all, if fewer)
-FEW = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def plan_rollouts(
     dtype = decoding_dtype(model, compute_dtype, rows)
     copied = copied_bytes(model, dtype)
     one = cache_bytes(model, tokens, dtype)
-    fits = free is None or copied + min(rows, FEW) * one <= MERGED_SHARE * free
+    fits = free is None or copied + min(rows, settings.few) * one <= settings.merged_share * free
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate moves its weights about
     useful = (copied > 0 or dtype is not None) and not hooked
     copy = useful and (fits if settings.merge == "auto" else settings.merge)
@@ -56,7 +53,8 @@ def plan_rollouts(
     if settings.max_cache_gb is not None:
         limit: int | None = int(settings.max_cache_gb * GB)
     else:
-        limit = None if free is None else max(cache_bytes(model, tokens, dtype), int(CACHE_SHARE * (free - copied)))
+        one = cache_bytes(model, tokens, dtype)
+        limit = None if free is None else max(one, int(settings.cache_share * (free - copied)))
     return Plan(copy, str(dtype).removeprefix("torch.") if dtype else None, limit)
 
 

@@ -170,8 +170,9 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         hidden_ND, labels_N, *weights = ctx.saved_tensors
         of_logps, of_entropy, _ = grads
-        if of_entropy is None and of_logps is not None and ctx.gradients is not None:
-            d_hidden, d_weights = ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None  # the loss holds ctx until the whole backward pass is done
+        if of_entropy is None and of_logps is not None and gradients is not None:
+            d_hidden, d_weights = gradients
             of_all = of_logps[:1].sum()  # all are equal (`uniform`); 0 if there are no labels
             d_hidden = d_hidden * of_logps.unsqueeze(1).to(d_hidden.dtype)
             d_weights = [of_all * total for total in d_weights]

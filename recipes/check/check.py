@@ -12,10 +12,11 @@ from conversations.sections import FormatSection, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling.training import describe_computation, quiet_libraries
 from recipes.chains.plan import PLANNED_TOKENS, plan_stages
 from recipes.check.histogram import bins, text_lines
-from recipes.check.measure import Example, Figures, Plan, measure, plan
 from recipes.check.page import DataView, StageView, write_page
 from recipes.data.encoding import encoder
 from recipes.data.sources import Mixture
+from recipes.plan.measure import Example, Figures, Plan, measure, plan
+from recipes.plan.plan import memory_line
 from recipes.recipe.loader import Loaded, of_chain, of_stage
 from recipes.recipe.schema import ChainRecipe, Recipe
 from recipes.runs.caching import row_cache
@@ -96,6 +97,8 @@ def _measure_stage(name: str, loaded: Loaded[StageRecipe], inputs: Inputs) -> St
             view.plan = plan(recipe, len(mixture.rows), figures)
             print(plan_line(recipe, view.plan, figures))
             print(f"training: {describe_computation(recipe.training, recipe.model.dtype)}")
+            if line := memory_line(recipe, inputs.foundation, figures):
+                print(line)
             print("\n".join(_examples(figures.examples if figures else ())), end="")
     return view
 

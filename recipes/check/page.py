@@ -9,10 +9,10 @@ from conversations.errors import ToolkitError
 from conversations.sections import FormatSection
 from conversations.stage import Stage
 from recipes.check.histogram import bins
-from recipes.check.measure import Figures, Plan
 from recipes.data.sources import Mixture
 from recipes.files import write_text
 from recipes.html import render_page
+from recipes.plan.measure import Figures, Plan
 from recipes.report.svg import histogram
 from recipes.results.layout import Cell, Table
 

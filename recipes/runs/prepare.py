@@ -121,17 +121,20 @@ def prepare(
         if any(coming(entry.path, earlier or {}) for entry in listed.entries):
             later.append(listed.key)
             continue
-        refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
-        mixture = read_sources(
-            listed.entries, recipe.seed, listed.key, listed.refuse, recipe.reasoning, cache, refuses_by
-        )
-        read_lists.append(ReadList(listed, mixture))
+        read_lists.append(read_list(recipe, listed, cache))
         if (check := stage_of(recipe).check_rows) and listed.name == "data":
-            provided(check)(recipe, mixture.rows)
+            provided(check)(recipe, read_lists[-1].mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1], tokenizer, inputs.settings, longest)
     return replace(inputs, lists=read_lists, later=later, notes=notes)
+
+
+def read_list(recipe: StageRecipe, listed: RowList, cache: RowCache | None) -> ReadList:
+    """Read the rows of a data list. Raises ToolkitError for a missing file or an unreadable row."""
+    refuses_by = {**recipe.model_dump(mode="json", exclude=_NOT_OF_ROWS), "list": listed.name}
+    key, refuse = listed.key, listed.refuse
+    return ReadList(listed, read_sources(listed.entries, recipe.seed, key, refuse, recipe.reasoning, cache, refuses_by))
 
 
 def value_of(recipe: StageRecipe, key: str) -> Any:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from trl.data_utils import pack_dataset
 
 from deepseek_v2_modeling.training import arguments
-from recipes.check import measure
 from recipes.check.check import check
 from recipes.check.histogram import bins, text_lines
-from recipes.check.measure import packs
 from recipes.cli import main
 from recipes.data.sources import read_sources
+from recipes.plan import measure
+from recipes.plan.measure import packs
 from recipes.recipe.loader import load_recipe
 from recipes.runs.preset_tokenizer import build_tokenizer
 from sft.data import IGNORED, encode_rows

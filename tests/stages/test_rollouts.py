@@ -17,7 +17,7 @@ from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_train
 from deepseek_v2_modeling.training import RunLimits
 from rl import memory
 from rl.config import RolloutSection
-from rl.rollout import MERGED_SHARE, described, plan_rollouts
+from rl.rollout import described, plan_rollouts
 from rl.stage import grpo_config, prompt_dataset
 from rl.trainer import PolicyTrainer
 
@@ -144,7 +144,7 @@ def test_a_plan_follows_the_recipe_and_what_is_free(free: int | None, merge: Any
     wide = decoding_dtype(model, dtype, rows)
     assert (wide is None) is (not low)
     copied, one = copied_bytes(model, wide), cache_bytes(model, tokens, wide)
-    fits = free is None or copied + min(rows, 64) * one <= MERGED_SHARE * free
+    fits = free is None or copied + min(rows, 64) * one <= RolloutSection.merged_share * free
     assert plan.copy is (merge if merge != "auto" else fits)
     assert plan.dtype == (str(wide).removeprefix("torch.") if plan.copy and wide else None)
     if budget is not None:

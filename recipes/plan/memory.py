@@ -1,0 +1,139 @@
+"""The memory of a GPU, by what takes it, for a recipe on a given number of GPUs. In bytes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from deepseek_v2_modeling import DeepseekV2Config
+from deepseek_v2_modeling.training import Activations, Sizes, Step, Weight, step_memory
+
+
+class Layout(NamedTuple):
+    """How many processes share the weights."""
+
+    fsdp: int = 1
+
+    def __str__(self) -> str:
+        return "null" if self.fsdp == 1 else f"{{fsdp: {self.fsdp}}}"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampling between updates. settings: the recipe's section `rollout`; answers: side by side in a process, if memory
+    allows; cache: bytes of one answer; adapted: whether there are adapters to merge into a copy of the weights."""
+
+    settings: Any
+    answers: int
+    cache: int
+    adapted: bool = False
+
+    def parts(self, copied: int, free: float) -> dict[str, int]:
+        """What a process takes of `free` bytes, as rl/rollout.py decides it. copied: bytes of a merged copy."""
+        asked, merge = self.settings, self.settings.merge
+        needed = copied + min(self.answers, asked.few) * self.cache
+        copies = self.adapted and (merge if merge != "auto" else needed <= asked.merged_share * free)
+        copied = copied if copies else 0
+        limit = asked.cache_share * (free - copied) if asked.max_cache_gb is None else asked.max_cache_gb * 1e9
+        cache = min(self.answers * self.cache, max(self.cache, int(limit)))
+        return {"merged copy": copied, f"cache of {cache // self.cache:,} answers": cache}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a recipe puts on its GPUs.
+
+    moments: bytes of the optimizer's state for a trained value. float32: whether weights in float32 are computed with
+    in low precision (full fine-tuning). held: other models, by name. step: of one process.
+    """
+
+    settings: DeepseekV2Config
+    sizes: Sizes
+    step: Step
+    moments: float
+    float32: bool = False
+    held: dict[str, int] = field(default_factory=dict)
+    rollouts: Rollouts | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU: what is always there, what an update adds, what rollouts add. unsaved: what activations would
+    take without checkpointing; None if the recipe does without."""
+
+    layout: Layout
+    state: dict[str, int]
+    update: dict[str, int]
+    rollouts: dict[str, int]
+    unsaved: int | None = None
+
+    @property
+    def total(self) -> int:
+        """The most at one time."""
+        return sum(self.state.values()) + max(sum(self.update.values()), sum(self.rollouts.values()))
+
+
+def memory(load: Load, layout: Layout, room: float) -> Memory:
+    """The memory of one GPU of a layout. room: bytes that the GPU has; rollouts take as many as are free."""
+    step = load.step
+    if layout.fsdp > 1:  # the gradients of a gathered layer are counted with it
+        step = replace(step, accumulates=False)
+    act = step_memory(load.settings, load.sizes, step)
+    free = step_memory(load.settings, load.sizes, replace(step, checkpointing=False))
+    state = {part: size // layout.fsdp for part, size in _state(load)} | load.held
+    update = {**_update(load, layout), "activations": act.saved, "logits, or a layer's backward pass": _worst(act)}
+    rollouts = _rollouts(load, layout, room - sum(state.values()))
+    return Memory(layout, state, update, rollouts, free.saved if step.checkpointing else None)
+
+
+def _worst(act: Activations) -> int:
+    return max(act.head, act.layer)
+
+
+def _state(load: Load) -> Iterator[tuple[str, int]]:
+    """What is sharded and always there."""
+    total = load.sizes.total
+    yield "weights", total(_own_bytes, lambda weight: not weight.adapter)
+    yield "adapters", total(_own_bytes, lambda weight: weight.adapter)
+    yield "gradients", total(lambda weight: weight.trained * 4)
+    yield "optimizer's state", total(lambda weight: weight.trained * load.moments)
+
+
+def _own_bytes(weight: Weight) -> int:
+    return weight.values * weight.itemsize
+
+
+def _update(load: Load, layout: Layout) -> dict[str, int]:
+    """Weights that an update holds beside its shards: gathered layers on several GPUs, and low-precision copies of
+    float32 weights, which autocast makes."""
+    low, sizes, parts = load.step.low, load.sizes, {}
+    one_layer = layout.fsdp > 1 and load.step.checkpointing  # otherwise the backward pass needs those of all layers
+    if layout.fsdp > 1:
+        # The layer at work and the one fetched ahead, the head, and the gradients of a layer, twice while divided.
+        layers = sizes.largest_unit(lambda w: 2 * _own_bytes(w) + 8 * w.trained)
+        parts["gathered layers"] = layers + sizes.total(_own_bytes, lambda w: w.module in ("lm_head", "norm"))
+    if load.float32 and low < 4:
+        dense = (sizes.largest_unit if one_layer else sizes.total)(lambda w: w.trained * low * (not w.routed))
+        parts["low-precision copies"] = dense + sizes.largest_unit(lambda w: w.trained * low * w.routed)
+    return parts
+
+
+def _rollouts(load: Load, layout: Layout, free: float) -> dict[str, int]:
+    if load.rollouts is None:
+        return {}
+    low, sizes = load.step.low, load.sizes
+    if layout.fsdp == 1:
+        return load.rollouts.parts(_merged(sizes, low), free)
+    gathered = 2 * sizes.largest_unit(_own_bytes)
+    return {"layers gathered to sample": gathered, **replace(load.rollouts, adapted=False).parts(0, free - gathered)}
+
+
+def _merged(sizes: Sizes, low: int) -> int:
+    """Bytes of the weights that have adapters, merged."""
+    adapted = {(w.unit, w.module.split(".lora_")[0]) for w in sizes.weights if w.adapter}
+
+    def has_adapter(weight: Weight) -> bool:
+        return not weight.adapter and any(
+            weight.unit == unit and f"{weight.module}.".startswith(f"{module}.") for unit, module in adapted
+        )
+
+    return sizes.total(lambda weight: weight.values * low, has_adapter)
