@@ -108,6 +108,16 @@ class LoraSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    """How many processes share the weights of the model that is trained, their gradients and the optimizer's state."""
+
+    fsdp: int = Field(
+        ge=2,
+        le=4096,
+        description="Processes that share the weights (FSDP2); it must divide those that --processes starts.",
+    )
+
+
 class FimSection(Section):
     """Fill-in-the-middle on plain text, with DeepSeek-Coder's tokens."""
 
@@ -276,6 +286,10 @@ class TrainingRecipe(StageRecipe):
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
+    shares_weights: ClassVar[bool] = True  # whether the stage can run with `parallel`
+    parallel: ParallelSection | None = Field(
+        default=None, description="Share the weights among processes; null gives each process all of them."
+    )
     max_seconds: float | None = Field(
         default=None, gt=0, description="Stop training after this many seconds, as if it had reached its last step."
     )
@@ -291,6 +305,17 @@ class TrainingRecipe(StageRecipe):
         if self.experts_file is not None and self.lora is not None:
             raise ValueError("experts_file is for full fine-tuning (lora: null); with adapters write lora.experts_file")
         return self
+
+    @model_validator(mode="after")
+    def _whole_experts_in_parallel(self) -> "TrainingRecipe":
+        if self.parallel is not None and self.chosen_experts_file is not None:
+            raise ValueError("parallel cannot be combined with an experts_file yet; leave one out")
+        return self
+
+    @property
+    def sequences_per_row(self) -> int:
+        """How many sequences a row of a batch is, such as the two answers of a pair."""
+        return 1
 
     @property
     def trains_router(self) -> bool:
@@ -318,6 +343,12 @@ class SupervisedRecipe(TrainingRecipe):
     format: FormatSection = Field(
         default_factory=lambda: FormatSection(), description="What is trained and what happens to long rows."
     )
+
+    @model_validator(mode="after")
+    def _shares_weights_by_parallel(self) -> "SupervisedRecipe":
+        if self.training.get("fsdp"):
+            raise ValueError("training.fsdp: write parallel: {fsdp: N} instead, which also saves and resumes")
+        return self
 
     held_out_apart: ClassVar[bool] = False  # whether each source of eval_data is evaluated on its own
 

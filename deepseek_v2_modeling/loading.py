@@ -80,6 +80,7 @@ def load_base(
     config: Mapping[str, Any] | None = None,
     settings: DeepseekV2Config | None = None,
     heads: int | None = None,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint in hub layout.
 
@@ -88,6 +89,7 @@ def load_base(
         settings: the checkpoint's config, if it has been read already.
         heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one if it has
             none.
+        empty: build the model on the meta device and read no weights.
 
     Raises:
         ModelError: an unknown or invalid setting, or tensors that are missing, unexpected or misshapen.
@@ -96,6 +98,10 @@ def load_base(
     check_generation(base, settings.vocab_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cls = model_class(settings, head)
+    if empty:
+        settings._name_or_path = base
+        with torch.device("meta"):
+            return cls._from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
     return cls.from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
 
 
@@ -174,6 +180,7 @@ def prepare_trainable(
     config: Mapping[str, Any] | None = None,
     heads: int | None = None,
     router: bool = True,
+    empty: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a model for a trainer. Trainable weights are float32; `dtype` is that of frozen weights.
 
@@ -184,6 +191,7 @@ def prepare_trainable(
         experts: the routed experts to train; without LoRA everything else is frozen.
         heads: the number of score heads of a reward model, as in `load_base`.
         router: whether full fine-tuning trains the routers.
+        empty: build it on the meta device and read no weights.
 
     Raises:
         ModelError: as `load_base` and `merge_into`.
@@ -192,7 +200,7 @@ def prepare_trainable(
     if source.adapter and not (lora_config and continues(source.adapter, lora_config, experts, source.settings)):
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"
-    model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads)
+    model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads, empty)
     if lora_config is None or lora is None:
         if experts is not None:
             train_chosen_experts(model, experts)
@@ -200,7 +208,7 @@ def prepare_trainable(
         elif not router:
             freeze_routers(model)
         return model.train()
-    if source.adapter:
+    if source.adapter and not empty:
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
         adapted = apply_lora(model, lora_config, experts=experts)
@@ -227,22 +235,34 @@ def save_directory(
 
 
 def write_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str | None = None
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    dtype: str | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the files of `save_directory` into an existing directory. RL's reference adapter ("ref") is left out."""
+    """Write the files of `save_directory` into an existing directory. RL's reference adapter ("ref") is left out.
+
+    state: the model's state, or of an adapter its factors, where the model itself has only a part of it.
+    """
     if isinstance(model, PeftModel):
         # "auto" would have the same effect, but with a warning if embeddings are adapted.
         save_embeddings = True if adapts_embeddings(model) else "auto"
-        model.save_pretrained(str(directory), save_embedding_layers=save_embeddings, selected_adapters=["default"])
+        given: dict[str, Any] = {} if state is None else {"state_dict": state}
+        model.save_pretrained(
+            str(directory),
+            save_embedding_layers=save_embeddings,
+            selected_adapters=["default"],
+            **given,
+        )
     else:
-        state = None
         if dtype is not None:
-            torch_dtype = getattr(torch, dtype)
+            torch_dtype, values = getattr(torch, dtype), model.state_dict() if state is None else state
             state = {
                 name: tensor.to(dtype_on_disk(name, torch_dtype)) if tensor.is_floating_point() else tensor
-                for name, tensor in model.state_dict().items()
+                for name, tensor in values.items()
             }
-        model.save_pretrained(str(directory), state_dict=state)
+        model.save_pretrained(str(directory), state_dict=None if state is None else dict(state))
         if dtype is not None:
             path = directory / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
 from recipes.disk import disk_fault
+from recipes.launch import launch, launch_arguments, starts_others, stopped_by_agent
 from recipes.processes import is_main, rank
 from recipes.secret_keys import without_secrets
 from recipes.stages import stages
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Command:
     """A `dsv2` command: its usage line, its help, the function that declares its arguments, the function that runs it,
-    and whether it resumes after an interruption."""
+    whether it resumes after an interruption, and whether it can run on several processes."""
 
     usage: str
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     resumes: bool = False
+    spreads: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,6 +141,17 @@ def _experts_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="memory of a GPU in 10^9 bytes (80)")
+    parser.add_argument(
+        "--gpu-tflops", type=float, default=989.0, metavar="N", help="its peak in bf16, in TFLOP/s (989: H100)"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.3, metavar="P", help="share of the peak that training uses (0.3)"
+    )
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "copy", nargs="*", metavar="copy NAME FILE", help="copy a shipped recipe to FILE, for you to edit"
@@ -169,6 +182,13 @@ def _check(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
     with hold_path(page_path(Path(loaded.recipe.output_dir))):
         check(loaded)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from recipes.plan.plan import print_plan
+
+    print_plan(arguments)
     return 0
 
 
@@ -259,7 +279,9 @@ _ON_RECIPE = "RECIPE [--smoke] [key.path=value ...]"
 def commands() -> dict[str, Command]:
     """All commands by name, in the order of the help."""
     stage_commands = {
-        stage.name: Command(_ON_RECIPE, stage.help, _recipe_arguments, _stage(stage.name), stage.training is not None)
+        stage.name: Command(
+            _ON_RECIPE, stage.help, _recipe_arguments, _stage(stage.name), stage.training is not None, True
+        )
         for stage in stages().values()
     }
     return {
@@ -267,8 +289,13 @@ def commands() -> dict[str, Command]:
             "DIR --preset NAME", "create a seeded random model with tokenizer, in hub layout", _init_arguments, _init
         ),
         "check": Command("RECIPE", "check a recipe and its data without loading weights", _recipe_arguments, _check),
+        "plan": Command(
+            "RECIPE [--gpu-gb 80]", "say how much memory, and how many GPUs, a recipe needs", _plan_arguments, _plan
+        ),
         **stage_commands,
-        "run": Command(_ON_RECIPE, "run a chain of stages; resumes if interrupted", _recipe_arguments, _chain, True),
+        "run": Command(
+            _ON_RECIPE, "run a chain of stages; resumes if interrupted", _recipe_arguments, _chain, True, True
+        ),
         "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "chat with a model", _chat_arguments, _chat),
         "merge": Command(
             "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _merge
@@ -304,7 +331,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Details: dsv2 COMMAND --help. On several GPUs: torchrun --nproc_per_node 8 --no-python dsv2 COMMAND ...",
+            "Details: dsv2 COMMAND --help. On several GPUs: dsv2 COMMAND RECIPE --processes 8",
             "Exit codes: 0 success, 2 wrong recipe, data or command, 1 a bug in the toolkit, 130 interrupted.",
             "--traceback (or DSV2_TRACEBACK=1) shows where an error comes from.",
         ]
@@ -336,7 +363,12 @@ def dispatch(argv: Sequence[str]) -> int:
     parser = _Parser(prog=f"dsv2 {name}", description=command.help, allow_abbrev=False)
     command.arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    return command.run(parser.parse_intermixed_args(list(argv[1:])))
+    if command.spreads:
+        launch_arguments(parser)
+    arguments = parser.parse_intermixed_args(list(argv[1:]))
+    if command.spreads and starts_others(arguments):
+        return launch(arguments, argv)
+    return command.run(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -351,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             command = commands().get(argv[0] if argv else "")
             then = "the same command resumes from there" if command and command.resumes else "nothing was finished"
-            if is_main():
+            if is_main() and not (stopped_by_agent() and not str(interrupt)):
                 _complain(f"interrupted{f': {interrupt}' if str(interrupt) else ''}; {then}")
             return 130
         except BrokenPipeError:  # the program reading our output has exited
@@ -365,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, argv: Sequence[str]) -> int:
     """Report an error and return the exit code. A bug in the toolkit is shown with its traceback."""
+    if stopped_by_agent() and getattr(error, "closed", False):
+        return 1  # the agent says which process has ended
     message = str(error) if _is_for_the_user(error) else disk_fault(error)
     if message is None or "--traceback" in argv or os.environ.get("DSV2_TRACEBACK", "0") not in ("", "0"):
         _complain("".join(traceback.format_exception(error)).rstrip())

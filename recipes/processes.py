@@ -39,12 +39,19 @@ def wait_for_all() -> None:
     """Wait until every process has reached this point."""
     if world_size() == 1:
         return
+    join_processes()
+    import torch
+
+    torch.distributed.barrier()
+
+
+def join_processes() -> None:
+    """Set up communication with the other processes of the launch, once."""
     import torch
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available())
-    torch.distributed.barrier()
 
 
 def main_first(do: Callable[[], T]) -> T:

@@ -55,6 +55,10 @@ class RewardRecipe(SupervisedRecipe):
         return self.heads
 
     @property
+    def sequences_per_row(self) -> int:
+        return 2 if self.loss == "pairwise" else 1
+
+    @property
     def reads_lm_head(self) -> bool:
         return self.sft_coefficient > 0
 
@@ -77,5 +81,8 @@ STAGE = Stage(
     encode="reward.data:encoder",
     writes=(METRICS,),
     signs=("margin", "eval_margin"),
-    smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
+    smoke=(
+        Shrink("", {"parallel": None}),
+        Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),
+    ),
 )

@@ -2,7 +2,7 @@
 torch."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,11 @@ class RolloutCorrection(Section):
 class RolloutSection(Section):
     """How answers are sampled."""
 
+    cache_share: ClassVar[float] = 0.6  # of free memory goes to the cache; prefill and logits need some as well
+    # This share of free memory must hold a merged copy and the cache of `few` answers (or of all, if fewer).
+    merged_share: ClassVar[float] = 0.8
+    few: ClassVar[int] = 64
+
     merge: Literal["auto"] | bool = Field(
         default="auto",
         description="Sample from a copy of the weights with the adapters merged in, which is faster; auto does so if "
@@ -69,6 +74,7 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     the method."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
+    shares_weights: ClassVar[bool] = False
     rollout: RolloutSection = Field(default_factory=lambda: RolloutSection(), description="How answers are sampled.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
@@ -118,6 +124,10 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     def trains_router(self) -> bool:
         return self.train_router
 
+    @property
+    def sequences_per_row(self) -> int:
+        return 1 if self.method == "grpo" or METHODS[self.method].single else 2
+
     @model_validator(mode="after")
     def _router_is_asked_for(self) -> "RlRecipe":
         named = self.lora is not None and "router" in self.lora.targets
@@ -131,6 +141,12 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             )
         if self.train_router and self.experts_file:
             raise ValueError("train_router: true cannot be combined with experts_file, which trains experts alone")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_weights(self) -> "RlRecipe":
+        if self.parallel is not None:
+            raise ValueError("parallel is for sft and reward; rl runs on several processes with all weights in each")
         return self
 
     @model_validator(mode="after")

@@ -48,5 +48,8 @@ STAGE = Stage(
     marks_tokens=True,
     writes=(METRICS, SAMPLES),
     signs=("loss", "eval_loss"),
-    smoke=(Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),),
+    smoke=(
+        Shrink("", {"parallel": None}),
+        Shrink("training", {**SMOKE_TRAINING, "max_length": 256}),
+    ),
 )

@@ -11,7 +11,7 @@ from conversations.generation.generating import padding_of
 from conversations.row import Message
 from conversations.run_files import SAMPLES as SAMPLES_FILE
 from deepseek_v2_modeling.inference import end_tokens, generate_answers
-from deepseek_v2_modeling.training import RunTrainerMixin, append_lines
+from deepseek_v2_modeling.training import RunTrainerMixin, append_lines, is_sharded
 
 SAMPLED_SHARE = 0.02  # sampled tokens as a fraction of a run's training tokens, at most: sampling is slower
 FEWEST_SAMPLE_TOKENS = 8
@@ -55,9 +55,10 @@ class ProbedTrainerMixin(RunTrainerMixin):
         return min(self.sample_tokens, max(FEWEST_SAMPLE_TOKENS, affordable))
 
     def write_samples(self, when: str) -> None:
-        """Append greedy answers to the probes to samples.jsonl; only the main process does so. when: "before" or
-        "after" training."""
-        if not self.is_world_process_zero() or not self.probes:
+        """Append greedy answers to the probes to samples.jsonl. Only the main process writes; if processes share the
+        weights, all of them sample. when: "before" or "after" training."""
+        writes = self.is_world_process_zero()
+        if not self.probes or not (writes or is_sharded(self.model)):
             return
         tokenizer, ends = self.processing_class, end_tokens(self.model, self.processing_class)
         ids = [render_conversation(p, tokenizer, add_generation_prompt=True)["input_ids"] for p, _ in self.probes]
@@ -81,4 +82,5 @@ class ProbedTrainerMixin(RunTrainerMixin):
             }
             for (prompt, reference), text, answer in zip(self.probes, texts, answers, strict=True)
         ]
-        append_lines(self.run_dir / SAMPLES_FILE, lines)
+        if writes:
+            append_lines(self.run_dir / SAMPLES_FILE, lines)

@@ -8,43 +8,68 @@ from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
+    from ..sharding import LostContact, Parallel, at, is_sharded, shard
+    from .activations import Activations, Step, step_memory
     from .arguments import RunLimits, check_batches, describe_computation, training_arguments
     from .checksums import check_whole
     from .fused_head import HeadSettings, fuse_head, with_fused_head
     from .mixin import RunTrainerMixin, StopRequested
     from .quiet import quiet_libraries
+    from .sizes import Sizes, Weight, training_sizes
 
 _HOMES = {
+    "LostContact": ".sharding",
+    "Parallel": ".sharding",
+    "Activations": "activations",
     "HeadSettings": "fused_head",
     "RunLimits": "arguments",
     "RunTrainerMixin": "mixin",
+    "Sizes": "sizes",
+    "Step": "activations",
     "StopRequested": "mixin",
+    "Weight": "sizes",
+    "at": ".sharding",
     "check_batches": "arguments",
     "check_whole": "checksums",
     "describe_computation": "arguments",
     "fuse_head": "fused_head",
+    "is_sharded": ".sharding",
     "quiet_libraries": "quiet",
+    "shard": ".sharding",
+    "step_memory": "activations",
     "training_arguments": "arguments",
+    "training_sizes": "sizes",
     "with_fused_head": "fused_head",
 }
 
 __all__ = [
     "IGNORED",
+    "Activations",
     "HeadSettings",
+    "LostContact",
+    "Parallel",
     "RunLimits",
     "RunTrainerMixin",
+    "Sizes",
+    "Step",
     "StopRequested",
+    "Weight",
     "append_lines",
+    "at",
     "blockwise_loss",
     "check_batches",
     "check_whole",
     "cut_file",
     "describe_computation",
     "fuse_head",
+    "is_sharded",
     "quiet_libraries",
     "read_lines",
+    "shard",
     "shifted_labels",
+    "step_memory",
     "training_arguments",
+    "training_sizes",
     "with_fused_head",
     "write_json",
     "write_lines",
@@ -54,4 +79,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

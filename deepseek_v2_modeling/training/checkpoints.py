@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, checkpoints_of, full_disk_explained
@@ -19,6 +20,8 @@ from ..checkpoints.tokenizer_files import save_tokenizer
 from ..errors import ModelError
 from ..esft.full_weights import load_trained, save_trained
 from ..loading import write_model
+from ..sharding import as_if_whole, at, base_of, is_sharded, whole_state
+from . import sharded
 from .checksums import write_sums
 from .run_files import METRICS_FILE, SAMPLES_FILE, TRAINER_STATE_FILE, cut_file, write_json
 
@@ -33,6 +36,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
     model: Any
     args: Any
     processing_class: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.skipped_updates = 0
@@ -124,13 +128,26 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         """
         folder = self.run_dir / FINAL
         self.model.config.use_cache = True  # the Trainer has turned it off, which would be saved
+        with at(f"writing {folder}"):
+            state = self.gathered()
         if self.args.should_save:
             with self.full_disk_explained(), whole_directory(folder, replace=True) as unfinished:
-                write_model(self.model, self.processing_class, unfinished, dtype)
+                self.write_final(unfinished, dtype, state)
                 for name, content in (beside or {}).items():
                     write_json(unfinished / name, content)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def gathered(self) -> dict[str, torch.Tensor] | None:
+        """The state of a sharded model (of an adapter its factors), whole on the first process; None of any other."""
+        if not is_sharded(self.model):
+            return None
+        return whole_state(self.model, trained_only=hasattr(self.model, "peft_config"))
+
+    def write_final(self, folder: Path, dtype: str, state: dict[str, torch.Tensor] | None) -> None:
+        """Write the model or adapter and the tokenizer; on the first process."""
+        with as_if_whole(base_of(self.model)):
+            write_model(self.model, self.processing_class, folder, dtype, state)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -140,7 +157,8 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         """Write the checkpoint under a temporary name, rename it, and then remove old checkpoints."""
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with at(f"writing checkpoint-{self.state.global_step}"):
+                super()._save_checkpoint(model, trial)
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 save_trained(self.model, folder)
@@ -157,6 +175,40 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         if self.args.should_save:
             self._publish(folder, home)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Of a sharded model, the first process writes only the files beside the weights: the shards have those."""
+        if not is_sharded(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        assert output_dir is not None
+        if self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if hasattr(self.model, "peft_config"):
+                self.model.peft_config["default"].save_pretrained(str(folder))
+            base_of(self.model).config.save_pretrained(str(folder))
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            sharded.save_shards(self.model, self.optimizer, Path(output_dir))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            return
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (sharded.has_shards(Path(checkpoint)) or is_sharded(self.model)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if sharded.has_shards(folder):
+            sharded.load_optimizer(self.model, self.optimizer, folder)
+        else:
+            sharded.load_whole_optimizer(self.model, self.optimizer, folder / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _save_extra(self, folder: Path) -> None:
         """Save files that a checkpoint needs in addition to the Trainer's; called on every process."""
@@ -185,6 +237,13 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         """Load full models with `from_pretrained`: the Trainer loads them key by key and would not restore the experts,
         which have separate keys on disk."""
         target: Any = self.model if model is None else model
+        folder = Path(resume_from_checkpoint)
+        if sharded.has_shards(folder):
+            sharded.load_weights(target, folder)
+            return
+        if is_sharded(target):
+            sharded.load_whole_weights(target, folder)
+            return
         if hasattr(target, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, target)
             return

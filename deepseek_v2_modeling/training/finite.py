@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoints.full_disk import whole_checkpoints
 from ..errors import ModelError
 from ..layers.balance_losses import collect_balance
+from ..sharding import whole
 from .arguments import RunLimits
 from .nan_source import first_bad_gradient, first_bad_module
 
@@ -46,7 +47,7 @@ class FiniteMixin(Base):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         if not torch.isfinite(torch.as_tensor(norm)):
             if self.limits.on_nan == "stop":
                 self._stop_at(f"the gradient's norm is {float(norm)}", self._bad_gradient)

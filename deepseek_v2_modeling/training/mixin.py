@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback
@@ -22,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from ..adapters.lora import train_in_float32
 from ..family import check_bias_updates
 from ..layers.balance_losses import COEFFICIENTS, collect_balance
+from ..sharding import at, is_sharded, reshard
 from .arguments import RunLimits, check_batches, training_arguments
 from .balance_log import BalanceLog
 from .callbacks import MetricsFile, Progress, StepControl
@@ -53,7 +55,16 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         train_in_float32(model)
         check_bias_updates(model.config, isinstance(model, PeftModel))
         quiet_libraries()
+        settings = kwargs["args"] if "args" in kwargs else args[1]
+        only_model = settings.save_only_model
+        settings.save_only_model = only_model or is_sharded(
+            model
+        )  # the Trainer refuses them; training/sharded.py saves
         super().__init__(*args, **kwargs)
+        settings.save_only_model = only_model
+        if is_sharded(model):  # autocast would keep copies of the weights of all layers
+            accelerator: Any = self.accelerator
+            accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.balance_log = BalanceLog(self.accelerator)
         self.router_biases = RouterBiases(self.accelerator, lambda: self.model, lambda: self.skipped_updates)
         self.remove_callback(PrinterCallback)
@@ -156,8 +167,9 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
                 return done
             if resume is None:
                 self.on_fresh_start()
+            reshard(self.model)
             self._began = time.monotonic()
-            with self._stop_on_signals():
+            with self._stop_on_signals(), at("training"):
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
         self.seconds_before, self._began = self.seconds, None
         if self.stopped_early or self._stopped_late():

@@ -14,6 +14,7 @@ from recipes.stages import stage_of, stages
 
 _CHECKPOINT = re.compile(rf"{CHECKPOINT}(\d+)")
 _SHOWN = 6
+_OF_SPREAD = ("parallel", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class State:
     """What a run directory holds: nothing worth keeping, a run to resume (from a checkpoint, or from the answers that
     an evaluation has written), or a finished run.
 
-    fault: why a finished run has to be resumed anyway."""
+    fault: why a finished run has to be resumed anyway. spread: whether its weights are, or were, shared by processes.
+    """
 
     status: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None
     fault: str | None = None
+    spread: bool = False
 
 
 def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
@@ -59,14 +62,15 @@ def inspect(run_dir: Path, resolved: dict[str, Any]) -> State:
     results = {stage.result for stage in stages().values()}
     if not goes_on and not any((run_dir / result).exists() for result in results):
         return State("new")
-    different = differences(previous, parse_yaml(dump_text(resolved), RECIPE))
+    different = _that_matter(differences(previous, parse_yaml(dump_text(resolved), RECIPE)), previous, resolved)
     if different:
         raise ToolkitError(
             f"output_dir {run_dir} holds the run of another recipe: {describe(different)}; "
             "choose another output_dir, or move that run away"
         )
+    spread = bool(previous.get("parallel") or resolved.get("parallel"))
     if not has_ended(run_dir):
-        return State("resume" if goes_on else "new", checkpoint)
+        return State("resume" if goes_on else "new", checkpoint, spread=spread)
     fault = missing_of_result(run_dir, stages()[resolved["stage"]].result)
     return State("resume" if goes_on else "new", checkpoint, fault) if fault else State("finished")
 
@@ -99,6 +103,14 @@ def differences(old_recipe: Any, new_recipe: Any, path: str = "") -> dict[str, t
             differing |= differences(old, new, f"{path}.{index}")
         return differing
     return {} if old_recipe == new_recipe else {path: (old_recipe, new_recipe)}
+
+
+def _that_matter(different: dict[str, tuple[Any, Any]], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A run whose weights are shared among processes goes on with another number of them: how its global batch (which
+    identity.py compares) is divided does not matter."""
+    if not (old.get("parallel") or new.get("parallel")):
+        return different
+    return {key: values for key, values in different.items() if key.partition(".fsdp")[0] not in _OF_SPREAD}
 
 
 def describe(different: dict[str, tuple[Any, Any]]) -> str:

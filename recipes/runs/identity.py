@@ -65,15 +65,18 @@ def extent(recipe: TrainingRecipe) -> dict[str, int]:
     return dict(zip(EXTENT, (world_size(), batch * world_size()), strict=True))
 
 
-def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_start(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], spread: bool = False) -> None:
     """Compare what a run began with to what it would resume with.
+
+    spread: whether another number of processes may go on with it, if the global batch is the same.
 
     Raises:
         ToolkitError: a model, a tokenizer, a template, an experts file or (if `now` has it) the number of processes has
             changed.
     """
     processes, batch = EXTENT
-    if processes in now and (before.get(processes) or now[processes]) != now[processes]:
+    compared = batch if spread else processes
+    if compared in now and (before.get(compared) or now[compared]) != now[compared]:
         raise ToolkitError(
             f"{run_dir} cannot be resumed: it began with {before[processes]} processes (global batch "
             f"{before.get(batch, 'unknown')}) and there are {now[processes]} now (global batch {now[batch]}); start it "

@@ -21,7 +21,8 @@ from deepseek_v2_modeling.loading import (
     reason_not_to_share,
     resolve_source,
 )
-from recipes.processes import is_main, main_first, say, wait_for_all
+from deepseek_v2_modeling.training import Parallel, at, shard
+from recipes.processes import is_main, join_processes, main_first, say, wait_for_all
 from recipes.runs.foundation import (
     check_kind,
     expert_choice,
@@ -71,7 +72,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
     """Load the model as the stage trains it. An adapter that has to be merged first goes to <run_dir>/base."""
     section, lora = recipe.model, runtime_lora(recipe)
 
-    def load() -> Any:
+    def load(empty: bool = False) -> Any:
         return prepare_trainable(
             source,
             lora=lora,
@@ -83,8 +84,13 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             config=section.config,
             heads=recipe.score_heads,
             router=recipe.trains_router,
+            empty=empty,
         )
 
+    if recipe.parallel is not None:
+        join_processes()
+        with at("loading the model"):
+            return shard(load, Parallel(recipe.parallel.fsdp))
     return main_first(load)
 
 

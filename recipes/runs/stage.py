@@ -4,6 +4,7 @@ Everything is read first, so that an error in the recipe, model or data leaves n
 created, the model loaded and the stage called. Only the main process writes.
 """
 
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from conversations.errors import ToolkitError
 from conversations.row_cache import RowCache
 from conversations.run_files import MANIFEST, RECIPE, REJECTED
-from conversations.sections import StageRecipe, TrainingRecipe
+from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
 from conversations.stage import Work, provided
 from recipes.files import read_json, write_json, write_jsonl, write_text
 from recipes.lock import Lock, hold_directory
 from recipes.process_settings import keep_freed_memory
-from recipes.processes import is_main, now, say, wait_for_all
+from recipes.processes import is_main, now, say, wait_for_all, world_size
 from recipes.recipe.loader import Loaded
 from recipes.results.columns import VERSION
 from recipes.results.figures import RESULTS_VERSION, figures
@@ -69,10 +70,17 @@ def _done_before(run_dir: Path, loaded: Loaded[StageRecipe]) -> Outcome | None:
 
 
 def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
-    from deepseek_v2_modeling.training import check_whole, quiet_libraries
+    from deepseek_v2_modeling.training import Parallel, check_whole, quiet_libraries
     from recipes.runs.caching import row_cache
 
     recipe, stage = loaded.recipe, stage_of(loaded.recipe)
+    if isinstance(recipe, SupervisedRecipe) and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ToolkitError(
+            "accelerate launch --use_fsdp: such a run cannot be finished; write parallel: {fsdp: N} in the recipe, and "
+            "start it with --processes N"
+        )
+    if isinstance(recipe, TrainingRecipe) and recipe.parallel is not None:
+        Parallel(recipe.parallel.fsdp).check(world_size())
     state = inspect(run_dir, loaded.resolved)
     if state.fault:
         say(f"{run_dir}: this run was finished, but {state.fault}; running it again")
@@ -141,7 +149,7 @@ def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: 
         _remove_merged(run_dir, inputs.source)
     manifest["start"] = _start(recipe, inputs, run_dir)
     if state.status == "resume":
-        _check_same_start(run_dir, before, manifest)
+        _check_same_start(run_dir, before, manifest, bool(state.spread))
         for key in ("started", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["seconds"] = seconds_so_far(run_dir, before)
@@ -183,7 +191,7 @@ def _start(recipe: StageRecipe, inputs: "Inputs", run_dir: Path) -> dict[str, An
     return {**(extent(recipe) if isinstance(recipe, TrainingRecipe) else {}), "files": files}
 
 
-def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str, Any], spread: bool) -> None:
     from recipes.runs.identity import check_same_start
 
     if not before:
@@ -197,7 +205,8 @@ def _check_same_start(run_dir: Path, before: dict[str, Any], manifest: dict[str,
                 f"{run_dir} cannot be resumed: {new['path']} has changed since the run began; "
                 "put the old file back, or choose another output_dir"
             )
-    check_same_start(run_dir, {"processes": before.get("processes"), **before.get("start", {})}, manifest["start"])
+    start = {"processes": before.get("processes"), **before.get("start", {})}
+    check_same_start(run_dir, start, manifest["start"], spread)
 
 
 def _load_model(recipe: StageRecipe, source: "ModelSource", run_dir: Path, manifest: dict[str, Any]) -> Any:
@@ -222,6 +231,7 @@ def _work(
 ) -> Any:
     """Load the models and run the stage; returns its metrics."""
     from deepseek_v2_modeling.loading import load_lm_head
+    from deepseek_v2_modeling.training import at
     from recipes.runs.models import load_other_models
 
     section = recipe.model
@@ -240,7 +250,8 @@ def _work(
         resume_from=state.checkpoint,
     )
     began = time.monotonic()
-    metrics = provided(stage_of(recipe).run)(recipe, work)
+    with at(f"in the stage {recipe.stage}"):
+        metrics = provided(stage_of(recipe).run)(recipe, work)
     manifest["training_seconds"] = metrics.get("seconds", time.monotonic() - began)
     return metrics
 

@@ -71,7 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl", "pairs.jsonl", method="dpo", lora=LORA, eval_data=[{"path": "pairs.jsonl"}],
         training={**TRAINING, "eval_strategy": "steps", "eval_steps": 1},
     ),
-    "kto": _recipe("rl", "judged.jsonl", method="kto", lora=None, training=TRAINING),
+    "kto": _recipe("rl", "judged.jsonl", method="kto", lora=None, training=TRAINING, parallel=None),
     "simpo": _recipe("rl", "pairs.jsonl", method="simpo", lora=None, training=TRAINING),
     "eval": _recipe(
         "eval",

@@ -1,0 +1,136 @@
+"""Starts several processes of a command, with torchrun's own agent and our program by its path.
+
+A file in the working directory can thus not be imported in the place of ours, and the processes of one launch end
+together: if one ends, the agent stops the others.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import dsv2_start
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
+
+from conversations.errors import ToolkitError
+
+OPTIONS = ("--processes", "--nodes", "--rendezvous")
+LAUNCHED = "DSV2_LAUNCHED"  # set in the processes that were started here
+SECONDS_TO_STOP = 20  # for the others after one process has ended
+
+
+def launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of commands that run on several processes."""
+    parser.add_argument("--processes", type=int, metavar="N", help="run on N processes of this machine, one a GPU")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; start the command on each (1)")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="with --nodes: where the machines meet, one of them")
+
+
+def starts_others(arguments: argparse.Namespace) -> bool:
+    """Whether the command has to be started on several processes.
+
+    Raises:
+        ToolkitError: numbers that make no launch, or a launch inside of torchrun or accelerate launch.
+    """
+    if arguments.processes is None:
+        if arguments.nodes != 1 or arguments.rendezvous:
+            raise ToolkitError("--nodes and --rendezvous need --processes N, the processes of each machine")
+        return False
+    for option, value in (("--processes", arguments.processes), ("--nodes", arguments.nodes)):
+        if not 1 <= value <= 4096:
+            raise ToolkitError(f"{option} is {value}; it must be at least 1 and at most 4096")
+    if "RANK" in os.environ:
+        raise ToolkitError("--processes starts processes itself; leave it out under torchrun or accelerate launch")
+    if (arguments.nodes > 1) != bool(arguments.rendezvous):
+        raise ToolkitError("--nodes and --rendezvous belong together: --nodes 2 --rendezvous HOST:PORT on each machine")
+    return arguments.processes * arguments.nodes > 1
+
+
+def launch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run the command of these words on several processes; returns the exit code.
+
+    The first process that ends with an error decides: its own message has been printed, and the others are stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    _keep_quiet()
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.processes)))
+    program = [str(dsv2_start.HOME / "dsv2_start.py"), *without_options(argv)]
+    try:
+        elastic_launch(_config(arguments), sys.executable)(*program)
+    except ChildFailedError as error:
+        return _failed(error)
+    except (SignalException, KeyboardInterrupt):
+        return 130
+    finally:
+        del os.environ[LAUNCHED]
+    return 0
+
+
+def stopped_by_agent() -> bool:
+    """Whether this process was started by `launch`, which says itself why a launch ended."""
+    return LAUNCHED in os.environ
+
+
+def without_options(argv: Sequence[str]) -> list[str]:
+    """The command's words without those that describe the launch."""
+    words, skips = [], False
+    for word in argv:
+        if skips:
+            skips = False
+        elif word in OPTIONS:
+            skips = True
+        elif not word.startswith(tuple(f"{option}=" for option in OPTIONS)):
+            words.append(word)
+    return words
+
+
+def _config(arguments: argparse.Namespace) -> "LaunchConfig":
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    meeting = arguments.rendezvous
+    return LaunchConfig(
+        min_nodes=arguments.nodes,
+        max_nodes=arguments.nodes,
+        nproc_per_node=arguments.processes,
+        run_id=meeting.rpartition(":")[2] if meeting else uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=meeting or "localhost:0",
+        local_addr=None if meeting else "localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        shutdown_timeout=SECONDS_TO_STOP,
+    )
+
+
+def _failed(error: "ChildFailedError") -> int:
+    """The exit code of the process that failed first; says what ended it if it could not say so itself."""
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    killed = next((rank for rank, code in codes.items() if code < 0), None)
+    if killed is None:
+        return max(codes.values())
+    name = signal.Signals(-codes[killed]).name
+    print(
+        f"error: process {killed} was killed ({name}), and the others were stopped; the same command resumes from the "
+        "newest checkpoint",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _keep_quiet() -> None:
+    """Turn off the agent's own log: a process that fails says itself why."""
+    import logging
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)

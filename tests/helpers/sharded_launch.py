@@ -1,0 +1,104 @@
+"""What tests/stages/test_sharded.py runs, on one process and under torchrun on two: training by the command line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from deepseek_v2_modeling.loading import save_directory
+from deepseek_v2_modeling.sharding import reshard
+from deepseek_v2_modeling.training import RunTrainerMixin
+from recipes.cli import main
+from recipes.processes import is_main, wait_for_all, world_size
+
+from .stages import byte_tokenizer, chat_model, conversations, pairs
+
+BATCH = 4
+TRAINING = {"max_steps": 4, "learning_rate": 1e-2, "max_length": 64, "save_steps": 2, "logging_steps": 1}
+LORA = {"targets": ["attention", "experts", "shared_experts"], "r": 4}
+EVALUATED = {
+    "eval_data": [{"path": "held_out.jsonl"}],
+    "training": {**TRAINING, "eval_strategy": "steps", "eval_steps": 2},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "full": {"stage": "sft", **EVALUATED},
+    "lora": {"stage": "sft", "lora": LORA, "training": {**TRAINING, "gradient_checkpointing": True}},
+    "packed": {
+        "stage": "sft",
+        "lora": LORA,
+        "model": {"path": "base", "dtype": "bfloat16"},
+        "training": {**TRAINING, "packing": True, "save_strategy": "no", "gradient_accumulation_steps": 2},
+    },
+    "reward": {"stage": "reward", "lora": LORA, "data": [{"path": "pairs.jsonl"}], "training": TRAINING},
+}
+
+
+def prepare(folder: Path) -> None:
+    """Write the model and the rows."""
+    save_directory(chat_model(), byte_tokenizer(), folder / "base")
+    rows = {"rows": conversations(24), "held_out": conversations(32)[24:], "pairs": pairs(16)}
+    for name, values in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+
+
+def train(name: str, folder: Path, output: str, *, sharded: bool) -> int:
+    """Run a recipe of the table in `folder`; returns the exit code."""
+    recipe = {"model": {"path": "base"}, "data": [{"path": "rows.jsonl"}], **RECIPES[name], "output_dir": output}
+    batch = BATCH // world_size() // recipe["training"].get("gradient_accumulation_steps", 1)
+    recipe["training"] = {**recipe["training"], "per_device_train_batch_size": batch}
+    if sharded:
+        recipe["parallel"] = {"fsdp": world_size()}
+    path = folder / f"{output}.yaml"
+    if is_main():
+        path.write_text(json.dumps(recipe))
+    wait_for_all()
+    return main([recipe["stage"], str(path), "--no-cache"])
+
+
+def stopped_at_2(run: Path, copy: Path) -> None:
+    """Copy a run as it was after its second step."""
+    shutil.copytree(run, copy, ignore=lambda _, names: {name for name in names if name in ("final", "checkpoint-4")})
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"output_dir: {run.name}", f"output_dir: {copy.name}"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
+
+
+def note_kinds(folder: Path) -> None:
+    """Write down which parameters of the trainers that finish are DTensors."""
+    finish = RunTrainerMixin.finish
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reshard(self.model)
+        kinds = {name: isinstance(parameter, DTensor) for name, parameter in self.model.named_parameters()}
+        done = finish(self, *args, **kwargs)
+        if is_main():
+            (folder / f"{self.run_dir.name}.kinds.json").write_text(json.dumps(kinds))
+        return done
+
+    RunTrainerMixin.finish = noting
+
+
+def two_processes(folder: Path) -> None:
+    """Everything that two processes do: all recipes, and resuming what two and what one have begun."""
+    torch.set_num_threads(1)
+    note_kinds(folder)
+    for name in RECIPES:
+        assert train(name, folder, f"two_{name}", sharded=True) == 0
+    if is_main():
+        stopped_at_2(folder / "two_full", folder / "two_again")
+        stopped_at_2(folder / "two_lora", folder / "lora_again")
+    assert train("full", folder, "two_again", sharded=True) == 0
+    assert train("lora", folder, "lora_again", sharded=True) == 0
+    for name in ("full", "lora"):
+        assert train(name, folder, f"one_to_two_{name}", sharded=True) == 0
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    two_processes(Path(sys.argv[1]))
