@@ -218,6 +218,18 @@ def test_a_run_resumes_and_shows_its_turns(tools: str, tmp_path: Path, scripted:
         assert sample["rewards"]["Counter"] == total % 5
 
 
+@pytest.mark.parametrize("replay", ["off", "rollout"])
+def test_updates_use_the_experts_that_read_turns_and_results(
+    tools: str, tmp_path: Path, scripted: None, monkeypatch: Any, replay: str
+):
+    """The second update on a rollout would choose others."""
+    monkeypatch.setitem(TRAINING, "num_iterations", 2)
+    monkeypatch.setitem(TRAINING, "learning_rate", 0.1)
+    trained(tmp_path, tools, routing_replay=replay)
+    first, second = (line["mismatch/routes_agree"] for line in lines(tmp_path / "metrics.jsonl") if "loss" in line)
+    assert first == 1.0 and (second == 1.0) == (replay == "rollout")
+
+
 def test_results_without_room_end_the_answer(tools: str, tmp_path: Path, scripted: None, monkeypatch: Any):
     monkeypatch.setitem(TRAINING, "max_completion_length", len(ids_of(" " + SCRIPT[0])) + 30)
     trainer = trainer_in(tools, tmp_path)
