@@ -60,7 +60,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
 	    { echo "error: $(PYTHON) is older than Python 3.11; choose another one: make PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
 	@touch $@
 
 $(READY_OLDEST): Makefile
@@ -71,7 +71,7 @@ $(READY_OLDEST): Makefile
 
 $(READY_NEWEST): pyproject.toml constraints.txt
 	test -x .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-newest/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
 	@touch $@
 
 clean:

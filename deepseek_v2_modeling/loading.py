@@ -21,6 +21,7 @@ from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation
 from .checkpoints.hub_layout import dtype_on_disk
 from .checkpoints.sources import (
+    MODEL_CARD,
     TASKS,
     AdapterSource,
     Head,
@@ -31,6 +32,7 @@ from .checkpoints.sources import (
     read_settings,
     resolve_source,
 )
+from .checkpoints.stock_classes import stock_differences
 from .checkpoints.tensor_files import base_headers, whole_directory
 from .checkpoints.tokenizer_files import save_tokenizer
 from .configuration import DeepseekV2Config
@@ -68,6 +70,7 @@ __all__ = [
     "reason_not_to_share",
     "resolve_source",
     "save_directory",
+    "stock_differences",
     "write_model",
 ]
 
@@ -255,6 +258,7 @@ def write_model(
             selected_adapters=["default"],
             **given,
         )
+        (directory / MODEL_CARD).unlink(missing_ok=True)  # PEFT's own has nothing filled in but a local path
     else:
         if dtype is not None:
             torch_dtype, values = getattr(torch, dtype), model.state_dict() if state is None else state

@@ -9,6 +9,7 @@ import dsv2_start  # first: it checks that the packages imported below are our o
 # isort: split
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -97,15 +98,61 @@ def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="directory to write; new or empty")
 
 
+def _license(text: str) -> str:
+    """A licence as the hub names it; raises what argparse expects for another text."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a licence as the hub names them, such as apache-2.0 or other"
+        )
+    return text
+
+
+def _size(text: str) -> int:
+    """A number of bytes, such as 5GB or 500MiB; raises what argparse expects for another text."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValidationError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 5GB or 500MiB")
+    return size
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--key", action="store_true", help="require the API key that is in DSV2_API_KEY")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model (float32)"
+    )
+
+
+def _card_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--license", type=_license, metavar="NAME", help="licence for the model card, as the hub names it (none)"
+    )
+
+
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
+    _card_arguments(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of all weights; by default, the base's"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="largest weight file, such as 5GB; by default, the base's files",
     )
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _adapter_arguments(parser)
+    _card_arguments(parser)
     parser.add_argument(
         "--layout", default="per_expert", help="layout to write: per_expert, which vLLM and SGLang read (per_expert)"
     )
@@ -221,6 +268,12 @@ def _chat(arguments: argparse.Namespace) -> int:
     return chat(arguments)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from recipes.serving.server import serve
+
+    return serve(arguments)
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     from recipes.commands.adapters import merge
 
@@ -297,6 +350,9 @@ def commands() -> dict[str, Command]:
             _ON_RECIPE, "run a chain of stages; resumes if interrupted", _recipe_arguments, _chain, True, True
         ),
         "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "chat with a model", _chat_arguments, _chat),
+        "serve": Command(
+            "MODEL_OR_RUN [--port 8000]", "serve a model with an OpenAI-compatible API", _serve_arguments, _serve
+        ),
         "merge": Command(
             "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _merge
         ),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversations.errors import ToolkitError
 from conversations.rendering.encoding import Run, control_pattern, encode_runs, special_ids_of
-from conversations.rendering.template import Part, layout, template_of
+from conversations.rendering.template import Part, has_other_template, layout, own_prompt, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,3 +118,14 @@ def _join(runs: list[tuple[int | None, str | int]], turn: int | None, text: str)
         runs[-1] = (turn, last + text)
     else:
         runs.append((turn, text))
+
+
+def prompt_ids(messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids up to the start of the answer, in the tokenizer's own template if it has another one.
+
+    Raises:
+        ToolkitError: the template rejects the conversation.
+    """
+    if has_other_template(tokenizer):
+        return own_prompt([dict(message) for message in messages], tokenizer)
+    return render_conversation(messages, tokenizer, add_generation_prompt=True)["input_ids"]

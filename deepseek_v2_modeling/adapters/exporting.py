@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ..checkpoints.adapter_config import WEIGHTS
 from ..checkpoints.hub_layout import Piece
-from ..checkpoints.sources import base_directory, copy_side_files
+from ..checkpoints.sources import MODEL_CARD, base_directory, copy_side_files
 from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
     DTYPES,
@@ -106,7 +106,11 @@ class ServedPair:
 
 
 def export_adapter(
-    adapter_dir: str | Path, out_dir: str | Path, layout: str = "per_expert", progress: Progress | None = None
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    layout: str = "per_expert",
+    progress: Progress | None = None,
+    model_card: str | None = None,
 ) -> ExportReport:
     """Write an adapter with one pair of factors per expert and projection, as vLLM and SGLang read it.
 
@@ -116,6 +120,8 @@ def export_adapter(
     Args:
         adapter_dir: an adapter in PEFT's layout, or a run with one in final/.
         layout: a name in LAYOUTS.
+        progress: called with the bytes of each piece written, and the total.
+        model_card: text of the README.md to write.
 
     Raises:
         ModelError: there is no adapter or base, tensors do not match, the adapter has whole tensors of its own (a
@@ -137,6 +143,8 @@ def export_adapter(
         _write_pairs(directory / WEIGHTS, homes, infos, reader, (rank, alpha / rank), counter(progress, total))
         _server_config(adapter, served, rank, alpha).save_pretrained(str(directory))
         copy_side_files(adapter.directory, None, directory)
+        if model_card is not None:
+            (directory / MODEL_CARD).write_text(model_card, encoding="utf-8")
     zeros = sum(pair.pair is None for pair in served)
     warnings = stock_differences(adapter.model_config)
     return ExportReport(len(served) - zeros, zeros, rank, total, server_notes(served, rank), warnings)

@@ -7,7 +7,8 @@ counterpart in pieces of a few megabytes. No model is created, and memory does n
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from ..checkpoints.block_scaled import BlockScaled
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.hub_layout import hub_layout, without_extra_layers
-from ..checkpoints.sources import base_directory, copy_side_files, resolve_source
+from ..checkpoints.sources import MODEL_CARD, base_directory, copy_side_files, resolve_source
 from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
     CODES,
@@ -57,7 +58,12 @@ class MergeReport:
 
 
 def merge_lora(
-    adapter_dir: str | Path, out_dir: str | Path, dtype: str | None = None, progress: Progress | None = None
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    model_card: str | None = None,
+    shard_size: int | None = None,
 ) -> MergeReport:
     """Write the base with the adapter merged into it, as a plain checkpoint in the hub's layout.
 
@@ -70,24 +76,31 @@ def merge_lora(
         dtype: "float32", "bfloat16" or "float16" for all weights; None keeps each tensor's dtype, with bfloat16 for
             fp8. Sums are computed in float32.
         progress: called with the bytes of each piece written, and the total.
+        model_card: text of the README.md to write.
+        shard_size: the largest size in bytes of the tensors of a weight file (a larger tensor gets a file of its own);
+            None keeps the base's files.
 
     Raises:
         ModelError: there is no adapter, base or model, tensors do not match, weights are quantised, numbers are not
-            finite, out_dir is not empty, or the disk has too little space.
+            finite, out_dir is not empty, the disk has too little space, or dtype or shard_size is impossible.
     """
     out_dir = Path(out_dir)
     check_output(out_dir)
     adapter = open_source(adapter_dir)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ModelError(f'dtype "{dtype}" is not one of float32, bfloat16, float16')
+    if shard_size is not None and shard_size < 1:
+        raise ModelError(f"shard_size is {shard_size}: it must be at least 1 byte")
     base = base_directory(adapter.base)
-    shards, left_out = plan_shards(adapter, base, CODES[getattr(torch, dtype)] if dtype else None)
+    shards, left_out = plan_shards(adapter, base, CODES[getattr(torch, dtype)] if dtype else None, shard_size)
     total = sum(file_size(shard.infos) for shard in shards)
     check_space(out_dir, total + (64 << 20))
     with whole_directory(out_dir) as directory, open_factors(adapter) as reader:
         _write_shards(directory, shards, reader, counter(progress, total))
         write_config(adapter, directory, dtype)
         copy_side_files(adapter.directory, base, directory)
+        if model_card is not None:
+            (directory / MODEL_CARD).write_text(model_card, encoding="utf-8")
     merged = [tensor for shard in shards for tensor in shard.tensors.values()]
     return MergeReport(
         shards=len(shards),
@@ -130,11 +143,12 @@ def open_source(path: str | Path) -> AdapterFiles:
 
 def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, count: Callable[[int], None]) -> None:
     for shard in shards:
-        with safe_open(shard.source, "pt") as file:
+        with ExitStack() as stack:
+            files: Any = {path: stack.enter_context(safe_open(path, "pt")) for path in shard.sources}
             write_tensors(
                 directory / shard.name,
                 shard.infos,
-                lambda name, shard=shard, file=file: merged_blocks(name, shard.tensors[name], file, reader),
+                lambda name, shard=shard, files=files: merged_blocks(name, shard.tensors[name], files, reader),
                 count,
             )
     if len(shards) > 1:
@@ -144,13 +158,15 @@ def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, co
         (directory / WEIGHT_FILES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def merged_blocks(name: str, merged: Merged, file: Any, reader: FactorReader) -> Iterator[torch.Tensor]:
+def merged_blocks(name: str, merged: Merged, files: Mapping[Path, Any], reader: FactorReader) -> Iterator[torch.Tensor]:
     """A tensor of the result in blocks of rows: W + scaling * up @ down, summed in float32.
+
+    files: the opened files of the base that the shard's tensors come from.
 
     Raises:
         ModelError: a weight, or a sum in the result's dtype, is not finite.
     """
-    source = reader.tensor(merged.source) if merged.from_adapter else base_tensor(merged, file)
+    source = reader.tensor(merged.source) if merged.from_adapter else base_tensor(merged, files[merged.file])
     weight = source[merged.place]
     dtype = DTYPES[merged.info.dtype]
     source_dir = reader.adapter.directory if merged.from_adapter else reader.adapter.base

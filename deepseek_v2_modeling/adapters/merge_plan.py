@@ -1,7 +1,7 @@
 """Plans and checks the output of a merge, from the headers of the base and the adapter alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,10 +21,11 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Merged:
-    """One tensor of the result: tensor `source` of the base's shard (or of the adapter), indexed with [place], plus the
-    product of a factor pair. scales: the file and the name of its scales if it is an fp8 weight."""
+    """One tensor of the result: tensor `source` of a file of the base (or of the adapter), indexed with [place], plus
+    the product of a factor pair. scales: the file and the name of its scales if it is an fp8 weight."""
 
     info: TensorInfo
+    file: Path
     source: str
     place: Any = ...
     pair: FactorPair | None = None
@@ -34,21 +35,27 @@ class Merged:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the base, and the name and tensors of the merged file."""
+    """A file of the result, and the files of the base that its tensors come from."""
 
-    source: Path
     name: str
     tensors: Mapping[str, Merged]
+
+    @property
+    def sources(self) -> list[Path]:
+        return list(dict.fromkeys(merged.file for merged in self.tensors.values() if not merged.from_adapter))
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
         return {name: merged.info for name, merged in self.tensors.items()}
 
 
-def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[list[Shard], tuple[str, ...]]:
+def plan_shards(
+    adapter: AdapterFiles, base: Path, dtype: str | None, shard_size: int | None = None
+) -> tuple[list[Shard], tuple[str, ...]]:
     """(the files to write, the base's tensors that are left out), planned and fully checked from headers alone.
 
     dtype: safetensors code of the dtype for all weights; None keeps each tensor's dtype.
+    shard_size: the largest size of a file in bytes, unless one tensor alone is larger; None keeps the base's files.
 
     Raises:
         ModelError: the base's tensors do not match the model, or are quantised.
@@ -56,12 +63,24 @@ def plan_shards(adapter: AdapterFiles, base: Path, dtype: str | None) -> tuple[l
     headers, scales = read_scaled(base, base_headers(base))
     infos = {name: info for header in headers.values() for name, info in header.items()}
     left_out = tuple(summed_up(check_base(adapter, infos), adapter.model_config))
-    tensors = {path: merged_tensors(adapter, header, dtype, scales) for path, header in headers.items()}
-    tensors[list(headers)[-1]] |= replaced_tensors(adapter, dtype or main_dtype(infos))
-    filled = {path: merged for path, merged in tensors.items() if merged}
-    names = shard_names(len(filled))
-    shards = [Shard(path, name, merged) for name, (path, merged) in zip(names, filled.items(), strict=True)]
+    files = [merged_tensors(adapter, path, header, dtype, scales) for path, header in headers.items()]
+    files[-1] |= replaced_tensors(adapter, dtype or main_dtype(infos))
+    files = [tensors for tensors in files if tensors] if shard_size is None else split_by_size(files, shard_size)
+    shards = [Shard(name, tensors) for name, tensors in zip(shard_names(len(files)), files, strict=True)]
     return shards, left_out
+
+
+def split_by_size(files: Sequence[Mapping[str, Merged]], shard_size: int) -> list[dict[str, Merged]]:
+    """The tensors of all files, in order, in files of up to `shard_size` bytes of tensors, each with at least one."""
+    split: list[dict[str, Merged]] = []
+    size = 0
+    for name, merged in (entry for tensors in files for entry in tensors.items()):
+        if not split or size + merged.info.nbytes > shard_size:
+            split.append({})
+            size = 0
+        split[-1][name] = merged
+        size += merged.info.nbytes
+    return split
 
 
 def read_scaled(
@@ -82,6 +101,7 @@ def read_scaled(
 
 def merged_tensors(
     adapter: AdapterFiles,
+    file: Path,
     header: Mapping[str, TensorInfo],
     dtype: str | None,
     scales: Mapping[str, tuple[Path, str]] = MappingProxyType({}),
@@ -97,7 +117,7 @@ def merged_tensors(
             pair = pairs.get(piece.parameter)
             place = piece.place if fused else ...
             merged = merged_info(source, info, piece.shape, dtype)
-            tensors[name] = Merged(merged, source, place, pair, scales=scales.get(source))
+            tensors[name] = Merged(merged, file, source, place, pair, scales=scales.get(source))
     return {name: merged for name, merged in tensors.items() if name not in adapter.replaced}
 
 
@@ -107,6 +127,7 @@ def replaced_tensors(adapter: AdapterFiles, dtype: str) -> dict[str, Merged]:
     return {
         name: Merged(
             TensorInfo(dtype_on_disk(name, dtype), adapter.layout[name].shape),
+            adapter.directory,
             stored,
             pair=pairs.get(name),
             from_adapter=True,

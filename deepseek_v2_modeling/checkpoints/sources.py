@@ -29,6 +29,7 @@ Head = Literal["causal_lm", "score"]
 TASKS: dict[Head, str] = {"causal_lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # PEFT's task_type
 # Names in a run directory; one with MANIFEST but without FINAL belongs to a run that has not finished.
 FINAL, MANIFEST, REWARD_STATS = "final", "manifest.json", "reward_stats.json"
+MODEL_CARD = "README.md"
 # Files other than weights: those that `AutoTokenizer` and `generate` read, and a reward model's statistics.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",

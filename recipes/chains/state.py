@@ -13,6 +13,7 @@ from recipes.data.sources import source_hash
 from recipes.files import file_sha256, read_json, write_json
 from recipes.processes import is_main
 from recipes.recipe.loader import Loaded
+from recipes.runs.model_card import CARD
 
 _SMALL = 1 << 20
 
@@ -95,8 +96,9 @@ def _data_hashes(recipe: StageRecipe) -> list[str]:
 
 
 def _model_hash(path: Path) -> dict[str, Any]:
-    """Identifies small files by content, large ones by size and modification time; empty for a hub name."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    """Identifies small files by content, large ones by size and modification time; empty for a hub name. Model cards
+    are left out: an evaluation writes its figures into them."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != CARD) if path.is_dir() else []
     return {
         str(file.relative_to(path)): file_sha256(file)
         if (stat := file.stat()).st_size <= _SMALL

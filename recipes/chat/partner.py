@@ -12,8 +12,8 @@ from transformers import StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from conversations.errors import ToolkitError
-from conversations.rendering.conversation import render_conversation
-from conversations.rendering.template import has_other_template, install_template, own_prompt
+from conversations.rendering.conversation import prompt_ids
+from conversations.rendering.template import has_other_template, install_template
 from conversations.sections import ModelSection
 from deepseek_v2_modeling import LatentCache
 from deepseek_v2_modeling.inference import end_tokens, finite
@@ -106,7 +106,7 @@ class Partner:
             ModelError: the logits contain NaN.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._prompt_ids(messages)
+        prompt = prompt_ids(messages, self.tokenizer)
         room = self.limit - len(prompt)
         if room < 1:
             raise ToolkitError(
@@ -164,12 +164,6 @@ class Partner:
         shared = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self._cached), len(prompt) - 1))
         self._cache.crop(shared - len(self._cached))
         return self._cache
-
-    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids up to the start of the answer, in the model's own template if it has one."""
-        if self.own_template:
-            return own_prompt(messages, self.tokenizer)
-        return render_conversation(messages, self.tokenizer, add_generation_prompt=True)["input_ids"]
 
 
 class _Streamer(BaseStreamer):

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from deepseek_v2_modeling.adapters import Progress, export_adapter, import_adapter, merge_lora
+from deepseek_v2_modeling.loading import resolve_source, stock_differences
 from deepseek_v2_modeling.training import quiet_libraries
 from recipes.lock import hold_path
+from recipes.runs.foundation import kind_of
+from recipes.runs.model_card import card_text
 
 
 @contextmanager
@@ -36,9 +39,24 @@ def _warnings(differences: Iterable[str]) -> list[str]:
     return [f"warning: {text}; load it with deepseek_v2_modeling, or check its answers" for text in differences]
 
 
+def _card(arguments: argparse.Namespace, adapter: bool) -> str:
+    """The model card of the result, from what is recorded beside the adapter or the run."""
+    source = resolve_source(arguments.adapter)
+    return card_text(
+        arguments.adapter,
+        name=arguments.out_dir.resolve().name,
+        adapter=adapter,
+        base=source.base,
+        scores=kind_of(source) == "score",
+        license=arguments.license,
+        warnings=stock_differences(source.settings),
+    )
+
+
 def merge(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("merge") as progress:
-        report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress)
+        card = _card(arguments, adapter=False)
+        report = merge_lora(arguments.adapter, arguments.out_dir, arguments.dtype, progress, card, arguments.shard_size)
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
     adapted = f"{report.adapted} adapted" if report.adapted else "copied from a full model, which has no adapter"
     phrases = [f"{report.tensors} tensors in {files}, {_size(report.nbytes)}, {adapted}"]
@@ -49,7 +67,8 @@ def merge(arguments: argparse.Namespace) -> str:
 
 def export(arguments: argparse.Namespace) -> str:
     with hold_path(arguments.out_dir), _bar("export") as progress:
-        report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress)
+        card = _card(arguments, adapter=True)
+        report = export_adapter(arguments.adapter, arguments.out_dir, arguments.layout, progress, card)
     zeros = f" and {report.zeros} of zeros" if report.zeros else ""
     lines = [f"{arguments.out_dir}: {report.pairs} pairs{zeros}, rank {report.rank}, {_size(report.nbytes)}"]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes), *_warnings(report.warnings)])

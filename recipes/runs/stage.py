@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conversations.errors import ToolkitError
 from conversations.row_cache import RowCache
-from conversations.run_files import MANIFEST, RECIPE, REJECTED
+from conversations.run_files import FINAL, MANIFEST, RECIPE, REJECTED
 from conversations.sections import StageRecipe, SupervisedRecipe, TrainingRecipe
 from conversations.stage import Work, provided
 from recipes.files import read_json, write_json, write_jsonl, write_text
@@ -27,6 +27,7 @@ from recipes.results.figures import RESULTS_VERSION, figures
 from recipes.results.tables import table_text
 from recipes.runs.directory import State, dump_text, inspect
 from recipes.runs.manifest import new_manifest, peak_memory_gb, read_manifest, seconds_so_far, write_manifest
+from recipes.runs.model_card import renew_card, write_card
 from recipes.runs.side_by_side import run_parts
 from recipes.stages import stage_of
 
@@ -97,6 +98,9 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
         if stage.measures and is_main():
             write_json(run_dir / stage.result, {VERSION: RESULTS_VERSION, **figures(metrics)})
         _refuse_failures(run_dir, recipe, metrics)
+        if stage.result == FINAL and is_main():
+            write_manifest(run_dir, manifest)  # the card reads it
+            write_card(run_dir)
         lock.make_room()
         _close(run_dir, manifest, "finished", began)
     except BaseException as error:
@@ -104,6 +108,8 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
         with suppress(OSError):  # on a broken disk the original error says more
             _close(run_dir, manifest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", began)
         raise
+    if stage.measures and is_main():
+        renew_card(recipe.model.path)
     wait_for_all()
     return Outcome("finished", manifest)
 

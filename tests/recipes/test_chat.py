@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
+from conversations.rendering.conversation import prompt_ids
 from recipes.chat import partner
 from recipes.chat.partner import Partner, _Streamer
 from recipes.cli import main
@@ -59,7 +60,7 @@ def read_tokens(talk: Partner, ask: Callable[[], object]) -> int:
 def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_had_read_all(base: Path) -> None:
     talk, earlier = new_partner(base), []
     for text in ("How much is 22 + 31?", "And 5 + 40?", "你好，17加25等于几？"):
-        prompt = talk._prompt_ids([*talk.messages, {"role": "user", "content": text}])
+        prompt = prompt_ids([*talk.messages, {"role": "user", "content": text}], talk.tokenizer)
         assert prompt[: len(earlier)] == earlier  # what a random model says is not encoded as it was generated
         fresh = new_partner(base)
         fresh.messages = list(talk.messages)
@@ -83,7 +84,7 @@ def test_an_answer_that_is_encoded_as_it_was_generated_is_not_read_again(
     monkeypatch.setattr(partner, "_only_numbers", follow)
     assert talk.answer("How much is 22 + 31?", silent).text == "53."
     cached = len(talk._cached)
-    prompt = talk._prompt_ids([*talk.messages, {"role": "user", "content": "And 5 + 40?"}])
+    prompt = prompt_ids([*talk.messages, {"role": "user", "content": "And 5 + 40?"}], talk.tokenizer)
     assert read_tokens(talk, lambda: talk.answer("And 5 + 40?", silent)) == len(prompt) - cached
 
 

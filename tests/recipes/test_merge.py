@@ -1,6 +1,7 @@
 """Merging on disk: the result is what stock makes of base and adapter, and it is there whole or not at all."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,24 @@ def test_shards_stay_shards(tmp_path: Path):
     index, before = (json.loads((d / "model.safetensors.index.json").read_text()) for d in (tmp_path / "merged", base))
     assert index["weight_map"].keys() == before["weight_map"].keys()
     assert index["metadata"]["total_size"] == before["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("base_size", ["40KB", "5GB"])
+def test_shards_of_another_size(tmp_path: Path, base_size: str):
+    """The base's files are joined and split, in its order; a tensor that is larger has a file of its own."""
+    base = make_base(tmp_path / "base", max_shard_size=base_size)
+    ours = make_adapter(tmp_path / "adapter", base, (*EVERYWHERE, "embeddings"))
+    report = merge_lora(tmp_path / "adapter", tmp_path / "merged", shard_size=9000)
+    torch.testing.assert_close(logits_of(stock_twin(tmp_path / "merged"), IDS), ours, rtol=0, atol=1e-5)
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    sizes = [[tensor.nbytes for tensor in load_file(path).values()] for path in files]
+    assert len(files) == report.shards and all(sum(size) <= 9000 or len(size) == 1 for size in sizes)
+    assert all(sum(size) + max(after) > 9000 for size, after in itertools.pairwise(sizes))  # none could take more
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    assert merge_lora(tmp_path / "merged", tmp_path / "whole", shard_size=10**9).shards == 1
+    for name, tensor in tensors_of(tmp_path / "whole").items():
+        assert torch.equal(tensor, tensors_of(tmp_path / "merged")[name])
 
 
 def test_fused_experts_come_apart(tmp_path: Path):

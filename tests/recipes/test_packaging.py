@@ -36,7 +36,8 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_import_is_a_declared_dependency(package):
-    declared = {normal(name) for name in PROJECT["project"]["dependencies"]}
+    extra = PROJECT["project"]["optional-dependencies"]["serve"] if package == "recipes" else []
+    declared = {normal(name) for name in (*PROJECT["project"]["dependencies"], *extra)}
     homes = packages_distributions()
     files = list((ROOT / package).rglob("*.py"))
     assert files
@@ -44,6 +45,13 @@ def test_every_import_is_a_declared_dependency(package):
     imported = set().union(*map(imported_modules, files)) - set(sys.stdlib_module_names) - own
     undeclared = {name for name in imported if not declared & {normal(home) for home in homes.get(name, [name])}}
     assert not undeclared
+
+
+def test_an_extra_is_imported_by_its_command_only():
+    """`dsv2 serve` says what to install; everything else must work without."""
+    extra = {normal(name) for name in PROJECT["project"]["optional-dependencies"]["serve"]}
+    users = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if imported_modules(path) & extra]
+    assert users and {path.parent for path in users} == {ROOT / "recipes" / "serving"}
 
 
 def test_constraints_pin_every_dependency_exactly():
@@ -54,7 +62,7 @@ def test_constraints_pin_every_dependency_exactly():
     )
     assert "torch==2.13.0" in pins
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["dev"] + extras["mutation"]
+    wanted = PROJECT["project"]["dependencies"] + extras["dev"] + extras["mutation"] + extras["serve"]
     assert {normal(name) for name in wanted} <= {normal(pin) for pin in pins}
 
 

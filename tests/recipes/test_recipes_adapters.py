@@ -30,6 +30,15 @@ def test_out_and_back(adapter: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith("back: 54 tensors from one pair for each expert, ")
 
 
+def test_the_size_of_files(adapter: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["merge", "run", "merged", "--shard-size", "20KB", "--dtype", "float16"]) == 0
+    found = re.fullmatch(r"merged: 83 tensors in (\d+) files, 0\.\d+ MB, 71 adapted\n", capsys.readouterr().out)
+    assert found and int(found[1]) == len(list(Path("merged").glob("*.safetensors"))) > 2
+    for wrong in ("large", "0GB", "-1GB", "1e999GB"):
+        assert main(["merge", "run", "again", f"--shard-size={wrong}"]) == 2
+        assert f"{wrong!r} is not a size, such as 5GB or 500MiB" in capsys.readouterr().err
+
+
 def test_a_whole_model_is_copied(adapter: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["merge", "base", "copy", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
