@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import httpx2
+import torch
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 from trl.trainer.grpo_config import GRPOConfig
@@ -47,6 +48,21 @@ def send_hub_weights(generation: VLLMGeneration) -> None:
     model: Any = generation.model
     check_mergeable(model)
     generation._iter_named_params = partial(hub_weights, model)  # pyright: ignore[reportAttributeAccessIssue]
+    if generation.mode == "colocate":
+        generation.sync_weights = partial(_reload, generation, model)
+
+
+def _reload(generation: VLLMGeneration, model: Any) -> None:
+    """As TRL's `sync_weights` does in one process, but all weights in one reload: TRL loads each into a parameter that
+    vLLM has packed or, with latent attention, absorbed since, and the engine goes on with what it made of the old
+    ones."""
+    engine: Any = generation.llm
+    if generation.enable_sleep_mode:
+        torch.cuda.empty_cache()
+        engine.wake_up(tags=["weights"])
+        generation._llm_weights_sleeping = False
+    engine.llm_engine.model_executor.driver_worker.reload_weights(weights_iterator=hub_weights(model))
+    engine.reset_prefix_cache()
 
 
 def _check_server(url: str) -> None:

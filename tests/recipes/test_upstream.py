@@ -41,6 +41,7 @@ READ = {
     "_iter_named_params": "trl.generation.vllm_generation",
     "_is_avx512_supported": "torch.cpu",
     "_linear_pointwise": "torch._meta_registrations",
+    "_llm_weights_sleeping": "trl.generation.vllm_generation",
     "_name_or_path": "transformers.configuration_utils",
     "_scaled_dot_product_flash_attention_for_cpu": "torch._meta_registrations",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "torch._meta_registrations",

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -15,6 +16,7 @@ from trl.generation import vllm_client, vllm_generation
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config
 from deepseek_v2_modeling.adapters import check_mergeable, hub_weights, merged_copy
 from recipes.cli import main
+from rl.vllm_engine import send_hub_weights
 
 from ..helpers.broken_recipes import RECIPES, ROLLOUT, make_world
 from ..helpers.rl import run, trainer_for
@@ -102,6 +104,20 @@ def test_held_out_prompts_are_answered_by_the_weights_of_their_step(server: Stan
     assert server.updates == 1 and server.faults == []
     for name, value in hub_weights(trainer.model):
         assert torch.equal(server.received[name], value)
+
+
+def test_a_colocated_engine_reloads_all_weights_at_once():
+    """Not one by one as TRL does: vLLM would keep what it made of the old ones (packed, absorbed)."""
+    model, taken = adapted(), list[dict[str, torch.Tensor]]()
+    worker = SimpleNamespace(reload_weights=lambda weights_iterator: taken.append(dict(weights_iterator)))
+    executor = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+    engine = SimpleNamespace(llm_engine=executor, reset_prefix_cache=lambda: None)
+    generation: Any = SimpleNamespace(mode="colocate", enable_sleep_mode=False, llm=engine, model=model)
+    send_hub_weights(generation)
+    generation.sync_weights()
+    wanted = dict(hub_weights(model))
+    assert len(taken) == 1 and taken[0].keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in taken[0].items())
 
 
 def recipe_file(**changes: Any) -> None:
