@@ -26,6 +26,7 @@ from conversations.errors import ToolkitError
 from conversations.row import Row
 from recipes.files import write_jsonl
 from recipes.tiny import lexicon as lx
+from recipes.tiny.products import asked, labelled, products
 from recipes.tiny.sums import (
     LARGEST_NUMBER,
     POLICIES,
@@ -83,7 +84,7 @@ class Prompt:
 def part_of_fact(fact: Fact) -> str:
     """The part that a fact belongs to, whatever the seed: by a hash of the operation and the numbers."""
     a, op, b = fact
-    low, high = sorted((a, b)) if op == "+" else (a, b)
+    low, high = sorted((a, b)) if op in "+*" else (a, b)
     digest = hashlib.sha256(f"{low}{op}{high}".encode()).digest()
     return "heldout" if int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT else "train"
 
@@ -248,13 +249,15 @@ LANGUAGES_OF = {"arithmetic": lx.LANGUAGES, "english_arithmetic": ("en",), "chin
 # --- the data sets -----------------------------------------------------------------------------------------------
 
 
-def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> list[Prompt]:
+def _prompts(rng: random.Random, part: str, shares: dict[str, int], n: int) -> list[Any]:
     """n different prompts of a part; `shares` gives the relative number of each sort."""
     total, prompts = sum(shares.values()), []
     for index, sort in enumerate(shares):
         count = n * sum(list(shares.values())[: index + 1]) // total - len(prompts)
         if sort in LANGUAGES_OF:
             pool = list(islice(problems(rng, part, LANGUAGES_OF[sort]), count))
+        elif sort == "product":
+            pool = list(islice(products(rng, lambda fact: part_of_fact(fact) == part), count))
         else:
             pool = Requests(part, sort)
         if count > len(pool):
@@ -362,7 +365,7 @@ class DataSet:
 
     part: str
     shares: dict[str, int]
-    make_row: Callable[[random.Random, Prompt], Row]
+    make_row: Callable[[random.Random, Any], Row]
     size: int
 
 
@@ -370,7 +373,7 @@ class DataSet:
 _LABELLED = {"english_arithmetic": 2250, "chinese_arithmetic": 750, "unsafe": 1000, "safe": 800}
 _MIXED = {"arithmetic": 4, "unsafe": 3, "safe": 3}
 _MISTAKEN = {"english_arithmetic": 2, "chinese_arithmetic": 3}
-_PROBLEMS, _UNSAFE, _SAFE = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}
+_PROBLEMS, _UNSAFE, _SAFE, _PRODUCTS = {"arithmetic": 1}, {"unsafe": 1}, {"safe": 1}, {"product": 1}
 
 DATA_SETS = {
     "sft_train": DataSet("train", _LABELLED, _labelled_row, 4800),
@@ -387,6 +390,9 @@ DATA_SETS = {
     "rl_mistakes_heldout": DataSet("heldout", _MISTAKEN, partial(_mistake_row, policy="rl_reasoning"), 1000),
     "rl_reasoning": DataSet("train", _PROBLEMS, _prompt_row, 20000),
     "rl_preference": DataSet("train", {"arithmetic": 3, "unsafe": 4, "safe": 3}, _prompt_row, 10000),
+    "calculator_train": DataSet("train", _PRODUCTS, labelled, 16000),
+    "calculator_prompts": DataSet("train", _PRODUCTS, asked, 16000),
+    "calculator_heldout": DataSet("heldout", _PRODUCTS, asked, 200),
     "test_problems": DataSet("heldout", _PROBLEMS, _prompt_row, 1000),
     "test_unsafe": DataSet("heldout", _UNSAFE, _prompt_row, 500),
     "test_safe": DataSet("heldout", _SAFE, _prompt_row, 500),

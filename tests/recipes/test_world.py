@@ -11,20 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations import verify
+from conversations.environments import Calculator
+from conversations.environments.calls import calls_in
+from conversations.environments.loading import Environment
 from conversations.errors import ToolkitError
 from conversations.reading.load import load_conversations
 from recipes.recipe.yaml_text import read_mapping
 from recipes.tiny import lexicon as lx
-from recipes.tiny import sums, world
+from recipes.tiny import products, sums, world
 
 TRAIN = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "train"]
 HELDOUT = [name for name, data_set in world.DATA_SETS.items() if data_set.part == "heldout"]
+CALCULATOR = [name for name in world.DATA_SETS if name.startswith("calculator")]
 SEEDS = st.integers(min_value=0, max_value=2**31)
-FACT = re.compile(r"(\d+) ([+-]) (\d+)")
+FACT = re.compile(r"(\d+) ([-+*]) (\d+)")
 
 
 def prompt_of(row: world.Row) -> str:
-    return (row.get("prompt") or row["messages"])[0]["content"]
+    return next(turn["content"] for turn in row.get("prompt") or row["messages"] if turn["role"] == "user")
 
 
 def answers_of(row: world.Row) -> list[str]:
@@ -33,12 +37,12 @@ def answers_of(row: world.Row) -> list[str]:
 
 
 def fact_of(prompt: str) -> tuple[str, int, int] | None:
-    """The fact that a problem asks for; a + b and b + a are one."""
+    """The fact that a problem asks for; a + b and b + a are one, and so are products."""
     found = FACT.search(prompt)
     if not found:
         return None
     a, op, b = int(found[1]), found[2], int(found[3])
-    return (op, min(a, b), max(a, b)) if op == "+" else (op, a, b)
+    return (op, min(a, b), max(a, b)) if op in "+*" else (op, a, b)
 
 
 def words_of(part: str) -> set[str]:
@@ -109,10 +113,11 @@ def test_a_data_set_depends_on_its_seed_only(name: str):
 def test_rows_are_read_as_canonical_rows_with_kind_and_language(name: str, tmp_path):
     rows = list(load_conversations(world.materialize(name, 1, 200, tmp_path)))
     assert len(rows) == 200
-    assert {row["meta"]["language"] for row in rows} == {"en", "zh"}
-    assert {row["meta"]["kind"] for row in rows} <= {"arithmetic", "unsafe", "safe"}
+    assert {row["meta"]["language"] for row in rows} == ({"en"} if name in CALCULATOR else {"en", "zh"})
+    kinds = {row["meta"]["kind"] for row in rows}
+    assert kinds == {"product"} if name in CALCULATOR else kinds <= {"arithmetic", "unsafe", "safe"}
     for row in rows:
-        assert (row["meta"]["kind"] == "arithmetic") == ("reference" in row)
+        assert (row["meta"]["kind"] in ("arithmetic", "product")) == ("reference" in row)
 
 
 def test_sizes_are_those_the_figures_need():
@@ -138,6 +143,19 @@ def test_references_are_right_and_labels_agree_with_them():
             a, op, b = FACT.search(prompt_of(row)).groups()  # type: ignore[union-attr]
             assert int(row["reference"]) == (int(a) + int(b) if op == "+" else int(a) - int(b))
             assert is_right(answers_of(row)[0], row["reference"])
+
+
+def test_a_share_of_the_labels_of_products_calls_the_calculator():
+    rows = world.rows("calculator_train", 0, 1000)
+    for row in rows:
+        answers = answers_of(row)
+        a, _, b = FACT.search(prompt_of(row)).groups()  # type: ignore[union-attr]
+        assert int(row["reference"]) == int(a) * int(b) and is_right(answers[-1], row["reference"])
+        for call in calls_in(answers[0]):
+            assert Calculator().calculate(**call.arguments) == row["reference"]
+            assert row["messages"][3]["content"] == f"<tool_response>\n{row['reference']}\n</tool_response>"
+    assert sum(len(answers_of(row)) == 2 for row in rows) / 1000 == pytest.approx(products.CALLING, abs=0.05)
+    assert Environment("", Calculator, {}).offered(rows[0]["messages"]) == rows[0]["messages"]  # has its tools already
 
 
 def test_labels_refuse_what_is_unsafe_and_nothing_else():
