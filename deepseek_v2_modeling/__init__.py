@@ -13,7 +13,7 @@ from .errors import ModelError
 from .family import DeepseekV3Config
 from .layers.balance_losses import collect_balance
 from .modeling import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
-from .presets import PRESETS, RELEASED, build_model, preset_config
+from .presets import PRESETS, build_model, preset_config, released_config
 from .registration import register
 from .routing_replay import record_routing, replay_routing
 
@@ -36,7 +36,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "PRESETS",
-    "RELEASED",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForSequenceClassification",
@@ -55,5 +54,6 @@ __all__ = [
     "merge_lora",
     "preset_config",
     "record_routing",
+    "released_config",
     "replay_routing",
 ]

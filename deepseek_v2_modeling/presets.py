@@ -84,6 +84,13 @@ _V2_LITE = {
     "num_attention_heads": 16, "q_lora_rank": None, "n_routed_experts": 64, "topk_method": "greedy", "n_group": 1,
     "topk_group": 1, "routed_scaling_factor": 1.0,
 }  # fmt: skip
+_V3 = {
+    **_V2, "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "n_routed_experts": 256, "n_shared_experts": 1,
+    "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
+del _V3["topk_method"]  # V3's is its own
 
 # The sizes of released models by hub name, to plan runs where the hub is out of reach.
 RELEASED: dict[str, dict[str, Any]] = {
@@ -101,6 +108,10 @@ RELEASED: dict[str, dict[str, Any]] = {
             "DeepSeek-Coder-V2-Lite-Instruct",
         )
     },
+    **{
+        f"deepseek-ai/{name}": _V3
+        for name in ("DeepSeek-V3-Base", "DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-0528")
+    },
 }  # fmt: skip
 
 
@@ -108,7 +119,15 @@ def preset_config(preset: str, **changes: Any) -> DeepseekV2Config:
     """The config of a preset. Raises ModelError if there is none of this name."""
     if preset not in PRESETS:
         raise ModelError(f'unknown preset "{preset}": use one of {", ".join(PRESETS)}')
-    settings = {**PRESETS[preset], **changes}
+    return _config_of({**PRESETS[preset], **changes})
+
+
+def released_config(name: str) -> DeepseekV2Config | None:
+    """The config of a released model, as far as its sizes go; None for a name that is not in the table."""
+    return _config_of(dict(RELEASED[name])) if name in RELEASED else None
+
+
+def _config_of(settings: dict[str, Any]) -> DeepseekV2Config:
     return config_class(settings.pop("model_type", "deepseek_v2"))(**settings)
 
 

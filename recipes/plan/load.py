@@ -1,5 +1,6 @@
 """What a training recipe puts on its GPUs: its model's sizes, one training step, and what it holds besides."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from conversations.sections import TrainingRecipe
-from deepseek_v2_modeling import RELEASED, DeepseekV2Config
+from deepseek_v2_modeling import DeepseekV2Config, released_config
 from deepseek_v2_modeling.loading import apply_settings
 from deepseek_v2_modeling.training import Step, training_sizes
 from recipes.plan.memory import Load, Rollouts
@@ -47,13 +48,10 @@ def answer_length(recipe: TrainingRecipe) -> int | None:
 
 def known_settings(recipe: TrainingRecipe, foundation: Foundation) -> DeepseekV2Config | None:
     """The settings that the recipe's model is trained with; for a hub model those of the release of that name."""
-    settings = foundation.settings
-    if settings is None and recipe.model.path in RELEASED:
-        settings = DeepseekV2Config(**RELEASED[recipe.model.path])
+    settings = foundation.settings or released_config(recipe.model.path)
     if settings is None:
         return None
-    own = DeepseekV2Config.from_dict(settings.to_dict())
-    return apply_settings(own, head_of(recipe), recipe.model.config, recipe.score_heads)
+    return apply_settings(copy.deepcopy(settings), head_of(recipe), recipe.model.config, recipe.score_heads)
 
 
 def load_of(

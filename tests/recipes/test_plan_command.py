@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conversations.sections import TrainingRecipe
-from deepseek_v2_modeling import RELEASED, DeepseekV2Config
+from deepseek_v2_modeling import PRESETS, DeepseekV2Config, preset_config, released_config
 from deepseek_v2_modeling.loading import LoraSettings, meta_model
 from deepseek_v2_modeling.training import training_sizes
 from recipes.cli import main
@@ -28,8 +28,14 @@ REWARD = {"model": "${helpful}"}
 def load(name: str, *overrides: str):
     recipe = of_stage(load_recipe(SHIPPED / f"{name}.yaml", list(overrides)), ["sft", "rl", "reward"]).recipe
     assert isinstance(recipe, TrainingRecipe)
-    settings = DeepseekV2Config(**RELEASED[recipe.model.path])
+    settings = sizes_of(recipe.model.path)
     return load_of(recipe, settings, Lengths(), Foundation())
+
+
+def sizes_of(name: str) -> DeepseekV2Config:
+    settings = released_config(name)
+    assert settings is not None
+    return settings
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -37,9 +43,23 @@ def said(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "weights"), [("DeepSeek-V2", 235_741_434_880), ("DeepSeek-V2-Lite", 15_706_484_224)])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_two_layers_stand_for_all(preset: str) -> None:
+    settings = preset_config(preset)
+    whole = sum(parameter.numel() for parameter in meta_model(settings, "causal_lm").parameters())
+    assert training_sizes(settings, "causal_lm").total(lambda weight: weight.values) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("DeepSeek-V2", 235_741_434_880),
+        ("DeepSeek-V2-Lite", 15_706_484_224),
+        ("DeepSeek-V3", 671_026_404_352),
+    ],
+)
 def test_released_models_have_as_many_weights_as_stated(name: str, weights: int) -> None:
-    settings = DeepseekV2Config(**RELEASED[f"deepseek-ai/{name}"])
+    settings = sizes_of(f"deepseek-ai/{name}")
     sizes = training_sizes(settings, "causal_lm")
     assert sizes.total(lambda weight: weight.values) == weights
     assert sum(p.numel() for p in meta_model(settings, "causal_lm").parameters()) == weights
@@ -47,7 +67,7 @@ def test_released_models_have_as_many_weights_as_stated(name: str, weights: int)
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     """V2 at rank 8: 18.8 GB of adapters, gradients and moments."""
-    settings = DeepseekV2Config(**RELEASED["deepseek-ai/DeepSeek-V2"])
+    settings = sizes_of("deepseek-ai/DeepSeek-V2")
     lora = LoraSettings(("attention", "experts", "shared_experts"), r=8)
     sizes = training_sizes(settings, "causal_lm", lora, dtype="bfloat16")
     assert sizes.total(lambda weight: weight.trained) == 1_177_679_872
