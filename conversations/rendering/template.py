@@ -126,18 +126,13 @@ def has_other_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def install_template(tokenizer: "PreTrainedTokenizerBase", model_type: str = "deepseek_v2") -> Template:
     """Give `tokenizer` the template that its own renders as, otherwise that of the model's family, and return it, so
     that checkpoints saved with it render the same everywhere. The text of a template with more than that, such as
-    tools, is kept.
-
-    Raises:
-        ToolkitError: the tokenizer lacks a token that the template writes.
+    tools, is kept. A tokenizer that lacks the family's control tokens, such as Moonlight's, gets DeepSeek-V2's
+    template, which needs none.
     """
     known = known_template(tokenizer)
     template = known or TEMPLATES.get(model_type, DEFAULT)
-    if lacking := [token for token in template.control if token not in tokenizer.get_vocab()]:
-        raise ToolkitError(
-            f"the tokenizer has no token {lacking[0]}, which {template.name}'s chat template writes; use the model's "
-            "own tokenizer"
-        )
+    if not set(template.control) <= set(tokenizer.get_vocab()):
+        template = DEFAULT
     if known in (None, DEFAULT) or GENERATION in str(tokenizer.chat_template):
         tokenizer.chat_template = template.text
     return template

@@ -11,7 +11,7 @@ from typing import Any
 
 from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
-from conversations.rendering.template import has_other_template, install_template
+from conversations.rendering.template import TEMPLATES, has_other_template, install_template, known_template
 from conversations.sections import LoraSection, ModelSection, ModelUse, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling import PRESETS, DeepseekV2Config, preset_config
 from deepseek_v2_modeling.adapters import check_targets, match_adapter
@@ -71,13 +71,12 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
     else:
         foundation = read_foundation(resolve_source(section.path), ask_hub)
     if foundation.tokenizer is not None and foundation.settings is not None:
-        is_other = has_other_template(foundation.tokenizer)
+        is_other, known = has_other_template(foundation.tokenizer), known_template(foundation.tokenizer)
         template = install_template(foundation.tokenizer, foundation.settings.model_type)
-        if is_other:
-            say(
-                f"{section.path}: its own chat template is not used; rows are rendered, and results saved, with "
-                f"{template.name}'s"
-            )
+        usual = TEMPLATES.get(foundation.settings.model_type, template)
+        if is_other or (known is None and template is not usual):
+            why = "its own chat template is not used" if is_other else f"it lacks the tokens of {usual.name}'s template"
+            say(f"{section.path}: {why}; rows are rendered, and results saved, with {template.name}'s")
     return foundation
 
 

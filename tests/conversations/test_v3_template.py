@@ -7,7 +7,6 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from conversations import render_conversation
-from conversations.errors import ToolkitError
 from conversations.rendering.encoding import tokenizer_identity
 from conversations.rendering.template import (
     TEMPLATES,
@@ -17,6 +16,7 @@ from conversations.rendering.template import (
     template_of,
 )
 from recipes.cli import main
+from recipes.runs.preset_tokenizer import build_tokenizer
 
 from .test_rendering import BOS, EOS, of_roles, released_kind
 
@@ -64,8 +64,8 @@ def test_ids_and_mask(template: str | None):
 def test_which_template():
     plain = released_kind()
     assert template_of(plain) is TEMPLATES["deepseek_v2"] and known_template(plain) is None
-    with pytest.raises(ToolkitError, match=r"no token <｜User｜>, which DeepSeek-V3's chat template writes"):
-        install_template(plain, "deepseek_v3")
+    # without the control tokens, as Moonlight's
+    assert install_template(plain, "deepseek_v3") is TEMPLATES["deepseek_v2"] is template_of(plain)
     # a DeepSeek-V2 whose tokenizer renders as V3 does, such as V2.5, keeps its template
     assert install_template(v3_tokenizer(RELEASED), "deepseek_v2") is V3
     assert install_template(v3_tokenizer(), "deepseek_v2") is TEMPLATES["deepseek_v2"]
@@ -89,3 +89,10 @@ def test_the_presets_tokenizer(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys
     (tmp_path / "r.yaml").write_text("stage: sft\nmodel: {path: m}\ndata: [{path: rows.jsonl}]\noutput_dir: run\n")
     assert main(["check", "r.yaml"]) == 0
     assert f"{BOS}<｜User｜>1 + 1 = ?<｜Assistant｜>⟦2{EOS}⟧" in capsys.readouterr().out
+    without = build_tokenizer("v3-mini")
+    without.save_pretrained("m")
+    (tmp_path / "m" / "chat_template.jinja").unlink(missing_ok=True)
+    assert main(["check", "r.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert "m: it lacks the tokens of DeepSeek-V3's template; rows are rendered" in out + err
+    assert f"{BOS}User: 1 + 1 = ?\n\nAssistant:⟦ 2{EOS}⟧" in out

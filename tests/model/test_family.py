@@ -17,6 +17,7 @@ from transformers.models.youtu.modeling_youtu import YoutuForCausalLM
 from deepseek_v2_modeling import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
+    LatentCache,
     ModelError,
     export_adapter,
     load_adapter,
@@ -25,8 +26,10 @@ from deepseek_v2_modeling import (
     record_routing,
     replay_routing,
 )
+from deepseek_v2_modeling.adapters.copies import merged_copy
 from deepseek_v2_modeling.configuration import CORRECTION_BIAS
 from deepseek_v2_modeling.esft.scores import score_experts
+from deepseek_v2_modeling.generation import generate_answers
 from deepseek_v2_modeling.layers.balance_losses import RouterOutput, layer_losses, sequence_ids
 from deepseek_v2_modeling.layers.routing import choose_experts
 from deepseek_v2_modeling.loading import load_base, read_settings, save_directory
@@ -85,6 +88,26 @@ def test_logits_gradients_and_decoding_are_stocks(name: str, tmp_path: Path):
     # the latent cache, absorbed and quantised by nobody: the same tokens
     greedy: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
     assert torch.equal(model.generate(IDS, **greedy), twin.generate(IDS, **greedy))
+
+
+def test_sampled_answers_are_those_of_plain_forwards(name: str):
+    """From slots, with the adapters merged into a copy, which holds the routers' biases too; and a quantised cache."""
+    targets = EVERYWHERE if name in MIXTURES else ("attention", "dense")
+    adapted = random_adapter(member(name), lora_config(targets, r=2, alpha=3))
+    prompts, wanted = [[5, 6, 7], [8, 9], [5, 6, 7]], []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(6):
+            tokens.append(int(logits_of(adapted, torch.tensor([tokens]), use_cache=False)[0, -1].argmax()))
+        wanted.append(tokens[len(prompt) :])
+    asked: dict[str, Any] = {"pad_token_id": 1, "eos_token_id": 60, "max_new_tokens": 6, "batch_size": 2}
+    assert generate_answers(merged_copy(adapted), prompts, **asked) == wanted
+    cache = LatentCache(adapted.config, quantization="int8")
+    with torch.no_grad():
+        adapted(torch.tensor([wanted[0]]), past_key_values=cache)
+        near = adapted(torch.tensor([[7]]), past_key_values=cache).logits[0, -1]
+    exact = logits_of(adapted, torch.tensor([[*wanted[0], 7]]), use_cache=False)[0, -1]
+    assert relative(near, exact) < 0.05
 
 
 def test_lora_is_stock_pefts(name: str, tmp_path: Path):

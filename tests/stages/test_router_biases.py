@@ -1,6 +1,7 @@
 """Auxiliary-loss-free balancing: the routers' biases in training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from deepseek_v2_modeling import ModelError, apply_lora, collect_balance, lora_config
 from deepseek_v2_modeling.esft import ExpertChoice
 from deepseek_v2_modeling.esft.full_weights import train_chosen_experts
+from deepseek_v2_modeling.layers.balance_losses import BalanceLedger
 from deepseek_v2_modeling.training.mixin import RunLimits
+from deepseek_v2_modeling.training.router_biases import RouterBiases
 from recipes.cli import main
 
 from ..helpers.family import member
@@ -46,6 +49,20 @@ def test_a_step_moves_each_bias_towards_the_mean_load(tmp_path: Path):
     assert not torch.equal(wanted, before)
     line = next(line for line in metrics(tmp_path) if "loss" in line)
     assert line["router_bias/speed"] == U and line["router_bias/largest"] == pytest.approx(wanted.abs().max().item())
+
+
+def test_the_load_is_that_of_all_processes():
+    """Of two, here: what this one counted, and what the accelerator adds of the other."""
+    model = v3()
+    before, own, other = biases(model), torch.arange(16)[None], torch.arange(16)[None].flip(-1) * 3
+    updates = RouterBiases(SimpleNamespace(reduce=lambda counts, reduction: counts + other), lambda: model, lambda: 0)
+    updates.add(BalanceLedger(expert_counts=own))
+    step: Any = None
+    updates.on_step_end(step, step, step)
+    load = (own + other).double()
+    torch.testing.assert_close(biases(model), before + U * (load.mean() - load).sign().float())
+    updates.on_step_end(step, step, step)  # nothing was counted since
+    torch.testing.assert_close(biases(model), before + U * (load.mean() - load).sign().float())
 
 
 def test_no_gradient_and_no_update_without_a_speed(tmp_path: Path):
