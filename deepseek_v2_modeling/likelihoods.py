@@ -1,6 +1,6 @@
 """Log-probabilities of continuations: packed without padding, each shared prefix read once (prefix_trees.py).
 
-N packed tokens, P places in the row whose next token is scored, V vocabulary.
+P places in the row whose next token is scored, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,14 +54,17 @@ def _likelihoods(
     base: Any, read: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], shares: bool
 ) -> list[Likelihood]:
     tree = pack_tree(read) if shares else _side_by_side(read)
-    hidden = base.model(**_inputs(tree, base.device), use_cache=False).last_hidden_state[0]
     places = [
         place
         for i, (ids, continuation) in enumerate(zip(read, continuations, strict=True))
         for place in tree.places(i, range(len(ids) - len(continuation), len(ids)))
     ]
+    distinct, number = torch.tensor(places, device=base.device).unique(return_inverse=True)
+    hidden = base.model(
+        **_inputs(tree, base.device), use_cache=False, read=(torch.zeros_like(distinct), distinct)
+    ).last_hidden_state[0]
     labels = [token for continuation in continuations for token in continuation]
-    logps, greedy = _of_places(base, hidden, places, labels)
+    logps, greedy = _of_labels(base, hidden, number, torch.tensor(labels, device=base.device))
     found, begin = [], 0
     for continuation in continuations:
         end = begin + len(continuation)
@@ -70,22 +73,22 @@ def _likelihoods(
     return found
 
 
-def _of_places(
-    base: Any, hidden_ND: torch.Tensor, places: Sequence[int], labels: Sequence[int]
+def _of_labels(
+    base: Any, hidden_PD: torch.Tensor, number: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([labels] float64 log-probability of each label at its place, [labels] bool whether it is the best). The logits
-    of a place with several labels are computed once, and not those of all places at the same time."""
-    device = hidden_ND.device
-    distinct, number = torch.tensor(places, device=device).unique(return_inverse=True)
+    """([labels] float64 log-probability of each label at its place, [labels] bool whether it is the best).
+
+    number: [labels], which place each label follows. The logits of a place with several labels are computed once, and
+    not those of all places at the same time.
+    """
     by_place = number.argsort(stable=True)
-    label = torch.tensor(labels, device=device)[by_place]
-    ends = torch.bincount(number, minlength=len(distinct)).cumsum(0).tolist()
+    ends = torch.bincount(number, minlength=len(hidden_PD)).cumsum(0).tolist()
     logps, greedy = [], []
-    for rows in row_blocks(len(distinct), base.config.vocab_size, BLOCK_LOGITS):
-        logits_PV = base.lm_head(hidden_ND[distinct[rows]]).float()
+    for rows in row_blocks(len(hidden_PD), base.config.vocab_size, BLOCK_LOGITS):
+        logits_PV = base.lm_head(hidden_PD[rows]).float()
         finite(base, "logits", logits_PV)
-        own = slice(ends[rows.start - 1] if rows.start else 0, ends[rows.stop - 1])
-        row, targets = number[by_place[own]] - rows.start, label[own]
+        own = by_place[ends[rows.start - 1] if rows.start else 0 : ends[rows.stop - 1]]
+        row, targets = number[own] - rows.start, labels[own]
         logps.append(logits_PV[row, targets].double() - logits_PV.logsumexp(-1).double()[row])
         greedy.append(logits_PV.argmax(-1)[row] == targets)
     order = by_place.argsort()

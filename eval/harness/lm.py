@@ -3,6 +3,7 @@ results; likelihoods and answers come from this toolkit's own code. Imports lm_e
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from lm_eval.api.instance import Instance
@@ -74,6 +75,9 @@ class ToolkitLM(TemplateLM):
         self.tokenizer, self.positions, self.seed = tokenizer, positions, seed
         self.too_long, self.overrides, self.stop = too_long, overrides or {}, stop
         self._crew = crew
+        # The context of several choices, which are asked for one after the other, is encoded once.
+        self._plain_ids = lru_cache(maxsize=4)(self._encode_plain)
+        self._last: tuple[str, list[int]] = ("", [])
         self.cut = 0  # prompts cut to fit
 
     @property
@@ -107,10 +111,15 @@ class ToolkitLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text, with a begin token if the tokenizer adds one and the text has none; of a `Prompt` those
         of its messages."""
-        if isinstance(string, Prompt):
+        if not isinstance(string, Prompt):
+            return list(self._plain_ids(string, add_special_tokens))
+        if self._last[0] is not string:
             begins_answer = string.messages[-1]["role"] == "assistant"
             ids = render_conversation(string.messages, self.tokenizer, add_generation_prompt=not begins_answer)
-            return ids["input_ids"][:-1] if begins_answer else ids["input_ids"]  # without the end token
+            self._last = (string, ids["input_ids"][:-1] if begins_answer else ids["input_ids"])  # without an end token
+        return list(self._last[1])
+
+    def _encode_plain(self, string: str, add_special_tokens: bool | None) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
