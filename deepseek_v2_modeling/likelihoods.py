@@ -13,7 +13,7 @@ from .batching import evaluation_mode, finite
 from .kernels.row_blocks import row_blocks
 from .prefix_trees import PackedTree, pack_tree, tree_batches
 
-ROW_TOKENS = 2**13  # per forward
+ROW_TOKENS = 2**12  # per forward
 BLOCK_LOGITS = 2**24  # at a time: 64 MiB in float32
 
 

@@ -33,12 +33,13 @@ from eval.benchmark import BenchmarkTask, decoding_name
 _RESERVED = re.compile(r"(^|_)(n|truncated|unread|contaminated|version|interval|t\d+|details|by_source|by_kind)$")
 
 
+NEXT_TURN = "\n\nUser:"  # how the chat template continues after an answer
 # The answer settings that each metric uses.
 _USED_BY = {
-    "exact_match": ("rule", "settings", "temperatures"),
-    "refusal": ("patterns", "temperatures"),
-    "format": ("patterns", "temperatures"),
-    "judge": ("judge", "temperatures"),
+    "exact_match": ("rule", "settings", "temperatures", "stop"),
+    "refusal": ("patterns", "temperatures", "stop"),
+    "format": ("patterns", "temperatures", "stop"),
+    "judge": ("judge", "temperatures", "stop"),
     "pair_accuracy": ("combine",),
     "reward": ("combine",),
 }
@@ -74,6 +75,11 @@ class EvalTask(Section):
     )
     temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         default_factory=lambda: [0.0], min_length=1, description="Sampling temperatures; 0 is greedy."
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=lambda: [NEXT_TURN],
+        description="Strings before which an answer ends; by default the template's next turn, into which a base model "
+        "runs on.",
     )
     combine: Combine = Field(
         default="mean",
@@ -129,7 +135,7 @@ class EvalTask(Section):
     @model_validator(mode="after")
     def _only_what_the_metric_uses(self) -> "EvalTask":
         used = _USED_BY.get(self.metric, ())
-        for name in ("rule", "settings", "judge", "patterns", "temperatures", "combine"):
+        for name in ("rule", "settings", "judge", "patterns", "temperatures", "stop", "combine"):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):

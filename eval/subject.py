@@ -44,7 +44,10 @@ def answers_to(task: EvalTask, rows: Numbered, subject: Subject, temperature: fl
         for number, row in rows
     ]
     generated = subject.generated
-    keys = [(temperature, task.max_new_tokens, number, *ids) for (number, _), ids in zip(rows, prompts, strict=True)]
+    keys = [
+        (temperature, task.max_new_tokens, *task.stop, number, *ids)
+        for (number, _), ids in zip(rows, prompts, strict=True)
+    ]
     for key, (number, _) in zip(keys, rows, strict=True):
         sample = subject.kept.get((task.name, decoding_name(temperature), number))
         if sample and "tokens" in sample:
@@ -58,6 +61,7 @@ def answers_to(task: EvalTask, rows: Numbered, subject: Subject, temperature: fl
         temperature=temperature,
         max_new_tokens=task.max_new_tokens,
         batch_size=task.batch_size,
+        stop=task.stop,
     )
     generated |= {keys[place]: answer for place, answer in zip(new, answers, strict=True)}
     return [generated[key] for key in keys]

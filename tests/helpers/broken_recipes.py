@@ -76,7 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "eval": _recipe(
         "eval",
         tasks=[
-            _task("exact_match", rule="number", temperatures=[0, 1], max_new_tokens=3), _task("loss"),
+            _task("exact_match", rule="number", temperatures=[0, 1], max_new_tokens=3, stop=["x"]), _task("loss"),
             _task("refusal", max_new_tokens=2), _task("format", max_new_tokens=2),
         ],
     ),

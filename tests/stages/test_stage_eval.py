@@ -282,3 +282,14 @@ def test_scores_do_not_depend_on_the_batch():
     model = score_model()
     alone = [score_sequences(model, [p], pad_token_id=2)[0] for p in prompts()]
     assert score_sequences(model, prompts(), pad_token_id=2, batch_size=3) == pytest.approx(alone, abs=1e-5)
+
+
+def test_an_answer_ends_where_it_goes_on_as_the_next_turn(tmp_path, monkeypatch):
+    """A base model writes both sides of a conversation; what it says for the user is not its answer."""
+    Parrot(monkeypatch, lambda prompt, temperature: " It is 1.\n\nUser: and 7?")
+    found, said = run(tmp_path, conversations(2), metric="exact_match")
+    assert found["greedy"] == 0.5 and [line["completion"] for line in said] == ["It is 1."] * 2
+    found, said = run(tmp_path, conversations(2), metric="exact_match", stop=["is"])
+    assert said[0]["completion"] == "It" and not said[0]["truncated"]
+    with pytest.raises(ValueError, match="stop has no effect on loss"):
+        run(tmp_path, conversations(2), metric="loss", stop=["is"])
