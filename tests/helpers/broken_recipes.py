@@ -179,6 +179,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"hidden_size": 8}, {"num_hidden_layers": 1}, {"vocab_size": 10}, {"max_position_embeddings": 4},
     {"num_experts_per_tok": 99}, {"aux_loss_alpha": "x"}, {"hidden_act": "x"}, {"pad_token_id": 300}, {"n_group": 3},
     {"num_labels": 3}, {"tie_word_embeddings": True}, {"quantization_config": {"a": 1}}, {"aux_loss_alpha": 0.1},
+    {"bias_update_speed": 0.001},
 ]  # fmt: skip
 ADAPTERS: list[dict[str, Any]] = [
     {"targets": ["attention", "attention.q"]}, {"targets": ["experts"], "experts_file": "experts.json"},
