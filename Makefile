@@ -15,7 +15,7 @@ ALL_CORES := -n auto --maxprocesses 8 --dist loadfile
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
 
-.PHONY: demo test check format api test-oldest test-newest gpu-check clean
+.PHONY: demo test check format api test-oldest test-newest clients gpu-check clean
 
 # The chain of recipes/tiny on the CPU: base -> SFT -> reward models -> two RL stages -> table, answer, report page.
 demo: $(READY)
@@ -47,8 +47,12 @@ test-oldest: $(READY_OLDEST)
 
 # All tests except those marked slow: a few that take many seconds each, in separate processes.
 test-newest: $(if $(NEWEST_PYTHON),$(READY_NEWEST))
-	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest $(ALL_CORES) -m "not slow",\
+	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest $(ALL_CORES) -m "not slow and not clients",\
 	    @echo "NOT TESTED on Python $(NEWEST): python$(NEWEST) is not installed")
+
+# Other programs open what we write, in environments of their own under ~/.cache (or $DSV2_CLIENTS): downloads gigabytes.
+clients: $(READY)
+	$(BIN)/python -m pytest -s -m clients tests/clients
 
 # For a machine with a GPU whose Python has torch, transformers and peft; installs nothing.
 gpu-check:

@@ -35,6 +35,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001,
         "max_position_embeddings": 163840, "rope_scaling": YARN,
     },
+    # V2-Lite's sizes of heads and latent, for which servers have kernels; everything else is small.
+    "v2-lite-heads": {
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": None, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 16,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001,
+        "max_position_embeddings": 163840, "rope_scaling": YARN,
+    },
     # V2's structure: q_lora, routing limited to 3 of 8 groups of experts, routed_scaling_factor 16, YaRN.
     "v2-mini": {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 96,
