@@ -120,8 +120,8 @@ def _shots(entry: BenchmarkTask, config: Mapping[str, Any], examples: Sequence[A
     """(number of few-shot examples, a note if the task has more)."""
     usual = config.get("num_fewshot") or 0
     asked = usual if entry.num_fewshot is None else entry.num_fewshot
-    own = (config.get("fewshot_config") or {}).get("samples")
-    own = own() if callable(own) else own
+    samples = (config.get("fewshot_config") or {}).get("samples")
+    own: Any = samples() if callable(samples) else samples
     if own and not examples and len(own) < asked:
         raise ToolkitError(
             f"num_fewshot is {asked}, and the task has {counted(len(own), 'example')}; give fewshot_path"
