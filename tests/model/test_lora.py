@@ -133,7 +133,8 @@ def test_a_fresh_adapter_changes_nothing(base: Path):
     wanted = logits_of(plain, ids)
     model = apply_lora(plain, config_of("everywhere")).eval()
     assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(model, PeftModel)
-    assert torch.equal(logits_of(model, ids), wanted)
+    # Without adapters, experts with few rows are multiplied in another order.
+    torch.testing.assert_close(logits_of(model, ids), wanted, rtol=0, atol=1e-6)
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
