@@ -258,12 +258,11 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         for routes in self.recordings:
             routes.append([r.experts.detach().view(rows, queries, top_k) for r in routers])
         real = attention_mask[:, -queries:] if attention_mask is not None and attention_mask.ndim == 2 else None
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return DeepseekV2ModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values,
-            router_logits=tuple(r.logits for r in routers) if output_router_logits else None,
+            router_logits=tuple(r.logits for r in routers) if wanted else None,
             aux_loss=self.balance(routers, (rows, queries), real, documents, balance_in_loss),
         )
 

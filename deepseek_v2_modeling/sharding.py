@@ -5,6 +5,7 @@ has read. Weights keep the dtypes of one process (float32 where they are trained
 precision as it does there, so that losses and router logits are the same.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,18 @@ from transformers import PreTrainedModel
 
 from .errors import ModelError
 
-# Transformers' plan for the architecture (embeddings, layers and the norm one by one); the head goes with the root.
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
+# Variables by which `accelerate launch` says that it shards weights, and their values, as accelerate reads them.
+LAUNCHERS = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+_TRUE = ("1", "true", "yes", "y", "t", "on")
 
 _BROKEN = ("Connection closed", "Connection reset", "Broken pipe", "Socket Timeout", "remote process exited")
 _LATE = ("Timed out", "timed out", "Timeout")
+
+
+def launched_sharding() -> str | None:
+    """What `accelerate launch` was told to shard weights by: FSDP, DeepSpeed, or None."""
+    return next((name for name, key in LAUNCHERS.items() if os.environ.get(key, "").lower() in _TRUE), None)
 
 
 class LostContact(ModelError):

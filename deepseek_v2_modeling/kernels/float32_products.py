@@ -26,7 +26,7 @@ REPEATS = 3
 
 @cache
 def float32_is_faster(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether this CPU multiplies float32 faster than a low-precision dtype; measured once per process, in about 20 ms.
+    """Whether this CPU multiplies float32 faster than a low-precision dtype; measured once per process (0.1 s).
 
     No known CPU has nearly equal rates, so a resumed run chooses as the first one did.
     """
@@ -35,17 +35,22 @@ def float32_is_faster(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 @torch.no_grad()
 def product_seconds(dtype: torch.dtype) -> float:
-    """Time of a matrix product on this CPU in seconds, the least of REPEATS: other processes can only add to it."""
+    """CPU time of a matrix product in one thread, in seconds, the least of REPEATS. On a busy machine the time on the
+    clock, or that of several threads that wait for one another, would say how busy it is."""
     rows, inputs, outputs = MEASURED
     x_NI = torch.ones(rows, inputs, dtype=dtype, device="cpu")
     w_OI = torch.ones(outputs, inputs, dtype=dtype, device="cpu")
-    seconds = []
-    with torch.autocast("cpu", enabled=False):
-        torch.mm(x_NI, w_OI.t())  # creates oneDNN's primitive
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            torch.mm(x_NI, w_OI.t())
-            seconds.append(time.perf_counter() - start)
+    seconds, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            torch.mm(x_NI, w_OI.t())  # creates oneDNN's primitive
+            for _ in range(REPEATS):
+                start = time.thread_time()
+                torch.mm(x_NI, w_OI.t())
+                seconds.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(seconds)
 
 

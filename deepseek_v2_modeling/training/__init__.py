@@ -8,7 +8,7 @@ from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
-    from ..sharding import LostContact, Parallel, at, is_sharded, shard
+    from ..sharding import LostContact, Parallel, at, is_sharded, launched_sharding, shard
     from .activations import Activations, Step, step_memory
     from .arguments import RunLimits, check_batches, describe_computation, training_arguments
     from .checksums import check_whole
@@ -34,6 +34,7 @@ _HOMES = {
     "describe_computation": "arguments",
     "fuse_head": "fused_head",
     "is_sharded": ".sharding",
+    "launched_sharding": ".sharding",
     "quiet_libraries": "quiet",
     "shard": ".sharding",
     "step_memory": "activations",
@@ -63,6 +64,7 @@ __all__ = [
     "describe_computation",
     "fuse_head",
     "is_sharded",
+    "launched_sharding",
     "quiet_libraries",
     "read_lines",
     "shard",

@@ -1,6 +1,5 @@
 """Loads the models of a recipe's model, lora and rewards sections. Imports torch."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from deepseek_v2_modeling.loading import (
     reason_not_to_share,
     resolve_source,
 )
-from deepseek_v2_modeling.training import Parallel, at, shard
+from deepseek_v2_modeling.training import Parallel, at, launched_sharding, shard
 from recipes.processes import is_main, join_processes, main_first, say, wait_for_all
 from recipes.runs.foundation import (
     check_kind,
@@ -36,7 +35,6 @@ from recipes.runs.new_model import make_model
 from recipes.runs.training_fields import trl_config
 
 SHARDING = ("fsdp", "deepspeed")  # fields of training
-SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of accelerate launch
 MERGE_DIR = "base"  # in a run directory: the model that the run starts from, if an adapter had to be merged
 
 
@@ -138,7 +136,7 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_mode
 def shares_base(recipe: StageRecipe, use: ModelUse, source: ModelSource, stage_model: Any) -> bool:
     """Whether a model uses the base weights of the stage's own; says so, or why not."""
     fields = recipe.training if isinstance(recipe, TrainingRecipe) else {}
-    sharded = any(fields.get(name) for name in SHARDING) or any(name in os.environ for name in SHARDING_VARIABLES)
+    sharded = any(fields.get(name) for name in SHARDING) or launched_sharding() is not None
     if use.device is not None:
         reason = f"it runs on a device of its own, {use.device}"
     elif sharded:

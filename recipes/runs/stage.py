@@ -4,7 +4,6 @@ Everything is read first, so that an error in the recipe, model or data leaves n
 created, the model loaded and the stage called. Only the main process writes.
 """
 
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -71,11 +70,11 @@ def _done_before(run_dir: Path, loaded: Loaded[StageRecipe]) -> Outcome | None:
 
 
 def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
-    from deepseek_v2_modeling.training import Parallel, check_whole, quiet_libraries
+    from deepseek_v2_modeling.training import Parallel, check_whole, launched_sharding, quiet_libraries
     from recipes.runs.caching import row_cache
 
     recipe, stage = loaded.recipe, stage_of(loaded.recipe)
-    if isinstance(recipe, SupervisedRecipe) and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if isinstance(recipe, SupervisedRecipe) and launched_sharding() == "FSDP":
         raise ToolkitError(
             "accelerate launch --use_fsdp: such a run cannot be finished; write parallel: {fsdp: N} in the recipe, and "
             "start it with --processes N"

@@ -64,16 +64,7 @@ class Chat(ChatCompletionHandler):
             raise HTTPException(status_code=400, detail=str(error)) from error
         limit = request.max_completion_tokens or request.max_tokens
         settings = generation_settings(request, limit, len(prompt), model, tokenizer)
-        parts = (
-            request_id,
-            model,
-            tokenizer,
-            name,
-            as_batch(prompt, model),
-            settings,
-            self.generation_state.get_manager(name),
-        )
-        return self._streaming(*parts) if request.stream else await self._non_streaming(*parts)
+        return await answered(self, request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
 
 
 class Text(CompletionHandler):
@@ -85,16 +76,16 @@ class Text(CompletionHandler):
         name, model, tokenizer = resolved
         prompt: Any = tokenizer(request.prompt)["input_ids"]
         settings = generation_settings(request, request.max_tokens, len(prompt), model, tokenizer)
-        parts = (
-            request_id,
-            model,
-            tokenizer,
-            name,
-            as_batch(prompt, model),
-            settings,
-            self.generation_state.get_manager(name),
-        )
-        return self._streaming(*parts) if request.stream else await self._non_streaming(*parts)
+        return await answered(self, request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
+
+
+async def answered(handler: Any, request: Sampling, parts: tuple[Any, ...]) -> Any:
+    """The response of `Chat` or `Text` to a request, streamed if it says so. parts: the arguments of transformers' two
+    ways, up to the generation config."""
+    manager = handler.generation_state.get_manager(request.model)
+    if request.stream:
+        return handler._streaming(*parts, manager)
+    return await handler._non_streaming(*parts, manager)
 
 
 def generation_settings(request: Sampling, limit: int | None, length: int, model: Any, tokenizer: Any) -> Any:
