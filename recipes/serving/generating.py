@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, set_seed
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _GenerationCancelled, _StreamError
 
 
@@ -111,6 +111,8 @@ def _generate(model: Any, inputs: dict[str, Any], gen_config: Any, streamer: _St
 
     settings = copy(gen_config)
     settings.stop_strings = None  # the streamer looks for them
+    if (seed := settings.__dict__.pop("seed")) is not None:
+        set_seed(seed)
     stopped = StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), streamer.text.stopped)])
     try:
         model.generate(**inputs, generation_config=settings, streamer=streamer, stopping_criteria=stopped)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
-from transformers import set_seed
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -112,8 +111,7 @@ def generation_settings(request: Sampling, limit: int | None, length: int, model
         settings.temperature = request.temperature
     if request.top_p is not None:
         settings.top_p = request.top_p
-    if request.seed is not None:
-        set_seed(request.seed)
+    settings.seed = request.seed  # set when the answer begins: another one may be generated before
     return settings
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def test_sampling_follows_temperature_and_seed(client: openai.OpenAI):
     assert sample(temperature=1.0, seed=1) == sample(temperature=1.0, seed=1)
     assert len({sample(temperature=2.0, seed=seed) for seed in range(4)}) > 1
     assert sample(temperature=0) == sample() != sample(temperature=5.0, seed=3)
+
+
+def test_a_seed_is_that_of_its_own_answer_whatever_comes_beside_it(client: openai.OpenAI):
+    def sample(seed: int) -> str:
+        answer = client.chat.completions.create(model="run", messages=TALK, max_tokens=16, temperature=2.0, seed=seed)
+        return answer.choices[0].message.content or ""
+
+    alone = [sample(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(sample, range(6))) == alone
 
 
 def test_plain_text(client: openai.OpenAI, home: Path):
