@@ -50,7 +50,23 @@ class OneModelState(GenerationState):
         return self.manager
 
 
-class Chat(ChatCompletionHandler):
+class Answering:
+    """What both endpoints do with a request that has been read."""
+
+    generation_state: Any
+    _streaming: Any
+    _non_streaming: Any
+
+    async def answered(self, request: Sampling, parts: tuple[Any, ...]) -> Any:
+        """The response, streamed if the request says so. parts: the arguments of transformers' two ways, up to the
+        generation config."""
+        manager = self.generation_state.get_manager(request.model)
+        if request.stream:
+            return self._streaming(*parts, manager)
+        return await self._non_streaming(*parts, manager)
+
+
+class Chat(Answering, ChatCompletionHandler):
     """POST /v1/chat/completions."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -63,10 +79,10 @@ class Chat(ChatCompletionHandler):
             raise HTTPException(status_code=400, detail=str(error)) from error
         limit = request.max_completion_tokens or request.max_tokens
         settings = generation_settings(request, limit, len(prompt), model, tokenizer)
-        return await answered(self, request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
+        return await self.answered(request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
 
 
-class Text(CompletionHandler):
+class Text(Answering, CompletionHandler):
     """POST /v1/completions: the model goes on with a text; there is no template."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -75,16 +91,7 @@ class Text(CompletionHandler):
         name, model, tokenizer = resolved
         prompt: Any = tokenizer(request.prompt)["input_ids"]
         settings = generation_settings(request, request.max_tokens, len(prompt), model, tokenizer)
-        return await answered(self, request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
-
-
-async def answered(handler: Any, request: Sampling, parts: tuple[Any, ...]) -> Any:
-    """The response of `Chat` or `Text` to a request, streamed if it says so. parts: the arguments of transformers' two
-    ways, up to the generation config."""
-    manager = handler.generation_state.get_manager(request.model)
-    if request.stream:
-        return handler._streaming(*parts, manager)
-    return await handler._non_streaming(*parts, manager)
+        return await self.answered(request, (request_id, model, tokenizer, name, as_batch(prompt, model), settings))
 
 
 def generation_settings(request: Sampling, limit: int | None, length: int, model: Any, tokenizer: Any) -> Any:

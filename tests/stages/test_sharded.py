@@ -71,8 +71,8 @@ def test_held_out_losses_and_samples_are_those_of_one_process(runs: Path) -> Non
     assert steps(runs / "two_full", "eval_loss") == pytest.approx(steps(runs / "one_full", "eval_loss"), rel=1e-5)
     one, two = (lines(runs / f"{run}_full" / "samples.jsonl") for run in ("one", "two"))
     assert [(line["when"], line["prompt"]) for line in two] == [(line["when"], line["prompt"]) for line in one]
-    # Losses differ by rounding, and the answers of a model of random weights with them: they are there.
-    assert all(line["completion"] for line in two)
+    # Losses differ by rounding, and with them what a model of random weights says, and whether it says anything.
+    assert all("completion" in line for line in two)
 
 
 @pytest.mark.parametrize("name", list(launched.RECIPES))
