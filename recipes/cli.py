@@ -208,6 +208,10 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of stages or chains")
     parser.add_argument("--output", type=Path, help="HTML file to write (report.html in the first run)")
+    parser.add_argument(
+        "--watch", action="store_true", help="serve the page on 127.0.0.1 and renew it while runs go on"
+    )
+    parser.add_argument("--port", type=int, help="port of --watch; 0 takes a free one (8001)")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -303,6 +307,13 @@ def _experts(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.watch:
+        from recipes.report.watch import watch
+
+        watch(arguments)
+        return 0
+    if arguments.port is not None:
+        raise ToolkitError("--port belongs to --watch")
     from recipes.report.report import write_report
 
     print(write_report(arguments.runs, arguments.output))
@@ -372,7 +383,9 @@ def commands() -> dict[str, Command]:
             _experts,
         ),
         "recipes": Command("[copy NAME FILE]", "list the shipped recipes, or copy one", _recipes_arguments, _recipes),
-        "report": Command("RUN [RUN ...]", "write one HTML page with plots and samples", _report_arguments, _report),
+        "report": Command(
+            "RUN [RUN ...] [--watch]", "write or serve one HTML page with plots and samples", _report_arguments, _report
+        ),
     }
 
 

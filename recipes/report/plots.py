@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from recipes.report.charts import Chart, Line
-from recipes.report.metrics import Metrics, Point
-from recipes.report.svg import Drawn, draw, heat_map
-from recipes.results.words import short
+from recipes.report.expert_maps import LAYER_LOAD, layer_loads
+from recipes.report.metrics import Metrics
+from recipes.report.relations import held_out_chart
+from recipes.report.svg import Drawn, draw
 
 MAX_LAYER_LINES = 6
 
@@ -144,7 +143,6 @@ FIGURES = (
     Figure("Dead experts", "experts without a token", ((r"expert_load/dead", "dead"),)),
 )
 LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
-LAYER_LOAD = re.compile(r"expert_load/layer_(\d+)/max_over_mean")
 # Constant during the run, or shown elsewhere: not useful as a curve.
 NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
 
@@ -153,7 +151,7 @@ def figures(metrics: Metrics) -> tuple[list[Drawn], list[Drawn]]:
     """The figures of FIGURES that have data, and a default figure for every other logged key."""
     used: set[str] = set()
     main = [chart for figure in FIGURES if (chart := _chart(figure, metrics, used))]
-    main += _layer_lines(metrics)
+    main += [chart for chart in (held_out_chart(metrics),) if chart] + _layer_lines(metrics)
     for pattern in (LAYER_LOAD, LAYER_DEAD, NOT_DRAWN):
         used.update(filter(pattern.fullmatch, metrics.series))
     other = [
@@ -162,24 +160,6 @@ def figures(metrics: Metrics) -> tuple[list[Drawn], list[Drawn]]:
         if points and key not in used
     ]
     return [draw(chart) for chart in main], [draw(chart) for chart in other]
-
-
-def expert_maps(metrics: Metrics) -> list[tuple[str, Markup]]:
-    """Titled heat maps: each expert's load when first and last logged, and each layer's busiest over time."""
-    maps = []
-    for index in (0, -1):
-        logged = {layer: values[index] for layer, values in metrics.shares.items()}
-        rows = [(str(layer), _relative(shares)) for layer, (_, shares) in logged.items() if shares]
-        title = f"Load of each expert, step {max((step for step, _ in logged.values()), default=0):g}"
-        if rows and title not in [known for known, _ in maps]:
-            experts = [str(expert) for expert in range(max(len(values) for _, values in rows))]
-            maps.append((title, heat_map(rows, experts, "expert", f"{title}. {_busiest(rows)}")))
-    layers = _layer_loads(metrics)
-    if len(layers) > MAX_LAYER_LINES:
-        title = "Busiest expert of each layer over time"
-        rows, steps = _binned(layers)
-        maps.append((title, heat_map(rows, steps, "optimizer step", f"{title}. {_busiest(rows)}")))
-    return maps
 
 
 def _chart(figure: Figure, metrics: Metrics, used: set[str]) -> Chart | None:
@@ -207,39 +187,10 @@ def _line(label: str, key: str, metrics: Metrics) -> Line:
     return Line(label, metrics.series[key], noisy)
 
 
-def _layer_loads(metrics: Metrics) -> dict[int, list[Point]]:
-    loads = {int(m[1]): points for key, points in metrics.series.items() if (m := LAYER_LOAD.fullmatch(key))}
-    return {layer: points for layer, points in sorted(loads.items()) if points}
-
-
 def _layer_lines(metrics: Metrics) -> list[Chart]:
-    """A few layers are drawn as lines; many are a heat map (expert_maps)."""
-    layers = _layer_loads(metrics)
+    """A few layers are drawn as lines too; many are a heat map alone (expert_maps)."""
+    layers = layer_loads(metrics)
     if not 0 < len(layers) <= MAX_LAYER_LINES:
         return []
     lines = [Line(f"layer {layer}", points) for layer, points in layers.items()]
     return [Chart("Busiest expert by layer", "times an equal share", lines, note="1 is perfect balance.")]
-
-
-def _binned(layers: dict[int, list[Point]], most: int = 40) -> tuple[list[tuple[str, list[float]]], list[str]]:
-    """Layers x spans of steps, the mean of each span, and the first step of each span."""
-    n = max(len(points) for points in layers.values())
-    spans = [range(k * n // min(n, most), (k + 1) * n // min(n, most)) for k in range(min(n, most))]
-    rows = []
-    for layer, points in layers.items():
-        values_of_spans = [[points[i][1] for i in span if i < len(points)] for span in spans]
-        rows.append((str(layer), [sum(part) / len(part) for part in values_of_spans if part]))
-    longest = max(layers.values(), key=len)
-    return rows, [short(longest[span.start][0]) for span in spans]
-
-
-def _relative(shares: list[float]) -> list[float]:
-    """Shares (or counts) as multiples of an equal share."""
-    total = sum(shares)
-    return [share * len(shares) / total if total else 0.0 for share in shares]
-
-
-def _busiest(rows: list[tuple[str, list[float]]]) -> str:
-    load, layer = max((max(values), name) for name, values in rows)
-    dead = sum(value == 0 for _, values in rows for value in values)
-    return f"Highest: {short(load)} times an equal share in layer {layer}; cells without a token: {dead}."

@@ -1,4 +1,4 @@
-"""`dsv2 report`: one self-contained HTML page about one or more runs. No scripts, no network, no torch."""
+"""The page of `dsv2 report`: one self-contained HTML file about one or more runs. No scripts, no network, no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from markupsafe import Markup
 from conversations.errors import ToolkitError
 from conversations.run_files import REPORT
 from recipes.files import write_text
-from recipes.html import render_page
+from recipes.html import policy_of, render_page, template_text
 from recipes.lock import hold_path
-from recipes.report.plots import expert_maps, figures
+from recipes.report.chain_picture import BASE, Shown, chain_nodes, draw_chain
+from recipes.report.expert_maps import expert_maps
+from recipes.report.plots import figures
+from recipes.report.relations import score_charts
 from recipes.report.run_files import Run, directory_name, open_runs
 from recipes.report.samples import Answers, Gallery, across_runs, answers, best_and_worst, within_run
-from recipes.report.svg import LOAD_CLASSES, Drawn
+from recipes.report.svg import LOAD_CLASSES, Drawn, draw
 from recipes.results import tables, words
 from recipes.results.layout import Table
 from recipes.results.titles import Titles, titles_of
@@ -32,10 +35,12 @@ REASONS = 12
 
 @dataclass(frozen=True)
 class ChainView:
-    """A chain's headline: tables, facts, and whatever else its results hold."""
+    """The headline of a chain or of an evaluation of several models: facts, how its models were made (if it made any),
+    tables, and whatever else its results hold."""
 
     run: Run
     facts: list[tuple[str, str]]
+    picture: Markup
     tables: list[Table]
     rest: list[tuple[str, str]]
 
@@ -74,33 +79,52 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     target = out if out is not None else runs[0] / REPORT
     if target.is_dir():
         raise ToolkitError(f"{target} is a directory; pass the HTML file to write")
+    page = report_page(runs)
     try:
-        groups = {path: open_runs(path) for path in runs}
         with hold_path(target):
-            write_text(target, render_page("report.html.jinja", **_content(groups)))
+            write_text(target, page)
     except OSError as error:
         raise ToolkitError(f"{error.filename or target}: {error.strerror or error}") from error
     return target
 
 
+def report_page(runs: Sequence[Path], watched: bool = False) -> str:
+    """The page about `runs`, as HTML.
+
+    watched: it renews itself from where it is served, with the one script that its policy allows.
+
+    Raises:
+        ToolkitError: a directory does not hold a run, or a file of one cannot be opened.
+    """
+    try:
+        groups = {path: open_runs(path) for path in runs}
+    except OSError as error:
+        raise ToolkitError(f"{error.filename}: {error.strerror or error}") from error
+    script = template_text("watch.js") if watched else ""
+    return render_page("report.html.jinja", **_content(groups), script=Markup(script), policy=policy_of(script))
+
+
 def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     """What the page's template shows."""
     runs = _unique_names(groups)
-    chains = [(run, titles_of(run.recipe)) for run in runs if run.is_chain]
+    chains = [(run, titles_of(run.recipe)) for run in runs if run.is_summary]
     about = {chain.path / name: title for chain, titles in chains for name, title in titles.stages.items()}
     subjects = {run.name: about.get(run.path, run.name) for run in runs}
     titles = _titles(runs, subjects)
     anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # safe whatever the run's name is
     answers_of = {run.name: answers(run.samples) for run in runs}
     views = [_run_view(run, titles[run.name], anchors[run.name], answers_of[run.name]) for run in runs]
+    side_by_side = across_runs([(titles[name], run_answers) for name, run_answers in answers_of.items()])
+    galleries = [gallery for gallery in (side_by_side, *(view.samples for view in views)) if gallery]
     return {
         "heading": " and ".join(map(directory_name, groups)),
         "contents": _contents(views, subjects),
-        "chains": [_chain_view(*chain) for chain in chains],
+        "chains": [_chain_view(*chain, views) for chain in chains],
         "across": _across(chains),
         "runs": views,
         "notes": [(view, note) for view in views for note in view.run.notes],
-        "gallery": across_runs([(titles[name], run_answers) for name, run_answers in answers_of.items()]),
+        "gallery": side_by_side,
+        "filter_classes": sorted({name for gallery in galleries for group in gallery.filters for name, _, _ in group}),
         "load_classes": LOAD_CLASSES,
         "count": count,
     }
@@ -145,13 +169,24 @@ def _across(chains: Sequence[tuple[Run, Titles]]) -> Table | None:
     return tables.across([run.results for run, _ in chains], stages, tasks)
 
 
-def _chain_view(run: Run, titles: Titles) -> ChainView:
+def _chain_view(run: Run, titles: Titles, views: Sequence[RunView]) -> ChainView:
+    nodes = chain_nodes(run.recipe, titles.stages)
+    inside = {view.run.path.name: view for view in views if view.run.path.parent == run.path}
+    shown = {name: Shown(view.kind, _unfinished(view.run), view.anchor) for name, view in inside.items()}
+    picture = draw_chain(nodes, {**shown, BASE: Shown("base model")}) if nodes else Markup("")
     headline_tables = tables.headline(run.results, titles)
-    return ChainView(run, words.facts(run.results), headline_tables, tables.other_results(run.results))
+    return ChainView(run, words.facts(run.results), picture, headline_tables, tables.other_results(run.results))
+
+
+def _unfinished(run: Run) -> str:
+    """The status of a run that has not finished, in a word."""
+    status = str(run.manifest.get("status", "unknown"))
+    return "" if status == "finished" else status.partition(":")[0]
 
 
 def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> RunView:
     main, other = figures(run.metrics)
+    main += [draw(chart) for chart in score_charts(run.samples)]
     flat, stage = words.flatten(run.manifest), stage_written({**run.recipe, "stage": run.kind})
     return RunView(
         run=run,
@@ -162,7 +197,7 @@ def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> Run
         maps=expert_maps(run.metrics),
         other=other,
         loose=words.flatten(run.metrics.loose),
-        tables=[] if run.is_chain else _figures_tables(run, title),
+        tables=[] if run.is_summary else _figures_tables(run, title),
         rejected=_rejected(run),
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from recipes.runs.manifest import seconds_so_far
 from recipes.stages import stage_written, stages
 
 RUN_FILES = (RECIPE, MANIFEST, METRICS, SAMPLES, RESULTS)
+READ = (*RUN_FILES, REJECTED)  # of a run directory
+RUNNING = "running: "  # begins the status of a run that somebody works on
 MAX_SAMPLES = 20_000
 _NESTING = 2
 
@@ -47,12 +50,47 @@ class Run:
     def is_chain(self) -> bool:
         return self.kind == CHAIN
 
+    @property
+    def is_running(self) -> bool:
+        return str(self.manifest.get("status")).startswith(RUNNING)
+
+    @property
+    def is_summary(self) -> bool:
+        """Whether its results are those of the runs inside it: a chain, or an evaluation of several models."""
+        return self.is_chain or bool(self.recipe.get("models"))
+
 
 def open_runs(path: Path) -> list[Run]:
     """The run at `path`, if it is one, and the runs inside it (a chain's stages) in the order of their chain.
 
     Raises:
         ToolkitError: `path` is not a directory, or no run is in it or below it.
+    """
+    places = run_places(path)
+    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in places}
+    runs = [read_run(at, name) for at, name in names.items()]
+    for run in runs:
+        _note_missing(run)
+    for chain in runs:
+        if chain.is_chain and chain.manifest.get("status") != "finished":
+            stages = [run.manifest.get("seconds") for run in runs if run.path.parent == chain.path]
+            chain.manifest["seconds"] = sum(seconds for seconds in map(number, stages) if seconds is not None)
+    orders = {run.path: [*titles_of(run.recipe).stages] for run in runs if run.is_summary}
+
+    def place(run: Run) -> tuple[str, bool, int, str]:
+        home = next((at for at in (run.path, *run.path.parents) if at in orders), path)
+        order = orders.get(home, [])
+        rank = order.index(run.path.name) if run.path.name in order else len(order)
+        return str(home), run.path != home, rank, run.name
+
+    return sorted(runs, key=place)
+
+
+def run_places(path: Path) -> list[Path]:
+    """The directories of the runs at and below `path`.
+
+    Raises:
+        ToolkitError: as `open_runs`.
     """
     if not path.is_dir():
         raise ToolkitError(f"{path}: no such directory; pass the output_dir of a stage or of a chain")
@@ -63,23 +101,7 @@ def open_runs(path: Path) -> list[Run]:
             f"{path}: not a run directory (none of {', '.join(RUN_FILES)} in it or below it); "
             "pass the output_dir of a stage or of a chain"
         )
-    names = {at: at.relative_to(path).as_posix() if at != path else directory_name(path) for at in places}
-    runs = [read_run(at, name) for at, name in names.items()]
-    for run in runs:
-        _note_missing(run)
-    for chain in runs:
-        if chain.is_chain and chain.manifest.get("status") != "finished":
-            stages = [run.manifest.get("seconds") for run in runs if run.path.parent == chain.path]
-            chain.manifest["seconds"] = sum(seconds for seconds in map(number, stages) if seconds is not None)
-    orders = {run.path: [*titles_of(run.recipe).stages] for run in runs if run.is_chain}
-
-    def place(run: Run) -> tuple[str, bool, int, str]:
-        home = next((at for at in (run.path, *run.path.parents) if at in orders), path)
-        order = orders.get(home, [])
-        rank = order.index(run.path.name) if run.path.name in order else len(order)
-        return str(home), run.path != home, rank, run.name
-
-    return sorted(runs, key=place)
+    return places
 
 
 def directory_name(path: Path) -> str:
@@ -96,9 +118,10 @@ def read_run(path: Path, name: str) -> Run:
     run.manifest |= _how_it_stands(run)
     run.results = _read_json(path / RESULTS, run.notes)
     _note_odd_results(run)
-    run.metrics = collect(_read_lines(path / METRICS, run.notes), run.notes)
-    run.samples = _keep_ends(list(_read_lines(path / SAMPLES, run.notes)), run.notes)
-    rejected = _read_lines(path / REJECTED, run.notes)
+    read = partial(_read_lines, notes=run.notes, growing=run.is_running)
+    run.metrics = collect(read(path / METRICS), run.notes)
+    run.samples = _keep_ends(list(read(path / SAMPLES)), run.notes)
+    rejected = read(path / REJECTED)
     run.rejected = Counter(str(row.get("reason", "no reason given")) for row in rejected)
     run.kind = _kind(run)
     return run
@@ -111,7 +134,7 @@ def _how_it_stands(run: Run) -> dict[str, Any]:
     owner = owner_of(run.path)
     killed = "stopped: it was killed, or its machine went down; the same command resumes it"
     seconds = seconds_so_far(run.path, run.manifest)
-    return {"status": f"running: {owner}" if owner else killed, "seconds": seconds}
+    return {"status": f"{RUNNING}{owner}" if owner else killed, "seconds": seconds}
 
 
 def _looks_like_run(path: Path) -> bool:
@@ -154,10 +177,10 @@ def _note_odd_results(run: Run) -> None:
         ]
 
 
-def _expected(kind: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
+def _expected(run: Run) -> tuple[str, ...]:
     """The files of a finished run; `final` is a directory."""
-    always, stage = (RECIPE, MANIFEST), stage_written({**recipe, "stage": kind})
-    if kind == CHAIN:
+    always, stage = (RECIPE, MANIFEST), stage_written({**run.recipe, "stage": run.kind})
+    if run.is_summary:
         return (*always, RESULTS)
     if stage is None:
         return (*always, METRICS)
@@ -165,7 +188,9 @@ def _expected(kind: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _note_missing(run: Run) -> None:
-    for name in _expected(run.kind, run.recipe):
+    if run.is_running:  # they come
+        return
+    for name in _expected(run):
         if (run.path / name).exists():
             continue
         unfinished = ": the run has not finished" if name in (FINAL, RESULTS) else ""
@@ -201,8 +226,9 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. What cannot be read is counted in one note."""
+def _read_lines(path: Path, notes: list[str], growing: bool) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. What cannot be read is counted in one note; not the last line of a file that is
+    `growing`, which may be half written."""
     if not path.is_file():
         return
     broken: list[int] = []
@@ -216,7 +242,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 row = None
             if isinstance(row, dict):
                 yield row
-            else:
+            elif not growing or line.endswith(b"\n"):
                 broken.append(line_number)
     if broken:
         where = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")

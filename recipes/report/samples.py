@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
+from recipes.report.flags import WARNINGS, warnings_of
 from recipes.results.words import count, number, plain
 
-MAX_PROMPTS = 12
+MAX_PROMPTS = 24
 MAX_CHARACTERS = 1200
 TOTAL = "reward"  # of a sample: the weighted sum of its rewards
 # Keys of a sample that have a place of their own; any other plain value is listed below the completion.
@@ -29,6 +31,7 @@ _PLACED = {
     "when",
     "value",
     "decoding",
+    "truncated",
 }
 
 Key = tuple[str, str]  # task, prompt
@@ -37,29 +40,56 @@ Answers = dict[Key, dict[float, dict[str, Any]]]  # of each prompt, the sample a
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its text, and what it scored."""
+    """One completion: its text, what it scored, and warnings about it."""
 
     text: str
     marks: Sequence[str]
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt and the completion in each column (None: there is none)."""
+    """One prompt and the completion in each column (None: there is none). `warnings`: those of the last column."""
 
     task: str
     prompt: str
     reference: str
     completions: Sequence[Completion | None]
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Prompts (rows) by models or steps (columns). `note` says what was chosen from how many."""
+    """Prompts (rows) by models or steps (columns), those with warnings first. `note` says what was chosen from how
+    many."""
 
     columns: Sequence[str]
     rows: Sequence[Comparison]
     note: str
+
+    @cached_property
+    def filters(self) -> list[list[tuple[str, str, int]]]:
+        """What the rows can be filtered by: groups of (CSS class of the rows, label, number of rows)."""
+        by_class = Counter(name for row in self.rows for name in self.classes(row))
+        labels = {"warned": "with a warning", **{f"w{place}": label for place, label in enumerate(WARNINGS)}}
+        tasks = {f"t{place}": label for place, label in enumerate(self._tasks)}
+        groups = [
+            [(name, label, by_class[name]) for name, label in of.items() if name in by_class] for of in (labels, tasks)
+        ]
+        return [group for group in groups if len(group) > 1 or (group and group[0][2] < len(self.rows))]
+
+    def classes(self, row: Comparison) -> list[str]:
+        """The CSS classes of a row: one for its task, one for each warning, one for having any."""
+        warned = [f"w{place}" for place, label in enumerate(WARNINGS) if label in row.warnings]
+        return [f"t{self._tasks.index(row.task)}", *warned, *(["warned"] if warned else [])]
+
+    @cached_property
+    def _tasks(self) -> list[str]:
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+
+def _gallery(columns: Sequence[str], rows: Sequence[Comparison], note: str) -> Gallery:
+    return Gallery(columns, sorted(rows, key=lambda row: not row.warnings), note)
 
 
 def answers(samples: Iterable[dict[str, Any]]) -> Answers:
@@ -84,12 +114,14 @@ def across_runs(completions: Sequence[tuple[str, Answers]]) -> Gallery | None:
         return None
     shared = [key for key in counts if counts[key] == most]
     columns = [(title, run_answers) for title, run_answers in completions if any(key in run_answers for key in shared)]
-    rows = [
-        _comparison(key, [[*run_answers.get(key, {}).values()][-1:] for _, run_answers in columns])
-        for key in _spread_over_tasks(shared)
-    ]
-    note = f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task."
-    return Gallery([title for title, _ in columns], rows, note)
+    latest = {key: [[*run_answers.get(key, {}).values()][-1:] for _, run_answers in columns] for key in shared}
+    warned = {key for key, samples in latest.items() if _warned(samples)}
+    rows = [_comparison(key, latest[key]) for key in _spread_over_tasks(shared, warned)]
+    note = (
+        f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task; half of "
+        f"them, or fewer, from the {len(warned):,} with a warning about the last answer."
+    )
+    return _gallery([title for title, _ in columns], rows, note)
 
 
 def within_run(answers_of_run: Answers) -> Gallery | None:
@@ -102,12 +134,14 @@ def within_run(answers_of_run: Answers) -> Gallery | None:
     columns = [f"step {min(steps):g}", f"step {max(steps):g}"]
     common = [key for key in first if key in last]
     if common:
-        rows = [_comparison(key, [[first[key]], [last[key]]]) for key in _spread_over_tasks(common)]
-        return Gallery(columns, rows, f"{len(rows)} of {count(len(common), 'prompt')} asked at both steps.")
+        pairs = {key: [[first[key]], [last[key]]] for key in common}
+        warned = {key for key, samples in pairs.items() if _warned(samples)}
+        rows = [_comparison(key, pairs[key]) for key in _spread_over_tasks(common, warned)]
+        return _gallery(columns, rows, f"{len(rows)} of {count(len(common), 'prompt')} asked at both steps.")
     per_step = MAX_PROMPTS // 4
     rows = [_comparison(key, [[first[key]], []]) for key in list(first)[:per_step]]
     rows += [_comparison(key, [[], [last[key]]]) for key in list(last)[:per_step]]
-    return Gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
+    return _gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
 
 
 def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
@@ -121,7 +155,7 @@ def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
         return None
     rows = [_comparison(("", prompt), [best, worst]) for prompt, (best, worst) in list(unlike.items())[:MAX_PROMPTS]]
     note = f"{len(rows)} of {count(len(unlike), 'prompt')} whose answers differ in reward."
-    return Gallery(["highest reward", "lowest reward"], rows, note)
+    return _gallery(["highest reward", "lowest reward"], rows, note)
 
 
 def _ranked(answers: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
@@ -141,13 +175,26 @@ def text_of(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _spread_over_tasks(keys: Sequence[Key]) -> list[Key]:
-    """MAX_PROMPTS keys, taken in turn from the tasks, grouped by task again."""
+def _warned(columns: Sequence[Sequence[dict[str, Any]]]) -> bool:
+    return bool(warnings_of([rows[0] if rows else None for rows in columns]))
+
+
+def _spread_over_tasks(keys: Sequence[Key], warned: Container[Key] = ()) -> list[Key]:
+    """MAX_PROMPTS keys, taken in turn from the tasks, at most half of them `warned` where there are others; grouped by
+    task again."""
+    with_warning, others = ([key for key in keys if (key in warned) == wanted] for wanted in (True, False))
+    some = _in_turn(with_warning)[: max(MAX_PROMPTS // 2, MAX_PROMPTS - len(others))]
+    chosen = {*some, *_in_turn(others)[: MAX_PROMPTS - len(some)]}
+    tasks = list(dict.fromkeys(task for task, _ in keys))
+    return sorted((key for key in keys if key in chosen), key=lambda key: tasks.index(key[0]))
+
+
+def _in_turn(keys: Sequence[Key]) -> list[Key]:
+    """The keys, one of each task after the other."""
     by_task: dict[str, list[Key]] = {}
     for key in keys:
         by_task.setdefault(key[0], []).append(key)
-    in_turn = [key for turn in zip_longest(*by_task.values()) for key in turn if key is not None]
-    return sorted(in_turn[:MAX_PROMPTS], key=lambda key: list(by_task).index(key[0]))
+    return [key for turn in zip_longest(*by_task.values()) for key in turn if key is not None]
 
 
 def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Comparison:
@@ -155,7 +202,8 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
     samples = [rows[0] if rows else None for rows in columns]
     references = [text_of(row["reference"]) for row in samples if row and row.get("reference") is not None]
     completions = [_completion(row) if row else None for row in samples]
-    return Comparison(task, _cut(prompt), _cut(references[0]) if references else "", completions)
+    reference = _cut(references[0]) if references else ""
+    return Comparison(task, _cut(prompt), reference, completions, warnings_of(samples))
 
 
 def _completion(row: dict[str, Any]) -> Completion:
@@ -163,10 +211,10 @@ def _completion(row: dict[str, Any]) -> Completion:
     reasons = reasons if isinstance(reasons, dict) else {}
     marks = {text_of(row.get("task")) or "value": row["value"]} if row.get("value") is not None else {}
     marks |= rewards if isinstance(rewards, dict) else {}
-    marks |= {k: v for k, v in row.items() if k not in _PLACED and not isinstance(v, dict | list)}
+    marks |= {k: v for k, v in row.items() if k not in _PLACED and v is not None and not isinstance(v, dict | list)}
     words = [str(row["decoding"])] if "decoding" in row else []
     words += [f"{k} {plain(v)}" + (f" ({_cut(text_of(reasons[k]))})" if k in reasons else "") for k, v in marks.items()]
-    return Completion(_cut(text_of(row.get("completion"))), words)
+    return Completion(_cut(text_of(row.get("completion"))), words, warnings_of([row]))
 
 
 def _cut(text: str) -> str:

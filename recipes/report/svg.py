@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from recipes.report.charts import SMOOTH_FROM, Chart, Line, thin
+from recipes.report.charts import SMOOTH_FROM, STEP, Chart, Line, every, thin
 from recipes.report.metrics import Point
 from recipes.results.words import short
 
@@ -38,7 +38,7 @@ LOAD_CLASSES = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn chart with its legend: (CSS classes, label, where the curve ends) of each line."""
+    """A drawn chart with its legend: (CSS classes, label, where the curve ends or "") of each line."""
 
     title: str
     drawing: Markup
@@ -72,8 +72,9 @@ def draw(chart: Chart) -> Drawn:
     frame = _frame(chart)
     unit = f"{chart.unit}, log scale" if frame.log else chart.unit
     curves = [_curve(line, _colour(index), frame) for index, line in enumerate(chart.lines)]
-    drawing = svg([*_axes(frame, unit, "optimizer step"), *curves], HEIGHT, chart.in_words)
-    legend = [(_colour(index), line.label, short(line.curve[-1][1])) for index, line in enumerate(chart.lines)]
+    drawing = svg([*_axes(frame, unit, chart.over), *curves], HEIGHT, chart.in_words)
+    ends = [short(line.curve[-1][1]) if chart.over == STEP else "" for line in chart.lines]
+    legend = [(_colour(index), line.label, ends[index]) for index, line in enumerate(chart.lines)]
     return Drawn(chart.title, drawing, legend, chart.caption)
 
 
@@ -98,8 +99,10 @@ def heat_map(
     x_label: str,
     label: str,
     marked: Sequence[tuple[int, int]] = (),
+    corner: str = "layer",
 ) -> Markup:
-    """A cell for each layer (row) and column; values are loads relative to an equal share (1 = fair).
+    """A cell for each layer (row, or what `corner` names) and column; values are loads relative to an equal share (1 =
+    fair).
 
     marked: (row, column) of cells that get a dot.
     """
@@ -107,7 +110,7 @@ def heat_map(
     cell_w = (WIDTH - left - right) / len(columns)
     cell_h = min(18.0, max(5.0, 260 / len(rows)))
     bottom = top + len(rows) * cell_h
-    texts = [tag("text", "layer", x=2, y=9, class_="unit")]
+    texts = [tag("text", corner, x=2, y=9, class_="unit")]
     for row in range(0, len(rows), math.ceil(11 / cell_h)):
         y = top + (row + 0.5) * cell_h + 4
         texts.append(tag("text", rows[row][0], x=left - 5, y=f"{y:.1f}", class_="end"))
@@ -121,7 +124,7 @@ def heat_map(
         tag("circle", cx=f"{left + (x + 0.5) * cell_w:.1f}", cy=f"{top + (y + 0.5) * cell_h:.1f}", r=radius)
         for y, x in marked
     ]
-    marks = [tag("g", _join(dots), class_="mark")] * bool(dots)
+    marks = [tag("g", join(dots), class_="mark")] * bool(dots)
     return svg([*shapes, *marks, *texts], bottom + 32, label)
 
 
@@ -132,7 +135,7 @@ def load_class(value: float) -> str:
 
 
 def svg(parts: Iterable[Markup], height: float, label: str) -> Markup:
-    return tag("svg", _join(parts), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
+    return tag("svg", join(parts), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
 
 
 def tag(name: str, content: str = "", **attributes: object) -> Markup:
@@ -150,7 +153,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _join(parts: Iterable[Markup]) -> Markup:
+def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
@@ -161,6 +164,7 @@ def _colour(index: int) -> str:
 def _frame(chart: Chart) -> Frame:
     steps = [step for line in chart.lines for step, _ in line.points]
     values = [value for line in chart.lines for _, value in line.points]
+    values += [end for line in chart.lines for bar in line.bars for end in bar]
     low, high = min(values), max(values)
     log = chart.log_ok and low > 0 and high / low > 30
     if log:
@@ -175,24 +179,24 @@ def _frame(chart: Chart) -> Frame:
     margin = 0.06 * (high - low)
     bottom = low if low == 0 and not log else low - margin
     first, last = min(steps), max(steps)
-    if last == first:
-        room = max(1.0, 1e-6 * abs(first))  # adjacent 16-digit floats would be equal
+    if last - first <= max(1e-6 * max(abs(first), abs(last)), 1e-30):  # adjacent 16-digit floats would be equal
+        room = max(1.0, 1e-6 * abs(first))
         first, last = first - room, last + room
     return Frame((first, last), (bottom, high + margin), log)
 
 
 def _axes(frame: Frame, y_label: str, x_label: str) -> list[Markup]:
-    """Grid lines with their values, the x axis with its integers, and the axis labels."""
+    """Grid lines with their values, the x axis with its values (whole steps only), and the axis labels."""
     parts = []
     levels = ticks(*frame.y_range)
     values = [10**level for level in levels] if frame.log else levels
-    integers = [tick for tick in ticks(*frame.x_range, 6) if tick == int(tick)]
+    along = [tick for tick in ticks(*frame.x_range, 6) if x_label != STEP or tick == int(tick)]
     for level, text in zip(levels, [*map(short, values)], strict=True):
         y = frame.height(level)
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         parts.append(tag("text", text, x=LEFT - 6, y=f"{y + 4:.1f}", class_="end"))
     parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=BASE, y2=BASE, class_="axis"))
-    for value, text in zip(integers, [*map(short, integers)], strict=True):
+    for value, text in zip(along, [*map(short, along)], strict=True):
         x = f"{frame.x(value):.1f}"
         parts.append(tag("line", x1=x, x2=x, y1=BASE, y2=BASE + 4, class_="axis"))
         parts.append(tag("text", text, x=x, y=BASE + 16, class_="mid"))
@@ -202,12 +206,26 @@ def _axes(frame: Frame, y_label: str, x_label: str) -> list[Markup]:
 
 
 def _curve(line: Line, colour: str, frame: Frame) -> Markup:
+    if line.scattered:
+        return _dots(line.points[:: every(len(line.points))], frame, f"dots scattered {colour}", 2.0)
     points = thin(line.curve)
     spots = " ".join(f"{frame.x(step):.1f},{frame.y(value):.1f}" for step, value in points)
-    curve = tag("polyline", points=spots, class_=f"curve {colour}")
+    curve = tag("polyline", points=spots, class_=f"curve {colour}{' guide' if line.guide else ''}")
+    if line.guide:
+        return curve
+    curve = _bars(line, frame, colour) + curve if line.bars else curve
     if line.is_smoothed:
         return _dots(thin(line.points), frame, f"dots faint {colour}", 1.6) + curve
     return curve + _dots(points, frame, f"dots {colour}", 2.4) if len(points) < SMOOTH_FROM else curve
+
+
+def _bars(line: Line, frame: Frame, colour: str) -> Markup:
+    """The interval of each point, as a vertical stroke."""
+    strokes = "".join(
+        f"M{frame.x(x):.1f} {frame.y(low):.1f}V{frame.y(high):.1f}"
+        for (x, _), (low, high) in zip(line.points, line.bars, strict=True)
+    )
+    return tag("path", d=strokes, class_=f"curve whisker {colour}")
 
 
 def _dots(points: Sequence[Point], frame: Frame, classes: str, radius: float) -> Markup:

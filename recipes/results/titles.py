@@ -27,8 +27,9 @@ UNTITLED = Titles()
 
 
 def titles_of(recipe: Mapping[str, Any]) -> Titles:
-    """The titles of a chain, whose recipe may be invalid. A stage without a title is shown by its name; an evaluation
-    has the title of the stage that it measures, so that both are shown together."""
+    """The titles of a chain, or of an evaluation of several models, whose recipe may be invalid. A stage without a
+    title is shown by its name, as models are; an evaluation has the title of the stage that it measures, so that both
+    are shown together."""
     listed = _by_name(recipe.get("stages"))
     stages = {name: str(stage.get("title") or name) for name, stage in listed.items()}
     places: dict[str, str] = {}
@@ -39,6 +40,9 @@ def titles_of(recipe: Mapping[str, Any]) -> Titles:
             if not stage.get("title"):
                 stages[name] = stages.get(_maker(stage)) or stages.get(entry, entry)
             places.setdefault(place, stages[name])
+    if isinstance(models := recipe.get("models"), dict):
+        stages |= {str(name): str(name) for name in models}
+        places |= {f"stages.{name}": str(name) for name in models}
     compared = _by_name(recipe.get("compare"))
     comparisons = {name: str(entry.get("title") or name) for name, entry in compared.items()}
     titled = recipe.get("task_titles")

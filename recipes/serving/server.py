@@ -3,19 +3,19 @@
 import argparse
 import os
 import secrets
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.run_files import FINAL
+from recipes.listening import HOME, listen
 
 KEY = "DSV2_API_KEY"
 NEEDED = ("fastapi", "openai", "uvicorn")
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
-HOME = "127.0.0.1"
 GRACE = 3  # seconds that running answers get when the server stops
 
 
@@ -32,8 +32,7 @@ def serve(arguments: argparse.Namespace) -> int:
             "wheel: pip install 'deepseek-v2-toolkit[serve]'"
         )
     key = _key(arguments)
-    listener = _listener(arguments.host, arguments.port)
-    with listener:
+    with listen(arguments.host, arguments.port) as listener:
         app = _app(arguments, key)
         host, port = listener.getsockname()[:2]
         if arguments.host != HOME:
@@ -58,25 +57,6 @@ def _key(arguments: argparse.Namespace) -> str | None:
     if not (key := os.environ.get(KEY)):
         raise ToolkitError(f"--key needs the key in the environment variable {KEY}")
     return key
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """A socket that listens; bound before the model is loaded, so that a taken port is said at once."""
-    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
-        raise ToolkitError(f"--port is {port}; it must be from 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()  # clients that come before the server runs are kept waiting
-        except OSError:
-            listener.close()
-            raise
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise ToolkitError(f"--host {host} --port {port}: {error}; choose another") from error
-    return listener
 
 
 def _app(arguments: argparse.Namespace, key: str | None) -> Any:
@@ -154,7 +134,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return (model.to("cuda") if torch.cuda.is_available() else model).eval(), tokenizer
 
 
-def _run(app: Any, listener: socket.socket) -> None:
+def _run(app: Any, listener: socket) -> None:
     """Answer requests until SIGINT or SIGTERM, which end the command as intended."""
     import uvicorn
 
