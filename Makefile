@@ -36,9 +36,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Generates docs/api.md from signatures and docstrings; a test checks that it is up to date.
+# Generates docs/api.md from signatures and docstrings, docs/keys.md from the schema of recipes and docs/commands.md
+# from the command line; a test checks that they are up to date.
 api: $(READY)
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_reference.py
 
 # The model package on the oldest torch and transformers that pyproject.toml allows. The project itself is not installed,
 # since the model package must work without TRL; it is imported from the project's root.

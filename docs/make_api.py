@@ -1,22 +1,17 @@
-"""Makes docs/api.md from signatures and docstrings. Of what it documents only the recipes are imported.
+"""Makes docs/api.md from signatures and docstrings. Nothing that it documents is imported.
 
 python docs/make_api.py
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import griffe
-from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from recipes.stages import FOLDERS, stages  # noqa: E402
-
 PAGE = ROOT / "docs" / "api.md"
 PACKAGES = (
     "deepseek_v2_modeling",
@@ -30,8 +25,8 @@ PACKAGES = (
 HEAD = """# Python API
 
 Generated from signatures and docstrings by `docs/make_api.py`; `make api` updates it. The other packages use
-`deepseek_v2_modeling` through these six names; `conversations` reads rows, renders them and judges answers; the keys of
-recipes and their sections are at the end. Anything not listed here may change.
+`deepseek_v2_modeling` through these six names; `conversations` reads rows, renders them and judges answers. Keys of
+recipes are on [a page of their own](keys.md). Anything not listed here may change.
 """
 WIDTH = 100
 
@@ -110,56 +105,15 @@ def section(name: str, module: griffe.Module, documented: set[str]) -> Iterator[
         yield f"Other names: {', '.join(f'`{key}`' for key in rest)}."
 
 
-def keys(model: type[BaseModel], loader: griffe.GriffeLoader) -> Iterator[str]:
-    """A recipe, or a section of one, with its keys."""
-    yield f"### `{model.__name__}`"
-    yield text(loader.modules_collection[f"{model.__module__}.{model.__name__}"].docstring)
-    yield "\n".join(key_line(model, key, field, loader) for key, field in model.model_fields.items())
-
-
-def key_line(model: type[BaseModel], key: str, field: Any, loader: griffe.GriffeLoader) -> str:
-    owners = (
-        loader.modules_collection[f"{c.__module__}.{c.__name__}"] for c in model.__mro__ if key in c.__annotations__
-    )
-    annotation = next(owners).members[key].annotation
-    return f"- `{key}`: `{annotation}`{default_text(field)}. {field.description}"
-
-
-def default_text(field: Any) -> str:
-    """The default of a key, as text; a section has the defaults of its own keys."""
-    if field.is_required():
-        return ", required"
-    default = field.get_default(call_default_factory=True)
-    return "" if isinstance(default, BaseModel) else f", default `{json.dumps(default)}`"
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in sections_in(part)]
-
-
-def recipes() -> list[type[BaseModel]]:
-    """The recipe classes of all stages, then the sections that they contain."""
-    models: list[type[BaseModel]] = [stage.recipe for stage in stages().values()]
-    for model in models:  # grows while it is iterated over
-        inner = [part for field in model.model_fields.values() for part in sections_in(field.annotation)]
-        models.extend(part for part in dict.fromkeys(inner) if part not in models)
-    return models
-
-
 def page() -> str:
     """The whole page."""
     logging.getLogger("griffe").setLevel(logging.ERROR)
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
-    for name in (*PACKAGES, *FOLDERS):
+    for name in PACKAGES:
         loader.load(name.partition(".")[0])
     paragraphs, documented = [HEAD.strip()], set[str]()
     for name in PACKAGES:
         paragraphs += section(name, loader.modules_collection[name], documented)
-    paragraphs.append("## Recipes")
-    for model in recipes():
-        paragraphs += keys(model, loader)
     return "\n\n".join(part for part in paragraphs if part) + "\n"
 
 

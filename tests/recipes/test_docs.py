@@ -15,10 +15,11 @@ FOLDERS = r"(?:conversations|deepseek_v2_modeling|sft|rl|reward|eval|recipes|tes
 NAMED = re.compile(rf"(?<![\w/.-]){FOLDERS}/[\w/.-]*\.(?:py|md|yaml|json|png|jinja|css)\b")
 
 
-def test_the_api_page_is_made_from_todays_docstrings(tmp_path: Path):
-    made = tmp_path / "api.md"
-    subprocess.run([sys.executable, ROOT / "docs" / "make_api.py", made], check=True)
-    assert made.read_text(encoding="utf-8") == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run: make api"
+def test_generated_pages_are_those_of_todays_code(tmp_path: Path):
+    for script, target in (("make_api.py", tmp_path / "api.md"), ("make_reference.py", tmp_path)):
+        subprocess.run([sys.executable, ROOT / "docs" / script, target], check=True)
+    for page in ("api.md", "keys.md", "commands.md"):
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), "run: make api"
 
 
 def test_the_architecture_page_has_the_contracts_of_imports():
