@@ -23,7 +23,7 @@ Head = Literal["causal_lm", "score"]  # as in deepseek_v2_modeling.loading, whic
 
 # The groups and projections of deepseek_v2_modeling.adapters.lora, which imports torch (a test compares the two).
 Target = Literal[
-    "attention", "attention.q", "attention.kv_a", "attention.kv_b", "attention.o",
+    "attention", "attention.q", "attention.k", "attention.v", "attention.kv_a", "attention.kv_b", "attention.o",
     "experts", "experts.gate_up", "experts.down",
     "shared_experts", "dense", "router", "embeddings", "lm_head",
 ]  # fmt: skip

@@ -1,4 +1,8 @@
-"""The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer instead of expanded keys and values."""
+"""The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer instead of expanded keys and values.
+
+A model with plain attention keeps its values in the place of the latent, and its rotated keys in that of the rotary
+key, those of all heads side by side.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -276,7 +280,7 @@ def with_room(keys: torch.Tensor) -> torch.Tensor:
 
 
 class LatentCache(Cache):
-    """The cache of a DeepSeek-V2 model; `generate` creates one if none is passed.
+    """The cache of a model of this package; `generate` creates one if none is passed.
 
     `update(latent [B, 1, T, kv_lora_rank], rope_key [B, 1, T, qk_rope_head_dim], layer_idx)` stores both and returns
     both for all tokens so far.
@@ -291,10 +295,7 @@ class LatentCache(Cache):
     def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
         if quantization is not None and quantization not in WIDTHS:
             raise ModelError(f'quantization "{quantization}" is not supported: use None, {", ".join(WIDTHS)}')
-        if quantization is None:
-            codec = RawCodec()
-        else:
-            codec = GroupCodec(quantization, config.kv_lora_rank, config.qk_rope_head_dim)
+        codec = RawCodec() if quantization is None else GroupCodec(quantization, *config.attention_sizes.cached)
         super().__init__(layers=[LatentLayer(codec) for _ in range(config.num_hidden_layers)])
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:

@@ -8,9 +8,10 @@ unclear or absent: a RoPE factor of 0 gives NaN, and a negative one silently giv
 """
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -20,7 +21,8 @@ from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2
 from .errors import ModelError
 from .refusals import check_model_type, is_block_fp8
 
-ROPE_TYPES = ("default", "linear", "yarn")
+# By whether attention is latent: the official plain attention is Llama's, which has no YaRN.
+ROPE_TYPES = {True: ("default", "linear", "yarn"), False: ("default", "linear")}
 CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock uses max_position_embeddings, which is the length after scaling
@@ -40,6 +42,7 @@ SMALLEST = {
     "rms_norm_eps": 0.0, "initializer_range": 0.0, "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 0,
 }  # fmt: skip
+OF_LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Numbers of the RoPE settings, and whether they may be 0.
 ROPE_NUMBERS = {
     "rope_theta": False, "factor": False, "original_max_position_embeddings": False, "beta_fast": False,
@@ -85,6 +88,21 @@ def joined_forms(rope: Any, released_form: dict[str, Any]) -> dict[str, Any]:
     return rope_settings
 
 
+class AttentionSizes(NamedTuple):
+    """Widths of attention. nope, rope: of a head's queries and keys, the parts without and with RoPE. value: of a
+    head's values. cached: of what a cache keeps of a token and layer, in two parts: the latent and the rotary key, or
+    with plain attention the values and the keys of all key heads."""
+
+    nope: int
+    rope: int
+    value: int
+    cached: tuple[int, int]
+
+    @property
+    def qk(self) -> int:
+        return self.nope + self.rope
+
+
 def _refuse(*args: Any, **kwargs: Any) -> Any:
     raise ModelError(
         "config.rope_scaling can be set as a whole only, before the model is made: "
@@ -115,15 +133,18 @@ class DeepseekV2Config(StockConfig):
         moe_layer_freq: layer i is MoE when i >= first_k_dense_replace and i % moe_layer_freq == 0.
         scoring_func: "softmax"; any other is an error, as in the official code, here also for dense models.
         n_shared_experts: None or 0 means no shared experts.
+        use_mla: false for plain multi-head attention instead of latent attention, as in the language models of
+            DeepSeek-VL2-tiny and DeepSeek-OCR; the settings of latents then have no effect. Not saved where not set.
 
     Raises:
         ModelError: a value is rejected by the official model, or cannot work.
     """
 
-    # What differs between the architectures of the family (family.py): the name in messages, and for each scoring_func
-    # that it has (layers/routing.py) its topk_methods.
+    # What differs between the architectures of the family (family.py): the name in messages, for each scoring_func that
+    # it has (layers/routing.py) its topk_methods, and the values of use_mla, the first of which is the default.
     architecture = "DeepSeek-V2"
     topk_methods = {"softmax": ("greedy", "group_limited_greedy")}  # noqa: RUF012
+    attentions = (True, False)
     # Stock's parallel plans refer to modules that these classes lack, such as its experts, so none can be applied.
     base_model_tp_plan = None
     base_model_ep_plan = None
@@ -139,6 +160,7 @@ class DeepseekV2Config(StockConfig):
     n_shared_experts: int | None = None
     n_routed_experts: int | None = None
     routed_scaling_factor: float | int = 1.0
+    kv_lora_rank: int | None = 512
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -149,8 +171,10 @@ class DeepseekV2Config(StockConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
+        if "use_mla" in kwargs:
+            self.use_mla = kwargs.pop("use_mla")
         check_settings_finite({**vars(self), **kwargs})
-        check_sizes({**vars(self), **kwargs})
+        check_sizes({**vars(self), **kwargs}, self.uses_latents)
         kwargs.pop("auto_map", None)  # refers to remote code, which is never run here and not part of what is saved
         released_form = {name: kwargs.pop(name) for name in ("rope_scaling", "rope_theta") if name in kwargs}
         check_rope_form("rope_parameters", self.rope_parameters)
@@ -158,7 +182,28 @@ class DeepseekV2Config(StockConfig):
         check_rope_number("rope_theta", released_form.get("rope_theta"))
         self.rope_parameters = joined_forms(self.rope_parameters, released_form)
         super().__post_init__(**kwargs)
+        if not self.uses_latents:
+            self.head_dim = self.hidden_size // self.num_attention_heads  # stock takes it from the sizes of latents
         check_config(self)
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether attention is latent, or plain multi-head attention. Raises ModelError if the architecture has not
+        that one."""
+        use_mla = getattr(self, "use_mla", self.attentions[0])
+        if not isinstance(use_mla, bool) or use_mla not in self.attentions:
+            known = " or ".join(str(value).lower() for value in self.attentions)
+            raise ModelError(f"use_mla is {json.dumps(use_mla)}: for {self.architecture} it must be {known}")
+        return use_mla
+
+    @property
+    def attention_sizes(self) -> AttentionSizes:
+        if self.uses_latents:
+            rope = self.qk_rope_head_dim
+            return AttentionSizes(self.qk_nope_head_dim, rope, self.v_head_dim, (self.kv_lora_rank or 0, rope))
+        width = self.hidden_size // self.num_attention_heads
+        all_heads = (self.num_key_value_heads or self.num_attention_heads) * width
+        return AttentionSizes(0, width, width, (all_heads, all_heads))
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -223,9 +268,10 @@ def check_config(config: DeepseekV2Config) -> None:
     check_settings(config)
     check_settings_finite(vars(config))
     check_parts(config)
-    rope = config.rope
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {ROPE_TYPES}')
+    check_attention(config)
+    rope, rope_types = config.rope, ROPE_TYPES[config.uses_latents]
+    if rope["rope_type"] not in rope_types:
+        raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {rope_types}')
     if rope["rope_type"] != "default" and "factor" not in rope:
         raise ModelError(f'rope_scaling of type "{rope["rope_type"]}" needs a "factor"')
     for key, value in rope.items():
@@ -257,13 +303,27 @@ def check_config(config: DeepseekV2Config) -> None:
             )
 
 
+def check_attention(config: DeepseekV2Config) -> None:
+    """Raise ModelError for sizes of attention that no model can have."""
+    if config.uses_latents:
+        if config.kv_lora_rank is None:
+            raise ModelError("kv_lora_rank is null: latent attention needs it; a model without it has use_mla: false")
+        return
+    width, heads, key_heads = config.attention_sizes.rope, config.num_attention_heads, config.num_key_value_heads
+    if width % 2:
+        raise ModelError(f"the heads' width, hidden_size / num_attention_heads, is {width}: it must be even")
+    if not key_heads or heads % key_heads:
+        raise ModelError(f"num_key_value_heads is {key_heads}: it must divide num_attention_heads ({heads})")
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
+def check_sizes(values: Mapping[str, Any], uses_latents: bool = True) -> None:
     """Raise ModelError for implausible numbers: sizes of 0, and sizes so large that building even a meta model would
-    take forever."""
+    take forever. uses_latents: whether the sizes of latents have an effect."""
+    values = {name: value for name, value in values.items() if uses_latents or name not in OF_LATENTS}
     for name in {**LARGEST, **SMALLEST}:
         value = values.get(name)
         smallest, largest = SMALLEST.get(name, 1), LARGEST.get(name)

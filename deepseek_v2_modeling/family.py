@@ -14,6 +14,27 @@ SPEED = "bias_update_speed"
 
 
 @strict
+class DeepseekConfig(DeepseekV2Config):
+    """The config of DeepSeekMoE (`model_type` deepseek; arXiv 2401.06066): plain multi-head attention, and the experts
+    of DeepSeek-V2 without groups. Stock transformers has no class for it; defaults are the official config's.
+    """
+
+    model_type = "deepseek"
+    architecture = "DeepSeekMoE"
+    topk_methods = {"softmax": ("greedy",)}  # noqa: RUF012
+    attentions = (False,)
+
+    num_hidden_layers: int = 30
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+
+
+@strict
 class DeepseekV3Config(DeepseekV2Config):
     """The config of DeepSeek-V3, R1 and Moonlight (`model_type` deepseek_v3).
 
@@ -30,6 +51,7 @@ class DeepseekV3Config(DeepseekV2Config):
     }  # fmt: skip
     architecture = "DeepSeek-V3"
     topk_methods = {"sigmoid": ("noaux_tc",)}  # noqa: RUF012
+    attentions = (True,)
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -131,7 +153,8 @@ class YoutuConfig(DeepseekV3Config):
 
 
 CONFIGS: dict[Any, type[DeepseekV2Config]] = {
-    config.model_type: config for config in (DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, YoutuConfig)
+    config.model_type: config
+    for config in (DeepseekV2Config, DeepseekConfig, DeepseekV3Config, Glm4MoeLiteConfig, YoutuConfig)
 }
 
 

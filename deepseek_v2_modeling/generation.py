@@ -49,7 +49,7 @@ def cache_bytes(model: Any, tokens: int, dtype: torch.dtype | None = None) -> in
     """Bytes of cache that one answer takes at a length of `tokens`, its prompt included; dtype: other than the
     weights'."""
     config, own = model.config, next(model.parameters()).dtype
-    width = config.kv_lora_rank + config.qk_rope_head_dim
+    width = sum(config.attention_sizes.cached)
     return config.num_hidden_layers * whole_blocks(tokens) * width * (dtype or own).itemsize
 
 

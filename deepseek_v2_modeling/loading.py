@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
-from .adapters.lora import LoraSettings, apply_lora, train_in_float32
+from .adapters.lora import LoraSettings, apply_lora, of_its_attention, train_in_float32
 from .adapters.merge import merge_lora
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
@@ -199,7 +199,7 @@ def prepare_trainable(
     Raises:
         ModelError: as `load_base` and `merge_into`.
     """
-    lora_config = lora.config(TASKS[head]) if lora else None
+    lora_config = of_its_attention(lora.config(TASKS[head]), source.settings) if lora else None
     if source.adapter and not (lora_config and continues(source.adapter, lora_config, experts, source.settings)):
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"

@@ -22,10 +22,11 @@ from .configuration import CORRECTION_BIAS, DeepseekV2Config, check_config, chec
 from .errors import ModelError
 from .kernels.float32_products import Linear, WideLinear, rounds_apart
 from .kernels.token_scores import IGNORED, blockwise_loss
-from .layers.attention import DeepseekV2Attention
+from .layers.attending import AttentionBlock
 from .layers.attention_plan import plan_attention
 from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
+from .layers.multi_head_attention import ATTENTIONS
 from .layers.norm import DeepseekV2RMSNorm
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
@@ -52,7 +53,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
-        self.self_attn = DeepseekV2Attention(config, layer_idx)
+        self.self_attn = ATTENTIONS[config.uses_latents](config, layer_idx)
         self.is_moe = config.is_moe_layer(layer_idx)
         self.mlp = DeepseekV2MoE(config) if self.is_moe else DeepseekV2MLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -122,7 +123,7 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(DeepseekV2DecoderLayer, index=0),
-        "attentions": OutputRecorder(DeepseekV2Attention, index=1),
+        "attentions": OutputRecorder(AttentionBlock, index=1),
     }
 
     def __init__(self, config: DeepseekV2Config):

@@ -54,6 +54,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "comm_aux_loss_alpha": 0.02,
         "max_position_embeddings": 163840, "rope_scaling": YARN,
     },
+    # DeepSeekMoE's structure: plain attention, greedy routing to 6 of 64 experts, 2 shared experts.
+    "deepseek-moe-mini": {
+        "model_type": "deepseek", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024,
+        "moe_intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 4096,
+    },
     # V3's structure: q_lora, a sigmoid gate with correction biases, routing limited to 4 of 8 groups of experts, YaRN.
     "v3-mini": {
         "model_type": "deepseek_v3", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768,
@@ -100,6 +106,11 @@ _V3 = {
     "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
 }  # fmt: skip
 del _V3["topk_method"]  # V3's is its own
+_MOE_16B = {
+    "model_type": "deepseek", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "num_hidden_layers": 28, "num_attention_heads": 16, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 4096,
+}  # fmt: skip
 
 # The sizes of released models by hub name, to plan runs where the hub is out of reach.
 RELEASED: dict[str, dict[str, Any]] = {
@@ -121,6 +132,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         f"deepseek-ai/{name}": _V3
         for name in ("DeepSeek-V3-Base", "DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-0528")
     },
+    **{f"deepseek-ai/deepseek-moe-16b-{kind}": _MOE_16B for kind in ("base", "chat")},
 }  # fmt: skip
 
 

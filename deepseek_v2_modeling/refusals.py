@@ -1,6 +1,5 @@
 """Rejects, with a ModelError, models that look loadable but would compute wrong results or none."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from .errors import ModelError
 
 # Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
 RELATIVES = {
-    "deepseek": "plain multi-head attention, without latents",
     "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
     "deepseek_v4": "compressed attention and another residual stream",
     "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
@@ -28,7 +26,7 @@ def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") 
     is to read it.
 
     Raises:
-        ModelError: they belong to another architecture, or to a DeepSeek-V2 without latent attention.
+        ModelError: they belong to another architecture.
     """
     model_type, where = values.get("model_type", expected), where and f"{where}: "
     if model_type != expected:
@@ -36,9 +34,6 @@ def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") 
         raise ModelError(
             f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
         )
-    if values.get("use_mla", True) is not True:
-        use_mla = json.dumps(values["use_mla"])
-        raise ModelError(f"{where}use_mla is {use_mla}: plain multi-head attention, without latents, is not supported")
 
 
 def is_block_fp8(settings: Any) -> bool:

@@ -71,7 +71,7 @@ def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory for the model; new or empty")
-    presets = "tiny, v2-lite-mini, v2-lite-heads, v2-mini, v3-mini, glm4-moe-lite-mini or youtu-mini"
+    presets = "tiny, v2-lite-mini, v2-lite-heads, v2-mini, deepseek-moe-mini, v3-mini, glm4-moe-lite-mini or youtu-mini"
     parser.add_argument("--preset", required=True, help=presets)
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
 

@@ -43,7 +43,7 @@ def peft_name(module: str, factor: str) -> str:
 LAYOUTS: dict[str, Callable[[str, str], str]] = {"per_expert": peft_name}
 
 # Projections that servers stack into one: if one of them has a pair, each needs one.
-STACKED = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+STACKED = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 VLLM_RANK = 16
 # Last component of an adapted module's name -> a known limitation of servers (docs/adapters.md).
@@ -52,11 +52,12 @@ SERVER_NOTES = {
         "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and otherwise drops it silently (vllm#48974); "
         "set it, or use dsv2 merge"
     ),
-    "q_proj": "SGLang fails on q_proj of a model without q_lora_rank; use dsv2 merge",
+    "q_proj": "SGLang fails on q_proj without k_proj and v_proj, as of a model without q_lora_rank; use dsv2 merge",
     "gate": "SGLang does not support adapters on the router; use dsv2 merge",
     "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; use dsv2 merge",
     "lm_head": "vLLM refuses adapters on lm_head of DeepSeek-V2; use dsv2 merge",
 }
+WITHOUT = {"q_proj": "k_proj"}  # a limitation that holds only where the other has no pair
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,9 @@ def _server_config(adapter: AdapterFiles, served: Iterable[ServedPair], rank: in
 
 def server_notes(served: Iterable[ServedPair], rank: int) -> tuple[str, ...]:
     """Notes for whoever serves the adapter."""
-    last_names = {pair.module.rpartition(".")[2] for pair in served if pair.pair is not None}
-    notes = [note for name, note in SERVER_NOTES.items() if name in last_names]
+    adapted = {pair.module.rpartition(".")[2] for pair in served if pair.pair is not None}
+    present = {pair.module.rpartition(".")[2] for pair in served}
+    notes = [note for name, note in SERVER_NOTES.items() if name in adapted and WITHOUT.get(name) not in present]
     if rank > VLLM_RANK:
         notes.append(f"vLLM needs --max-lora-rank {rank} or more (its default is {VLLM_RANK})")
     return tuple(notes)

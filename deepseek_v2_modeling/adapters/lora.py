@@ -5,6 +5,7 @@ Attention projections are `target_modules`. Routed experts, shared experts, dens
 skip shared experts and dense layers. Stock PEFT can load the saved adapters.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -37,6 +38,8 @@ class Projection:
 _MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS: dict[str, Projection] = {
     "attention.q": Projection(modules=("q_proj", "q_a_proj", "q_b_proj")),
+    "attention.k": Projection(modules=("k_proj",)),
+    "attention.v": Projection(modules=("v_proj",)),
     "attention.kv_a": Projection(modules=("kv_a_proj_with_mqa",)),
     "attention.kv_b": Projection(modules=("kv_b_proj",)),
     "attention.o": Projection(modules=("o_proj",)),
@@ -52,6 +55,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "attention": tuple(name for name in PROJECTIONS if name.startswith("attention.")),
     "experts": tuple(name for name in PROJECTIONS if name.startswith("experts.")),
 }
+# What the group `attention` names that is only in one kind of attention, by whether that is latent.
+ONLY_IN = {True: ("attention.kv_a", "attention.kv_b"), False: ("attention.k", "attention.v")}
 
 
 def expand_target(target: str) -> tuple[str, ...]:
@@ -76,9 +81,9 @@ def _per_projection(targets: Iterable[str], value: Number | Mapping[str, Number]
     values |= {key: value[key] for key in value if key in PROJECTIONS}
     projections = [name for target in targets for name in expand_target(target)]
     missing = [name for name in projections if name not in values]
-    if missing:
+    if missing and tuple(missing) not in ONLY_IN.values():  # values for one kind of attention are enough
         raise ModelError(f'{field} gives no value for the LoRA target "{missing[0]}"')
-    return {name: values[name] for name in projections}
+    return {name: values[name] for name in projections if name in values}
 
 
 def _pattern(values: Mapping[str, Number]) -> dict[str, Number]:
@@ -99,6 +104,8 @@ def lora_config(
 
     Args:
         targets: groups (attention, experts) or single projections of `PROJECTIONS`; one target may be a plain string.
+            `attention` names the projections of latent and of plain attention; `apply_lora` leaves out the model's
+            other kind.
         r, alpha: a number, or one for each target; alpha defaults to 2 r. The scaling is alpha / r, or alpha / sqrt(r)
             with rslora.
         dropout: the dropout that `apply_lora` sets at run time. The config's own `lora_dropout` is 0, in memory and on
@@ -153,8 +160,22 @@ def check_dropout(dropout: float) -> None:
         raise ModelError(f"LoRA dropout is {dropout!r}: it must be from 0 to less than 1")
 
 
-def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raise ModelError if one of the config's projections matches nothing in the model."""
+def of_its_attention(config: LoraConfig, settings: Any) -> LoraConfig:
+    """A copy without what the group `attention` names for the other kind of attention. settings: the model's config."""
+    other = {suffix for name in ONLY_IN[not settings.uses_latents] for suffix in PROJECTIONS[name].modules}
+    group = {suffix for name in GROUPS["attention"] for suffix in PROJECTIONS[name].modules}
+    config = copy.copy(config)
+    if isinstance(config.target_modules, list | set) and group <= set(config.target_modules):
+        config.target_modules = type(config.target_modules)(n for n in config.target_modules if n not in other)
+        for field in ("rank_pattern", "alpha_pattern"):
+            setattr(config, field, {k: v for k, v in getattr(config, field).items() if k not in other})
+    return config
+
+
+def check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise ModelError if one of the config's projections matches nothing in the model, other than projections of the
+    other kind of attention (`of_its_attention`)."""
+    config = of_its_attention(config, model.config)
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     for name, projection in PROJECTIONS.items():
@@ -193,9 +214,10 @@ def apply_lora(
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`get_peft_model` after `check_model` and `check_targets`."""
+    """`get_peft_model` after `check_model` and `check_targets`, with a copy of the config (`of_its_attention`)."""
     check_model(model)
     check_targets(model, config)
+    config = of_its_attention(config, model.config)
     for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
         setattr(holder, name, absolute_base(getattr(holder, name)))
     with warnings.catch_warnings():

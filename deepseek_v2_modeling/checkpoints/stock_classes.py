@@ -13,10 +13,14 @@ from ..layers.rope import rope_magnitude
 
 ROPE_SETTINGS = ("mscale", "mscale_all_dim", "attention_factor")  # those that stock combines differently
 
+NO_CLASS = "stock transformers has no class"
+
 
 def stock_differences(config: DeepseekV2Config) -> tuple[str, ...]:
     """The settings of a config that stock transformers ignores or reads differently, a sentence for each; empty if its
     class computes the same."""
+    if not config.uses_latents:
+        return (f"{NO_CLASS} for {config.architecture} with plain attention: programs need one of their own for it",)
     return tuple(text for check in CHECKS if (text := check(config)))
 
 

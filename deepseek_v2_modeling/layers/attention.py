@@ -11,73 +11,27 @@ There are two ways to compute the same result:
   is slower.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import joined, with_room
 from ..configuration import DeepseekV2Config
-from ..kernels.block_attention import block_attention, in_blocks
-from ..kernels.float32_attention import wide_attention
-from ..kernels.float32_products import Linear, fastest_dtype, is_plain, widens
+from ..kernels.float32_products import Linear, fastest_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter
+from .attending import AttentionBlock, attend
 from .attention_plan import AttentionPlan
 from .norm import DeepseekV2RMSNorm
 from .peft_factors import beyond_lora, linear, unwrap
-from .rope import rotate, softmax_scale
+from .rope import rotate
 
 WORTH_A_PRODUCT = 2**16  # values; from this size on a separate product per row pays
 LATENT_EPS = 1e-6  # official: the epsilon of the norms on latents, regardless of rms_norm_eps
 KvB = tuple[torch.Tensor, list[ActiveAdapter]]
-SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that need V as wide as Q and K
-
-
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention with softmax in float32, as in the official model: ([B, T, H, V], weights [B, H, T, S])."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def attend_with_narrow_values(
-    kernel: Callable[..., Any],
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    continues: bool = False,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention where V may be narrower than Q and K, for which kernels fall back to a quadratic path or fail: in
-    blocks of our own where these are faster, otherwise by the kernel, with V padded and the output sliced. continues:
-    whether the mask only says that the queries are the last of the keys' tokens."""
-    if in_blocks(query, key, attention_mask, continues):
-        return block_attention(module, query, key, value, attention_mask, **kwargs)
-    width = value.shape[-1]
-    padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
-    out, weights = kernel(module, query, key, padded, attention_mask, **kwargs)
-    return out[..., :width], weights
 
 
 def by_row(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -96,18 +50,16 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return is_plain(layer.weight) and layer.weight.is_floating_point() and layer.weight.itemsize > 1
 
 
-class DeepseekV2Attention(nn.Module):
+class DeepseekV2Attention(AttentionBlock):
     """Multi-head latent attention with the hub's parameter names: q_proj if q_lora_rank is None, otherwise q_a_proj,
     q_a_layernorm and q_b_proj."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        super().__init__(config, layer_idx)
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
-        self.num_heads, self.nope_dim, self.rope_dim = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-        self.v_dim, self.latent_dim = config.v_head_dim, config.kv_lora_rank
-        self.qk_dim = self.nope_dim + self.rope_dim
-        self.scaling = softmax_scale(config)
+        sizes = config.attention_sizes
+        self.num_heads, self.nope_dim, self.rope_dim, self.qk_dim = heads, sizes.nope, sizes.rope, sizes.qk
+        self.v_dim, self.latent_dim = sizes.value, sizes.cached[0]
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * self.qk_dim, bias=False)
         else:
@@ -142,28 +94,11 @@ class DeepseekV2Attention(nn.Module):
         plan: AttentionPlan,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention over keys and values computed from the latents: ([B, T, H, V], weights or None). If the plan was to
-        absorb, plain attention is used, because no kernel accepts its mask."""
+        """Attention over keys and values computed from the latents: ([B, T, H, V], weights or None)."""
         kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = kv.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
-        query = query.to(key.dtype)
-        if plan.absorb:
-            bias = None if plan.mask is None else torch.where(plan.mask, 0.0, torch.finfo(key.dtype).min).to(key.dtype)
-            return eager_attention(self, query, key, value, bias, self.scaling)
-        implementation = self.config._attn_implementation or "eager"
-        kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        if implementation == "sdpa" and widens(key, key.shape[-2]):
-            kernel = wide_attention
-        if implementation in SAME_WIDTH:
-            kernel = partial(attend_with_narrow_values, kernel)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        attend = partial(kernel, self, scaling=self.scaling, dropout=dropout, **kwargs)
-        if plan.layout is None:
-            out, weights = attend(query, key, value, plan.mask)
-        else:
-            out, weights = plan.layout.attend(partial(attend, attention_mask=None), query, key, value), None
-        return out, weights
+        return attend(self, query.to(key.dtype), key, value, plan, **kwargs)
 
     def kv_b_parts(self) -> KvB | None:
         """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None if kv_b_proj
@@ -260,5 +195,4 @@ class DeepseekV2Attention(nn.Module):
             out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
-        eager = (self.config._attn_implementation or "eager") == "eager"  # other implementations return no weights
-        return linear(self.o_proj, out.flatten(-2)), weights if eager else None
+        return linear(self.o_proj, out.flatten(-2)), self.returned(weights)

@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..kernels.float32_products import rounds_apart
 from ..packing.layouts import BUCKET_FILL, FlatLayout, PackedLayout, flat_layout, pack_layout
 
+FEW = 64  # new tokens on a cache of keys and values that are attended without a kernel, which writes out their scores
 LONG = 1024  # tokens; padded rows of at least this length are attended one by one, without a mask
 
 
@@ -23,7 +24,8 @@ class AttentionPlan:
 
     mask: in the form that the attention implementation takes; if absorbed, [B, 1, T, S] with True where allowed.
     layout: packed documents to attend one by one; None if there are none, or if the mask separates them.
-    absorb: whether to attend over the latents themselves.
+    absorb: whether these are few tokens on a cache, which our own code attends: over the latents themselves, or over
+        the keys and values where the cache holds those.
     """
 
     mask: Any
@@ -38,9 +40,12 @@ class AttentionPlan:
 
 def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
     """Whether `queries` new tokens cost fewer multiplications absorbed (2C + R per query-key pair) than expanded
-    (N + R + V per pair plus C (N + V) per cached token)."""
-    narrow = config.qk_nope_head_dim + config.v_head_dim
-    return queries * (2 * config.kv_lora_rank - narrow) < config.kv_lora_rank * narrow
+    (N + R + V per pair plus C (N + V) per cached token). A cache of keys and values needs neither: they must be few."""
+    if not config.uses_latents:
+        return queries <= FEW
+    sizes = config.attention_sizes
+    narrow, latent = sizes.nope + sizes.value, sizes.cached[0]
+    return queries * (2 * latent - narrow) < latent * narrow
 
 
 def plan_attention(

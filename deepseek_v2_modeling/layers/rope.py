@@ -5,6 +5,8 @@ Stock transformers differs from the official code, so its functions are not used
   stock does so only if both are set.
 - Pairs are interleaved: (0, 1), (2, 3), ... The official code first permutes them into halves. Applied to queries and
   keys alike, this leaves q.k unchanged, so this file rotates the pairs in place.
+
+Plain multi-head attention rotates halves, as Llama's: (0, R/2), (1, R/2 + 1), ...
 """
 
 import math
@@ -26,7 +28,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: DeepseekV2Config) -> float:
     """The factor on q.k: 1/sqrt(qk_head_dim), times mscale(factor, mscale_all_dim)^2 if mscale_all_dim is set."""
     rope = config.rope
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale = config.attention_sizes.qk**-0.5
     all_dim = rope.get("mscale_all_dim", 0)
     if rope.get("rope_type") != "default" and all_dim:
         scale *= yarn_mscale(rope["factor"], all_dim) ** 2
@@ -47,7 +49,7 @@ def inverse_frequencies(config: DeepseekV2Config) -> torch.Tensor:
 
     Products are in the official order: at position 131,071 a different rounding would change the fourth digit.
     """
-    rope, width = config.rope, config.qk_rope_head_dim
+    rope, width = config.rope, config.attention_sizes.rope
     # On the CPU regardless of the default device: a model built on "meta" still needs real values.
     steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     powers = rope["rope_theta"] ** steps
@@ -107,3 +109,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     even, odd = pairs.unbind(-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+@fused
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves as pairs, in float32: shapes as for `rotate`."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

@@ -18,6 +18,7 @@ from ..layers.balance_losses import COEFFICIENTS
 from .sizes import FLOAT32, Sizes, Unit
 
 INDEX = 8  # bytes of an int64
+READ_INPUT = ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa")  # projections of attention's own input
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class _Shapes:
         self.settings, self.sizes, self.step = settings, sizes, step
         self.hidden = settings.hidden_size
         self.heads = settings.num_attention_heads
-        self.qk = settings.qk_nope_head_dim + settings.qk_rope_head_dim
-        self.latent = settings.kv_lora_rank + settings.qk_rope_head_dim
+        self.attended = settings.attention_sizes
+        self.qk = self.attended.qk
         self.top_k, self.experts = settings.num_experts_per_tok or 0, settings.n_routed_experts or 0
         self.width = settings.moe_intermediate_size
         self.shared = (settings.n_shared_experts or 0) * self.width
@@ -104,20 +105,26 @@ class _Shapes:
         return any(self.sizes.trains(unit, module) for module in modules)
 
     def attention(self, unit: Unit) -> Table:
-        low, wide, settings = self.step.low, self.step.wide, self.settings
-        q, kv = ("self_attn.q_proj", "self_attn.q_a_proj"), "self_attn.kv_a_proj_with_mqa"
+        low, wide = self.step.low, self.step.wide
+        inputs = (f"self_attn.{name}" for name in READ_INPUT)
         table = [
             ("input and its norm", self.norm(unit, "input_layernorm", self.hidden, wide)),
-            ("input of q and kv", self.hidden * wide * self.of(unit, *q, kv)),
-            ("kv latents", self.norm(unit, "self_attn.kv_a_layernorm", settings.kv_lora_rank, low)),
-            ("rotary part", settings.qk_rope_head_dim * low),
-            ("input of kv_b", settings.kv_lora_rank * wide * self.of(unit, "self_attn.kv_b_proj")),
+            ("input of q, k and v", self.hidden * wide * self.of(unit, *inputs)),
             ("q and output", 2 * self.heads * self.qk * low + self.heads * FLOAT32),
             ("k and v", 2 * self.heads * self.qk * low * max(self.step.keys, self.step.tokens) // self.step.tokens),
-            ("input of o", self.heads * settings.v_head_dim * low * self.of(unit, "self_attn.o_proj")),
+            ("input of o", self.heads * self.attended.value * low * self.of(unit, "self_attn.o_proj")),
         ]
-        if settings.q_lora_rank is not None:
-            rank = settings.q_lora_rank
+        return table + (self.latents(unit) if self.settings.uses_latents else [])
+
+    def latents(self, unit: Unit) -> Table:
+        low, wide, (latent, rope) = self.step.low, self.step.wide, self.attended.cached
+        table = [
+            ("kv latents", self.norm(unit, "self_attn.kv_a_layernorm", latent, low)),
+            ("rotary part", rope * low),
+            ("input of kv_b", latent * wide * self.of(unit, "self_attn.kv_b_proj")),
+        ]
+        if self.settings.q_lora_rank is not None:
+            rank = self.settings.q_lora_rank
             table += [("q latents", self.norm(unit, "self_attn.q_a_layernorm", rank, low))]
             table += [("input of q_b", rank * wide * self.of(unit, "self_attn.q_b_proj"))]
         return table

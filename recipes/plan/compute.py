@@ -18,7 +18,7 @@ def flops_per_token(settings: DeepseekV2Config, sizes: Sizes, length: float) -> 
         values = weight.values * (share if weight.routed else 1)
         return values * (FORWARD + BACKWARD + (BACKWARD if weight.trained else 0))
 
-    widths = settings.qk_nope_head_dim + settings.qk_rope_head_dim + settings.v_head_dim
+    widths = settings.attention_sizes.qk + settings.attention_sizes.value
     attended = length / 2  # causal
     attention = settings.num_hidden_layers * settings.num_attention_heads * widths * attended * FORWARD * 3
     return sizes.total(of) + attention

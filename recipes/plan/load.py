@@ -143,7 +143,7 @@ def _rollouts(recipe: TrainingRecipe, settings: DeepseekV2Config, lengths: Lengt
     answer = answer_length(recipe)
     if not answer:
         return None
-    width = settings.kv_lora_rank + settings.qk_rope_head_dim
+    width = sum(settings.attention_sizes.cached)
     rounds = setting(recipe, "steps_per_generation") or setting(recipe, "gradient_accumulation_steps")
     answers = setting(recipe, "per_device_train_batch_size") * rounds
     asked: Any = getattr(recipe, "rollout")  # noqa: B009 - of recipes that sample answers

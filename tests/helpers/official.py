@@ -81,6 +81,38 @@ def attention(x: torch.Tensor, w: Weights, p: str, c: dict[str, Any]) -> torch.T
     return project("o_proj", torch.stack(rows))
 
 
+def turn_halves(x: torch.Tensor, position: int, c: dict[str, Any]) -> torch.Tensor:
+    """x [..., W], pairs (0, W/2), (1, W/2 + 1), ..., as in Llama and DeepSeekMoE."""
+    half = x.shape[-1] // 2
+    turned = torch.empty_like(x)
+    for i in range(half):
+        angle = position * c.get("rope_theta", 10000.0) ** (-2 * i / (2 * half))
+        a, b = x[..., i], x[..., i + half]
+        turned[..., i] = a * math.cos(angle) - b * math.sin(angle)
+        turned[..., i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return turned
+
+
+def plain_attention(x: torch.Tensor, w: Weights, p: str, c: dict[str, Any]) -> torch.Tensor:
+    """DeepSeekMoE's attention, which is DeepSeek-V2's with `use_mla: false` too; x [T, D]."""
+    heads, key_heads = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
+    width = x.shape[-1] // heads
+    q, k, v = (
+        (x @ w[f"{p}{name}_proj.weight"].T + w.get(f"{p}{name}_proj.bias", 0)).unflatten(-1, (count, width))
+        for name, count in (("q", heads), ("k", key_heads), ("v", key_heads))
+    )
+    rows = []
+    for t in range(len(x)):
+        outs = []
+        for h in range(heads):
+            g = h // (heads // key_heads)
+            query = turn_halves(q[t, h], t, c)
+            scores = torch.stack([query @ turn_halves(k[s, g], s, c) for s in range(t + 1)]) / math.sqrt(width)
+            outs.append(scores.softmax(0) @ v[: t + 1, g])
+        rows.append(torch.cat(outs))
+    return torch.stack(rows) @ w[f"{p}o_proj.weight"].T + w.get(f"{p}o_proj.bias", 0)
+
+
 def feed_forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
@@ -135,9 +167,10 @@ def mixture(x: torch.Tensor, w: Weights, p: str, c: dict[str, Any]) -> torch.Ten
 def logits(w: Weights, c: dict[str, Any], ids: list[int]) -> torch.Tensor:
     """[T, vocabulary] of one sequence."""
     x = w["model.embed_tokens.weight"][ids]
+    attend = attention if c.get("use_mla", True) else plain_attention
     for i in range(c["num_hidden_layers"]):
         p = f"model.layers.{i}."
-        x = x + attention(norm(x, w[f"{p}input_layernorm.weight"], c["rms_norm_eps"]), w, f"{p}self_attn.", c)
+        x = x + attend(norm(x, w[f"{p}input_layernorm.weight"], c["rms_norm_eps"]), w, f"{p}self_attn.", c)
         y = norm(x, w[f"{p}post_attention_layernorm.weight"], c["rms_norm_eps"])
         if c["n_routed_experts"] and i >= c["first_k_dense_replace"] and i % c["moe_layer_freq"] == 0:
             x = x + mixture(y, w, f"{p}mlp.", c)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from deepseek_v2_modeling.model_classes import model_class
 
 from ..helpers import official
 from ..helpers.adapters import EVERYWHERE
-from ..helpers.family import MEMBERS, V3, member, member_config
+from ..helpers.family import MEMBERS, V3, StockPlain, member, member_config
 from ..helpers.models import logits_of, random_adapter, random_ids, relative, stock_twin, tokenizer
 
 STOCK: dict[str, Any] = {
@@ -45,6 +46,12 @@ STOCK: dict[str, Any] = {
     "moonlight": stock.DeepseekV3ForCausalLM,
     "glm": Glm4MoeLiteForCausalLM,
     "youtu": YoutuForCausalLM,
+    "plain": StockPlain,
+    "moe": StockPlain,
+}
+ARCHITECTURES = {name: cls.__name__ for name, cls in STOCK.items()} | {
+    "plain": "DeepseekV2ForCausalLM",
+    "moe": "DeepseekForCausalLM",
 }
 MIXTURES = [name for name in MEMBERS if name != "youtu"]
 IDS = random_ids(2, 24)
@@ -131,15 +138,17 @@ def test_lora_is_stock_pefts(name: str, tmp_path: Path):
     assert {kind for key, kind in kinds.items() if key.endswith(CORRECTION_BIAS)} <= {torch.float32}
     merge_lora(tmp_path / "adapter", tmp_path / "wide")
     assert relative(logits_of(stock_twin(tmp_path / "wide", STOCK[name]), IDS), logits) < 1e-5
-    assert json.loads((tmp_path / "wide" / "config.json").read_text())["architectures"] == [STOCK[name].__name__]
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["architectures"] == [ARCHITECTURES[name]]
     report = export_adapter(tmp_path / "adapter", tmp_path / "exported", "per_expert")
     assert report.pairs > 0
 
 
-@pytest.mark.parametrize("name", ["v3", "moonlight"])
+@pytest.mark.parametrize("name", ["v3", "moonlight", "plain", "moe"])
 def test_logits_are_the_official_codes(name: str):
-    settings = {**MEMBERS[name], "rms_norm_eps": 1e-6, "moe_layer_freq": 1}
+    defaults = {"norm_topk_prob": False, "topk_method": "greedy", "routed_scaling_factor": 1.0}
+    settings = {**defaults, **MEMBERS[name], "rms_norm_eps": 1e-6, "moe_layer_freq": 1}
     model = member(name)
+    settings["use_mla"] = model.config.uses_latents
     with torch.no_grad():
         wanted = official.logits(model.state_dict(), settings, IDS[0].tolist())
     assert relative(logits_of(model, IDS)[0], wanted) < 1e-5
@@ -196,15 +205,16 @@ def test_esft_scores(name: str):
     with torch.no_grad():
         router_logits = model.model(torch.tensor([[5, 6, 7, 8]]), output_router_logits=True).router_logits
     assert len(router_logits) == len(shares["gate"]) == 2
-    for layer, scores in enumerate(router_logits):
-        unchosen = scores.sigmoid().mean(0).log().isfinite() & (shares["token"][layer] == 0)
+    score: Any = torch.sigmoid if model.config.scoring_func == "sigmoid" else partial(torch.softmax, dim=-1)
+    for layer, logits in enumerate(router_logits):
+        unchosen = score(logits).mean(0).log().isfinite() & (shares["token"][layer] == 0)
         assert (shares["gate"][layer][unchosen] == 0).all() and shares["gate"][layer].sum() == pytest.approx(1)
 
 
 def test_reward_head(name: str, tmp_path: Path):
     saved(member(name, "score", num_labels=1, pad_token_id=1), tmp_path / "rm")
     rewarded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    assert type(rewarded).__name__ == STOCK[name].__name__.replace("CausalLM", "SequenceClassification")
+    assert type(rewarded).__name__ == ARCHITECTURES[name].replace("CausalLM", "SequenceClassification")
     if STOCK[name] is not stock.DeepseekV3ForCausalLM:
         return  # stock has no such head
     twin = stock.DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "rm").eval()

@@ -10,7 +10,7 @@ from deepseek_v2_modeling.presets import PRESETS, build_model, preset_config
 
 from ..helpers.models import logits_of, random_ids
 
-MINIS = ("v2-lite-mini", "v2-lite-heads", "v2-mini", "v3-mini", "glm4-moe-lite-mini", "youtu-mini")
+MINIS = ("v2-lite-mini", "v2-lite-heads", "v2-mini", "deepseek-moe-mini", "v3-mini", "glm4-moe-lite-mini", "youtu-mini")
 LIMITS = {"tiny": 3e6, **dict.fromkeys(MINIS, 60e6)}
 
 

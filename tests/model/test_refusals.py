@@ -79,10 +79,11 @@ def test_a_config_of_another_class(base: Path):
                 cls.from_pretrained(base, config=config)
 
 
-def test_attention_without_latents(variant: Any):
-    path = variant(use_mla=False, kv_lora_rank=None)
-    for cls in (DeepseekV2Config, DeepseekV2Model, AutoConfig, AutoModelForCausalLM):
-        with pytest.raises(ModelError, match="use_mla is false"):
+def test_use_mla_decides_the_attention(variant: Any):
+    """As in the official code; a directory whose tensors are of the other kind does not fit."""
+    path = variant(use_mla=False, rope_scaling=None, rope_parameters=None)
+    for cls in (DeepseekV2Model, AutoModelForCausalLM):
+        with pytest.raises(ModelError, match=r"missing tensors: .*k_proj.*unexpected tensors: .*kv_a_"):
             cls.from_pretrained(path)
     DeepseekV2Model.from_pretrained(variant(use_mla=True))
 

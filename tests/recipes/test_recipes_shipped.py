@@ -29,7 +29,9 @@ TINY_DATA = {
     "eval": "test_problems",
     "pairs": "rl_reasoning",
 }
-FAMILY = {"v3": "v3-mini", "glm4_moe_lite": "glm4-moe-lite-mini", "youtu": "youtu-mini"}  # folder -> preset
+FAMILY = {  # folder -> preset
+    "deepseek_moe": "deepseek-moe-mini", "v3": "v3-mini", "glm4_moe_lite": "glm4-moe-lite-mini", "youtu": "youtu-mini",
+}  # fmt: skip
 RESULTS = {"eval": "results.json", "pairs": "pairs.jsonl"}
 CODE = {
     "text": "Write a function that adds.",
@@ -53,6 +55,7 @@ def test_all_recipes_are_found() -> None:
         ),
         "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
         "v2": ("sft_lora",),
+        "deepseek_moe": ("sft_lora",),
         "v3": ("sft_lora",),
         "glm4_moe_lite": ("sft_lora",),
         "youtu": ("sft_lora",),
