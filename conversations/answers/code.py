@@ -19,19 +19,21 @@ _PYTHON = ("", "python", "py", "python3")
 _CODE_BEGINS = re.compile(r"^(?:def|class|import|from|@|async def)\b", re.MULTILINE)
 _MAX_TRAILING_LINES = 40  # how many lines after unfenced code may be prose
 FORMS = (
-    "{prompt, entry_point, test} (HumanEval), {test_list} with test_setup_code or not (MBPP), or "
-    "{tests: [{stdin, stdout}, ...]}"
+    "{prompt, entry_point, test} (HumanEval), the same with {prefix, suffix} around a hole, {test_list} with "
+    "test_setup_code or not (MBPP), or {tests: [{stdin, stdout}, ...]}"
 )
 
 
 class Problem(NamedTuple):
     """How an answer is checked: `tests` of functions, or `cases` of a program. prompt: code that the answer continues.
-    entry_point: the function that the answer must define, if the row names it."""
+    entry_point: the function that the answer must define, if the row names it. around: the code before and after the
+    hole that the answer fills, as it is."""
 
     prompt: str = ""
     entry_point: str | None = None
     tests: Tests | None = None
     cases: tuple[Mapping[str, str], ...] = ()
+    around: tuple[str, str] | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -119,6 +121,10 @@ def _humaneval(row: dict[str, Any]) -> Problem:
     return Problem(prompt, entry_point, tests)
 
 
+def _infilling(row: dict[str, Any]) -> Problem:
+    return _humaneval(row)._replace(around=(_text(row, "prefix"), _text(row, "suffix")))
+
+
 def _mbpp(row: dict[str, Any]) -> Problem:
     tests_of_row = row["test_list"]
     if not isinstance(tests_of_row, list) or not all(isinstance(test, str) for test in tests_of_row):
@@ -138,6 +144,7 @@ def _cases(row: dict[str, Any]) -> Problem:
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Problem]] = {
+    "suffix": _infilling,
     "entry_point": _humaneval,
     "test_list": _mbpp,
     "tests": _cases,
@@ -156,6 +163,9 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 def written_code(completion: str, problem: Problem) -> str | None:
     """The code to run: the answer's fenced or bare code, appended to the prompt if it does not repeat its signature.
     None if there is no Python."""
+    if problem.around is not None:
+        source = completion.join(problem.around)
+        return None if _tree(source) is None else source
     fenced = [text for language, text in _FENCE.findall(completion) if language.lower() in _PYTHON]
     blocks = [textwrap.dedent(text) for text in fenced] or list(_bare(completion))
     defining = [block for block in blocks if problem.names and problem.names & _defined(block)]

@@ -35,8 +35,8 @@ def with_hole(row: Row, rate: float, mode: FimMode, rng: random.Random) -> Row:
     return row | {"fim": {"mode": mode, "start": start, "end": end}}
 
 
-def fim_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """The ids of "begin", "hole" and "end".
+def fim_ids(tokenizer: "PreTrainedTokenizerBase", where: str = "data.fim") -> dict[str, int]:
+    """The ids of "begin", "hole" and "end". where: what needs them, for messages.
 
     Raises:
         ToolkitError: the tokenizer lacks one of these tokens.
@@ -45,7 +45,7 @@ def fim_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     missing = [TOKENS[name] for name, token_id in ids.items() if token_id in (None, tokenizer.unk_token_id)]
     if missing:
         raise ToolkitError(
-            f"data.fim: the tokenizer has no {', '.join(missing)}; fill-in-the-middle needs a model that knows these "
+            f"{where}: the tokenizer has no {', '.join(missing)}; fill-in-the-middle needs a model that knows these "
             "tokens, such as DeepSeek-Coder-V2"
         )
     return ids

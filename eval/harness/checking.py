@@ -22,7 +22,7 @@ def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str
     if not entries:
         return []
     from eval.harness.benchmarks import chat_of, need_lm_eval
-    from eval.harness.loading import build
+    from eval.harness.loading import build, check_tokens
     from eval.harness.running import described, quiet_lm_eval
 
     need_lm_eval()
@@ -34,6 +34,8 @@ def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str
                 next(raw_rows(path), None)
             rows = sum(len(task.eval_docs) for task in built.tasks.values())
             used = min(rows, entry.limit or rows)
+            if tokenizer is not None:
+                check_tokens(built, tokenizer)
             if tokenizer is not None and positions is not None:
                 _check_lengths(built, tokenizer, positions, chat)
             lines.append(f"{entry.name}: {used:,} rows, {', '.join(described(built, chat))}")

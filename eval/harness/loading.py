@@ -11,6 +11,7 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.reading.records import raw_rows
+from conversations.rendering.fill_in_the_middle import fim_ids
 from conversations.sandbox import box
 from conversations.tally import counted
 from eval.config import BenchmarkTask
@@ -56,6 +57,12 @@ def build(entry: BenchmarkTask, chat: bool) -> Built:
     return built
 
 
+def check_tokens(built: Built, tokenizer: Any) -> None:
+    """Raise ToolkitError for a fill-in-the-middle task and a tokenizer without its tokens."""
+    if any((task.config.metadata or {}).get("fim") for task in built.tasks.values()):
+        fim_ids(tokenizer, f"task {built.entry.name}")
+
+
 # --- task files
 
 
@@ -68,6 +75,8 @@ def _from_file(entry: BenchmarkTask, path: Path, chat: bool) -> Built:
         raise ToolkitError(f"{path.stem} reads local rows: give it path, {needed}")
     if metadata.get("sandbox") and (why := box.why_unavailable()):
         raise ToolkitError(f"it runs the model's code in a sandbox, which is not available on this machine: {why}")
+    if chat and metadata.get("fim"):
+        raise ToolkitError("fill-in-the-middle has no form in a conversation: set chat_template: false")
     if chat and "chat_until" in metadata:
         config["generation_kwargs"]["until"] = metadata["chat_until"]
     rows = _rows(entry.path, columns, entry.limit)

@@ -11,7 +11,7 @@ from eval.config import BenchmarkTask
 from eval.harness.contamination import GRAM, contaminated
 from eval.harness.crew import Crew
 from eval.harness.figures import Figures, Sample, figures_of, logged, rows_of, sample_lines
-from eval.harness.loading import Built, build
+from eval.harness.loading import Built, build, check_tokens
 
 
 def measure(entry: BenchmarkTask, crew: Crew, seed: int, chat: bool) -> tuple[Figures, list[Sample]]:
@@ -28,6 +28,7 @@ def measure(entry: BenchmarkTask, crew: Crew, seed: int, chat: bool) -> tuple[Fi
 
     with quiet_lm_eval():
         built = build(entry, chat)
+        check_tokens(built, crew.tokenizer)
         for line in described(built, chat):
             print(f"eval: {entry.name}: {line}", file=sys.stderr, flush=True)
         crew.batch_size = entry.batch_size

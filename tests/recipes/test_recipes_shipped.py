@@ -39,6 +39,12 @@ CODE = {
     "task_id": 1,
     "code": "def add(a, b):\n    return a + b",
 }
+HUMANEVAL = {
+    "prompt": 'def one():\n    """1."""\n',
+    "entry_point": "one",
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
 
 
 def name_of(path: Path) -> str:
@@ -53,7 +59,7 @@ def test_all_recipes_are_found() -> None:
             "sft_lora", "sft_full", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "chain",
             "pairs_reasoning", "reward_reasoning", "dpo",
         ),
-        "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code"),
+        "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code", "eval_infilling"),
         "v2": ("sft_lora",),
         "deepseek_moe": ("sft_lora",),
         "v3": ("sft_lora",),
@@ -121,6 +127,9 @@ def test_a_recipe_runs_at_toy_size(
     if (tree.get("rewards") or [{}])[0].get("rule") == "code":  # a random model writes none
         (tmp_path / "code.jsonl").write_text(8 * f"{json.dumps(CODE)}\n")
         words += ["data=[{path: code.jsonl}]", "rewards.0.settings={allow_unsandboxed: true}"]
+    elif "path" in (tree.get("tasks") or [{}])[0]:
+        (tmp_path / "rows.jsonl").write_text(2 * f"{json.dumps(HUMANEVAL)}\n")
+        words.append("tasks.0.path=rows.jsonl")
     elif tree.get("data"):
         kind = "reward" if tree.get("method") else tree["stage"]  # preferences
         words.append(f"data=[{{path: 'tiny:{TINY_DATA[kind]}?n=8'}}]")
