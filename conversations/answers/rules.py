@@ -1,7 +1,7 @@
 """All rules by name: the single entry point for rewards, evaluation and anything else that judges answers. No torch."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
 from conversations.answers.ifeval import ifeval, ifeval_reference
 from conversations.answers.language import language
+from conversations.answers.lean import lean, lean_reference, need_lean
 from conversations.answers.length import length
 from conversations.answers.mathematics import math, math_reference
 from conversations.answers.number import number, number_reference
@@ -72,6 +73,7 @@ RULES: dict[str, Rule] = {
     "length": Rule(length),
     "ifeval": Rule(ifeval, ifeval_reference, of_rows=True),
     "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
+    "lean": Rule(lean, lean_reference, need=need_lean, many="threads"),
 }
 
 
@@ -87,6 +89,7 @@ _KINDS: tuple[tuple[Any, str, Callable[[Any], bool]], ...] = (
     (int, "a whole number from 1 to 1,000,000", lambda value: type(value) is int and 1 <= value <= 1_000_000),
     (float, "a number above 0, at most 1,000,000", lambda value: type(value) in (int, float) and 0 < value <= 1e6),
     (tuple, "a list", lambda value: isinstance(value, (list, tuple))),
+    (str, "a text", lambda value: isinstance(value, str)),
     (type(None), "an object", lambda value: isinstance(value, Mapping)),
 )
 
@@ -103,10 +106,15 @@ def check_rule(name: str, settings: Mapping[str, Any]) -> None:
     _check_settings(name, settings)
     rule = RULES[name]
     measured = {key: value for key, value in MEASURED.items() if key in rule.settings}
-    if lacking := sorted(rule.settings - rule.optional - set(settings) - set(measured)):
-        raise ToolkitError(f"the rule {name} needs the setting{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}")
+    _refuse_unset(name, rule.settings - rule.optional - set(settings) - set(measured))
     if rule.settings and rule.parameters & {"prompt", "reference"} <= rule.optional:
         rule.judge("", **{**measured, **settings})  # validates them
+
+
+def _refuse_unset(name: str, lacking: Set[str]) -> None:
+    if lacking:
+        several = "s" if len(lacking) > 1 else ""
+        raise ToolkitError(f"the rule {name} needs the setting{several} {', '.join(sorted(lacking))}")
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -149,19 +157,20 @@ def verify(
     """Judges an answer by a rule. No answer, however malformed, raises an exception.
 
     Args:
-        name: the rule: math, number, choice, code, refusal, format, language, repetition, length, ifeval.
+        name: the rule: math, number, choice, code, lean, refusal, format, language, repetition, length, ifeval.
         prompt: a text, or messages, of which the last user turn counts.
         reference: the right answer, a text or a number; for `code` a row with tests, for `ifeval` one
             with instructions.
         settings: the rule's settings: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer`
-            of length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code.
+            of length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code,
+            those of lean (conversations/answers/lean.py).
 
     Returns:
         The score, from 0 to 1 (None if the rule does not apply: no reference, no prompt, no tokens), and the reason.
 
     Raises:
-        ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code`, a machine
-            without a sandbox.
+        ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code` and
+            `lean`, a machine without a sandbox or checker.
     """
     _check_settings(name, settings)
     rule = RULES[name]
@@ -171,6 +180,8 @@ def verify(
     }
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters and value is not None}
     lacking = rule.parameters - rule.optional - set(arguments) - set(settings)
+    if rule.need is not None:
+        _refuse_unset(name, lacking - {"prompt", "reference"})
     if lacking:
         return Verdict(None, f"no {min(lacking)} to compare with")
     return rule.judge(completion, **arguments, **settings)

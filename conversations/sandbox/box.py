@@ -90,22 +90,35 @@ def _failed_trial() -> str | None:
 
 @contextmanager
 def guest(
-    script: str, arguments: Sequence[Any], limits: Limits, isolated: bool, fds: Sequence[int], **pipes: Any
+    script: str,
+    arguments: Sequence[Any],
+    limits: Limits,
+    isolated: bool,
+    fds: Sequence[int],
+    shows: Sequence[str] = (),
+    **pipes: Any,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a script of `guest/` in its own sandbox; at the end of the block, it and everything it started are killed.
 
-    fds: file descriptors of this process that it inherits. pipes: stdin, stdout and stderr as for Popen; by default all
+    fds: file descriptors of this process that it inherits. shows: folders and programs that it may read and run, beside
+    which it then has /proc and /dev of its own. pipes: stdin, stdout and stderr as for Popen; by default all
     are closed off. isolated: False runs it with the limits only.
     """
     folder = INSIDE if isolated else str(GUEST)
     words = [f"{folder}/{script}", *limits.words, *map(str, arguments)]
-    with _started(words, limits.files, isolated=isolated, fds=fds, **pipes) as process:
+    with _started(words, limits.files, isolated=isolated, fds=fds, shows=shows, **pipes) as process:
         yield process
 
 
 @contextmanager
 def _started(
-    arguments: Sequence[str], files: int, *, isolated: bool, fds: Sequence[int] = (), **pipes: Any
+    arguments: Sequence[str],
+    files: int,
+    *,
+    isolated: bool,
+    fds: Sequence[int] = (),
+    shows: Sequence[str] = (),
+    **pipes: Any,
 ) -> Iterator[subprocess.Popen[bytes]]:
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **pipes}
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", *arguments]
@@ -115,7 +128,7 @@ def _started(
             filtered.write(program() or b"")
             filtered.seek(0)
             fds = [*fds, filtered.fileno()]
-            command = [*isolation(files), "--seccomp", str(filtered.fileno()), *python]
+            command = [*isolation(files, tuple(shows)), "--seccomp", str(filtered.fileno()), *python]
             folder = "/"
         else:
             command, folder = python, stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv2-code-"))
@@ -143,17 +156,20 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def isolation(files: int) -> list[str]:
+def isolation(files: int, shows: tuple[str, ...] = ()) -> list[str]:
     """The bubblewrap command: no network, no other processes, no capabilities, an empty environment; the only files are
-    Python's standard library and the libraries it links to, read-only, and an empty folder."""
+    Python's standard library and the libraries it links to, read-only, an empty folder, and what `guest` shows."""
     standard, python = sysconfig.get_path("stdlib"), os.path.realpath(sys.executable)
     packages = f"{standard}/site-packages"
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     words += ["--hostname", "sandbox", "--size", str(files * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     words += ["--ro-bind", standard, standard, "--tmpfs", packages, "--remount-ro", packages]
     words += ["--ro-bind", str(GUEST), INSIDE]
-    for path in (python, *_linked(python, standard)):
+    programs = tuple(path for path in shows if os.path.isfile(path))
+    for path in (python, *_linked(python, standard), *_libraries(programs), *shows):
         words += ["--ro-bind", path, path]
+    if shows:
+        words += ["--proc", "/proc", "--dev", "/dev"]
     return [*words, "--remount-ro", "/"]
 
 
@@ -161,6 +177,14 @@ def isolation(files: int) -> list[str]:
 def _linked(python: str, standard: str) -> tuple[str, ...]:
     """The shared libraries of the interpreter and its modules, except those of tkinter."""
     modules = [str(path) for path in (Path(standard) / "lib-dynload").glob("*.so") if "tkinter" not in path.name]
-    listed = subprocess.run(["ldd", python, *modules], capture_output=True, text=True, check=False).stdout
+    return _libraries((python, *modules))
+
+
+@cache
+def _libraries(programs: tuple[str, ...]) -> tuple[str, ...]:
+    """The shared libraries that programs link to; none of a script."""
+    if not programs:
+        return ()
+    listed = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=False).stdout
     paths = (line.split("=>")[-1].split("(")[0].strip() for line in listed.splitlines() if "(0x" in line)
     return tuple(sorted({path for path in paths if path.startswith("/")}))

@@ -67,8 +67,8 @@ def test_a_long_text_without_an_answer_is_no_reference():
         check_reference("math", "we begin with what is known and then go on to what follows from it " * 3)
 
 
-# The rule `code` runs what it is given: test_code_rule.py.
-TEXT_RULES = [name for name in RULES if not RULES[name].of_rows]
+# The rules `code` and `lean` run what they are given: test_code_rule.py, test_lean_rule.py.
+TEXT_RULES = [name for name in RULES if not RULES[name].of_rows and RULES[name].need is None]
 NEEDED = {"length": {"tokens": 7, "max_tokens": 8, "buffer": 4}}  # settings
 
 
