@@ -137,7 +137,8 @@ def test_a_recipe_runs_at_toy_size(
         words.append("eval_data=[]")
     assert main([tree["stage"], str(path), "--smoke", *words]) == 0
     manifest = read_json(tmp_path / "run" / "manifest.json")
-    assert manifest["status"] == "finished" and manifest["data"][0]["sha256"]
+    assert manifest["status"] == "finished"
+    assert not tree.get("data") or manifest["data"][0]["sha256"]
     result: Any = tmp_path / "run" / RESULTS.get(tree["stage"], "final/config.json")
     adapter = tmp_path / "run" / "final" / "adapter_config.json"
     assert result.exists() or (tree.get("lora") and adapter.exists())
