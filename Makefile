@@ -72,7 +72,7 @@ $(READY): pyproject.toml constraints.txt
 $(READY_OLDEST): Makefile
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check \
-	    'torch==2.11.*' 'transformers==5.17.*' 'peft==0.21.*' hypothesis pytest pytest-xdist
+	    'torch==2.11.*' 'transformers==5.17.*' 'peft==0.21.*' 'bitsandbytes==0.50.2' hypothesis pytest pytest-xdist
 	@touch $@
 
 $(READY_NEWEST): pyproject.toml constraints.txt

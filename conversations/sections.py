@@ -60,6 +60,10 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="dtype of frozen weights and of computation; trained weights are always float32."
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Keep the frozen weights of layers in 4 or 8 bits, for adapters on a large model (QLoRA).",
+    )
     attn_implementation: AttentionName | None = Field(
         default=None, description="transformers' attention implementation (eager, sdpa, ...); null lets it choose."
     )
@@ -304,6 +308,15 @@ class TrainingRecipe(StageRecipe):
     def _one_experts_file(self) -> "TrainingRecipe":
         if self.experts_file is not None and self.lora is not None:
             raise ValueError("experts_file is for full fine-tuning (lora: null); with adapters write lora.experts_file")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_are_frozen(self) -> "TrainingRecipe":
+        if self.model.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} is for training adapters: give lora, or leave it out "
+                "to train all weights"
+            )
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ from .esft.full_weights import train_chosen_experts
 from .family import check_bias_updates, config_fields
 from .kernels.float32_products import Linear
 from .layers.moe import DeepseekV2Router
+from .layers.quantization import Quantization, check_quantization_library
 from .model_classes import model_class
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
@@ -55,6 +56,7 @@ __all__ = [
     "apply_settings",
     "check_bias_updates",
     "check_generation",
+    "check_quantization_library",
     "check_vocabulary",
     "check_weights",
     "config_fields",
@@ -84,6 +86,7 @@ def load_base(
     settings: DeepseekV2Config | None = None,
     heads: int | None = None,
     empty: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint in hub layout.
 
@@ -93,19 +96,22 @@ def load_base(
         heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one if it has
             none.
         empty: build the model on the meta device and read no weights.
+        quantization: quantise linear layers and routed experts while they are read.
 
     Raises:
-        ModelError: an unknown or invalid setting, or tensors that are missing, unexpected or misshapen.
+        ModelError: an unknown or invalid setting, tensors that are missing, unexpected or misshapen, or weights that
+            cannot be quantised.
     """
     settings = apply_settings(copy.deepcopy(settings) or read_settings(base), head, config, heads)
     check_generation(base, settings.vocab_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cls = model_class(settings, head)
+    given = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization": quantization}
     if empty:
         settings._name_or_path = base
         with torch.device("meta"):
-            return cls._from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
-    return cls.from_pretrained(base, config=settings, dtype=dtype, attn_implementation=attn_implementation)
+            return cls._from_config(settings, **given)
+    return cls.from_pretrained(base, config=settings, **given)
 
 
 def load_model(
@@ -116,16 +122,18 @@ def load_model(
     attn_implementation: str | None = None,
     config: Mapping[str, Any] | None = None,
     on: PreTrainedModel | PeftModel | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model with its adapter, frozen and in evaluation mode.
 
     on: a model whose base is this one's, too (see `reason_not_to_share`): its weights are used, and none are loaded.
+    quantization: as in `load_base`.
     """
     settings = with_labels(source.settings, source.adapter.header) if source.adapter else source.settings
     if on is not None:
         model: Any = model_on_base(on, apply_settings(copy.deepcopy(settings), head, config), head, attn_implementation)
     else:
-        model = load_base(source.base, head, dtype, attn_implementation, config, settings)
+        model = load_base(source.base, head, dtype, attn_implementation, config, settings, quantization=quantization)
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False, task_type=TASKS[head])
     return model.requires_grad_(False).eval()
@@ -184,6 +192,7 @@ def prepare_trainable(
     heads: int | None = None,
     router: bool = True,
     empty: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model for a trainer. Trainable weights are float32; `dtype` is that of frozen weights.
 
@@ -195,15 +204,20 @@ def prepare_trainable(
         heads: the number of score heads of a reward model, as in `load_base`.
         router: whether full fine-tuning trains the routers.
         empty: build it on the meta device and read no weights.
+        quantization: as in `load_base`; of the frozen weights below adapters.
 
     Raises:
         ModelError: as `load_base` and `merge_into`.
     """
+    if quantization is not None and lora is None:
+        raise ModelError(f"quantization {quantization} is for training adapters: all weights cannot be trained in it")
     lora_config = of_its_attention(lora.config(TASKS[head]), source.settings) if lora else None
     if source.adapter and not (lora_config and continues(source.adapter, lora_config, experts, source.settings)):
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"
-    model: Any = load_base(source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads, empty)
+    model: Any = load_base(
+        source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads, empty, quantization
+    )
     if lora_config is None or lora is None:
         if experts is not None:
             train_chosen_experts(model, experts)

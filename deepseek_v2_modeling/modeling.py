@@ -28,6 +28,7 @@ from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, 
 from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .layers.multi_head_attention import ATTENTIONS
 from .layers.norm import DeepseekV2RMSNorm
+from .layers.quantization import Quantization, quantize_layers
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
@@ -135,6 +136,11 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
             )
         super().__init__(config)
 
+    def store_in(self, quantization: Quantization | None) -> None:
+        """Quantize the layers of a model without weights, unless `quantization` is None (`layers.quantization`)."""
+        if quantization is not None:
+            quantize_layers(self, quantization)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
@@ -167,7 +173,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     other_heads = ("lm_head.", "score.")
     keeps_balance = True  # marks the backbone for `collect_balance` and routing replay, under any wrapper
 
-    def __init__(self, config: DeepseekV2Config):
+    def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
         super().__init__(config)
         check_config(config)  # again, because from_pretrained sets its keywords after the config's own check
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -181,6 +187,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         self.recordings: tuple[Routes, ...] = ()
         self.replayed_routes: Iterator[list[torch.Tensor]] | None = None
         self.post_init()
+        self.store_in(quantization)
 
     @without_default_cache
     @merge_with_config_defaults
@@ -292,12 +299,13 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: DeepseekV2Config):
+    def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
         super().__init__(config)
         self.model = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self.store_in(quantization)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -377,12 +385,13 @@ class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel):
     other_heads = ("lm_head.",)
     accepts_loss_kwargs = False  # Trainer then divides the loss, a mean over rows, by the number of micro-batches
 
-    def __init__(self, config: DeepseekV2Config):
+    def __init__(self, config: DeepseekV2Config, quantization: Quantization | None = None):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
         self.score = WideLinear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
+        self.store_in(quantization)
 
     @can_return_tuple
     def forward(

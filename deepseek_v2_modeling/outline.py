@@ -16,6 +16,7 @@ from .checkpoints.strict import match_sources
 from .checkpoints.tensor_files import base_headers
 from .configuration import DeepseekV2Config, check_config, check_sizes
 from .errors import ModelError
+from .layers.quantization import Quantization, quantize_layers
 from .model_classes import model_class
 
 
@@ -54,15 +55,19 @@ def apply_settings(
     return settings
 
 
-def meta_model(settings: DeepseekV2Config, head: Head) -> Any:
-    """The model on the meta device, without weights. Raises ModelError if the settings cannot be built into a model."""
+def meta_model(settings: DeepseekV2Config, head: Head, quantization: Quantization | None = None) -> Any:
+    """The model on the meta device, without weights. Raises ModelError if the settings cannot be built into a model, or
+    it cannot be quantised so."""
     try:
         with torch.device("meta"):
-            return model_class(settings, head)(settings)
+            model = model_class(settings, head)(settings)
     except Exception as error:  # an unknown hidden_act, a pad_token_id outside the vocabulary, ...
         raise ModelError(
             f"{settings.name_or_path}/config.json: it cannot be built into a model ({type(error).__name__}: {error})"
         ) from error
+    if quantization is not None:
+        quantize_layers(model, quantization)
+    return model
 
 
 def model_shapes(settings: DeepseekV2Config, head: Head) -> dict[str, Shape]:

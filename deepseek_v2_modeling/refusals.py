@@ -18,6 +18,21 @@ RELATIVES = {
 }
 FP8_BLOCK = 128
 _FP8 = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],)}
+# Fields of a BitsAndBytesConfig and the values that mean what is done here, by the quantization that it says.
+_BITSANDBYTES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "nf4": {
+        "bnb_4bit_quant_type": ("nf4",),
+        "bnb_4bit_use_double_quant": (False, None),
+        "bnb_4bit_quant_storage": ("uint8", None),
+        "llm_int8_skip_modules": (None, ["lm_head"]),
+        "llm_int8_enable_fp32_cpu_offload": (False, None),
+    },
+    "int8": {
+        "llm_int8_skip_modules": (None, ["lm_head"]),
+        "llm_int8_enable_fp32_cpu_offload": (False, None),
+        "llm_int8_has_fp16_weight": (False, None),
+    },
+}
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 
 
@@ -60,8 +75,33 @@ def check_quantization(where: Any, settings: Any) -> None:
         )
 
 
+def asked_quantization(path: Any, keywords: dict[str, Any], scheme: str | None) -> str | None:
+    """The quantization that the keywords of `from_pretrained` ask for: its own, or bitsandbytes' settings, which are
+    taken out of the keywords.
+
+    Raises:
+        ModelError: the settings say anything that is not done here, or both are given.
+    """
+    settings = keywords.get("quantization_config")
+    if not settings or _method(settings) != "bitsandbytes":
+        return scheme
+    values = settings if isinstance(settings, Mapping) else settings.to_dict()
+    found = "nf4" if values.get("load_in_4bit") else "int8"
+    if scheme not in (None, found):
+        raise ModelError(f'{path}: quantization is "{scheme}", and quantization_config says {found}: leave one out')
+    dtype = str(keywords.get("dtype")).removeprefix("torch.")
+    computed = {"bnb_4bit_compute_dtype": (dtype, "float32", None)} if found == "nf4" else {}
+    for key, allowed in {**_BITSANDBYTES[found], **computed}.items():
+        if (value := values.get(key)) not in allowed:
+            raise ModelError(
+                f"{path}: quantization_config: {key} is {value!r}: with {found} only {allowed[0]!r} is supported"
+            )
+    del keywords["quantization_config"]
+    return found
+
+
 def check_keywords(path: Any, keywords: Mapping[str, Any]) -> None:
-    """Raise ModelError if the keywords of `from_pretrained` ask for quantization or a parallel plan."""
+    """Raise ModelError if the keywords of `from_pretrained` ask for another quantization or a parallel plan."""
     check_quantization(
         path, keywords.get("quantization_config") or keywords.get("load_in_8bit") or keywords.get("load_in_4bit")
     )

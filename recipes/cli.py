@@ -8,6 +8,7 @@ import dsv2_start  # first: it checks that the packages imported below are our o
 
 # isort: split
 import argparse
+import logging
 import os
 import re
 import signal
@@ -491,7 +492,8 @@ def _complain(message: str) -> None:
 
 def _prepare_process() -> None:
     """Handle SIGTERM like Ctrl-C, restore SIGINT (a shell ignores it for background jobs in a script), silence the
-    fork warning of tokenizers, and remove temporary files left by killed processes."""
+    fork warning of tokenizers and, on CPUs with bf16 products, bitsandbytes' about missing kernels that are not used
+    here (PEFT imports it), and remove temporary files left by killed processes."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -500,6 +502,7 @@ def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     remove_abandoned()
 
 

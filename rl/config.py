@@ -150,6 +150,15 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         return self
 
     @model_validator(mode="after")
+    def _samples_from_its_weights(self) -> "RlRecipe":
+        if self.model.quantization is not None and self.training.get("use_vllm"):
+            raise ValueError(
+                "training.use_vllm cannot be combined with model.quantization: vLLM would sample from other weights "
+                "than those that are trained; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_change_of_the_head(self) -> "RlRecipe":
         if self.training.get("cast_lm_head_to_fp32") and self.lora and "lm_head" in self.lora.targets:
             raise ValueError(

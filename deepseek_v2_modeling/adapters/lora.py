@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.strict import StrictPreTrainedModel
 from ..errors import ModelError
 from ..esft.choice import ExpertChoice
+from ..layers.quantization import tell_shapes
 from .chosen_experts import ChosenWrapper, train_chosen_adapters
 
 Number = int | float
@@ -218,6 +219,7 @@ def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     check_model(model)
     check_targets(model, config)
     config = of_its_attention(config, model.config)
+    tell_shapes(model)
     for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
         setattr(holder, name, absolute_base(getattr(holder, name)))
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoints.sources import Head, ModelSource
 from ..configuration import DeepseekV2Config
+from ..layers.quantization import quantization_of
 from ..layers.rope import RotaryEmbedding
 from ..outline import meta_model
 
@@ -42,10 +43,10 @@ def reason_not_to_share(model: Any, source: ModelSource, dtype: str) -> str | No
     weights = base_weights(model).values()
     if any(weight.requires_grad for weight in weights):
         return "this stage trains the weights of its base"
-    if other := {weight.dtype for weight in weights} - {getattr(torch, dtype)}:
+    if other := {weight.dtype for weight in weights if weight.is_floating_point()} - {getattr(torch, dtype)}:
         return f"this stage's base is in {str(other.pop()).removeprefix('torch.')}"
     if any(weight.is_meta or type(weight) is not nn.Parameter for weight in weights):
-        return "this stage's base is quantised, sharded or offloaded"
+        return "this stage's base is sharded or offloaded"
     return None
 
 
@@ -58,7 +59,7 @@ def model_on_base(model: Any, settings: DeepseekV2Config, head: Head, attn_imple
         settings._attn_implementation = attn_implementation
     shared = base_weights(model)
     like = next(iter(shared.values()))
-    new = meta_model(settings, head)
+    new = meta_model(settings, head, quantization_of(model))
     for name, parameter in list(new.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         zeros = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)

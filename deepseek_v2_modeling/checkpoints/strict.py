@@ -23,7 +23,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import ModelError, ShapeError
-from ..refusals import check_keywords, check_quantization, check_source
+from ..layers.quantization import quantization_of, storages, tell_shapes
+from ..refusals import asked_quantization, check_keywords, check_quantization, check_source
 from .block_scaled import BlockScaled, with_scales
 from .finite import check_weights
 from .hub_layout import (
@@ -37,6 +38,7 @@ from .hub_layout import (
     without_extra_layers,
 )
 from .offloading import keep_readable
+from .quantizing import QuantizedSource, check_read
 from .tensor_files import FLOATS, WEIGHT_FILES, check_doubled, code_of, shape_of, shards_named
 
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # captures the adapter's name
@@ -62,9 +64,13 @@ class StrictPreTrainedModel(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         use_safetensors: bool | None = None,
+        quantization: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Like transformers', but strict: only safetensors is read, and tensors and parameters must match one to one.
+
+        quantization: "nf4" or "int8": linear layers and routed experts are quantized while they are read, for training
+        adapters. A BitsAndBytesConfig that says the same may be given as `quantization_config`.
 
         With `ignore_mismatched_sizes=True`, tensors of other shapes are newly initialised and named; an expert of
         another shape is always an error.
@@ -72,11 +78,14 @@ class StrictPreTrainedModel(PreTrainedModel):
         Raises:
             ModelError: the checkpoint is quantised or of another architecture, there are no safetensors files, a file
                 cannot be read, or tensors are missing, unexpected, misshapen (a ShapeError) or not finite; the message
-                names them. Also if the keywords ask for quantization or a parallel plan.
+                names them. Also if the keywords ask for another quantization or a parallel plan, or a library that
+                quantization needs is missing.
         """
         path = pretrained_model_name_or_path
         if use_safetensors is False or kwargs.get("gguf_file"):
             raise ModelError(f"{path}: only safetensors is read")
+        if (asked := asked_quantization(path, kwargs, quantization)) is not None:
+            kwargs["quantization"] = asked
         check_keywords(path, kwargs)
         check_source(cls.config_class, path, kwargs)
         check_directory(path, kwargs.get("subfolder") or "")
@@ -87,7 +96,17 @@ class StrictPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         check_weights(model, path)
         keep_readable(model)
+        tell_shapes(model)
         return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Like transformers'. Raises ModelError for a quantized model, whose files would be of no layout."""
+        if (scheme := quantization_of(self)) is not None:
+            raise ModelError(
+                f"this model is quantised to {scheme}, which is not saved: save its adapter, and merge that into the "
+                f"original model, {self.name_or_path}, with deepseek_v2_modeling.merge_lora or dsv2 merge"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, *args: Any, **kwargs: Any) -> Any:
@@ -110,15 +129,19 @@ class StrictPreTrainedModel(PreTrainedModel):
         Parameters that are sharded or quantised during loading are left to transformers and checked afterwards; so are
         native adapters, which come with `expected_keys`.
         """
+        quantized = quantization_of(model) is not None
+        if quantized and changes_parameters(load_config):
+            raise ModelError(f"{name_of(load_config)}: quantized weights cannot be sharded while they are read")
         if expected_keys is None and not changes_parameters(load_config):
             with ExitStack() as files:
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
                 matched = match_sources(model, sources, load_config)
                 offloaded = "disk" in (load_config.device_map or {}).values()  # such weights are read again later
                 if load_config.disable_mmap or offloaded:
-                    refuse_scaled(name_of(load_config), matched)
+                    refuse_converted(name_of(load_config), matched)
                 else:
                     result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
+                    check_read(name_of(load_config), matched)
                     # Otherwise a model whose experts transformers did not fuse itself would be saved with fused ones.
                     model.__dict__.pop("_weight_conversions", None)
                     return result
@@ -241,8 +264,10 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
     return sources
 
 
-def refuse_scaled(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError for fp8 weights where transformers itself reads the files, which loses their scales."""
+def refuse_converted(where: str, sources: Mapping[str, Any]) -> None:
+    """Raise ModelError for weights that are fp8, or to be quantized, where transformers itself reads the files."""
+    if any(isinstance(source, QuantizedSource) for source in sources.values()):
+        raise ModelError(f"{where}: quantized weights cannot be offloaded to disk, or read with disable_mmap")
     experts = (part for source in sources.values() if isinstance(source, FusedExperts) for _, part in source.pieces)
     if any(isinstance(source, BlockScaled) for source in (*sources.values(), *experts)):
         raise ModelError(f"{where}: fp8 weights cannot be offloaded to disk, or read with disable_mmap")
@@ -266,7 +291,11 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     """
     sources = with_scales(name_of(load_config), sources)
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-    parameters: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = storages(model)
+    parameters: dict[str, Shape] = {
+        name: stored[name].shape if name in stored else tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
     layout = hub_layout(parameters)
     known_names = dict.fromkeys([*parameters, *layout], True)
     names = {  # with or without the backbone's prefix, as this class has it
@@ -282,7 +311,10 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
     state: dict[str, Any] = {}
     for name, key in names.items():
         piece = layout.get(name)
-        if piece is None or piece.place is None:
+        if piece is not None and piece.parameter in stored:
+            quantized = state.setdefault(piece.parameter, QuantizedSource(stored[piece.parameter]))
+            quantized.pieces.append((key, piece.place, sources[key]))
+        elif piece is None or piece.place is None:
             state[key] = sources[key]
         else:
             fused = state.setdefault(piece.parameter, FusedExperts(parameters[piece.parameter]))

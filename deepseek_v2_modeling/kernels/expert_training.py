@@ -17,19 +17,26 @@ from torch import nn
 from .fused import fused
 from .grouped_products import ActiveAdapter, Groups, Slots, summed_slots, weighted_slots
 from .low_rank import Share, flattened, shares_of
+from .quantized_weights import Storage, Weight, held, opened
 from .row_blocks import IN_CACHE, row_blocks
 
 
 @dataclass(frozen=True)
 class Job:
-    """The function's arguments that are not tensors. first, second: the scalings of the adapters on the first product
-    (gate_up_proj) and on the second (down_proj); their `flattened` factors are passed in that order."""
+    """The function's arguments that are not tensors. storages: how the two weights are stored. first, second: the
+    scalings of the adapters on the first product (gate_up_proj) and on the second (down_proj); their `flattened`
+    factors are passed in that order."""
 
     slots: Slots
     groups: Groups
     activation: nn.Module
+    storages: tuple[Storage | None, Storage | None]
     first: Sequence[float]
     second: Sequence[float]
+
+    def weights(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Weight, Weight]:
+        """The two weights, from the tensors that hold them."""
+        return opened(gate_up, self.storages[0]), opened(down, self.storages[1])
 
     def shares(self, tensors: Sequence[torch.Tensor | None]) -> tuple[list[Share], list[Share]]:
         """The adapters of the first and of the second product."""
@@ -113,9 +120,10 @@ class _Experts(torch.autograd.Function):
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         slots, groups, (first, second) = job.slots, job.groups, job.shares(tensors)
+        w_gate_up, w_down = job.weights(gate_up, down)
         with torch.autocast(x_ND.device.type, enabled=False):
-            hidden_P2F = groups.product(x_ND.index_select(0, slots.token_P), gate_up, first)
-            y_PD = groups.product(gate_rows(hidden_P2F, job.activation, None), down, second)
+            hidden_P2F = groups.product(x_ND.index_select(0, slots.token_P), w_gate_up, first)
+            y_PD = groups.product(gate_rows(hidden_P2F, job.activation, None), w_down, second)
         ctx.save_for_backward(x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors)
         ctx.job = job
         return weighted_slots(y_PD, slots.places_NK, weights_NK)
@@ -126,16 +134,17 @@ class _Experts(torch.autograd.Function):
         x_ND, weights_NK, gate_up, down, hidden_P2F, *tensors = ctx.saved_tensors
         job: Job = ctx.job
         slots, groups, (first, second) = job.slots, job.groups, job.shares(tensors)
+        w_gate_up, w_down = job.weights(gate_up, down)
         needs_x, _, *needs_w = ctx.needs_input_grad[1:5]
         x_PD, g_PD = (t.to(x_ND.dtype).index_select(0, slots.token_P) for t in (x_ND, grads[0]))
         weights_P1 = slots.weights_P(weights_NK).to(x_ND.dtype).unsqueeze(1)
         with torch.autocast(x_ND.device.type, enabled=False):
             weighted = gate_rows(hidden_P2F, job.activation, weights_P1)
-            d_weighted, d_down, of_second = groups.gradient(g_PD, weighted, down, second, (True, needs_w[1]))
+            d_weighted, d_down, of_second = groups.gradient(g_PD, weighted, w_down, second, (True, needs_w[1]))
             assert d_weighted is not None
             d_halves, dw_P = gate_rows_gradient(hidden_P2F, job.activation, weights_P1, d_weighted)
             needs = (needs_x, needs_w[0])
-            dx_PD, d_gate_up, of_first = groups.gradient(d_halves, x_PD, gate_up, first, needs)
+            dx_PD, d_gate_up, of_first = groups.gradient(d_halves, x_PD, w_gate_up, first, needs)
         dx_ND = None if dx_PD is None else summed_slots(dx_PD, slots.places_NK)
         dw_NK = dw_P.index_select(0, slots.place_S).view(weights_NK.shape)
         return None, dx_ND, dw_NK, d_gate_up, d_down, *flattened([*of_first, *of_second])
@@ -152,6 +161,8 @@ def train_experts(
     """The weighted sum of the chosen experts' outputs, [N, D] float32. x is in the dtype of the products; the adapters
     have no dropout."""
     first, second = adapters.get("gate_up_proj", []), adapters.get("down_proj", [])
-    job = Job(slots, groups, experts.act_fn, *([adapter.scaling for adapter in side] for side in (first, second)))
+    weights, storages = zip(*(held(experts.weight_of(name)) for name in ("gate_up_proj", "down_proj")), strict=True)
+    scalings = ([adapter.scaling for adapter in side] for side in (first, second))
+    job = Job(slots, groups, experts.act_fn, storages, *scalings)
     factors = (adapter.factors(experts.num_experts, x_ND) for adapter in (*first, *second))
-    return _Experts.apply(job, x_ND, weights_NK, experts.gate_up_proj, experts.down_proj, *flattened(factors))
+    return _Experts.apply(job, x_ND, weights_NK, *weights, *flattened(factors))

@@ -18,6 +18,7 @@ from . import low_rank
 from .float32_products import by_onednn, compute_dtype, onednn_product, widens
 from .fused import MANY, fused
 from .low_rank import Factors, Share, flattened, shares_of
+from .quantized_weights import Storage, Weight, held, opened
 from .ragged_products import ragged_gradient, ragged_product
 
 FILL = 32  # rows; the largest block to which groups are padded on a CPU
@@ -62,7 +63,7 @@ def blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
             start += count
 
 
-def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: Weight, shares: Sequence[Share]) -> torch.Tensor:
     """y[rows of e] = x[rows of e] @ w[e]^T plus the adapters' shares, on a CPU: [S, O]. Products are in float32 where
     that is faster (float32_products.py)."""
     y_SO, dtype = x_SI.new_empty(x_SI.shape[0], w_EOI.shape[1]), product_dtype(x_SI, len(w_EOI))
@@ -82,14 +83,14 @@ def looped_gradient(
     groups: "Groups",
     g_SO: torch.Tensor,
     x_SI: torch.Tensor,
-    w_EOI: torch.Tensor,
+    w_EOI: Weight,
     shares: Sequence[Share],
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
     """The gradients of `looped_product` with respect to x and w (None unless `needs` asks for them) and to the factors
     of the shares."""
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
-    dw_EOI = torch.zeros_like(w_EOI) if needs[1] else None
+    dw_EOI = torch.zeros_like(w_EOI) if needs[1] and isinstance(w_EOI, torch.Tensor) else None
     dtype = product_dtype(x_SI, len(w_EOI))
     for expert, rows in blocks(groups.counts):
         g = g_SO[rows].to(dtype)
@@ -107,27 +108,28 @@ def looped_gradient(
 
 
 class _LoopedLinear(torch.autograd.Function):
-    """`looped_product` under autograd; tensors: the adapters' `flattened` factors."""
+    """`looped_product` under autograd. storage: how w is stored; tensors: the adapters' `flattened` factors."""
 
     @staticmethod
     def forward(
         ctx: Any,
         groups: "Groups",
+        storage: Storage | None,
         scalings: Sequence[float],
         x_SI: torch.Tensor,
-        w_EOI: torch.Tensor,
+        w: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_SI, w_EOI, *tensors)
-        ctx.groups, ctx.scalings = groups, scalings
-        return looped_product(groups, x_SI, w_EOI, shares_of(scalings, tensors))
+        ctx.save_for_backward(x_SI, w, *tensors)
+        ctx.groups, ctx.storage, ctx.scalings = groups, storage, scalings
+        return looped_product(groups, x_SI, opened(w, storage), shares_of(scalings, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_SI, w_EOI, *tensors = ctx.saved_tensors
-        shares = shares_of(ctx.scalings, tensors)
-        dx, dw, factors = looped_gradient(ctx.groups, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[2:4])
-        return None, None, dx, dw, *flattened(factors)
+        x_SI, w, *tensors = ctx.saved_tensors
+        shares, w_EOI = shares_of(ctx.scalings, tensors), opened(w, ctx.storage)
+        dx, dw, factors = looped_gradient(ctx.groups, grads[0], x_SI, w_EOI, shares, ctx.needs_input_grad[3:5])
+        return None, None, None, dx, dw, *flattened(factors)
 
 
 def product_dtype(x_SI: torch.Tensor, num_experts: int) -> torch.dtype:
@@ -163,7 +165,7 @@ class Groups:
         else:
             self.ends = sizes_E.cumsum(0).to(torch.int32)
 
-    def linear(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, adapters: Sequence[ActiveAdapter] = ()) -> torch.Tensor:
+    def linear(self, x_SI: torch.Tensor, w_EOI: Weight, adapters: Sequence[ActiveAdapter] = ()) -> torch.Tensor:
         """[S, O]: each row times its expert's matrix, plus the adapters' shares, in the dtype of autocast or of x."""
         dtype = compute_dtype(x_SI)
         x_SI = x_SI.to(dtype)
@@ -171,10 +173,11 @@ class Groups:
         if not self.looped:
             return ragged_product(self.ends, x_SI, w_EOI, shares)
         scalings, factors = [share.scaling for share in shares], (share.factors for share in shares)
+        w, storage = held(w_EOI)
         with torch.autocast("cpu", enabled=False):
-            return _LoopedLinear.apply(self, scalings, x_SI, w_EOI, *flattened(factors))
+            return _LoopedLinear.apply(self, storage, scalings, x_SI, w, *flattened(factors))
 
-    def product(self, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+    def product(self, x_SI: torch.Tensor, w_EOI: Weight, shares: Sequence[Share]) -> torch.Tensor:
         """Like `linear`, without autograd; x is already in the dtype of the product."""
         if self.looped:
             return looped_product(self, x_SI, w_EOI, shares)
@@ -184,7 +187,7 @@ class Groups:
         self,
         g_SO: torch.Tensor,
         x_SI: torch.Tensor,
-        w_EOI: torch.Tensor,
+        w_EOI: Weight,
         shares: Sequence[Share],
         needs: tuple[bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:

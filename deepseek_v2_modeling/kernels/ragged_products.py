@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from . import compiled_products as compiled
 from .low_rank import Factors, Share
+from .quantized_weights import Weight
 
 ROW_BYTES = 16  # grouped_mm requires row sizes that are a multiple of this
 
@@ -27,9 +28,7 @@ def padded(share: Share, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return F.pad(a.to(dtype), (0, 0, 0, padding)), F.pad(b.to(dtype), (0, padding)).contiguous()
 
 
-def ragged_product(
-    ends: torch.Tensor, x_SI: torch.Tensor, w_EOI: torch.Tensor, shares: Sequence[Share]
-) -> torch.Tensor:
+def ragged_product(ends: torch.Tensor, x_SI: torch.Tensor, w_EOI: Weight, shares: Sequence[Share]) -> torch.Tensor:
     """y[rows of e] = x[rows of e] @ w[e]^T plus the adapters' shares: [S, O]."""
     y_SO = grouped_mm(x_SI, w_EOI.to(x_SI.dtype).transpose(1, 2), ends)
     for share in shares:
@@ -44,14 +43,14 @@ def ragged_gradient(
     ends: torch.Tensor,
     g_SO: torch.Tensor,
     x_SI: torch.Tensor,
-    w_EOI: torch.Tensor,
+    w_EOI: Weight,
     shares: Sequence[Share],
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[Factors]]:
     """The gradients of `ragged_product` with respect to x and w (None unless `needs` asks for them) and to the factors
     of the shares, whose input is x itself."""
     dx_SI = grouped_mm(g_SO, w_EOI.to(g_SO.dtype), ends) if needs[0] else None
-    dw_EOI = grouped_mm(g_SO.t(), x_SI, ends).to(w_EOI.dtype) if needs[1] else None
+    dw_EOI = grouped_mm(g_SO.t(), x_SI, ends).to(w_EOI.dtype) if needs[1] and isinstance(w_EOI, torch.Tensor) else None
     gradients = []
     for share in shares:
         (a, b), (_, full_a, full_b), rank = padded(share, x_SI.dtype), share.factors, share.factors.a.shape[1]

@@ -7,8 +7,8 @@ There are two ways to compute the same result:
 - expanded: kv_b_proj maps the latents to keys and values (training, prefill);
 - absorbed: W_UK is applied to the query and W_UV to the output, so that attention runs on the cached latents
   themselves (decoding). kv_b_proj and its adapters are read at each step, so nothing is cached that could become stale.
-  If kv_b_proj cannot be absorbed (an adapter other than W + s B A, a quantised weight), decoding runs expanded, which
-  is slower.
+  If kv_b_proj cannot be absorbed (an adapter other than W + s B A, a weight that torchao quantised), decoding runs
+  expanded, which is slower.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ from ..cache import joined, with_room
 from ..configuration import DeepseekV2Config
 from ..kernels.float32_products import Linear, fastest_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter
+from ..kernels.quantized_weights import Quantized, QuantizedLinear
 from .attending import AttentionBlock, attend
 from .attention_plan import AttentionPlan
 from .norm import DeepseekV2RMSNorm
@@ -100,20 +101,23 @@ class DeepseekV2Attention(AttentionBlock):
         key = torch.cat((key_nope, rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)), dim=-1)
         return attend(self, query.to(key.dtype), key, value, plan, **kwargs)
 
-    def kv_b_parts(self) -> KvB | None:
+    def kv_b_parts(self, dtype: torch.dtype) -> KvB | None:
         """(kv_b_proj's weight as [H, N + V, C], its active adapters with b as [H, N + V, r]); None if kv_b_proj
-        computes anything else, so that it cannot be absorbed."""
+        computes anything else, so that it cannot be absorbed. dtype: of the values of a weight that is stored in fewer
+        bits."""
         layer: Any = self.kv_b_proj
         while isinstance(layer, LoraLayer):
             if beyond_lora(layer):
                 return None
             layer = layer.base_layer
-        if not is_plain_linear(layer):
+        if not (isinstance(layer, QuantizedLinear) or is_plain_linear(layer)):
             return None
         base, adapters = unwrap(self.kv_b_proj)
         rows = (self.num_heads, self.nope_dim + self.v_dim)
         parts = [ActiveAdapter(a.a, a.b.unflatten(0, rows), a.scaling, a.dropout) for a in adapters.get("weight", [])]
         weight: torch.Tensor = base.weight
+        if isinstance(base, QuantizedLinear):
+            weight = Quantized(weight, base.storages["weight"]).to(dtype)
         return weight.unflatten(0, rows), parts
 
     def absorbed(
@@ -190,7 +194,7 @@ class DeepseekV2Attention(AttentionBlock):
         rope_key = rotate(rope_key, cos, sin)
         if past_key_values is not None:
             latent, rope_key = past_key_values.update(latent, rope_key, self.layer_idx)
-        kv_b = self.kv_b_parts() if plan.absorb else None
+        kv_b = self.kv_b_parts(fastest_dtype(query)) if plan.absorb else None
         if kv_b is not None:
             out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
         else:

@@ -3,7 +3,8 @@
 B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K experts a token, S = N*K slots.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..kernels.even_groups import few_rows_each, is_worth_padding
 from ..kernels.expert_training import train_experts
 from ..kernels.float32_products import Linear, compute_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch, fills_up, place_slots
+from ..kernels.quantized_weights import Storage, Weight, opened
 from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
 from .peft_factors import linear, unwrap
@@ -74,7 +76,9 @@ def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
 
 class DeepseekV2Experts(nn.Module):
     """The fused weights of the routed experts: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `run_experts` computes
-    with them; there is no forward."""
+    with them; there is no forward. storages: {name: how the weight is stored}, if they are quantized."""
+
+    storages: Mapping[str, Storage] = MappingProxyType({})
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
@@ -84,9 +88,13 @@ class DeepseekV2Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def weight_of(self, name: str) -> Weight:
+        """The weight of this name, as products read it."""
+        return opened(getattr(self, name), self.storages.get(name))
+
     def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[ActiveAdapter]) -> torch.Tensor:
         """[S, O]: rows sorted by expert, times the experts' weights of this name, including adapters."""
-        return groups.linear(x_SI, getattr(self, name), adapters)
+        return groups.linear(x_SI, self.weight_of(name), adapters)
 
 
 class Routed(NamedTuple):

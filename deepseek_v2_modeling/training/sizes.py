@@ -5,6 +5,7 @@ under a second for DeepSeek-V2's 236 billion.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ..checkpoints.sources import TASKS, Head
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..esft.choice import ExpertChoice
+from ..layers.quantization import Quantization, storages
 from ..loading import LoraSettings, apply_lora, freeze_routers
 from ..outline import meta_model
 
@@ -28,18 +30,19 @@ _WRAPPERS = ("base_model", "model", "base_layer", "default")  # parts of names t
 class Weight:
     """A parameter of every layer of a kind, or of the root (embeddings, norm, head).
 
-    values: its own number of values; trained of them have gradients. itemsize: bytes of a value. module: its place
-    within the unit, such as self_attn.o_proj. adapter: whether it is a LoRA factor. routed: whether its first dimension
-    is the routed experts.
+    values: its own number of values; trained of them have gradients. itemsize: bytes of a value, a fraction if it is
+    quantised. module: its place within the unit, such as self_attn.o_proj. adapter: whether it is a LoRA factor.
+    routed: whether its first dimension is the routed experts. quantized: whether products dequantise it.
     """
 
     unit: Unit
     module: str
     values: int
     trained: int
-    itemsize: int
+    itemsize: float
     adapter: bool
     routed: bool
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def training_sizes(
     dtype: str = "float32",
     experts: ExpertChoice | None = None,
     router: bool = True,
+    quantization: Quantization | None = None,
 ) -> Sizes:
     """The sizes of the model that `loading.prepare_trainable` would load with the same arguments.
 
@@ -79,7 +83,7 @@ def training_sizes(
     """
     moe = [i for i in range(settings.num_hidden_layers) if settings.is_moe_layer(i)]
     units: dict[Unit, int] = {"root": 1, "dense layer": settings.num_hidden_layers - len(moe), "MoE layer": len(moe)}
-    model = meta_model(_two_layers(settings, units), head)
+    model = meta_model(_two_layers(settings, units), head, quantization)
     names: list[Unit] = [unit for unit in ("dense layer", "MoE layer") if units[unit]]
     if lora is not None or experts is not None:
         model.requires_grad_(False)
@@ -113,7 +117,7 @@ def _chosen_share(settings: DeepseekV2Config, experts: ExpertChoice, layers: int
 def _weights(model: nn.Module, units: list[Unit], share: float | None) -> Iterator[Weight]:
     """The parameters of a model with one layer of each unit. share: of the routed experts, if only some of them are
     trained: those have adapters, or float32 copies beside the frozen weights."""
-    adapted = hasattr(model, "peft_config")
+    adapted, stored = hasattr(model, "peft_config"), storages(model)
     for name, parameter in model.named_parameters():
         path = [part for part in name.split(".") if part not in _WRAPPERS]
         unit: Unit = "root"
@@ -121,9 +125,12 @@ def _weights(model: nn.Module, units: list[Unit], share: float | None) -> Iterat
             unit, path = units[int(path[1])], path[2:]
         factor, routed = any(part.startswith("lora_") for part in path), "experts" in path
         module = ".".join(path[:-1] if path[-1] == "weight" else path)
-        values = round(parameter.numel() * (share if factor and routed and share is not None else 1))
-        trained, itemsize = (values, FLOAT32) if parameter.requires_grad else (0, parameter.dtype.itemsize)
-        yield Weight(unit, module, values, trained, itemsize, factor, routed)
+        own = math.prod(stored[name].shape) if name in stored else parameter.numel()
+        values = round(own * (share if factor and routed and share is not None else 1))
+        trained, itemsize = (values, FLOAT32) if parameter.requires_grad else (0, parameter.nbytes / parameter.numel())
+        if name in stored:
+            itemsize = parameter.nbytes / own
+        yield Weight(unit, module, values, trained, itemsize, factor, routed, name in stored)
         if routed and share is not None and not adapted:
             copied = round(values * share)
             yield Weight(unit, f"{module}.chosen", copied, copied, FLOAT32, False, True)

@@ -62,7 +62,13 @@ def load_of(
     experts = expert_choice(recipe)
     full = lora is None and experts is None
     sizes = training_sizes(
-        settings, head_of(recipe), lora, dtype=recipe.model.dtype, experts=experts, router=recipe.trains_router
+        settings,
+        head_of(recipe),
+        lora,
+        dtype=recipe.model.dtype,
+        experts=experts,
+        router=recipe.trains_router,
+        quantization=recipe.model.quantization,
     )
     low = getattr(torch, recipe.model.dtype).itemsize
     load = Load(settings, sizes, _step(recipe, lengths, low, 4 if full else low, on_cpu), _moments(recipe), full)
@@ -118,7 +124,8 @@ def _reference(recipe: TrainingRecipe, load: Load, foundation: Foundation) -> di
 def _other_models(recipe: TrainingRecipe, load: Load, foundation: Foundation) -> dict[str, int]:
     """Models that score answers: adapters on this stage's base, or weights of their own. One that is not there yet is
     taken to be as large as this stage's."""
-    base = load.sizes.total(lambda w: w.values * (not w.adapter)) * load.step.low
+    base = load.sizes.total(lambda w: w.values * min(w.itemsize, load.step.low) * (not w.adapter))
+    quantization = recipe.model.quantization
     held = {}
     if recipe.reads_lm_head:
         held["language-model head"] = load.settings.vocab_size * load.settings.hidden_size * load.step.low
@@ -129,7 +136,8 @@ def _other_models(recipe: TrainingRecipe, load: Load, foundation: Foundation) ->
             assert source.adapter is not None
             held[use.key] = sum(4 * _values(info.shape) for info in source.adapter.header.values())
         elif source is not None:
-            held[use.key] = training_sizes(source.settings, use.head).total(lambda w: w.values) * load.step.low
+            sizes = training_sizes(source.settings, use.head, quantization=quantization)
+            held[use.key] = sizes.total(lambda w: w.values * min(w.itemsize, load.step.low))
         else:
             held[use.key] = base
     return held

@@ -98,13 +98,13 @@ def _state(load: Load) -> Iterator[tuple[str, int]]:
     yield "optimizer's state", total(lambda weight: weight.trained * load.moments)
 
 
-def _own_bytes(weight: Weight) -> int:
+def _own_bytes(weight: Weight) -> float:
     return weight.values * weight.itemsize
 
 
 def _update(load: Load, layout: Layout) -> dict[str, int]:
-    """Weights that an update holds beside its shards: gathered layers on several GPUs, and low-precision copies of
-    float32 weights, which autocast makes."""
+    """Weights that an update holds beside its shards: gathered layers on several GPUs, low-precision copies of float32
+    weights, which autocast makes, and the values of a quantised weight."""
     low, sizes, parts = load.step.low, load.sizes, {}
     one_layer = layout.fsdp > 1 and load.step.checkpointing  # otherwise the backward pass needs those of all layers
     if layout.fsdp > 1:
@@ -114,7 +114,15 @@ def _update(load: Load, layout: Layout) -> dict[str, int]:
     if load.float32 and low < 4:
         dense = (sizes.largest_unit if one_layer else sizes.total)(lambda w: w.trained * low * (not w.routed))
         parts["low-precision copies"] = dense + sizes.largest_unit(lambda w: w.trained * low * w.routed)
+    if values := [_dequantized(weight, load) for weight in sizes.weights if weight.quantized]:
+        parts["dequantised weight"] = round(max(values))
     return parts
+
+
+def _dequantized(weight: Weight, load: Load) -> float:
+    """Bytes that a product needs for the values of a quantised weight; on a CPU, those of one expert."""
+    at_once = (load.settings.n_routed_experts or 1) if weight.routed and load.step.on_cpu else 1
+    return weight.values * load.step.low / at_once
 
 
 def _rollouts(load: Load, layout: Layout, free: float) -> dict[str, int]:
@@ -128,11 +136,11 @@ def _rollouts(load: Load, layout: Layout, free: float) -> dict[str, int]:
 
 
 def _merged(sizes: Sizes, low: int) -> int:
-    """Bytes of the weights that have adapters, merged."""
+    """Bytes of the weights that have adapters, merged; quantised ones are not."""
     adapted = {(w.unit, w.module.split(".lora_")[0]) for w in sizes.weights if w.adapter}
 
     def has_adapter(weight: Weight) -> bool:
-        return not weight.adapter and any(
+        return not (weight.adapter or weight.quantized) and any(
             weight.unit == unit and f"{weight.module}.".startswith(f"{module}.") for unit, module in adapted
         )
 

@@ -72,7 +72,8 @@ def _print_stage(name: str, recipe: StageRecipe, earlier: Earlier, cache: RowCac
         foundation = find_model(recipe.model, earlier, ask_hub=True)
         settings = known_settings(recipe, foundation)
     assert settings is not None  # looking it up on the hub gives it, or an error
-    print(f"{name}: {recipe.stage} from {recipe.model.path}, {recipe.model.dtype}")
+    stored = f", quantised to {recipe.model.quantization}" if recipe.model.quantization else ""
+    print(f"{name}: {recipe.stage} from {recipe.model.path}, {recipe.model.dtype}{stored}")
     print("\n".join(stage_lines(recipe, settings, foundation, _measured(recipe, foundation, earlier, cache), gpu)))
     return will_give(recipe, Inputs(foundation, settings))
 

@@ -24,6 +24,7 @@ from deepseek_v2_modeling.loading import (
     apply_settings,
     check_bias_updates,
     check_generation,
+    check_quantization_library,
     check_vocabulary,
     check_weights,
     load_tokenizer,
@@ -106,6 +107,8 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         check_kind(recipe.model.path, foundation.kind, head, new_head=trained)
         if recipe.reads_lm_head:
             check_kind(recipe.model.path, foundation.kind, "causal_lm")
+    if recipe.model.quantization is not None:
+        check_quantization_library(recipe.model.quantization)
     if foundation.settings is None:
         return None
     settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config, recipe.score_heads)
@@ -113,8 +116,9 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         experts.check(settings)
     if trained:
         check_bias_updates(settings, recipe.lora is not None)
+    outline = meta_model(settings, head, recipe.model.quantization)
     if trained and recipe.lora is not None:
-        check_targets(meta_model(settings, head), lora_settings(recipe.lora).config(TASKS[head]))
+        check_targets(outline, lora_settings(recipe.lora).config(TASKS[head]))
     check_files(foundation, settings, head, recipe.model.path)
     return settings
 

@@ -83,6 +83,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             heads=recipe.score_heads,
             router=recipe.trains_router,
             empty=empty,
+            quantization=section.quantization,
         )
 
     if recipe.parallel is not None:
@@ -101,6 +102,7 @@ def load_frozen(section: ModelSection, source: ModelSource, head: Head) -> Any:
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
         config=section.config,
+        quantization=section.quantization,
     )
 
 
@@ -124,6 +126,7 @@ def load_other_models(recipe: StageRecipe, stage_source: ModelSource, stage_mode
             dtype=section.dtype,
             attn_implementation=section.attn_implementation,
             on=base,
+            quantization=section.quantization,
         )
         stats = stats_of(use, source) if source else None
         name = path.parent.name if path.name == FINAL else path.name
