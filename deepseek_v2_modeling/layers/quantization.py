@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ModelError
 from ..kernels.float32_products import Linear
 from ..kernels.quantized_weights import BLOCK, SCHEMES, QuantizedLinear, SchemeName, Storage
-from .attention import DeepseekV2Attention
+from .attending import AttentionBlock
 from .moe import DeepseekV2Experts
 
 Quantization = SchemeName  # by the scheme of most weights
@@ -61,7 +61,7 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
 
 def _weights(model: nn.Module, quantization: Quantization) -> Iterator[tuple[str, Any, str, SchemeName]]:
     """(full name, module, name in the module, scheme) of each weight that is quantized."""
-    in_attention = [module for module in model.modules() if isinstance(module, DeepseekV2Attention)]
+    in_attention = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     linears = {id(part) for attention in in_attention for part in attention.children()}
     layers = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     module: Any

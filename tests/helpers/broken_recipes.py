@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .models import IN_BLOCKS
 from .stages import assistant, byte_tokenizer, chat_model, conversations, pairs, user
 
 Path_ = tuple[str | int, ...]
@@ -44,6 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sft": _recipe(
         "sft", "chat.jsonl", lora=LORA, eval_data=[{"path": "held_out.jsonl"}],
         training={**TRAINING, "eval_strategy": "steps", "eval_steps": 1},
+    ),
+    "sft_quantized": _recipe(
+        "sft", "chat.jsonl", lora=LORA, model={"path": "wide", "quantization": "nf4"}, training=TRAINING
     ),
     "sft_full": _recipe("sft", "chat.jsonl", lora=None, training=TRAINING),
     "reward": _recipe(
@@ -113,8 +117,9 @@ COMMAND = {"chain": "run"}
 
 def make_world(folder: Path) -> None:
     """The model, the data and the stages' recipes that the recipes name, in `folder`; runs/ is for the caller."""
-    chat_model().save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
+    for name, widths in (("base", {}), ("wide", IN_BLOCKS)):
+        chat_model(**widths).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
     judged = [{"prompt": user(f"ask {i}"), "completion": assistant("yes"), "label": bool(i % 2)} for i in range(8)]
     rows = conversations(12)
     bare = [{"messages": row["messages"]} for row in rows]
@@ -254,6 +259,8 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         yield from ((kind, {("model", "path"): place}) for place in MODELS)
         yield from ((kind, {("model", "config"): config}) for config in CONFIGS)
         yield from ((kind, {("output_dir",): place}) for place in OUTPUTS)
+        if recipe.get("model"):
+            yield from ((kind, {("model", "quantization"): name}) for name in ("nf4", "int8", None))
         if evaluates:
             tasks = BENCHMARKS if benchmark else TASKS
             yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in tasks)

@@ -48,6 +48,11 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "rope_scaling": YARN,
 }
+# Rows of whole blocks of 64 values, as quantised weights must have.
+IN_BLOCKS: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "kv_lora_rank": 64, "q_lora_rank": 64,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
 
 
 def small_config(**changes: Any) -> DeepseekV2Config:

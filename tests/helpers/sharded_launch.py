@@ -16,6 +16,7 @@ from deepseek_v2_modeling.training import RunTrainerMixin
 from recipes.cli import main
 from recipes.processes import is_main, wait_for_all, world_size
 
+from .models import IN_BLOCKS
 from .stages import byte_tokenizer, chat_model, conversations, pairs
 
 BATCH = 4
@@ -34,6 +35,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"path": "base", "dtype": "bfloat16"},
         "training": {**TRAINING, "packing": True, "save_strategy": "no", "gradient_accumulation_steps": 2},
     },
+    "quantized": {
+        "stage": "sft",
+        "lora": LORA,
+        "model": {"path": "wide", "quantization": "nf4"},
+        "training": {**TRAINING, "save_strategy": "no"},
+    },
     "reward": {"stage": "reward", "lora": LORA, "data": [{"path": "pairs.jsonl"}], "training": TRAINING},
 }
 
@@ -41,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def prepare(folder: Path) -> None:
     """Write the model and the rows."""
     save_directory(chat_model(), byte_tokenizer(), folder / "base")
+    save_directory(chat_model(**IN_BLOCKS), byte_tokenizer(), folder / "wide")
     rows = {"rows": conversations(24), "held_out": conversations(32)[24:], "pairs": pairs(16)}
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))

@@ -26,13 +26,9 @@ from deepseek_v2_modeling.kernels.quantized_weights import Quantized, QuantizedL
 from deepseek_v2_modeling.layers.quantization import check_quantization_library, quantization_of, storages
 
 from ..helpers.live_memory import LiveMemory
-from ..helpers.models import random_ids, small_config, small_model
+from ..helpers.models import IN_BLOCKS, random_ids, small_config, small_model
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes")
-WIDTHS: dict[str, Any] = {  # rows of whole blocks
-    "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "kv_lora_rank": 64, "q_lora_rank": 64,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-}  # fmt: skip
 TARGETS = ("attention", "experts", "shared_experts", "dense", "router")
 QUANTIZATIONS = ("nf4", "int8")
 
@@ -40,7 +36,7 @@ QUANTIZATIONS = ("nf4", "int8")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / "base"
-    small_model(**WIDTHS).save_pretrained(path)
+    small_model(**IN_BLOCKS).save_pretrained(path)
     return path
 
 
@@ -124,7 +120,7 @@ def test_experts_that_are_fused_on_disk(base: Path, tmp_path: Path):
     model = quantized(base)
     tensors = dict(DeepseekV2ForCausalLM.from_pretrained(base).state_dict())
     again = DeepseekV2ForCausalLM.from_pretrained(
-        None, config=small_config(**WIDTHS), state_dict=tensors, quantization="nf4"
+        None, config=small_config(**IN_BLOCKS), state_dict=tensors, quantization="nf4"
     )
     for name in storages(model):
         assert torch.equal(model.get_parameter(name), again.get_parameter(name))
@@ -214,7 +210,7 @@ def anonymous_bytes() -> int:
 def test_a_plain_copy_never_exists(tmp_path: Path):
     """While a model is loaded, memory stays below half of its bf16 weights."""
     with torch.device("meta"):
-        wide = {**WIDTHS, "hidden_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 32}
+        wide = {**IN_BLOCKS, "hidden_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 32}
         model: Any = DeepseekV2ForCausalLM(small_config(**wide, num_hidden_layers=5))
     model = model.to_empty(device="cpu").to(torch.bfloat16)
     for parameter in model.parameters():
@@ -275,7 +271,7 @@ def test_what_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError, match='quantization is "fp4": use one of nf4, int8'):
         quantized(base, "fp4")
     with pytest.raises(ModelError, match="done while a checkpoint is read"):
-        DeepseekV2ForCausalLM(small_config(**WIDTHS), quantization="int8")
+        DeepseekV2ForCausalLM(small_config(**IN_BLOCKS), quantization="int8")
     with pytest.raises(ModelError, match=r"quantised to nf4, which is not saved: .* merge that into the original"):
         quantized(base).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -291,7 +287,7 @@ def test_what_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_broken_numbers_are_named(base: Path, tmp_path: Path):
-    small_model(**WIDTHS).save_pretrained(tmp_path)
+    small_model(**IN_BLOCKS).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.2.mlp.experts.5.up_proj.weight"][3, 3] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

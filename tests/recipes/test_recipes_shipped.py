@@ -60,7 +60,7 @@ def test_all_recipes_are_found() -> None:
             "pairs_reasoning", "reward_reasoning", "dpo",
         ),
         "coder_v2_lite": ("sft_lora", "pairs_code", "reward_code", "rl_code", "eval_infilling"),
-        "v2": ("sft_lora",),
+        "v2": ("sft_lora", "qlora"),
         "deepseek_moe": ("sft_lora",),
         "v3": ("sft_lora",),
         "glm4_moe_lite": ("sft_lora",),

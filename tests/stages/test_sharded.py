@@ -57,7 +57,9 @@ def steps(run: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in lines(run / "metrics.jsonl") if key in line]
 
 
-@pytest.mark.parametrize(("name", "rel"), [("full", 1e-5), ("lora", 1e-5), ("reward", 1e-4), ("packed", 2e-2)])
+@pytest.mark.parametrize(
+    ("name", "rel"), [("full", 1e-5), ("lora", 1e-5), ("quantized", 1e-5), ("reward", 1e-4), ("packed", 2e-2)]
+)
 def test_losses_are_those_of_one_process(runs: Path, name: str, rel: float) -> None:
     one, two = steps(runs / f"one_{name}"), steps(runs / f"two_{name}")
     assert len(one) == launched.TRAINING["max_steps"]
