@@ -15,7 +15,7 @@ ALL_CORES := -n auto --maxprocesses 8 --dist loadfile
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
 
-.PHONY: demo test check format api test-oldest test-newest clients gpu-check clean
+.PHONY: demo test check format api docs test-oldest test-newest clients gpu-check clean
 
 # The chain of recipes/tiny on the CPU: base -> SFT -> reward models -> two RL stages -> table, answer, report page.
 demo: $(READY)
@@ -42,6 +42,11 @@ api: $(READY)
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_reference.py
 
+# The pages of docs/ as a site in build/docs, which needs no network. A dead link, or a page that no list names, fails.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
+
 # The model package on the oldest torch and transformers that pyproject.toml allows. The project itself is not installed,
 # since the model package must work without TRL; it is imported from the project's root.
 test-oldest: $(READY_OLDEST)
@@ -66,7 +71,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
 	    { echo "error: $(PYTHON) is older than Python 3.11; choose another one: make PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,serve,docs]'
 	@touch $@
 
 $(READY_OLDEST): Makefile

@@ -1,4 +1,5 @@
-"""Makes docs/keys.md from the schema of recipes and docs/commands.md from the arguments of the command line.
+"""Makes docs/keys.md from the schema of recipes, docs/commands.md from the arguments of the command line, and
+docs/chain.svg from the demo's chain.
 
 python docs/make_reference.py [DIRECTORY]
 """
@@ -14,6 +15,9 @@ sys.path.insert(0, str(ROOT))
 from recipes.cli import Command, commands  # noqa: E402
 from recipes.launch import launch_arguments  # noqa: E402
 from recipes.recipe.schema import ChainRecipe  # noqa: E402
+from recipes.recipe.yaml_text import read_mapping  # noqa: E402
+from recipes.report.chain_picture import BASE, Shown, chain_nodes, draw_chain  # noqa: E402
+from recipes.results.titles import titles_of  # noqa: E402
 from recipes.stages import stages  # noqa: E402
 
 Schema = Mapping[str, Any]
@@ -37,6 +41,13 @@ BOUNDS = {
     "minItems": "at least {} of them",
     "pattern": "`{}`",
 }
+
+
+# Readable on light and on dark.
+STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#57606a;text-anchor:middle}.title{font-weight:600;fill:#1b1f24}"
+    ".box-of{fill:#f6f7f9;stroke:#7d8790}.arrow{fill:none;stroke:#7d8790;stroke-width:1.3}.uses{stroke-dasharray:4 3}"
+)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
@@ -145,7 +156,22 @@ def argument(names: tuple[str, ...], stated: Mapping[str, Any]) -> str:
     return f"- `{names[0]}{takes}`: {prose(stated['help'])}"
 
 
+# --- the picture -------------------------------------------------------------------------------------------------
+
+
+def chain_picture() -> str:
+    """The demo's chain as an SVG file, in the colours of the report."""
+    place = ROOT / "recipes" / "tiny"
+    chain = read_mapping(place / "chain.yaml")
+    kinds = {entry["name"]: stages()[read_mapping(place / entry["recipe"])["stage"]].title for entry in chain["stages"]}
+    shown = {name: Shown(kind) for name, kind in {BASE: "base model", **kinds}.items()}
+    drawing = str(draw_chain(chain_nodes(chain, titles_of(chain).stages), shown))
+    size = 'xmlns="http://www.w3.org/2000/svg" width="640"'
+    return drawing.replace("<svg ", f"<svg {size} ", 1).replace(">", f"><style>{STYLE}</style>", 1) + "\n"
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs")
-    for page, text in (("keys.md", keys_page()), ("commands.md", commands_page())):
+    made = {"keys.md": keys_page(), "commands.md": commands_page(), "chain.svg": chain_picture()}
+    for page, text in made.items():
         (folder / page).write_text(text, encoding="utf-8")
