@@ -18,7 +18,7 @@ from .adapters.lora import LoraSettings, apply_lora, of_its_attention, train_in_
 from .adapters.merge import merge_lora
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
-from .checkpoints.generation_files import check_generation
+from .checkpoints.generation_files import check_generation, save_end_token
 from .checkpoints.hub_layout import dtype_on_disk
 from .checkpoints.sources import (
     MODEL_CARD,
@@ -286,3 +286,4 @@ def write_model(
             config = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)
+    save_end_token(model, tokenizer, directory)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from conversations.errors import ToolkitError
 from conversations.rendering.encoding import Run, control_pattern, encode_runs, special_ids_of
-from conversations.rendering.template import Part, has_other_template, layout, own_prompt, template_of
+from conversations.rendering.template import has_other_template, layout, own_prompt, template_of
+from conversations.rendering.template_parts import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,14 +33,14 @@ def render_conversation(
     train_on: TrainOn = "all_assistant",
     add_generation_prompt: bool = False,
 ) -> dict[str, list[int]]:
-    """Render messages with the template of the model's family and the tokenizer's own begin and end tokens.
+    """Render messages with the tokenizer's own template, or that of the model's family, and its begin and end tokens.
 
     Args:
         messages: each `{"role", "content"}`; roles are system, user and assistant. A prompt is a list that
             ends with a user turn. `train: False` excludes an assistant turn from the mask; true or null changes
             nothing.
-        tokenizer: any fast tokenizer of transformers with an end token. Its chat template decides between those that
-            we know (template.py); with any other, and without one, it is DeepSeek-V2's.
+        tokenizer: any fast tokenizer of transformers with an end token. Its chat template is used if it is one that we
+            know or can be trained with (template.py); otherwise, and without one, it is DeepSeek-V2's.
         train_on: all assistant turns, or only the last one.
         add_generation_prompt: end as the assistant's turn begins ("Assistant:"), for a model to continue.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from conversations.errors import ToolkitError
+from conversations.rendering.own_template import CONTROL_SHAPE
 from conversations.rendering.template import template_of
 from conversations.rendering.words import encode_by_words
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 # (whether it is trained, a text to encode separately or a token id).
 Run = tuple[bool, str | int]
 EncodedTexts = dict[str, list[int]]  # text -> its token ids
-
-_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>")
 
 # tokenizer -> (its size when the pattern was built, the pattern of its control tokens)
 _control_patterns: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]]" = WeakKeyDictionary()
@@ -49,7 +48,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.split_special_tokens,
-        template_of(tokenizer).name,
+        template_of(tokenizer).text,
     ]
     return hashlib.sha256((backend.to_str() + json.dumps(settings)).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -98,7 +97,7 @@ def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     size, pattern = _control_patterns.get(tokenizer, (-1, re.compile("(?!)")))
     if size != len(tokenizer):
         added = tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
+        tokens = {token.content for token in added if token.special or CONTROL_SHAPE.fullmatch(token.content)}
         rests: dict[str, list[str]] = {}  # by first character, for speed: few positions in a text need a closer look
         for token in sorted(token for token in tokens if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))

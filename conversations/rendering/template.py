@@ -1,4 +1,5 @@
-"""The chat templates of DeepSeek-V2 and its family, and the layout of a conversation under one of them.
+"""The chat templates of DeepSeek-V2 and its family, which of them or of a model's own (own_template.py) a tokenizer's
+conversations are rendered with, and the layout of a conversation under it.
 
 `chat_template.jinja` is the released template (tokenizer_config.json of DeepSeek-V2-Chat); it is saved with models as
 it is. `chat_template_v3.jinja` renders system, user and assistant as DeepSeek-V3's released one does, which also has
@@ -7,41 +8,29 @@ DeepSeek-V2's with the space before it) and eos_token. Only transformers knows t
 which other servers use, reject it.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from conversations.errors import ToolkitError
+from conversations.rendering.own_template import OwnTemplate, own_template
+from conversations.rendering.template_parts import (
+    BOS,
+    EOS,
+    TRAINED_END,
+    TRAINED_START,
+    Part,
+    placeholder,
+    split_rendered,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
 GENERATION = "{% generation %}"
-
-# Unicode noncharacters as placeholders. User text never passes through the template, so none of it can be mistaken for
-# a placeholder.
-_BOS, _EOS, _TRAINED_START, _TRAINED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-_CONTENT_START, _CONTENT_END = "\ufdd4", "\ufdd5"
-_MARKER = re.compile(f"([{_BOS}{_EOS}{_TRAINED_START}{_TRAINED_END}]|{_CONTENT_START}[0-9]+{_CONTENT_END})")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One piece of a rendered conversation, in order.
-
-    kind: "text" (the template's own, in `text`), "content" (of message number `message`), or the special token "bos" or
-    "eos". turn: the index of the assistant turn whose trained text includes this piece; None if it is not trained.
-    """
-
-    kind: Literal["text", "content", "bos", "eos"]
-    turn: int | None
-    text: str = ""
-    message: int = -1
 
 
 @dataclass(frozen=True)
@@ -65,6 +54,13 @@ class Template:
         assert self.text.count(self.answer) == 1
         return self.text.replace(self.answer, self.trained_answer)
 
+    def marked(self, roles: tuple[str, ...], add_generation_prompt: bool) -> str:
+        """A conversation with placeholders and marks around what is trained."""
+        messages = [{"role": role, "content": placeholder(index)} for index, role in enumerate(roles)]
+        return _compiled(self).render(
+            messages=messages, bos_token=BOS, eos_token=EOS, add_generation_prompt=add_generation_prompt
+        )
+
 
 # By model_type; a type without an entry is rendered as DeepSeek-V2.
 TEMPLATES = {
@@ -84,8 +80,10 @@ TEMPLATES = {
 }
 DEFAULT = TEMPLATES["deepseek_v2"]
 
-# tokenizer -> (its chat template when it was looked at, the template of ours that renders alike; None for another)
-_known: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Template | None]]" = WeakKeyDictionary()
+# tokenizer -> (its chat template and tokens when it was looked at, what `usable_template` found)
+_looked_at: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Template | OwnTemplate | None]]" = (
+    WeakKeyDictionary()
+)
 
 
 @cache
@@ -103,33 +101,39 @@ def training_template() -> str:
     return DEFAULT.training_text
 
 
-def known_template(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
-    """The template that renders as the tokenizer's own; None if it has none, or another."""
+def usable_template(tokenizer: "PreTrainedTokenizerBase") -> Template | OwnTemplate | None:
+    """The template of ours that renders as the tokenizer's own, else its own if conversations can be trained with it;
+    None if it has none, or one that cannot be used."""
     own = tokenizer.chat_template
-    text, template = _known.get(tokenizer, (None, None))
-    if own and text != own:
-        template = next((known for known in TEMPLATES.values() if _renders_alike(own, known, tokenizer)), None)
-        _known[tokenizer] = (own, template)
+    state = (own, tokenizer.bos_token, tokenizer.eos_token)
+    seen, template = _looked_at.get(tokenizer, (None, None))
+    if own and seen != state:
+        alike = next((known for known in TEMPLATES.values() if _renders_alike(own, known, tokenizer)), None)
+        template = alike or own_template(tokenizer)
+        _looked_at[tokenizer] = (state, template)
     return template if own else None
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """The template by which conversations are rendered: the tokenizer's own if it is known, else DeepSeek-V2's."""
-    return known_template(tokenizer) or DEFAULT
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | OwnTemplate:
+    """The template by which conversations are rendered: the tokenizer's own if it can be used, else DeepSeek-V2's."""
+    return usable_template(tokenizer) or DEFAULT
 
 
 def has_other_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a tokenizer has a template that renders differently from all that are known."""
-    return bool(tokenizer.chat_template) and known_template(tokenizer) is None
+    """Whether a tokenizer has a template that conversations cannot be rendered with."""
+    return bool(tokenizer.chat_template) and usable_template(tokenizer) is None
 
 
-def install_template(tokenizer: "PreTrainedTokenizerBase", model_type: str = "deepseek_v2") -> Template:
-    """Give `tokenizer` the template that its own renders as, otherwise that of the model's family, and return it, so
-    that checkpoints saved with it render the same everywhere. The text of a template with more than that, such as
-    tools, is kept. A tokenizer that lacks the family's control tokens, such as Moonlight's, gets DeepSeek-V2's
-    template, which needs none.
+def install_template(tokenizer: "PreTrainedTokenizerBase", model_type: str = "deepseek_v2") -> Template | OwnTemplate:
+    """Give `tokenizer` the template that its own renders as, or its own if it can be used, otherwise that of its
+    model's family, and return it, so that checkpoints saved with it render the same everywhere. The text of one with
+    more than that, such as tools, is kept. The token with which its own template ends an answer becomes the end token.
+    A tokenizer without a template that lacks the family's control tokens gets DeepSeek-V2's template, which needs none.
     """
-    known = known_template(tokenizer)
+    known = usable_template(tokenizer)
+    if isinstance(known, OwnTemplate):
+        tokenizer.chat_template, tokenizer.eos_token = known.text, known.end
+        return template_of(tokenizer)
     template = known or TEMPLATES.get(model_type, DEFAULT)
     if not set(template.control) <= set(tokenizer.get_vocab()):
         template = DEFAULT
@@ -150,7 +154,7 @@ def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBa
 
 @lru_cache(maxsize=1024)
 def layout(
-    roles: tuple[str, ...], add_generation_prompt: bool = False, template: Template = DEFAULT
+    roles: tuple[str, ...], add_generation_prompt: bool = False, template: Template | OwnTemplate = DEFAULT
 ) -> tuple[Part, ...]:
     """The parts of a conversation whose messages have these roles.
 
@@ -159,11 +163,7 @@ def layout(
     for number, role in enumerate(roles, start=1):
         if role not in ROLES:
             raise ToolkitError(f"message {number}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    messages = [{"role": role, "content": f"{_CONTENT_START}{index}{_CONTENT_END}"} for index, role in enumerate(roles)]
-    rendered = _compiled(template).render(
-        messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=add_generation_prompt
-    )
-    return tuple(_split_rendered(rendered))
+    return tuple(split_rendered(template.marked(roles, add_generation_prompt)))
 
 
 @cache
@@ -172,29 +172,11 @@ def _compiled(template: Template):
 
     # The two block settings are those of transformers' apply_chat_template.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    marks = {"{% generation %}": _TRAINED_START, "{% endgeneration %}": _TRAINED_END}
+    marks = {"{% generation %}": TRAINED_START, "{% endgeneration %}": TRAINED_END}
     marked = template.training_text
     for mark, sign in marks.items():
         marked = marked.replace(mark, sign)
     return environment.from_string(marked)
-
-
-def _split_rendered(rendered: str):
-    turns = count()
-    turn: int | None = None
-    for piece in filter(None, _MARKER.split(rendered)):
-        if piece == _TRAINED_START:
-            turn = next(turns)
-        elif piece == _TRAINED_END:
-            turn = None
-        elif piece == _BOS:
-            yield Part("bos", turn)
-        elif piece == _EOS:
-            yield Part("eos", turn)
-        elif piece.startswith(_CONTENT_START):
-            yield Part("content", turn, message=int(piece[1:-1]))
-        else:
-            yield Part("text", turn, text=piece)
 
 
 def _renders_alike(template: Any, known: Template, tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -1,5 +1,6 @@
 """Checks a model's generation_config.json against what our decoding supports, before any answer is generated."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,17 @@ def check_generation(base: str, vocab_size: int) -> None:
         raise ModelError(f"{path}: {' '.join(str(error).split())}; correct or remove it") from error
     if outside := [i for name in TOKENS for i in ids_in(values.get(name)) if i >= vocab_size]:
         raise ModelError(f"{path}: token id {outside[0]} is beyond the model's vocabulary of {vocab_size:,}; remove it")
+
+
+def save_end_token(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a generation_config.json that also ends answers at the tokenizer's end token, if the model's does not: its
+    chat template may end them with another token than the base does."""
+    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    if config is None or tokenizer.eos_token_id in (ends := ids_in(config.eos_token_id)):
+        return
+    config = copy.deepcopy(config)
+    config.eos_token_id = [*ends, tokenizer.eos_token_id]
+    config.save_pretrained(str(directory))
 
 
 def ids_in(value: Any) -> list[int]:

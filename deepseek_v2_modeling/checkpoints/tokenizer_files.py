@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # Copied unchanged, unless tokens were added.
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-NAMES_OF_TOKENS = ("special_tokens_map.json", "added_tokens.json")
+SPECIAL_TOKENS = "special_tokens_map.json"
+NAMES_OF_TOKENS = (SPECIAL_TOKENS, "added_tokens.json")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Keys that are specific to this machine, or refer to code that is not copied.
 NOT_KEPT = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path")
@@ -40,8 +41,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     source = _source_files(tokenizer)
     if TOKENIZER_CONFIG in source:
         original = json.loads(source[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
-        config = {**original, **_changed_tokens(tokenizer, original, saved)}
+        changed = _changed_tokens(tokenizer, original, saved)
+        config = {**original, **changed}
     else:
+        changed = {}
         config = dict(saved)
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -55,6 +58,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         for name in (*VOCABULARY, *NAMES_OF_TOKENS):
             if name in source:
                 (directory / name).write_bytes(source[name].read_bytes())
+    if changed and (listed := directory / SPECIAL_TOKENS).is_file():  # which counts instead of tokenizer_config.json
+        tokens = json.loads(listed.read_text(encoding="utf-8"))
+        listed.write_text(json.dumps({**tokens, **changed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer_config(config: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
-from conversations.rendering.template import TEMPLATES, has_other_template, install_template, known_template
+from conversations.rendering.own_template import OwnTemplate
+from conversations.rendering.template import TEMPLATES, has_other_template, install_template, usable_template
 from conversations.sections import LoraSection, ModelSection, ModelUse, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling import PRESETS, DeepseekV2Config, preset_config
 from deepseek_v2_modeling.adapters import check_targets, match_adapter
@@ -71,14 +72,30 @@ def find_model(section: ModelSection, earlier: Earlier, ask_hub: bool) -> Founda
         foundation = Foundation(None, settings, build_tokenizer(section.preset, settings.model_type))
     else:
         foundation = read_foundation(resolve_source(section.path), ask_hub)
-    if foundation.tokenizer is not None and foundation.settings is not None:
-        is_other, known = has_other_template(foundation.tokenizer), known_template(foundation.tokenizer)
-        template = install_template(foundation.tokenizer, foundation.settings.model_type)
-        usual = TEMPLATES.get(foundation.settings.model_type, template)
-        if is_other or (known is None and template is not usual):
-            why = "its own chat template is not used" if is_other else f"it lacks the tokens of {usual.name}'s template"
-            say(f"{section.path}: {why}; rows are rendered, and results saved, with {template.name}'s")
+    tokenizer, settings = foundation.tokenizer, foundation.settings
+    if tokenizer and settings and (note := choose_template(tokenizer, settings.model_type)):
+        say(f"{section.path}: {note}")
     return foundation
+
+
+def choose_template(tokenizer: Any, model_type: str) -> str | None:
+    """Give the tokenizer the template that rows are rendered with. Returns what the user should know of it; None if it
+    is the usual one of the model's family, or one of another family that the tokenizer had."""
+    is_other, had = has_other_template(tokenizer), usable_template(tokenizer)
+    text, end = tokenizer.chat_template, tokenizer.eos_token
+    template = install_template(tokenizer, model_type)
+    usual = TEMPLATES.get(model_type, template)
+    if isinstance(template, OwnTemplate):
+        thinking = ", without thoughts unless enable_thinking is true" * (template.text != text)
+        ending = f"; answers end with {template.end}, now the tokenizer's end token" * (template.end != end)
+        return f"rows are rendered with its own chat template{thinking}{ending}"
+    if is_other:
+        why = "its own chat template is not used, since its prompts do not begin what it writes for conversations"
+    elif had is None and template is not usual:
+        why = f"it lacks the tokens of {usual.name}'s template"
+    else:
+        return None
+    return f"{why}; rows are rendered, and results saved, with {template.name}'s"
 
 
 def coming(path: str, earlier: Earlier) -> Foundation | None:

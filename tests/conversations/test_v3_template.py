@@ -12,8 +12,8 @@ from conversations.rendering.template import (
     TEMPLATES,
     has_other_template,
     install_template,
-    known_template,
     template_of,
+    usable_template,
 )
 from recipes.cli import main
 from recipes.runs.preset_tokenizer import build_tokenizer
@@ -63,7 +63,7 @@ def test_ids_and_mask(template: str | None):
 
 def test_which_template():
     plain = released_kind()
-    assert template_of(plain) is TEMPLATES["deepseek_v2"] and known_template(plain) is None
+    assert template_of(plain) is TEMPLATES["deepseek_v2"] and usable_template(plain) is None
     # without the control tokens, as Moonlight's
     assert install_template(plain, "deepseek_v3") is TEMPLATES["deepseek_v2"] is template_of(plain)
     # a DeepSeek-V2 whose tokenizer renders as V3 does, such as V2.5, keeps its template
