@@ -68,9 +68,9 @@ class OwnTemplate:
     def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        asked: Any = {"chat_template": self.text, "add_generation_prompt": add_generation_prompt}
+        asked: dict[str, Any] = {**dict(self.specials), "add_generation_prompt": add_generation_prompt}
         try:
-            rendered: Any = render_jinja_template([messages], **asked, **dict(self.specials))
+            rendered: Any = render_jinja_template([messages], chat_template=self.text, **asked)
         except Exception as error:  # a template may raise anything
             why = " ".join(str(error).split())
             raise ToolkitError(f"the model's own chat template rejects this conversation: {why}") from error
