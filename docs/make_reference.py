@@ -45,7 +45,8 @@ BOUNDS = {
 
 # Readable on light and on dark.
 STYLE = (
-    "text{font:11px system-ui,sans-serif;fill:#57606a;text-anchor:middle}.title{font-weight:600;fill:#1b1f24}"
+    "text{font:10px system-ui,sans-serif;fill:#57606a;text-anchor:middle}"
+    ".title{font-weight:600;font-size:11px;fill:#1b1f24}"
     ".box-of{fill:#f6f7f9;stroke:#7d8790}.arrow{fill:none;stroke:#7d8790;stroke-width:1.3}.uses{stroke-dasharray:4 3}"
 )
 

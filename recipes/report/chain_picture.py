@@ -12,8 +12,8 @@ from markupsafe import Markup
 from recipes.report.svg import WIDTH, join, svg, tag
 
 PER_ROW = 3
-BOX_WIDTH, BOX_HEIGHT, GAP = 124.0, 46.0, 26.0
-LINE = 20  # characters that fit in a box
+BOX_WIDTH, BOX_HEIGHT, GAP = 122.0, 46.0, 34.0
+LINE, SMALL_LINE = 19, 23  # characters that fit in a box, of a title and of what stands below it
 BASE = ""  # the node of the model that the chain begins with
 _REFERENCE = re.compile(r"\$\{([^}./]+)")
 
@@ -38,10 +38,10 @@ class Shown:
 
 
 class _Place(NamedTuple):
-    """Where a box is: the middle of its upper edge."""
+    """Where a box is: its row, and its middle."""
 
+    row: int
     x: float
-    y: float
 
 
 def chain_nodes(recipe: Mapping[str, Any], titles: Mapping[str, str]) -> list[Node]:
@@ -63,8 +63,9 @@ def chain_nodes(recipe: Mapping[str, Any], titles: Mapping[str, str]) -> list[No
 
 def draw_chain(nodes: Sequence[Node], shown: Mapping[str, Shown]) -> Markup:
     """The picture: rows from top to bottom, each below all that it is made of."""
-    places, height = _places(nodes)
-    arrows = [arrow for node in nodes for arrow in _arrows(node, places)]
+    rows = _rows(nodes)
+    places, height = _place(rows), _top(len(rows)) - GAP + 1
+    arrows = [arrow for node in nodes for arrow in _arrows(node, places, rows)]
     boxes = [_box(node, places[node.name], shown.get(node.name, Shown("", "not begun"))) for node in nodes]
     return svg([*arrows, *boxes], height, _in_words(nodes))
 
@@ -82,9 +83,9 @@ def _name_of(model: Any) -> str:
     return f"{str(stated.get('path', 'base model')).rstrip('/').rpartition('/')[2]}{preset}"
 
 
-def _places(nodes: Sequence[Node]) -> tuple[dict[str, _Place], float]:
-    """Where each box is, and the height of the picture. A reference to a later stage, which no chain has, is left
-    out."""
+def _rows(nodes: Sequence[Node]) -> list[list[str]]:
+    """The names in each row of the picture, each below all that it is made of. A reference to a later stage, which no
+    chain has, counts for nothing."""
     depth: dict[str, int] = {}
     for node in nodes:
         depth[node.name] = 1 + max((depth.get(name, -1) for name in _sources(node)), default=-1)
@@ -92,40 +93,64 @@ def _places(nodes: Sequence[Node]) -> tuple[dict[str, _Place], float]:
     for level in range(max(depth.values()) + 1):
         names = [name for name, of in depth.items() if of == level]
         rows += [names[start : start + PER_ROW] for start in range(0, len(names), PER_ROW)]
-    places = {}
-    for number, names in enumerate(rows):
-        room = WIDTH / len(names)
-        for column, name in enumerate(names):
-            places[name] = _Place((column + 0.5) * room, 1 + number * (BOX_HEIGHT + GAP))
-    return places, len(rows) * (BOX_HEIGHT + GAP) - GAP + 2
+    return rows
+
+
+def _place(rows: Sequence[Sequence[str]]) -> dict[str, _Place]:
+    return {
+        name: _Place(row, (column + 0.5) * WIDTH / len(names))
+        for row, names in enumerate(rows)
+        for column, name in enumerate(names)
+    }
+
+
+def _top(row: float) -> float:
+    return 1 + row * (BOX_HEIGHT + GAP)
 
 
 def _sources(node: Node) -> list[str]:
     return [*([] if node.parent is None else [node.parent]), *(name for name in node.uses if name != node.parent)]
 
 
-def _arrows(node: Node, places: Mapping[str, _Place]) -> list[Markup]:
+def _arrows(node: Node, places: Mapping[str, _Place], rows: Sequence[Sequence[str]]) -> list[Markup]:
     """Side by side where they end, from left to right as they come."""
     to = places[node.name]
     sources = sorted((name for name in _sources(node) if name in places), key=lambda name: places[name].x)
     drawn = []
     for number, name in enumerate(sources):
         start, x = places[name], to.x + BOX_WIDTH * ((number + 1) / (len(sources) + 1) - 0.5)
-        if start.y >= to.y:
-            continue
-        top, y = start.y + BOX_HEIGHT, to.y - 1
-        bend = f"M{start.x:.1f} {top:.1f}C{start.x:.1f} {y - 2:.1f} {x:.1f} {top:.1f} {x:.1f} {y:.1f}"
-        kind = "arrow" if name == node.parent else "arrow uses"
-        drawn += [tag("path", d=bend, class_=kind), tag("path", d=f"M{x - 3:.1f} {y - 5:.1f}l3 5l3 -5", class_="arrow")]
+        if start.row < to.row:
+            kind = "arrow" if name == node.parent else "arrow uses"
+            head = f"M{x - 3:.1f} {_top(to.row) - 6:.1f}l3 5l3 -5"
+            drawn += [tag("path", d=_way(start, to.row, x, rows), class_=kind), tag("path", d=head, class_="arrow")]
     return drawn
 
 
+def _way(start: _Place, row: int, x: float, rows: Sequence[Sequence[str]]) -> str:
+    """A curve from below a box to x above a row, between the boxes of the rows that it passes."""
+    way, here, y = f"M{start.x:.1f} {_top(start.row) + BOX_HEIGHT:.1f}", start.x, _top(start.row) + BOX_HEIGHT
+    for passed in range(start.row + 1, row + 1):
+        straight = start.x + (x - start.x) * (passed - start.row) / (row - start.row)
+        there = x if passed == row else min(_gaps(len(rows[passed])), key=lambda gap: abs(gap - straight))
+        below, middle = _top(passed) - 1, (y + _top(passed)) / 2
+        way += f"C{here:.1f} {middle:.1f} {there:.1f} {middle:.1f} {there:.1f} {below:.1f}"
+        here, y = there, below + BOX_HEIGHT + 2
+        way += f"V{y:.1f}" if passed < row else ""
+    return way
+
+
+def _gaps(boxes: int) -> list[float]:
+    """The middles of what is free beside and between the boxes of a row."""
+    margin = (WIDTH / boxes - BOX_WIDTH) / 4
+    return [margin, *(number * WIDTH / boxes for number in range(1, boxes)), WIDTH - margin]
+
+
 def _box(node: Node, place: _Place, shown: Shown) -> Markup:
-    left = place.x - BOX_WIDTH / 2
+    left, top = place.x - BOX_WIDTH / 2, _top(place.row)
     state = "box-of" if not shown.status else "box-of waiting" if shown.status == "not begun" else "box-of open"
-    shape = tag("rect", x=f"{left:.1f}", y=place.y, width=BOX_WIDTH, height=BOX_HEIGHT, rx=5, class_=state)
-    lines = [*((line, "title") for line in _wrapped(node.title)), (_clip(shown.status or shown.kind), "")]
-    first = place.y + BOX_HEIGHT / 2 - 6.5 * (len(lines) - 1) + 4
+    shape = tag("rect", x=f"{left:.1f}", y=f"{top:.1f}", width=BOX_WIDTH, height=BOX_HEIGHT, rx=5, class_=state)
+    lines = [*((line, "title") for line in _wrapped(node.title)), (_clip(shown.status or shown.kind, SMALL_LINE), "")]
+    first = top + BOX_HEIGHT / 2 - 6.5 * (len(lines) - 1) + 4
     texts = [
         tag("text", line, x=f"{place.x:.1f}", y=f"{first + 13 * number:.1f}", class_=f"mid {kind}".strip())
         for number, (line, kind) in enumerate(lines)
@@ -145,9 +170,9 @@ def _wrapped(title: str) -> list[str]:
     return [_clip(line) for line in lines] if len(lines) <= 2 else [_clip(lines[0]), _clip(" ".join(lines[1:]))]
 
 
-def _clip(text: str) -> str:
+def _clip(text: str, most: int = LINE) -> str:
     kept = text
-    while _width(kept) > LINE:
+    while _width(kept) > most:
         kept = kept[:-1]
     return kept if kept == text else f"{kept[:-1]}…"
 

@@ -143,6 +143,7 @@ FIGURES = (
     Figure("Dead experts", "experts without a token", ((r"expert_load/dead", "dead"),)),
 )
 LAYER_DEAD = re.compile(r"expert_load/layer_(\d+)/dead")
+EXACT = ("learning_rate", "num_tokens", "curriculum/seen")
 # Constant during the run, or shown elsewhere: not useful as a curve.
 NOT_DRAWN = re.compile(r"total_flos|train_(runtime|loss|samples_per_second|steps_per_second)")
 
@@ -182,8 +183,8 @@ def _dead_layers(metrics: Metrics) -> str:
 
 
 def _line(label: str, key: str, metrics: Metrics) -> Line:
-    # The schedule and held-out values are exact: a moving average would distort them.
-    noisy = not key.startswith("eval_") and key != "learning_rate"
+    # The schedule, counters and held-out values are exact: a moving average would distort them.
+    noisy = not key.startswith("eval_") and key not in EXACT
     return Line(label, metrics.series[key], noisy)
 
 

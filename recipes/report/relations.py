@@ -22,8 +22,8 @@ HELD_OUT = re.compile(r"eval_avg@(\d+)")
 
 @dataclass(frozen=True)
 class Scored:
-    """A judged row: its scores and lengths in tokens, of which the first `right` are of right answers; the other
-    answers are wrong, or unjudged if `judged` is false."""
+    """A judged row: its scores, and lengths in tokens (none of pairs that were only ranked). The first `right` are of
+    right answers; the others are of wrong ones, or unjudged if `judged` is false."""
 
     task: str
     prompt: str
@@ -67,9 +67,9 @@ def held_out_chart(metrics: Metrics) -> Chart | None:
 def _scored(sample: Mapping[str, Any]) -> Scored | None:
     """A line of samples.jsonl that holds scores; None for another, or for one that is not as evaluations write it."""
     scores, lengths = _numbers(sample.get("scores")), _numbers(sample.get("lengths"))
-    if not scores or len(scores) != len(lengths):
+    if not scores or len(lengths) not in (0, len(scores)):
         return None
-    label, right = sample.get("label"), sample.get("right")
+    label, right = sample.get("label"), sample.get("right", 1 if "rejected" in sample else None)
     judged = isinstance(label, bool) or type(right) is int
     first = int(label) if isinstance(label, bool) else right if type(right) is int else 0
     return Scored(str(sample.get("task", "")), str(sample.get("prompt", "")), scores, lengths, max(first, 0), judged)
@@ -115,7 +115,7 @@ def _calibration_line(task: str, margins: Sequence[tuple[str, float]]) -> Line:
 def _against_length(rows: Sequence[Scored]) -> Chart | None:
     groups: dict[str, list[Point]] = {"right answers": [], "wrong answers": [], "answers": []}
     for row in rows:
-        for place, point in enumerate(zip(row.lengths, row.scores, strict=True)):
+        for place, point in enumerate(zip(row.lengths, row.scores, strict=False)):
             group = "answers" if not row.judged else "right answers" if place < row.right else "wrong answers"
             groups[group].append(point)
     lines = [Line(label, points, scattered=True) for label, points in groups.items() if points]

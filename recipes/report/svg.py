@@ -17,8 +17,8 @@ from recipes.report.charts import SMOOTH_FROM, STEP, Chart, Line, every, thin
 from recipes.report.metrics import Point
 from recipes.results.words import short
 
-WIDTH, HEIGHT = 400, 232
-LEFT, RIGHT, TOP, BOTTOM = 56, 18, 24, 36
+WIDTH, HEIGHT = 400, 236
+LEFT, RIGHT, TOP, BOTTOM = 66, 18, 24, 40
 BASE = HEIGHT - BOTTOM  # where the x axis lies
 COLOURS = 8  # classes .c0 to .c7; a ninth line starts again with dashes
 NAMES = {"class_": "class", "aria_label": "aria-label", "stroke_width": "stroke-width"}
@@ -74,7 +74,8 @@ def draw(chart: Chart) -> Drawn:
     curves = [_curve(line, _colour(index), frame) for index, line in enumerate(chart.lines)]
     drawing = svg([*_axes(frame, unit, chart.over), *curves], HEIGHT, chart.in_words)
     ends = [short(line.curve[-1][1]) if chart.over == STEP else "" for line in chart.lines]
-    legend = [(_colour(index), line.label, ends[index]) for index, line in enumerate(chart.lines)]
+    classes = [f"{_colour(index)}{' guide' if line.guide else ''}" for index, line in enumerate(chart.lines)]
+    legend = [(classes[index], line.label, ends[index]) for index, line in enumerate(chart.lines)]
     return Drawn(chart.title, drawing, legend, chart.caption)
 
 
@@ -199,7 +200,7 @@ def _axes(frame: Frame, y_label: str, x_label: str) -> list[Markup]:
     for value, text in zip(along, [*map(short, along)], strict=True):
         x = f"{frame.x(value):.1f}"
         parts.append(tag("line", x1=x, x2=x, y1=BASE, y2=BASE + 4, class_="axis"))
-        parts.append(tag("text", text, x=x, y=BASE + 16, class_="mid"))
+        parts.append(tag("text", text, x=x, y=BASE + 19, class_="mid"))
     parts.append(tag("text", y_label, x=2, y=12, class_="unit"))
     parts.append(tag("text", x_label, x=WIDTH - RIGHT, y=HEIGHT - 3, class_="unit end"))
     return parts

@@ -21,6 +21,7 @@ import sft.stage
 from recipes.cli import main
 from recipes.runs.new_model import make_model
 
+from ..helpers.browser import asked_for, browser, contrast, needs_browser, overflow, plots, said, show
 from ..helpers.chain_launch import smoke
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -63,7 +64,7 @@ class Told(NamedTuple):
 
     command: Command
     code: int
-    said: str
+    text: str
 
 
 def commands(page: str) -> Iterator[Command]:
@@ -126,14 +127,14 @@ def run(command: Command) -> Told:
         words = ["check", *words[1:]]
     elif words[0] in (*TRAINS, "eval", "chat"):
         words = toy(words)
-    said = io.StringIO()
+    text = io.StringIO()
     place = contextlib.chdir(UNNAMED) if words[0] == "plan" else contextlib.nullcontext()
-    with place, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with place, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         code = main(words)
     written = words[-1].removeprefix("output_dir=")
     if checked and written in STANDS:
         shutil.copytree(Path("runs") / STANDS[written], written)
-    return Told(command, code, said.getvalue())
+    return Told(command, code, text.getvalue())
 
 
 def toy(words: list[str]) -> list[str]:
@@ -146,10 +147,15 @@ def toy(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Told]]:
-    """What the commands of each page did."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     prepare(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def told(home: Path) -> dict[str, list[Told]]:
+    """What the commands of each page did."""
     found: dict[str, list[Told]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -168,8 +174,31 @@ def signal_interrupt() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_each_command_does_what_the_page_says(page: str, told: dict[str, list[Told]]) -> None:
     assert told[page]
-    for command, code, said in told[page]:
+    for command, code, text in told[page]:
         expected = "\n".join(command.expected)
-        assert code == (2 if expected.startswith("error: ") else 0), f"$ {command.line}\n{said}"
+        assert code == (2 if expected.startswith("error: ") else 0), f"$ {command.line}\n{text}"
         pattern = ".*".join(map(re.escape, expected.split("..."))) if expected else ".*"
-        assert re.fullmatch(pattern, said.strip("\n"), re.DOTALL), f"$ {command.line}\n{said}\nis not\n{expected}"
+        assert re.fullmatch(pattern, text.strip("\n"), re.DOTALL), f"$ {command.line}\n{text}\nis not\n{expected}"
+
+
+@needs_browser
+def test_the_report_of_the_chain_in_a_browser(home: Path, told: dict[str, list[Told]], tmp_path: Path) -> None:
+    """On a screen, on a phone, in the dark, on paper: nothing is fetched, nothing complains, every plot is there."""
+    page = (home / "runs" / "tiny" / "report.html").as_uri()
+    with browser(tmp_path) as driver:
+        driver.get(page)
+        assert asked_for(driver) == [page]
+        for width, dark in ((1280, False), (1280, True), (390, False)):
+            show(driver, width, dark)
+            paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+            assert contrast(paper, "rgb(0, 0, 0)" if dark else "rgb(255, 255, 255)") < 1.2
+            seen = plots(driver)
+            assert len(seen) > 60 and overflow(driver) == 0
+            for plot in seen:
+                assert plot["shapes"] and plot["width"] > 250 and plot["height"] > 50, plot
+                assert not plot["cut"] and not plot["crossed"], plot
+                assert all(contrast(paper, colour) >= 3 for colour in plot["strokes"]), plot
+        show(driver, 717, dark=True, media="print")  # what A4 leaves between its margins
+        assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert overflow(driver) == overflow(driver, ".scroll") == 0, "what is cut off cannot be scrolled on paper"
+        assert asked_for(driver) == said(driver) == []

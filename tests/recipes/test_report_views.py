@@ -56,6 +56,19 @@ def test_a_chain_is_a_picture_of_what_each_model_was_made_of() -> None:
     assert chain_nodes({"stage": "chain", "stages": []}, {}) == []
 
 
+def test_arrows_pass_between_the_boxes_of_a_row() -> None:
+    """From the base past a row of three to a fourth model that is also made of the second."""
+    beside = [Node(name, name, BASE) for name in ("a", "b", "c")]
+    drawing = draw_chain([Node(BASE, "base", None), *beside, Node("d", "d", BASE, ("b",))], {})
+    boxes = [
+        tuple(map(float, found)) for found in re.findall(r'<rect x="([\d.-]+)" y="([\d.]+)" width="([\d.]+)"', drawing)
+    ]
+    (passing,) = re.findall(r'd="(M[^"]*V[^"]*)"', drawing)
+    x = float(re.findall(r"([\d.-]+) [\d.-]+V", passing)[0])
+    row = sorted(left for left, top, _ in boxes if top == boxes[1][1])
+    assert len(row) == 3 and not any(left <= x <= left + boxes[0][2] for left in row)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.sampled_from(["a", "${a}", "${b}/final", "${a.tokens}", "果" * 40]),
     lambda inner: (
@@ -107,6 +120,12 @@ def test_labelled_and_unjudged_answers_have_their_charts() -> None:
     assert {share for _, share in calibration.lines[0].points} == {0.0, 1.0}
     (only,) = score_charts([{"scores": [0.3], "lengths": [7], "score": 4.0}])
     assert only.title == "Score against length" and only.lines[0].label == "answers"
+
+
+def test_pairs_that_were_only_ranked_are_calibrated_too() -> None:
+    """As the metric pair_accuracy writes them: without lengths, the chosen answer's score first."""
+    (chart,) = score_charts([{"task": "t", "chosen": "a", "rejected": "b", "scores": [1.0, 3.0]}])
+    assert [share for _, share in chart.lines[0].points] == [0.0]
 
 
 @settings(max_examples=40, deadline=None)
