@@ -120,6 +120,20 @@ class ParallelSection(Section):
         le=4096,
         description="Processes that share the weights (FSDP2); it must divide those that --processes starts.",
     )
+    ep: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Of these, processes among which each layer's routed experts are divided (expert parallelism), "
+        "so that tokens are sent instead of experts; it must divide fsdp and the number of experts.",
+    )
+
+    @model_validator(mode="after")
+    def _ep_divides_fsdp(self) -> "ParallelSection":
+        if self.fsdp % self.ep:
+            sizes = ", ".join(str(size) for size in range(1, self.fsdp + 1) if self.fsdp % size == 0)
+            raise ValueError(f"ep is {self.ep} and must divide fsdp, which is {self.fsdp}: use {sizes}")
+        return self
 
 
 class FimSection(Section):

@@ -3,14 +3,15 @@
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
@@ -19,7 +20,7 @@ from .adapters.merge import merge_lora
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation, save_end_token
-from .checkpoints.hub_layout import dtype_on_disk
+from .checkpoints.hub_layout import dtype_on_disk, without_extra_layers
 from .checkpoints.sources import (
     MODEL_CARD,
     TASKS,
@@ -46,6 +47,8 @@ from .layers.quantization import Quantization, check_quantization_library
 from .model_classes import model_class
 from .outline import apply_settings, check_vocabulary, check_weights, meta_model
 
+Weights = Literal["read", "meta", "placeholders"]
+
 # The names that other packages need to open a model; they import them from here.
 __all__ = [
     "TASKS",
@@ -53,6 +56,7 @@ __all__ = [
     "Head",
     "LoraSettings",
     "ModelSource",
+    "Weights",
     "apply_settings",
     "check_bias_updates",
     "check_generation",
@@ -85,7 +89,7 @@ def load_base(
     config: Mapping[str, Any] | None = None,
     settings: DeepseekV2Config | None = None,
     heads: int | None = None,
-    empty: bool = False,
+    weights: Weights = "read",
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint in hub layout.
@@ -95,7 +99,8 @@ def load_base(
         settings: the checkpoint's config, if it has been read already.
         heads: the number of score heads of a reward model; None for as many as the checkpoint has, or one if it has
             none.
-        empty: build the model on the meta device and read no weights.
+        weights: "meta" builds the model on the meta device, "placeholders" with zeros that take no memory, except for
+            the score head, which is read, or is new as it would be otherwise.
         quantization: quantise linear layers and routed experts while they are read.
 
     Raises:
@@ -107,11 +112,47 @@ def load_base(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cls = model_class(settings, head)
     given = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization": quantization}
-    if empty:
+    if weights != "read":
         settings._name_or_path = base
+        without_extra_layers(settings)
         with torch.device("meta"):
-            return cls._from_config(settings, **given)
+            model = cls._from_config(settings, **given)
+        if model.can_generate():
+            with suppress(OSError):  # there is none, and the one made from the config stays
+                model.generation_config = GenerationConfig.from_pretrained(base)
+        return model if weights == "meta" else with_placeholders(model, base)
     return cls.from_pretrained(base, config=settings, **given)
+
+
+def with_placeholders(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    """Give a model on the meta device the weights of `load_base(weights="placeholders")`."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = _placeholder(parameter)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _placeholder(buffer))
+    head: Any = getattr(model, "score", None)
+    if head is not None:
+        head.weight = nn.Parameter(torch.empty_like(head.weight, memory_format=torch.contiguous_format))
+        if (saved := read_tensor(base, "score.weight")) is None:
+            model._init_weights(head)
+        else:
+            head.weight.data.copy_(saved)
+    return model
+
+
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def read_tensor(base: str, name: str) -> torch.Tensor | None:
+    """A tensor of a model directory or hub name; None if it has none of this name."""
+    path = next((path for path, infos in base_headers(base_directory(base)).items() if name in infos), None)
+    if path is None:
+        return None
+    with safe_open(path, "pt") as file:
+        return check_finite(name, file.get_tensor(name), base)
 
 
 def load_model(
@@ -151,11 +192,8 @@ def load_lm_head(source: ModelSource, dtype: str = "float32", attn_implementatio
         return model.get_output_embeddings()
     config, base = source.settings, base_directory(source.base)
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    path = next((path for path, infos in base_headers(base).items() if name in infos), None)
-    if path is None:
+    if (weight := read_tensor(source.base, name)) is None:
         raise ModelError(f"{base}: {name} is missing")
-    with safe_open(path, "pt") as file:
-        weight = check_finite(name, file.get_tensor(name), base)
     if weight.shape != (config.vocab_size, config.hidden_size):
         raise ModelError(f"{base}: {name} is {tuple(weight.shape)}, not {(config.vocab_size, config.hidden_size)}")
     head = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
@@ -191,7 +229,7 @@ def prepare_trainable(
     config: Mapping[str, Any] | None = None,
     heads: int | None = None,
     router: bool = True,
-    empty: bool = False,
+    weights: Weights = "read",
     quantization: Quantization | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model for a trainer. Trainable weights are float32; `dtype` is that of frozen weights.
@@ -203,7 +241,7 @@ def prepare_trainable(
         experts: the routed experts to train; without LoRA everything else is frozen.
         heads: the number of score heads of a reward model, as in `load_base`.
         router: whether full fine-tuning trains the routers.
-        empty: build it on the meta device and read no weights.
+        weights: as in `load_base`; adapters are on the meta device too, or as they would be otherwise.
         quantization: as in `load_base`; of the frozen weights below adapters.
 
     Raises:
@@ -216,7 +254,7 @@ def prepare_trainable(
         source = ModelSource(merge_into(source, merge_dir, dtype))
     frozen_dtype = dtype if lora or experts else "float32"
     model: Any = load_base(
-        source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads, empty, quantization
+        source.base, head, frozen_dtype, attn_implementation, config, source.settings, heads, weights, quantization
     )
     if lora_config is None or lora is None:
         if experts is not None:
@@ -225,7 +263,7 @@ def prepare_trainable(
         elif not router:
             freeze_routers(model)
         return model.train()
-    if source.adapter and not empty:
+    if source.adapter and weights != "meta":
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
         adapted = apply_lora(model, lora_config, experts=experts)

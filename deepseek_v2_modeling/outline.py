@@ -81,14 +81,16 @@ def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:
     Raises:
         ModelError: a file is missing or truncated, or tensors are missing, unexpected or have wrong shapes.
     """
-    model = meta_model(settings, head)
     infos = {name: info for header in base_headers(Path(base)).values() for name, info in header.items()}
+    match_weights(base, meta_model(settings, head), infos)
+
+
+def match_weights(base: str, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """{parameter: tensor, or those of its experts} of a model directory; checked as by `check_weights`. tensors: the
+    entries of its headers, or slices of its files."""
     mapping = get_model_conversion_mapping(model)
-    match_sources(
-        model,
-        infos,
-        SimpleNamespace(weight_mapping=mapping, ignore_mismatched_sizes=False, pretrained_model_name_or_path=base),
-    )
+    wanted = SimpleNamespace(weight_mapping=mapping, ignore_mismatched_sizes=False, pretrained_model_name_or_path=base)
+    return match_sources(model, tensors, wanted, by_parameter=True)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: DeepseekV2Config, source: str) -> None:

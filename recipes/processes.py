@@ -5,13 +5,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from recipes.secret_keys import without_secrets
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # the first process may read hundreds of gigabytes while the others wait
 
 
 def rank() -> int:
@@ -42,16 +43,20 @@ def wait_for_all() -> None:
     join_processes()
     import torch
 
-    torch.distributed.barrier()
+    from deepseek_v2_modeling.training import at
+
+    with at("waiting for all processes"):
+        torch.distributed.barrier()
 
 
 def join_processes() -> None:
-    """Set up communication with the other processes of the launch, once."""
+    """Set up communication with the other processes of the launch, once. A process that waits longer than PATIENCE for
+    another one ends with an error that says what it was doing."""
     import torch
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def main_first(do: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -39,9 +39,20 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
             said = [split_prompt(row["messages"]) for row in probes if "messages" in row]
             super().__init__(model, args, train_dataset=train_dataset, probes=said, **kwargs)
         self.encoded = train_dataset
+        self._fillers: dict[str | None, int] = {}
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._filled(name, rows) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._filled(None, self.eval_dataset)
         self._eval_loss = torch.zeros(2, dtype=torch.float64)  # sum over tokens, number of tokens
 
     # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def _filled(self, source: str | None, rows: Any) -> Dataset:
+        """The held-out rows of a source as full batches of all processes; on a single one as they are."""
+        processes = self.accelerator.num_processes
+        self._fillers[source] = -len(rows) % (processes * self.args.eval_batch_size) if processes > 1 else 0
+        return filled(rows, self._fillers[source])
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The mean loss over all trained tokens of the held-out rows: `eval_loss`, and `eval_NAME_loss` for each
@@ -60,7 +71,7 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
             output = self.evaluation_loop(loader, "Evaluation", True, ignore_keys, prefix)
             metrics[f"{prefix}_loss"] = (output.metrics or {})[f"{prefix}_loss"]
             total += self._eval_loss
-            rows += output.num_samples or 0
+            rows += (output.num_samples or 0) - self._fillers[name]
         metrics = {f"{metric_key_prefix}_loss": _mean(total), **metrics}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=rows)
         self.log(metrics)
@@ -87,7 +98,8 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         result: Any = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
-        self._eval_loss += torch.tensor([result[0].item() * tokens, tokens], dtype=torch.float64)
+        if tokens:  # otherwise there are only fillers, and no mean
+            self._eval_loss += torch.tensor([result[0].item() * tokens, tokens], dtype=torch.float64)
         return result
 
     def held_out_losses(self) -> dict[str, float]:
@@ -107,6 +119,17 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
     def tokens_a_row(self) -> float:
         data: Any = self.train_dataset
         return float(lengths_of(data).mean())
+
+
+def filled(rows: Dataset, missing: int) -> Dataset:
+    """The rows and so many fillers, which have no labels. Batches of several processes must all be full: accelerate
+    would repeat rows, which would count twice."""
+    if not missing:
+        return rows
+    first: dict[str, Any] = rows[0]
+    filler = {**first, "labels": [IGNORED] * len(first["labels"])}
+    columns = {name: [value] * missing for name, value in filler.items()}
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
 
 
 def documents_of(inputs: Any) -> Iterator[list[int]]:

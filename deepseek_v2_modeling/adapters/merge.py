@@ -6,7 +6,6 @@ First everything is planned and checked from the files' headers, then each shard
 counterpart in pieces of a few megabytes. No model is created, and memory does not grow with the checkpoint.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
     CODES,
     DTYPES,
-    WEIGHT_FILES,
     Progress,
     base_headers,
     check_output,
@@ -33,6 +31,7 @@ from ..checkpoints.tensor_files import (
     file_size,
     row_blocks,
     whole_directory,
+    write_index,
     write_tensors,
 )
 from ..errors import ModelError
@@ -151,11 +150,7 @@ def _write_shards(directory: Path, shards: list[Shard], reader: FactorReader, co
                 lambda name, shard=shard, files=files: merged_blocks(name, shard.tensors[name], files, reader),
                 count,
             )
-    if len(shards) > 1:
-        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-        size = sum(info.nbytes for shard in shards for info in shard.infos.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / WEIGHT_FILES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(directory, {shard.name: shard.infos for shard in shards})
 
 
 def merged_blocks(name: str, merged: Merged, files: Mapping[Path, Any], reader: FactorReader) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoints.block_scaled import SUFFIX, BlockScaled, with_scales
 from ..checkpoints.hub_layout import COMPUTED, dtype_on_disk, is_extra_layer, summed_up
-from ..checkpoints.tensor_files import FLOATS, WEIGHT_FILES, TensorInfo, base_headers
+from ..checkpoints.tensor_files import FLOATS, TensorInfo, base_headers, shard_names, split_by_size
 from ..errors import ModelError
 from .files import AdapterFiles
 from .layouts import FactorPair
@@ -65,22 +65,16 @@ def plan_shards(
     left_out = tuple(summed_up(check_base(adapter, infos), adapter.model_config))
     files = [merged_tensors(adapter, path, header, dtype, scales) for path, header in headers.items()]
     files[-1] |= replaced_tensors(adapter, dtype or main_dtype(infos))
-    files = [tensors for tensors in files if tensors] if shard_size is None else split_by_size(files, shard_size)
+    files = [tensors for tensors in files if tensors] if shard_size is None else divided(files, shard_size)
     shards = [Shard(name, tensors) for name, tensors in zip(shard_names(len(files)), files, strict=True)]
     return shards, left_out
 
 
-def split_by_size(files: Sequence[Mapping[str, Merged]], shard_size: int) -> list[dict[str, Merged]]:
+def divided(files: Sequence[Mapping[str, Merged]], shard_size: int) -> list[dict[str, Merged]]:
     """The tensors of all files, in order, in files of up to `shard_size` bytes of tensors, each with at least one."""
-    split: list[dict[str, Merged]] = []
-    size = 0
-    for name, merged in (entry for tensors in files for entry in tensors.items()):
-        if not split or size + merged.info.nbytes > shard_size:
-            split.append({})
-            size = 0
-        split[-1][name] = merged
-        size += merged.info.nbytes
-    return split
+    merged = {name: tensor for tensors in files for name, tensor in tensors.items()}
+    split = split_by_size({name: tensor.info.nbytes for name, tensor in merged.items()}, shard_size)
+    return [{name: merged[name] for name in names} for names in split]
 
 
 def read_scaled(
@@ -182,10 +176,3 @@ def main_dtype(infos: Mapping[str, TensorInfo]) -> str:
     for info in infos.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + prod(info.shape)
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def shard_names(count: int) -> list[str]:
-    """The standard file names of so many shards."""
-    if count == 1:
-        return [WEIGHT_FILES[0]]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

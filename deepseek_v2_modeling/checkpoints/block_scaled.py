@@ -20,7 +20,7 @@ SUFFIX = "_scale_inv"
 @dataclass
 class BlockScaled:
     """A lazy tensor of these weights and scales, each a tensor or a slice of a file (or an entry of a header, whose
-    values are not read). `[...]` gives all values in float32, computed block by block of rows."""
+    values are not read). `[...]` gives all values in float32, computed block by block of rows; `[a:b]` some rows."""
 
     weight: Any
     scales: Any
@@ -31,7 +31,7 @@ class BlockScaled:
     def get_dtype(self) -> str:
         return "F32"
 
-    def __getitem__(self, _: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:
         rows, columns = self.get_shape()
         scales = self.scales[:].float()
         values = torch.empty(rows, columns)
@@ -39,7 +39,7 @@ class BlockScaled:
             part = slice(start, start + FP8_BLOCK)
             by_column = scales[block].repeat_interleave(FP8_BLOCK)[:columns]
             values[part] = self.weight[part].float() * by_column
-        return values
+        return values[index]
 
 
 def with_scales(where: str, sources: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class FusedExperts:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         fused = torch.empty(self.shape, device=device, dtype=dtype)
-        for place, source in self.pieces:
-            fused[place] = source[...]
+        self.fill(fused, 0)
         return fused
+
+    def fill(self, part: torch.Tensor, first: int) -> None:
+        """Read the experts from `first` on into part [experts, ...]."""
+        for (expert, rows), source in self.pieces:
+            if 0 <= expert - first < len(part):
+                part[expert - first, rows] = source[...]

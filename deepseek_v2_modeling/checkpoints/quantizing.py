@@ -31,14 +31,22 @@ class QuantizedSource:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The stored weight, in its own dtype."""
         stored = torch.empty(self.storage.stored_shape, dtype=torch.uint8, device=device)
+        self.fill(stored, 0)
+        return stored
+
+    def fill(self, stored: torch.Tensor, first: int) -> None:
+        """Read the stored weight, or the part of it that holds the experts from `first` on."""
         for name, place, source in self.pieces:
+            if place is not None:
+                if not 0 <= place[0] - first < len(stored):
+                    continue
+                place = place[0] - first, place[1]
             values = source[...]
             if not is_finite(values):
                 self.broken.append(name)
             for matrix, row, rows in _matrices(stored, place, values):
                 for block, part in row_blocks(rows):
-                    self.storage.write(matrix, row + block.start, part.to(device, _readable(part.dtype)))
-        return stored
+                    self.storage.write(matrix, row + block.start, part.to(stored.device, _readable(part.dtype)))
 
 
 def _readable(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,7 @@ TASKS: dict[Head, str] = {"causal_lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # PEFT'
 # Names in a run directory; one with MANIFEST but without FINAL belongs to a run that has not finished.
 FINAL, MANIFEST, REWARD_STATS = "final", "manifest.json", "reward_stats.json"
 MODEL_CARD = "README.md"
+SHARDS = "shards"  # in a checkpoint that several processes wrote in parts
 # Files other than weights: those that `AutoTokenizer` and `generate` read, and a reward model's statistics.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
@@ -128,6 +129,11 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         raise ModelError(f"{path} is a chain's directory: name one of its stages, such as {directory / stages[0]}")
     elif (directory / MANIFEST).is_file():
         raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
+    if (directory / SHARDS).is_dir():
+        raise ModelError(
+            f"{directory}: a checkpoint in parts, which only its run goes on with; make a model of it: "
+            f"dsv2 merge {directory} OUT_DIR"
+        )
     if (directory / CONFIG).is_file():
         adapter = read_adapter(directory)
         base = adapter.base

@@ -158,14 +158,18 @@ class StrictPreTrainedModel(PreTrainedModel):
         initialised, left_out = judge(
             model, load_config, loading_info.missing_keys, loading_info.unexpected_keys, shapes
         )
-        left_out = summed_up(left_out, model.config)
+        say_heads(name_of(load_config), initialised, left_out, model.config)
         without_extra_layers(model.config)
-        notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised) + [
-            f"left out: {', '.join(left_out)}"
-        ] * bool(left_out)
-        if notes and os.environ.get("RANK", "0") == "0":
-            print(f"{name_of(load_config)}: {'; '.join(notes)}")
         return loading_info
+
+
+def say_heads(where: str, initialised: Collection[str], left_out: Collection[str], config: Any) -> None:
+    """Print which tensors are new, and which of the checkpoint are not used, if any; the first process does."""
+    left_out = summed_up(left_out, config)
+    notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised)
+    notes += [f"left out: {', '.join(left_out)}"] * bool(left_out)
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: {'; '.join(notes)}")
 
 
 def name_of(load_config: Any) -> str:
@@ -283,8 +287,12 @@ def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
         )
 
 
-def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> dict[str, Any]:
+def match_sources(
+    model: Any, sources: Mapping[str, Any], load_config: Any, by_parameter: bool = False
+) -> dict[str, Any]:
     """The state dict for transformers to load, with experts under the names of their fused parameters.
+
+    by_parameter: use the model's names for the others too; transformers renames them itself.
 
     Raises:
         ModelError: names or shapes do not fit.
@@ -315,7 +323,7 @@ def match_sources(model: Any, sources: Mapping[str, Any], load_config: Any) -> d
             quantized = state.setdefault(piece.parameter, QuantizedSource(stored[piece.parameter]))
             quantized.pieces.append((key, piece.place, sources[key]))
         elif piece is None or piece.place is None:
-            state[key] = sources[key]
+            state[name if by_parameter else key] = sources[key]
         else:
             fused = state.setdefault(piece.parameter, FusedExperts(parameters[piece.parameter]))
             fused.pieces.append((piece.place, sources[key]))

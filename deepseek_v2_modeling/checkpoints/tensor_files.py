@@ -197,6 +197,35 @@ def write_tensors(
         os.fsync(file.fileno())
 
 
+def shard_names(count: int) -> list[str]:
+    """The standard names of so many weight files."""
+    if count == 1:
+        return [WEIGHT_FILES[0]]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def split_by_size(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
+    """Names, in order, in groups of up to `largest` bytes together, each with at least one. sizes: {name: bytes}."""
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > largest:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups
+
+
+def write_index(directory: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Write the index of a model's weight files, if there are several. files: {file name: its header}."""
+    if len(files) > 1:
+        weight_map = {name: file for file, infos in files.items() for name in infos}
+        size = sum(info.nbytes for infos in files.values() for info in infos.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / WEIGHT_FILES[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     """The `count` argument of `write_tensors`, for the joint progress of several files of `total` bytes."""
     return lambda nbytes: progress(nbytes, total) if progress else None

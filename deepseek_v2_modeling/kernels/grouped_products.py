@@ -7,7 +7,7 @@ S token-expert slots, E experts, I inputs, O outputs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class ActiveAdapter:
     def factors(self, count: int, x: torch.Tensor) -> Factors:
         """The factors for all of `count` experts, to be added to a product on x."""
         return Factors(self.dropped(x), self.spread(self.a, count), self.spread(self.b, count))
+
+    def held_by(self, held: slice, count: int) -> "ActiveAdapter":
+        """The adapter of some experts of `count`."""
+        a, b = (self.spread(factor, count)[held] for factor in (self.a, self.b))
+        return replace(self, a=a, b=b, experts=None)
 
     def spread(self, factor: torch.Tensor, count: int) -> torch.Tensor:
         """a or b for all of `count` experts, zero for those without an adapter."""

@@ -4,6 +4,7 @@ B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K expert
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -76,21 +77,36 @@ def router_logits(gate: nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
 
 class DeepseekV2Experts(nn.Module):
     """The fused weights of the routed experts: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `run_experts` computes
-    with them; there is no forward. storages: {name: how the weight is stored}, if they are quantized."""
+    with them.
+
+    storages: {name: how the weight is stored}, if they are quantized. held: under expert parallelism, those of all
+    experts that this process has; `num_experts` is their number then, and `forward` is called. adapters: of these
+    experts, during that call.
+    """
 
     storages: Mapping[str, Storage] = MappingProxyType({})
+    held: slice | None = None
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
-        self.num_experts = config.n_routed_experts or 0
+        self.num_experts = self.all_experts = config.n_routed_experts or 0
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.adapters: dict[str, list[ActiveAdapter]] = {}
+
+    def forward(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the chosen experts' outputs, [N, D] in x's dtype; the arguments are those of stock's
+        experts."""
+        return weighted_sum(Routed(self, self.adapters, x_ND, weights_NK.float(), experts_NK)).to(x_ND.dtype)
 
     def weight_of(self, name: str) -> Weight:
         """The weight of this name, as products read it."""
-        return opened(getattr(self, name), self.storages.get(name))
+        tensor, storage = getattr(self, name), self.storages.get(name)
+        if storage is not None and self.held is not None:
+            storage = replace(storage, shape=(len(tensor), *storage.shape[1:]))
+        return opened(tensor, storage)
 
     def linear(self, name: str, groups: Groups, x_SI: torch.Tensor, adapters: Sequence[ActiveAdapter]) -> torch.Tensor:
         """[S, O]: rows sorted by expert, times the experts' weights of this name, including adapters."""
@@ -184,12 +200,31 @@ WAYS = {
 }
 
 
-def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
-    """The weighted sum of the chosen experts' outputs, including adapters on the experts: [N, D] float32."""
-    routed = Routed(*unwrap(experts), x_ND, weights_NK, experts_NK)
+def weighted_sum(routed: Routed) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs, [N, D] float32."""
     way = next(way for way in WAYS.values() if way.applies(routed))
     outs = [way.run(part) for part in ([routed] if way.whole(routed) else routed.parts())]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def exchanged(routed: Routed) -> torch.Tensor:
+    """`weighted_sum` under expert parallelism: transformers has put the exchange of tokens before and after the
+    experts' own forward."""
+    experts, adapters, x_ND, weights_NK, experts_NK = routed
+    experts.adapters = {
+        name: [a.held_by(experts.held, experts.all_experts) for a in each] for name, each in adapters.items()
+    }
+    try:
+        return experts(x_ND, experts_NK, weights_NK)
+    finally:
+        experts.adapters = {}
+
+
+def run_experts(experts: nn.Module, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor):
+    """The weighted sum of the chosen experts' outputs, including adapters on the experts: [N, D], float32 on a process
+    that has all experts, otherwise in x's dtype."""
+    routed = Routed(*unwrap(experts), x_ND, weights_NK, experts_NK)
+    return weighted_sum(routed) if routed.experts.held is None else exchanged(routed)
 
 
 class DeepseekV2MoE(nn.Module):

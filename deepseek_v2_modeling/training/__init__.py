@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .checksums import check_whole
     from .fused_head import HeadSettings, fuse_head, with_fused_head
     from .mixin import RunTrainerMixin, StopRequested
+    from .plain_checkpoints import plain_checkpoint, write_plain
     from .quiet import quiet_libraries
+    from .sharded import has_shards
     from .sizes import Sizes, Weight, training_sizes
 
 _HOMES = {
@@ -33,14 +35,17 @@ _HOMES = {
     "check_whole": "checksums",
     "describe_computation": "arguments",
     "fuse_head": "fused_head",
+    "has_shards": "sharded",
     "is_sharded": ".sharding",
     "launched_sharding": ".sharding",
+    "plain_checkpoint": "plain_checkpoints",
     "quiet_libraries": "quiet",
     "shard": ".sharding",
     "step_memory": "activations",
     "training_arguments": "arguments",
     "training_sizes": "sizes",
     "with_fused_head": "fused_head",
+    "write_plain": "plain_checkpoints",
 }
 
 __all__ = [
@@ -63,8 +68,10 @@ __all__ = [
     "cut_file",
     "describe_computation",
     "fuse_head",
+    "has_shards",
     "is_sharded",
     "launched_sharding",
+    "plain_checkpoint",
     "quiet_libraries",
     "read_lines",
     "shard",
@@ -75,6 +82,7 @@ __all__ = [
     "with_fused_head",
     "write_json",
     "write_lines",
+    "write_plain",
 ]
 
 

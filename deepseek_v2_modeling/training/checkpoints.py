@@ -187,7 +187,11 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             folder.mkdir(parents=True, exist_ok=True)
             if hasattr(self.model, "peft_config"):
                 self.model.peft_config["default"].save_pretrained(str(folder))
-            base_of(self.model).config.save_pretrained(str(folder))
+            base = base_of(self.model)
+            base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
+            base.config.save_pretrained(str(folder))
+            if base.can_generate():
+                base.generation_config.save_pretrained(str(folder))
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
 

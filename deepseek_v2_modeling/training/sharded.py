@@ -27,17 +27,20 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..checkpoints.adapter_config import WEIGHTS
-from ..sharding import FROM_FIRST, reshard
+from ..checkpoints.sources import SHARDS
+from ..checkpoints.tensor_files import DTYPES, TensorInfo
+from ..sharding import FROM_FIRST, PARTLY, read_weights, reshard
 
-SHARDS = "shards"  # in a checkpoint
 GROUPS = "param_groups.json"  # in a checkpoint: the optimizer's settings, such as learning rates
-PARTLY = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+# Of a model with adapters only what is trained; full models are saved with their frozen weights, to be complete.
+SAVED = {adapted: StateDictOptions(ignore_frozen_params=adapted, strict=False) for adapted in (False, True)}
+WEIGHT = "weights."  # before the names of weights; the optimizer's tensors have its own
 Tensors = dict[str, Any]
 
 
 def save_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write the trained weights and the optimizer's state; called on every process."""
+    """Write the weights (of a model with adapters, those that are trained) and the optimizer's state; called on every
+    process."""
     reshard(model)
     weights, moments, groups = _state(model, optimizer)
     writer = HuggingFaceStorageWriter(path=str(folder / SHARDS), save_distributed=True, enable_consolidation=False)
@@ -54,10 +57,18 @@ def has_shards(folder: Path) -> bool:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read the trained weights of a checkpoint into a model, sharded or not; called on every process."""
-    weights = {f"weights.{name}": tensor for name, tensor in _weights(model).items()}
+    """Read the weights of a checkpoint into a model, sharded or not; called on every process."""
+    weights = {f"{WEIGHT}{name}": tensor for name, tensor in _weights(model).items()}
     _read(weights, folder)
-    set_model_state_dict(model, {name.removeprefix("weights."): t for name, t in weights.items()}, options=TRAINED)
+    state = {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}
+    set_model_state_dict(model, state, options=SAVED[isinstance(model, PeftModel)])
+
+
+def read_parts(folder: Path, name: str, info: TensorInfo) -> torch.Tensor:
+    """A whole weight of a checkpoint, on a process by itself."""
+    tensors: Tensors = {f"{WEIGHT}{name}": torch.empty(info.shape, dtype=DTYPES[info.dtype])}
+    _read(tensors, folder)
+    return tensors[f"{WEIGHT}{name}"]
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
@@ -75,16 +86,14 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
 
 def load_whole_weights(model: nn.Module, folder: Path) -> None:
     """Give a sharded model the weights of a checkpoint that a run without sharding wrote."""
+    if not isinstance(model, PeftModel):
+        read_weights(model, str(folder))
+        return
     state: Tensors = {}
     if dist.get_rank() == 0:
-        if isinstance(model, PeftModel):
-            saved = load_file(folder / WEIGHTS)
-            names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-            state = {name: saved[_on_disk(name)] for name in names}
-        else:
-            config: Any = model.config
-            whole: Any = type(model)
-            state = whole.from_pretrained(folder, config=_alone(config), dtype=torch.float32).state_dict()
+        saved = load_file(folder / WEIGHTS)
+        names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        state = {name: saved[name_on_disk(name)] for name in names}
     set_model_state_dict(model, state, options=PARTLY)
 
 
@@ -105,14 +114,14 @@ def load_whole_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
 
 
 def _weights(model: nn.Module) -> Tensors:
-    return get_model_state_dict(model, options=TRAINED)
+    return get_model_state_dict(model, options=SAVED[isinstance(model, PeftModel)])
 
 
 def _state(model: nn.Module, optimizer: Any) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
     """The trained weights and the optimizer's tensors under names of their own, and its groups of parameters."""
     found: dict[str, Any] = get_optimizer_state_dict(model, _bare(optimizer))
     moments = {f"{kind}.{name}": value for name, kinds in found["state"].items() for kind, value in kinds.items()}
-    return {f"weights.{name}": tensor for name, tensor in _weights(model).items()}, moments, found["param_groups"]
+    return {f"{WEIGHT}{name}": tensor for name, tensor in _weights(model).items()}, moments, found["param_groups"]
 
 
 def _read(tensors: Tensors, folder: Path) -> None:
@@ -122,14 +131,7 @@ def _read(tensors: Tensors, folder: Path) -> None:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDS)), no_dist=not dist.is_initialized())
 
 
-def _alone(config: Any) -> Any:
-    """The config of a model on one process."""
-    own = type(config).from_dict(config.to_dict())
-    own.__dict__.pop("distributed_config", None)
-    return own
-
-
-def _on_disk(name: str) -> str:
+def name_on_disk(name: str) -> str:
     """PEFT's name of a trained parameter in an adapter's file."""
     return name.replace("modules_to_save.default.", "").replace(".default", "")
 

@@ -9,12 +9,18 @@ from deepseek_v2_modeling.training import Activations, Sizes, Step, Weight, step
 
 
 class Layout(NamedTuple):
-    """How many processes share the weights."""
+    """How many processes share the weights, and among how many of them experts are divided."""
 
     fsdp: int = 1
+    ep: int = 1
 
     def __str__(self) -> str:
-        return "null" if self.fsdp == 1 else f"{{fsdp: {self.fsdp}}}"
+        sizes = f"fsdp: {self.fsdp}" + (f", ep: {self.ep}" if self.ep > 1 else "")
+        return "null" if self.fsdp == 1 else f"{{{sizes}}}"
+
+    def gathered(self, weight: Weight) -> float:
+        """The share of a layer's weight that a process gathers: of experts, only its own."""
+        return 1 / self.ep if weight.routed and not weight.adapter else 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def memory(load: Load, layout: Layout, room: float) -> Memory:
     act = step_memory(load.settings, load.sizes, step)
     free = step_memory(load.settings, load.sizes, replace(step, checkpointing=False))
     state = {part: size // layout.fsdp for part, size in _state(load)} | load.held
-    update = {**_update(load, layout), "activations": act.saved, "logits, or a layer's backward pass": _worst(act)}
+    update = {**_update(load, layout), **_exchange(load, layout)}
+    update |= {"activations": act.saved, "logits, or a layer's backward pass": _worst(act)}
     rollouts = _rollouts(load, layout, room - sum(state.values()))
     return Memory(layout, state, update, rollouts, free.saved if step.checkpointing else None)
 
@@ -109,12 +116,14 @@ def _update(load: Load, layout: Layout) -> dict[str, int]:
     one_layer = layout.fsdp > 1 and load.step.checkpointing  # otherwise the backward pass needs those of all layers
     if layout.fsdp > 1:
         # The layer at work and the one fetched ahead, the head, and the gradients of a layer, twice while divided.
-        layers = sizes.largest_unit(lambda w: 2 * _own_bytes(w) + 8 * w.trained)
+        layers = sizes.largest_unit(lambda w: layout.gathered(w) * (2 * _own_bytes(w) + 8 * w.trained))
         parts["gathered layers"] = layers + sizes.total(_own_bytes, lambda w: w.module in ("lm_head", "norm"))
     if load.float32 and low < 4:
         dense = (sizes.largest_unit if one_layer else sizes.total)(lambda w: w.trained * low * (not w.routed))
-        parts["low-precision copies"] = dense + sizes.largest_unit(lambda w: w.trained * low * w.routed)
-    if values := [_dequantized(weight, load) for weight in sizes.weights if weight.quantized]:
+        parts["low-precision copies"] = dense + sizes.largest_unit(
+            lambda w: layout.gathered(w) * w.trained * low * w.routed
+        )
+    if values := [_dequantized(weight, load) * layout.gathered(weight) for weight in sizes.weights if weight.quantized]:
         parts["dequantised weight"] = round(max(values))
     return parts
 
@@ -123,6 +132,15 @@ def _dequantized(weight: Weight, load: Load) -> float:
     """Bytes that a product needs for the values of a quantised weight; on a CPU, those of one expert."""
     at_once = (load.settings.n_routed_experts or 1) if weight.routed and load.step.on_cpu else 1
     return weight.values * load.step.low / at_once
+
+
+def _exchange(load: Load, layout: Layout) -> dict[str, int]:
+    """Tokens on their way to experts of other processes and back, in three buffers, and their weighted outputs and
+    gradients in float32. As many come as go if the load is even."""
+    if layout.ep == 1:
+        return {}
+    values = load.step.tokens * (load.settings.num_experts_per_tok or 0) * load.settings.hidden_size
+    return {"exchanged tokens": values * (3 * load.step.low + 8)}
 
 
 def _rollouts(load: Load, layout: Layout, free: float) -> dict[str, int]:

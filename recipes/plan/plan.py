@@ -95,7 +95,7 @@ def stage_lines(
 
 def _own_and_found(recipe: TrainingRecipe, load: Load, gpu: Gpu) -> tuple[Memory, Memory | None]:
     """The memory as the recipe is, and on the fewest GPUs that are enough."""
-    layout = Layout(recipe.parallel.fsdp) if recipe.parallel else Layout()
+    layout = Layout(recipe.parallel.fsdp, recipe.parallel.ep) if recipe.parallel else Layout()
     own = memory(load, layout, USABLE * gpu.gb * GB)
     return own, smallest(load, gpu.gb * GB) if recipe.shares_weights else None
 

@@ -110,7 +110,7 @@ def _that_matter(different: dict[str, tuple[Any, Any]], old: dict[str, Any], new
     identity.py compares) is divided does not matter."""
     if not (old.get("parallel") or new.get("parallel")):
         return different
-    return {key: values for key, values in different.items() if key.partition(".fsdp")[0] not in _OF_SPREAD}
+    return {key: values for key, values in different.items() if not key.startswith(_OF_SPREAD)}
 
 
 def describe(different: dict[str, tuple[Any, Any]]) -> str:

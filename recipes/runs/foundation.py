@@ -32,6 +32,7 @@ from deepseek_v2_modeling.loading import (
     meta_model,
     resolve_source,
 )
+from deepseek_v2_modeling.training import Parallel
 from recipes.processes import say
 from recipes.runs.devices import check_device
 from recipes.runs.preset_tokenizer import build_tokenizer
@@ -133,6 +134,8 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         experts.check(settings)
     if trained:
         check_bias_updates(settings, recipe.lora is not None)
+    if trained and recipe.parallel is not None:
+        Parallel(recipe.parallel.fsdp, recipe.parallel.ep).check_experts(settings.n_routed_experts)
     outline = meta_model(settings, head, recipe.model.quantization)
     if trained and recipe.lora is not None:
         check_targets(outline, lora_settings(recipe.lora).config(TASKS[head]))

@@ -14,6 +14,7 @@ from deepseek_v2_modeling.loading import (
     Head,
     LoraSettings,
     ModelSource,
+    Weights,
     load_model,
     load_tokenizer,
     prepare_trainable,
@@ -70,7 +71,7 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
     """Load the model as the stage trains it. An adapter that has to be merged first goes to <run_dir>/base."""
     section, lora = recipe.model, runtime_lora(recipe)
 
-    def load(empty: bool = False) -> Any:
+    def load(weights: Weights = "read") -> Any:
         return prepare_trainable(
             source,
             lora=lora,
@@ -82,14 +83,14 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             config=section.config,
             heads=recipe.score_heads,
             router=recipe.trains_router,
-            empty=empty,
+            weights=weights,
             quantization=section.quantization,
         )
 
     if recipe.parallel is not None:
         join_processes()
         with at("loading the model"):
-            return shard(load, Parallel(recipe.parallel.fsdp))
+            return shard(load, Parallel(recipe.parallel.fsdp, recipe.parallel.ep))
     return main_first(load)
 
 

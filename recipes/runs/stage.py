@@ -80,7 +80,7 @@ def _run(loaded: Loaded[StageRecipe], run_dir: Path, lock: Lock) -> Outcome:
             "start it with --processes N"
         )
     if isinstance(recipe, TrainingRecipe) and recipe.parallel is not None:
-        Parallel(recipe.parallel.fsdp).check(world_size())
+        Parallel(recipe.parallel.fsdp, recipe.parallel.ep).check(world_size())
     state = inspect(run_dir, loaded.resolved)
     if state.fault:
         say(f"{run_dir}: this run was finished, but {state.fault}; running it again")

@@ -24,7 +24,7 @@ TRAINING = {"max_steps": 4, "learning_rate": 1e-2, "max_length": 64, "save_steps
 LORA = {"targets": ["attention", "experts", "shared_experts"], "r": 4}
 EVALUATED = {
     "eval_data": [{"path": "held_out.jsonl"}],
-    "training": {**TRAINING, "eval_strategy": "steps", "eval_steps": 2},
+    "training": {**TRAINING, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2},
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {"stage": "sft", **EVALUATED},
@@ -43,24 +43,25 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "reward": {"stage": "reward", "lora": LORA, "data": [{"path": "pairs.jsonl"}], "training": TRAINING},
 }
+BY_EXPERTS = ("full", "lora", "packed", "quantized")  # with expert parallelism too
 
 
 def prepare(folder: Path) -> None:
     """Write the model and the rows."""
     save_directory(chat_model(), byte_tokenizer(), folder / "base")
     save_directory(chat_model(**IN_BLOCKS), byte_tokenizer(), folder / "wide")
-    rows = {"rows": conversations(24), "held_out": conversations(32)[24:], "pairs": pairs(16)}
+    rows = {"rows": conversations(24), "held_out": conversations(30)[24:], "pairs": pairs(16)}
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
 
 
-def train(name: str, folder: Path, output: str, *, sharded: bool) -> int:
+def train(name: str, folder: Path, output: str, parallel: dict[str, int] | None = None) -> int:
     """Run a recipe of the table in `folder`; returns the exit code."""
     recipe = {"model": {"path": "base"}, "data": [{"path": "rows.jsonl"}], **RECIPES[name], "output_dir": output}
     batch = BATCH // world_size() // recipe["training"].get("gradient_accumulation_steps", 1)
     recipe["training"] = {**recipe["training"], "per_device_train_batch_size": batch}
-    if sharded:
-        recipe["parallel"] = {"fsdp": world_size()}
+    if parallel is not None:
+        recipe["parallel"] = parallel
     path = folder / f"{output}.yaml"
     if is_main():
         path.write_text(json.dumps(recipe))
@@ -77,16 +78,19 @@ def stopped_at_2(run: Path, copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
 
 
-def note_kinds(folder: Path) -> None:
-    """Write down which parameters of the trainers that finish are DTensors."""
+def note_meshes(folder: Path) -> None:
+    """Write down among which processes the parameters of the trainers that finish are divided."""
     finish = RunTrainerMixin.finish
 
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         reshard(self.model)
-        kinds = {name: isinstance(parameter, DTensor) for name, parameter in self.model.named_parameters()}
+        meshes = {
+            name: parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else None
+            for name, parameter in self.model.named_parameters()
+        }
         done = finish(self, *args, **kwargs)
         if is_main():
-            (folder / f"{self.run_dir.name}.kinds.json").write_text(json.dumps(kinds))
+            (folder / f"{self.run_dir.name}.meshes.json").write_text(json.dumps(meshes))
         return done
 
     RunTrainerMixin.finish = noting
@@ -95,16 +99,19 @@ def note_kinds(folder: Path) -> None:
 def two_processes(folder: Path) -> None:
     """Everything that two processes do: all recipes, and resuming what two and what one have begun."""
     torch.set_num_threads(1)
-    note_kinds(folder)
+    note_meshes(folder)
+    shared = {"fsdp": world_size()}
     for name in RECIPES:
-        assert train(name, folder, f"two_{name}", sharded=True) == 0
+        assert train(name, folder, f"two_{name}", shared) == 0
+    for name in BY_EXPERTS:
+        assert train(name, folder, f"ep_{name}", {**shared, "ep": world_size()}) == 0
     if is_main():
         stopped_at_2(folder / "two_full", folder / "two_again")
-        stopped_at_2(folder / "two_lora", folder / "lora_again")
-    assert train("full", folder, "two_again", sharded=True) == 0
-    assert train("lora", folder, "lora_again", sharded=True) == 0
+        stopped_at_2(folder / "ep_lora", folder / "lora_again")
+    assert train("full", folder, "two_again", shared) == 0
+    assert train("lora", folder, "lora_again", shared) == 0
     for name in ("full", "lora"):
-        assert train(name, folder, f"one_to_two_{name}", sharded=True) == 0
+        assert train(name, folder, f"one_to_two_{name}", shared) == 0
     dist.destroy_process_group()
 
 

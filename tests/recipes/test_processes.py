@@ -15,6 +15,7 @@ from recipes.cli import main
 from recipes.launch import without_options
 
 from ..helpers import sharded_launch as launched
+from ..helpers.stages import lines
 
 SECONDS = 60  # after one process was killed, until all have ended
 
@@ -45,30 +46,40 @@ def test_the_words_of_a_launch_are_not_those_of_its_processes() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_ends_all_with_one_message_and_the_same_command_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     launched.prepare(tmp_path)
-    recipe = {**launched.RECIPES["full"], "model": {"path": "base"}, "data": [{"path": "rows.jsonl"}], "eval_data": []}
-    training = {**launched.TRAINING, "max_steps": 10**6, "per_device_train_batch_size": 2}
-    recipe |= {"training": training, "parallel": {"fsdp": 2}, "output_dir": "run"}
+    training = {**launched.TRAINING, "max_steps": 10, "learning_rate": 1e-3}
+    monkeypatch.setitem(launched.RECIPES, "long", {**launched.RECIPES["full"], "eval_data": [], "training": training})
+    assert launched.train("long", tmp_path, "unbroken") == 0
+    recipe = json.loads((tmp_path / "unbroken.yaml").read_text()) | {"parallel": {"fsdp": 2}, "output_dir": "run"}
+    recipe["training"]["per_device_train_batch_size"] //= 2
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     program = str(dsv2_start.HOME / "dsv2_start.py")
     command = [sys.executable, program, "sft", "recipe.yaml", "--no-cache", "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (tmp_path / "said").open("w") as said:
         agent = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        killed = first_child(agent.pid, tmp_path / "run")
-        os.kill(killed, signal.SIGKILL)
+        os.kill(first_child(agent.pid, tmp_path / "run"), signal.SIGKILL)
         assert agent.wait(SECONDS) == 1
     errors = [line for line in (tmp_path / "said").read_text().splitlines() if "error" in line]
     assert len(errors) == 1 and "was killed (SIGKILL)" in errors[0], errors
-    # That the same command resumes from such a checkpoint, tests/stages/test_sharded.py shows.
+    assert not (tmp_path / "run" / "final").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3 * SECONDS)
+    assert again.returncode == 0 and "resuming from checkpoint-" in again.stdout, again.stderr
+    losses = [[line["loss"] for line in lines(tmp_path / run / "metrics.jsonl") if "loss" in line] for run in RUNS]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
+
+
+RUNS = ("run", "unbroken")
 
 
 def first_child(agent: int, run: Path) -> int:
     """A process of a launch, once it has written a checkpoint."""
     until = time.monotonic() + 3 * SECONDS
     while time.monotonic() < until and not list(run.glob("checkpoint-*")):
-        time.sleep(0.2)
+        time.sleep(0.02)
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return int(children[-1])

@@ -1,0 +1,33 @@
+"""Models whose weights are shared among processes, by FSDP2 and expert parallelism; see model.py."""
+
+from .contact import LostContact, at
+from .layout import Parallel, launched_sharding
+from .model import (
+    FROM_FIRST,
+    PARTLY,
+    as_if_whole,
+    base_of,
+    is_sharded,
+    read_weights,
+    reshard,
+    shard,
+    whole,
+    whole_state,
+)
+
+__all__ = [
+    "FROM_FIRST",
+    "PARTLY",
+    "LostContact",
+    "Parallel",
+    "as_if_whole",
+    "at",
+    "base_of",
+    "is_sharded",
+    "launched_sharding",
+    "read_weights",
+    "reshard",
+    "shard",
+    "whole",
+    "whole_state",
+]
