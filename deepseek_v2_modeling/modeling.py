@@ -28,7 +28,7 @@ from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, 
 from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .layers.multi_head_attention import ATTENTIONS
 from .layers.norm import DeepseekV2RMSNorm
-from .layers.quantization import Quantization, quantize_layers
+from .layers.quantization import Quantization, check_quantization_library, quantize_layers
 from .layers.rope import RotaryEmbedding
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
@@ -139,6 +139,7 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
     def store_in(self, quantization: Quantization | None) -> None:
         """Quantize the layers of a model without weights, unless `quantization` is None (`layers.quantization`)."""
         if quantization is not None:
+            check_quantization_library(quantization)
             quantize_layers(self, quantization)
 
     @classmethod

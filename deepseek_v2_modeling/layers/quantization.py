@@ -37,10 +37,8 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
     """Give a model without weights (on the meta device) the parameters that hold quantized ones.
 
     Raises:
-        ModelError: rows of a weight are no multiple of BLOCK values, the model has weights already, or as
-            `check_quantization_library`.
+        ModelError: rows of a weight are no multiple of BLOCK values, or the model has weights already.
     """
-    check_quantization_library(quantization)
     module: Any
     for name, module, weight, scheme in _weights(model, quantization):
         parameter = module.get_parameter(weight)

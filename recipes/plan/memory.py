@@ -87,13 +87,14 @@ def memory(load: Load, layout: Layout, room: float) -> Memory:
     free = step_memory(load.settings, load.sizes, replace(step, checkpointing=False))
     state = {part: size // layout.fsdp for part, size in _state(load)} | load.held
     update = {**_update(load, layout), **_exchange(load, layout)}
-    update |= {"activations": act.saved, "logits, or a layer's backward pass": _worst(act)}
+    update |= {"activations": act.saved, "logits, or a layer's backward pass": _worst(load, layout, act)}
     rollouts = _rollouts(load, layout, room - sum(state.values()))
     return Memory(layout, state, update, rollouts, free.saved if step.checkpointing else None)
 
 
-def _worst(act: Activations) -> int:
-    return max(act.head, act.layer)
+def _worst(load: Load, layout: Layout, act: Activations) -> int:
+    dequantized = (_dequantized(w, load) * layout.gathered(w) for w in load.sizes.weights if w.quantized)
+    return max(act.head, act.layer + round(max(dequantized, default=0)))
 
 
 def _state(load: Load) -> Iterator[tuple[str, int]]:
@@ -110,8 +111,8 @@ def _own_bytes(weight: Weight) -> float:
 
 
 def _update(load: Load, layout: Layout) -> dict[str, int]:
-    """Weights that an update holds beside its shards: gathered layers on several GPUs, low-precision copies of float32
-    weights, which autocast makes, and the values of a quantised weight."""
+    """Weights that an update holds beside its shards: gathered layers on several GPUs, and low-precision copies of
+    float32 weights, which autocast makes."""
     low, sizes, parts = load.step.low, load.sizes, {}
     one_layer = layout.fsdp > 1 and load.step.checkpointing  # otherwise the backward pass needs those of all layers
     if layout.fsdp > 1:
@@ -123,8 +124,6 @@ def _update(load: Load, layout: Layout) -> dict[str, int]:
         parts["low-precision copies"] = dense + sizes.largest_unit(
             lambda w: layout.gathered(w) * w.trained * low * w.routed
         )
-    if values := [_dequantized(weight, load) * layout.gathered(weight) for weight in sizes.weights if weight.quantized]:
-        parts["dequantised weight"] = round(max(values))
     return parts
 
 

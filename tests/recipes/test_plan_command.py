@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,22 @@ def test_two_layers_stand_for_all(preset: str) -> None:
     settings = preset_config(preset)
     whole = sum(parameter.numel() for parameter in meta_model(settings, "causal_lm").parameters())
     assert training_sizes(settings, "causal_lm").total(lambda weight: weight.values) == whole
+
+
+def test_quantised_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their few bits, and with the values of the largest one in a layer's backward pass; the library plays no
+    part."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    plain, quantised = (
+        memory(load("v2/qlora", f"model.quantization={name}"), Layout(8), 80 * GB) for name in ("null", "nf4")
+    )
+    assert quantised.state["weights"] < 0.3 * plain.state["weights"]
+    assert quantised.state["adapters"] == plain.state["adapters"]
+    worst = "logits, or a layer's backward pass"
+    assert quantised.update[worst] - plain.update[worst] == 160 * (2 * 1536) * 5120 * 2  # gate_up_proj in bf16
+    loads = [load("v2/qlora", f"model.quantization={name}") for name in ("null", "nf4")]
+    counts = [flops_per_token(each.settings, each.sizes, 4096) for each in loads]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
