@@ -137,7 +137,7 @@ class DeepseekV2PreTrainedModel(StrictPreTrainedModel):
         super().__init__(config)
 
     def store_in(self, quantization: Quantization | None) -> None:
-        """Quantize the layers of a model without weights, unless `quantization` is None (`layers.quantization`)."""
+        """Quantise the layers of a model without weights, unless `quantization` is None (`layers.quantization`)."""
         if quantization is not None:
             check_quantization_library(quantization)
             quantize_layers(self, quantization)

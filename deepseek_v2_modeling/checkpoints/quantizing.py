@@ -1,4 +1,4 @@
-"""Quantizes weights while they are read, a piece at a time: no parameter ever exists in full precision."""
+"""Quantises weights while they are read, a piece at a time: no parameter ever exists in full precision."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Place = tuple[int, slice] | None  # expert and rows of a fused parameter; None f
 
 @dataclass
 class QuantizedSource:
-    """A lazy quantized parameter in the state dict that transformers loads, which calls [...] and then `to` on it.
+    """A lazy quantised parameter in the state dict that transformers loads, which calls [...] and then `to` on it.
 
     pieces: (name on disk, where it belongs, unread tensor). broken: names of pieces that are not finite, once read.
     """
@@ -67,7 +67,7 @@ def _matrices(
 
 
 def check_read(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError if a weight that was quantized is not finite."""
+    """Raise ModelError if a weight that was quantised is not finite."""
     for source in sources.values():
         if isinstance(source, QuantizedSource) and source.broken:
             raise ModelError(f"{where}: {source.broken[0]} contains NaN or infinite values")

@@ -69,7 +69,7 @@ class StrictPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Like transformers', but strict: only safetensors is read, and tensors and parameters must match one to one.
 
-        quantization: "nf4" or "int8": linear layers and routed experts are quantized while they are read, for training
+        quantization: "nf4" or "int8": linear layers and routed experts are quantised while they are read, for training
         adapters. A BitsAndBytesConfig that says the same may be given as `quantization_config`.
 
         With `ignore_mismatched_sizes=True`, tensors of other shapes are newly initialised and named; an expert of
@@ -100,7 +100,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Like transformers'. Raises ModelError for a quantized model, whose files would be of no layout."""
+        """Like transformers'. Raises ModelError for a quantised model, whose files would be of no layout."""
         if (scheme := quantization_of(self)) is not None:
             raise ModelError(
                 f"this model is quantised to {scheme}, which is not saved: save its adapter, and merge that into the "
@@ -131,7 +131,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         """
         quantized = quantization_of(model) is not None
         if quantized and changes_parameters(load_config):
-            raise ModelError(f"{name_of(load_config)}: quantized weights cannot be sharded while they are read")
+            raise ModelError(f"{name_of(load_config)}: quantised weights cannot be sharded while they are read")
         if expected_keys is None and not changes_parameters(load_config):
             with ExitStack() as files:
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
@@ -269,9 +269,9 @@ def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
 
 
 def refuse_converted(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError for weights that are fp8, or to be quantized, where transformers itself reads the files."""
+    """Raise ModelError for weights that are fp8, or to be quantised, where transformers itself reads the files."""
     if any(isinstance(source, QuantizedSource) for source in sources.values()):
-        raise ModelError(f"{where}: quantized weights cannot be offloaded to disk, or read with disable_mmap")
+        raise ModelError(f"{where}: quantised weights cannot be offloaded to disk, or read with disable_mmap")
     experts = (part for source in sources.values() if isinstance(source, FusedExperts) for _, part in source.pieces)
     if any(isinstance(source, BlockScaled) for source in (*sources.values(), *experts)):
         raise ModelError(f"{where}: fp8 weights cannot be offloaded to disk, or read with disable_mmap")

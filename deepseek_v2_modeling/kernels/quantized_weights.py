@@ -93,7 +93,7 @@ class Storage:
         return codes.reshape(-1), scales.view(torch.float32).reshape(-1)
 
     def write(self, stored: torch.Tensor, row: int, values: torch.Tensor) -> None:
-        """Quantize consecutive rows [R, I] of one matrix, which is all that is stored, from row `row` on."""
+        """Quantise consecutive rows [R, I] of one matrix, which is all that is stored, from row `row` on."""
         for place, new in zip(self.parts(stored), SCHEMES[self.scheme].quantize(values.contiguous()), strict=True):
             flat = new.reshape(-1).view(place.dtype)
             start = row * len(flat) // len(values)
@@ -141,7 +141,7 @@ def opened(tensor: torch.Tensor, storage: Storage | None) -> Weight:
 
 
 class _Product(torch.autograd.Function):
-    """x [N, I] @ w^T in `dtype`: [N, O]. The weight is dequantized in the forward pass and again in the backward
+    """x [N, I] @ w^T in `dtype`: [N, O]. The weight is dequantised in the forward pass and again in the backward
     pass."""
 
     @staticmethod

@@ -79,7 +79,7 @@ class DeepseekV2Experts(nn.Module):
     """The fused weights of the routed experts: gate_up_proj [E, 2F, D], down_proj [E, D, F]. `run_experts` computes
     with them.
 
-    storages: {name: how the weight is stored}, if they are quantized. held: under expert parallelism, those of all
+    storages: {name: how the weight is stored}, if they are quantised. held: under expert parallelism, those of all
     experts that this process has; `num_experts` is their number then, and `forward` is called. adapters: of these
     experts, during that call.
     """

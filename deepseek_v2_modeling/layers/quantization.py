@@ -34,7 +34,7 @@ def check_quantization_library(quantization: str) -> None:
 
 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
-    """Give a model without weights (on the meta device) the parameters that hold quantized ones.
+    """Give a model without weights (on the meta device) the parameters that hold quantised ones.
 
     Raises:
         ModelError: rows of a weight are no multiple of BLOCK values, or the model has weights already.
@@ -46,7 +46,7 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
             raise ModelError("quantization is done while a checkpoint is read: use from_pretrained(..., quantization=)")
         if parameter.shape[-1] % BLOCK:
             raise ModelError(
-                f"{name} has rows of {parameter.shape[-1]} values, which are quantized in blocks of {BLOCK}: load this "
+                f"{name} has rows of {parameter.shape[-1]} values, which are quantised in blocks of {BLOCK}: load this "
                 "model without quantization"
             )
         storage = Storage(scheme, tuple(parameter.shape))
@@ -58,7 +58,7 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
 
 
 def _weights(model: nn.Module, quantization: Quantization) -> Iterator[tuple[str, Any, str, SchemeName]]:
-    """(full name, module, name in the module, scheme) of each weight that is quantized."""
+    """(full name, module, name in the module, scheme) of each weight that is quantised."""
     in_attention = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     linears = {id(part) for attention in in_attention for part in attention.children()}
     layers = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
@@ -73,7 +73,7 @@ def _weights(model: nn.Module, quantization: Quantization) -> Iterator[tuple[str
 
 
 def storages(model: nn.Module) -> dict[str, Storage]:
-    """{parameter: how it is stored} of a model's quantized weights; empty if it has none."""
+    """{parameter: how it is stored} of a model's quantised weights; empty if it has none."""
     found: dict[str, Storage] = {}
     for path, module in model.named_modules():
         own: dict[str, Storage] = getattr(module, "storages", {})
@@ -82,13 +82,13 @@ def storages(model: nn.Module) -> dict[str, Storage]:
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
-    """How a model is quantized, with or without adapters; None if it is not."""
+    """How a model is quantised, with or without adapters; None if it is not."""
     schemes = {storage.scheme for storage in storages(model).values()}
     return next((name for name in SCHEMES if name in schemes), None)  # nf4 before int8, which is beside it
 
 
 def tell_shapes(model: nn.Module) -> None:
-    """Note at each quantized parameter the shape of its values, where PEFT reads that of one that is divided among
+    """Note at each quantised parameter the shape of its values, where PEFT reads that of one that is divided among
     processes (`ds_shape`)."""
     for name, storage in storages(model).items():
         model.get_parameter(name).ds_shape = torch.Size(storage.shape)  # pyright: ignore[reportAttributeAccessIssue]

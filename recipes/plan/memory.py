@@ -128,9 +128,10 @@ def _update(load: Load, layout: Layout) -> dict[str, int]:
 
 
 def _dequantized(weight: Weight, load: Load) -> float:
-    """Bytes that a product needs for the values of a quantised weight; on a CPU, those of one expert."""
+    """Bytes that a product needs for the values of a quantised weight; on a CPU, those of one expert. For experts a
+    copy of the codes is among them."""
     at_once = (load.settings.n_routed_experts or 1) if weight.routed and load.step.on_cpu else 1
-    return weight.values * load.step.low / at_once
+    return weight.values * (load.step.low + weight.itemsize * weight.routed) / at_once
 
 
 def _exchange(load: Load, layout: Layout) -> dict[str, int]:
