@@ -3,6 +3,7 @@
 import re
 from functools import lru_cache
 
+from conversations.answers.chinese_numerals import with_digits
 from conversations.answers.comparing import same
 from conversations.answers.extracting import after_phrase, candidates, chosen_letter, final_line, last_boxes
 from conversations.answers.notation import formula, is_balanced
@@ -20,6 +21,7 @@ def math_reference(reference: str) -> Value:
     Raises:
         ToolkitError: it is empty, its braces do not close, or it is a long text without an answer.
     """
+    reference = with_digits(reference)
     text = final_line(reference) or last_boxes(reference) or after_phrase(reference) or reference
     if not re.search(r"\w|\\[a-z]", formula(text)):
         raise ToolkitError(f"the reference {shown(reference)} contains no answer")
@@ -39,6 +41,7 @@ def math(completion: str, *, reference: str) -> Verdict:
         ToolkitError: the reference cannot be read.
     """
     gold = math_reference(reference)
+    completion = with_digits(completion)
     answers = candidates(completion)
     if not answers:
         return judged(False, "the answer is empty")

@@ -4,6 +4,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+from conversations.answers.chinese_numerals import with_digits
 from conversations.answers.extracting import final_line, last_boxes
 from conversations.answers.notation import unified
 from conversations.answers.numerals import read_number
@@ -40,7 +41,9 @@ def last_number(text: str) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number after a last "####", otherwise in the last \\boxed, otherwise the last one in the text."""
+    """The number after a last "####", otherwise in the last \\boxed, otherwise the last one in the text; also Chinese
+    numerals."""
+    text = with_digits(text)
     for place in (final_line(text), last_boxes(text), text):
         last = last_number(place) if place else None
         if last is not None:
