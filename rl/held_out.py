@@ -13,8 +13,8 @@ from conversations.answers.repeated import pass_at_k, sizes_of_k
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import evaluation_mode
-from rl.acting import ActingPolicy
-from rl.groups import JudgedAnswer, is_right, judge_answers, verifiers_of
+from rl.rollouts.acting import ActingPolicy
+from rl.rollouts.groups import JudgedAnswer, is_right, judge_answers, verifiers_of
 
 
 def held_out_metrics(

@@ -21,12 +21,12 @@ from conversations.rewards.terms import check_references, check_rewards, opened_
 from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
-from rl.acting import EnvironmentReward, check_environment
 from rl.config import RlRecipe
-from rl.groups import NUMBER
+from rl.rollouts.acting import EnvironmentReward, check_environment
+from rl.rollouts.groups import NUMBER
+from rl.rollouts.vllm_engine import check_vllm
 from rl.sharding import check_whole_weights
 from rl.trainer import PolicyTrainer
-from rl.vllm_engine import check_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

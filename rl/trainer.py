@@ -28,23 +28,32 @@ from deepseek_v2_modeling.training import (
     with_fused_head,
 )
 from rl.config import Curriculum, Replay, RolloutCorrection, RolloutSection
-from rl.curriculum import CurriculumPrompts
-from rl.groups import OtherPrompts
 from rl.held_out import HeldOutPrompts
-from rl.judged import JudgedRollouts
-from rl.mismatch import CorrectedRollouts
 from rl.packing import pack_rows
 from rl.phases import PHASES, PhaseClock
-from rl.rollout import SampledRollouts
+from rl.rollouts.curriculum import CurriculumPrompts
+from rl.rollouts.groups import OtherPrompts
+from rl.rollouts.judged import JudgedRollouts
+from rl.rollouts.mismatch import CorrectedRollouts
+from rl.rollouts.replay import ReplayedRoutes
+from rl.rollouts.sampled import SampledRollouts
+from rl.rollouts.vllm_engine import send_hub_weights
 from rl.run_warnings import Warnings
-from rl.vllm_engine import send_hub_weights
 
 SAMPLED_STEPS = 25  # roughly how many steps of a run write samples
 SAMPLES_A_STEP = 4
 PATIENCE = 8  # first batches for which a reward may give no score at all
 
 
-class PolicyTrainer(RunTrainerMixin, HeldOutPrompts, CorrectedRollouts, JudgedRollouts, SampledRollouts, GRPOTrainer):
+class PolicyTrainer(
+    RunTrainerMixin,
+    HeldOutPrompts,
+    CorrectedRollouts,
+    JudgedRollouts,
+    ReplayedRoutes,
+    SampledRollouts,
+    GRPOTrainer,
+):
     """GRPOTrainer whose prompts are rendered by `render_conversation`.
 
     The KL reference is the policy at the start of the run: for full fine-tuning a frozen copy made here (TRL would load

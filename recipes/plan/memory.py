@@ -34,7 +34,7 @@ class Rollouts:
     adapted: bool = False
 
     def parts(self, copied: int, free: float) -> dict[str, int]:
-        """What a process takes of `free` bytes, as rl/rollout.py decides it. copied: bytes of a merged copy."""
+        """What a process takes of `free` bytes, as rl/rollouts/sampled.py decides. copied: bytes of a merged copy."""
         asked, merge = self.settings, self.settings.merge
         needed = copied + min(self.answers, asked.few) * self.cache
         copies = self.adapted and (merge if merge != "auto" else needed <= asked.merged_share * free)

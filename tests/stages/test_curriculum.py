@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conversations.answers.prompts import prompt_text
 from conversations.errors import ToolkitError
 from conversations.rewards.rule import RuleReward
-from rl.curriculum import LEAST, CurriculumPrompts, prompt_weights
+from rl.rollouts.curriculum import LEAST, CurriculumPrompts, prompt_weights
 
 from ..helpers.rl import Vowels, recipe, run, trainer_for, untimed
 from ..helpers.stages import conversations, lines, stopped_after

@@ -16,7 +16,7 @@ from conversations.environments.loading import load_environment
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.training import RunLimits
 from recipes.cli import main
-from rl.acting import EnvironmentReward
+from rl.rollouts.acting import EnvironmentReward
 from rl.stage import grpo_config, prompt_dataset, train
 from rl.trainer import PolicyTrainer
 
@@ -99,7 +99,7 @@ def _last_turn(answer: list[int]) -> int:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rl.rollout.adjustment", lambda *args: forced)
+    monkeypatch.setattr("rl.rollouts.sampled.adjustment", lambda *args: forced)
 
 
 TRAINING = {"max_completion_length": 420, "num_generations": 2, "per_device_train_batch_size": 4, "beta": 0.0}

@@ -17,8 +17,8 @@ from conversations.rewards.rule import RuleReward
 from recipes.cli import main
 from rl import run_warnings
 from rl.config import RlRecipe
-from rl.groups import JudgedAnswer
 from rl.held_out import held_out_metrics, pass_at_k, sizes_of_k
+from rl.rollouts.groups import JudgedAnswer
 from rl.run_warnings import WINDOW, Warnings
 from rl.stage import planned_config, train
 

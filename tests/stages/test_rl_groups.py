@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from conversations.answers.prompts import prompt_text
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
-from rl.groups import OtherPrompts, equal_groups, left_out
-from rl.judged import JudgedRollouts
+from rl.rollouts.groups import OtherPrompts, equal_groups, left_out
+from rl.rollouts.judged import JudgedRollouts
 
 from ..helpers.rl import VowelsOfSome, run, trainer_for, untimed
 from ..helpers.stages import assert_same_weights, chat_model, conversations, lines, stopped_after

@@ -13,7 +13,7 @@ from conversations.rewards.base import Reward
 from deepseek_v2_modeling.inference import generate_answers, record_answers
 from deepseek_v2_modeling.routing_replay import record_routing
 from rl.config import RolloutCorrection
-from rl.mismatch import agreement_sums, correction, log_ratios, mismatch_sums
+from rl.rollouts.mismatch import agreement_sums, correction, log_ratios, mismatch_sums
 
 from ..helpers.rl import Vowels, perturbed, run, sample_from, trainer_for, untimed
 from ..helpers.stages import chat_model, lines, stopped_after

@@ -17,7 +17,7 @@ from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_train
 from deepseek_v2_modeling.training import RunLimits
 from rl import memory
 from rl.config import RolloutSection
-from rl.rollout import described, plan_rollouts
+from rl.rollouts.sampled import described, plan_rollouts
 from rl.stage import grpo_config, prompt_dataset
 from rl.trainer import PolicyTrainer
 
@@ -161,7 +161,7 @@ def test_a_resumed_run_keeps_the_plan_of_its_start(base: Path, tmp_path: Path, m
     whole = tmp_path / "whole"
     run(whole, model=adapted(base))
     checkpoint = stopped_after(whole / "checkpoint-2", tmp_path / "parts")
-    monkeypatch.setattr("rl.rollout.free_bytes", lambda device: 1)
+    monkeypatch.setattr("rl.rollouts.sampled.free_bytes", lambda device: 1)
     run(tmp_path / "parts", model=adapted(base), resume_from=checkpoint)
     assert_same_weights(*(load_model(resolve_source(folder)) for folder in (whole, tmp_path / "parts")))
 

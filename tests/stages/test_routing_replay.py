@@ -14,7 +14,7 @@ from deepseek_v2_modeling import record_routing
 from deepseek_v2_modeling.adapters import apply_lora
 from deepseek_v2_modeling.loading import LoraSettings
 from rl.packing import pack_rows
-from rl.replay import ReplayedRoutes, joined
+from rl.rollouts.replay import ReplayedRoutes, joined
 
 from ..helpers.models import random_ids
 from ..helpers.rl import VowelsOfSome, perturbed, run, sample_from, trainer_for, untimed

@@ -13,7 +13,7 @@ from conversations.rewards.rule import RuleReward
 from deepseek_v2_modeling import DeepseekV2ForCausalLM
 from deepseek_v2_modeling.inference import end_tokens
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
-from rl.groups import SampledAnswers, judge_answers
+from rl.rollouts.groups import SampledAnswers, judge_answers
 from rl.stage import planned_config, prompt_dataset, rehearsal
 from rl.trainer import PATIENCE
 

@@ -16,7 +16,7 @@ from trl.generation import vllm_client, vllm_generation
 from deepseek_v2_modeling import ModelError, apply_lora, lora_config
 from deepseek_v2_modeling.adapters import check_mergeable, hub_weights, merged_copy
 from recipes.cli import main
-from rl.vllm_engine import send_hub_weights
+from rl.rollouts.vllm_engine import send_hub_weights
 
 from ..helpers.broken_recipes import RECIPES, ROLLOUT, make_world
 from ..helpers.rl import run, trainer_for
@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(vllm_client, "NCCLWeightTransferEngine", Transport, raising=False)
     monkeypatch.setattr(vllm_client, "NCCLTrainerSendWeightsArgs", dict, raising=False)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", init)
-    monkeypatch.setattr("rl.vllm_engine.is_vllm_available", lambda: True)
+    monkeypatch.setattr("rl.rollouts.vllm_engine.is_vllm_available", lambda: True)
     with serving(stand_in) as url:
         stand_in.url = url  # type: ignore[attr-defined]
         yield stand_in
@@ -151,7 +151,7 @@ def test_check_refuses_what_is_missing(world: Path, server: Any, monkeypatch: py
     assert "takes no weights; start it with" in refused(capsys)
     server.developer = False
     assert "because it runs without VLLM_SERVER_DEV_MODE=1" in refused(capsys)
-    monkeypatch.setattr("rl.vllm_engine.is_vllm_available", lambda: False)
+    monkeypatch.setattr("rl.rollouts.vllm_engine.is_vllm_available", lambda: False)
     assert "vLLM is not installed; install it" in refused(capsys)
 
 

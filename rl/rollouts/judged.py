@@ -12,10 +12,11 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import record_answers
-from rl.acting import ActingPolicy
-from rl.config import RolloutCorrection
-from rl.curriculum import CurriculumPrompts
-from rl.groups import (
+from rl.config import Replay, RolloutCorrection
+from rl.phases import PhaseClock
+from rl.rollouts.acting import ActingPolicy
+from rl.rollouts.curriculum import CurriculumPrompts
+from rl.rollouts.groups import (
     NUMBER,
     JudgedAnswer,
     OtherPrompts,
@@ -26,15 +27,13 @@ from rl.groups import (
     left_out,
     verifiers_of,
 )
-from rl.phases import PhaseClock
-from rl.replay import ReplayedRoutes
 
 SUMMED = "sum_then_normalize"  # TRL's default for several rewards
 # How these make one loss of the answers of an update depends on how many tokens are trained on in each micro-batch.
 COUNTS_WHAT_IS_LEFT = ("bnpo",)
 
 
-class JudgedRollouts(ReplayedRoutes, ActingPolicy):
+class JudgedRollouts(ActingPolicy):
     """The part of `PolicyTrainer` that samples and judges answers; `GRPOTrainer` is then given them as from a rollout
     function.
 
@@ -51,6 +50,7 @@ class JudgedRollouts(ReplayedRoutes, ActingPolicy):
     max_rounds: int
     other_prompts: OtherPrompts
     rollout_correction: RolloutCorrection | None
+    routing_replay: Replay
     balances: bool
     answers: Sequence[JudgedAnswer] = ()
     unread: torch.Tensor | None = None
@@ -81,7 +81,6 @@ class JudgedRollouts(ReplayedRoutes, ActingPolicy):
                 self.unread = left_out(equal, lengths, self.args.per_device_train_batch_size)
             try:
                 output = super()._generate_and_score_completions([answer.row for answer in self.answers])
-                output |= self.kept_routes(output)
             finally:
                 self.answers, unread, self.unread = (), self.unread, None
         if self.multi_objective_aggregation == SUMMED:

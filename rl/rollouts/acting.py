@@ -14,7 +14,7 @@ from conversations.generation.decoding import FIELDS
 from conversations.rewards.base import Answer, Reward, Values
 from conversations.row import Row
 from deepseek_v2_modeling.inference import AfterTurn
-from rl.groups import NUMBER, SampledAnswers
+from rl.rollouts.groups import NUMBER, SampledAnswers
 
 # training.generation_kwargs that our own loop applies.
 APPLIED = FIELDS | {"do_sample", "temperature", "eos_token_id", "max_new_tokens"}

@@ -17,11 +17,12 @@ from torch import nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.errors import ToolkitError
+from conversations.row import Row
 from deepseek_v2_modeling import record_routing, replay_routing
-from rl.acting import engine_of, not_applied
 from rl.config import Replay
-from rl.groups import JudgedAnswer, padded_routes
 from rl.packing import PackedRows
+from rl.rollouts.acting import engine_of, not_applied
+from rl.rollouts.groups import JudgedAnswer, padded_routes
 
 BY_ROLLOUT, BY_UPDATE = "rollout_routes", "update_routes"  # in the batch of a rollout
 KEYS: dict[Replay, str | None] = {"off": None, "update": BY_UPDATE, "rollout": BY_ROLLOUT}
@@ -95,13 +96,14 @@ class ReplayedRoutes(GRPOTrainer if TYPE_CHECKING else object):
             return None
         return _on(self.accelerator.device, padded_routes(self.answers[rows], length, width - length))
 
-    def kept_routes(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The experts to keep with the batch that TRL has made of the answers."""
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        """The batch that TRL makes of the answers, with the experts to keep."""
+        batch = super()._generate_and_score_completions(inputs)
         length, prompt = batch["completion_ids"].shape[1], batch["prompt_ids"].shape[1]
         by_rollout = padded_routes(self.answers, length, prompt if self.routing_replay == "rollout" else 0)
         by_update, self.old_routes = torch.cat(self.old_routes) if self.old_routes else None, ()
         found = {BY_ROLLOUT: _on(self.accelerator.device, by_rollout), BY_UPDATE: by_update}
-        return {name: routes for name, routes in found.items() if routes is not None}
+        return batch | {name: routes for name, routes in found.items() if routes is not None}
 
 
 def joined(layers: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from conversations.errors import ToolkitError
 from rl.config import RolloutCorrection
-from rl.replay import joined
+from rl.rollouts.replay import joined
 
 FAR = 2.0  # times as likely, or half
 

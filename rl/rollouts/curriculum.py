@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from conversations.row import Row
-from rl.groups import OtherPrompts, generator_of
+from rl.rollouts.groups import OtherPrompts, generator_of
 
 LEARNT = 0.5  # weight of a prompt's newest pass rate in its estimate, since the policy changes
 LEAST = 0.05  # of the weight of a prompt at the target: every prompt is drawn again some time

@@ -11,9 +11,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from conversations.generation.decoding import adjustment, asked_of
 from deepseek_v2_modeling.adapters import copied_bytes, merged_copy
 from deepseek_v2_modeling.inference import AfterTurn, cache_bytes, decoding_dtype, generate_answers
-from rl.acting import engine_of, not_applied
 from rl.config import RolloutSection
-from rl.memory import free_bytes
+from rl.rollouts.acting import engine_of, not_applied
+from rl.rollouts.memory import free_bytes
 
 GB = 1e9
 
