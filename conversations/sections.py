@@ -146,13 +146,14 @@ class FimSection(Section):
 
 
 class DataSource(Section):
-    """One source of rows. `path` is a file, a hub data set, or `tiny:NAME` from the demo's generator."""
+    """One source of rows. `path` is a file, a hub data set, `tiny:NAME` from the demo's generator, or a task of
+    reasoning-gym."""
 
     path: str = Field(
         min_length=1,
         description="jsonl, ndjson, json, csv, tsv, parquet or arrow file (also with .gz or .zst), a .zip, folder or "
-        "pattern of these, hub data set (OWNER/NAME or OWNER/NAME:CONFIG), or tiny:NAME?seed=7&n=1000; relative files "
-        "are relative to the recipe.",
+        "pattern of these, hub data set (OWNER/NAME or OWNER/NAME:CONFIG), tiny:NAME?seed=7&n=1000, or "
+        "reasoning_gym:TASK?seed=7&n=1000; relative files are relative to the recipe.",
     )
     split: str | None = Field(
         default=None,

@@ -69,7 +69,8 @@ class Stage:
             stage; None if rows are prompts.
         check: (recipe, tokenizer, positions) -> lines for the user; raises ToolkitError for what a run would refuse of
             what it reads besides `data` and models. The tokenizer and the model's positions are None if not known.
-        check_rows: (recipe, rows) -> None; raises ToolkitError if the rows of `data` are unusable as a whole.
+        check_rows: (recipe, name of the list, rows) -> None; raises ToolkitError if the rows of a list are unusable as
+            a whole.
         marks_tokens: whether a mask selects the tokens of a row that are trained.
         result: what a finished run holds: a model in final/, or a file.
         measures: whether its metrics are per task, {task: {"n": rows, ...}}, for results.json and for tables.

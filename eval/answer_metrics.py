@@ -46,6 +46,11 @@ def judge_score(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[li
     print(f"eval: {task.name}: {reward.summary()}", file=sys.stderr, flush=True)
 
 
+def environment_reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
+    """What the environment itself gives for the answer; 0 if it gives none."""
+    return _judged_answers(task, rows, subject, _by_environment)
+
+
 def _judged_answers(
     task: EvalTask, rows: Numbered, subject: Subject, verdicts_on: VerdictsOn
 ) -> Iterator[list[Sample]]:
@@ -92,6 +97,11 @@ def _by_judge(reward: JudgeReward) -> VerdictsOn:
     return verdicts_on
 
 
+def _by_environment(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
+    none = Verdict(0.0, "the environment gave no reward")
+    return [none if answer.reward is None else Verdict(answer.reward, "get_reward") for answer in answers]
+
+
 def _scored(verdict: Verdict | ToolkitError) -> Verdict:
     """The verdict, with a score of 0 if there is none: a check that timed out counts as a wrong answer."""
     if isinstance(verdict, ToolkitError):
@@ -111,5 +121,6 @@ def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Ve
         "tokens": answer.tokens,
         "value": verdict.score,
         "reason": verdict.reason,
+        **({} if answer.turns is None else {"turns": answer.turns, "environment_reward": answer.reward}),
         **copied,
     }

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from conversations.answers.combining import Combine
+from conversations.answers.prompts import prompt_of
 from conversations.answers.text import compiled
 from conversations.answers.usable_rows import (
     first_of,
@@ -23,6 +24,7 @@ from conversations.answers.usable_rows import (
     not_judged,
     unreadable_reference,
 )
+from conversations.environments.entry import EnvironmentSection
 from conversations.rewards.entry import JudgeSettings
 from conversations.row import Refuse
 from conversations.run_files import RESULTS, SAMPLES
@@ -34,12 +36,14 @@ _RESERVED = re.compile(r"(^|_)(n|truncated|unread|contaminated|version|interval|
 
 
 NEXT_TURN = "\n\nUser:"  # how the chat template continues after an answer
+_OF_ANSWERS = ("temperatures", "stop", "environment", "max_tool_calling_iterations")
 # The answer settings that each metric uses.
 _USED_BY = {
-    "exact_match": ("rule", "settings", "temperatures", "stop"),
-    "refusal": ("patterns", "temperatures", "stop"),
-    "format": ("patterns", "temperatures", "stop"),
-    "judge": ("judge", "temperatures", "stop"),
+    "exact_match": ("rule", "settings", *_OF_ANSWERS),
+    "refusal": ("patterns", *_OF_ANSWERS),
+    "format": ("patterns", *_OF_ANSWERS),
+    "judge": ("judge", *_OF_ANSWERS),
+    "environment": _OF_ANSWERS,
     "pair_accuracy": ("combine",),
     "reward": ("combine",),
 }
@@ -53,10 +57,12 @@ class EvalTask(Section):
     """One metric, measured on one list of rows."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the task in the results.")
-    metric: Literal["exact_match", "refusal", "format", "judge", "pair_accuracy", "reward", "loss"] = Field(
-        description="The fraction of correct answers, refusals, well-formed answers or correctly ranked pairs; the "
-        "mean verdict of a judge; all figures of a reward model on pairs, labels, scores or right and wrong answers; "
-        "or the mean loss."
+    metric: Literal["exact_match", "refusal", "format", "judge", "environment", "pair_accuracy", "reward", "loss"] = (
+        Field(
+            description="The fraction of correct answers, refusals, well-formed answers or correctly ranked pairs; the "
+            "mean verdict of a judge, or of the environment itself; all figures of a reward model on pairs, labels, scores "
+            "or right and wrong answers; or the mean loss."
+        )
     )
     data: list[DataSource] = Field(
         default_factory=list, description="Rows of this task; the default is the recipe's `data`."
@@ -81,6 +87,12 @@ class EvalTask(Section):
         description="Strings before which an answer ends; by default the template's next turn, into which a base model "
         "runs on.",
     )
+    environment: EnvironmentSection | None = Field(
+        default=None, description="Answer with an environment's tools, in several turns, as in rl; the last is judged."
+    )
+    max_tool_calling_iterations: int | None = Field(
+        default=None, ge=1, description="With an environment: an answer's turns with calls; null sets no limit."
+    )
     combine: Combine = Field(
         default="mean",
         description="With a reward model that has several heads: the mean of their scores, the minimum, or the mean "
@@ -91,7 +103,13 @@ class EvalTask(Section):
     limit: int | None = Field(default=None, ge=1, description="Use only this many rows, the first ones; null uses all.")
 
     def refusal(self) -> Refuse:
-        """A function that returns why a row cannot be used for the task."""
+        """A function that returns why a row cannot be used for the task.
+
+        Raises:
+            ToolkitError: what judges answers, or the environment, is not there.
+        """
+        if self.environment is not None:
+            self.environment.load().instance()
         if self.metric == "exact_match":
             from conversations.answers.rules import check_machine, needs_reference
 
@@ -105,6 +123,7 @@ class EvalTask(Section):
         return {
             "refusal": no_question,
             "format": no_question,
+            "environment": no_question,
             "pair_accuracy": no_pair,
             "reward": not_judged,
             "loss": no_conversation,
@@ -135,11 +154,21 @@ class EvalTask(Section):
     @model_validator(mode="after")
     def _only_what_the_metric_uses(self) -> "EvalTask":
         used = _USED_BY.get(self.metric, ())
-        for name in ("rule", "settings", "judge", "patterns", "temperatures", "stop", "combine"):
+        for name in ("rule", "settings", "judge", "patterns", "combine", *_OF_ANSWERS):
             if name not in used and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
                 raise ValueError(f"{name} has no effect on {self.metric}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_environment(self) -> "EvalTask":
+        if self.environment is None and self.metric == "environment":
+            raise ValueError("the metric environment needs environment: {python: FILE.py:CLASS}")
+        if self.environment is None and self.max_tool_calling_iterations is not None:
+            raise ValueError("max_tool_calling_iterations needs an environment; leave it out")
+        if self.environment is not None and self.stop != [NEXT_TURN]:
+            raise ValueError("stop and environment: answers in an environment end with a turn; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +298,7 @@ class EvalRecipe(StageRecipe):
                 task.refusal(),
                 limit=task.limit,
                 answer=f"tasks.{index}.max_new_tokens" if task.metric not in UNSAMPLED_METRICS else None,
+                prompt=task.environment.prompts() if task.environment else prompt_of,
             )
             for index, task in self.metric_tasks.items()
         ]
@@ -281,6 +311,7 @@ STAGE = Stage(
     title="evaluation",
     run="eval.stage:run",
     check="eval.harness.checking:check",
+    check_rows="eval.stage:check_list",
     result=RESULTS,
     measures=True,
     continues=SAMPLES,

@@ -9,7 +9,7 @@ from conversations.answers.usable_rows import not_judged
 from conversations.errors import ToolkitError
 from conversations.generation.sample_files import Sample
 from conversations.row import Row
-from eval.answer_metrics import exact_match, format_share, judge_score, refusal
+from eval.answer_metrics import environment_reward, exact_match, format_share, judge_score, refusal
 from eval.config import EvalTask
 from eval.score_metrics import loss, pair_accuracy, reward
 from eval.subject import Numbered, Subject
@@ -19,6 +19,7 @@ METRICS: dict[str, Callable[[EvalTask, Numbered, Subject], Iterator[list[Sample]
     "refusal": refusal,
     "format": format_share,
     "judge": judge_score,
+    "environment": environment_reward,
     "pair_accuracy": pair_accuracy,
     "reward": reward,
     "loss": loss,
@@ -59,6 +60,7 @@ CHECKS: dict[str, Callable[[EvalTask, Row, int], object]] = {
     "exact_match": _needs_reference,
     "refusal": lambda task, row, number: prompt_of(row, number),
     "format": lambda task, row, number: prompt_of(row, number),
+    "environment": lambda task, row, number: prompt_of(row, number),
     "judge": lambda task, row, number: prompt_of(row, number),
     "pair_accuracy": _needs_pair,
     "reward": _needs_verdict,

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from conversations.answers.intervals import mean_interval
+from conversations.environments.episodes import try_reset
 from conversations.errors import ToolkitError
 from conversations.generation.generating import print_obeyed
 from conversations.generation.sample_files import Sample, SampleFiles
@@ -95,6 +96,7 @@ def evaluate(
             _record(task.name, samples, files)
             _report(task.name, results[task.name], time.monotonic() - began)
         state.wait_for_everyone()  # the next task must not append to the files before they are sorted
+    subject.close()
     benchmarks.close(done=not any("error" in figures for figures in results.values()))
     return results
 
@@ -102,6 +104,17 @@ def evaluate(
 def generates(task: EvalTask | BenchmarkTask) -> bool:
     """Whether a task generates answers, as far as the recipe says."""
     return isinstance(task, BenchmarkTask) or task.metric not in UNSAMPLED_METRICS
+
+
+def check_list(recipe: EvalRecipe, name: str, rows: Sequence[Row]) -> None:
+    """Raise ToolkitError if the environment of the task of this name cannot begin with its rows, or judges none."""
+    task = next(task for task in recipe.metric_tasks.values() if task.name == name)
+    if task.environment is None:
+        return
+    environment = task.environment.load()
+    if task.metric == "environment" and not environment.rewards:
+        raise ToolkitError(f"task {name}: the environment {environment.written} has no get_reward; use another metric")
+    try_reset(environment, rows[0])
 
 
 def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:

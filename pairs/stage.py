@@ -44,7 +44,7 @@ def run(recipe: PairsRecipe, work: Work) -> dict[str, Any]:
         )
 
 
-def check_rows(recipe: PairsRecipe, rows: Sequence[Row]) -> None:
+def check_rows(recipe: PairsRecipe, name: str, rows: Sequence[Row]) -> None:
     """Raise ToolkitError if a reward cannot score any answer to these prompts."""
     check_rewards(recipe.rewards, rows[: recipe.limit])
 

@@ -9,9 +9,9 @@ import datasets
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
-from conversations.answers.prompts import prompt_of
+from conversations.answers.prompts import prompt_row
 from conversations.answers.rules import needs_reference
-from conversations.environments.episodes import Players
+from conversations.environments.episodes import try_reset
 from conversations.environments.loading import Environment
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward, Values
@@ -177,15 +177,16 @@ def run_limits(recipe: RlRecipe) -> RunLimits:
     return RunLimits(recipe.on_nan, recipe.max_seconds, recipe.max_tokens, recipe.early_stopping_patience)
 
 
-def check_rows(recipe: RlRecipe, rows: Sequence[Row]) -> None:
-    """Raise ToolkitError if the rows as a whole cannot be used: too few prompts, or no references for a reward."""
+def check_rows(recipe: RlRecipe, name: str, rows: Sequence[Row]) -> None:
+    """Raise ToolkitError if the rows of `data` as a whole cannot be used: too few prompts, or no references for a
+    reward."""
+    if name != "data":
+        return
     check_rewards(recipe.rewards, rows)
     check_sampling(recipe)
     check_vllm(planned_config(recipe))
     if (environment := environment_of(recipe)) and rows:
-        players = Players(environment, None)
-        players.begin([prompt_row(rows[0], 1)])
-        players.close()
+        try_reset(environment, rows[0])
     check_curriculum(recipe, [row.get("reference") for row in rows])
     check_prompts(recipe, planned_config(recipe), len(rows))
 
@@ -252,12 +253,6 @@ def prompt_dataset(rows: Iterable[Row]) -> Dataset:
     if not entries:
         raise ToolkitError("data: there are no prompts to train on")
     return Dataset.from_list(entries)
-
-
-def prompt_row(row: Row, number: int) -> Row:
-    """What a rollout knows of a row."""
-    prompt = [{"role": m["role"], "content": m["content"]} for m in prompt_of(row, number)]
-    return {"prompt": prompt, "reference": row.get("reference")}
 
 
 def grpo_config(

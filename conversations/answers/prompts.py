@@ -28,6 +28,12 @@ def prompt_of(row: Row, number: int) -> list[Message]:
     return prompt
 
 
+def prompt_row(row: Row, number: int) -> Row:
+    """What is known of a row where a model answers: its prompt, and its reference or None. Raises as `prompt_of`."""
+    prompt = [{"role": m["role"], "content": m["content"]} for m in prompt_of(row, number)]
+    return {"prompt": prompt, "reference": row.get("reference")}
+
+
 def prompt_text(messages: Sequence[Message]) -> str:
     """A prompt for display: the user's words alone, or each turn with its role if there are several."""
     if len(messages) == 1:

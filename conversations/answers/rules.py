@@ -9,6 +9,7 @@ from typing import Any, Literal
 from conversations.answers.choice import choice, choice_reference
 from conversations.answers.code import code, code_reference, need_sandbox
 from conversations.answers.form import format
+from conversations.answers.gym import gym_reference, need_gym, reasoning_gym
 from conversations.answers.ifeval import ifeval, ifeval_reference
 from conversations.answers.language import language
 from conversations.answers.lean import lean, lean_reference, need_lean
@@ -74,6 +75,7 @@ RULES: dict[str, Rule] = {
     "ifeval": Rule(ifeval, ifeval_reference, of_rows=True),
     "code": Rule(code, code_reference, of_rows=True, need=need_sandbox, many="threads"),
     "lean": Rule(lean, lean_reference, need=need_lean, many="threads"),
+    "reasoning_gym": Rule(reasoning_gym, gym_reference, of_rows=True, need=need_gym, many="processes"),
 }
 
 
@@ -157,10 +159,11 @@ def verify(
     """Judges an answer by a rule. No answer, however malformed, raises an exception.
 
     Args:
-        name: the rule: math, number, choice, code, lean, refusal, format, language, repetition, length, ifeval.
+        name: the rule: math, number, choice, code, lean, refusal, format, language, repetition, length, ifeval,
+            reasoning_gym.
         prompt: a text, or messages, of which the last user turn counts.
         reference: the right answer, a text or a number; for `code` a row with tests, for `ifeval` one
-            with instructions.
+            with instructions, for `reasoning_gym` one that names its question.
         settings: the rule's settings: `patterns` of refusal, `finished` of format, `tokens`, `max_tokens` and `buffer`
             of length, `loose` and `partial` of ifeval, `partial`, `timeout`, `memory` and `allow_unsandboxed` of code,
             those of lean (conversations/answers/lean.py).

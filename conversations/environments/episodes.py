@@ -7,10 +7,11 @@ One episode is one answer: turns of the model, and after each turn with calls a 
 import asyncio
 import inspect
 from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from conversations.answers.prompts import answer_text
+from conversations.answers.prompts import answer_text, prompt_row
 from conversations.environments.calls import ToolCall, calls_in, error_text, text_of
 from conversations.environments.loading import Environment
 from conversations.errors import ToolkitError
@@ -97,6 +98,12 @@ class Players:
     def close(self) -> None:
         """End what runs coroutines."""
         self.loop.close()
+
+
+def try_reset(environment: Environment, row: Row) -> None:
+    """Begin an episode for a row. Raises ToolkitError if the environment cannot."""
+    with closing(Players(environment, None)) as players:
+        players.begin([prompt_row(row, 1)])
 
 
 class Episodes:

@@ -8,18 +8,22 @@ from typing import Any, NamedTuple
 
 from conversations.answers.prompts import answer_text
 from conversations.generation.decoding import adjustment, obeyed
-from deepseek_v2_modeling.inference import Stops, end_tokens, generate_answers
+from conversations.row import Row
+from deepseek_v2_modeling.inference import AfterTurn, Finished, Stops, end_tokens, generate_answers
 
 _BYTES_OF_A_CHARACTER = 4
 
 
 class Generated(NamedTuple):
     """An answer. finished: whether it ends with an end token or a stop string rather than being cut at max_new_tokens.
-    tokens: its length, including the end token."""
+    tokens: its length, including the end token. turns: its messages, in an environment, of which `text` is the last.
+    reward: what the environment gives for it."""
 
     text: str
     finished: bool
     tokens: int
+    turns: list[Row] | None = None
+    reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,32 @@ def sample_answers(
     """One answer per prompt (token ids, ending where the answer begins), each sampled with its own seed; its text as
     decoded. `on_answer` is called with the place and the answer as soon as one is finished."""
     ends, stop = end_tokens(model, tokenizer), decoding.stop
-    asked = {**obeyed(model), **decoding.settings}
 
     def as_answer(ids: list[int]) -> Generated:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         cut = cut_at(text, stop)
         return Generated(cut, ids[-1] in ends or cut != text, len(ids))
 
-    answers = generate_answers(
+    finished = None if on_answer is None else lambda place, ids: on_answer(place, as_answer(ids))
+    answers = sample_ids(model, tokenizer, prompts, seeds, decoding, batch_size, finished=finished)
+    return [as_answer(ids) for ids in answers]
+
+
+def sample_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    decoding: Decoding,
+    batch_size: int,
+    *,
+    finished: Finished | None = None,
+    after_turn: AfterTurn | None = None,
+) -> list[list[int]]:
+    """The token ids of one answer per prompt, each sampled with its own seed. after_turn: as `generate_answers` takes
+    it, for answers of several turns."""
+    ends = end_tokens(model, tokenizer)
+    return generate_answers(
         model,
         prompts,
         pad_token_id=padding_of(tokenizer),
@@ -100,11 +122,11 @@ def sample_answers(
         temperature=decoding.temperature,
         batch_size=batch_size,
         seeds=seeds,
-        adjust=adjustment(asked, decoding.temperature, ends),
-        stops=stop_test(tokenizer, stop),
-        finished=None if on_answer is None else lambda place, ids: on_answer(place, as_answer(ids)),
+        adjust=adjustment({**obeyed(model), **decoding.settings}, decoding.temperature, ends),
+        stops=stop_test(tokenizer, decoding.stop),
+        finished=finished,
+        after_turn=after_turn,
     )
-    return [as_answer(ids) for ids in answers]
 
 
 def generate_texts(

@@ -34,7 +34,7 @@ def source_names(entries: Sequence[DataSource]) -> list[str]:
     """A short name for each source, for metrics: that of its file, data set or generator; repeats get `_2`, `_3`."""
     names: list[str] = []
     for entry in entries:
-        stem = PurePath(entry.path.removeprefix("tiny:").partition("?")[0]).name.partition(".")[0]
+        stem = PurePath(re.sub("^(?:tiny|reasoning_gym):", "", entry.path).partition("?")[0]).name.partition(".")[0]
         name = re.sub(r"\W+", "_", stem).strip("_") or "source"
         before = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", earlier) is not None for earlier in names)
         names.append(f"{name}_{before + 1}" if before else name)

@@ -2,14 +2,12 @@
 
 import os
 import random
-import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from conversations.errors import ToolkitError
 from conversations.formats.reasoning import Reasoning
@@ -18,6 +16,7 @@ from conversations.reading.locating import names_files
 from conversations.row import Refuse
 from conversations.row_cache import RowCache
 from conversations.sections import DataSource
+from recipes.data.generated import generated
 from recipes.data.hub import hub_file
 from recipes.data.mixing import chosen, rows_used
 from recipes.data.reading import Source, read_parts, write_rows
@@ -27,7 +26,6 @@ from recipes.processes import main_first
 from recipes.recipe.paths import GENERATED, is_hub_name
 
 CACHE = Path(os.environ.get("DSV2_CACHE") or "runs")  # generated demo data and rows fetched from the hub
-_GENERATED = re.compile(r"tiny:(?P<name>[a-z_]+)(\?(?P<settings>.*))?")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,9 @@ def _find(entry: DataSource, seed: int, key: str) -> Source:
             f"{key}.split: {entry.path} has no splits by name; {split.name!r} is for hub data sets and folders. "
             "Write train[:90%] and train[90%:]"
         )
-    return Source(entry, _generated(entry.path, seed, key) if entry.path.startswith(GENERATED) else path, split, key)
+    return Source(
+        entry, generated(entry.path, seed, key, CACHE) if entry.path.startswith(GENERATED) else path, split, key
+    )
 
 
 def _share(file: dict[str, Any], total: int) -> str:
@@ -140,18 +140,3 @@ def _share(file: dict[str, Any], total: int) -> str:
     rows, used = file["rows"], file["used"]
     often = f"{used:,} of {rows:,} rows used" if used <= rows else f"{rows:,} rows used {used / rows:.3g} times each"
     return f"{Path(file['path']).name}: {often}, {100 * used / total:.1f} % of the mixture"
-
-
-def _generated(path: str, seed: int, key: str) -> Path:
-    """Generate `tiny:NAME?seed=&n=` and return its path."""
-    from recipes.tiny.world import materialize
-
-    match = _GENERATED.fullmatch(path)
-    settings = dict(parse_qsl(match["settings"] or "", keep_blank_values=True)) if match else {}
-    numbers = {name: int(value) for name, value in settings.items() if value.isdecimal()}
-    if match is None or not {"seed", "n"}.issuperset(settings) or len(numbers) != len(settings):
-        raise ToolkitError(f"{key}.path: {path!r} is not tiny:NAME, tiny:NAME?seed=7 or tiny:NAME?seed=7&n=1000")
-    chosen = numbers.get("seed", seed)
-    count = numbers.get("n")
-    folder = CACHE / "tiny" / "data" / f"seed-{chosen}"
-    return main_first(lambda: materialize(match["name"], chosen, count, folder))

@@ -15,7 +15,7 @@ from conversations.errors import ToolkitError
 from conversations.reading.data_file import KINDS
 from recipes.recipe.shipped import recipe_name
 
-GENERATED = "tiny:"
+GENERATED = ("tiny:", "reasoning_gym:")
 DATA_SUFFIXES = (*KINDS, ".zip", ".gz", ".zst", ".txt")
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:[\w.-]+)?")
 
@@ -75,7 +75,7 @@ def _is_local_key(keys: tuple[str, ...]) -> bool:
 
 
 def _absolute(text: str, base: Path, *, data: bool, key: str) -> str:
-    if text.startswith((GENERATED, "${")):
+    if text.startswith((*GENERATED, "${")):
         return text
     path = base / from_home(text, key)
     if not data and not path.exists() and recipe_name(text):

@@ -122,8 +122,8 @@ def prepare(
             later.append(listed.key)
             continue
         read_lists.append(read_list(recipe, listed, cache))
-        if (check := stage_of(recipe).check_rows) and listed.name == "data":
-            provided(check)(recipe, read_lists[-1].mixture.rows)
+        if check := stage_of(recipe).check_rows:
+            provided(check)(recipe, listed.name, read_lists[-1].mixture.rows)
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1], tokenizer, inputs.settings, longest)

@@ -84,6 +84,15 @@ RECIPES: dict[str, dict[str, Any]] = {
             _task("refusal", max_new_tokens=2), _task("format", max_new_tokens=2),
         ],
     ),
+    "eval_tools": _recipe(
+        "eval",
+        tasks=[
+            _task(
+                "exact_match", max_new_tokens=2, limit=2, max_tool_calling_iterations=1,
+                environment={"python": "conversations.environments:Calculator", "settings": {}},
+            ),
+        ],
+    ),
     "eval_reward": _recipe("eval", model={"path": "runs/reward"}, tasks=[_task("pair_accuracy", "pairs.jsonl")]),
     "eval_benchmark": _recipe(
         "eval", chat_template=None,

@@ -1,6 +1,7 @@
 """RL with tools: several turns of a policy that is made to call them, what is trained of them, and what is refused."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 import yaml
 
 from conversations import render_conversation
+from conversations.answers.prompts import prompt_row
 from conversations.environments.calls import calls_in
 from conversations.environments.episodes import Players
 from conversations.environments.loading import load_environment
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.training import RunLimits
+from eval.config import EvalRecipe
+from eval.stage import evaluate
 from recipes.cli import main
 from rl.rollouts.acting import EnvironmentReward
 from rl.stage import grpo_config, prompt_dataset, train
@@ -22,7 +26,16 @@ from rl.trainer import PolicyTrainer
 
 from ..helpers.broken_recipes import RECIPES, ROLLOUT, make_world
 from ..helpers.rl import Vowels, recipe, untimed
-from ..helpers.stages import assert_same_weights, byte_tokenizer, chat_model, conversations, lines, stopped_after, user
+from ..helpers.stages import (
+    SECTIONS,
+    assert_same_weights,
+    byte_tokenizer,
+    chat_model,
+    conversations,
+    lines,
+    stopped_after,
+    user,
+)
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -247,6 +260,41 @@ def test_most_turns_end_the_answer(tools: str, tmp_path: Path, scripted: None, m
     assert trainer._metrics["train"]["tools/call_frequency"] == [1.0]
 
 
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, tools: str, rows: Any, resume: bool = False, **task: Any) -> tuple[Any, list[Any]]:
+    task = {"name": "figure", "environment": {"python": tools}, "max_new_tokens": 420, "batch_size": 2, **task}
+    asked = EvalRecipe(**{**SECTIONS, "stage": "eval", "output_dir": str(folder), "tasks": [task]})
+    given: dict[str, Any] = {"model": chat_model().eval(), "tokenizer": TOKENIZER, "rows_by_task": {"figure": rows}}
+    found = evaluate(asked, **given, run_dir=folder, resume=resume)
+    return found["figure"], lines(folder / "samples.jsonl")
+
+
+def test_an_evaluation_answers_as_a_rollout_does(tools: str, tmp_path: Path, scripted: None, monkeypatch: Any):
+    monkeypatch.setattr("conversations.generation.generating.adjustment", lambda *args: forced)
+    found, samples = evaluated(tmp_path / "eval", tools, conversations(3), metric="environment")
+    totals = [int(sample["reference"]) + 4 for sample in samples]
+    assert found["n"] == 3 and [sample["value"] for sample in samples] == [total % 5 for total in totals]
+    assert found["greedy"] == sum(total % 5 for total in totals) / 3
+    trainer = trainer_in(tools, tmp_path)
+    trainer.generation_config.do_sample = False
+    episodes = trainer.sampled_answers([prompt_row(row, 1) for row in conversations(3)], 1)
+    for sample, turns, ids in zip(samples, episodes.completions, episodes.ids, strict=True):
+        assert sample["turns"] == turns and sample["completion"] == turns[-1]["content"]
+        assert sample["tokens"] == len(ids) and not sample["truncated"]
+    (tmp_path / "eval" / "samples.jsonl").write_text("\n".join(json.dumps(sample) for sample in samples[:2]) + "\n")
+    monkeypatch.setattr("conversations.generation.generating.adjustment", lambda *args: 1 / len(args[0] and []))
+    assert evaluated(tmp_path / "eval", tools, conversations(2), resume=True, metric="environment")[1] == samples[:2]
+
+
+def test_an_evaluations_turns_with_calls_are_limited(tools: str, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr("conversations.generation.generating.adjustment", lambda *args: forced)
+    task = {"metric": "exact_match", "max_tool_calling_iterations": 1}
+    _, samples = evaluated(tmp_path, tools, conversations(1), **task)
+    assert [turn["role"] for turn in samples[0]["turns"]] == ["assistant", "user", "assistant"]
+
+
 # --- calls and environments -------------------------------------------------------------------------------------------
 
 
@@ -328,6 +376,29 @@ def test_check_and_run_refuse_alike(change: dict[str, Any], why: str, tmp_path: 
         assert why in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"environment": {"python": "json:E"}}, "json defines no E"),
+        ({"environment": {"python": SANDBOX, "settings": {"seconds": 0}}}, "seconds must be"),
+        ({"metric": "environment"}, "has no get_reward; use another metric"),
+        ({"stop": ["x"]}, "answers in an environment end with a turn"),
+        ({"environment": None}, "max_tool_calling_iterations needs an environment"),
+        ({"metric": "loss"}, "environment has no effect on loss"),
+    ],
+)
+def test_an_evaluation_is_checked_alike(
+    change: dict[str, Any], why: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    monkeypatch.chdir(tmp_path)
+    make_world(tmp_path)
+    task = {**RECIPES["eval_tools"]["tasks"][0], **change}
+    Path("recipe.yaml").write_text(yaml.safe_dump({**RECIPES["eval_tools"], "tasks": [task]}))
+    for command in ("check", "eval"):
+        assert main([command, "recipe.yaml"]) == 2
+        assert why in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any):
     monkeypatch.chdir(tmp_path)
     make_world(tmp_path)
@@ -335,3 +406,6 @@ def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: A
     assert main(["check", "recipe.yaml"]) == 0 and main(["rl", "recipe.yaml"]) == 0
     line = next(line for line in lines(Path("out/metrics.jsonl")) if "tools/call_frequency" in line)
     assert line["tools/call_frequency"] == 0 and all("turns" in sample for sample in lines(Path("out/samples.jsonl")))
+    Path("eval.yaml").write_text(yaml.safe_dump(RECIPES["eval_tools"] | {"output_dir": "eval"}))
+    assert main(["check", "eval.yaml"]) == 0 and main(["eval", "eval.yaml"]) == 0
+    assert all(len(sample["turns"]) == 1 for sample in lines(Path("eval/samples.jsonl")))
