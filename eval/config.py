@@ -60,8 +60,8 @@ class EvalTask(Section):
     metric: Literal["exact_match", "refusal", "format", "judge", "environment", "pair_accuracy", "reward", "loss"] = (
         Field(
             description="The fraction of correct answers, refusals, well-formed answers or correctly ranked pairs; the "
-            "mean verdict of a judge, or of the environment itself; all figures of a reward model on pairs, labels, scores "
-            "or right and wrong answers; or the mean loss."
+            "mean verdict of a judge, or of the environment itself; all figures of a reward model on pairs, labels, "
+            "scores or right and wrong answers; or the mean loss."
         )
     )
     data: list[DataSource] = Field(

@@ -81,8 +81,8 @@ def _entry(task: str, settings: str, index: int) -> dict[str, Any]:
 def _data(task: str, settings: str) -> Any:
     """settings: JSON."""
     need_gym()
-    from reasoning_gym import create_dataset
-    from reasoning_gym.factory import DATASETS
+    from reasoning_gym import create_dataset  # pyright: ignore[reportMissingImports]
+    from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
 
     if task not in DATASETS:
         near = get_close_matches(str(task), list(DATASETS), 1)
