@@ -98,6 +98,9 @@ def _by_judge(reward: JudgeReward) -> VerdictsOn:
 
 
 def _by_environment(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
+    outside = next((a.reward for a in answers if a.reward is not None and not 0 <= a.reward <= 1), None)
+    if outside is not None:
+        raise ToolkitError(f"the metric environment takes rewards from 0 to 1, and get_reward gave {outside:g}")
     none = Verdict(0.0, "the environment gave no reward")
     return [none if answer.reward is None else Verdict(answer.reward, "get_reward") for answer in answers]
 

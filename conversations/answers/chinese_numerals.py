@@ -42,7 +42,7 @@ _PARTS = {"百": 100, "千": 1000, "万": 10**4, "萬": 10**4}  # 百分之, 千
 _OF_THOUSAND = "米克瓦卡帕赫伏焦"  # 五千克 is 5 kg, as 5千克 is, and not 5,000 g
 _UNIT = rf"(?:[十百千]?[万萬][亿億]?|[十百千]?[亿億]|[百千](?![{_OF_THOUSAND}分]))"
 _COUNT = rf"\d{{1,15}}(?:,\d{{3}})*(?:\.\d{{1,12}})?\s?{_UNIT}"
-_MIXED = re.compile(rf"(?<![第\d.,A-Za-z_^])(?:{_COUNT})+(?:\d{{1,8}})?(?![\d.{_ALL}])(?!分之)")
+_MIXED = re.compile(rf"(?<![第\d.,A-Za-z_^])(?:{_COUNT})+(?:\d{{1,8}})?(?![\d{_ALL}]|\.\d|分之)")
 _PART = re.compile(rf"([\d,.]+)\s?([{''.join((*_SMALL, *_LARGE))}]*)")
 
 _COUNTERS = (

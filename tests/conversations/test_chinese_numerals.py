@@ -81,6 +81,7 @@ def test_a_numeral_is_the_answer(rule, form, number):
 def test_numbers(written, digits):
     assert with_digits(written) == digits
     assert with_digits(f"答案是{written}。") == f"答案是{digits}。"
+    assert with_digits(f"Is it {written}?") == f"Is it {digits if written[0] != '五' else written}?"
 
 
 @pytest.mark.parametrize(

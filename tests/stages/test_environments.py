@@ -51,6 +51,9 @@ import asyncio
 class Counter:
     """Adds up."""
 
+    def __init__(self, most: int = 4):
+        self.most = most
+
     def reset(self, prompt, reference, **row):
         self.sum = int(reference)
         return f" (from {reference})"
@@ -71,7 +74,7 @@ class Counter:
         return f"slow {self.sum}"
 
     def get_reward(self):
-        return float(self.sum % 5)
+        return self.sum % 5 / self.most
 '''
 
 
@@ -228,7 +231,7 @@ def test_a_run_resumes_and_shows_its_turns(tools: str, tmp_path: Path, scripted:
         assert [turn["content"] for turn in sample["turns"][:4:2]] == list(SCRIPT)
         assert sample["completion"] == sample["turns"][-1]["content"] and "tool_response" not in sample["completion"]
         total = int(sample["turns"][1]["content"].split(": ")[1].split("}")[0])
-        assert sample["rewards"]["Counter"] == total % 5
+        assert sample["rewards"]["Counter"] == total % 5 / 4
 
 
 @pytest.mark.parametrize("replay", ["off", "rollout"])
@@ -275,8 +278,8 @@ def test_an_evaluation_answers_as_a_rollout_does(tools: str, tmp_path: Path, scr
     monkeypatch.setattr("conversations.generation.generating.adjustment", lambda *args: forced)
     found, samples = evaluated(tmp_path / "eval", tools, conversations(3), metric="environment")
     totals = [int(sample["reference"]) + 4 for sample in samples]
-    assert found["n"] == 3 and [sample["value"] for sample in samples] == [total % 5 for total in totals]
-    assert found["greedy"] == sum(total % 5 for total in totals) / 3
+    assert found["n"] == 3 and [sample["value"] for sample in samples] == [total % 5 / 4 for total in totals]
+    assert found["greedy"] == sum(total % 5 for total in totals) / 12
     trainer = trainer_in(tools, tmp_path)
     trainer.generation_config.do_sample = False
     episodes = trainer.sampled_answers([prompt_row(row, 1) for row in conversations(3)], 1)
@@ -284,8 +287,14 @@ def test_an_evaluation_answers_as_a_rollout_does(tools: str, tmp_path: Path, scr
         assert sample["turns"] == turns and sample["completion"] == turns[-1]["content"]
         assert sample["tokens"] == len(ids) and not sample["truncated"]
     (tmp_path / "eval" / "samples.jsonl").write_text("\n".join(json.dumps(sample) for sample in samples[:2]) + "\n")
-    monkeypatch.setattr("conversations.generation.generating.adjustment", lambda *args: 1 / len(args[0] and []))
-    assert evaluated(tmp_path / "eval", tools, conversations(2), resume=True, metric="environment")[1] == samples[:2]
+    with monkeypatch.context() as patched:
+        patched.setattr("conversations.generation.generating.generate_answers", lambda model, prompts, **_: prompts)
+        assert (
+            evaluated(tmp_path / "eval", tools, conversations(2), resume=True, metric="environment")[1] == samples[:2]
+        )
+    too_large = {"python": tools, "settings": {"most": 1}}
+    with pytest.raises(ToolkitError, match="takes rewards from 0 to 1, and get_reward gave"):
+        evaluated(tmp_path / "eval", tools, conversations(4), metric="environment", environment=too_large)
 
 
 def test_an_evaluations_turns_with_calls_are_limited(tools: str, tmp_path: Path, monkeypatch: Any):
