@@ -129,8 +129,8 @@ def _judged_answers(
         batch_size=recipe.batch_size,
     )
     answers = [
-        Answer(prompts[number], text, finished, row.get("reference"), tokens)
-        for (number, row, _), (text, finished, tokens) in zip(places, generated, strict=True)
+        Answer(prompts[number], said.text, said.finished, row.get("reference"), said.tokens)
+        for (number, row, _), said in zip(places, generated, strict=True)
     ]
     return [
         {

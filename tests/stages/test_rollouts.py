@@ -15,8 +15,8 @@ from deepseek_v2_modeling.adapters import copied_bytes
 from deepseek_v2_modeling.inference import cache_bytes, decoding_dtype
 from deepseek_v2_modeling.loading import LoraSettings, load_model, prepare_trainable, resolve_source
 from deepseek_v2_modeling.training import RunLimits
-from rl import memory
 from rl.config import RolloutSection
+from rl.rollouts import memory
 from rl.rollouts.sampled import described, plan_rollouts
 from rl.stage import grpo_config, prompt_dataset
 from rl.trainer import PolicyTrainer
