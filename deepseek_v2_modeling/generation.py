@@ -6,19 +6,20 @@ B slots, T tokens, V vocabulary.
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
 from .answer_records import Recorder, unpadded
-from .batching import by_length, evaluation_mode, finite, pad_batch
+from .batching import evaluation_mode, finite, pad_batch
 from .cache import LatentCache, whole_blocks
 from .decode_steps import WORTH_CAPTURING, SlotDecoder, can_capture, logits_of
 from .errors import ModelError
 from .kernels.float32_products import float32_is_faster
 from .sampling import choose_tokens, draws
+from .shared_prefixes import read_once
 
 PREFILL_TOKENS = 2**14  # per prefill, padding included
 LARGE = 2**20  # weights of an expert's product
@@ -90,9 +91,9 @@ def generate_answers(
     """Generate one answer per prompt, in the order of the prompts: token ids, including the end token if one was
     generated.
 
-    Equivalent to `generate` on each prompt, but answers are sampled side by side, identical prompts are prefilled once,
-    and the slot of a finished answer goes to the next prompt. The model's mode (training or evaluation) is restored
-    afterwards.
+    Equivalent to `generate` on each prompt, but answers are sampled side by side, identical prompts and what several
+    begin with (examples, a long system prompt) are prefilled once, and the slot of a finished answer goes to the next
+    prompt. The model's mode (training or evaluation) is restored afterwards.
 
     Args:
         temperature: 0 is greedy decoding.
@@ -165,10 +166,33 @@ class Prefilled:
     routes: list[torch.Tensor]
 
 
+@dataclass
+class Beginning:
+    """What several prompts begin with, after prefill: a cache of one row."""
+
+    ids: tuple[int, ...]
+    cache: LatentCache
+
+
+def queue(prompts: Sequence[Sequence[int]], begins_with: Sequence[tuple[int, ...]]) -> list[int]:
+    """The indices of prompts, longest first (so that running out of memory happens at once), identical ones next to
+    each other, and those with the same beginning side by side."""
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, ids in zip(prompts, begins_with, strict=True):
+        longest[ids] = max(longest.get(ids, 0), len(prompt))
+
+    def place(i: int) -> tuple[int, tuple[int, ...], int, tuple[int, ...]]:
+        return -longest[begins_with[i]], begins_with[i], -len(prompts[i]), tuple(prompts[i])
+
+    return sorted(range(len(prompts)), key=place)
+
+
 class Sampler:
     """Slots in which answers are sampled, and a queue of answers that wait for one.
 
-    waiting: indices of answers, longest prompts first, identical prompts next to each other. holds: the answer that
+    begins_with: of each answer, what its prompt begins with that is read once; () for nothing. waiting: indices of
+    answers, those with the same beginning side by side, longest prompts first, identical prompts next to each other.
+    holds: the answer that
     each slot has or had last; live: whether it is being sampled. paused: slots whose answers ended a turn. ids [B, T]:
     prompts and answers so far, if `adjust` needs them.
     """
@@ -176,8 +200,10 @@ class Sampler:
     def __init__(self, model: nn.Module, asked: Asked, slots: int, recorder: Recorder):
         self.model, self.asked, self.recorder = model, asked, recorder
         self.device = next(model.parameters()).device
-        self.waiting = deque(next(by_length(asked.prompts, len(asked.prompts))))
-        self.room = len(asked.prompts[self.waiting[0]]) + asked.max_new_tokens
+        lengths = [0] * len(asked.prompts) if recorder.records else read_once(asked.prompts)
+        self.begins_with = [tuple(prompt[:n]) for prompt, n in zip(asked.prompts, lengths, strict=True)]
+        self.waiting = deque(queue(asked.prompts, self.begins_with))
+        self.room = max(map(len, asked.prompts)) + asked.max_new_tokens
         self.answers: list[list[int]] = [[] for _ in asked.prompts]
         self.holds, self.live = [0] * slots, [False] * slots
         self.paused: list[int] = []
@@ -185,6 +211,7 @@ class Sampler:
         self.drawn = None if asked.seeds is None else torch.zeros(slots, asked.max_new_tokens, dtype=torch.float64)
         self.ids = None if asked.adjust is None else self.tokens.new_zeros(slots, self.room)
         self.prefilled: Prefilled | None = None  # the prompt of the next answer, if an earlier one shares it
+        self.beginning: Beginning | None = None  # what the last prompts began with
         self.decoder: Any = None
 
     def run(self) -> list[list[int]]:
@@ -263,12 +290,14 @@ class Sampler:
         while True:
             if self.paused and (len(self.paused) >= REFILL * len(self.live) or not any(self.live)):
                 self.resume()
-            elif places := self.due():
+            elif not (places := self.due()):
+                return
+            elif self.begins_with[self.waiting[0]]:
+                self.enter_after(places)
+            else:
                 prefilled, count = self.next_prompts(len(places))
                 entering, places = [self.waiting.popleft() for _ in range(count)], places[:count]
                 self.enter(places, entering, prefilled)
-            else:
-                return
 
     def resume(self) -> None:
         """Read what follows the turns of paused answers, and choose the first tokens of the next turns; frees the slots
@@ -310,6 +339,8 @@ class Sampler:
         longest = len(asked.prompts[self.waiting[0]])
         for answer in islice(self.waiting, most):
             prompt = tuple(asked.prompts[answer])
+            if self.begins_with[answer]:
+                break
             if prompt not in rows:
                 if self.prefilled is not None or (rows and (len(rows) + 1) * longest > PREFILL_TOKENS):
                     break
@@ -327,23 +358,53 @@ class Sampler:
 
     def enter(self, places: list[int], entering: list[int], prefilled: Prefilled) -> None:
         """Start answers in slots and choose their first tokens."""
-        asked, prompts = self.asked, [tuple(self.asked.prompts[answer]) for answer in entering]
+        prompts = [tuple(self.asked.prompts[answer]) for answer in entering]
         rows, lengths = [prefilled.rows[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
-        if self.decoder is None:
-            capture = asked.max_new_tokens > WORTH_CAPTURING and can_capture(self.model)
-            settings = {"fixed": capture, "record": self.recorder.records}
-            self.decoder = SlotDecoder(self.model, prefilled.cache, len(self.live), self.room - 1, **settings)
-        self.decoder.fill(places, prefilled.cache, rows, lengths)
+        self.decoder_like(prefilled.cache).fill(places, prefilled.cache, rows, lengths)
         self.recorder.entered(entering, [prefilled.routes[row] for row in rows] if prefilled.routes else [])
-        for place, answer, prompt in zip(places, entering, prompts, strict=True):
-            self.holds[place], self.live[place] = answer, True
-            if self.ids is not None:
-                self.ids[place, : len(prompt)] = torch.tensor(prompt, device=self.device)
-        if self.drawn is not None and asked.seeds is not None:
-            self.drawn[places] = draws([asked.seeds[answer] for answer in entering], asked.max_new_tokens)
+        self.start(places, entering)
         first = prefilled.logits[torch.tensor(rows, device=self.device)]
         self.prefilled = self.remaining(prefilled, prompts[-1])
         self.choose(places, first)
+
+    def enter_after(self, places: list[int]) -> None:
+        """Start the next answers whose prompts have the same beginning, which is read only if it is not that of the
+        last ones: its cache is copied into their slots, and what follows it is read there."""
+        prompts, ids = self.asked.prompts, self.begins_with[self.waiting[0]]
+        at_once = max(1, PREFILL_TOKENS // len(prompts[self.waiting[0]]))
+        following = takewhile(lambda answer: self.begins_with[answer] == ids, self.waiting)
+        entering = list(islice(following, min(at_once, len(places))))
+        for _ in entering:
+            self.waiting.popleft()
+        places = places[: len(entering)]
+        if self.beginning is None or self.beginning.ids != ids:
+            self.beginning = Beginning(ids, self.prefill({ids: 0}).cache)
+        decoder = self.decoder_like(self.beginning.cache)
+        decoder.fill(places, self.beginning.cache, [0] * len(places), [len(ids)] * len(places))
+        self.start(places, entering)
+        rests = [prompts[answer][len(ids) :] for answer in entering]
+        logits = decoder.read(places, *pad_batch(rests, self.asked.pad_token_id, left=True))
+        finite(self.model, "logits", logits)
+        self.choose(places, logits)
+
+    def decoder_like(self, cache: LatentCache) -> SlotDecoder:
+        """The decoder; created for caches like this one when the first answers enter."""
+        if self.decoder is None:
+            capture = self.asked.max_new_tokens > WORTH_CAPTURING and can_capture(self.model)
+            settings = {"fixed": capture, "record": self.recorder.records}
+            self.decoder = SlotDecoder(self.model, cache, len(self.live), self.room - 1, **settings)
+        return self.decoder
+
+    def start(self, places: Sequence[int], entering: Sequence[int]) -> None:
+        """Slots hold these answers from now on."""
+        asked = self.asked
+        for place, answer in zip(places, entering, strict=True):
+            self.holds[place], self.live[place] = answer, True
+            if self.ids is not None:
+                prompt = asked.prompts[answer]
+                self.ids[place, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        if self.drawn is not None and asked.seeds is not None:
+            self.drawn[list(places)] = draws([asked.seeds[answer] for answer in entering], asked.max_new_tokens)
 
     def remaining(self, prefilled: Prefilled, last: tuple[int, ...]) -> Prefilled | None:
         """The prefill of the next answer's prompt, if it is that of the last answer started."""

@@ -27,6 +27,25 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[Group], li
     return groups, rest
 
 
+def read_once(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many first tokens of each prompt are worth reading once for all prompts that begin with them; 0 for none.
+
+    Without that, each different prompt is read once; with it, what comes after those tokens is read for every prompt,
+    also where several are the same.
+    """
+    copies: dict[tuple[int, ...], list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        copies.setdefault(tuple(prompt), []).append(place)
+    distinct, shared_by = list(copies), [0] * len(prompts)
+    for shared, group in shared_prefixes(distinct)[0]:
+        members = [distinct[i] for i in group]
+        remaining = shared + sum(len(copies[prompt]) * (len(prompt) - shared) for prompt in members)
+        if remaining <= WORTH * sum(map(len, members)):
+            for place in (place for prompt in members for place in copies[prompt]):
+                shared_by[place] = shared
+    return shared_by
+
+
 def _runs(sequences: Sequence[Sequence[int]]) -> Iterator[Group]:
     """Runs of adjacent sequences that share at least MIN_SHARED tokens and at least half of the prefix that the run
     shares so far, so that a system prompt common to all rows does not merge the answers to different questions."""

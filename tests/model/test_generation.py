@@ -12,6 +12,7 @@ from deepseek_v2_modeling.batching import evaluation_mode
 from deepseek_v2_modeling.decode_steps import SlotDecoder
 from deepseek_v2_modeling.generation import cache_bytes, generate_answers
 from deepseek_v2_modeling.sampling import choose_tokens, draws
+from deepseek_v2_modeling.shared_prefixes import read_once
 
 from ..helpers.models import random_ids, small_model
 
@@ -112,6 +113,56 @@ def test_prompts_are_prefilled_once(monkeypatch: pytest.MonkeyPatch):
     finally:
         hook.remove()
     assert sum(tokens) <= 9 + 5 + 3 + 4 + 2  # and padding where two are read together
+
+
+BEGINNINGS = [random_ids(1, 70 + 5 * i, vocab=VOCABULARY, seed=900 + i)[0].tolist() for i in range(2)]
+
+
+def continued(pairs: list[tuple[int, int]]) -> list[list[int]]:
+    """Prompts by (which beginning, length of what follows); none of the beginnings for 2."""
+    return [[*(BEGINNINGS[which] if which < 2 else []), *prompts_of([length])[0]] for which, length in pairs]
+
+
+@settings(max_examples=8)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 8)), min_size=2, max_size=9),
+    slots=st.integers(1, 4),
+    temperature=st.sampled_from([0.0, 1.0]),
+    at_once=st.sampled_from([1, 200, 10_000]),
+)
+def test_answers_after_a_common_beginning_are_those_of_each_prompt_alone(
+    pairs: list[tuple[int, int]], slots: int, temperature: float, at_once: int
+):
+    prompts, seeds = continued(pairs), [100 + i for i in range(len(pairs))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek_v2_modeling.generation.PREFILL_TOKENS", at_once)
+        found = generate_answers(MODEL, prompts, temperature=temperature, seeds=seeds, batch_size=slots, **ASKED)
+    assert found == [alone(prompt, temperature, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def test_a_common_beginning_is_read_once():
+    """By all slots and all that enter later; the longest prompts' group comes first."""
+    pairs = [(which, 1 + number) for which in (0, 1) for number in range(6)]
+    tokens: list[int] = []
+    hook = MODEL.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: tokens.append(args[0].numel()) if args[0].shape[1] > 1 else None
+    )
+    try:
+        generate_answers(MODEL, continued(pairs), batch_size=3, **ASKED)
+    finally:
+        hook.remove()
+    assert tokens.count(75) == tokens.count(70) == 1 and tokens[0] == 75
+    assert sum(tokens) <= 75 + 70 + 2 * sum(range(1, 7)) + 12  # and padding where some are read together
+
+
+def test_what_is_read_once_pays():
+    """Not a beginning of few tokens or of one prompt, nor one whose prompts are the same but for it."""
+    long, rest = BEGINNINGS[0], list(range(1, 9))
+    assert read_once([[*long, 1, 2], [*long, 3], [5, 6]]) == [70, 70, 0]
+    assert read_once([[*long[:40], 1], [*long[:40], 2]]) == [0, 0]
+    assert read_once([[*long, 1]] * 5) == [0] * 5
+    assert read_once([[*long, *rest * 9]] * 8 + [[*long, 4]]) == [0] * 9
+    assert read_once([[*long, 1]] * 2 + [[*long, 2]] * 2) == [70] * 4
 
 
 def test_adjusted_logits_are_those_of_each_row(monkeypatch: pytest.MonkeyPatch):
