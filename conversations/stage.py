@@ -25,7 +25,7 @@ SMOKE_TRAINING = {  # for every stage that trains
 
 class Shrink(NamedTuple):
     """The values that `--smoke` sets in a section of the recipe ("" is the recipe itself), or in each entry of a list:
-    only in entries that have the key `where`, if it names one."""
+    only in entries that have the key `where`, if it names one. A value may be a function of the section."""
 
     section: str
     values: Mapping[str, Any]

@@ -29,6 +29,14 @@ class RunLimits:
     early_stopping_patience: int | None = None
 
 
+# Fields, and their values that go by the results of evaluations while training.
+_BY_EVALUATIONS: dict[str, tuple[Any, ...]] = {
+    "load_best_model_at_end": (True,),
+    "save_strategy": ("best",),
+    "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
+}
+
+
 def training_arguments(
     training: dict[str, Any],
     *,
@@ -44,11 +52,7 @@ def training_arguments(
     Raises:
         ModelError: this machine cannot train in the dtype, or evaluation is requested without rows for it.
     """
-    strategy = training.get("eval_strategy", "no")
-    if strategy != "no" and not has_eval:
-        raise ModelError(f"training.eval_strategy is {strategy}, and there is no eval_data to evaluate on")
-    if strategy == "no" and limits.early_stopping_patience is not None:
-        raise ModelError("early_stopping_patience counts evaluations: give eval_data and training.eval_strategy")
+    _check_evaluations(training, limits, has_eval)
     on_cpu = runs_on_cpu(training)
     if on_cpu and dtype == "float16":
         raise ModelError("model.dtype float16 trains on a GPU only; use bfloat16 or float32")
@@ -74,6 +78,29 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,  # the count of evaluations without improvement
     }
     return {**defaults, **_with_known_names(training), **ours}
+
+
+def _check_evaluations(training: dict[str, Any], limits: RunLimits, has_eval: bool) -> None:
+    """Raise ModelError for a field that needs evaluations where there will be none."""
+    evaluates = str(training.get("eval_strategy", "no")) != "no"
+    for key in ("eval_strategy", "eval_on_start"):
+        value = training.get(key)
+        if not has_eval and (evaluates if key == "eval_strategy" else value):
+            raise ModelError(f"training.{key} is {_as_yaml(value)}, and there is no eval_data to evaluate on")
+    if evaluates:
+        return
+    if limits.early_stopping_patience is not None:
+        raise ModelError("early_stopping_patience counts evaluations: give eval_data and training.eval_strategy")
+    for key, values in _BY_EVALUATIONS.items():
+        if (value := training.get(key)) in values:
+            raise ModelError(
+                f"training.{key} is {_as_yaml(value)}, which goes by evaluations: give eval_data and "
+                "training.eval_strategy"
+            )
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def runs_on_cpu(training: dict[str, Any]) -> bool:

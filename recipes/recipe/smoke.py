@@ -10,6 +10,13 @@ from recipes.recipe.schema import ENTRY_KEYS
 from recipes.stages import stage_written
 
 _ABSENT = object()
+# Fields of `training`, their values that need evaluations, of which a smoke run has none, and what it has instead.
+_BY_EVALUATIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "load_best_model_at_end": ((True,), False),
+    "eval_on_start": ((True,), False),
+    "save_strategy": (("best",), "steps"),
+    "lr_scheduler_type": (("reduce_lr_on_plateau", "greedy"), "constant"),
+}
 
 
 def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -28,8 +35,10 @@ def shrink(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 prefix = f"{section}." if index is None else f"{section}.{index}."
                 _replace(part, values, prefix.lstrip("."), lines)
     if stage is not None and stage.training is not None:
-        if tree["training"].get("load_best_model_at_end"):
-            _replace(tree["training"], {"load_best_model_at_end": False}, "training.", lines)
+        needless = {
+            key: other for key, (values, other) in _BY_EVALUATIONS.items() if tree["training"].get(key) in values
+        }
+        _replace(tree["training"], needless, "training.", lines)
         if tree.get("eval_data"):
             _replace(tree, {"eval_data": []}, "", lines)
         limits = [limit for limit in ("max_seconds", "max_tokens", "early_stopping_patience") if tree.get(limit)]
@@ -55,7 +64,7 @@ def shrink_chain(tree: dict[str, Any], read_tree: Callable[[Path], dict[str, Any
 
 def _replace(section: dict[str, Any], values: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in values.items():
-        old = section.get(key, _ABSENT)
+        old, value = section.get(key, _ABSENT), value(section) if callable(value) else value
         if old is not _ABSENT and old != value:
             lines.append(f"{prefix}{key}: {old!r} -> {value!r}")
         elif old is _ABSENT and value is not None:

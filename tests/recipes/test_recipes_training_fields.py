@@ -1,5 +1,6 @@
 """`training` against the TRL configs, and `model.config` against the model's."""
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from recipes.stages import trainings
 
 
 def check(stage: str, training: dict[str, Any], **more: Any) -> None:
-    rewards = {"rewards": [{"rule": "number"}]} if stage == "rl" else {}
+    rewards = {"rewards": [{"rule": "number"}]} if stage == "rl" and "method" not in more else {}
     common = {"model": {"path": "m"}, "data": [{"path": "x.jsonl"}], "output_dir": "o"}
     check_training(validate({"stage": stage, **common, **rewards, "training": training, **more}))
 
@@ -76,7 +77,30 @@ def test_model_config_takes_the_models_settings_only() -> None:
     )
 
 
-def test_evaluation_needs_rows() -> None:
-    check("sft", {"eval_strategy": "steps"}, eval_data=[{"path": "y.jsonl"}])
-    with pytest.raises(ModelError, match="there is no eval_data"):
-        check("sft", {"eval_strategy": "steps"})
+HELD_OUT = {"eval_data": [{"path": "y.jsonl"}]}
+EVALUATED = {"eval_strategy": "steps", "metric_for_best_model": "loss"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl", "dpo"])
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"eval_strategy": "steps"}, "training.eval_strategy is steps, and there is no eval_data"),
+        ({"eval_on_start": True}, "training.eval_on_start is true, and there is no eval_data"),
+        ({"load_best_model_at_end": True}, "training.load_best_model_at_end is true, which goes by evaluations"),
+        ({"save_strategy": "best"}, "training.save_strategy is best, which goes by evaluations"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "training.lr_scheduler_type is reduce_lr_on_plateau, which"),
+    ],
+)
+def test_evaluation_needs_rows(stage: str, training: dict[str, Any], said: str) -> None:
+    more: dict[str, Any] = {"method": stage} if stage == "dpo" else {}
+    stage = "rl" if stage == "dpo" else stage
+    metric = {} if stage == "rl" else EVALUATED
+    check(stage, {**metric, "eval_strategy": "steps", **training}, **HELD_OUT, **more)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        check(stage, training, **more)
+
+
+def test_an_evaluation_at_the_start_needs_no_other() -> None:
+    check("sft", {"eval_on_start": True}, **HELD_OUT)
+    check("sft", {"eval_on_start": False})
