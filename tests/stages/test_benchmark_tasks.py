@@ -1,6 +1,7 @@
 """`dsv2 eval` with tasks of lm-eval: task files, what is refused, several answers, contamination, kills and resumes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from conversations.answers.repeated import majority_score, pass_at_k
+from conversations.generation.generating import Generated
+from conversations.sandbox.box import why_unavailable
 from eval.harness.contamination import contaminated
 from eval.harness.loading import own_tasks
 from eval.harness.scoring import by_chrf, by_json, by_number, by_rouge, by_solution, of_instructions
@@ -171,26 +174,68 @@ def test_what_check_and_the_run_refuse(
     assert fault in capsys.readouterr().err
 
 
-def test_every_task_file_reads_rows_of_its_form(tmp_path: Path) -> None:
+EXAMPLES = ROOT / "eval" / "tasks" / "rows"
+
+
+@pytest.mark.parametrize("name", sorted(own_tasks()))
+def test_every_task_file_reads_the_example_rows_of_its_form(name: str) -> None:
     from eval.benchmark import BenchmarkTask
     from eval.harness.loading import build
 
-    needed = {"kwargs": [{}], "instruction_id_list": ["punctuation:no_comma"], "test_list": ["assert f(1) == 1"]}
-    needed |= {"choices": list("wxyz"), "answers": ["a"], "answer": "A", "Answer": "B"}
-    for name in own_tasks():
-        columns = build_columns(name)
-        row = {column: needed.get(column, f"a {column}") for column in columns}
-        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        entry = BenchmarkTask(task=name, path=str(tmp_path / "rows.jsonl"), num_fewshot=0)
-        if name in ("humaneval_local", "humaneval_infilling_local", "mbpp_local"):
-            continue  # tests/conversations/test_code_rule.py has the sandbox, which not every machine has
-        assert len(build(entry, chat=False).tasks) == 1
+    if name.startswith(("humaneval", "mbpp")) and WHY is not None:
+        pytest.skip(WHY)
+    path = str(EXAMPLES / f"{name}.jsonl")
+    shots: dict[str, Any] = {} if "infilling" in name else {"fewshot_path": path, "num_fewshot": 1}
+    built = build(BenchmarkTask(task=name, path=path, **shots), chat=False)
+    for task in built.tasks.values():
+        task.build_all_requests()
+        assert task.instances
 
 
-def build_columns(name: str) -> list[str]:
-    from lm_eval.tasks._yaml_loader import load_yaml
+CODE_TASKS = ("humaneval_local", "mbpp_local")
+WHY = why_unavailable()
 
-    return load_yaml(own_tasks()[name])["metadata"]["columns"]
+
+@pytest.mark.skipif(WHY is not None, reason=str(WHY))
+@pytest.mark.parametrize("name", CODE_TASKS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_programs_are_run_on_their_tests(
+    home: Path, name: str, chat: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four answers to each problem two pass: the known solution, bare or in a fence, but no empty body."""
+    monkeypatch.chdir(home)
+    rows = lines(EXAMPLES / f"{name}.jsonl")
+    solutions = [row.get("code") or row["prompt"] + row["canonical_solution"] for row in rows]
+    bare = [row.get("code") or row["canonical_solution"] for row in rows]
+    empty = re.compile(r"^    .*\Z", re.MULTILINE | re.DOTALL)
+
+    def answers(model: Any, tokenizer: Any, prompts: Any, seeds: Any, decoding: Any, size: int, on_answer: Any) -> None:
+        assert len(prompts) == 4 * len(rows)
+        for place in range(len(prompts)):
+            row, answer = divmod(place, 4)
+            fenced = f"Sure.\n```python\n{solutions[row]}\n```\nDone."
+            said = [fenced if chat else bare[row], fenced, empty.sub("    pass\n", solutions[row]), "I cannot."][answer]
+            on_answer(place, Generated(said, True, 9))
+
+    monkeypatch.setattr("eval.harness.crew.sample_answers", answers)
+    task = {
+        "task": name,
+        "path": str(EXAMPLES / f"{name}.jsonl"),
+        "temperature": 0.8,
+        "num_answers": 4,
+        "max_new_tokens": 99,
+    }
+    run = f"{name}_{chat}"
+    words = [f"tasks={json.dumps([task])}", f"output_dir={run}", f"chat_template={str(chat).lower()}"]
+    assert main(["eval", "e.yaml", *words]) == 0
+    results = read_json(Path(f"{run}/results.json"))
+    details = {key: figure["value"] for key, figure in results[f"{name}_details"].items()}
+    del details["cons@4"]  # no two answers need be the same text
+    assert details == {"avg@4": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "pass@4": 1}
+    assert results[f"{name}_t0.8"] == 0.5
+    samples = lines(Path(f"{run}/samples.jsonl"))
+    assert [line["value"] for line in samples] == [1, 1, 0, 0] * len(rows)
+    assert samples[3]["read"] is None and samples[3]["reason"] == "no Python code in the answer"
 
 
 def test_scores_of_the_task_files() -> None:
