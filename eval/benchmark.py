@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from conversations.sections import Section
 
+NEXT_TURN = "\n\nUser:"  # how the chat template continues after an answer
+
 
 def decoding_name(temperature: float) -> str:
     """The name of a temperature in the results: greedy, t1, t0.7."""
@@ -73,6 +75,12 @@ class BenchmarkTask(Section):
         if self.max_new_tokens is not None:
             fields["max_gen_toks"] = self.max_new_tokens
         return fields
+
+    def files(self) -> dict[str, str]:
+        """The files that it reads, by key."""
+        named = {"path": self.path, "fewshot_path": self.fewshot_path}
+        named |= {f"against.{place}": path for place, path in enumerate(self.against)}
+        return {key: path for key, path in named.items() if path is not None}
 
     @property
     def values(self) -> list[str]:

@@ -8,6 +8,8 @@ has "loss", in nats. reward has "value", the accuracy, and named figures with in
 """
 
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -25,17 +27,18 @@ from conversations.answers.usable_rows import (
     unreadable_reference,
 )
 from conversations.environments.entry import EnvironmentSection
-from conversations.rewards.entry import JudgeSettings
+from conversations.rewards.entry import JudgeSettings, model_use
 from conversations.row import Refuse
 from conversations.run_files import RESULTS, SAMPLES
-from conversations.sections import DataSource, Head, ModelSection, RowList, Section, StageRecipe
+from conversations.sections import DataSource, Head, ModelSection, ModelUse, RowList, Section, StageRecipe
 from conversations.stage import Shrink, Stage
-from eval.benchmark import BenchmarkTask, decoding_name
+from eval.benchmark import NEXT_TURN, BenchmarkTask, decoding_name
+from eval.open_ended.entry import OPEN_ENDED, OpenTask
 
-_RESERVED = re.compile(r"(^|_)(n|truncated|unread|contaminated|version|interval|t\d+|details|by_source|by_kind)$")
+_RESERVED = re.compile(
+    r"(^|_)(n|points|win_rate|truncated|unread|contaminated|version|interval|t\d+|details|by_source|by_kind)$"
+)
 
-
-NEXT_TURN = "\n\nUser:"  # how the chat template continues after an answer
 _OF_ANSWERS = ("temperatures", "stop", "environment", "max_tool_calling_iterations")
 # The answer settings that each metric uses.
 _USED_BY = {
@@ -192,14 +195,18 @@ class EvalTask(Section):
 
 
 def _kind_of_task(entry: Any) -> str:
-    """Which of the two kinds an entry of `tasks` is, by its keys."""
-    named = isinstance(entry, BenchmarkTask) or (isinstance(entry, dict) and "task" in entry)
-    return _BENCHMARK if named else _METRIC
+    """Which kind an entry of `tasks` is, by its keys."""
+    keys = entry if isinstance(entry, dict) else getattr(entry, "__dict__", {})
+    if "task" not in keys:
+        return _METRIC
+    return _OPEN if keys["task"] == OPEN_ENDED else _BENCHMARK
 
 
-_BENCHMARK, _METRIC = "a task of lm-eval", "a metric"  # no recipe has such keys, which error messages would show
+# No recipe has such keys, which error messages would show.
+_BENCHMARK, _METRIC, _OPEN = "a task of lm-eval", "a metric", "an open-ended task"
 AnyTask = Annotated[
-    Annotated[EvalTask, Tag(_METRIC)] | Annotated[BenchmarkTask, Tag(_BENCHMARK)], Discriminator(_kind_of_task)
+    Annotated[EvalTask, Tag(_METRIC)] | Annotated[BenchmarkTask, Tag(_BENCHMARK)] | Annotated[OpenTask, Tag(_OPEN)],
+    Discriminator(_kind_of_task),
 ]
 
 
@@ -214,7 +221,8 @@ class EvalRecipe(StageRecipe):
         "output_dir, and results.json compares them on the same rows.",
     )
     tasks: list[AnyTask] = Field(
-        min_length=1, description="What to measure: metrics on rows (`metric`), or tasks of lm-eval (`task`)."
+        min_length=1,
+        description="What to measure: metrics on rows (`metric`), tasks of lm-eval, or open-ended questions (`task`).",
     )
     chat_template: bool | None = Field(
         default=None,
@@ -254,8 +262,8 @@ class EvalRecipe(StageRecipe):
             is_loss = isinstance(task, EvalTask) and task.metric == "loss"
             if _RESERVED.search(task.name) or (task.name.endswith("loss") and not is_loss):
                 raise ValueError(
-                    f"a task cannot be called {task.name}: names ending in _n, _truncated, _interval, _t1 and the "
-                    "like, or in loss with another metric, are reserved for other figures in results.json"
+                    f"a task cannot be called {task.name}: names ending in _n, _points, _interval, _t1 and "
+                    "the like, or in loss with another metric, are reserved for other figures in results.json"
                 )
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -281,13 +289,19 @@ class EvalRecipe(StageRecipe):
         return "score" if isinstance(first, EvalTask) and first.metric in SCORED else "causal_lm"
 
     def files(self) -> dict[str, str]:
-        files = {}
-        for index, task in enumerate(self.tasks):
-            if isinstance(task, BenchmarkTask):
-                named = {"path": task.path, "fewshot_path": task.fewshot_path}
-                named |= {f"against.{place}": path for place, path in enumerate(task.against)}
-                files |= {f"rows of tasks.{index}.{key}": path for key, path in named.items() if path is not None}
-        return files
+        return {
+            f"rows of tasks.{index}.{key}": path
+            for index, task in enumerate(self.tasks)
+            if not isinstance(task, EvalTask)
+            for key, path in task.files().items()
+        }
+
+    def other_models(self) -> list[ModelUse]:
+        return [
+            model_use(task.reward, f"tasks.{index}.reward")
+            for index, task in enumerate(self.tasks)
+            if isinstance(task, OpenTask) and task.reward.model is not None
+        ]
 
     def row_lists(self) -> list[RowList]:
         return [
@@ -304,6 +318,32 @@ class EvalRecipe(StageRecipe):
         ]
 
 
+_EXAMPLES = Path(__file__).parent / "tasks" / "rows"  # two rows of each form, written for this toolkit
+
+
+def _there_or_example(entry: Mapping[str, Any]) -> Any:
+    """A trial's rows: the task's own file if it is there, else example rows of its form."""
+    example = _EXAMPLES / f"{entry.get('task')}.jsonl"
+    path = entry["path"]
+    return str(example) if isinstance(path, str) and not Path(path).exists() and example.is_file() else path
+
+
+def _there_or_none(key: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A trial does without a file that is not there."""
+
+    def kept(entry: Mapping[str, Any]) -> Any:
+        path = entry[key]
+        return path if isinstance(path, str) and Path(path).exists() else None
+
+    return kept
+
+
+def _reward_of_trial(entry: Mapping[str, Any]) -> Any:
+    """A reward model that is not there gives random scores in a trial."""
+    reward = entry["reward"]
+    return {**reward, "if_missing": "random"} if isinstance(reward, dict) and "model" in reward else reward
+
+
 STAGE = Stage(
     name="eval",
     recipe=EvalRecipe,
@@ -316,5 +356,11 @@ STAGE = Stage(
     measures=True,
     continues=SAMPLES,
     writes=(SAMPLES,),
-    smoke=(Shrink("tasks", {"batch_size": 1, "max_new_tokens": 16, "limit": 2}),),
+    smoke=(
+        Shrink("tasks", {"batch_size": 1, "max_new_tokens": 16, "limit": 2}),
+        Shrink("tasks", {"path": _there_or_example}, where="path"),
+        Shrink("tasks", {"num_fewshot": 0}, where="num_fewshot"),
+        *(Shrink("tasks", {key: _there_or_none(key)}, where=key) for key in ("fewshot_path", "references")),
+        Shrink("tasks", {"reward": _reward_of_trial}, where="reward"),
+    ),
 )

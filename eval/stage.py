@@ -16,10 +16,10 @@ from conversations.errors import ToolkitError
 from conversations.generation.generating import print_obeyed
 from conversations.generation.sample_files import Sample, SampleFiles
 from conversations.row import Row
-from conversations.stage import Work
+from conversations.stage import OtherModel, Work
 from deepseek_v2_modeling.training import append_lines, read_lines, write_lines
 from eval.agreement import agreement, remark
-from eval.config import UNSAMPLED_METRICS, BenchmarkTask, EvalRecipe, EvalTask
+from eval.config import UNSAMPLED_METRICS, AnyTask, EvalRecipe, EvalTask
 from eval.harness.benchmarks import Benchmarks
 from eval.metrics import CHECKS, METRICS
 from eval.score_metrics import LOSS
@@ -37,6 +37,7 @@ def run(recipe: EvalRecipe, work: Work) -> dict[str, dict[str, Any]]:
         rows_by_task=dict(work.rows),
         run_dir=work.run_dir,
         resume=work.resume,
+        others=work.others,
     )
 
 
@@ -48,6 +49,7 @@ def evaluate(
     rows_by_task: dict[str, Sequence[Row]],
     run_dir: Path,
     resume: bool = False,
+    others: Mapping[str, OtherModel] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure a model on every task; samples.jsonl records each answer with its verdict.
 
@@ -59,13 +61,15 @@ def evaluate(
         rows_by_task: canonical rows, by task name, of the tasks with a metric.
         resume: reuse the answers that an interrupted evaluation of the same recipe left in run_dir, and judge them
             again. Otherwise they are deleted.
+        others: the reward models of open-ended tasks, by their keys in the recipe.
 
     Returns:
         Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "greedy_truncated": ..., "t1": ..., ...}: for
         each temperature a value, its 95 % confidence interval and the fraction of answers truncated at max_new_tokens.
         For pair_accuracy {"n": rows, "value": ..., "value_interval": ...}, for loss {"n": rows, "loss": ...} in nats,
-        for reward the result of `agreement`, and for a task of lm-eval that of eval.harness.figures.figures_of. A task
-        of lm-eval that fails has {"n": 0, "error": why}; the others are measured all the same.
+        for reward the result of `agreement`, for a task of lm-eval that of eval.harness.figures.figures_of, and for an
+        open-ended one that of eval.open_ended.measuring.figures_of. One of these two kinds that fails has {"n": 0,
+        "error": why}; the others are measured all the same.
 
     Raises:
         ToolkitError: rows that do not suit the metric (no reference, no pair, no question).
@@ -84,14 +88,16 @@ def evaluate(
         answers = sum("completion" in sample for sample in kept.values())
         print(f"eval: {answers:,} answers of the interrupted evaluation are reused", file=sys.stderr, flush=True)
     subject = Subject(model, tokenizer, recipe.seed, run_dir, kept)
-    benchmarks = Benchmarks(recipe, model, tokenizer, state, run_dir, resume)
+    keys = {f"tasks.{index}.reward.model": task.name for index, task in enumerate(recipe.tasks)}
+    rewards = {keys[key]: other for key, other in (others or {}).items()}
+    benchmarks = Benchmarks(recipe, model, tokenizer, state, run_dir, resume, rewards)
     results: dict[str, dict[str, Any]] = {}
     for task in recipe.tasks:
         began = time.monotonic()
-        if isinstance(task, BenchmarkTask):
-            results[task.name], samples = benchmarks.measure(task)
-        else:
+        if isinstance(task, EvalTask):
             results[task.name], samples = _measure(task, rows_by_task[task.name], subject, state, files)
+        else:
+            results[task.name], samples = benchmarks.measure(task)
         if state.is_main_process:
             _record(task.name, samples, files)
             _report(task.name, results[task.name], time.monotonic() - began)
@@ -101,9 +107,9 @@ def evaluate(
     return results
 
 
-def generates(task: EvalTask | BenchmarkTask) -> bool:
+def generates(task: AnyTask) -> bool:
     """Whether a task generates answers, as far as the recipe says."""
-    return isinstance(task, BenchmarkTask) or task.metric not in UNSAMPLED_METRICS
+    return not isinstance(task, EvalTask) or task.metric not in UNSAMPLED_METRICS
 
 
 def check_list(recipe: EvalRecipe, name: str, rows: Sequence[Row]) -> None:

@@ -175,6 +175,21 @@ class RewardEntry(Section):
         return same_source and (self.model is None or own == others)
 
 
+def model_use(entry: RewardEntry, key: str) -> ModelUse:
+    """How a stage uses the reward model of an entry, which stands at `key` of its recipe."""
+    assert entry.model is not None
+    return ModelUse(
+        kind="reward model",
+        key=f"{key}.model",
+        path=entry.model,
+        head="score",
+        remedy="train it with: dsv2 reward RECIPE, or set if_missing: random",
+        stand_in=entry.if_missing == "random",
+        stats=entry.normalize,
+        device=entry.device,
+    )
+
+
 class RewardedRecipe(StageRecipe):
     """The keys that recipes of stages that judge answers have in common."""
 
@@ -193,18 +208,7 @@ class RewardedRecipe(StageRecipe):
 
     def other_models(self) -> list[ModelUse]:
         return [
-            ModelUse(
-                kind="reward model",
-                key=f"rewards.{index}.model",
-                path=entry.model,
-                head="score",
-                remedy="train it with: dsv2 reward RECIPE, or set if_missing: random",
-                stand_in=entry.if_missing == "random",
-                stats=entry.normalize,
-                device=entry.device,
-            )
-            for index, entry in enumerate(self.rewards)
-            if entry.model is not None
+            model_use(entry, f"rewards.{index}") for index, entry in enumerate(self.rewards) if entry.model is not None
         ]
 
     def judged_refusal(self) -> Refuse:

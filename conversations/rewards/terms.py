@@ -35,10 +35,7 @@ def build_rewards(
         if entry.judge is not None:
             rewards.append(judge_reward(entry.judge, run_dir, entry.weight, entry.on_error))
             continue
-        other = models[f"rewards.{index}.model"]
-        settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
-        settings |= {"combine": entry.combine, "device": other.device}
-        rewards.append(RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings))
+        rewards.append(model_reward(entry, models[f"rewards.{index}.model"]))
     names = [reward.name for reward in rewards]
     for index, reward in enumerate(rewards):
         if names.count(names[index]) > 1:  # TRL logs by name
@@ -64,6 +61,13 @@ def function_reward(entry: RewardEntry) -> FunctionReward:
     assert entry.python is not None
     settings = {"timeout": entry.timeout, "workers": entry.workers}
     return FunctionReward(entry.python, entry.weight, entry.on_error, **settings)
+
+
+def model_reward(entry: RewardEntry, other: OtherModel) -> RewardModelReward:
+    """The reward of an entry with `model`, which has been loaded."""
+    settings: dict[str, Any] = {"clip": entry.clip, "weight": entry.weight, "on_error": entry.on_error}
+    settings |= {"combine": entry.combine, "device": other.device}
+    return RewardModelReward(other.name, other.model, other.tokenizer, stats=other.stats, **settings)
 
 
 def judge_reward(

@@ -1,5 +1,6 @@
-"""The tasks of a recipe that lm-eval runs, one after the other, on all processes."""
+"""The tasks of a recipe that lm-eval runs, and open-ended ones: one after the other, on all processes."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from accelerate import PartialState
 
 from conversations.errors import ToolkitError
 from conversations.run_files import RECIPE
+from conversations.stage import OtherModel
 from deepseek_v2_modeling import ModelError
-from eval.config import BenchmarkTask, EvalRecipe
+from eval.config import BenchmarkTask, EvalRecipe, EvalTask, OpenTask
 from eval.harness.crew import Crew
 from eval.harness.figures import Figures, Sample
 from eval.harness.loading import one_line
@@ -19,19 +21,30 @@ _CHAT_NAMES = ("chat", "instruct")
 
 
 class Benchmarks:
-    """Measures tasks of lm-eval. The first process runs them; the others help it."""
+    """Measures tasks of lm-eval and open-ended ones. The first process runs them; the others help it.
+
+    others: the reward models of open-ended tasks, by the task's name.
+    """
 
     def __init__(
-        self, recipe: EvalRecipe, model: Any, tokenizer: Any, state: PartialState, run_dir: Path, resume: bool
+        self,
+        recipe: EvalRecipe,
+        model: Any,
+        tokenizer: Any,
+        state: PartialState,
+        run_dir: Path,
+        resume: bool,
+        others: Mapping[str, OtherModel],
     ):
-        self.seed, self.state = recipe.seed, state
+        self.seed, self.state, self.run_dir, self.others = recipe.seed, state, run_dir, others
         self.chat = chat_of(recipe)
         self.crew = None
         if any(isinstance(task, BenchmarkTask) for task in recipe.tasks):
             need_lm_eval()
+        if any(not isinstance(task, EvalTask) for task in recipe.tasks):
             self.crew = Crew(model, tokenizer, state, Responses(run_dir, state, resume))
 
-    def measure(self, task: BenchmarkTask) -> tuple[Figures, list[Sample]]:
+    def measure(self, task: BenchmarkTask | OpenTask) -> tuple[Figures, list[Sample]]:
         """(figures, samples) of a task; {"n": 0, "error": why} and none if it fails. Other processes get no samples."""
         assert self.crew is not None
         if not self.state.is_main_process:
@@ -40,10 +53,14 @@ class Benchmarks:
         self.crew.dismiss(figures)
         return figures, samples
 
-    def _measured(self, task: BenchmarkTask, crew: Crew) -> tuple[Figures, list[Sample]]:
-        from eval.harness.running import measure
-
+    def _measured(self, task: BenchmarkTask | OpenTask, crew: Crew) -> tuple[Figures, list[Sample]]:
         try:
+            if isinstance(task, OpenTask):
+                from eval.open_ended.measuring import measure as measure_open
+
+                return measure_open(task, crew, self.seed, self.others.get(task.name), self.run_dir)
+            from eval.harness.running import measure
+
             return measure(task, crew, self.seed, self.chat)
         except (ToolkitError, ModelError) as error:
             return {"n": 0, "error": str(error)}, []

@@ -1,23 +1,46 @@
-"""What `dsv2 check` and a run say of lm-eval's tasks before any weight is loaded."""
+"""What `dsv2 check` and a run say of lm-eval's tasks and open-ended ones before any weight is loaded."""
 
 from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.reading.records import raw_rows
-from eval.config import BenchmarkTask, EvalRecipe
+from conversations.tally import counted
+from eval.config import BenchmarkTask, EvalRecipe, OpenTask
 from eval.harness.loading import Built, one_line
 
 
 def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str]:
-    """A line for each task of lm-eval.
+    """A line for each task that is not a metric.
 
     Args:
         tokenizer, positions: the model's, None if they are not known.
 
     Raises:
-        ToolkitError: an unknown task, a missing file or column, data that a run could not load, or a prompt that is too
-            long.
+        ToolkitError: an unknown task, a missing file or column, data that a run could not load, a prompt that is too
+            long, or a judge that cannot be asked.
     """
+    lines = _check_benchmarks(recipe, tokenizer, positions)
+    return [*lines, *(_check_open(task, tokenizer, positions) for task in recipe.tasks if isinstance(task, OpenTask))]
+
+
+def _check_open(task: OpenTask, tokenizer: Any, positions: int | None) -> str:
+    from eval.open_ended.conversing import check_positions
+    from eval.open_ended.questions import read_questions
+
+    if task.reward.judge is not None:
+        task.reward.judge.endpoint().key()
+    try:
+        questions = read_questions(task)
+        if tokenizer is not None and positions is not None:
+            check_positions(task, questions, tokenizer, positions)
+    except ToolkitError as error:
+        raise ToolkitError(f"task {task.name}: {error}") from None
+    compared = "valued one by one" if task.baseline is None else f"compared with {task.baseline}"
+    by = "a reward model" if task.reward.judge is None else task.reward.judge.model
+    return f"{task.name}: {counted(len(questions), 'question')}, {compared} by {by}"
+
+
+def _check_benchmarks(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str]:
     entries = [task for task in recipe.tasks if isinstance(task, BenchmarkTask)]
     if not entries:
         return []

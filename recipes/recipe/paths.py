@@ -17,6 +17,7 @@ from recipes.recipe.shipped import recipe_name
 
 GENERATED = ("tiny:", "reasoning_gym:")
 DATA_SUFFIXES = (*KINDS, ".zip", ".gz", ".zst", ".txt")
+_OF_TASKS = ("path", "fewshot_path", "references", "baseline")
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:[\w.-]+)?")
 
 
@@ -61,7 +62,7 @@ def is_hub_name(path: str) -> bool:
 
 def _is_file_key(keys: tuple[str, ...]) -> bool:
     data = len(keys) >= 3 and keys[-1] == "path" and keys[-3] in ("data", "eval_data")
-    data = data or (len(keys) >= 3 and keys[-1] in ("path", "fewshot_path") and keys[-3] == "tasks")
+    data = data or (len(keys) >= 3 and keys[-1] in _OF_TASKS and keys[-3] == "tasks")
     data = data or (len(keys) >= 4 and keys[-2] == "against" and keys[-4] == "tasks")
     stage_recipe = len(keys) == 3 and keys[0] == "stages" and keys[2] == "recipe"
     return data or stage_recipe
@@ -69,7 +70,7 @@ def _is_file_key(keys: tuple[str, ...]) -> bool:
 
 def _is_local_key(keys: tuple[str, ...]) -> bool:
     """Whether the key holds a model, a run, or a file that a run writes."""
-    model = keys[-2:] == ("model", "path") or (keys[-1:] == ("model",) and "rewards" in keys)
+    model = keys[-2:] == ("model", "path") or (keys[-1:] == ("model",) and not {"rewards", "reward"}.isdisjoint(keys))
     model = model or keys[-2:-1] == ("models",) or (keys[-1:] == ("path",) and keys[-3:-2] == ("models",))
     return model or keys[-1:] in (("output_dir",), ("experts_file",))
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from conversations.answers.intervals import wilson
@@ -18,6 +19,8 @@ TRUNCATED = "_truncated"  # suffix of the share of answers truncated by max_new_
 VERSION = "version"  # of the form of results.json
 CONTAMINATED = "_contaminated"  # suffix of the number of rows that training data contain
 UNREAD = "_unread"  # suffix of the share of answers in which nothing was found to judge
+POINTS = "_points"  # suffix of a mean of points or scores, which are no shares wherever they lie
+_OPEN_ENDED = (POINTS, "_win_rate")  # suffixes of figures that do not say how answers are decoded
 FAILED = "_error"  # suffix of the reason why a task could not be measured
 INTERVAL = "_interval"  # suffix of a share's 95 % interval
 SAMPLED = re.compile(r"_t([0-9.]+)$")
@@ -70,14 +73,15 @@ def columns_of(evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> list
 def _column(key: str, evaluations: Sequence[Figures], tasks: Mapping[str, str]) -> Column:
     """The column of a metric that all of these evaluations have."""
     task, sampled = SAMPLED.sub("", key), SAMPLED.search(key)
-    generated = any(
+    generated = not key.endswith(_OPEN_ENDED) and any(
         other == task + TRUNCATED or SAMPLED.sub("", other) == task != other for entry in evaluations for other in entry
     )
     decoding = f"T = {sampled[1]}" if sampled else "greedy" if generated else ""
     sizes = frozenset(sample_size(entry, key) for entry in evaluations)
     values = [value for entry in evaluations if (value := number(entry.get(key))) is not None]
     # A metric without a title counts as a share if its n is known and it lies in [0, 1].
-    is_share = task in tasks or (sizes != {None} and all(0 <= value <= 1 for value in values))
+    in_range = sizes != {None} and all(0 <= value <= 1 for value in values)
+    is_share = not key.endswith(POINTS) and (task in tasks or in_range)
     kind = LOSS if task.endswith(LOSS) else SHARE if is_share else OTHER
     return Column(key, heading_of(task, tasks), kind, decoding, sizes)
 
@@ -106,6 +110,13 @@ def _interval_of(entry: Figures, key: str, share: float) -> tuple[float, float] 
     return wilson(share, n) if n else None
 
 
+def _stated_interval(entry: Figures, key: str) -> tuple[str, ...]:
+    """The interval that the evaluation states, as text; none of figures without one."""
+    stated = entry.get(key + INTERVAL)
+    bounds = [bound for value in stated if (bound := number(value)) is not None] if isinstance(stated, list) else []
+    return (f"{short(bounds[0])} to {short(bounds[1])}",) if len(bounds) == 2 else ()
+
+
 def _loss_cell(entry: Figures, key: str) -> Cell:
     loss = number(entry.get(key))
     return plain_cell(entry.get(key)) if loss is None or not math.isfinite(loss) else Cell(f"{loss:.3f} nats")
@@ -115,18 +126,23 @@ SHARE, LOSS, OTHER = "share", "loss", "other"
 FORMATS: dict[str, Callable[[Figures, str], Cell]] = {
     SHARE: share_cell,
     LOSS: _loss_cell,
-    OTHER: lambda entry, key: plain_cell(entry.get(key)),
+    OTHER: lambda entry, key: replace(plain_cell(entry.get(key)), minor=_stated_interval(entry, key)),
 }
 
 
 def sample_size(entry: Figures, key: str) -> float | None:
     """The number of prompts behind `key`: `TASK_n` or `n_TASK`; plain `n` belongs to the first task."""
-    task = SAMPLED.sub("", key.removesuffix(TRUNCATED))
+    task = _task(key.removesuffix(TRUNCATED))
     names = [f"{task}_n", f"n_{task}", f"n_{task.removeprefix('refusal_')}"]
-    first = next((SAMPLED.sub("", metric) for metric in entry if not _is_size(metric) and not _is_beside(metric)), None)
+    first = next((_task(metric) for metric in entry if not _is_size(metric) and not _is_beside(metric)), None)
     names += ["n"] if task == first else []
     stated = [n for name in names if (n := number(entry.get(name))) is not None and 0 < n < math.inf]
     return stated[0] if stated else None
+
+
+def _task(key: str) -> str:
+    """The task whose figure a key is."""
+    return SAMPLED.sub("", reduce(str.removesuffix, _OPEN_ENDED, key))
 
 
 def _is_size(key: str) -> bool:

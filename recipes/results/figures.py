@@ -87,9 +87,9 @@ def paired(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[
     return {"difference": round(mean, 5), "standard_error": round(error, 5), "n": n}
 
 
-def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dict[str, Any]:
+def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome], points: bool = False) -> dict[str, Any]:
     """The mean change over the rows common to both evaluations, its 95 % interval, clustered by prompt, whether that
-    leaves zero (`differs`), and whether the values are shares."""
+    leaves zero (`differs`), and whether the values are shares: those from 0 to 1, unless they are points."""
     common = [key for key in before if key in after]
     if not common:
         return {"difference": math.nan, "interval": [math.nan, math.nan], "differs": False, "n": 0}
@@ -98,7 +98,7 @@ def compared(before: Mapping[Any, Outcome], after: Mapping[Any, Outcome]) -> dic
     prompts = [key if before[key].prompt is None else before[key].prompt for key in common]
     mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
     low, high = difference_interval(differences, weights, prompts)
-    shares = all(0 <= side[key].value <= 1 for side in (before, after) for key in common)
+    shares = not points and all(0 <= side[key].value <= 1 for side in (before, after) for key in common)
     differs = low > 0 or high < 0
     return {"difference": mean, "interval": [low, high], "differs": differs, "shares": shares, "n": len(common)}
 

@@ -13,7 +13,7 @@ from recipes.files import read_json, write_json, write_text
 from recipes.lock import hold_directory
 from recipes.processes import is_main, wait_for_all
 from recipes.recipe.loader import Loaded
-from recipes.results.columns import VERSION
+from recipes.results.columns import POINTS, VERSION
 from recipes.results.figures import RESULTS_VERSION, Outcome, compared, read_outcomes
 from recipes.runs.directory import dump_text, inspect
 from recipes.runs.manifest import new_manifest, read_manifest, write_manifest
@@ -91,7 +91,7 @@ def compare_runs(runs: Mapping[str, Path], seed: int) -> dict[str, Any]:
 
 
 def _change(before: Mapping[str, Mapping[Any, Outcome]], after: Mapping[str, Mapping[Any, Outcome]]) -> dict[str, Any]:
-    return {kind: compared(before[kind], after[kind]) for kind in before if kind in after}
+    return {kind: compared(before[kind], after[kind], points=f"_{kind}" == POINTS) for kind in before if kind in after}
 
 
 def _tasks(folder: Path) -> Sequence[str]:

@@ -105,6 +105,17 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"task": "mmlu_local", "path": "choices.jsonl"},
         ],
     ),
+    "eval_open": _recipe(
+        "eval",
+        tasks=[
+            {
+                "task": "open_ended", "name": "talk", "path": "turns.jsonl", "baseline": "theirs.jsonl", "limit": 2,
+                "reward": {"model": "runs/reward", "normalize": True, "clip": 3.0}, "temperature": 1,
+                "max_new_tokens": 2, "batch_size": 2, "stop": ["x"],
+            },
+            {"task": "open_ended", "path": "turns.jsonl", "reward": {"model": "runs/reward"}, "max_new_tokens": 2},
+        ],
+    ),
     "eval_models": {
         "stage": "eval", "models": {"one": "base", "other": {"path": "base", "dtype": "float32"}},
         "tasks": [_task("loss", limit=2)], "output_dir": "out",
@@ -138,6 +149,8 @@ def make_world(folder: Path) -> None:
         "scored": [{**row, "label": index / 8} for index, row in enumerate(judged)], "one": rows[:1], "empty": [],
         "sums": [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)],
         "choices": [{"question": "1 + 1?", "choices": list("0123"), "answer": i} for i in range(3)],
+        "turns": [{"question_id": i, "category": "math", "turns": [f"{i} + 1?", "Why?"]} for i in range(3)],
+        "theirs": [{"question_id": i, "choices": [{"turns": ["2", "So."]}]} for i in range(3)],
         "plain": [{"text": "def f(): pass"}] * 8, "unknown": [{"x": 1}] * 3,
         "long": [{**row, "messages": user("a " * 4000) + assistant("b")} for row in rows],
         "long_answers": [{**row, "messages": user("a") + assistant("b" * 300)} for row in rows],
@@ -211,6 +224,7 @@ ANY_STAGE: list[dict[str, Any]] = [
     {"accelerator_config": {"banana": 1}}, {"debug": "underflow_overflow"}, {"ddp_backend": "banana"},
     {"eval_strategy": "epoch"}, {"metric_for_best_model": "banana"}, {"group_by_length": True}, {"hub_token": "x"},
     {"dataloader_prefetch_factor": 2}, {"auto_find_batch_size": True}, {"gradient_checkpointing": True},
+    {"eval_on_start": True},
 ]  # fmt: skip
 ROLLOUTS: list[dict[str, Any]] = [
     {"num_generations": 3}, {"num_generations": 1}, {"steps_per_generation": 3}, {"generation_batch_size": 6},
@@ -248,6 +262,15 @@ BENCHMARKS: list[dict[str, Any]] = [
     {"temperature": 0}, {"temperature": None}, {"num_answers": 1}, {"pass_at": [3]}, {"max_new_tokens": 10**9},
     {"max_new_tokens": 10**9, "too_long": "refuse"}, {"name": "a_n"}, {"name": "mmlu_local"}, {"metric": "loss"},
 ]  # fmt: skip
+OPEN_ENDED: list[dict[str, Any]] = [
+    {"path": "theirs.jsonl"}, {"path": "sums.jsonl"}, {"baseline": "turns.jsonl"}, {"baseline": "runs/reward"},
+    {"baseline": None}, {"baseline": "absent.jsonl"}, {"baseline": "folder"}, {"limit": 10**9}, {"limit": 1},
+    {"references": "theirs.jsonl"}, {"reward": {"rule": "number"}}, {"reward": {"model": "base"}},
+    {"reward": {"model": "absent"}}, {"reward": {"model": "absent", "if_missing": "random"}},
+    {"reward": {"model": "runs/reward", "device": "cuda:9"}}, {"reward": {"judge": {"base_url": "http://a"}}},
+    {"temperature": None}, {"temperature": 11}, {"max_new_tokens": 10**9}, {"batch_size": 10**9}, {"num_fewshot": 1},
+    {"name": "a_points"}, {"name": "open_ended"}, {"metric": "loss"}, {"task": "gsm8k_local"},
+]  # fmt: skip
 SAMPLINGS: list[dict[str, Any]] = [
     {"num_generations": 1}, {"num_generations": 257}, {"temperature": 0}, {"temperature": 11}, {"limit": 10**9},
     {"max_new_tokens": 10**9}, {"batch_size": 10**9}, {"min_margin": -1}, {"min_margin": 1e300}, {"limit": 1},
@@ -261,9 +284,9 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
     for kind, recipe in RECIPES.items():
         if kind == "chain":
             continue
-        evaluates, benchmark = recipe["stage"] == "eval", kind == "eval_benchmark"
+        evaluates, by_path = recipe["stage"] == "eval", kind in ("eval_benchmark", "eval_open")
         data: Path_ = ("tasks", 0, "data", 0, "path") if evaluates else ("data", 0, "path")
-        data = ("tasks", 0, "path") if benchmark else data
+        data = ("tasks", 0, "path") if by_path else data
         yield from ((kind, {data: place}) for place in (*(f"{name}.jsonl" for name in DATA), *PLACES))
         yield from ((kind, {("model", "path"): place}) for place in MODELS)
         yield from ((kind, {("model", "config"): config}) for config in CONFIGS)
@@ -271,7 +294,7 @@ def special_cases() -> Iterator[tuple[str, dict[Path_, Any]]]:
         if recipe.get("model"):
             yield from ((kind, {("model", "quantization"): name}) for name in ("nf4", "int8", None))
         if evaluates:
-            tasks = BENCHMARKS if benchmark else TASKS
+            tasks = {"eval_benchmark": BENCHMARKS, "eval_open": OPEN_ENDED}.get(kind, TASKS)
             yield from ((kind, {("tasks", 0, key): value for key, value in task.items()}) for task in tasks)
             continue
         if recipe["stage"] == "pairs":

@@ -1,6 +1,7 @@
 """Recipe files, overrides and --smoke: what is read, and how what is wrong is named."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from recipes.recipe.loader import load_recipe, of_stage
 from recipes.recipe.overrides import Override, apply_override, merge, parse_override
 from recipes.recipe.paths import absolute_paths, is_hub_name
 from recipes.recipe.yaml_text import parse_yaml, read_mapping
+from recipes.runs.prepare import check_settings
 
 SFT = """\
 stage: sft
@@ -432,6 +434,39 @@ def test_smoke_for_rl_evaluation_and_chains(tmp_path: Path) -> None:
     chain = load_recipe(write(tmp_path, CHAIN), smoke=True)
     assert chain.recipe.stages[0].overrides["early_stopping_patience"] is None
     assert "early_stopping_patience: 2 -> None (one)" in chain.notes
+
+
+def test_smoke_has_no_evaluations_and_what_goes_by_them(tmp_path: Path) -> None:
+    fields = (
+        "eval_strategy: steps, eval_on_start: true, save_strategy: best, lr_scheduler_type: reduce_lr_on_plateau, "
+        "load_best_model_at_end: true, metric_for_best_model: loss"
+    )
+    text = SFT.split("training:")[0] + f"training: {{{fields}}}\neval_data: [{{path: y.jsonl}}]\noutput_dir: o\n"
+    loaded = load_recipe(write(tmp_path, text), smoke=True)
+    expected = {
+        "eval_strategy": "no", "eval_on_start": False, "save_strategy": "steps", "lr_scheduler_type": "constant",
+        "load_best_model_at_end": False,
+    }  # fmt: skip
+    assert {key: loaded.recipe.training[key] for key in expected} == expected and not loaded.recipe.eval_data
+    assert "training.eval_on_start: True -> False" in loaded.notes
+    check_settings(loaded.recipe)
+
+
+def test_a_smoke_evaluation_reads_example_rows_where_its_own_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "there.jsonl").write_text("{}\n")
+    tasks = [
+        {"task": "gsm8k_local", "name": "a", "path": "absent.jsonl", "fewshot_path": "absent.jsonl", "num_fewshot": 3},
+        {"task": "gsm8k_local", "name": "b", "path": "there.jsonl", "fewshot_path": "there.jsonl"},
+        {"task": "open_ended", "path": "absent.jsonl", "references": "absent.jsonl", "reward": {"model": "absent"}},
+    ]
+    text = EVAL.split("tasks:")[0] + f"tasks: {json.dumps(tasks)}\noutput_dir: o\n"
+    loaded = load_recipe(write(tmp_path, text), smoke=True)
+    first, second, third = loaded.recipe.tasks
+    assert Path(first.path).name == "gsm8k_local.jsonl" and Path(first.path).is_file()
+    assert first.fewshot_path is None and first.num_fewshot == 0
+    assert second.path == second.fewshot_path == str(tmp_path / "there.jsonl")
+    assert Path(third.path).is_file() and third.references is None and third.reward.if_missing == "random"
+    assert any(note.startswith("tasks.0.path: ") and note.endswith("gsm8k_local.jsonl'") for note in loaded.notes)
 
 
 def test_the_resolved_recipe_is_a_recipe_with_the_same_meaning(recipe: Path, tmp_path: Path) -> None:

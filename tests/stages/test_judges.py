@@ -2,10 +2,7 @@
 
 import json
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +15,8 @@ from conversations.rewards.endpoint import EndpointSettings
 from conversations.rewards.judge import JudgeReward, meetings
 from recipes.cli import main as dsv2
 
+from ..helpers.judge_server import BLOCK, KEY, Reply, Server, block, reply_with, serving
 from ..helpers.stages import lines
-
-KEY = "abc123-the-key"
-Reply = tuple[int, dict[str, str], str]
-BLOCK = r"<<<BEGIN {name} (\w+)>>>\n(.*)\n<<<END {name} \1>>>"
-
-
-def reply_with(text: str) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-class Server(ThreadingHTTPServer):
-    """Replies with the next of `replies`, then with what `judge` says of the messages."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies: list[Reply | float] = []  # a number: seconds of silence
-        self.judge: Callable[[list[dict[str, str]]], str] = lambda messages: "Fine.\nScore: 7"
-        self.requests: list[dict[str, Any]] = []
-        self.at: list[float] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append({**body, "path": self.path, "authorization": self.headers.get("authorization")})
-        self.server.at.append(time.monotonic())
-        reply = self.server.replies.pop(0) if self.server.replies else reply_with(self.server.judge(body["messages"]))
-        if isinstance(reply, float):
-            time.sleep(reply)
-            return
-        status, headers, text = reply
-        self.send_response(status)
-        for name, value in {**headers, "content-length": str(len(text.encode()))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *words: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -76,12 +27,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.chdir(tmp_path)
-    started = Server()
-    thread = threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield started
-    started.shutdown()
-    started.server_close()
+    with serving() as started:
+        yield started
 
 
 def judge(server: Server, run_dir: Path | None = None, **more: Any) -> JudgeReward:
@@ -107,12 +54,6 @@ def test_points_on_the_scale(server: Server) -> None:
     sent = server.requests[0]
     assert sent["path"] == "/v1/chat/completions" and sent["model"] == "m" and sent["authorization"] == f"Bearer {KEY}"
     assert "Be right." in sent["messages"][0]["content"] and "2 + 2?" in block(sent["messages"], "PROMPT")
-
-
-def block(messages: list[dict[str, str]], name: str) -> str:
-    found = re.search(BLOCK.format(name=name), messages[1]["content"], re.DOTALL)
-    assert found
-    return found[2]
 
 
 @pytest.mark.parametrize(
@@ -312,11 +253,11 @@ def test_processes_share_the_budget_and_the_rate(
     assert "budget of 6 requests is spent" in str(second.reasons[3])
     assert len(lines(tmp_path / "judge.1.jsonl")) == 4 and len(server.requests) == 3
     monkeypatch.setenv("RANK", "0")  # which starts later, and so sees the requests of the second as spent
-    assert judge(server, tmp_path, budget=6).endpoint.allowed == 2
+    assert judge(server, tmp_path, budget=6).asked.endpoint.allowed == 2
     assert judge(server, tmp_path).summary() == "3 requests to m"  # of all processes
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert judge(server, tmp_path, budget=6).endpoint.allowed == 3
-    assert judge(server, tmp_path, budget=2).endpoint.allowed == 0
+    assert judge(server, tmp_path, budget=6).asked.endpoint.allowed == 3
+    assert judge(server, tmp_path, budget=2).asked.endpoint.allowed == 0
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     server.at.clear()
