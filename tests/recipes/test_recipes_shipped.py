@@ -140,7 +140,8 @@ def test_a_recipe_runs_at_toy_size(
         words.append("eval_data=[]")
     assert main([tree["stage"], str(path), "--smoke", *words]) == 0
     manifest = read_json(tmp_path / "run" / "manifest.json")
-    of_tasks = [file for part, file in manifest["start"]["files"].items() if part.startswith("rows of tasks")]
+    files = manifest.get("start", {}).get("files", {})
+    of_tasks = [file for part, file in files.items() if part.startswith("rows of tasks")]
     assert manifest["status"] == "finished" and [*manifest["data"], *of_tasks][0]["sha256"]
     result: Any = tmp_path / "run" / RESULTS.get(tree["stage"], "final/config.json")
     adapter = tmp_path / "run" / "final" / "adapter_config.json"
