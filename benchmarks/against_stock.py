@@ -1,6 +1,8 @@
 """Compares a small V2-Lite with stock transformers and peft on this machine's CPU; writes the table of docs/speed.md.
 
-    python -m benchmarks.against_stock [--rounds N]      about 20 minutes on 2 cores; results/against_stock.json
+    python -m benchmarks.against_stock [--rounds N]      about 40 minutes on 2 cores; results/against_stock.json
+
+The results are written after each case; `--continue` measures only the cases that they lack.
 
 Both sides have the same weights, adapters and tokens. Each run is a separate process, and the sides alternate, so that
 a slowdown of the machine affects both. Losses, gradient norms and logits are compared; if they differ, the measurement
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import MINI, RESULTS, matrix_rate, memory_gb, write
+from benchmarks.common import MINI, RESULTS, conditions, matrix_rate, memory_gb, write
 from benchmarks.gpu.check import (
     TOY,
     Bench,
@@ -117,18 +119,25 @@ def compare(name: str, ours: Figures, stock: Figures) -> None:
             sys.exit(f"{name}: the sides differ: {key} is {ours[key]:.5g} in ours, {value:.5g} in stock")
 
 
-def measure_all(names: list[str], rounds: int, toy: bool) -> dict[str, dict[str, list[Figures]]]:
-    """Case -> side -> the figures of each round."""
-    runs: dict[str, dict[str, list[Figures]]] = {}
-    for name in names:
-        runs[name] = {side: [] for side in SIDES}
-        for _ in range(rounds):
-            figures = {side: run_apart(name, side, toy) for side in SIDES}
-            compare(name, figures["ours"]["computed"], figures["stock"]["computed"])
-            for side in SIDES:
-                runs[name][side].append({key: float(f"{v:.4g}") for key, v in figures[side]["speed"].items()})
-                print(f"{name}: {side}: {runs[name][side][-1]}", flush=True)
+def measure_case(name: str, rounds: int, toy: bool) -> dict[str, list[Figures]]:
+    """Side -> the figures of each round."""
+    runs: dict[str, list[Figures]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        figures = {side: run_apart(name, side, toy) for side in SIDES}
+        compare(name, figures["ours"]["computed"], figures["stock"]["computed"])
+        for side in SIDES:
+            runs[side].append({key: float(f"{v:.4g}") for key, v in figures[side]["speed"].items()})
+            print(f"{name}: {side}: {runs[side][-1]}", flush=True)
     return runs
+
+
+def earlier_runs(path: Path) -> dict[str, Any]:
+    """The cases of the results file, which must be of this machine and these versions."""
+    results, now = json.loads(path.read_text()), conditions()
+    for key in ("processor", "threads", "versions"):
+        if results[key] != now[key]:
+            sys.exit(f"{path}: {key} was {results[key]} and is {now[key]}: measure all cases, without --continue")
+    return results["runs"]
 
 
 def table(runs: dict[str, dict[str, list[Figures]]]) -> str:
@@ -154,7 +163,8 @@ def page_text(results: dict[str, Any]) -> str:
 
 def speed_cell(figures: Figures) -> str:
     share = f", {figures['mfu']:.0%} of the matrix rate".replace("%", " %") if "mfu" in figures else ""
-    return f"{figures['tokens_per_s']:.3g} tokens/s{share}, {figures['peak_gb']:.2g} GB"
+    speed = float(f"{figures['tokens_per_s']:.3g}")
+    return f"{speed:,g} tokens/s{share}, {figures['peak_gb']:.2g} GB"
 
 
 def put_into(page: Path, text: str) -> None:
@@ -170,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side of a case (2)")
     parser.add_argument("--only", default="", metavar="WORD", help="the cases whose name has this")
+    parser.add_argument("--continue", dest="resume", action="store_true", help="an interrupted measurement")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -180,11 +191,14 @@ def main() -> None:
         return
     path = RESULTS / "against_stock.json"
     if not args.table:
-        runs = measure_all(names, args.rounds, args.toy)
+        runs = earlier_runs(path) if args.resume else {}
+        for name in (name for name in names if name not in runs):
+            runs[name] = measure_case(name, args.rounds, args.toy)
+            if not (args.toy or args.only):
+                write(path.stem, {"shape": MINI, "runs": {name: runs[name] for name in CASES if name in runs}})
         if args.toy or args.only:
             print(table(runs))
             return
-        write(path.stem, {"shape": MINI, "runs": runs})
     results = json.loads(path.read_text())
     put_into(SPEED, page_text(results))
     print(table(results["runs"]))

@@ -5,6 +5,7 @@ B batch, T tokens, N = B*T, D hidden, F expert width, E routed experts, K expert
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..kernels.even_groups import few_rows_each, is_worth_padding
 from ..kernels.expert_training import train_experts
 from ..kernels.float32_products import Linear, compute_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch, fills_up, place_slots
+from ..kernels.one_token import experts_of_one_token
 from ..kernels.quantized_weights import Storage, Weight, opened
 from ..kernels.swiglu import gated
 from .balance_losses import RouterOutput
@@ -145,11 +147,11 @@ def one_by_one(routed: Routed) -> torch.Tensor:
     return combine(experts.linear("down_proj", groups, hidden, adapters.get("down_proj", [])), weights_NK, slots)
 
 
-def padded(routed: Routed) -> torch.Tensor:
-    """Computes the experts with an equal number of rows each (`kernels.even_groups`)."""
+def by_weights(kernel: Callable[..., torch.Tensor], routed: Routed) -> torch.Tensor:
+    """Computes the experts with a kernel that takes their weights and knows no adapters."""
     experts, _, x_ND, weights_NK, experts_NK = routed
     x_ND = x_ND.to(compute_dtype(x_ND))
-    return few_rows_each(x_ND, weights_NK, experts_NK, experts.gate_up_proj, experts.down_proj, experts.act_fn)
+    return kernel(x_ND, weights_NK, experts_NK, experts.gate_up_proj, experts.down_proj, experts.act_fn)
 
 
 def uses_own_linear(routed: Routed) -> bool:
@@ -164,14 +166,22 @@ def trains_plainly(routed: Routed) -> bool:
     return plain and torch.is_grad_enabled()
 
 
-def has_few_rows(routed: Routed) -> bool:
-    """Whether small experts have a few rows each on a CPU, as in decoding a batch, without gradients or adapters."""
+def runs_plainly(routed: Routed) -> bool:
+    """Whether only plain weights are multiplied, on a CPU: without gradients, adapters or conversions."""
     if torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or not uses_own_linear(routed):
         return False
     weights = (routed.experts.gate_up_proj, routed.experts.down_proj)
     plain = all(is_plain(w) and w.dtype == compute_dtype(routed.x_ND) for w in weights)
-    adapted = any(routed.adapters.values())
-    return plain and not adapted and is_worth_padding(routed.experts_NK, weights[0])
+    return plain and not any(routed.adapters.values())
+
+
+def has_one_token(routed: Routed) -> bool:
+    return len(routed.x_ND) == 1 and runs_plainly(routed)
+
+
+def has_few_rows(routed: Routed) -> bool:
+    """Whether small experts have a few rows each, as in decoding a batch."""
+    return runs_plainly(routed) and is_worth_padding(routed.experts_NK, routed.experts.gate_up_proj)
 
 
 def at_once(routed: Routed) -> bool:
@@ -193,7 +203,8 @@ class Way(NamedTuple):
 # The first way that applies is used.
 WAYS = {
     "training": Way(trains_plainly, one_function, at_once),
-    "few rows each": Way(has_few_rows, padded, lambda _: True),
+    "one token": Way(has_one_token, partial(by_weights, experts_of_one_token), lambda _: True),
+    "few rows each": Way(has_few_rows, partial(by_weights, few_rows_each), lambda _: True),
     "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
     "a GPU": Way(lambda routed: routed.x_ND.device.type != "cpu", one_by_one, lambda _: True),
     "a CPU": Way(lambda _: True, one_by_one, lambda _: False),

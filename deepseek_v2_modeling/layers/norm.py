@@ -38,4 +38,8 @@ class DeepseekV2RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return weighted_norm(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return weighted_norm(x, self.weight, self.eps)
+        # torch's own has no gradient that saves memory, but is one call. It gets no weight, by which it would multiply
+        # before the result is rounded to the dtype of x.
+        return self.weight * torch.rms_norm(x, x.shape[-1:], None, self.eps)

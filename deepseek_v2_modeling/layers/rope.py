@@ -101,10 +101,19 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * magnitude, angles.sin() * magnitude
 
 
-@fused
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate interleaved pairs, in float32: x [B, H, T, R]; cos and sin [B, T, R/2] -> [B, H, T, R] in the dtype of
     x."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return rotated_pairs(x, cos, sin)
+    # The same products as complex numbers, in half as many operations; but the compiler knows no complex numbers.
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2).to(x.dtype)
+
+
+@fused
+def rotated_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` in real numbers."""
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from deepseek_v2_modeling.kernels import even_groups
-from deepseek_v2_modeling.kernels.even_groups import BUSIEST, place_evenly
+from deepseek_v2_modeling.kernels.even_groups import BUSIEST, few_rows_each, place_evenly
 from deepseek_v2_modeling.kernels.grouped_products import (
     ActiveAdapter,
     Groups,
@@ -24,17 +24,20 @@ from deepseek_v2_modeling.kernels.grouped_products import (
     weighted_slots,
 )
 from deepseek_v2_modeling.kernels.low_rank import Factors, Share, add_share, pieces, share_gradient, whole_pieces
+from deepseek_v2_modeling.kernels.one_token import experts_of_one_token
 from deepseek_v2_modeling.kernels.ragged_products import ragged_gradient, ragged_product
 from deepseek_v2_modeling.layers import moe as moe_file
 from deepseek_v2_modeling.layers.moe import (
+    WAYS,
     DeepseekV2Experts,
     Routed,
+    by_weights,
     choose_experts,
     expert_weights,
     has_few_rows,
+    has_one_token,
     one_by_one,
     one_function,
-    padded,
     run_experts,
     trains_plainly,
 )
@@ -247,7 +250,7 @@ def test_few_rows_for_each_expert(seed: int, tokens: int, skew: float, low: bool
     routed = Routed(moe, {}, x, weights, chosen)
     with torch.no_grad():
         assert set(place_evenly(chosen, 8)[0].flatten().tolist()) >= set(range(tokens))
-        torch.testing.assert_close(padded(routed), one_by_one(routed), **tolerance)
+        torch.testing.assert_close(by_weights(few_rows_each, routed), one_by_one(routed), **tolerance)
         expected = 3 * tokens >= 8 and int(chosen.flatten().bincount().max()) <= BUSIEST and 3 * tokens <= 8 * BUSIEST
         assert has_few_rows(routed) == expected
         with mock.patch.object(even_groups, "SMALL", 8 * 2 * 8 - 1):
@@ -256,6 +259,24 @@ def test_few_rows_for_each_expert(seed: int, tokens: int, skew: float, low: bool
         assert not has_few_rows(routed._replace(adapters={"down_proj": [adapter]}))
         assert not has_few_rows(routed._replace(x_ND=x.double()))
     assert not has_few_rows(routed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_is_not_sorted(dtype: torch.dtype):
+    """Its experts give what they give one by one, and so it is computed where nothing but plain weights is needed."""
+    moe = DeepseekV2Experts(small_config(hidden_size=8, moe_intermediate_size=8)).requires_grad_(False).to(dtype)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    x, (weights, chosen) = torch.randn(1, 8).to(dtype), torch.rand(1, 8).topk(3)
+    routed = Routed(moe, {}, x, weights, chosen)
+    with torch.no_grad():
+        assert next(name for name, way in WAYS.items() if way.applies(routed)) == "one token"
+        torch.testing.assert_close(by_weights(experts_of_one_token, routed), one_by_one(routed), rtol=1e-5, atol=1e-5)
+        adapter = ActiveAdapter(torch.zeros(8, 1, 8), torch.zeros(8, 8, 1), 1.0, torch.nn.Identity())
+        assert not has_one_token(routed._replace(adapters={"down_proj": [adapter]}))
+        assert not has_one_token(routed._replace(x_ND=x.double()))
+        assert not has_one_token(routed._replace(x_ND=x.expand(2, 8)))
+    assert not has_one_token(routed)
 
 
 def test_decoding_a_batch_takes_one_product_for_each_weight(monkeypatch: pytest.MonkeyPatch):
