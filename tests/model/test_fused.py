@@ -35,7 +35,10 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 PLACES = torch.arange(ROWS).flip(0).view(TOKENS, TOP_K)
 CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "norm": (weighted_norm, (numbers(TOKENS, WIDTH), numbers(WIDTH, seed=1), 1e-6)),
-    "rotary": (rotated_pairs, (numbers(1, 2, TOKENS, 4), numbers(1, TOKENS, 2).detach(), numbers(1, TOKENS, 2).detach())),
+    "rotary": (
+        rotated_pairs,
+        (numbers(1, 2, TOKENS, 4), numbers(1, TOKENS, 2).detach(), numbers(1, TOKENS, 2).detach()),
+    ),
     "gate": (gated, (numbers(TOKENS, WIDTH), numbers(TOKENS, WIDTH, seed=1), nn.SiLU())),
     "gate of experts": (gated_halves, (numbers(ROWS, WIDTH).detach(), nn.SiLU(), numbers(ROWS, 1).detach())),
     "its gradient": (
