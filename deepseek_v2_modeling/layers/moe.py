@@ -167,8 +167,11 @@ def trains_plainly(routed: Routed) -> bool:
 
 
 def runs_plainly(routed: Routed) -> bool:
-    """Whether only plain weights are multiplied, on a CPU: without gradients, adapters or conversions."""
+    """Whether only plain weights are multiplied, on a CPU: without gradients, adapters or conversions. Under expert
+    parallelism some slots are another process's, which the kernels for this do not know."""
     if torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or not uses_own_linear(routed):
+        return False
+    if routed.experts.held is not None:
         return False
     weights = (routed.experts.gate_up_proj, routed.experts.down_proj)
     plain = all(is_plain(w) and w.dtype == compute_dtype(routed.x_ND) for w in weights)
