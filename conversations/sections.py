@@ -306,6 +306,7 @@ class TrainingRecipe(StageRecipe):
         default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
     shares_weights: ClassVar[bool] = True  # whether the stage can run with `parallel`
+    compares_with_base: ClassVar[bool] = False  # whether the loss reads a model on the same base beside the trained one
     parallel: ParallelSection | None = Field(
         default=None, description="Share the weights among processes; null gives each process all of them."
     )

@@ -168,10 +168,10 @@ def config_fields() -> set[str]:
     return {name for config in CONFIGS.values() for name in config().to_dict()}
 
 
-def check_bias_updates(config: Any, lora: bool) -> None:
-    """Raise ModelError if biases are to be updated beside adapters, whose files do not hold them."""
-    if lora and getattr(config, SPEED, 0):
+def check_bias_updates(config: Any, why_not: str | None) -> None:
+    """Raise ModelError if biases are to be updated where they cannot; why_not: the reason, None where they can."""
+    if why_not and getattr(config, SPEED, 0):
         raise ModelError(
-            f"model.config.{SPEED} is {getattr(config, SPEED)}: with LoRA it must be 0, because an adapter's files do "
-            "not hold the routers' biases; aux_loss_alpha balances the experts' load"
+            f"model.config.{SPEED} is {getattr(config, SPEED)}: {why_not}; set it to 0, and let aux_loss_alpha balance "
+            "the experts' load"
         )

@@ -17,6 +17,7 @@ from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
 from .adapters.lora import LoraSettings, apply_lora, of_its_attention, train_in_float32
 from .adapters.merge import merge_lora
+from .adapters.router_biases import save_biases
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation, save_end_token
@@ -310,6 +311,7 @@ def write_model(
             selected_adapters=["default"],
             **given,
         )
+        save_biases(model, directory)
         (directory / MODEL_CARD).unlink(missing_ok=True)  # PEFT's own has nothing filled in but a local path
     else:
         if dtype is not None:

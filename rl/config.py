@@ -75,6 +75,7 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
     shares_weights: ClassVar[bool] = False
+    compares_with_base: ClassVar[bool] = True
     rollout: RolloutSection = Field(default_factory=lambda: RolloutSection(), description="How answers are sampled.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,

@@ -23,6 +23,7 @@ from ..esft.choice import ExpertChoice
 from .chosen_experts import chosen_in, train_chosen_adapters
 from .layouts import Shapes, is_transposed, low_rank_pairs, refuse_per_expert, untranspose, untranspose_shapes
 from .lora import set_dropout, train_in_float32, wrap
+from .router_biases import has_biases, mark_as_own, router_biases
 
 _PLAIN = (bool, str, list, dict)
 
@@ -106,11 +107,12 @@ def adapts_embeddings(model: PeftModel) -> bool:
 
 def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of the model's adapter, with whole embeddings if they are adapted or the source has
-    them."""
+    them, and with the biases of routers if it has those."""
     whole = adapts_embeddings(model)
     if source is not None and "embed_tokens" not in (source.config.get("modules_to_save") or ()):
         whole = whole or any(name.endswith("embed_tokens.weight") for name in source.header)
-    return get_peft_model_state_dict(model, save_embedding_layers=whole)
+    biases = router_biases(model) if source is not None and has_biases(source.header) else {}
+    return {**get_peft_model_state_dict(model, save_embedding_layers=whole), **biases}
 
 
 def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
@@ -185,6 +187,8 @@ def load_adapter(
     tensors = untranspose(pairs, tensors) if transposed else tensors
     fresh_head = {k: v for k, v in expected.items() if k not in tensors}
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
+    if has_biases(source.header):
+        mark_as_own(peft_model)
     train_in_float32(peft_model)
     set_dropout(peft_model, dropout)
     return peft_model  # pyright: ignore[reportReturnType]

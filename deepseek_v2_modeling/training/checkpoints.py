@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..adapters.router_biases import save_biases
 from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, checkpoints_of, full_disk_explained
 from ..checkpoints.sources import FINAL
 from ..checkpoints.tensor_files import follow_umask, whole_directory
@@ -162,6 +163,7 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 save_trained(self.model, folder)
+                save_biases(self.model, folder)
                 if isinstance(self.processing_class, PreTrainedTokenizerBase):
                     save_tokenizer(self.processing_class, folder)
             self._save_extra(folder)

@@ -53,7 +53,8 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
         self._began: float | None = None
         model = kwargs["model"] if "model" in kwargs else args[0]
         train_in_float32(model)
-        check_bias_updates(model.config, isinstance(model, PeftModel))
+        if isinstance(model, PeftModel) and is_sharded(model):
+            check_bias_updates(model.config, "the checkpoints of shared weights hold factors of adapters only")
         quiet_libraries()
         settings = kwargs["args"] if "args" in kwargs else args[1]
         only_model = settings.save_only_model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..configuration import CORRECTION_BIAS
+from ..adapters.router_biases import router_biases
 from ..family import SPEED
 from ..layers.balance_losses import BalanceLedger
 
@@ -36,7 +36,8 @@ class RouterBiases(TrainerCallback):
         if counts is None or not speed or skipped:
             return
         load = self.accelerator.reduce(counts, reduction="sum").double()
-        for bias, towards_mean in zip(_biases(model), (load.mean(-1, keepdim=True) - load).sign(), strict=True):
+        biases = router_biases(model).values()
+        for bias, towards_mean in zip(biases, (load.mean(-1, keepdim=True) - load).sign(), strict=True):
             bias += speed * towards_mean.to(bias)
 
     def logs(self) -> dict[str, float]:
@@ -44,10 +45,5 @@ class RouterBiases(TrainerCallback):
         model = self.model()
         if not (speed := getattr(model.config, SPEED, 0)):
             return {}
-        largest = [bias.abs().max().item() for bias in _biases(model)] or [0.0]  # a dense model has none
+        largest = [bias.abs().max().item() for bias in router_biases(model).values()] or [0.0]  # a dense model has none
         return {"router_bias/speed": speed, "router_bias/largest": max(largest)}
-
-
-def _biases(model: nn.Module) -> list[torch.Tensor]:
-    """The biases [E] of all MoE layers, in order."""
-    return [buffer for name, buffer in model.named_buffers() if name.endswith(CORRECTION_BIAS)]

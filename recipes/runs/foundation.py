@@ -132,8 +132,8 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
     settings = apply_settings(copy.deepcopy(foundation.settings), head, recipe.model.config, recipe.score_heads)
     if experts is not None:
         experts.check(settings)
-    if trained:
-        check_bias_updates(settings, recipe.lora is not None)
+    if trained and recipe.lora is not None:
+        check_bias_updates(settings, _why_no_bias_moves(recipe))
     if trained and recipe.parallel is not None:
         Parallel(recipe.parallel.fsdp, recipe.parallel.ep).check_experts(settings.n_routed_experts)
     outline = meta_model(settings, head, recipe.model.quantization)
@@ -141,6 +141,15 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         check_targets(outline, lora_settings(recipe.lora).config(TASKS[head]))
     check_files(foundation, settings, head, recipe.model.path)
     return settings
+
+
+def _why_no_bias_moves(recipe: TrainingRecipe) -> str | None:
+    """Why the biases of routers cannot be updated beside adapters."""
+    if recipe.compares_with_base:
+        return "with LoRA its reference is the same base, whose routing must stay as it is"
+    if recipe.parallel is not None:
+        return "with LoRA and parallel, checkpoints hold factors of adapters only"
+    return None
 
 
 def check_files(foundation: Foundation, settings: DeepseekV2Config, head: Head, path: str) -> None:

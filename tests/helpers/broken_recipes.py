@@ -212,7 +212,7 @@ ADAPTERS: list[dict[str, Any]] = [
     {"targets": ["attention", "attention.q"]}, {"targets": ["experts"], "experts_file": "experts.json"},
     {"targets": ["experts"], "experts_file": "other_experts.json"}, {"targets": ["lm_head"]},
     {"targets": ["experts"], "experts_file": "absent.json"}, {"targets": ["embeddings"]}, {"targets": ["router"]},
-    {"targets": ["attention"], "r": 4096}, {"targets": ["attention"], "alpha": 1e300},
+    {"targets": ["attention"], "r": 4096}, {"targets": ["attention"], "alpha": 1e300}, {"targets": ["attention.k"]},
 ]  # fmt: skip
 ANY_STAGE: list[dict[str, Any]] = [
     {"optim": "adamw_bnb_8bit"}, {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, {"optim": "adafactor"},

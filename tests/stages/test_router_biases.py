@@ -6,20 +6,41 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 
-from deepseek_v2_modeling import ModelError, apply_lora, collect_balance, lora_config
+from deepseek_v2_modeling import (
+    ModelError,
+    apply_lora,
+    collect_balance,
+    export_adapter,
+    load_adapter,
+    lora_config,
+    merge_lora,
+)
 from deepseek_v2_modeling.esft import ExpertChoice
 from deepseek_v2_modeling.esft.full_weights import train_chosen_experts
 from deepseek_v2_modeling.layers.balance_losses import BalanceLedger
+from deepseek_v2_modeling.loading import (
+    LoraSettings,
+    load_base,
+    prepare_trainable,
+    reason_not_to_share,
+    resolve_source,
+    save_directory,
+)
 from deepseek_v2_modeling.training.mixin import RunLimits
 from deepseek_v2_modeling.training.router_biases import RouterBiases
 from recipes.cli import main
 
 from ..helpers.family import member
+from ..helpers.models import logits_of, random_ids, relative, stock_twin, tokenizer
 from ..helpers.stages import TINY, assert_same_weights, stopped_after
 from .test_trainer import Spoiled, make, metrics
 
 U = 0.01
+IDS = random_ids(2, 12)
 
 
 def v3(u: float = U, **changes: Any) -> Any:
@@ -98,17 +119,73 @@ def test_resumed_to_the_same_biases(tmp_path: Path, chosen: bool):
     assert not torch.equal(biases(whole), biases(v3()))
 
 
-def test_refused_with_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+LORA = lora_config(("attention", "router", "experts"), r=2)
+
+
+def adapted(base: Path, u: float = U) -> Any:
+    return apply_lora(load_base(str(base), config={"bias_update_speed": u}), LORA).train()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save_directory(v3(u=0.0), tokenizer(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_an_adapter_brings_its_biases(base: Path, tmp_path: Path):
+    """Into our model, stock PEFT's, a merge, a further training of the adapter, and another head."""
+    model = adapted(base)
+    before = biases(model)
+    make(tmp_path / "run", model=model).train()
+    model.eval()
+    assert not torch.equal(biases(model), before)
+    save_directory(model, tokenizer(), tmp_path / "adapter")
+    wanted = logits_of(model, IDS)
+    plain = load_base(str(base)).eval()
+    again = load_adapter(plain, tmp_path / "adapter").eval()
+    assert torch.equal(biases(again), biases(model)) and torch.equal(logits_of(again, IDS), wanted)
+    stock_base = stock.DeepseekV3ForCausalLM.from_pretrained(base)
+    peft = PeftModel.from_pretrained(stock_base, tmp_path / "adapter").eval()
+    assert torch.equal(biases(peft), biases(model)) and relative(logits_of(peft, IDS), wanted) < 3e-6
+    merge_lora(tmp_path / "adapter", tmp_path / "merged")
+    merged = stock_twin(tmp_path / "merged", stock.DeepseekV3ForCausalLM)
+    assert torch.equal(biases(merged), biases(model)) and relative(logits_of(merged, IDS), wanted) < 1e-5
+    with pytest.raises(ModelError, match=r"servers do not read full tensors .*e_score_correction_bias"):
+        export_adapter(tmp_path / "adapter", tmp_path / "exported")
+    # trained on without moving biases, they stay in its file
+    lora = LoraSettings(("attention", "router", "experts"), r=2)
+    source = resolve_source(tmp_path / "adapter")
+    further = prepare_trainable(source, lora=lora, merge_dir=tmp_path / "no")
+    save_directory(further, tokenizer(), tmp_path / "further")
+    assert torch.equal(biases(load_adapter(load_base(str(base)), tmp_path / "further")), biases(model))
+    assert "other biases" in (reason_not_to_share(further, source, "float32") or "")
+
+
+def test_an_adapters_biases_resume(base: Path, tmp_path: Path):
+    whole = adapted(base)
+    make(tmp_path / "run", model=whole).train()
+    half = stopped_after(tmp_path / "run" / "checkpoint-2", tmp_path / "half")
+    resumed = adapted(base)
+    make(half.parent, model=resumed).train(resume_from_checkpoint=half)
+    assert torch.equal(biases(resumed), biases(whole)) and not torch.equal(biases(whole), biases(adapted(base)))
+
+
+def test_without_a_speed_an_adapters_file_has_none(base: Path, tmp_path: Path):
+    save_directory(adapted(base, u=0.0), tokenizer(), tmp_path / "adapter")
+    assert not any("bias" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_what_is_refused_with_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
-    adapted = apply_lora(v3(), lora_config("attention", r=2))
-    with pytest.raises(ModelError, match=r"bias_update_speed is 0\.01: with LoRA it must be 0"):
-        make(tmp_path, model=adapted)
     assert main(["init", str(tmp_path / "base"), "--preset", "v3-mini"]) == 0
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "completion": "2"}\n' * 20)
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        "stage: sft\nmodel: {path: base, config: {bias_update_speed: 0.001}}\nlora: {targets: [attention]}\n"
-        "data: [{path: rows.jsonl}]\noutput_dir: run\n"
-    )
-    assert main(["check", str(recipe)]) == 2
-    assert "bias_update_speed is 0.001: with LoRA it must be 0" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "completion": "2", "reference": "2"}\n' * 20)
+    head = "model: {path: base, config: {bias_update_speed: 0.001}}\nlora: {targets: [attention]}\noutput_dir: run\n"
+    for more, message in (
+        ("stage: rl\nrewards: [{rule: number}]\n", "with LoRA its reference is the same base"),
+        ("stage: sft\nparallel: {fsdp: 2}\n", "with LoRA and parallel, checkpoints hold factors of adapters only"),
+    ):
+        (tmp_path / "r.yaml").write_text(f"{more}{head}data: [{{path: rows.jsonl}}]\n")
+        assert main(["check", "r.yaml"]) == 2
+        assert f"bias_update_speed is 0.001: {message}" in capsys.readouterr().err
