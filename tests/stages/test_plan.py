@@ -15,15 +15,9 @@ import reward.stage
 import rl.stage
 import sft.stage
 from conversations import render_conversation
-from deepseek_v2_modeling import (
-    PRESETS,
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV2ForSequenceClassification,
-    LatentCache,
-)
+from deepseek_v2_modeling import PRESETS, DeepseekV2Config, LatentCache, preset_config
 from deepseek_v2_modeling.adapters import apply_lora
-from deepseek_v2_modeling.loading import freeze_routers
+from deepseek_v2_modeling.loading import freeze_routers, model_class
 from recipes.plan.load import Lengths, load_of
 from recipes.plan.memory import Layout, Memory, memory
 from recipes.runs.foundation import Foundation, lora_settings
@@ -102,9 +96,8 @@ def recipe_of(stage: str, folder: Path, lora: bool, checkpointing: bool) -> Any:
 
 
 def trainer_of(stage: str, recipe: Any, settings: DeepseekV2Config, folder: Path) -> Any:
-    cls = DeepseekV2ForSequenceClassification if stage == "reward" else DeepseekV2ForCausalLM
     torch.manual_seed(0)
-    model: Any = cls(settings)
+    model: Any = model_class(settings, "score" if stage == "reward" else "causal_lm")(settings)
     if recipe.lora:
         model = apply_lora(model, lora_settings(recipe.lora).config("SEQ_CLS" if stage == "reward" else "CAUSAL_LM"))
     inputs: dict[str, Any] = {"model": model.train(), "tokenizer": byte_tokenizer(), "rows": rows(stage)}
@@ -118,7 +111,7 @@ def trainer_of(stage: str, recipe: Any, settings: DeepseekV2Config, folder: Path
 def measured_and_planned(
     stage: str, preset: str, lora: bool, checkpointing: bool, folder: Path
 ) -> tuple[dict[str, int], Memory]:
-    settings = DeepseekV2Config(**PRESETS[preset])
+    settings = preset_config(preset)
     settings.num_labels = 1
     if not WIDE:
         settings.num_hidden_layers = min(3, settings.num_hidden_layers)
@@ -143,6 +136,7 @@ EVERY = [
     for checkpointing in (False, True)
 ]
 SOME = [case for number, case in enumerate(EVERY) if number % 4 == (number // 4) % 4]  # each preset in each stage
+PLAIN = [("sft", "deepseek-moe-mini", True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +146,7 @@ def apart() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize(("stage", "preset", "lora", "checkpointing"), EVERY if WIDE else SOME)
+@pytest.mark.parametrize(("stage", "preset", "lora", "checkpointing"), (EVERY if WIDE else SOME) + PLAIN)
 def test_activations_are_as_planned(
     stage: str, preset: str, lora: bool, checkpointing: bool, tmp_path: Path, apart: ProcessPoolExecutor
 ) -> None:
