@@ -142,6 +142,12 @@ def install_template(tokenizer: "PreTrainedTokenizerBase", model_type: str = "de
     return template
 
 
+def answers_without_thought(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether prompts end where a thought is over, so that an answer cannot begin with one."""
+    last = layout(("user",), True, template_of(tokenizer))[-1]
+    return last.text.rstrip().endswith("</think>")
+
+
 def own_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The token ids of a prompt by the tokenizer's own template. Raises ToolkitError if the template rejects it."""
     try:

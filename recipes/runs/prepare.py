@@ -10,6 +10,7 @@ from typing import Any
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
+from conversations.rendering.template import answers_without_thought
 from conversations.row import Row
 from conversations.row_cache import RowCache
 from conversations.sections import RowList, StageRecipe, TrainingRecipe
@@ -88,6 +89,11 @@ def check_recipe(recipe: StageRecipe, earlier: Earlier | None = None, ask_hub: b
     earlier = earlier or {}
     check_settings(recipe)
     foundation = find_model(recipe.model, earlier, ask_hub)
+    if recipe.reasoning == "think_tags" and foundation.tokenizer and answers_without_thought(foundation.tokenizer):
+        raise ToolkitError(
+            "format.reasoning: think_tags writes a thought behind the </think> with which prompts of the model's own "
+            "chat template end; use drop"
+        )
     settings = check_model(recipe, foundation)
     check_other_models(recipe, earlier, ask_hub)
     rehearse(recipe, settings, foundation.tokenizer)

@@ -196,3 +196,9 @@ def test_a_run_trains_with_it(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr()
     assert "<｜fim▁begin｜>1 + 1 = ?<｜fim▁hole｜>⟦2<|EOT|>⟧" in said.out
     assert "m: rows are rendered with its own chat template; answers end with <|EOT|>" in said.out + said.err
+    assert main(["check", "r.yaml", "format.reasoning=think_tags"]) == 0
+    (tmp_path / "m" / "chat_template.jinja").write_text(
+        template("", "{{ m.content }}", "</think>{{ m.content }}<|EOT|>", "</think>")
+    )
+    assert main(["check", "r.yaml", "format.reasoning=think_tags"]) == 2
+    assert "format.reasoning: think_tags writes a thought behind the </think>" in capsys.readouterr().err
