@@ -49,7 +49,7 @@ def name_of(path: Path) -> str:
 def test_all_recipes_are_found() -> None:
     expected = {
         "tiny": ("sft", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "eval", "chain", "pairs",
-                 "dpo", "chain_dpo"),
+                 "dpo", "chain_dpo", "qlora"),
         "v2_lite": (
             "sft_lora", "sft_full", "reward_helpful", "reward_safety", "rl_reasoning", "rl_preference", "chain",
             "pairs_reasoning", "reward_reasoning", "dpo", "eval", "eval_gsm8k",
