@@ -175,7 +175,10 @@ def _chain_view(run: Run, titles: Titles, views: Sequence[RunView]) -> ChainView
     shown = {name: Shown(view.kind, _unfinished(view.run), view.anchor) for name, view in inside.items()}
     picture = draw_chain(nodes, {**shown, BASE: Shown("base model")}) if nodes else Markup("")
     headline_tables = tables.headline(run.results, titles)
-    return ChainView(run, words.facts(run.results), picture, headline_tables, tables.other_results(run.results))
+    spent = {key: run.manifest[key] for key in ("seconds", "peak_memory_gb") if key in run.manifest}
+    return ChainView(
+        run, words.facts({**spent, **run.results}), picture, headline_tables, tables.other_results(run.results)
+    )
 
 
 def _unfinished(run: Run) -> str:

@@ -118,8 +118,8 @@ def across_runs(completions: Sequence[tuple[str, Answers]]) -> Gallery | None:
     warned = {key for key, samples in latest.items() if _warned(samples)}
     rows = [_comparison(key, latest[key]) for key in _spread_over_tasks(shared, warned)]
     note = (
-        f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task; half of "
-        f"them, or fewer, from the {len(warned):,} with a warning about the last answer."
+        f"{len(rows)} of {count(len(shared), 'prompt')} that {most} runs answered, the first of each task; "
+        f"{sum(bool(row.warnings) for row in rows)} from the {len(warned):,} with a warning about the last answer."
     )
     return _gallery([title for title, _ in columns], rows, note)
 
@@ -203,7 +203,7 @@ def _comparison(key: Key, columns: Sequence[Sequence[dict[str, Any]]]) -> Compar
     references = [text_of(row["reference"]) for row in samples if row and row.get("reference") is not None]
     completions = [_completion(row) if row else None for row in samples]
     reference = _cut(references[0]) if references else ""
-    return Comparison(task, _cut(prompt), reference, completions, warnings_of(samples))
+    return Comparison(task, _end_of(prompt), reference, completions, warnings_of(samples))
 
 
 def _completion(row: dict[str, Any]) -> Completion:
@@ -215,6 +215,12 @@ def _completion(row: dict[str, Any]) -> Completion:
     words = [str(row["decoding"])] if "decoding" in row else []
     words += [f"{k} {plain(v)}" + (f" ({_cut(text_of(reasons[k]))})" if k in reasons else "") for k, v in marks.items()]
     return Completion(_cut(text_of(row.get("completion"))), words, warnings_of([row]))
+
+
+def _end_of(prompt: str) -> str:
+    """The end of a long prompt: examples come before what is asked."""
+    more = len(prompt) - MAX_CHARACTERS
+    return f"({more:,} more characters) … {prompt[more:]}" if more > 0 else prompt
 
 
 def _cut(text: str) -> str:

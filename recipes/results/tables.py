@@ -9,12 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from conversations.answers.intervals import Z95
-from recipes.results.columns import LOSS, SHARE, Figures, columns_of, failures, heading_of, is_cut
+from recipes.results.columns import LOSS, SHARE, VERSION, Figures, columns_of, failures, heading_of, is_cut
 from recipes.results.layout import Cell, Table, as_text, plain_cell
 from recipes.results.titles import UNTITLED, Titles
 from recipes.results.words import NOT_STATED, flatten, number, short
 
-OF_RESULTS = ("seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
+OF_RESULTS = (VERSION, "seed", "stages", "reward_models", "seconds", "peak_memory_gb", "targets")
 
 
 def table_text(results: Mapping[str, Any], titles: Titles = UNTITLED) -> str:

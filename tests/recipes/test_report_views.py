@@ -155,6 +155,13 @@ def test_load_over_the_steps_is_by_expert_in_one_layer_and_by_layer_in_several()
     assert title == "Busiest expert of each layer over the steps" and "Highest: 5 times" in drawing
 
 
+def test_of_a_long_prompt_its_end_is_shown() -> None:
+    asked = answers([sample("example " * 400 + "the question?", "x")])
+    gallery = across_runs([("a", asked), ("b", asked)])
+    assert gallery and gallery.rows[0].prompt.endswith("the question?")
+    assert gallery.rows[0].prompt.startswith("(2,013 more characters) … ")
+
+
 @pytest.mark.parametrize(
     ("samples", "warnings"),
     [
@@ -182,7 +189,7 @@ def test_samples_with_warnings_stand_first_and_can_be_shown_alone() -> None:
     assert gallery and len(gallery.rows) == MAX_PROMPTS
     warned = [bool(row.warnings) for row in gallery.rows]
     assert warned == sorted(warned, reverse=True) and sum(warned) == MAX_PROMPTS // 2
-    assert "24 of 100 prompts that 2 runs answered" in gallery.note and "the 30 with a warning" in gallery.note
+    assert "24 of 100 prompts that 2 runs answered" in gallery.note and "12 from the 30 with a warning" in gallery.note
     kinds, tasks = gallery.filters
     assert kinds[0] == ("warned", "with a warning", 12) and ("w0", "cut off", 1) in kinds
     assert {label: rows for _, label, rows in tasks} == {"sums": 12, "words": 12}
@@ -213,10 +220,14 @@ def test_several_models_of_one_recipe_are_one_table(tmp_path: Path) -> None:
         "version": 1, "seed": 0, "stages": {"rl": {"right": 0.75, "n": 40}, "base": {"right": 0.5, "n": 40}},
         "right: base to rl": {"before": "base", "after": "rl", "task": "right", "change": change},
     }  # fmt: skip
-    for file, value in (("recipe.yaml", recipe), ("manifest.json", {"status": "finished"}), ("results.json", results)):
+    for file, value in (
+        ("recipe.yaml", recipe),
+        ("manifest.json", {"status": "finished", "seconds": 61.0}),
+        ("results.json", results),
+    ):
         (root / file).write_text(json.dumps(value))
     text = " ".join(re.sub(r"<[^>]*>", " ", report_page([root]).split("</style>")[1]).split())
-    assert "is missing" not in text
+    assert "is missing" not in text and "Time 1 min 1 s" in text and "Also in results.json" not in text
     figures = text[text.index("Figures") :]
     assert figures.index("base 50.0 %") < figures.index("rl 75.0 %"), "in the recipe's order"
     assert "+25.0 * +10.0 to +40.0" in figures

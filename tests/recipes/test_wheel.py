@@ -15,6 +15,8 @@ from recipes.recipe.loader import load_recipe
 from recipes.recipe.shipped import shipped_recipes
 from recipes.recipe.yaml_text import read_mapping
 
+from ..helpers.chain_launch import smoke
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,7 +47,7 @@ def installed(wheel: Path, folder: Path, *words: str) -> str:
 def test_the_demo_runs_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
     assert "tiny/chain " in installed(wheel, tmp_path, "recipes")
     installed(wheel, tmp_path, "recipes", "copy", "tiny/chain", "my/chain.yaml")
-    said = installed(wheel, tmp_path, "run", "my/chain.yaml", "--smoke", "output_dir=demo")
+    said = installed(wheel, tmp_path, "run", "my/chain.yaml", *smoke(), "output_dir=demo")
     assert said.rstrip().endswith("demo/results.json")
     assert read_json(tmp_path / "demo" / "manifest.json")["status"] == "finished"
     assert (tmp_path / "demo" / "rl_preference" / "final").is_dir()
