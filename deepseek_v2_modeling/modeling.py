@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -22,8 +23,8 @@ from .configuration import CORRECTION_BIAS, DeepseekV2Config, check_config, chec
 from .errors import ModelError
 from .kernels.float32_products import Linear, WideLinear, rounds_apart
 from .kernels.token_scores import IGNORED, blockwise_loss
-from .layers.attending import AttentionBlock
-from .layers.attention_plan import plan_attention
+from .layers.attending import AttentionBlock, at_places
+from .layers.attention_plan import plan_attention, plan_reads
 from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .layers.multi_head_attention import ATTENTIONS
@@ -64,11 +65,10 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         self, x: torch.Tensor, replayed: torch.Tensor | None = None, read: Places | None = None, **kwargs: Any
     ) -> LayerOutput:
         """x [B, T, D] -> (x [B, T, D], router logits [N, E], chosen experts [N, K]); the last two are None in a dense
-        layer. replayed: experts to use instead of choosing them. read: the only tokens [R] that the feed-forward block
-        computes; x is then [1, R, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), **kwargs)[0]
-        if read is not None:
-            x = x[read][None]
+        layer. replayed: experts to use instead of choosing them. read: the only tokens [R] that are computed; x is then
+        [1, R, D]."""
+        attended = self.self_attn(self.input_layernorm(x), read=read, **kwargs)[0]
+        x = at_places(x, read) + attended
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), None, None
@@ -215,7 +215,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             such as the prompt of several answers, or -1. It attends to that one too, and to what that one continues.
             For the balance losses each document is a sequence: a prompt counts once.
         read: (rows [R], columns [R]) of the only tokens whose last hidden state is used, which is then [1, R, D]. The
-            last layer's feed-forward block leaves the others out. Not in training, nor while routes are recorded or
+            last layer computes no others, but for the latents of all. Not in training, nor while routes are recorded or
             replayed.
 
         Raises:
@@ -241,6 +241,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         positions: Any = position_ids
 
         plan = plan_attention(self.config, inputs_embeds, attention_mask, past_key_values, documents, prefix_documents)
+        if read is not None and past == 0 and isinstance(past_key_values, LatentCache | None):
+            seen = (attention_mask, documents, prefix_documents)
+            plan = replace(plan, reads=plan_reads(self.config, *seen, read, (rows, queries)))
         layers: list[Any] = list(self.layers)
         moe_layers = sum(layer.is_moe for layer in layers)
         top_k = self.config.num_experts_per_tok or 0

@@ -16,6 +16,7 @@ from ..configuration import DeepseekV2Config
 from ..kernels.block_attention import block_attention, in_blocks
 from ..kernels.float32_attention import wide_attention
 from ..kernels.float32_products import widens
+from ..packing.last_tokens import Places
 from .attention_plan import AttentionPlan
 from .rope import softmax_scale
 
@@ -33,6 +34,11 @@ class AttentionBlock(nn.Module):
     def returned(self, weights: torch.Tensor | None) -> torch.Tensor | None:
         """The weights with eager attention; other implementations return none."""
         return weights if (self.config._attn_implementation or "eager") == "eager" else None
+
+
+def at_places(x: torch.Tensor, read: Places | None) -> torch.Tensor:
+    """x [B, T, ...], or if there are places [R] to be read, those alone: [1, R, ...]."""
+    return x if read is None else x[read][None]
 
 
 def eager_attention(

@@ -21,10 +21,12 @@ from transformers.cache_utils import Cache
 
 from ..cache import joined, with_room
 from ..configuration import DeepseekV2Config
-from ..kernels.float32_products import Linear, fastest_dtype, is_plain
+from ..kernels.float32_products import Linear, fastest_dtype, is_plain, rounds_apart
 from ..kernels.grouped_products import ActiveAdapter
 from ..kernels.quantized_weights import Quantized, QuantizedLinear
-from .attending import AttentionBlock, attend
+from ..packing.last_tokens import Places
+from ..packing.read_layouts import ReadLayout
+from .attending import AttentionBlock, at_places, attend
 from .attention_plan import AttentionPlan
 from .norm import DeepseekV2RMSNorm
 from .peft_factors import beyond_lora, linear, unwrap
@@ -184,10 +186,16 @@ class DeepseekV2Attention(AttentionBlock):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         plan: AttentionPlan,
         past_key_values: Cache | None = None,
+        read: Places | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> ([B, T, D], attention weights or None)."""
+        """x [B, T, D] -> ([B, T, D], attention weights or None). read: the only tokens [R] of the result, then [1, R,
+        D]."""
         cos, sin = position_embeddings
+        if read is not None and plan.reads is not None:
+            wide = torch.float64 if rounds_apart(x) else torch.float32
+            if (kv_b := self.kv_b_parts(wide)) is not None:
+                return self.read_only(x, cos, sin, read, plan.reads, kv_b, wide, past_key_values), None
         q_nope, q_rope = self.queries(x).split((self.nope_dim, self.rope_dim), dim=-1)
         query = torch.cat((q_nope, rotate(q_rope, cos, sin)), dim=-1)
         latent, rope_key = self.latents(x)
@@ -199,4 +207,34 @@ class DeepseekV2Attention(AttentionBlock):
             out, weights = self.absorbed(query, joined(latent, rope_key), plan.mask, kv_b)
         else:
             out, weights = self.expanded(query, latent, rope_key, plan, **kwargs)
-        return linear(self.o_proj, out.flatten(-2)), self.returned(weights)
+        return linear(self.o_proj, at_places(out.flatten(-2), read)), self.returned(weights)
+
+    def read_only(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        read: Places,
+        layout: ReadLayout,
+        kv_b: KvB,
+        wide: torch.dtype,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """The result for a few tokens [1, R, D], from the latents of all. wide: where it is then rounded to low
+        precision, float64, so that it is rounded alike whatever documents are beside."""
+        shape = (*x.shape[:2], -1)
+        places = tuple(part.expand(shape)[read][None] for part in (cos, sin))
+        q_nope, q_rope = self.queries(x[read][None]).split((self.nope_dim, self.rope_dim), dim=-1)
+        query = torch.cat((q_nope, rotate(q_rope, *places)), dim=-1)[0].to(wide)  # [H, R, N + R]
+        latent, rope_key = self.latents(x)
+        rope_key = rotate(rope_key, cos, sin)
+        if cache is not None:  # an empty one
+            latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
+        keys = joined(latent, rope_key).flatten(0, 1).to(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            outs = [
+                self.absorbed(query[:, bucket.queries].transpose(0, 1), keys[bucket.keys], bucket.mask, kv_b)[0]
+                for bucket in layout.buckets
+            ]
+        out = torch.cat([part.flatten(0, 1) for part in outs])[layout.places]
+        return linear(self.o_proj, out.flatten(-2).to(x.dtype)[None])

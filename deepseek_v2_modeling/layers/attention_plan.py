@@ -12,7 +12,9 @@ from transformers.masking_utils import create_causal_mask
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..kernels.float32_products import rounds_apart
+from ..packing.last_tokens import Places
 from ..packing.layouts import BUCKET_FILL, FlatLayout, PackedLayout, flat_layout, pack_layout
+from ..packing.read_layouts import ReadLayout, read_layout
 
 FEW = 64  # new tokens on a cache of keys and values that are attended without a kernel, which writes out their scores
 LONG = 1024  # tokens; padded rows of at least this length are attended one by one, without a mask
@@ -26,16 +28,18 @@ class AttentionPlan:
     layout: packed documents to attend one by one; None if there are none, or if the mask separates them.
     absorb: whether these are few tokens on a cache, which our own code attends: over the latents themselves, or over
         the keys and values where the cache holds those.
+    reads: for the last layer, where the few tokens whose hidden state is used attend; None if it computes all.
     """
 
     mask: Any
     layout: PackedLayout | FlatLayout | None = None
     absorb: bool = False
+    reads: ReadLayout | None = None
 
     def to(self, device: Any) -> "AttentionPlan":
         """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
-        mask, layout = (part if part is None else part.to(device) for part in (self.mask, self.layout))
-        return AttentionPlan(mask, layout, self.absorb)
+        mask, layout, reads = (p if p is None else p.to(device) for p in (self.mask, self.layout, self.reads))
+        return AttentionPlan(mask, layout, self.absorb, reads)
 
 
 def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
@@ -77,6 +81,26 @@ def plan_attention(
             fill = 1.0 if rounds_apart(inputs_embeds) else BUCKET_FILL
             return AttentionPlan(None, pack_layout(runs, prefixes if documents is not None else None, fill))
     return AttentionPlan(prefill_mask(config, inputs_embeds, attention_mask, cache, documents, prefixes))
+
+
+def plan_reads(
+    config: DeepseekV2Config,
+    attention_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    prefixes: torch.Tensor | None,
+    read: Places,
+    shape: tuple[int, int],
+) -> ReadLayout | None:
+    """Where the tokens at `read` attend, with nothing in the cache. Attention is then over the latents, which are
+    expanded for no token. None where attention of all tokens is cheaper, or where rows are padded and not packed."""
+    if not config.uses_latents or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if documents is None:
+        if shape[0] > 1 or (attention_mask is not None and not bool((attention_mask == 1).all())):
+            return None
+        documents = torch.zeros(shape, dtype=torch.int64, device=read[0].device)
+    layout = read_layout(documents, prefixes, read)
+    return layout if absorption_pays(config, layout.most) else None
 
 
 def long_padded_rows(attention_mask: torch.Tensor | None, cache: Cache | None, queries: int) -> torch.Tensor | None:

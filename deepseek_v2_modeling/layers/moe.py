@@ -16,8 +16,9 @@ from transformers.activations import ACT2FN
 
 from ..configuration import CORRECTION_BIAS, DeepseekV2Config
 from ..kernels.even_groups import few_rows_each, is_worth_padding
+from ..kernels.expert_scoring import is_worth_it, one_after_another
 from ..kernels.expert_training import train_experts
-from ..kernels.float32_products import Linear, compute_dtype, is_plain
+from ..kernels.float32_products import Linear, by_onednn, compute_dtype, is_plain
 from ..kernels.grouped_products import ActiveAdapter, Groups, combine, dispatch, fills_up, place_slots
 from ..kernels.one_token import experts_of_one_token
 from ..kernels.quantized_weights import Storage, Weight, opened
@@ -27,6 +28,7 @@ from .peft_factors import linear, unwrap
 from .routing import choose_experts, expert_scores, expert_weights, replayed_experts
 
 TOKENS = 4096  # tokens to run through the experts at a time
+ROWS = 512  # tokens to run through a dense block at a time, where what is between its products then stays in the cache
 
 
 class DeepseekV2MLP(nn.Module):
@@ -40,6 +42,12 @@ class DeepseekV2MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if by_onednn(x) and x.shape[:-1].numel() > ROWS:
+            parts = [self.of_rows(part) for part in x.flatten(0, -2).split(ROWS)]
+            return torch.cat(parts).unflatten(0, x.shape[:-1])
+        return self.of_rows(x)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         return linear(self.down_proj, gated(linear(self.gate_proj, x), linear(self.up_proj, x), self.act_fn))
 
 
@@ -166,16 +174,20 @@ def trains_plainly(routed: Routed) -> bool:
     return plain and torch.is_grad_enabled()
 
 
-def runs_plainly(routed: Routed) -> bool:
-    """Whether only plain weights are multiplied, on a CPU: without gradients, adapters or conversions. Under expert
-    parallelism some slots are another process's, which the kernels for this do not know."""
+def has_plain_weights(routed: Routed) -> bool:
+    """Whether the experts run on a CPU without gradients or conversions, on weights that products read as they are.
+    Under expert parallelism some slots are another process's, which the kernels for this do not know."""
     if torch.is_grad_enabled() or routed.x_ND.device.type != "cpu" or not uses_own_linear(routed):
         return False
     if routed.experts.held is not None:
         return False
     weights = (routed.experts.gate_up_proj, routed.experts.down_proj)
-    plain = all(is_plain(w) and w.dtype == compute_dtype(routed.x_ND) for w in weights)
-    return plain and not any(routed.adapters.values())
+    return all(is_plain(w) and w.dtype == compute_dtype(routed.x_ND) for w in weights)
+
+
+def runs_plainly(routed: Routed) -> bool:
+    """Whether only plain weights are multiplied, without adapters."""
+    return not any(routed.adapters.values()) and has_plain_weights(routed)
 
 
 def has_one_token(routed: Routed) -> bool:
@@ -185,6 +197,21 @@ def has_one_token(routed: Routed) -> bool:
 def has_few_rows(routed: Routed) -> bool:
     """Whether small experts have a few rows each, as in decoding a batch."""
     return runs_plainly(routed) and is_worth_padding(routed.experts_NK, routed.experts.gate_up_proj)
+
+
+def scores_by_onednn(routed: Routed) -> bool:
+    """Whether experts with many rows each run in float32 products of oneDNN."""
+    weights = (routed.experts.gate_up_proj, routed.experts.down_proj)
+    worth = is_worth_it(routed.x_ND, routed.experts_NK, routed.experts.num_experts)
+    return worth and has_plain_weights(routed) and all(weight.is_contiguous() for weight in weights)
+
+
+def in_cache(routed: Routed) -> torch.Tensor:
+    """Computes the experts one after the other (`kernels.expert_scoring`)."""
+    experts, adapters, x_ND, weights_NK, experts_NK = routed
+    weights = experts.gate_up_proj, experts.down_proj
+    x_ND = x_ND.to(compute_dtype(x_ND))
+    return one_after_another(x_ND, weights_NK, experts_NK, *weights, adapters, experts.act_fn)
 
 
 def at_once(routed: Routed) -> bool:
@@ -208,6 +235,7 @@ WAYS = {
     "training": Way(trains_plainly, one_function, at_once),
     "one token": Way(has_one_token, partial(by_weights, experts_of_one_token), lambda _: True),
     "few rows each": Way(has_few_rows, partial(by_weights, few_rows_each), lambda _: True),
+    "one after the other": Way(scores_by_onednn, in_cache, lambda _: True),
     "other gradients": Way(lambda _: torch.is_grad_enabled(), one_by_one, lambda _: True),
     "a GPU": Way(lambda routed: routed.x_ND.device.type != "cpu", one_by_one, lambda _: True),
     "a CPU": Way(lambda _: True, one_by_one, lambda _: False),

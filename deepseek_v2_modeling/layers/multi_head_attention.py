@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 
 from ..configuration import DeepseekV2Config
 from ..kernels.float32_products import Linear
-from .attending import AttentionBlock, attend
+from ..packing.last_tokens import Places
+from .attending import AttentionBlock, at_places, attend
 from .attention import DeepseekV2Attention
 from .attention_plan import AttentionPlan
 from .peft_factors import linear
@@ -41,9 +42,11 @@ class MultiHeadAttention(AttentionBlock):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         plan: AttentionPlan,
         past_key_values: Cache | None = None,
+        read: Places | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> ([B, T, D], attention weights or None)."""
+        """x [B, T, D] -> ([B, T, D], attention weights or None). read: the only tokens [R] of the result, then [1, R,
+        D]."""
         query = rotate_halves(self.by_head(linear(self.q_proj, x)), *position_embeddings)
         key = rotate_halves(self.by_head(linear(self.k_proj, x)), *position_embeddings)
         value = self.by_head(linear(self.v_proj, x))
@@ -52,7 +55,7 @@ class MultiHeadAttention(AttentionBlock):
         if self.heads_per_key > 1:
             key, value = (part.repeat_interleave(self.heads_per_key, dim=1) for part in (key, value))
         out, weights = attend(self, query, key.to(query.dtype), value.to(query.dtype), plan, **kwargs)
-        return linear(self.o_proj, out.flatten(-2)), self.returned(weights)
+        return linear(self.o_proj, at_places(out.flatten(-2), read)), self.returned(weights)
 
     def with_past(self, value: torch.Tensor, key: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
         """Store values and keys [B, G, T, W], and return those of all tokens so far [B, G, S, W]. The cache has one

@@ -126,8 +126,7 @@ def pack_layout(
     counts = document_lengths(documents)
     lengths = counts.tolist()
     begins = (counts.cumsum(0) - counts).tolist()
-    continued = [-1] * len(lengths) if prefixes is None else prefixes.tolist()
-    contexts = _contexts(begins, lengths, continued, counts.device)
+    contexts = continued_tokens(begins, lengths, prefixes, counts.device)
     prefix_lengths = [0 if context is None else len(context) for context in contexts]
     order = sorted(range(len(lengths)), key=lambda i: (prefix_lengths[i], -lengths[i]))
     buckets = []
@@ -152,14 +151,15 @@ def pack_layout(
     return PackedLayout(buckets, inverse)
 
 
-def _contexts(
-    begins: list[int], lengths: list[int], continued: list[int], device: torch.device
+def continued_tokens(
+    begins: list[int], lengths: list[int], prefixes: torch.Tensor | None, device: torch.device
 ) -> list[torch.Tensor | None]:
     """The flat indices of all tokens that each document continues; None for one that continues none."""
+    continued = [-1] * len(lengths) if prefixes is None else prefixes.tolist()
     whole: dict[int, torch.Tensor] = {}  # of the documents that others continue, their own tokens included
     contexts: list[torch.Tensor | None] = []
     needed = set(continued)
-    for number, (begin, length, prefix) in enumerate(zip(begins, lengths, continued, strict=True)):
+    for number, (begin, length, prefix) in enumerate(zip(begins, lengths, continued, strict=False)):
         context = whole[prefix] if prefix >= 0 else None
         contexts.append(context)
         if number in needed:
