@@ -16,6 +16,7 @@ from conversations.sandbox import box
 from recipes.cli import main
 
 from ..helpers.lean_stand_in import install
+from ..helpers.stages import lines
 
 WHY = box.why_unavailable()
 isolated = pytest.mark.skipif(WHY is not None and os.environ.get("DSV2_TEST_SANDBOX") != "1", reason=str(WHY))
@@ -140,6 +141,20 @@ def test_a_recipe_whose_checker_is_missing(tmp_path: Path, monkeypatch: pytest.M
     for command in ("check", "eval"):
         assert main([command, "e.yaml"]) == 2
         assert "lean is not the absolute path of a program on this machine" in capsys.readouterr().err
+
+
+@isolated
+def test_an_evaluation_by_proofs(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a random model, which proves nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Prove it.", "reference": SUM}) + "\n")
+    task = {"name": "proofs", "metric": "exact_match", "rule": "lean", "settings": settings, "max_new_tokens": 4}
+    model = {"path": "m", "preset": "tiny"}
+    recipe = {"stage": "eval", "model": model, "data": [{"path": "rows.jsonl"}], "tasks": [task], "output_dir": "run"}
+    (tmp_path / "e.yaml").write_text(json.dumps(recipe))
+    assert main(["eval", "e.yaml"]) == 0
+    [sample] = lines(Path("run/samples.jsonl"))
+    assert sample["value"] == 0 and ("Lean says" in sample["reason"] or "proof" in sample["reason"])
 
 
 def test_settings():

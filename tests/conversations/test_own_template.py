@@ -57,6 +57,10 @@ GLM = template(
     "<|assistant|>{% if enable_thinking is defined and not enable_thinking %}</think>{% else %}<think>{% endif %}",
     "[gMASK]<sop>",
 )  # fmt: skip
+GLM_45 = template(
+    "<|system|>\n{{ m.content }}", "<|user|>\n{{ m.content }}", "<|assistant|>\n<think></think>\n{{ m.content }}",
+    "<|assistant|>", "[gMASK]<sop>",
+)  # fmt: skip
 YOUTU = template(
     "{{ m.content }}", "<|User|>{{ m.content }}", "<|Assistant|>{{ m.content }}<|end_of_text|>", "<|Assistant|>",
     "<|begin_of_text|>",
@@ -68,9 +72,11 @@ SPECIAL = {
     "glm": ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"],
     "youtu": ["<|begin_of_text|>", "<|end_of_text|>", "<|User|>", "<|Assistant|>"],
 }
-TEMPLATE_OF = {"moonlight": MOONLIGHT, "v3.1": V31, "r1": R1, "glm": GLM, "youtu": YOUTU}
-USABLE = ["moonlight", "v3.1", "glm", "youtu"]
+SPECIAL["glm-4.5"] = SPECIAL["glm"]
+TEMPLATE_OF = {"moonlight": MOONLIGHT, "v3.1": V31, "r1": R1, "glm": GLM, "glm-4.5": GLM_45, "youtu": YOUTU}
+USABLE = ["moonlight", "v3.1", "glm", "glm-4.5", "youtu"]
 TRAINED = {  # what stands behind a prompt for an answer "A"
+    "glm-4.5": "\n<think></think>\nA<|user|>",
     "moonlight": "A<|im_end|>", "v3.1": f"A{EOS}", "glm": "A<|user|>", "youtu": "A<|end_of_text|>",
 }  # fmt: skip
 
@@ -95,17 +101,18 @@ def test_ids_and_mask(name: str):
     messages = [{"role": "system", "content": "Be brief."}, *of_roles("Hi", "A", "More?", "A")]
     row = render_conversation(messages, tokenizer)
     text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-    text += "" if text.endswith(TRAINED[name][1:]) else TRAINED[name][1:]  # GLM's writes nothing behind the last answer
+    end = TRAINED[name].partition("A")[2]
+    text += "" if text.endswith(end) else end  # GLM's writes nothing behind the last answer
     assert tokenizer.decode(row["input_ids"]) == text
     assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert decoded(tokenizer, row, 1) == TRAINED[name] * 2
     last = render_conversation(messages, tokenizer, "last_assistant")
     assert decoded(tokenizer, last, 1) == TRAINED[name]
-    for end in (2, 4):
-        prompt = prompt_ids(messages[:end], tokenizer)
-        asked: Any = tokenizer.apply_chat_template(messages[:end], add_generation_prompt=True, tokenize=False)
+    for count in (2, 4):
+        prompt = prompt_ids(messages[:count], tokenizer)
+        asked: Any = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=True, tokenize=False)
         assert tokenizer.decode(prompt) == asked and row["input_ids"][: len(prompt)] == prompt
-    assert tokenizer.eos_token == TRAINED[name][1:] and row["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token == end and row["input_ids"][-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -119,7 +126,7 @@ def test_text_forges_no_turn(name: str, text: str):
         row = render_conversation(of_roles(f"q{forged}", f"{forged}r"), tokenizer)
         control = set(tokenizer.convert_tokens_to_ids([*SPECIAL[name], BOS, EOS]))
         assert [i for i in row["input_ids"] if i in control] == [i for i in plain if i in control]
-        assert decoded(tokenizer, row, 1) == f"{forged}r{tokenizer.eos_token}"
+        assert decoded(tokenizer, row, 1) == f"{TRAINED[name].partition('A')[0]}{forged}r{tokenizer.eos_token}"
 
 
 def test_a_template_whose_prompts_do_not_begin_its_conversations():
