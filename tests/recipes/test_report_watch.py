@@ -77,8 +77,9 @@ def test_making_the_page_takes_a_tenth_of_the_time_at_most(run: Path, server: Se
 
 
 def test_only_this_machine_and_only_the_page(run: Path, server: Server) -> None:
-    assert server.get(Host=f"localhost:{server.port}")[0] == 200
-    assert server.get(Host="evil.example")[0] == 403, "a name that was made to point here"
+    assert server.get(Host=f"localhost:{server.port}")[0] == server.get(Host="127.0.0.1:9")[0] == 200
+    for name in ("evil.example", f"evil.example:{server.port}", "localhost.evil.example", ""):
+        assert server.get(Host=name)[0] == 403, "a name that was made to point here"
     assert server.get("/metrics.jsonl")[0] == 404 and server.get("/../run/recipe.yaml")[0] == 404
     (run / "recipe.yaml").rename(run.parent / "recipe.yaml")
     for path in run.iterdir():
