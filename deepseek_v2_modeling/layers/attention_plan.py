@@ -38,8 +38,8 @@ class AttentionPlan:
 
     def to(self, device: Any) -> "AttentionPlan":
         """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
-        mask, layout, reads = (p if p is None else p.to(device) for p in (self.mask, self.layout, self.reads))
-        return AttentionPlan(mask, layout, self.absorb, reads)
+        mask, layout = (part if part is None else part.to(device) for part in (self.mask, self.layout))
+        return AttentionPlan(mask, layout, self.absorb, self.reads and self.reads.to(device))
 
 
 def absorption_pays(config: DeepseekV2Config, queries: int) -> bool:
