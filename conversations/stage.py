@@ -67,8 +67,9 @@ class Stage:
         training: how it trains; None for a stage that loads its model frozen.
         encode: (recipe, tokenizer, max_length) -> conversations.rendering.fitting.Encode, which encodes a row for the
             stage; None if rows are prompts.
-        check: (recipe, tokenizer, positions) -> lines for the user; raises ToolkitError for what a run would refuse of
-            what it reads besides `data` and models. The tokenizer and the model's positions are None if not known.
+        check: (recipe, tokenizer, positions, is_coming) -> lines for the user; raises ToolkitError for what a run would
+            refuse of what it reads besides `data` and models. The tokenizer and the model's positions are None if not
+            known; is_coming says of a path whether an earlier stage of a chain has yet to write it.
         check_rows: (recipe, name of the list, rows) -> None; raises ToolkitError if the rows of a list are unusable as
             a whole.
         marks_tokens: whether a mask selects the tokens of a row that are trained.

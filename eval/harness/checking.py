@@ -1,5 +1,6 @@
 """What `dsv2 check` and a run say of lm-eval's tasks and open-ended ones before any weight is loaded."""
 
+from collections.abc import Callable
 from typing import Any
 
 from conversations.errors import ToolkitError
@@ -9,28 +10,33 @@ from eval.config import BenchmarkTask, EvalRecipe, OpenTask
 from eval.harness.loading import Built, one_line
 
 
-def check(recipe: EvalRecipe, tokenizer: Any, positions: int | None) -> list[str]:
+def check(
+    recipe: EvalRecipe, tokenizer: Any, positions: int | None, is_coming: Callable[[str], bool] = lambda path: False
+) -> list[str]:
     """A line for each task that is not a metric.
 
     Args:
         tokenizer, positions: the model's, None if they are not known.
+        is_coming: whether an earlier stage of a chain has yet to write a path.
 
     Raises:
         ToolkitError: an unknown task, a missing file or column, data that a run could not load, a prompt that is too
             long, or a judge that cannot be asked.
     """
     lines = _check_benchmarks(recipe, tokenizer, positions)
-    return [*lines, *(_check_open(task, tokenizer, positions) for task in recipe.tasks if isinstance(task, OpenTask))]
+    open_ended = [task for task in recipe.tasks if isinstance(task, OpenTask)]
+    return [*lines, *(_check_open(task, tokenizer, positions, is_coming) for task in open_ended)]
 
 
-def _check_open(task: OpenTask, tokenizer: Any, positions: int | None) -> str:
+def _check_open(task: OpenTask, tokenizer: Any, positions: int | None, is_coming: Callable[[str], bool]) -> str:
     from eval.open_ended.conversing import check_positions
     from eval.open_ended.questions import read_questions
 
     if task.reward.judge is not None:
         task.reward.judge.endpoint().key()
     try:
-        questions = read_questions(task)
+        later = task.baseline is not None and is_coming(task.baseline)
+        questions = read_questions(task.model_copy(update={"baseline": None}) if later else task)
         if tokenizer is not None and positions is not None:
             check_positions(task, questions, tokenizer, positions)
     except ToolkitError as error:

@@ -30,7 +30,11 @@ class Exchange:
     @property
     def opponent(self) -> list[Message]:
         """The baseline's side of the conversation up to this turn."""
-        return dialogue(self.question.turns, self.question.opponent[: self.turn + 1])
+        return dialogue(self.question.turns, [said.text for said in self.question.opponent[: self.turn + 1]])
+
+    @property
+    def opponent_finished(self) -> bool:
+        return self.question.opponent[self.turn].finished
 
     @property
     def own(self) -> list[Message]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conversations.errors import ToolkitError
 from conversations.reading.records import raw_rows
@@ -16,6 +16,13 @@ from conversations.run_files import SAMPLES
 from eval.open_ended.entry import OpenTask
 
 Record = Mapping[str, Any]
+
+
+class Said(NamedTuple):
+    """An answer of the baseline. finished: whether it ended by itself, as far as known."""
+
+    text: str
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Question:
     turns: Sequence[str]
     category: str | None = None
     references: Sequence[str] = ()
-    opponent: Sequence[str] = ()
+    opponent: Sequence[Said] = ()
 
     def reference(self, turn: int) -> str | None:
         """A correct answer to a turn, after those to the turns before it."""
@@ -62,7 +69,7 @@ def read_questions(task: OpenTask) -> list[Question]:
     return [_with(question, opponent=_opponent(question, answers, task.baseline)) for question in questions]
 
 
-def _with(question: Question, **changes: Sequence[str]) -> Question:
+def _with(question: Question, **changes: Any) -> Question:
     return Question(**{**question.__dict__, **changes})
 
 
@@ -109,9 +116,9 @@ def _answers(rows: Iterable[tuple[str, Record]]) -> dict[str, Sequence[str]]:
     return found
 
 
-def _baseline(path: Path, name: str) -> dict[str, Sequence[str]]:
+def _baseline(path: Path, name: str) -> dict[str, Sequence[Said]]:
     if not path.is_dir():
-        return _answers(raw_rows(path))
+        return {key: [Said(text) for text in turns] for key, turns in _answers(raw_rows(path)).items()}
     samples = path / SAMPLES
     if not samples.is_file():
         raise ToolkitError(f"baseline {path} is not an evaluation: it has no {SAMPLES}; run that evaluation first")
@@ -121,15 +128,16 @@ def _baseline(path: Path, name: str) -> dict[str, Sequence[str]]:
     return found
 
 
-def _of_samples(rows: Iterator[tuple[str, Record]], name: str) -> dict[str, Sequence[str]]:
-    found: dict[str, list[str]] = {}
+def _of_samples(rows: Iterator[tuple[str, Record]], name: str) -> dict[str, Sequence[Said]]:
+    found: dict[str, list[Said]] = {}
     for _, row in rows:
         if row.get("task") == name and {"question", "turn", "completion"} <= row.keys():
-            found.setdefault(str(row["question"]), []).append(str(row["completion"]))
+            said = Said(str(row["completion"]), not row.get("truncated"))
+            found.setdefault(str(row["question"]), []).append(said)
     return dict(found)
 
 
-def _opponent(question: Question, answers: Mapping[str, Sequence[str]], baseline: str) -> Sequence[str]:
+def _opponent(question: Question, answers: Mapping[str, Sequence[Said]], baseline: str) -> Sequence[Said]:
     given = answers.get(question.key, ())
     if len(given) < len(question.turns):
         raise ToolkitError(

@@ -75,7 +75,7 @@ def _judged(task: OpenTask, settings: JudgeSettings, exchanges: Sequence[Exchang
     ask = partial(_points if task.baseline is None else _compared, judge)
     questions = {place: partial(ask, exchange) for place, exchange in enumerate(exchanges)}
     found = judge.ask_all(questions, stop=task.reward.on_error == "error")
-    print(f"eval: {task.name}: {judge.summary()}", file=sys.stderr, flush=True)
+    print(f"eval: {task.name}: so far {judge.summary()}", file=sys.stderr, flush=True)
     scale = (low, high) if task.baseline is None else (0.0, 1.0)
     return [_on_scale(found[place], scale) for place in range(len(exchanges))]
 
@@ -121,7 +121,7 @@ def _scored(reward: RewardModelReward, exchanges: Sequence[Exchange]) -> list[Ve
 
 def _better_scored(reward: RewardModelReward, exchanges: Sequence[Exchange]) -> list[Verdict]:
     own = reward.judged([_answer(exchange.own, exchange.answer.finished) for exchange in exchanges])
-    theirs = reward.judged([_answer(exchange.opponent) for exchange in exchanges])
+    theirs = reward.judged([_answer(exchange.opponent, exchange.opponent_finished) for exchange in exchanges])
     return [_of_scores(reward.name, *both) for both in zip(own, theirs, strict=True)]
 
 
@@ -132,5 +132,5 @@ def _of_scores(name: str, own: float | None, other: float | None) -> Verdict:
     return Verdict(float(own > other) if own != other else 0.5, reason, scores=[own, other])
 
 
-def _answer(conversation: Sequence[Message], finished: bool = True) -> Answer:
+def _answer(conversation: Sequence[Message], finished: bool) -> Answer:
     return Answer([*conversation[:-1]], conversation[-1]["content"], finished)

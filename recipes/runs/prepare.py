@@ -119,7 +119,8 @@ def prepare(
     lists, tokenizer = recipe.row_lists(), inputs.foundation.tokenizer
     notes: Sequence[str] = ()
     if check_more := stage_of(recipe).check:
-        notes = provided(check_more)(recipe, tokenizer, inputs.settings and inputs.settings.max_position_embeddings)
+        positions = inputs.settings and inputs.settings.max_position_embeddings
+        notes = provided(check_more)(recipe, tokenizer, positions, lambda path: coming(path, earlier or {}) is not None)
     if tokenizer is not None and any(entry.fim for listed in lists for entry in listed.entries):
         fim_ids(tokenizer)
     read_lists, later = [], []

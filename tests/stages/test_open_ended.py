@@ -80,7 +80,9 @@ def test_a_killed_evaluation_asks_the_judge_nothing_twice(server: Server, capsys
                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)  # fmt: skip
     assert process.wait(120) == -signal.SIGKILL and len(server.requests) == 4
     assert main(["eval", recipe]) == 0
-    assert "eval: mt_bench: 6 requests to m" in capsys.readouterr().err  # kept ones; the fourth was never received
+    assert (
+        "eval: mt_bench: so far 6 requests to m" in capsys.readouterr().err
+    )  # kept ones; the fourth was never received
     asked = Counter(block(sent["messages"], "PROMPT") for sent in server.requests)
     assert sorted(asked.values()) == [1, 1, 1, 1, 1, 2]
     samples = lines(Path("points/samples.jsonl"))
@@ -131,7 +133,7 @@ def test_a_baseline_is_compared_in_both_orders(server: Server, capsys: pytest.Ca
 
     server.judge = longer
     assert main(["eval", write("compared", server, baseline="theirs.jsonl")]) == 0
-    assert "eval: mt_bench: 12 requests to m; both orders agree on 4 of 6" in capsys.readouterr().err
+    assert "eval: mt_bench: so far 12 requests to m; both orders agree on 4 of 6" in capsys.readouterr().err
     samples = lines(Path("compared/samples.jsonl"))
     assert [line["value"] for line in samples[:2]] == [0.5, 0.5] and samples[0]["orders"] == [1, 0]
     assert samples[0]["reason"].endswith("worse than it as the second: the orders disagree")
@@ -179,6 +181,24 @@ def test_a_reward_model_values_answers_and_compares_them(home: Path, monkeypatch
         assert line["value"] == (0.5 if own == other else float(own > other))
         assert "orders" not in line
     assert "orders_agree" not in read_json(Path("against/results.json"))["mt_bench_details"]
+
+
+def test_a_chain_compares_with_an_earlier_evaluation(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dsv2 check` knows that the baseline will be there."""
+    monkeypatch.chdir(home)
+    write("one")
+    entry = json.loads(Path("one.yaml").read_text())["tasks"][0]
+    stages = [
+        {"name": "first", "recipe": "one.yaml", "results": "stages.first"},
+        {"name": "second", "recipe": "one.yaml", "results": "stages.second",
+         "tasks": [{**entry, "baseline": "${first}"}]},
+    ]  # fmt: skip
+    model = {"path": "m", "config": POSITIONS}
+    Path("chain.yaml").write_text(
+        json.dumps({"stage": "chain", "model": model, "stages": stages, "output_dir": "chain"})
+    )
+    assert main(["check", "chain.yaml"]) == 0 and main(["run", "chain.yaml"]) == 0
+    assert read_json(Path("chain/second/results.json"))["mt_bench_win_rate"] == 0.5  # the same answers
 
 
 def test_a_judge_that_fails_may_be_skipped(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +273,7 @@ def test_answers_of_alpaca_eval_are_found_by_their_instruction(tmp_path: Path) -
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     path = str(tmp_path / "rows.json")
     assert [(q.turns, q.opponent) for q in read_questions(task(path=path, baseline=path, limit=2))] == [
-        (["ask 0"], ["say 0"]), (["ask 1"], ["say 1"])
+        (["ask 0"], [("say 0", True)]), (["ask 1"], [("say 1", True)])
     ]  # fmt: skip
 
 
