@@ -51,7 +51,8 @@ AREAS = {
     ),
     "rewards": Area(("conversations/rewards/*.py",), ("test_rewards", "test_own_rewards", "test_judges")),
     "generation": Area(
-        ("conversations/generation/*.py",), ("test_generation_settings", "test_stage_eval", "test_stage_pairs")
+        ("conversations/generation/*.py",),
+        ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft"),
     ),
     "rl": Area(("rl/**/*.py",), ("test_stage_rl", "test_rewards")),
     "reward": Area(("reward/*.py",), ("test_stage_reward", "test_heads", "test_reward_recipe")),

@@ -13,12 +13,13 @@ from transformers import GenerationConfig
 
 from conversations import render_conversation
 from conversations.generation.decoding import adjustment, asked_of
+from conversations.generation.generating import padding_of
 from deepseek_v2_modeling.loading import load_model, load_tokenizer, resolve_source
 from recipes.cli import main
 from recipes.runs.new_model import make_model
 
 from ..helpers.models import small_model
-from ..helpers.stages import lines
+from ..helpers.stages import byte_tokenizer, lines
 
 TOKENS = 12
 EVAL: dict[str, Any] = {
@@ -184,3 +185,10 @@ def test_logits_are_those_of_transformers(
         wanted, adjust = [row * (temperature or 1) for row in wanted], lambda ids, prompts, logits: logits
     found = adjust([torch.tensor(ids) for _, ids in rows], [prompt for prompt, _ in rows], logits)
     torch.testing.assert_close(found, torch.cat(wanted))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end():
+    tokenizer = byte_tokenizer()
+    assert padding_of(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert padding_of(tokenizer) == tokenizer.eos_token_id
