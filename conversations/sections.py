@@ -305,8 +305,8 @@ class TrainingRecipe(StageRecipe):
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
-    shares_weights: ClassVar[bool] = True  # whether the stage can run with `parallel`
     compares_with_base: ClassVar[bool] = False  # whether the loss reads a model on the same base beside the trained one
+    any_processes: ClassVar[bool] = True  # whether a run with `parallel` resumes on another number of processes
     parallel: ParallelSection | None = Field(
         default=None, description="Share the weights among processes; null gives each process all of them."
     )
@@ -350,6 +350,16 @@ class TrainingRecipe(StageRecipe):
     def trains_router(self) -> bool:
         """Whether full fine-tuning trains the routers of the experts."""
         return True
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the stage can run with `parallel`."""
+        return True
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether training compares the model with a frozen copy of what it was."""
+        return False
 
     @property
     def chosen_experts_file(self) -> str | None:

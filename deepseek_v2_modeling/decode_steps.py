@@ -185,7 +185,9 @@ def chunks(config: Any, tokens: int) -> list[tuple[int, int]]:
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Whether the whole model is on one GPU and its routing is neither recorded from outside nor replayed."""
+    """Whether the whole model is on one GPU, not shared with other processes, and its routing is neither recorded from
+    outside nor replayed."""
     placements = {(parameter.device, type(parameter)) for parameter in model.parameters()}
     watched = any(getattr(m, "recordings", ()) or getattr(m, "replayed_routes", None) for m in model.modules())
-    return not watched and len(placements) == 1 and next(iter(placements))[0].type == "cuda"
+    shared = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return not (watched or shared) and len(placements) == 1 and next(iter(placements))[0].type == "cuda"

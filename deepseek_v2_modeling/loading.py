@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
-from .adapters.lora import LoraSettings, apply_lora, of_its_attention, train_in_float32
+from .adapters.lora import LoraSettings, add_reference, apply_lora, of_its_attention, train_in_float32
 from .adapters.merge import merge_lora
-from .adapters.router_biases import save_biases
+from .adapters.router_biases import has_biases, mark_as_own, save_biases
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation, save_end_token
@@ -132,7 +132,7 @@ def with_placeholders(model: PreTrainedModel, base: str) -> PreTrainedModel:
             value = _placeholder(parameter)
             module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _placeholder(buffer))
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     head: Any = getattr(model, "score", None)
     if head is not None:
         head.weight = nn.Parameter(torch.empty_like(head.weight, memory_format=torch.contiguous_format))
@@ -232,6 +232,7 @@ def prepare_trainable(
     router: bool = True,
     weights: Weights = "read",
     quantization: Quantization | None = None,
+    reference: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a model for a trainer. Trainable weights are float32; `dtype` is that of frozen weights.
 
@@ -244,6 +245,7 @@ def prepare_trainable(
         router: whether full fine-tuning trains the routers.
         weights: as in `load_base`; adapters are on the meta device too, or as they would be otherwise.
         quantization: as in `load_base`; of the frozen weights below adapters.
+        reference: whether an adapter gets a frozen copy (`add_reference`).
 
     Raises:
         ModelError: as `load_base` and `merge_into`.
@@ -268,6 +270,10 @@ def prepare_trainable(
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
         adapted = apply_lora(model, lora_config, experts=experts)
+        if source.adapter and has_biases(source.adapter.header):
+            mark_as_own(adapted)
+    if reference:
+        add_reference(adapted)
     return adapted.train()
 
 

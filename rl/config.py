@@ -74,8 +74,8 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
     the method."""
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
-    shares_weights: ClassVar[bool] = False
     compares_with_base: ClassVar[bool] = True
+    any_processes: ClassVar[bool] = False  # each has a rollout of its own
     rollout: RolloutSection = Field(default_factory=lambda: RolloutSection(), description="How answers are sampled.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
@@ -126,6 +126,14 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         return self.train_router
 
     @property
+    def shares_weights(self) -> bool:
+        return self.method == "grpo"
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.method == "grpo" and bool(self.training.get("beta"))
+
+    @property
     def sequences_per_row(self) -> int:
         return 1 if self.method == "grpo" or METHODS[self.method].single else 2
 
@@ -145,9 +153,9 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         return self
 
     @model_validator(mode="after")
-    def _whole_weights(self) -> "RlRecipe":
-        if self.parallel is not None:
-            raise ValueError("parallel is for sft and reward; rl runs on several processes with all weights in each")
+    def _shares_weights_by_parallel(self) -> "RlRecipe":
+        if self.parallel is not None and not self.shares_weights:
+            raise ValueError(f"parallel is for method grpo; {self.method} runs on processes with all weights in each")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from conversations.answers.repeated import pass_at_k, sizes_of_k
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import evaluation_mode
+from deepseek_v2_modeling.training import in_step
 from rl.rollouts.acting import ActingPolicy
 from rl.rollouts.groups import JudgedAnswer, is_right, judge_answers, verifiers_of
 
@@ -80,7 +81,7 @@ class HeldOutPrompts(ActingPolicy):
         at_once = max(1, self.args.per_device_eval_batch_size // n)
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         groups: list[list[JudgedAnswer]] = []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), in_step(self.model):
             torch.manual_seed(self.args.seed)
             for start in range(0, len(rows), at_once):
                 asked = [row for row in rows[start : start + at_once] for _ in range(n)]

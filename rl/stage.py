@@ -22,10 +22,10 @@ from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RlRecipe
-from rl.rollouts.acting import EnvironmentReward, check_environment
+from rl.rollouts.acting import EnvironmentReward, check_environment, engine_of, not_applied
 from rl.rollouts.groups import NUMBER
 from rl.rollouts.vllm_engine import check_vllm
-from rl.sharding import check_whole_weights
+from rl.sharding import check_sharding
 from rl.trainer import PolicyTrainer
 
 if TYPE_CHECKING:
@@ -194,7 +194,8 @@ def check_rows(recipe: RlRecipe, name: str, rows: Sequence[Row]) -> None:
 def check_sampling(recipe: RlRecipe) -> None:
     """Raise ToolkitError if answers cannot be sampled as the recipe asks."""
     arguments = planned_config(recipe)
-    check_whole_weights(arguments)
+    other_loops = filter(None, (engine_of(arguments), *not_applied(arguments)))
+    check_sharding(arguments, recipe.parallel is not None, other_loops)
     if recipe.environment is not None:
         check_environment(arguments)
 

@@ -24,7 +24,9 @@ from deepseek_v2_modeling.training import (
     HeadSettings,
     RunTrainerMixin,
     append_lines,
+    frozen_copy,
     fuse_head,
+    is_sharded,
     with_fused_head,
 )
 from rl.config import Curriculum, Replay, RolloutCorrection, RolloutSection
@@ -82,10 +84,11 @@ class PolicyTrainer(
         curriculum: Curriculum | None = None,
         **kwargs: Any,
     ):
-        beta, sync = args.beta, args.sync_ref_model
+        beta, sync, shared = args.beta, args.sync_ref_model, is_sharded(model)
         own_reference = beta != 0 and not hasattr(model, "peft_config")
-        reference = copy.deepcopy(model) if own_reference else None  # before TRL patches the policy's forward
-        if own_reference:
+        copied = frozen_copy if shared else copy.deepcopy
+        reference = copied(model) if own_reference else None  # before TRL patches the policy's forward
+        if own_reference or shared:  # shared adapters were loaded with their reference
             args.beta, args.sync_ref_model = 0.0, False
         self.head_settings = HeadSettings(args.temperature, args.cast_lm_head_to_fp32)
         with with_fused_head(model, self.head_settings):
@@ -124,7 +127,9 @@ class PolicyTrainer(
         reference.requires_grad_(False).eval()
         disable_dropout_in_model(reference)
         fuse_head(reference, self.head_settings)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return self.accelerator.prepare_model(
+            reference, device_placement=not is_sharded(reference), evaluation_mode=True
+        )
 
     @property
     def tokens(self) -> int:

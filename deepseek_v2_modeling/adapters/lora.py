@@ -26,6 +26,7 @@ from ..layers.quantization import tell_shapes
 from .chosen_experts import ChosenWrapper, train_chosen_adapters
 
 Number = int | float
+REFERENCE = "ref"
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,17 @@ def apply_lora(
     train_in_float32(peft_model)
     set_dropout(peft_model, runtime_dropout)
     return peft_model
+
+
+def add_reference(model: PeftModel) -> None:
+    """Add a frozen copy of the adapter, named as by TRL's GRPOTrainer: what the KL is measured against in RL."""
+    model.add_adapter(REFERENCE, model.peft_config["default"])
+    own = dict(model.named_parameters())
+    for name in own:
+        if f".{REFERENCE}." in name:
+            module, _, last = name.rpartition(".")
+            copied = own[name.replace(f".{REFERENCE}.", ".default.")].detach().clone()
+            model.get_submodule(module).register_parameter(last, nn.Parameter(copied, requires_grad=False))
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

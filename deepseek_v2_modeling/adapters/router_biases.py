@@ -38,6 +38,11 @@ def mark_as_own(model: Any) -> None:
     setattr(_base(model), OWN, True)
 
 
+def own_biases(model: Any) -> dict[str, torch.Tensor]:
+    """The biases of a model if they came with an adapter."""
+    return router_biases(model) if getattr(_base(model), OWN, False) else {}
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 

@@ -1,12 +1,14 @@
 """Models whose weights are shared among processes, by FSDP2 and expert parallelism; see model.py."""
 
 from .contact import LostContact, at
+from .in_step import in_step
 from .layout import Parallel, launched_sharding
 from .model import (
     FROM_FIRST,
     PARTLY,
     as_if_whole,
     base_of,
+    frozen_copy,
     is_sharded,
     read_weights,
     reshard,
@@ -23,6 +25,8 @@ __all__ = [
     "as_if_whole",
     "at",
     "base_of",
+    "frozen_copy",
+    "in_step",
     "is_sharded",
     "launched_sharding",
     "read_weights",

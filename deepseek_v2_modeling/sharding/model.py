@@ -7,6 +7,7 @@ computes in low precision as it does there, so that losses and router logits are
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..adapters.router_biases import own_biases
 from ..errors import ModelError
 from ..layers.quantization import quantization_of
-from ..loading import Weights, meta_model
+from ..loading import Weights, meta_model, model_class
 from .layout import Parallel
 from .reading import read_base
 
@@ -55,7 +57,7 @@ def shard(load: Callable[[Weights], Any], parallel: Parallel) -> Any:
     if getattr(base.config, "tie_word_embeddings", False):
         raise ModelError("parallel.fsdp: this model's embeddings are its head too (tie_word_embeddings); leave it out")
     model.to_empty(device=_divide(base, parallel))
-    absent = set(read_weights(model, base.config.name_or_path))
+    absent = {*read_weights(model, base.config.name_or_path), *own_biases(model)}
     state = {} if own is None else {name: tensor for name, tensor in own.state_dict().items() if name in absent}
     set_model_state_dict(model, state, options=PARTLY)
     return model.train()
@@ -80,6 +82,23 @@ def _divide(base: Any, parallel: Parallel) -> torch.device:
     if parallel.ep > 1 and mesh is not None:
         experts.note_held(base, mesh.get_mesh("ep"))
     return device or torch.device("cpu")
+
+
+def frozen_copy(model: Any) -> Any:
+    """A copy of a sharded model without adapters, divided in the same way, as a reference."""
+    reshard(model)
+    own = model.config.distributed_config
+    with torch.device("meta"):
+        cls: Any = model_class(model.config, "causal_lm")
+        implementation = model.config._attn_implementation
+        copy = cls._from_config(_alone(model.config), dtype=model.dtype, attn_implementation=implementation)
+    copy.to_empty(device=_divide(copy, Parallel(own.fsdp_size, own.ep_size)))
+    with torch.no_grad():
+        for new, old in zip(
+            chain(copy.parameters(), copy.buffers()), chain(model.parameters(), model.buffers()), strict=True
+        ):
+            new.copy_(old)
+    return copy.requires_grad_(False).eval()
 
 
 def read_weights(model: Any, directory: str) -> list[str]:

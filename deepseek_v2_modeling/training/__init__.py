@@ -8,7 +8,7 @@ from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
-    from ..sharding import LostContact, Parallel, at, is_sharded, launched_sharding, shard
+    from ..sharding import LostContact, Parallel, at, frozen_copy, in_step, is_sharded, launched_sharding, shard
     from .activations import Activations, Step, step_memory
     from .arguments import RunLimits, check_batches, describe_computation, training_arguments
     from .checksums import check_whole
@@ -34,8 +34,10 @@ _HOMES = {
     "check_batches": "arguments",
     "check_whole": "checksums",
     "describe_computation": "arguments",
+    "frozen_copy": ".sharding",
     "fuse_head": "fused_head",
     "has_shards": "sharded",
+    "in_step": ".sharding",
     "is_sharded": ".sharding",
     "launched_sharding": ".sharding",
     "plain_checkpoint": "plain_checkpoints",
@@ -67,8 +69,10 @@ __all__ = [
     "check_whole",
     "cut_file",
     "describe_computation",
+    "frozen_copy",
     "fuse_head",
     "has_shards",
+    "in_step",
     "is_sharded",
     "launched_sharding",
     "plain_checkpoint",

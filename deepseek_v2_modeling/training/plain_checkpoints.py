@@ -4,7 +4,7 @@ exporting. One tensor is in memory at a time, and no process group is needed.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ..checkpoints.tensor_files import (
     write_index,
     write_tensors,
 )
+from ..configuration import CORRECTION_BIAS
 from ..errors import ModelError
 from .checksums import damage
 from .sharded import WEIGHT, has_shards, name_on_disk, read_parts
@@ -100,8 +101,10 @@ def _read(folder: Path, name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _write_adapter(folder: Path, infos: Mapping[str, TensorInfo], directory: Path) -> dict[str, TensorInfo]:
+    base = read_object(folder / CONFIG)["base_model_name_or_path"]
+    infos = {name: infos[name] for name in infos.keys() - _biases_of_base(folder, infos, base)}
     names = {name_on_disk(name): name for name in infos}
-    of_base = _from_base(folder, {name: infos[own].shape for name, own in names.items()})
+    of_base = _from_base(folder, {name: infos[own].shape for name, own in names.items()}, base)
     written = {name: infos[own] for name, own in names.items()}
     written |= {name: TensorInfo.of(tensor.dtype, tensor.shape) for name, tensor in of_base.items()}
     write_tensors(
@@ -112,22 +115,32 @@ def _write_adapter(folder: Path, infos: Mapping[str, TensorInfo], directory: Pat
     return written
 
 
-def _from_base(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _biases_of_base(folder: Path, infos: Mapping[str, TensorInfo], base: str) -> set[str]:
+    """The routers' biases, unless training has moved them: then the adapter's file has them."""
+    biases = {hub_name(name): name for name in infos if name.endswith(CORRECTION_BIAS)}
+    before = _tensors(base, biases)
+    moved = any(not torch.equal(_read(folder, biases[name], infos[biases[name]]), before[name]) for name in biases)
+    return set() if moved else set(biases.values())
+
+
+def _from_base(folder: Path, shapes: Mapping[str, tuple[int, ...]], base: str) -> dict[str, torch.Tensor]:
     """The embeddings and the head of the base, which PEFT saves beside adapters on them."""
     config = read_object(folder / CONFIG)
-    head, base = (
-        ("score" if config.get("task_type") == TASKS["score"] else "causal_lm"),
-        config["base_model_name_or_path"],
-    )
+    head = "score" if config.get("task_type") == TASKS["score"] else "causal_lm"
     header = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
     source = AdapterSource(folder, config, base, head, folder / WEIGHTS, header, shapes)
     settings = with_labels(read_model_config(base), header)
     _, expected = meta_adapter(settings, read_plain_lora(source), head)
     missing = {hub_name(name): name for name in expected.keys() - shapes.keys()}
+    return {missing[name]: tensor for name, tensor in _tensors(base, missing).items()}
+
+
+def _tensors(base: str, names: Container[str]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of those that a model directory or hub name has."""
     found = {}
-    for path, infos in base_headers(base_directory(base)).items() if missing else ():
+    for path, infos in base_headers(base_directory(base)).items() if names else ():
         with safe_open(path, "pt") as file:
-            found |= {missing[name]: file.get_tensor(name) for name in infos.keys() & missing.keys()}
+            found |= {name: file.get_tensor(name) for name in infos if name in names}
     return found
 
 

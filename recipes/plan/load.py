@@ -72,8 +72,8 @@ def load_of(
     )
     low = getattr(torch, recipe.model.dtype).itemsize
     load = Load(settings, sizes, _step(recipe, lengths, low, 4 if full else low, on_cpu), _moments(recipe), full)
-    held = {**_reference(recipe, load, foundation), **_other_models(recipe, load, foundation)}
-    return replace(load, held=held, rollouts=_rollouts(recipe, settings, lengths, low))
+    reference, held = _reference(recipe, load, foundation), _other_models(recipe, load, foundation)
+    return replace(load, reference=reference, held=held, rollouts=_rollouts(recipe, settings, lengths, low))
 
 
 def sequences_per_batch(recipe: TrainingRecipe) -> int:

@@ -49,7 +49,8 @@ class Load:
     """What a recipe puts on its GPUs.
 
     moments: bytes of the optimizer's state for a trained value. float32: whether weights in float32 are computed with
-    in low precision (full fine-tuning). held: other models, by name. step: of one process.
+    in low precision (full fine-tuning). reference: of the policy, shared like its weights. held: other models, by name.
+    step: of one process.
     """
 
     settings: DeepseekV2Config
@@ -57,6 +58,7 @@ class Load:
     step: Step
     moments: float
     float32: bool = False
+    reference: dict[str, int] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     rollouts: Rollouts | None = None
 
@@ -85,7 +87,8 @@ def memory(load: Load, layout: Layout, room: float) -> Memory:
         step = replace(step, accumulates=False)
     act = step_memory(load.settings, load.sizes, step)
     free = step_memory(load.settings, load.sizes, replace(step, checkpointing=False))
-    state = {part: size // layout.fsdp for part, size in _state(load)} | load.held
+    shared = dict(_state(load)) | load.reference
+    state = {part: size // layout.fsdp for part, size in shared.items()} | load.held
     update = {**_update(load, layout), **_exchange(load, layout)}
     update |= {"activations": act.saved, "logits, or a layer's backward pass": _worst(load, layout, act)}
     rollouts = _rollouts(load, layout, room - sum(state.values()))

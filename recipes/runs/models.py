@@ -85,6 +85,8 @@ def load_for_training(recipe: TrainingRecipe, source: ModelSource, run_dir: Path
             router=recipe.trains_router,
             weights=weights,
             quantization=section.quantization,
+            # Adapters that are added to shared weights later would not be shared.
+            reference=recipe.parallel is not None and recipe.lora is not None and recipe.uses_reference,
         )
 
     if recipe.parallel is not None:
@@ -141,6 +143,7 @@ def shares_base(recipe: StageRecipe, use: ModelUse, source: ModelSource, stage_m
     """Whether a model uses the base weights of the stage's own; says so, or why not."""
     fields = recipe.training if isinstance(recipe, TrainingRecipe) else {}
     sharded = any(fields.get(name) for name in SHARDING) or launched_sharding() is not None
+    sharded = sharded or (isinstance(recipe, TrainingRecipe) and recipe.parallel is not None)
     if use.device is not None:
         reason = f"it runs on a device of its own, {use.device}"
     elif sharded:

@@ -154,7 +154,8 @@ def _open_run(loaded: Loaded[StageRecipe], run_dir: Path, state: State, inputs: 
         _remove_merged(run_dir, inputs.source)
     manifest["start"] = _start(recipe, inputs, run_dir)
     if state.status == "resume":
-        _check_same_start(run_dir, before, manifest, bool(state.spread))
+        spread = state.spread and isinstance(recipe, TrainingRecipe) and recipe.any_processes
+        _check_same_start(run_dir, before, manifest, spread)
         for key in ("started", "peak_memory_gb"):
             manifest[key] = before.get(key, manifest[key])
         manifest["seconds"] = seconds_so_far(run_dir, before)

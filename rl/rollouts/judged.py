@@ -12,6 +12,7 @@ from conversations.errors import ToolkitError
 from conversations.rewards.base import Reward
 from conversations.row import Row
 from deepseek_v2_modeling.inference import record_answers
+from deepseek_v2_modeling.training import in_step
 from rl.config import Replay, RolloutCorrection
 from rl.phases import PhaseClock
 from rl.rollouts.acting import ActingPolicy
@@ -170,10 +171,10 @@ class JudgedRollouts(ActingPolicy):
 
     def _answer(self, rows: Sequence[Row]) -> list[JudgedAnswer]:
         """Sample an answer to each row's prompt and judge it."""
-        if not rows:
+        with record_answers(prompts=self.routing_replay == "rollout") as record, in_step(self.model):
+            sampled = self.sampled_answers(rows, self.num_generations) if rows else None
+        if sampled is None:
             return []
-        with record_answers(prompts=self.routing_replay == "rollout") as record:
-            sampled = self.sampled_answers(rows, self.num_generations)
         answers = self._judge(rows, sampled)
         logps = sampled.logps or record.logps
         if self.rollout_correction and not logps:

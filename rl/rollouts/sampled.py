@@ -11,6 +11,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from conversations.generation.decoding import adjustment, asked_of
 from deepseek_v2_modeling.adapters import copied_bytes, merged_copy
 from deepseek_v2_modeling.inference import AfterTurn, cache_bytes, decoding_dtype, generate_answers
+from deepseek_v2_modeling.training import is_sharded
 from rl.config import RolloutSection
 from rl.rollouts.acting import engine_of, not_applied
 from rl.rollouts.memory import free_bytes
@@ -41,8 +42,9 @@ def plan_rollouts(
         compute_dtype: in which the model computes in training.
         free: bytes of free memory, None if unknown.
     """
-    dtype = decoding_dtype(model, compute_dtype, rows)
-    copied = copied_bytes(model, dtype)
+    shared = is_sharded(model)  # of which no process has a copy to make
+    dtype = None if shared else decoding_dtype(model, compute_dtype, rows)
+    copied = 0 if shared else copied_bytes(model, dtype)
     one = cache_bytes(model, tokens, dtype)
     fits = free is None or copied + min(rows, settings.few) * one <= settings.merged_share * free
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate moves its weights about

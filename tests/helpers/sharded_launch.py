@@ -43,6 +43,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "reward": {"stage": "reward", "lora": LORA, "data": [{"path": "pairs.jsonl"}], "training": TRAINING},
 }
+ROLLOUTS: dict[str, Any] = {
+    "stage": "rl",
+    "rewards": [{"rule": "format"}],  # which random answers meet if they end by themselves
+    "eval_data": [{"path": "held_out.jsonl", "split": "train[:1]"}],  # one of two processes has nothing to answer
+    "training": {
+        **{"max_steps": 3, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.1},
+        **{"num_generations": 4, "max_completion_length": 48, "eval_strategy": "steps", "eval_steps": 3},
+        "per_device_eval_batch_size": 4,
+    },
+}
+RL: dict[str, dict[str, Any]] = {"rl_full": ROLLOUTS, "rl_lora": {**ROLLOUTS, "lora": LORA}}
 BY_EXPERTS = ("full", "lora", "packed", "quantized")  # with expert parallelism too
 
 
@@ -57,7 +68,7 @@ def prepare(folder: Path) -> None:
 
 def train(name: str, folder: Path, output: str, parallel: dict[str, int] | None = None) -> int:
     """Run a recipe of the table in `folder`; returns the exit code."""
-    recipe = {"model": {"path": "base"}, "data": [{"path": "rows.jsonl"}], **RECIPES[name], "output_dir": output}
+    recipe = {"model": {"path": "base"}, "data": [{"path": "rows.jsonl"}], **(RECIPES | RL)[name], "output_dir": output}
     batch = BATCH // world_size() // recipe["training"].get("gradient_accumulation_steps", 1)
     recipe["training"] = {**recipe["training"], "per_device_train_batch_size": batch}
     if parallel is not None:
@@ -105,9 +116,14 @@ def two_processes(folder: Path) -> None:
         assert train(name, folder, f"two_{name}", shared) == 0
     for name in BY_EXPERTS:
         assert train(name, folder, f"ep_{name}", {**shared, "ep": world_size()}) == 0
+    for name, parallel in {"rl_full": shared, "rl_lora": {**shared, "ep": world_size()}}.items():
+        assert train(name, folder, f"one_{name}") == 0  # all weights in each process, but the same rollouts
+        assert train(name, folder, f"two_{name}", parallel) == 0
     if is_main():
+        stopped_at_2(folder / "two_rl_lora", folder / "rl_again")
         stopped_at_2(folder / "two_full", folder / "two_again")
         stopped_at_2(folder / "ep_lora", folder / "lora_again")
+    assert train("rl_lora", folder, "rl_again", {**shared, "ep": world_size()}) == 0
     assert train("full", folder, "two_again", shared) == 0
     assert train("lora", folder, "lora_again", shared) == 0
     for name in ("full", "lora"):
