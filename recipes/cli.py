@@ -10,7 +10,6 @@ import dsv2_start  # first: it checks that the packages imported below are our o
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -22,6 +21,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from conversations.errors import ToolkitError
 from conversations.scratch import remove_abandoned, remove_scratch
+from recipes.arguments import (
+    chat_arguments,
+    experts_arguments,
+    export_arguments,
+    import_arguments,
+    init_arguments,
+    merge_arguments,
+    plan_arguments,
+    recipe_arguments,
+    recipes_arguments,
+    report_arguments,
+    serve_arguments,
+)
 from recipes.disk import disk_fault
 from recipes.launch import launch, launch_arguments, starts_others, stopped_by_agent
 from recipes.processes import is_main, rank
@@ -54,168 +66,13 @@ class _Parser(argparse.ArgumentParser):
         raise ToolkitError(f"{message}; see: {self.prog} --help")
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------
-
-
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, or a name that `dsv2 recipes` lists")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="values to replace, as YAML")
-    parser.add_argument("--smoke", action="store_true", help="run at toy size: 2 steps, batch 1")
-    parser.add_argument("--no-cache", action="store_true", help="do not use the cache of prepared rows")
+# --- commands ----------------------------------------------------------------------------------------------------
 
 
 def _load(arguments: argparse.Namespace) -> "Loaded[Recipe]":
     from recipes.recipe.loader import load_recipe
 
     return load_recipe(arguments.recipe, arguments.overrides, smoke=arguments.smoke, use_cache=not arguments.no_cache)
-
-
-def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory for the model; new or empty")
-    presets = "tiny, v2-lite-mini, v2-lite-heads, v2-mini, deepseek-moe-mini, v3-mini, glm4-moe-lite-mini or youtu-mini"
-    parser.add_argument("--preset", required=True, help=presets)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
-
-
-def _chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show the answers of two models side by side")
-    parser.add_argument("--prompt", help="answer this prompt and exit; without it, start a conversation")
-    parser.add_argument("--system", help="the system message")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="maximum length of an answer in tokens (512)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 is greedy (0)"
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model (float32)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
-
-
-def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER_OR_RUN", help="an adapter directory, or a run with one in final/")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="directory to write; new or empty")
-
-
-def _license(text: str) -> str:
-    """A licence as the hub names it; raises what argparse expects for another text."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a licence as the hub names them, such as apache-2.0 or other"
-        )
-    return text
-
-
-def _size(text: str) -> int:
-    """A number of bytes, such as 5GB or 500MiB; raises what argparse expects for another text."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except (ValidationError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 5GB or 500MiB")
-    return size
-
-
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model directory, a run, or a hub name")
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--key", action="store_true", help="require the API key that is in DSV2_API_KEY")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model (float32)"
-    )
-
-
-def _card_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--license", type=_license, metavar="NAME", help="licence for the model card, as the hub names it (none)"
-    )
-
-
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    _adapter_arguments(parser)
-    _card_arguments(parser)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of all weights; by default, the base's"
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=_size,
-        metavar="SIZE",
-        help="largest weight file, such as 5GB; by default, the base's files",
-    )
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _adapter_arguments(parser)
-    _card_arguments(parser)
-    parser.add_argument(
-        "--layout", default="per_expert", help="layout to write: per_expert, which vLLM and SGLang read (per_expert)"
-    )
-
-
-def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    _adapter_arguments(parser)
-    parser.add_argument("--base", metavar="MODEL", help="base model, if not the one that the adapter's config names")
-
-
-def _experts_arguments(parser: argparse.ArgumentParser) -> None:
-    _recipe_arguments(parser)
-    parser.add_argument(
-        "--score",
-        choices=("gate", "token"),
-        default="gate",
-        help="score experts by gate weights or by token counts (gate)",
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="P",
-        help="share of the scores that the chosen experts must reach (0.1; with token 0.2)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=131072, metavar="N", help="score rows with about N tokens in total (131072)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="file to write (the recipe's experts_file, or one next to output_dir)",
-    )
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _recipe_arguments(parser)
-    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="memory of a GPU in 10^9 bytes (80)")
-    parser.add_argument(
-        "--gpu-tflops", type=float, default=989.0, metavar="N", help="its peak in bf16, in TFLOP/s (989: H100)"
-    )
-    parser.add_argument(
-        "--mfu", type=float, default=0.3, metavar="P", help="share of the peak that training uses (0.3)"
-    )
-
-
-def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "copy", nargs="*", metavar="copy NAME FILE", help="copy a shipped recipe to FILE, for you to edit"
-    )
-
-
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories of stages or chains")
-    parser.add_argument("--output", type=Path, help="HTML file to write (report.html in the first run)")
-    parser.add_argument(
-        "--watch", action="store_true", help="serve the page on 127.0.0.1 and renew it while runs go on"
-    )
-    parser.add_argument("--port", type=int, help="port of --watch; 0 takes a free one (8001)")
-
-
-# --- commands ----------------------------------------------------------------------------------------------------
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -345,47 +202,45 @@ def commands() -> dict[str, Command]:
     """All commands by name, in the order of the help."""
     stage_commands = {
         stage.name: Command(
-            _ON_RECIPE, stage.help, _recipe_arguments, _stage(stage.name), stage.training is not None, True
+            _ON_RECIPE, stage.help, recipe_arguments, _stage(stage.name), stage.training is not None, True
         )
         for stage in stages().values()
     }
     return {
         "init": Command(
-            "DIR --preset NAME", "create a seeded random model with tokenizer, in hub layout", _init_arguments, _init
+            "DIR --preset NAME", "create a seeded random model with tokenizer, in hub layout", init_arguments, _init
         ),
-        "check": Command("RECIPE", "check a recipe and its data without loading weights", _recipe_arguments, _check),
+        "check": Command("RECIPE", "check a recipe and its data without loading weights", recipe_arguments, _check),
         "plan": Command(
-            "RECIPE [--gpu-gb 80]", "say how much memory, and how many GPUs, a recipe needs", _plan_arguments, _plan
+            "RECIPE [--gpu-gb 80]", "say how much memory, and how many GPUs, a recipe needs", plan_arguments, _plan
         ),
         **stage_commands,
         "run": Command(
-            _ON_RECIPE, "run a chain of stages; resumes if interrupted", _recipe_arguments, _chain, True, True
+            _ON_RECIPE, "run a chain of stages; resumes if interrupted", recipe_arguments, _chain, True, True
         ),
-        "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "chat with a model", _chat_arguments, _chat),
+        "chat": Command("MODEL_OR_RUN [--prompt TEXT]", "chat with a model", chat_arguments, _chat),
         "serve": Command(
-            "MODEL_OR_RUN [--port 8000]", "serve a model with an OpenAI-compatible API", _serve_arguments, _serve
+            "MODEL_OR_RUN [--port 8000]", "serve a model with an OpenAI-compatible API", serve_arguments, _serve
         ),
-        "merge": Command(
-            "ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", _merge_arguments, _merge
-        ),
+        "merge": Command("ADAPTER_OR_RUN OUT_DIR", "merge an adapter into a plain checkpoint", merge_arguments, _merge),
         "export": Command(
             "ADAPTER_OR_RUN OUT_DIR --layout per_expert",
             "convert an adapter for vLLM and SGLang",
-            _export_arguments,
+            export_arguments,
             _export,
         ),
         "import": Command(
-            "ADAPTER OUT_DIR", "convert a per-expert or old adapter to PEFT's layout", _import_arguments, _import
+            "ADAPTER OUT_DIR", "convert a per-expert or old adapter to PEFT's layout", import_arguments, _import
         ),
         "experts": Command(
             "RECIPE [key.path=value ...]",
             "find the experts that a data set uses, to train only those",
-            _experts_arguments,
+            experts_arguments,
             _experts,
         ),
-        "recipes": Command("[copy NAME FILE]", "list the shipped recipes, or copy one", _recipes_arguments, _recipes),
+        "recipes": Command("[copy NAME FILE]", "list the shipped recipes, or copy one", recipes_arguments, _recipes),
         "report": Command(
-            "RUN [RUN ...] [--watch]", "write or serve one HTML page with plots and samples", _report_arguments, _report
+            "RUN [RUN ...] [--watch]", "write or serve one HTML page with plots and samples", report_arguments, _report
         ),
     }
 

@@ -82,7 +82,7 @@ def test_wrong_commands_end_with_2(
 
 def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    command = cli.Command("", "", cli._recipe_arguments, lambda a: seen.append(a) or 0)
+    command = cli.Command("", "", cli.recipe_arguments, lambda a: seen.append(a) or 0)
     monkeypatch.setattr(cli, "commands", lambda: {"sft": command})
     for words in (
         ["r.yaml", "--smoke", "a=1", "b=2"],
