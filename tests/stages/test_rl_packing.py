@@ -16,12 +16,19 @@ from rl.packing import pack_rows
 from rl.trainer import PolicyTrainer
 
 from ..helpers.models import random_ids
-from ..helpers.rl import run, trainer_for, untimed
+from ..helpers.rl import Vowels, run, trainer_for, untimed
 from ..helpers.stages import chat_model, lines
 
 LORA = LoraSettings(("attention", "experts", "shared_experts"), 4, 8)
 PROMPTS = [9, 9, 9, 6, 2, 2, 12, 12, 1, 1]  # tokens of the prompts of rows; equal ones in a row are a group
 ANSWERS = [6, 1, 3, 4, 6, 2, 5, 6, 2, 3]
+
+
+class Spread(Vowels):
+    """A reward by all characters, so that hardly two answers have the same."""
+
+    def judge(self, answers):
+        return [sum(map(ord, answer.text)) % 97 / 10 for answer in answers]
 
 
 def test_packed_log_probabilities_are_trls_own(tmp_path):
@@ -153,9 +160,11 @@ def test_runs_that_read_prompts_once_are_those_that_do_not(tmp_path, monkeypatch
     """All of a run: reference, several updates on a rollout, whole groups in micro-batches."""
     settings = {"num_iterations": 2, "per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 3}
     monkeypatch.setattr(PolicyTrainer, "shares_prompts", True)
-    run(tmp_path / "once", model=chat_model(aux_loss_alpha=0.0), training=settings)
+    run(tmp_path / "once", model=chat_model(aux_loss_alpha=0.0), rewards=[Spread("spread")], training=settings)
     monkeypatch.setattr(PolicyTrainer, "shares_prompts", False)
-    run(tmp_path / "each", model=chat_model(aux_loss_alpha=0.0), training=settings)
+    run(tmp_path / "each", model=chat_model(aux_loss_alpha=0.0), rewards=[Spread("spread")], training=settings)
+    # A micro-batch of equal rewards would have a gradient of rounding errors, of which Adam makes whole steps.
+    assert lines(tmp_path / "once" / "metrics.jsonl")[0]["frac_reward_zero_std"] == 0
     for one, other in zip(*(lines(tmp_path / name / "metrics.jsonl")[:3] for name in ("once", "each")), strict=True):
         loads = {key for key in one if key.startswith("expert_load")}  # tokens that are read
         one, other = ({k: v for k, v in untimed(line).items() if k not in loads} for line in (one, other))
