@@ -192,9 +192,8 @@ class Sampler:
 
     begins_with: of each answer, what its prompt begins with that is read once; () for nothing. waiting: indices of
     answers, those with the same beginning side by side, longest prompts first, identical prompts next to each other.
-    holds: the answer that
-    each slot has or had last; live: whether it is being sampled. paused: slots whose answers ended a turn. ids [B, T]:
-    prompts and answers so far, if `adjust` needs them.
+    holds: the answer that each slot has or had last; live: whether it is being sampled. paused: slots whose answers
+    ended a turn. ids [B, T]: prompts and answers so far, if `adjust` needs them.
     """
 
     def __init__(self, model: nn.Module, asked: Asked, slots: int, recorder: Recorder):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -24,7 +23,7 @@ from .errors import ModelError
 from .kernels.float32_products import Linear, WideLinear, rounds_apart
 from .kernels.token_scores import IGNORED, blockwise_loss
 from .layers.attending import AttentionBlock, at_places
-from .layers.attention_plan import plan_attention, plan_reads
+from .layers.attention_plan import plan_attention
 from .layers.balance_losses import BalanceLedger, RouterOutput, balance_losses, expert_counts
 from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2Router
 from .layers.multi_head_attention import ATTENTIONS
@@ -240,15 +239,12 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
         positions: Any = position_ids
 
-        plan = plan_attention(self.config, inputs_embeds, attention_mask, past_key_values, documents, prefix_documents)
-        if read is not None and past == 0 and isinstance(past_key_values, LatentCache | None):
-            seen = (attention_mask, documents, prefix_documents)
-            plan = replace(plan, reads=plan_reads(self.config, *seen, read, (rows, queries)))
+        seen = (attention_mask, past_key_values, documents, prefix_documents)
+        plan = plan_attention(self.config, inputs_embeds, *seen, read)
         layers: list[Any] = list(self.layers)
         moe_layers = sum(layer.is_moe for layer in layers)
         top_k = self.config.num_experts_per_tok or 0
-        replayed = next_routes(self.replayed_routes, moe_layers, (rows, queries, top_k))
-        upcoming = iter(replayed or [])
+        upcoming = iter(next_routes(self.replayed_routes, moe_layers, (rows, queries, top_k)) or [])
 
         hidden, routers = inputs_embeds, []
         position_embeddings = self.rotary_emb(positions)

@@ -16,10 +16,11 @@ def check_sharding(args: GRPOConfig, parallel: bool, other_loops: Iterable[str])
 
     other_loops: fields of `training` by which another loop samples.
     """
-    for name in other_loops if parallel else ():
+    other = next(iter(other_loops), None)
+    if parallel and other is not None:
         raise ToolkitError(
-            f"parallel needs rollouts by the toolkit's own loop, which training.{name} rules out; leave one of the two "
-            "out"
+            f"parallel needs rollouts by the toolkit's own loop, which training.{other} rules out; leave one of the "
+            "two out"
         )
     by_fsdp = args.fsdp or launched_sharding() == "FSDP"
     used = "FSDP" if by_fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None

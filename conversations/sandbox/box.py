@@ -101,8 +101,8 @@ def guest(
     """Runs a script of `guest/` in its own sandbox; at the end of the block, it and everything it started are killed.
 
     fds: file descriptors of this process that it inherits. shows: folders and programs that it may read and run, beside
-    which it then has /proc and /dev of its own. pipes: stdin, stdout and stderr as for Popen; by default all
-    are closed off. isolated: False runs it with the limits only.
+    which it then has /proc and /dev of its own. pipes: stdin, stdout and stderr as for Popen; by default all are closed
+    off. isolated: False runs it with the limits only.
     """
     folder = INSIDE if isolated else str(GUEST)
     words = [f"{folder}/{script}", *limits.words, *map(str, arguments)]

@@ -1,6 +1,6 @@
 """Decides how a forward attends: the mask, the layout of packed documents, and whether W_UK and W_UV are absorbed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from ..cache import LatentCache
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..kernels.float32_products import rounds_apart
@@ -59,13 +60,31 @@ def plan_attention(
     cache: Cache | None,
     documents: torch.Tensor | None,
     prefixes: torch.Tensor | None = None,
+    read: Places | None = None,
 ) -> AttentionPlan:
     """The plan for inputs_embeds [B, T, D]. documents [B, T] numbers packed documents, which must not attend to one
-    another but to what they continue: prefixes [documents] has the number of that earlier document, or -1.
+    another but to what they continue: prefixes [documents] has the number of that earlier document, or -1. read: the
+    only tokens whose last hidden state is used.
 
     Raises:
         ModelError: the attention implementation cannot continue documents.
     """
+    plan = _plan_for_all(config, inputs_embeds, attention_mask, cache, documents, prefixes)
+    begins = cache is None or (isinstance(cache, LatentCache) and cache.get_seq_length() == 0)
+    if read is None or not begins:
+        return plan
+    rows, tokens = inputs_embeds.shape[:2]
+    return replace(plan, reads=plan_reads(config, attention_mask, documents, prefixes, read, (rows, tokens)))
+
+
+def _plan_for_all(
+    config: DeepseekV2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    documents: torch.Tensor | None,
+    prefixes: torch.Tensor | None,
+) -> AttentionPlan:
     queries, past = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
     if past and absorption_pays(config, queries):
         mask = decoding_mask(attention_mask, queries, past + queries, inputs_embeds.device)

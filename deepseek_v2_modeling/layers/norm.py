@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.fused import fused
+from ..kernels.fused import MANY, fused
 
 
 class _Normed(torch.autograd.Function):
@@ -38,8 +38,8 @@ class DeepseekV2RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.numel() >= MANY:
             return weighted_norm(x, self.weight, self.eps)
-        # torch's own has no gradient that saves memory, but is one call. It gets no weight, by which it would multiply
-        # before the result is rounded to the dtype of x.
+        # torch's own has no gradient that saves memory, but is one call for few values. It gets no weight, by which it
+        # would multiply before the result is rounded to the dtype of x.
         return self.weight * torch.rms_norm(x, x.shape[-1:], None, self.eps)

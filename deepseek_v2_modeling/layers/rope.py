@@ -17,7 +17,7 @@ from torch import nn
 
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
-from ..kernels.fused import fused
+from ..kernels.fused import MANY, fused
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -104,9 +104,9 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate interleaved pairs, in float32: x [B, H, T, R]; cos and sin [B, T, R/2] -> [B, H, T, R] in the dtype of
     x."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() >= MANY:
         return rotated_pairs(x, cos, sin)
-    # The same products as complex numbers, in half as many operations; but the compiler knows no complex numbers.
+    # For few values, the same products as complex numbers, in half as many operations; the compiler knows none.
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2).to(x.dtype)
 

@@ -159,7 +159,7 @@ def continued_tokens(
     whole: dict[int, torch.Tensor] = {}  # of the documents that others continue, their own tokens included
     contexts: list[torch.Tensor | None] = []
     needed = set(continued)
-    for number, (begin, length, prefix) in enumerate(zip(begins, lengths, continued, strict=False)):
+    for number, (begin, length, prefix) in enumerate(zip(begins, lengths, continued, strict=True)):
         context = whole[prefix] if prefix >= 0 else None
         contexts.append(context)
         if number in needed:

@@ -46,7 +46,7 @@ def read_layout(documents: torch.Tensor, prefixes: torch.Tensor | None, read: Pl
     """
     lengths = document_lengths(documents).tolist()
     begins = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    contexts = continued_tokens(begins, lengths, prefixes, documents.device)
+    contexts = continued_tokens(begins[:-1], lengths, prefixes, documents.device)
     flat = read[0] * documents.shape[1] + read[1]
     distinct, number = flat.unique_consecutive(return_inverse=True)
     first = torch.searchsorted(number, torch.arange(len(distinct), device=flat.device))

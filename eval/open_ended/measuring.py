@@ -61,8 +61,8 @@ def _line(task: OpenTask, exchange: Exchange, verdict: Verdict) -> Sample:
 
 def figures_of(task: OpenTask, lines: Sequence[Sample]) -> Figures:
     """{"n": questions, NAME: the mean value, "NAME_interval", "NAME_truncated", "NAME_unread" (the share that the judge
-    did not answer), "details": of each turn, and against a baseline "length_controlled" and, by a
-    judge, "orders_agree"; "by_kind": of each category}. NAME is points (or scores), or win_rate.
+    did not answer), "details": of each turn, and against a baseline "length_controlled" and, by a judge,
+    "orders_agree"; "by_kind": of each category}. NAME is points (or scores), or win_rate.
 
     Raises:
         ToolkitError: no answer was judged.

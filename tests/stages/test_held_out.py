@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversations.rewards.base import Reward
 from conversations.rewards.rule import RuleReward
 from recipes.cli import main
 from rl import run_warnings
@@ -23,6 +22,7 @@ from rl.run_warnings import WINDOW, Warnings
 from rl.stage import planned_config, train
 
 from ..helpers.broken_recipes import RECIPES, make_world
+from ..helpers.rl import Vowels
 from ..helpers.stages import (
     SECTIONS,
     assert_same_weights,
@@ -32,11 +32,6 @@ from ..helpers.stages import (
     lines,
     stopped_after,
 )
-
-
-class Vowels(Reward):
-    def judge(self, answers):
-        return [float(sum(letter in "aeiouAEIOU" for letter in answer.text)) for answer in answers]
 
 
 class AnyDigit(RuleReward):
