@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,13 @@ torch.set_num_threads(1)
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays. Garbage collection, for which every Trainer asks, would look through it
+    again and again, which takes longer than many of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
