@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The models here are so small that more threads only wait for each other.
+# The models here are so small that more threads only wait for each other, also in the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
