@@ -109,7 +109,9 @@ class _OneStep(TrainerCallback):
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
     """Suppress output and warnings, and restore the random state afterwards."""
-    gc.freeze()  # the Trainer collects garbage, which with many objects takes longer than everything else
+    frozen = gc.get_freeze_count()  # by the caller, and then it stays so
+    if not frozen:
+        gc.freeze()  # the Trainer collects garbage, which with many objects takes longer than everything else
     verbosity = logging.get_verbosity()
     logging.set_verbosity(_NOTHING)
     silence = io.StringIO()
@@ -124,4 +126,5 @@ def _unnoticed() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
