@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,36 +69,59 @@ def prepared(base_model: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+# Imports everything once, then runs each command that it reads in a copy of itself, and says how that ended.
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys, traceback
 
 import eval.stage
 from recipes.cli import main
 
-name, call, after = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
-real, calls = getattr(eval.stage, name), 0
+
+def run(folder, name, call, after):
+    real, calls = getattr(eval.stage, name), [0]
+
+    def deadly(*args):
+        calls[0] += 1
+        if calls[0] == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args)
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(eval.stage, name, deadly)
+    os.chdir(folder)
+    main(["eval", "e.yaml"])
 
 
-def deadly(*args):
-    global calls
-    calls += 1
-    if calls == call and not after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*args)
-    if calls == call:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-setattr(eval.stage, name, deadly)
-main(["eval", "e.yaml"])
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        os.dup2(2, 1)
+        try:
+            run(*json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def killed_at(name: str, call: int, after: bool = False) -> None:
-    """An evaluation that is killed as a function of eval.stage is called for the `call`-th time, in a new process: a
-    copy of this one could wait forever for a lock that another thread held."""
-    done = subprocess.run([sys.executable, "-c", KILLED, name, str(call), str(after)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+@pytest.fixture(scope="module")
+def killable() -> Iterator[subprocess.Popen[str]]:
+    """A process without other threads, of which each killed evaluation is a copy: in a copy of this one, a lock that
+    another thread held could be waited for forever."""
+    command = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        yield parent
+        assert parent.stdin
+        parent.stdin.close()  # ends it
+
+
+def killed_at(parent: subprocess.Popen[str], name: str, call: int, after: bool = False) -> None:
+    """An evaluation here that is killed as a function of eval.stage is called for the `call`-th time."""
+    assert parent.stdin and parent.stdout
+    print(json.dumps([str(Path.cwd()), name, call, after]), file=parent.stdin, flush=True)
+    assert int(parent.stdout.readline()) == -signal.SIGKILL
 
 
 def count_answers(patch: pytest.MonkeyPatch) -> list[int]:
@@ -132,6 +155,7 @@ def assert_the_same(unbroken: Path, run: Path) -> None:
     ],
 )
 def test_no_answer_that_was_written_is_generated_again(
+    killable: subprocess.Popen[str],
     home: Path,
     unbroken: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +165,7 @@ def test_no_answer_that_was_written_is_generated_again(
     after: bool,
     kept: int,
 ) -> None:
-    killed_at(name, call, after)
+    killed_at(killable, name, call, after)
     written = lines(Path("run/samples.jsonl")) if kept else []
     with Path("run/samples.jsonl").open("a") as file:
         file.write('{"task": "right", "row": 3, "decod' if kept else "")  # a line that the kill cut
@@ -155,18 +179,18 @@ def test_no_answer_that_was_written_is_generated_again(
     assert_the_same(unbroken, Path("run"))
 
 
-def test_killed_again_and_again(home: Path, unbroken: Path) -> None:
+def test_killed_again_and_again(killable: subprocess.Popen[str], home: Path, unbroken: Path) -> None:
     for name, call in (("append_lines", 2), ("append_lines", 3), ("write_lines", 1), ("write_lines", 2)):
-        killed_at(name, call)
+        killed_at(killable, name, call)
     assert main(["eval", "e.yaml"]) == 0
     assert_the_same(unbroken, Path("run"))
 
 
 def test_what_several_processes_had_written_is_kept(
-    home: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    killable: subprocess.Popen[str], home: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has a file of its own; the next start may have another number of processes."""
-    killed_at("append_lines", 4, True)
+    killed_at(killable, "append_lines", 4, True)
     path = Path("run/samples.jsonl")
     said = path.read_text().splitlines(keepends=True)
     path.write_text("".join(said[::2]))
@@ -208,9 +232,9 @@ def rewrite(name: str, values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_answers_of_something_else_are_neither_used_nor_lost(
-    home: Path, capsys: pytest.CaptureFixture[str], change: str
+    killable: subprocess.Popen[str], home: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    killed_at("append_lines", 2, True)
+    killed_at(killable, "append_lines", 2, True)
     said = Path("run/samples.jsonl").read_bytes()
     make, words = CHANGES[change]
     make()
