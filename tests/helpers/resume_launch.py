@@ -9,6 +9,7 @@ Every run is a separate process, forked from this one after the libraries are im
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -235,6 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # what is imported is not looked through again by each Trainer
     names = [args.only] if args.only else list(RECIPES)
     prepare(folder, names)
     if args.kills:

@@ -1,5 +1,6 @@
 """What tests/stages/test_sharded.py runs, on one process and under torchrun on two: training by the command line."""
 
+import gc
 import json
 import shutil
 import sys
@@ -110,6 +111,7 @@ def note_meshes(folder: Path) -> None:
 def two_processes(folder: Path) -> None:
     """Everything that two processes do: all recipes, and resuming what two and what one have begun."""
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through again by each Trainer
     note_meshes(folder)
     shared = {"fsdp": world_size()}
     for name in RECIPES:

@@ -1,5 +1,6 @@
 """What tests/stages/test_data_parallel.py runs under torchrun: every stage, with two processes on the CPU."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -127,6 +128,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through again by each Trainer
     train_sft_model(folder / "sft", 2)
     train_sft_model(folder / "sft", 2, resume_from=folder / "sft" / "checkpoint-2")
     train_sft_model(folder / "straight", 2)
