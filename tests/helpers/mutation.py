@@ -20,7 +20,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("conversations", "rl", "reward", "eval", "pairs", "recipes")
-BESIDE = ("deepseek_v2_modeling", "sft", "dsv2_start.py", "README.md", "CHANGELOG.md", "constraints.txt", "docs")
+BESIDE = (
+    "deepseek_v2_modeling",
+    "sft",
+    "dsv2_start.py",
+    "README.md",
+    "CHANGELOG.md",
+    "constraints.txt",
+    "docs",
+    "examples",
+)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from conversations import render_conversation
 from conversations.answers.reward_stats import RewardStats
 from conversations.errors import ToolkitError
 from conversations.rewards.base import Answer, Reward
+from conversations.rewards.entry import RewardEntry
 from conversations.rewards.model import RewardModelReward, normalised
 from conversations.rewards.rule import RuleReward
-from conversations.rewards.terms import check_references
+from conversations.rewards.terms import check_references, model_reward
+from conversations.stage import OtherModel
 
 from ..helpers.stages import assistant, byte_tokenizer, score_model, user
 
@@ -177,6 +179,14 @@ def test_rules_say_why_and_other_rewards_do_not(on_error):
 def test_reward_model_clips():
     reward = RewardModelReward("helpful", score_model().eval(), byte_tokenizer(), clip=1e-3)
     assert all(abs(value) <= 1e-3 for value in call(reward, ["a", "b"], ["c", "d"]))
+
+
+def test_a_model_of_a_recipe_is_normalised_by_its_own_statistics():
+    stats = RewardStats(0.5, 2.0, 9)
+    other = OtherModel("helpful", score_model().eval(), byte_tokenizer(), stats=stats)
+    entry = RewardEntry(model="helpful", clip=3.0, weight=0.25, on_error="skip")
+    reward = model_reward(entry, other)
+    assert (reward.stats, reward.clip, reward.weight, reward.on_error) == (stats, 3.0, 0.25, "skip")
 
 
 def test_rewards_tell_trl_their_name():
