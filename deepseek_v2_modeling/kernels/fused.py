@@ -9,11 +9,15 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.compiler import config as settings
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 MANY = 2**20  # values; for fewer, as in a decode step, dispatching to the compiled code costs more than it saves
+# Of one function: dtypes, grad mode, whether x and the weight have gradients, numbers of dimensions, first a fixed
+# shape and then any. A process that trains, samples and evaluates needs more than torch's 8; beyond, it runs eagerly.
+VERSIONS = 64
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +33,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         if compiled is not None:
             return compiled(x, *args)
         compiled = torch.compile(function)  # not at decoration time: its imports take half a second
+        settings.recompile_limit = max(settings.recompile_limit, VERSIONS)
         try:
             return compiled(x, *args)
         except torch.OutOfMemoryError:  # not a failure of the compiler

@@ -119,6 +119,22 @@ def test_few_values_run_as_they_come(monkeypatch: pytest.MonkeyPatch):
     assert [call(OnGpu(fused_file.MANY)) for _ in range(2)] == ["compiled"] * 2 and len(compiled) == 1
 
 
+def test_a_process_that_trains_and_samples_stays_compiled(monkeypatch: pytest.MonkeyPatch):
+    """More versions of one function than torch allows by default: with more, the last ones would run eagerly."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "compile", lambda function: lambda x: "compiled")
+            fused(lambda x: "plain")(OnGpu(fused_file.MANY))
+        compiled = torch.compile(weighted_norm.__wrapped__, backend="aot_eager")
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in (TOKENS, TOKENS + 1):
+                for trained, graded in ((True, True), (True, False), (False, True), (False, False)):
+                    x = numbers(tokens, WIDTH).detach().to(dtype).requires_grad_(trained)
+                    with torch.set_grad_enabled(graded):
+                        compiled(x, torch.ones(WIDTH, dtype=dtype), 1e-6)
+
+
 def test_without_a_compiler_it_runs_plainly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     def failing(x: Any) -> str:
         raise RuntimeError("Failed to find C compiler\nand more")
