@@ -120,7 +120,7 @@ def test_few_values_run_as_they_come(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_process_that_trains_and_samples_stays_compiled(monkeypatch: pytest.MonkeyPatch):
-    """More versions of one function than torch allows by default: with more, the last ones would run eagerly."""
+    """It needs more versions of one function than torch's 8, beyond which torch would run it eagerly."""
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         with monkeypatch.context() as patched:
