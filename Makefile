@@ -63,7 +63,7 @@ clients: $(READY)
 
 # For a machine with a GPU whose Python has torch, transformers and peft; installs nothing.
 gpu-check:
-	$(PYTHON) benchmarks/gpu/check.py --device cuda --output benchmarks/results/gpu.json
+	$(PYTHON) -m benchmarks.gpu.check --device cuda --output benchmarks/results/gpu.json
 
 # Rebuilt if the requirements have changed, or if an installation was interrupted.
 $(READY): pyproject.toml constraints.txt

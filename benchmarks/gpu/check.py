@@ -1,10 +1,10 @@
 """Checks of the model that need a GPU: correct results, no host synchronisation, speed and memory compared with stock.
 
-    python benchmarks/gpu/check.py [--device cuda] [--output FILE.json] [--only WORD]
+    python -m benchmarks.gpu.check [--device cuda] [--output FILE.json] [--only WORD]
 
-Needs torch, transformers, peft and this repository (not installed). Every check runs even if others fail; the table at
-the end has one line per check, and the exit code says whether any failed. `--device cpu` runs the same code at toy
-size, so that only the GPU itself is left untested.
+Needs torch, transformers, peft and this repository (not installed), in whose root it is started. Every check runs
+even if others fail; the table at the end has one line per check, and the exit code says whether any failed. `--device
+cpu` runs the same code at toy size, so that only the GPU itself is left untested.
 """
 
 import argparse
@@ -23,28 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import DynamicCache
+from transformers.models.deepseek_v2 import configuration_deepseek_v2 as stock_configuration
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
-from transformers.models.deepseek_v2 import configuration_deepseek_v2 as stock_configuration  # noqa: E402
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock  # noqa: E402
-
-from deepseek_v2_modeling import (  # noqa: E402
+from deepseek_v2_modeling import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     LatentCache,
     apply_lora,
     lora_config,
 )
-from deepseek_v2_modeling.decode_steps import SlotDecoder  # noqa: E402
-from deepseek_v2_modeling.inference import generate_answers  # noqa: E402
-from deepseek_v2_modeling.kernels.grouped_products import Groups  # noqa: E402
+from deepseek_v2_modeling.decode_steps import SlotDecoder
+from deepseek_v2_modeling.inference import generate_answers
+from deepseek_v2_modeling.kernels.grouped_products import Groups
 
-REFERENCE = ROOT / "tests" / "reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "tests" / "reference"
 V2_LITE: dict[str, Any] = {
     "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
     "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,

@@ -1,6 +1,6 @@
 """GPU time of a LoRA step of V2-Lite and of its prefill, by kernel.
 
-    python benchmarks/gpu/kernel_times.py
+    python -m benchmarks.gpu.kernel_times
 
 Same requirements as check.py. Prints the seconds of each, the rate compared with a large matrix product, and the
 slowest kernels.
@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from check import Bench, DeepseekV2Config, LatentCache, adapted, step_flops, training_step
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.check import Bench, DeepseekV2Config, LatentCache, adapted, step_flops, training_step
 
 BATCH, CONTEXT = 4, 1024
 ROWS = 40  # per table

@@ -1,7 +1,7 @@
 """Seconds of attention at lengths that were seen before and at new ones, by backend: packed documents bring new lengths
 in each step, and a library that plans for each shape pays then.
 
-    python benchmarks/gpu/new_lengths.py [--device cuda]
+    python -m benchmarks.gpu.new_lengths [--device cuda]
 
 Same requirements as check.py. Queries and keys of 16 heads of 192 values, as in V2-Lite, causal, with gradients.
 """

@@ -147,8 +147,8 @@ def test_what_cannot_be_captured_decodes_eagerly_and_says_so(monkeypatch: pytest
 @pytest.mark.slow
 def test_the_gpu_check_runs_at_toy_size(tmp_path: Path):
     """The same code on a CPU: what is left unknown of `make gpu-check` is the GPU."""
-    command = [sys.executable, ROOT / "benchmarks/gpu/check.py", "--device", "cpu", "--output", tmp_path / "out.json"]
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--device", "cpu", "--output", tmp_path / "out.json"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads wait for one another where others work as well
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout and (tmp_path / "out.json").is_file()
