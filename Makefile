@@ -10,8 +10,8 @@ NEWEST_PYTHON = $(shell for p in python$(NEWEST) $$HOME/.pyenv/versions/$(NEWEST
     $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 BIN := .venv/bin
 READY := .venv/.installed
-# On all cores; the tests of one file run in one process, since they share fixtures.
-ALL_CORES := -n auto --maxprocesses 8 --dist loadfile
+# On all cores; the tests of one file run in one process, since they share fixtures. tests/conftest.py orders the files.
+ALL_CORES := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY_OLDEST := .venv-oldest/.installed
 READY_NEWEST := .venv-newest/.installed
 

@@ -17,15 +17,25 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no faul
 settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the other processes have work until they end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays. Garbage collection, for which every Trainer asks, would look through it
-    again and again, which takes longer than many of the tests."""
+    leave_to_stay()
+
+
+def leave_to_stay() -> None:
+    """What is imported, collected or cached by now stays. Garbage collection, for which every Trainer asks, would look
+    through it again and again, which takes longer than many of the tests."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_workers_left() -> Iterator[None]:
+def tidy() -> Iterator[None]:
     """Ends the processes that judge answers, and their threads: what forks later must have none. Not imported here,
     since the model's tests run where only the model's own packages are installed."""
     yield
@@ -33,3 +43,4 @@ def no_workers_left() -> Iterator[None]:
     if workers and workers.shared_workers.cache_info().currsize:
         workers.shared_workers().close()
         workers.shared_workers.cache_clear()
+    leave_to_stay()

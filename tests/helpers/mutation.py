@@ -2,34 +2,29 @@
 
     python -m tests.helpers.mutation answers --sample 40    (needs the extra `mutation`; CONTRIBUTING.md has the shares)
 
-mutmut creates the mutants in a copy of the tracked files in build/mutation, and runs the tests that reach each.
-Mutants that only change the words of a message are left out.
+mutmut writes the mutants into a copy of the tracked files in build/mutation. For each one a fork of a process that has
+imported the libraries runs the area's tests until one fails. Mutants that only change the words of a message are left
+out.
 """
 
 import argparse
 import ast
-import json
+import difflib
+import importlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("conversations", "rl", "reward", "eval", "pairs", "recipes")
-BESIDE = (
-    "deepseek_v2_modeling",
-    "sft",
-    "dsv2_start.py",
-    "README.md",
-    "CHANGELOG.md",
-    "constraints.txt",
-    "docs",
-    "examples",
-)
+LIBRARIES = ("trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "trl.trainer.reward_trainer", "datasets")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -79,45 +74,40 @@ AREAS = {
 }
 
 
-def copy_tree(area: Area, work: Path) -> None:
-    """The tracked files, with mutmut's settings for the area."""
+def copy_tree(work: Path) -> None:
+    """The tracked files."""
     shutil.rmtree(work, ignore_errors=True)
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, work / name)
-    settings = {
-        "source_paths": PACKAGES,
-        "only_mutate": area.files,
-        "also_copy": BESIDE,
-        "pytest_add_cli_args": ("-q", "-p", "no:cacheprovider"),
-        "pytest_add_cli_args_test_selection": [f"tests/{find_test(name)}" for name in area.tests],
-        "use_git_change_detection": False,
-        "process_isolation": "forkserver",  # a fork of the process that ran the tests would have its caches full
-        "timeout_constant": 60,  # seconds: the times that mutmut takes leave fixtures out, and some of them train
-        "timeout_multiplier": 3,
-    }
     with (work / "pyproject.toml").open("a", encoding="utf-8") as file:
-        file.write("\n[tool.mutmut]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        file.write('\n[tool.mutmut]\nsource_paths = ["conversations"]\n')  # it does not start without
 
 
 def find_test(name: str) -> str:
     (found,) = (ROOT / "tests").rglob(f"{name}.py")
-    return str(found.relative_to(ROOT / "tests"))
+    return str(found.relative_to(ROOT))
 
 
-def mutants(area: Area) -> Iterator[str]:
-    """The names of all mutants that change more than the words of a message."""
+def write_mutants(area: Area) -> dict[str, str]:
+    """Writes all mutants into the area's files, and gives the changed lines of those that change more than words."""
     from mutmut.mutation.file_mutation import mutate_file_contents
     from mutmut.utils.format_utils import get_mutant_name
 
+    changed: dict[str, str] = {}
     for path in sorted({path for pattern in area.files for path in Path().glob(pattern)}):
         mutated = mutate_file_contents(str(path), path.read_text(encoding="utf-8"))
-        nodes = (node for node in ast.walk(ast.parse(mutated.code)) if isinstance(node, ast.FunctionDef))
-        bodies = {node.name: [ast.dump(Wordless().visit(part)) for part in node.body] for node in nodes}
+        path.write_text(mutated.code, encoding="utf-8")
+        functions = [node for node in ast.walk(ast.parse(mutated.code)) if isinstance(node, FUNCTIONS)]
+        texts = {node.name: [ast.unparse(part) for part in node.body] for node in functions}
+        bodies = {node.name: [ast.dump(Wordless().visit(part)) for part in node.body] for node in functions}
         for mutant in mutated.mutant_names:
-            if bodies[mutant] != bodies[mutant.partition("__mutmut_")[0] + "__mutmut_orig"]:
-                yield get_mutant_name(path, mutant)
+            original = mutant.partition("__mutmut_")[0] + "__mutmut_orig"
+            if bodies[mutant] != bodies[original]:
+                lines = difflib.ndiff("\n".join(texts[original]).split("\n"), "\n".join(texts[mutant]).split("\n"))
+                changed[get_mutant_name(path, mutant)] = "\n".join(x for x in lines if x[0] in "+-")
+    return changed
 
 
 class Wordless(ast.NodeTransformer):
@@ -127,17 +117,41 @@ class Wordless(ast.NodeTransformer):
         return ast.Constant("") if isinstance(node.value, str) and " " in node.value else node
 
 
-def is_noticed(mutant: str, area: Area) -> bool:
-    """Whether any test of the area fails. mutmut runs only the first of the tests that share a fixture."""
-    files = [f"tests/{find_test(name)}" for name in area.tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "MUTANT_UNDER_TEST": mutant}
-    return subprocess.run(command, cwd="mutants", env=environment, capture_output=True).returncode != 0
+def start_tests(mutant: str, tests: list[str]) -> int:
+    """Runs the tests until one fails, in a fork with a log of its own. Gives its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()  # ended together with all that it starts
+    os.environ["MUTANT_UNDER_TEST"] = mutant
+    log = os.open(f"build/{mutant or 'unchanged'}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    finally:
+        os._exit(int(code))
 
 
-def mutmut(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "mutmut", *words], capture_output=True, text=True)
-    return done.stdout + done.stderr
+def run_tests(mutants: list[str], tests: list[str], processes: int, limit: float) -> Iterator[tuple[str, str]]:
+    """(mutant, "killed", "time limit" or "SURVIVED"), in the order in which they end."""
+    waiting, running = list(mutants), dict[int, tuple[str, float]]()
+    while waiting or running:
+        while waiting and len(running) < processes:
+            mutant = waiting.pop(0)
+            running[start_tests(mutant, tests)] = (mutant, time.monotonic() + limit)
+        time.sleep(0.1)
+        for child, (mutant, end) in list(running.items()):
+            late = time.monotonic() > end
+            if late:
+                os.killpg(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, 0 if late else os.WNOHANG)
+            if ended:
+                del running[child]
+                yield mutant, "time limit" if late else "killed" if status else "SURVIVED"
 
 
 def main() -> None:
@@ -148,23 +162,34 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     area = AREAS[args.area]
+    tests = [find_test(name) for name in area.tests]
     work = ROOT / "build" / "mutation" / args.area
-    copy_tree(area, work)
-    os.chdir(work)  # where mutmut looks for its settings
-    names = list(mutants(area))
-    chosen = random.Random(args.seed).sample(names, min(args.sample or len(names), len(names)))
-    print(f"{args.area}: {len(chosen)} of {len(names)} mutants", flush=True)
-    said = mutmut("run", "--max-children", str(args.processes), *chosen)
-    verdicts = [line.split() for line in said.partition("Mutant results")[2].splitlines() if "__mutmut_" in line]
-    if len(verdicts) != len(chosen):
-        sys.exit(f"mutmut did not finish:\n{said[-4000:]}")
-    slow = sum(mark == "⏰" for mark, _ in verdicts)
-    left = [name for mark, name in verdicts if mark not in ("🎉", "⏰")]
-    unreached = {name for mark, name in verdicts if mark == "🫥"}
-    left = [name for name in left if name in unreached or not is_noticed(name, area)]
-    for name in left:
-        print(mutmut("show", name))
-    print(f"{args.area}: {len(chosen) - len(left)} of {len(chosen)} killed, {slow} of them by the time limit")
+    copy_tree(work)
+    os.chdir(work)
+    Path("build").mkdir()
+    changed = write_mutants(area)
+    chosen = random.Random(args.seed).sample(list(changed), min(args.sample or len(changed), len(changed)))
+    print(f"{args.area}: {len(chosen)} of {len(changed)} mutants", flush=True)
+    # What tests import and start is the copy. The libraries are imported once, for all forks.
+    sys.path[:] = [str(work), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, work))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    os.environ |= {"PYTHONPATH": str(work), "MUTANT_UNDER_TEST": "", "OMP_NUM_THREADS": "1"}
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+    start = time.monotonic()
+    ((_, verdict),) = run_tests([""], tests, 1, 1800)
+    if verdict != "SURVIVED":
+        sys.exit(f"the tests fail without a mutant: {work}/build/unchanged.log")
+    limit = 3 * (time.monotonic() - start) + 60
+    counts = dict.fromkeys(("killed", "time limit", "SURVIVED"), 0)
+    for mutant, verdict in run_tests(chosen, tests, args.processes, limit):
+        counts[verdict] += 1
+        print(f"{verdict}: {mutant}", flush=True)
+        if verdict == "SURVIVED":
+            print(changed[mutant], flush=True)
+    print(f"{args.area}: {counts}")
 
 
 if __name__ == "__main__":
