@@ -3,14 +3,15 @@
     python -m tests.helpers.mutation answers --sample 40    (needs the extra `mutation`; CONTRIBUTING.md has the shares)
 
 mutmut writes the mutants into a copy of the tracked files in build/mutation. For each one a fork of a process that has
-imported the libraries runs the area's tests until one fails. Mutants that only change the words of a message are left
-out.
+imported the libraries runs the area's tests until one fails, first those that call the function. Mutants that only
+change the words of a message are left out.
 """
 
 import argparse
 import ast
 import difflib
 import importlib
+import json
 import os
 import random
 import shutil
@@ -18,12 +19,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from mutmut.mutation import trampoline
+from mutmut.mutation.file_mutation import mutate_file_contents
+from mutmut.utils.format_utils import get_mutant_name
+
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "trl.trainer.reward_trainer", "datasets")
+REACH = Path("build/reach.json")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -53,7 +60,7 @@ AREAS = {
             "test_data_paths",
         ),
     ),
-    "rewards": Area(("conversations/rewards/*.py",), ("test_rewards", "test_own_rewards", "test_judges")),
+    "rewards": Area(("conversations/rewards/*.py",), ("test_rewards", "test_own_rewards", "test_judges", "test_open_ended")),
     "generation": Area(
         ("conversations/generation/*.py",),
         ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft"),
@@ -92,9 +99,6 @@ def find_test(name: str) -> str:
 
 def write_mutants(area: Area) -> dict[str, str]:
     """Writes all mutants into the area's files, and gives the changed lines of those that change more than words."""
-    from mutmut.mutation.file_mutation import mutate_file_contents
-    from mutmut.utils.format_utils import get_mutant_name
-
     changed: dict[str, str] = {}
     for path in sorted({path for pattern in area.files for path in Path().glob(pattern)}):
         mutated = mutate_file_contents(str(path), path.read_text(encoding="utf-8"))
@@ -117,21 +121,49 @@ class Wordless(ast.NodeTransformer):
         return ast.Constant("") if isinstance(node.value, str) and " " in node.value else node
 
 
+class Reach:
+    """A pytest plugin: notes which tests call which functions, or runs some tests before the others."""
+
+    def __init__(self, first: Collection[str] = ()) -> None:
+        self.first, self.tests, self.running = first, dict[str, list[str]](), ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: item.nodeid not in self.first)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+
+    def note(self, function: str, caller: str | None = None) -> None:
+        tests = self.tests.setdefault(function, [])
+        if self.running not in tests:
+            tests.append(self.running)
+
+
 def start_tests(mutant: str, tests: list[str]) -> int:
-    """Runs the tests until one fails, in a fork with a log of its own. Gives its process id."""
+    """Runs the tests until one fails, in a fork with a log of its own. Gives its process id.
+
+    Without a mutant, build/reach.json tells afterwards which tests call which functions (those in other processes not).
+    """
     child = os.fork()
     if child:
         return child
     os.setsid()  # ended together with all that it starts
-    os.environ["MUTANT_UNDER_TEST"] = mutant
     log = os.open(f"build/{mutant or 'unchanged'}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
     try:
-        import pytest
-
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        if mutant:
+            os.environ["MUTANT_UNDER_TEST"] = mutant
+            reach = Reach(json.loads(REACH.read_text()).get(mutant.partition("__mutmut_")[0], ()))
+        else:
+            reach = Reach()
+            trampoline.record_trampoline_hit = reach.note
+            trampoline.set_mutant_under_test("stats")
+            del os.environ["MUTANT_UNDER_TEST"]  # other processes would write mutmut's own notes
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[reach])
+        if not mutant:
+            REACH.write_text(json.dumps(reach.tests))
     finally:
         os._exit(int(code))
 

@@ -83,7 +83,7 @@ def test_what_fails_is_tried_again(server: Server, failure: Reply | float) -> No
     ("failure", "why", "tries"),
     [
         ((500, {}, "oops"), r"HTTP 500 oops \(3 tries\)", 3),
-        ((401, {}, f"wrong key {KEY}"), r"HTTP 401 wrong key \.\.\.", 1),
+        ((401, {}, f"wrong key {KEY}"), r"HTTP 401 wrong key \.\.\.(?! \(1)", 1),
         ((403, {}, "." * 190 + KEY), "HTTP 403", 1),
         ((404, {}, "no model"), "HTTP 404 no model", 1),
         ((302, {"location": "http://127.0.0.1:9/steal"}, ""), "HTTP 302", 1),
@@ -268,6 +268,7 @@ def test_processes_share_the_budget_and_the_rate(
 def test_the_rate_is_kept(server: Server) -> None:
     judge(server, per_minute=600).judge(answers("a", "b", "c"))
     assert server.at[-1] - server.at[0] >= 0.15  # 0.2 s, by its own clock
+    assert judge(server).asked.endpoint.pause == 0
 
 
 def test_a_key_is_not_sent_in_clear_nor_missing_where_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,13 +290,15 @@ RL = ["tiny/rl_reasoning", "model.path=base", "model.preset=tiny", "output_dir=r
 
 def test_from_the_command_line(server: Server, capsys: Any) -> None:
     Path("rubric.md").write_text("An answer is good if it is right.")
-    entry = {"judge": {"base_url": server.url, "model": "m", "rubric": "rubric.md"}}
+    parameters = {"temperature": 0.5, "seed": 3}
+    entry = {"judge": {"base_url": server.url, "model": "m", "rubric": "rubric.md", "parameters": parameters}}
     words = [*RL, f"rewards=[{json.dumps(entry)}, {{rule: number}}]"]
     assert dsv2(["check", *words]) == 0 and not server.requests
     capsys.readouterr()
     assert dsv2(["rl", *words, "--smoke"]) == 0
     assert f"rl: judge: {len(server.requests)} requests to m" in capsys.readouterr().err
-    assert server.requests and lines(Path("run/judge.jsonl"))[0]["reply"] == "Fine.\nScore: 7"
+    assert server.requests[0].items() >= parameters.items()
+    assert lines(Path("run/judge.jsonl"))[0]["reply"] == "Fine.\nScore: 7"
     sample = lines(Path("run/samples.jsonl"))[0]
     assert sample["rewards"]["judge"] == pytest.approx(6 / 9) and sample["reasons"]["judge"] == "'Fine. Score: 7'"
     assert not [path for path in Path("run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
