@@ -99,6 +99,11 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="per_expert", help="layout to write: per_expert, which vLLM and SGLang read (per_expert)"
     )
+    parser.add_argument(
+        "--kv-b",
+        action="store_true",
+        help="write adapters on kv_b_proj too, for vLLM with VLLM_MLA_DISABLE=1 or SGLang",
+    )
 
 
 def import_arguments(parser: argparse.ArgumentParser) -> None:

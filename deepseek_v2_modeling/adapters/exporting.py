@@ -48,10 +48,7 @@ STACKED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 VLLM_RANK = 16
 # Last component of an adapted module's name -> a known limitation of servers (docs/adapters.md).
 SERVER_NOTES = {
-    "kv_b_proj": (
-        "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only, and otherwise drops it silently (vllm#48974); "
-        "set it, or use dsv2 merge"
-    ),
+    "kv_b_proj": "vLLM applies kv_b_proj with VLLM_MLA_DISABLE=1 only: set it",
     "q_proj": "SGLang fails on q_proj without k_proj and v_proj, as of a model without q_lora_rank; use dsv2 merge",
     "gate": "SGLang does not support adapters on the router; use dsv2 merge",
     "embed_tokens": "vLLM refuses adapters on embed_tokens of DeepSeek-V2; use dsv2 merge",
@@ -112,6 +109,7 @@ def export_adapter(
     layout: str = "per_expert",
     progress: Progress | None = None,
     model_card: str | None = None,
+    kv_b: bool = False,
 ) -> ExportReport:
     """Write an adapter with one pair of factors per expert and projection, as vLLM and SGLang read it.
 
@@ -123,10 +121,12 @@ def export_adapter(
         layout: a name in LAYOUTS.
         progress: called with the bytes of each piece written, and the total.
         model_card: text of the README.md to write.
+        kv_b: write the pairs on kv_b_proj too. Only for servers that apply them (`check_kv_b`).
 
     Raises:
         ModelError: there is no adapter or base, tensors do not match, the adapter has whole tensors of its own (a
-            reward model's head, changed embeddings), the layout is unknown, or out_dir is not empty.
+            reward model's head, changed embeddings), it has pairs on kv_b_proj and kv_b is false, the layout is
+            unknown, or out_dir is not empty.
     """
     out_dir = Path(out_dir)
     if layout not in LAYOUTS:
@@ -134,6 +134,8 @@ def export_adapter(
     check_output(out_dir)
     adapter = open_adapter(adapter_dir)
     check_whole_tensors(adapter)
+    if not kv_b:
+        check_kv_b(adapter)
     rank, alpha = common_scaling((pair.rank, pair.scaling) for pair in adapter.pairs)
     served = plan_pairs(adapter)
     infos = {name: info for pair in served for name, info in _infos(pair, pair.names(layout), rank).items()}
@@ -165,6 +167,16 @@ def check_whole_tensors(adapter: AdapterFiles) -> None:
                     if torch.equal(file.get_tensor(name).to(tensor.dtype), tensor):
                         continue
             raise ModelError(f"{adapter.directory}: servers do not read full tensors ({stored}); use: dsv2 merge")
+
+
+def check_kv_b(adapter: AdapterFiles) -> None:
+    """Raise ModelError for pairs on kv_b_proj: vLLM reads its weight in absorbed form, and so would serve another model
+    without a word."""
+    if any(pair.parameter.endswith(".kv_b_proj.weight") for pair in adapter.pairs):
+        raise ModelError(
+            f"{adapter.directory}: vLLM drops adapters on kv_b_proj under MLA without a word (vllm#48974); use: "
+            "dsv2 merge; or, for a server that applies them (vLLM with VLLM_MLA_DISABLE=1, SGLang), add --kv-b"
+        )
 
 
 def plan_pairs(adapter: AdapterFiles) -> list[ServedPair]:

@@ -77,7 +77,7 @@ def merge(arguments: argparse.Namespace) -> str:
 def export(arguments: argparse.Namespace) -> str:
     with _plain(arguments) as plain, _bar("export") as progress:
         card = _card(arguments, plain, adapter=True)
-        report = export_adapter(plain, arguments.out_dir, arguments.layout, progress, card)
+        report = export_adapter(plain, arguments.out_dir, arguments.layout, progress, card, arguments.kv_b)
     zeros = f" and {report.zeros} of zeros" if report.zeros else ""
     lines = [f"{arguments.out_dir}: {report.pairs} pairs{zeros}, rank {report.rank}, {_size(report.nbytes)}"]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes), *_warnings(report.warnings)])

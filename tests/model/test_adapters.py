@@ -190,7 +190,7 @@ def test_peft_does_not_load_half(base: Path, adapter: Path, changes: dict[str, A
 
 
 def test_peft_does_not_load_pairs_of_each_expert(base: Path, adapter: Path, tmp_path: Path):
-    export_adapter(adapter, tmp_path / "served")
+    export_adapter(adapter, tmp_path / "served", kv_b=True)
     with pytest.raises(ModelError, match=r"unexpected tensors: .*dsv2 import"):
         PeftModel.from_pretrained(load_base(str(base)), tmp_path / "served")
 

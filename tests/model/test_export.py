@@ -113,7 +113,7 @@ def test_one_rank_and_one_alpha_for_all(kinds: list[tuple[int, float]]):
 def test_the_products_stay(tmp_path: Path, targets: Any, arguments: Any, changes: Any, expected: tuple[int, int]):
     base = make_base(tmp_path / "base", **changes)
     ours = make_adapter(tmp_path / "adapter", base, targets, **arguments)
-    export_adapter(tmp_path / "adapter", tmp_path / "served")
+    export_adapter(tmp_path / "adapter", tmp_path / "served", kv_b=True)
     config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served" / WEIGHTS)
     assert (config["r"], config["lora_alpha"]) == expected
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
@@ -137,7 +137,7 @@ def test_the_products_stay(tmp_path: Path, targets: Any, arguments: Any, changes
 
 def test_keys_of_each_expert(base: Path, tmp_path: Path):
     make_adapter(tmp_path / "adapter", base)
-    report = export_adapter(tmp_path / "adapter", tmp_path / "served")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "served", kv_b=True)
     names = set(load_file(tmp_path / "served" / WEIGHTS))
     for layer in (1, 2):
         for part in ("gate_proj", "up_proj", "down_proj"):
@@ -173,6 +173,15 @@ def test_a_high_rank_is_noted(base: Path, tmp_path: Path):
     assert export_adapter(tmp_path / "adapter", tmp_path / "served").notes == (
         "vLLM needs --max-lora-rank 17 or more (its default is 16)",
     )
+
+
+def test_what_vllm_would_drop_is_refused(base: Path, tmp_path: Path):
+    make_adapter(tmp_path / "adapter", base, ("attention",))
+    with pytest.raises(ModelError, match=r"adapter: vLLM drops adapters on kv_b_proj .*dsv2 merge.* --kv-b$"):
+        export_adapter(tmp_path / "adapter", tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+    make_adapter(tmp_path / "other", base, ("attention.q", "attention.kv_a", "attention.o"))
+    export_adapter(tmp_path / "other", tmp_path / "served")
 
 
 def test_whole_tensors_are_refused(base: Path, tmp_path: Path):
@@ -254,7 +263,7 @@ def test_a_file_that_lost_experts(base: Path, tmp_path: Path):
 def test_layouts_that_are_the_same(base: Path, tmp_path: Path):
     """Attention, embeddings and the head lie alike in both layouts."""
     ours = make_adapter(tmp_path / "adapter", base, ("attention", "embeddings", "lm_head"))
-    export_adapter(tmp_path / "adapter", tmp_path / "served")
+    export_adapter(tmp_path / "adapter", tmp_path / "served", kv_b=True)
     assert "copied" in import_adapter(tmp_path / "served", tmp_path / "back").layout
     assert torch.equal(logits_of(load_model(ModelSource(str(base), read_adapter(tmp_path / "back"))), IDS), ours)
 
@@ -342,8 +351,8 @@ def test_the_transposed_layout_is_converted(tmp_path: Path, changes: dict[str, A
     import_adapter(tmp_path / "adapter", tmp_path / "imported")
     imported = load_file(tmp_path / "imported" / WEIGHTS)
     assert imported.keys() == untouched.keys() and all(torch.equal(imported[n], untouched[n]) for n in imported)
-    export_adapter(tmp_path / "adapter", tmp_path / "served")
-    export_adapter(tmp_path / "imported", tmp_path / "again")
+    export_adapter(tmp_path / "adapter", tmp_path / "served", kv_b=True)
+    export_adapter(tmp_path / "imported", tmp_path / "again", kv_b=True)
     a, b = (load_file(tmp_path / d / WEIGHTS) for d in ("served", "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

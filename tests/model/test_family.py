@@ -139,7 +139,7 @@ def test_lora_is_stock_pefts(name: str, tmp_path: Path):
     merge_lora(tmp_path / "adapter", tmp_path / "wide")
     assert relative(logits_of(stock_twin(tmp_path / "wide", STOCK[name]), IDS), logits) < 1e-5
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["architectures"] == [ARCHITECTURES[name]]
-    report = export_adapter(tmp_path / "adapter", tmp_path / "exported", "per_expert")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "exported", "per_expert", kv_b=True)
     assert report.pairs > 0
 
 

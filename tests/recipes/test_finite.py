@@ -103,7 +103,7 @@ def test_a_score_head_and_a_factor(dsv2: Callable[..., str]) -> None:
     weights = "run/final/adapter_model.safetensors"
     name = min(load_file(weights))
     spoil(weights, name)
-    for words in (("chat", "run", "--prompt", "1?"), ("merge", "run", "out"), ("export", "run", "out")):
+    for words in (("chat", "run", "--prompt", "1?"), ("merge", "run", "out"), ("export", "run", "out", "--kv-b")):
         assert f"{name} contains NaN or infinite values" in dsv2(*words)
     assert not Path("out").exists()
 
@@ -114,7 +114,7 @@ def test_scaling_of_an_adapter(dsv2: Callable[..., str], key: str) -> None:
     config = json.loads(path.read_text())
     config[key] = {"q_proj": math.inf} if isinstance(config[key], dict) else math.nan
     path.write_text(json.dumps(config))
-    for words in (("chat", "run", "--prompt", "1?"), ("merge", "run", "out"), ("export", "run", "out")):
+    for words in (("chat", "run", "--prompt", "1?"), ("merge", "run", "out"), ("export", "run", "out", "--kv-b")):
         line = dsv2(*words)
         assert str(path) in line and key in line and "finite" in line
 

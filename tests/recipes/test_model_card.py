@@ -85,7 +85,7 @@ def test_an_adapter_run_with_an_evaluation():
 
 def test_a_merge_and_an_export(tmp_path: Path):
     assert main(["merge", "runs/lora", str(tmp_path / "chat"), "--license", "mit"]) == 0
-    assert main(["export", "runs/lora", str(tmp_path / "served")]) == 0
+    assert main(["export", "runs/lora", str(tmp_path / "served"), "--kv-b"]) == 0
     merged, served = (ModelCard.load(tmp_path / name / "README.md") for name in ("chat", "served"))
     assert (merged.data.library_name, served.data.library_name) == ("transformers", "peft")
     assert (merged.data.license, served.data.license) == ("mit", None)

@@ -22,7 +22,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_out_and_back(adapter: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["merge", "run", "merged", "--dtype", "bfloat16"]) == 0
     assert re.fullmatch(r"merged: 83 tensors in 1 file, 0\.\d+ MB, 71 adapted\n", capsys.readouterr().out)
-    assert main(["export", "run", "served", "--layout", "per_expert"]) == 0
+    assert main(["export", "run", "served", "--layout", "per_expert", "--kv-b"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"served: \d+ pairs, rank 2, 0\.\d+ MB", lines[0])
     assert lines[1].startswith("note: vLLM") and all(line.startswith("note: ") for line in lines[1:])
@@ -53,7 +53,7 @@ def test_settings_that_stock_computes_differently_are_named(
     monkeypatch.chdir(tmp_path)
     make_base(Path("base"), norm_topk_prob=True)
     make_adapter(Path("run/final"), Path("base"))
-    for words in (["merge", "run", "merged"], ["merge", "base", "copy"], ["export", "run", "served"]):
+    for words in (["merge", "run", "merged"], ["merge", "base", "copy"], ["export", "run", "served", "--kv-b"]):
         assert main(words) == 0
         warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         assert len(warnings) == 1 and warnings[0].startswith("warning: norm_topk_prob is true: stock transformers")
@@ -61,7 +61,7 @@ def test_settings_that_stock_computes_differently_are_named(
 
 def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFixture[str]):
     make_adapter(Path("plain"), Path("base"), ("attention",))
-    assert main(["export", "plain", "served"]) == 0
+    assert main(["export", "plain", "served", "--kv-b"]) == 0
     capsys.readouterr()
     assert main(["import", "served", "back"]) == 0
     assert "24 tensors from a layout that is PEFT's as well" in capsys.readouterr().out
@@ -72,6 +72,7 @@ def test_what_needs_no_import_is_copied(adapter: Path, capsys: pytest.CaptureFix
     [
         (["merge", "run", "base"], "base already exists and is not empty; choose another directory"),
         (["export", "base", "out"], "base: not an adapter"),
+        (["export", "run", "out"], "run/final: vLLM drops adapters on kv_b_proj under MLA"),
         (["merge", "nowhere", "out"], "nowhere: no such directory"),
         (["merge", "run", "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (["merge", "run"], "the following arguments are required: OUT_DIR"),

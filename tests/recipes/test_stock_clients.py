@@ -89,7 +89,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             ["sft", "sft.yaml", "model.path=base", "output_dir=full"],
             ["sft", "sft.yaml", "model.path=full/final", "output_dir=lora", lora],
             ["merge", "lora", "merged"],
-            ["export", "lora", "served", "--layout", "per_expert"],
+            ["export", "lora", "served", "--layout", "per_expert", "--kv-b"],
             ["reward", "reward.yaml", "model.path=full/final", "output_dir=reward"],
             ["reward", "reward.yaml", "model.path=full/final", "output_dir=scorer", lora],
         ):

@@ -80,7 +80,7 @@ def test_every_directory_carries_the_sources_files(dsv2: Callable[..., int], rel
     assert dsv2("sft", "sft.yaml", "lora={targets: [attention], r: 3}", "model.path=run", "output_dir=next") == 0
     assert dsv2("merge", "next", "merged") == 0
     assert dsv2("merge", "full", "copied") == 0
-    assert dsv2("export", "run", "served") == 0
+    assert dsv2("export", "run", "served", "--kv-b") == 0
     folders = [Path(run, part) for run in ("full", "run", "next") for part in ("checkpoint-2", "final")]
     for folder in (*folders, Path("next/base"), Path("merged"), Path("copied"), Path("served")):
         assert tokenizer_config(folder) == tokenizer_config(released), folder

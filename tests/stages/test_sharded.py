@@ -171,7 +171,7 @@ def test_a_checkpoint_merges_to_what_final_merges_to(runs: Path, tmp_path: Path,
 def test_an_adapter_of_a_checkpoint_is_exported_and_imported_like_that_of_final(runs: Path, tmp_path: Path) -> None:
     checkpoint, final = runs / "ep_lora" / "checkpoint-4", runs / "ep_lora" / "final"
     for source in (checkpoint, final):
-        assert main(["export", str(source), str(tmp_path / f"for_vllm_{source.name}")]) == 0
+        assert main(["export", str(source), str(tmp_path / f"for_vllm_{source.name}"), "--kv-b"]) == 0
     assert main(["import", str(checkpoint), str(tmp_path / "whole")]) == 0
     pairs = [(tmp_path / "whole", final), (tmp_path / f"for_vllm_{checkpoint.name}", tmp_path / "for_vllm_final")]
     for own, expected in (map(load_adapter_file, pair) for pair in pairs):
