@@ -60,7 +60,9 @@ AREAS = {
             "test_data_paths",
         ),
     ),
-    "rewards": Area(("conversations/rewards/*.py",), ("test_rewards", "test_own_rewards", "test_judges", "test_open_ended")),
+    "rewards": Area(
+        ("conversations/rewards/*.py",), ("test_rewards", "test_own_rewards", "test_judges", "test_open_ended")
+    ),
     "generation": Area(
         ("conversations/generation/*.py",),
         ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft"),
@@ -158,7 +160,7 @@ def start_tests(mutant: str, tests: list[str]) -> int:
             reach = Reach(json.loads(REACH.read_text()).get(mutant.partition("__mutmut_")[0], ()))
         else:
             reach = Reach()
-            trampoline.record_trampoline_hit = reach.note
+            vars(trampoline)["record_trampoline_hit"] = reach.note
             trampoline.set_mutant_under_test("stats")
             del os.environ["MUTANT_UNDER_TEST"]  # other processes would write mutmut's own notes
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[reach])
@@ -215,7 +217,7 @@ def main() -> None:
     if verdict != "SURVIVED":
         sys.exit(f"the tests fail without a mutant: {work}/build/unchanged.log")
     limit = 3 * (time.monotonic() - start) + 60
-    counts = dict.fromkeys(("killed", "time limit", "SURVIVED"), 0)
+    counts: dict[str, int] = dict.fromkeys(("killed", "time limit", "SURVIVED"), 0)
     for mutant, verdict in run_tests(chosen, tests, args.processes, limit):
         counts[verdict] += 1
         print(f"{verdict}: {mutant}", flush=True)
