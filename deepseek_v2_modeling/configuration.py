@@ -248,6 +248,9 @@ class DeepseekV2Config(StockConfig):
             self.n_routed_experts and layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
         )
 
+    def check_own(self) -> None:
+        """Raise ModelError for values of the settings that only this architecture has."""
+
 
 def check_settings(config: DeepseekV2Config) -> None:
     """Like `check_config`, but fast, for the settings that are read at each forward."""
@@ -269,6 +272,7 @@ def check_config(config: DeepseekV2Config) -> None:
     check_settings_finite(vars(config))
     check_parts(config)
     check_attention(config)
+    config.check_own()
     rope, rope_types = config.rope, ROPE_TYPES[config.uses_latents]
     if rope["rope_type"] not in rope_types:
         raise ModelError(f'rope_scaling type "{rope["rope_type"]}" is not supported: use one of {rope_types}')

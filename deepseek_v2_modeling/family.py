@@ -78,10 +78,11 @@ class DeepseekV3Config(DeepseekV2Config):
     num_nextn_predict_layers: int = 0
     rope_interleave: bool | None = True
 
-    def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)
+    def check_own(self) -> None:
         if self.rope_interleave is False:
             raise ModelError("rope_interleave is false: RoPE on halves, instead of pairs, is not supported")
+        if self.bias_update_speed and not any(map(self.is_moe_layer, range(self.num_hidden_layers))):
+            raise ModelError(f"{SPEED} is {self.bias_update_speed}: the model has no routed experts; leave it out")
 
     def validate_architecture(self) -> None:
         """A no-op: with latent attention hidden_size need not be a multiple of the number of heads, as stock wants."""
@@ -119,12 +120,16 @@ class Glm4MoeLiteConfig(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["dense"] + ["sparse"] * (self.num_hidden_layers - 1)
-        if len(self.mlp_layer_types) != self.num_hidden_layers or set(self.mlp_layer_types) - {"dense", "sparse"}:
+        super().__post_init__(**kwargs)
+
+    def check_own(self) -> None:
+        kinds = self.mlp_layer_types or []
+        if len(kinds) != self.num_hidden_layers or set(kinds) - {"dense", "sparse"}:
             raise ModelError(
                 f"mlp_layer_types is {self.mlp_layer_types}: it must be dense or sparse for each of the "
                 f"{self.num_hidden_layers} layers"
             )
-        super().__post_init__(**kwargs)
+        super().check_own()
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether a layer is MoE: by `mlp_layer_types`."""

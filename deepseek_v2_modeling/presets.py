@@ -59,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "deepseek", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024,
         "moe_intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "n_routed_experts": 64,
         "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "max_position_embeddings": 4096,
+        "bos_token_id": 0, "eos_token_id": 1,
     },
     # V3's structure: q_lora, a sigmoid gate with correction biases, routing limited to 4 of 8 groups of experts, YaRN.
     "v3-mini": {
@@ -106,6 +107,12 @@ _V3 = {
     "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
 }  # fmt: skip
 del _V3["topk_method"]  # V3's is its own
+_MOONLIGHT = {
+    **_V3, "vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 2.446, "max_position_embeddings": 8192, "rope_scaling": None, "rope_theta": 50000.0,
+}  # fmt: skip
 _MOE_16B = {
     "model_type": "deepseek", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
     "moe_intermediate_size": 1408, "num_hidden_layers": 28, "num_attention_heads": 16, "n_routed_experts": 64,
@@ -133,6 +140,9 @@ RELEASED: dict[str, dict[str, Any]] = {
         for name in ("DeepSeek-V3-Base", "DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-0528")
     },
     **{f"deepseek-ai/deepseek-moe-16b-{kind}": _MOE_16B for kind in ("base", "chat")},
+    **{f"moonshotai/Moonlight-16B-A3B{kind}": _MOONLIGHT for kind in ("", "-Instruct")},
+    "zai-org/GLM-4.7-Flash": {"model_type": "glm4_moe_lite"},  # the defaults of its config
+    **{f"tencent/Youtu-LLM-2B{kind}": {"model_type": "youtu"} for kind in ("", "-Base")},
 }  # fmt: skip
 
 

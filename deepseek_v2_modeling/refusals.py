@@ -7,10 +7,13 @@ from typing import Any
 
 from .errors import ModelError
 
+VISION = "a vision encoder beside a language model, which has to stand in a directory of its own"
 # Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
 RELATIVES = {
+    "deepseek_ocr2": VISION,
     "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
     "deepseek_v4": "compressed attention and another residual stream",
+    "deepseek_vl_v2": VISION,  # DeepSeek-VL2 and DeepSeek-OCR
     "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
     "kimi_linear": "linear attention in most layers",
     "longcat_flash": "two attentions a layer, and experts that do nothing",

@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from torch import nn
 
+from ..configuration import CORRECTION_BIAS
 from ..errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -138,6 +139,7 @@ def is_per_expert(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     return any(
         PER_EXPERT.search(name) or (not config.get("target_parameters") and any(part in name for part in old_target))
         for name in names
+        if not name.endswith(CORRECTION_BIAS)  # whole tensors of the routers, in any layout
     )
 
 

@@ -20,7 +20,8 @@ SUFFIX = "_scale_inv"
 @dataclass
 class BlockScaled:
     """A lazy tensor of these weights and scales, each a tensor or a slice of a file (or an entry of a header, whose
-    values are not read). `[...]` gives all values in float32, computed block by block of rows; `[a:b]` some rows."""
+    values are not read). `[...]` gives all values in float32, computed block by block of rows; `[a:b]` those of some
+    rows, without the others."""
 
     weight: Any
     scales: Any
@@ -33,13 +34,14 @@ class BlockScaled:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows, columns = self.get_shape()
+        first, last, _ = (index if isinstance(index, slice) else slice(None)).indices(rows)
         scales = self.scales[:].float()
-        values = torch.empty(rows, columns)
-        for block, start in enumerate(range(0, rows, FP8_BLOCK)):
-            part = slice(start, start + FP8_BLOCK)
-            by_column = scales[block].repeat_interleave(FP8_BLOCK)[:columns]
-            values[part] = self.weight[part].float() * by_column
-        return values[index]
+        values = torch.empty(max(last - first, 0), columns)
+        for start in range(first - first % FP8_BLOCK, last, FP8_BLOCK):
+            part = slice(max(start, first), min(start + FP8_BLOCK, last))
+            by_column = scales[start // FP8_BLOCK].repeat_interleave(FP8_BLOCK)[:columns]
+            values[part.start - first : part.stop - first] = self.weight[part].float() * by_column
+        return values
 
 
 def with_scales(where: str, sources: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..configuration import DeepseekV2Config
+from ..family import Glm4MoeLiteConfig, YoutuConfig
 from ..layers.rope import rope_magnitude
 
 ROPE_SETTINGS = ("mscale", "mscale_all_dim", "attention_factor")  # those that stock combines differently
@@ -37,6 +38,8 @@ def _normalised_gate(config: DeepseekV2Config) -> str | None:
 
 
 def _moe_layers(config: DeepseekV2Config) -> str | None:
+    if isinstance(config, Glm4MoeLiteConfig | YoutuConfig):  # stock's classes read mlp_layer_types, or have no experts
+        return None
     if all(config.is_moe_layer(i) for i in range(config.first_k_dense_replace, config.num_hidden_layers)):
         return None
     if not config.n_routed_experts:

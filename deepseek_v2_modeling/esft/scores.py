@@ -50,11 +50,12 @@ def score_experts(
     Padding is not counted. progress: called with the number of tokens of each batch.
 
     Raises:
-        ModelError: the gate weights are not finite.
+        ModelError: the model has no routed experts, or the gate weights are not finite.
     """
     backbone: Any = model.get_decoder()  # pyright: ignore[reportCallIssue] - also of a PeftModel
     config, device = backbone.config, next(model.parameters()).device
-    layers = moe_layers(config)
+    if not (layers := moe_layers(config)):
+        raise ModelError(f"{config.name_or_path or 'the model'} has no routed experts: all its layers are dense")
     sums = torch.zeros(2, len(layers), config.n_routed_experts, dtype=torch.float64, device=device)
     with evaluation_mode(model):
         for batch in by_length(sequences, batch_size):

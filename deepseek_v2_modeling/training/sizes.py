@@ -104,6 +104,8 @@ def _two_layers(settings: DeepseekV2Config, units: dict[Unit, int]) -> DeepseekV
     small.num_hidden_layers = sum(kinds)
     small.first_k_dense_replace = int(kinds[0])
     small.moe_layer_freq = 1
+    if hasattr(small, "mlp_layer_types"):
+        small.mlp_layer_types = ["dense"] * kinds[0] + ["sparse"] * kinds[1]
     return small
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from conversations.answers.rules import check_reference
 from conversations.errors import ToolkitError
 from conversations.reading.records import raw_rows
 from conversations.rendering.fill_in_the_middle import fim_ids
@@ -80,6 +81,8 @@ def _from_file(entry: BenchmarkTask, path: Path, chat: bool) -> Built:
     if chat and "chat_until" in metadata:
         config["generation_kwargs"]["until"] = metadata["chat_until"]
     rows = _rows(entry.path, columns, entry.limit)
+    if rule := metadata.get("rule"):
+        _check_references(rule, rows)
     examples = [row for _, row in _rows(entry.fewshot_path, columns)] if entry.fewshot_path else []
     shots, notes = _shots(entry, config, examples)
     parts = _by_subject(rows, metadata.get("by"))
@@ -123,6 +126,15 @@ def _rows(path: str, columns: Sequence[str], limit: int | None = None) -> list[t
     if not rows:
         raise ToolkitError(f"{path}: no rows: the file is empty")
     return rows
+
+
+def _check_references(rule: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Raise ToolkitError for the first row that the rule of a task cannot read, before an answer is written for it."""
+    for place, row in rows:
+        try:
+            check_reference(rule, row)
+        except ToolkitError as error:
+            raise ToolkitError(f"{place}: {error}") from None
 
 
 def _shots(entry: BenchmarkTask, config: Mapping[str, Any], examples: Sequence[Any]) -> tuple[int, list[str]]:

@@ -39,7 +39,8 @@ def describe_model(directory: Path) -> str:
     model = load_base(str(directory))
     config = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
+    experts = f"{config.n_routed_experts} routed and {config.n_shared_experts} shared experts"
     return (
-        f"{directory}: {count:,} parameters, {config.num_hidden_layers} layers, {config.n_routed_experts} routed "
-        f"and {config.n_shared_experts} shared experts, vocabulary {config.vocab_size}"
+        f"{directory}: {count:,} parameters, {config.num_hidden_layers} layers, "
+        f"{experts if config.n_routed_experts else 'all dense'}, vocabulary {config.vocab_size}"
     )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_v2_modeling import ModelError, lora_config, merge_lora
+from deepseek_v2_modeling.checkpoints.block_scaled import BlockScaled
 from deepseek_v2_modeling.loading import check_weights, load_base, read_settings
 
 from ..helpers.family import member
@@ -74,6 +75,13 @@ def test_loaded_as_what_they_stand_for(base: Path, tmp_path: Path):
     assert weights[0].dtype == torch.bfloat16 and torch.equal(weights[0], weights[1].bfloat16())
     ids = random_ids(1, 8)
     assert torch.equal(logits_of(load_base(str(tmp_path / "plain")).eval(), ids), logits_of(model, ids))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 300), (0, 128), (100, 200), (128, 256), (290, 400), (200, 200)])
+def test_some_rows(first: int, last: int):
+    """What a process reads of a shared weight."""
+    weight = BlockScaled(torch.randn(300, 150).to(torch.float8_e4m3fn), torch.rand(3, 2))
+    assert torch.equal(weight[first:last], weight[...][first:last])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from deepseek_v2_modeling import (
     replay_routing,
 )
 from deepseek_v2_modeling.adapters.copies import merged_copy
+from deepseek_v2_modeling.checkpoints.stock_classes import stock_differences
 from deepseek_v2_modeling.configuration import CORRECTION_BIAS
 from deepseek_v2_modeling.esft.scores import score_experts
 from deepseek_v2_modeling.generation import generate_answers
@@ -35,6 +36,7 @@ from deepseek_v2_modeling.layers.balance_losses import RouterOutput, layer_losse
 from deepseek_v2_modeling.layers.routing import choose_experts
 from deepseek_v2_modeling.loading import load_base, read_settings, save_directory
 from deepseek_v2_modeling.model_classes import model_class
+from deepseek_v2_modeling.outline import apply_settings
 
 from ..helpers import official
 from ..helpers.adapters import EVERYWHERE
@@ -269,11 +271,33 @@ def test_settings_that_cannot_work(settings: dict[str, Any], message: str):
         ("glm", {"mlp_layer_types": ["dense", "sparse", "other"]}, "mlp_layer_types is"),
         ("glm", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("youtu", {"rope_interleave": False}, "rope_interleave is false"),
+        ("youtu", {"bias_update_speed": 0.001}, "bias_update_speed is 0.001: the model has no routed experts"),
     ],
 )
 def test_settings_of_siblings_that_cannot_work(name: str, settings: dict[str, Any], message: str):
+    """Also where a recipe changes them."""
     with pytest.raises(ModelError, match=message):
         member_config(name, **settings)
+    with pytest.raises(ModelError, match=rf"model\.config: .*({message}|no setting)"):
+        apply_settings(member_config(name), "causal_lm", settings)
+
+
+@pytest.mark.parametrize("name", ["glm", "youtu"])
+def test_stocks_classes_of_siblings_need_no_warning(name: str):
+    assert stock_differences(member_config(name)) == ()
+
+
+def test_a_dense_model_has_no_experts_to_score():
+    with pytest.raises(ModelError, match="no routed experts"):
+        score_experts(member("youtu"), [[5, 6]], pad_token_id=1)
+
+
+def test_a_larger_models_config(tmp_path: Path):
+    """Of DeepSeek-VL2 and DeepSeek-OCR: transformers would take the part that is ours."""
+    values = {"model_type": "deepseek_vl_v2", "language_config": member_config("plain").to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r'model_type is "deepseek_vl_v2".*language model.*directory of its own'):
+        read_settings(str(tmp_path))
 
 
 def test_the_classes_of_one_architecture_refuse_anothers_files(tmp_path: Path):

@@ -71,13 +71,16 @@ def test_quantised_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "weights"),
     [
-        ("DeepSeek-V2", 235_741_434_880),
-        ("DeepSeek-V2-Lite", 15_706_484_224),
-        ("DeepSeek-V3", 671_026_404_352),
+        ("deepseek-ai/DeepSeek-V2", 235_741_434_880),
+        ("deepseek-ai/DeepSeek-V2-Lite", 15_706_484_224),
+        ("deepseek-ai/DeepSeek-V3", 671_026_404_352),
+        ("moonshotai/Moonlight-16B-A3B", 15_960_108_544),
+        ("zai-org/GLM-4.7-Flash", 29_943_390_976),
+        ("tencent/Youtu-LLM-2B", 1_961_560_064),
     ],
 )
 def test_released_models_have_as_many_weights_as_stated(name: str, weights: int) -> None:
-    settings = sizes_of(f"deepseek-ai/{name}")
+    settings = sizes_of(name)
     sizes = training_sizes(settings, "causal_lm")
     assert sizes.total(lambda weight: weight.values) == weights
     assert sum(p.numel() for p in meta_model(settings, "causal_lm").parameters()) == weights
@@ -97,6 +100,8 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
         ("v2_lite/sft_lora", Layout(), 36, 40),
         ("v2_lite/sft_full", Layout(8), 36, 50),
         ("v2/sft_lora", Layout(16), 45, 60),
+        ("glm4_moe_lite/sft_lora", Layout(), 66, 80),
+        ("youtu/sft_lora", Layout(), 6, 8),
     ],
 )
 def test_totals_of_shipped_recipes(name: str, layout: Layout, low: float, high: float) -> None:

@@ -183,6 +183,17 @@ def test_dropout_that_the_trainer_turns_off_is_told(
     assert {row["dropout"] for row in read_json(Path("run/manifest.json"))["trained"]} == {0}
 
 
+@pytest.mark.parametrize(
+    ("preset", "experts"), [("youtu-mini", "all dense"), ("deepseek-moe-mini", "64 routed and 2 shared experts")]
+)
+def test_init_says_what_it_made(
+    dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str], preset: str, experts: str
+) -> None:
+    assert dsv2("init", "made", "--preset", preset) == 0
+    said = capsys.readouterr()
+    assert f"6 layers, {experts}, vocabulary 8192" in said.out and not said.err
+
+
 def test_a_preset_makes_the_missing_model_by_seed(dsv2: Callable[..., int], base: Path) -> None:
     assert dsv2("init", "base", "--preset", "tiny") == 2  # it is there
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

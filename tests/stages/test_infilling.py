@@ -108,6 +108,23 @@ def test_an_evaluation(home: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @isolated
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**ROWS[0], "test": "def check("}, "rows.jsonl:2: the test 1 of a reference is not Python"),
+        ({**ROWS[0], "canonical_solution": "    # none\n"}, "canonical_solution has no line of code"),
+    ],
+)
+def test_rows_that_cannot_be_measured(
+    home: Path, capsys: pytest.CaptureFixture[str], row: dict[str, str], message: str
+):
+    """Before anything is written for them."""
+    (home / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (ROWS[1], row)))
+    assert main(["check", "e.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@isolated
 def test_what_is_refused(home: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["check", "e.yaml", "chat_template=true"]) == 2
     assert "set chat_template: false" in capsys.readouterr().err

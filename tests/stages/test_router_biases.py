@@ -161,6 +161,21 @@ def test_an_adapter_brings_its_biases(base: Path, tmp_path: Path):
     assert "other biases" in (reason_not_to_share(further, source, "float32") or "")
 
 
+def test_an_adapter_of_attention_alone_brings_its_biases(base: Path, tmp_path: Path):
+    """Its file names routers, and is not in the per-expert layout for that."""
+    model = apply_lora(load_base(str(base), config={"bias_update_speed": U}), lora_config("attention", r=2))
+    for name, bias in model.named_buffers():
+        bias += name.endswith("bias")
+    save_directory(model, tokenizer(), tmp_path / "adapter")
+    assert torch.equal(biases(load_adapter(load_base(str(base)), tmp_path / "adapter")), biases(model))
+    merge_lora(tmp_path / "adapter", tmp_path / "merged")
+    assert torch.equal(biases(load_base(str(tmp_path / "merged"))), biases(model))
+    other = LoraSettings(("attention", "experts"), r=2)
+    source = resolve_source(tmp_path / "adapter")
+    further = prepare_trainable(source, lora=other, merge_dir=tmp_path / "further")
+    assert torch.equal(biases(further), biases(model))
+
+
 def test_an_adapters_biases_resume(base: Path, tmp_path: Path):
     whole = adapted(base)
     make(tmp_path / "run", model=whole).train()
