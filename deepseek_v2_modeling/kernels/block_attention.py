@@ -37,23 +37,23 @@ def block_attention(
 ) -> tuple[torch.Tensor, None]:
     """Same signature and result as transformers' sdpa attention, without dropout: query [B, H, T, d], key [B, H, S, d],
     value [B, H, S, V] -> ([B, T, H, V] in the query's dtype, None). The queries are the last T of S tokens."""
-    batch, heads = query.shape[:2]
-    q, k, v = (t.flatten(0, 1) for t in (query, key, value))  # [N, T or S, d]
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    together = max(1, IN_CACHE // (QUERIES * k.shape[1]))
-    for parts in zip(*(t.split(together) for t in (q, k, v, out)), strict=True):
-        _attend(parts, scaling)
-    return out.unflatten(0, (batch, heads)).transpose(1, 2), None
+    out = query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3])
+    together = max(1, IN_CACHE // (QUERIES * key.shape[2]))
+    for row in zip(query, key, value, out.transpose(1, 2), strict=True):
+        for heads in zip(*(t.split(together) for t in row), strict=True):
+            _attend(heads, scaling)
+    return out, None
 
 
 def _attend(parts: tuple[torch.Tensor, ...], scaling: float) -> None:
     """parts: q [N, T, d], k [N, S, d], v [N, S, V], and the output [N, T, V] to be filled."""
     q, k, v, out = parts
     before = k.shape[1] - q.shape[1]
-    q, k, v = q.float() * scaling, k.float().transpose(1, 2), v.to(fastest_dtype(v))
+    q, k, v = q.float(), k.float().transpose(1, 2), v.to(fastest_dtype(v))
+    unread = q.new_empty(1)  # what would be added to the products
     later = torch.full((QUERIES, QUERIES), -torch.inf).triu_(1)
     for start in range(0, q.shape[1], QUERIES):
         end = min(start + QUERIES, q.shape[1])
-        scores = torch.bmm(q[:, start:end], k[..., : before + end])
+        scores = torch.baddbmm(unread, q[:, start:end], k[..., : before + end], beta=0, alpha=scaling)
         scores[..., before + start :] += later[: end - start, : end - start]
         out[:, start:end] = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, : before + end])

@@ -104,9 +104,10 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate interleaved pairs, in float32: x [B, H, T, R]; cos and sin [B, T, R/2] -> [B, H, T, R] in the dtype of
     x."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() >= MANY:
+    fuses = torch.compiler.is_compiling() or (x.is_cuda and x.numel() >= MANY)
+    if fuses or torch.is_grad_enabled():
         return rotated_pairs(x, cos, sin)
-    # For few values, the same products as complex numbers, in half as many operations; the compiler knows none.
+    # The same products as complex numbers, in half as many operations; the compiler knows none.
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(1)).flatten(-2).to(x.dtype)
 

@@ -5,8 +5,8 @@ documents themselves, either batched in buckets of similar length or, for kernel
 row with boundaries. Time and memory grow with the sum of the squared document lengths, and no T x T mask is built.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,39 +64,49 @@ class Bucket:
     keep: the flat positions in [documents * L] of real tokens.
     keys, mask: for documents that continue others: token indices [documents, S] of those and of their own, and
         [1, 1, L, S], True where a query may attend. None where the queries are the keys.
+    begin: the first token of documents that are equally long and follow one another; None if they are not.
     """
 
     queries: torch.Tensor
     keep: torch.Tensor
     keys: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    begin: int | None = None
 
     def to(self, device: Any) -> "Bucket":
-        moved = (t if t is None else t.to(device) for t in (self.queries, self.keep, self.keys, self.mask))
-        return Bucket(*moved)  # pyright: ignore[reportArgumentType]
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **moved)
 
     def attend(self, kernel: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v of all tokens [B*T, H, d] -> [documents * L, H, d_v], padding dropped."""
-        keys = self.queries if self.keys is None else self.keys
-        parts = (
-            t.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
-            for t, index in ((q, self.queries), (k, keys), (v, keys))
+        query = self._of_documents(q, self.queries, self.begin)
+        key, value = (
+            self._of_documents(t, self.queries, self.begin) if self.keys is None else self._of_documents(t, self.keys)
+            for t in (k, v)
         )
-        out = kernel(*parts)[0] if self.mask is None else kernel(*parts, attention_mask=self.mask, continues=True)[0]
-        return out.flatten(0, 1).index_select(0, self.keep)
+        with_mask = {} if self.mask is None else {"attention_mask": self.mask, "continues": True}
+        out = kernel(query, key, value, **with_mask)[0].flatten(0, 1)
+        return out if self.begin is not None else out.index_select(0, self.keep)
+
+    @staticmethod
+    def _of_documents(x: torch.Tensor, index: torch.Tensor, begin: int | None = None) -> torch.Tensor:
+        """x [B*T, H, d] -> [documents, H, L, d]; a view where the documents are all tokens from `begin` on."""
+        found = x.index_select(0, index.reshape(-1)) if begin is None else x.narrow(0, begin, index.numel())
+        return found.unflatten(0, index.shape).transpose(1, 2)
 
 
 @dataclass
 class PackedLayout:
     """The positions of documents in the flat batch of B*T tokens; inverse: [B*T] the position of each token in the
-    concatenation of all buckets' outputs."""
+    concatenation of all buckets' outputs, None if that is their order."""
 
     buckets: list[Bucket]
-    inverse: torch.Tensor
+    inverse: torch.Tensor | None
 
     def to(self, device: Any) -> "PackedLayout":
         """A copy on another device; accelerate's dispatch calls this for layers on other devices."""
-        return PackedLayout([bucket.to(device) for bucket in self.buckets], self.inverse.to(device))
+        inverse = None if self.inverse is None else self.inverse.to(device)
+        return PackedLayout([bucket.to(device) for bucket in self.buckets], inverse)
 
     def attend(
         self, kernel: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -110,7 +120,8 @@ class PackedLayout:
         batch, _, length, _ = query.shape
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [B*T, H, d]
         outs = [bucket.attend(kernel, q, k, v) for bucket in self.buckets]
-        return torch.cat(outs).index_select(0, self.inverse).unflatten(0, (batch, length))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return (out if self.inverse is None else out.index_select(0, self.inverse)).unflatten(0, (batch, length))
 
 
 def pack_layout(
@@ -144,11 +155,22 @@ def pack_layout(
             bucket.keys = torch.cat((before, queries), dim=1)
             seen = torch.ones(longest, shared + longest, dtype=torch.bool, device=counts.device)
             bucket.mask = seen.tril(shared)[None, None]
+        first = begins[members[0]]
+        if [begins[i] for i in members] == [first + n * longest for n in range(len(members))]:
+            bucket.begin = first if lengths[members[-1]] == longest else None
         buckets.append(bucket)
+    if is_in_order([bucket.begin for bucket in buckets]):
+        return PackedLayout(buckets, None)
     kept = torch.cat([bucket.queries.reshape(-1)[bucket.keep] for bucket in buckets])
     inverse = torch.empty_like(kept)
     inverse[kept] = torch.arange(kept.shape[0], device=kept.device)
     return PackedLayout(buckets, inverse)
+
+
+def is_in_order(begins: Sequence[int | None]) -> bool:
+    """Whether buckets that begin at these tokens have all tokens in their order."""
+    known = [begin for begin in begins if begin is not None]
+    return len(known) == len(begins) and known == sorted(known)
 
 
 def continued_tokens(

@@ -149,3 +149,20 @@ def test_layout(rows: list[list[int]]):
         torch.testing.assert_close(
             found[b : b + 1], torch.cat([attend(*p)[0] for p in zip(*parts, strict=True)], dim=1)
         )
+
+
+def test_documents_that_follow_one_another_are_not_copied():
+    """Equally long neighbours reach the kernel as views of all tokens; others are gathered, and put back in order."""
+    query = torch.randn(1, 2, 6, 4)
+    seen: list[int] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, None]:
+        seen.append(q.untyped_storage().data_ptr())
+        return q.transpose(1, 2), None
+
+    for lengths, views in (((3, 3), 1), ((4, 2), 2), ((2, 4), 2), ((1, 4, 1), 1)):
+        seen.clear()
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+        found = pack_layout(documents).attend(attend, query, query, query)
+        torch.testing.assert_close(found, query.transpose(1, 2), rtol=0, atol=0)
+        assert seen.count(query.untyped_storage().data_ptr()) == views
