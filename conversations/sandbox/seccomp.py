@@ -1,7 +1,8 @@
 """The system call filter of a sandbox, as the BPF program that bubblewrap installs before it starts Python.
 
 Namespaces hide files, processes and networks. The filter forbids what could use memory beyond the limits of a process
-(other processes, memory files, socket buffers), and parts of the kernel that are of no use in a sandbox.
+(other processes, memory files, socket buffers, attributes of files), and parts of the kernel that are of no use in a
+sandbox.
 """
 
 import errno
@@ -25,6 +26,7 @@ class Machine(NamedTuple):
 # unshare setns mount umount2 pivot_root chroot keyctl add_key request_key bpf perf_event_open userfaultfd
 # io_uring_setup process_vm_readv process_vm_writev open_by_handle_at kexec_load init_module finit_module
 # move_mount open_tree fsopen fsmount mount_setattr memfd_secret swapon reboot personality
+# setxattr lsetxattr fsetxattr setxattrat inotify_init inotify_init1 inotify_add_watch fanotify_init
 MACHINES = {
     "x86_64": Machine(
         0xC000003E,
@@ -35,6 +37,7 @@ MACHINES = {
             272, 308, 165, 166, 155, 161, 250, 248, 249, 321, 298, 323,
             425, 310, 311, 304, 246, 175, 313,
             429, 428, 430, 432, 442, 447, 167, 169, 135,
+            188, 189, 190, 463, 253, 294, 254, 300,
         ),
     ),
     "aarch64": Machine(
@@ -46,6 +49,7 @@ MACHINES = {
             97, 268, 40, 39, 41, 51, 219, 217, 218, 280, 241, 282,
             425, 270, 271, 265, 104, 105, 273,
             429, 428, 430, 432, 442, 447, 224, 142, 92,
+            5, 6, 7, 463, 26, 27, 262,
         ),
     ),
 }  # fmt: skip

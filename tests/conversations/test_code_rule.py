@@ -4,6 +4,7 @@ verdict is forged, nothing outlives its check, and the next check runs.
 Skipped where nothing can be isolated, but with DSV2_TEST_SANDBOX=1 (as CI has it), where that is a failure.
 """
 
+import errno
 import json
 import os
 import socket
@@ -310,6 +311,21 @@ def test_nothing_of_the_machine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     )
     # PWD is bubblewrap's
     assert judge(look, {"test_list": ["assert add(1, 2) == (['PWD'], [], [], [])"]}) == (1.0, "passes 1 of 1 tests")
+
+
+@isolated
+def test_what_the_kernel_keeps_outside_a_process_is_refused() -> None:
+    """Attributes of files, memory files and watches count towards no limit of a process."""
+    take = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nopen('/tmp/file', 'w').close()\n"
+        "takes = {'attribute': lambda: libc.setxattr(b'/tmp/file', b'user.a', b'x', 1, 0),\n"
+        "    'attribute of a link': lambda: libc.lsetxattr(b'/tmp/file', b'user.a', b'x', 1, 0),\n"
+        "    'memory file': lambda: libc.memfd_create(b'x', 0), 'watches': lambda: libc.inotify_init1(0)}\n"
+        "def add(a, b): return {name: take() for name, take in takes.items()}, ctypes.get_errno()\n"
+    )
+    names = ["attribute", "attribute of a link", "memory file", "watches"]
+    row = {"test_list": [f"assert add(1, 2) == ({dict.fromkeys(names, -1)}, {errno.EPERM})"]}
+    assert judge(take, row) == (1.0, "passes 1 of 1 tests")
 
 
 # --- machines without a sandbox, bad settings and references
