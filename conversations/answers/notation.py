@@ -96,7 +96,7 @@ _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
 def unwrapped(text: str) -> str:
-    """The text without what surrounds it: spaces, a full stop, dollar signs, \\boxed{...}."""
+    """The text without what surrounds it: spaces, a full stop, dollar signs, \\boxed{...}, {...}."""
     before = None
     while before != text:
         before = text
@@ -107,7 +107,7 @@ def unwrapped(text: str) -> str:
             bare = inner.replace("\\$", "")
             if is_wrapped and opening not in bare and closing not in bare and not inner.endswith("\\"):
                 text = inner
-        match = re.match(r"\\(?:boxed|fbox)\s*\{", text)
+        match = re.match(r"(?:\\(?:boxed|fbox)\s*)?\{", text)
         if match and closing_brace(text, match.end() - 1) == len(text) - 1:
             text = text[match.end() : -1]
     return text

@@ -79,6 +79,7 @@ def equal_numbers(a: Number, b: Number) -> bool:
     if a.value == b.value:
         return True
     written_out = {a.decimals is None, b.decimals is None} == {True, False}
-    if written_out and max(a.decimals or 0, b.decimals or 0) >= 6:
+    whole = 1 in (a.value.denominator, b.value.denominator)
+    if written_out and not whole and max(a.decimals or 0, b.decimals or 0) >= 6:
         return abs(a.value - b.value) <= Fraction(1, 10**6) * min(1, max(abs(a.value), abs(b.value)))
     return False

@@ -47,6 +47,9 @@ def test_a_reference_is_wrong_for_every_other(name):
     [
         ("The answer is 2.", r"2\sqrt{2}", 0),
         ("So 8/3.", "2 2/3", 1),
+        (r"\boxed{{42}}", "42", 1),
+        (r"\boxed{42.0000001}", "42", 0),
+        (r"\boxed{0.3333333}", "1/3", 1),
         ("x = 5", "5", 1),
         ("5", "x = 5", 1),
         (r"\boxed{(x+1)^2}", "x^2 + 2x + 1", 1),
