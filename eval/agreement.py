@@ -11,18 +11,16 @@ a wrong one, a labelled answer against the score 0, or two scored answers agains
 """
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from conversations.answers.intervals import bootstrap_interval, mean_interval
+from eval.figures import Figure, Measure, measured, share
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Measure = Callable[[Array], float]  # weights of the rows [N] -> the figure; NaN if it is undefined
 Row = Mapping[str, Any]
-Figure = dict[str, Any]  # value, interval, n
 
 PARTNERS = 64  # maximum number of scored rows that each scored row is compared with
 BINS = 10  # of confidence, from 0.5 to 1
@@ -237,7 +235,7 @@ def agreement(rows: Sequence[Row]) -> dict[str, Any]:
     comparisons, prompts = compare(rows), prompts_of(rows)
     everything = np.ones(len(rows), dtype=bool)
     right = _accuracy(comparisons, everything, prompts)
-    details = {name: _figure(measure, prompts, n) for name, (measure, n) in _measures(rows, comparisons).items()}
+    details = {name: measured(measure, prompts, n) for name, (measure, n) in _measures(rows, comparisons).items()}
     groups = {name: _grouped(rows, comparisons, prompts, keys) for name, keys in GROUPED_BY.items()}
     return {
         "n": len(rows),
@@ -285,7 +283,7 @@ def _bests(rows: Sequence[Row], prompts: Sequence[Hashable]) -> dict[str, Figure
         if len(row["scores"]) > 2 and not _ties_id(row):
             sizes.setdefault(len(row["scores"]), []).append(place)
     return {
-        f"best_of_{size}": _share([best_of(rows[place]) for place in places], [prompts[place] for place in places])
+        f"best_of_{size}": share([best_of(rows[place]) for place in places], [prompts[place] for place in places])
         for size, places in sorted(sizes.items())
     }
 
@@ -310,22 +308,7 @@ def _accuracy(comparisons: Comparisons, included: Array, prompts: Sequence[Hasha
     the interval is then a bootstrap interval."""
     measure, n = accuracy(comparisons), int(included.sum())
     if (comparisons.other >= 0).any():
-        return _figure(lambda weights: measure(weights * included), prompts, n)
+        return measured(lambda weights: measure(weights * included), prompts, n)
     right, total = (np.bincount(comparisons.row, values, len(included)) for values in (comparisons.margin > 0, None))
     places = np.flatnonzero(included & (total > 0)).tolist()
-    return _share((right[places] / total[places]).tolist(), [prompts[place] for place in places])
-
-
-def _share(values: Sequence[float], prompts: Sequence[Hashable]) -> Figure:
-    """The mean of values from 0 to 1, with its interval."""
-    if not values:
-        return {"value": None, "interval": None, "n": 0}
-    return {"value": float(np.mean(values)), "interval": [*mean_interval(values, prompts)], "n": len(values)}
-
-
-def _figure(measure: Measure, prompts: Sequence[Hashable], n: int) -> Figure:
-    """The figure of a measure, with a bootstrap interval over prompts."""
-    value = measure(np.ones(len(prompts)))
-    if np.isnan(value):
-        return {"value": None, "interval": None, "n": n}
-    return {"value": value, "interval": [*bootstrap_interval(measure, prompts)], "n": n}
+    return share((right[places] / total[places]).tolist(), [prompts[place] for place in places])

@@ -4,10 +4,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from conversations.answers.many import Asked, verify_all
+from conversations.answers.many import Asked
 from conversations.answers.prompts import prompt_of, prompt_text
 from conversations.answers.rules import MEASURED, find_rule
-from conversations.answers.verdict import Verdict
 from conversations.errors import ToolkitError
 from conversations.generation.generating import Generated
 from conversations.generation.sample_files import Sample
@@ -16,10 +15,12 @@ from conversations.rewards.judge import JudgeReward
 from conversations.rewards.terms import judge_reward
 from conversations.row import Row
 from eval.config import EvalTask, decoding_name
+from eval.judging import READS, judged_by
 from eval.subject import Numbered, Subject, answers_to
 
 CHUNK_BATCHES = 4  # batches of answers to generate before judging and writing them
-VerdictsOn = Callable[[Numbered, Sequence[Generated]], list[Verdict]]
+# The verdicts as keys of samples: value, reason, and what a rule that looks for an answer has read.
+VerdictsOn = Callable[[Numbered, Sequence[Generated]], list[dict[str, Any]]]
 
 
 def exact_match(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
@@ -69,8 +70,9 @@ def _judged_answers(
 def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
     compares = find_rule(rule).needs_reference
     measured = [key for key in MEASURED if key in find_rule(rule).settings]
+    shown = ("read", "value", "reason") if rule in READS else ("value", "reason")
 
-    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
+    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[dict[str, Any]]:
         inputs = [
             Asked(
                 answer.text,
@@ -80,39 +82,32 @@ def _by_rule(rule: str, settings: Mapping[str, Any]) -> VerdictsOn:
             )
             for (number, row), answer in zip(rows, answers, strict=True)
         ]
-        return [_scored(verdict) for verdict in verify_all(rule, inputs)]
+        return [{key: judged.shown[key] for key in shown} for judged in judged_by(rule, inputs)]
 
     return verdicts_on
 
 
 def _by_judge(reward: JudgeReward) -> VerdictsOn:
-    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
+    def verdicts_on(rows: Numbered, answers: Sequence[Generated]) -> list[dict[str, Any]]:
         to_judge = [
             Answer(prompt_of(row, number + 1), answer.text, answer.finished, row.get("reference"), answer.tokens)
             for (number, row), answer in zip(rows, answers, strict=True)
         ]
         values = reward.judge(to_judge)
-        return [Verdict(value, reason or "") for value, reason in zip(values, reward.reasons, strict=True)]
+        return [{"value": value, "reason": reason} for value, reason in zip(values, reward.reasons, strict=True)]
 
     return verdicts_on
 
 
-def _by_environment(rows: Numbered, answers: Sequence[Generated]) -> list[Verdict]:
+def _by_environment(rows: Numbered, answers: Sequence[Generated]) -> list[dict[str, Any]]:
     outside = next((a.reward for a in answers if a.reward is not None and not 0 <= a.reward <= 1), None)
     if outside is not None:
         raise ToolkitError(f"the metric environment takes rewards from 0 to 1, and get_reward gave {outside:g}")
-    none = Verdict(0.0, "the environment gave no reward")
-    return [none if answer.reward is None else Verdict(answer.reward, "get_reward") for answer in answers]
+    none = {"value": 0.0, "reason": "the environment gave no reward"}
+    return [none if answer.reward is None else {"value": answer.reward, "reason": "get_reward"} for answer in answers]
 
 
-def _scored(verdict: Verdict | ToolkitError) -> Verdict:
-    """The verdict, with a score of 0 if there is none: a check that timed out counts as a wrong answer."""
-    if isinstance(verdict, ToolkitError):
-        raise verdict
-    return verdict if verdict.score is not None else Verdict(0.0, verdict.reason)
-
-
-def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Verdict) -> Sample:
+def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Mapping[str, Any]) -> Sample:
     copied = {key: row[key] for key in ("reference", "meta") if row.get(key) is not None}
     prompt = prompt_text(prompt_of(row, number + 1))
     return {
@@ -122,8 +117,7 @@ def _sample(number: int, row: Row, decoding: str, answer: Generated, verdict: Ve
         "completion": answer.text,
         "truncated": not answer.finished,
         "tokens": answer.tokens,
-        "value": verdict.score,
-        "reason": verdict.reason,
+        **verdict,
         **({} if answer.turns is None else {"turns": answer.turns, "environment_reward": answer.reward}),
         **copied,
     }

@@ -2,9 +2,9 @@
 
 `eval.stage.evaluate` returns one entry per task, by name: `{"n": rows, "greedy": value at temperature 0, "t1": value at
 temperature 1}`, where a temperature T is named "t" + T. "greedy_interval" is the 95 % confidence interval of "greedy",
-and "greedy_truncated" the fraction of answers truncated at max_new_tokens. pair_accuracy has "value" instead, and loss
-has "loss", in nats. reward has "value", the accuracy, and named figures with intervals under "details", "by_source" and
-"by_kind" (eval/agreement.py).
+"greedy_truncated" the fraction of answers truncated at max_new_tokens, and "greedy_unread" that of answers in which a
+rule that looks for an answer found none. pair_accuracy has "value" instead, and loss has "loss", in nats. reward has
+"value", the accuracy, and named figures with intervals under "details", "by_source" and "by_kind" (eval/agreement.py).
 """
 
 import re

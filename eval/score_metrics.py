@@ -10,10 +10,10 @@ from conversations.generation.sample_files import Sample
 from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
 from deepseek_v2_modeling.inference import score_heads, token_losses
 from eval.config import EvalTask
+from eval.figures import LOSS
 from eval.subject import Numbered, Subject
 
 UNSAMPLED = "value"
-LOSS = "loss"
 
 
 def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:

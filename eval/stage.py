@@ -10,19 +10,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from conversations.answers.intervals import mean_interval
 from conversations.environments.episodes import try_reset
 from conversations.errors import ToolkitError
 from conversations.generation.generating import print_obeyed
 from conversations.generation.sample_files import Sample, SampleFiles
 from conversations.row import Row
 from conversations.stage import OtherModel, Work
+from deepseek_v2_modeling import ModelError
 from deepseek_v2_modeling.training import append_lines, read_lines, write_lines
 from eval.agreement import agreement, remark
 from eval.config import UNSAMPLED_METRICS, AnyTask, EvalRecipe, EvalTask
+from eval.figures import figures_of_metric
 from eval.harness.benchmarks import Benchmarks
 from eval.metrics import CHECKS, METRICS
-from eval.score_metrics import LOSS
 from eval.subject import Subject
 
 PLACE = ("task", "decoding", "row")  # keys that identify a sample
@@ -64,12 +64,11 @@ def evaluate(
         others: the reward models of open-ended tasks, by their keys in the recipe.
 
     Returns:
-        Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "greedy_truncated": ..., "t1": ..., ...}: for
-        each temperature a value, its 95 % confidence interval and the fraction of answers truncated at max_new_tokens.
-        For pair_accuracy {"n": rows, "value": ..., "value_interval": ...}, for loss {"n": rows, "loss": ...} in nats,
-        for reward the result of `agreement`, for a task of lm-eval that of eval.harness.figures.figures_of, and for an
-        open-ended one that of eval.open_ended.measuring.figures_of. One of these two kinds that fails has {"n": 0,
-        "error": why}; the others are measured all the same.
+        Task name -> {"n": rows, "greedy": ..., "greedy_interval": ..., "t1": ..., ...}: for each decoding what
+        eval.figures.figures_of_metric says; "value" is the decoding of pair_accuracy, "loss" that of loss, in nats. For
+        reward the result of `agreement`, for a task of lm-eval that of eval.harness.figures.figures_of, and for an
+        open-ended one that of eval.open_ended.measuring.figures_of. One that fails has {"n": 0, "error": why}; the
+        others are measured all the same.
 
     Raises:
         ToolkitError: rows that do not suit the metric (no reference, no pair, no question).
@@ -138,17 +137,24 @@ def check_rows(task: EvalTask, rows: Sequence[Row]) -> None:
 def _measure(
     task: EvalTask, rows: Sequence[Row], subject: Subject, state: PartialState, files: SampleFiles
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """(figures, samples) of one task, over all processes. Each writes its samples as they are generated."""
+    """(figures, samples) of one task, over all processes; of one that fails {"n": 0, "error": why} and the samples so
+    far. Each process writes its samples as they are generated."""
     rows = list(rows)[: task.limit]
     numbered = list(enumerate(rows))[state.process_index :: state.num_processes]
     samples: list[Sample] = []
-    for chunk in METRICS[task.metric](task, numbered, subject):
-        named = [{"task": task.name, **sample} for sample in chunk]
-        new = (sample for sample in named if files.place(sample) not in subject.kept)
-        append_lines(files.of_process(state.process_index), new)
-        samples += named
+    faults: list[str] = []
+    try:
+        for chunk in METRICS[task.metric](task, numbered, subject):
+            named = [{"task": task.name, **sample} for sample in chunk]
+            new = (sample for sample in named if files.place(sample) not in subject.kept)
+            append_lines(files.of_process(state.process_index), new)
+            samples += named
+    except (ToolkitError, ModelError) as error:
+        faults.append(str(error))
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
-    return agreement(samples) if task.metric == "reward" else figures(samples, len(rows)), samples
+    if faults := gather_object(faults):
+        return {"n": 0, "error": faults[0]}, samples
+    return agreement(samples) if task.metric == "reward" else figures_of_metric(samples, len(rows)), samples
 
 
 def _record(name: str, samples: Sequence[Sample], files: SampleFiles) -> None:
@@ -161,20 +167,3 @@ def _record(name: str, samples: Sequence[Sample], files: SampleFiles) -> None:
 def _report(name: str, results: Mapping[str, Any], seconds: float) -> None:
     done = f"failed: {results['error']}" if "error" in results else f"{results['n']:,} rows, {seconds:.1f} s"
     print(f"eval: {name}, {done}{remark(results)}", file=sys.stderr, flush=True)
-
-
-def figures(samples: Sequence[Sample], rows: int) -> dict[str, Any]:
-    """For each decoding method the mean value, weighted if samples have weights, with its interval unless it is a loss,
-    and the fraction of truncated answers."""
-    values: dict[str, Any] = {"n": rows}
-    for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
-        decoded = [sample for sample in samples if sample["decoding"] == decoding]
-        weights = [sample.get("weight", 1) for sample in decoded]
-        total = sum(weights) or 1
-        values[decoding] = sum(w * sample["value"] for w, sample in zip(weights, decoded, strict=True)) / total
-        if decoding != LOSS:
-            interval = mean_interval([sample["value"] for sample in decoded], [sample["prompt"] for sample in decoded])
-            values[f"{decoding}_interval"] = [*interval]
-        if any("truncated" in sample for sample in decoded):
-            values[f"{decoding}_truncated"] = sum(sample["truncated"] for sample in decoded) / len(decoded)
-    return values

@@ -178,7 +178,7 @@ def verify(
     _check_settings(name, settings)
     rule = RULES[name]
     arguments = {
-        "prompt": None if prompt is None else _question(prompt),
+        "prompt": None if prompt is None else question_of(prompt),
         "reference": reference if reference is None or rule.of_rows else _reference_text(reference),
     }
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters and value is not None}
@@ -190,7 +190,7 @@ def verify(
     return rule.judge(completion, **arguments, **settings)
 
 
-def _question(prompt: Prompt) -> str:
+def question_of(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     questions = [message["content"] for message in prompt if message["role"] == "user"]

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
-from conversations.answers.intervals import mean_interval, resampled_interval
 from conversations.answers.repeated import majority_score, pass_at_k, sizes_of_k
 from eval.config import BenchmarkTask, decoding_name
-from eval.harness.scoring import Judged
+from eval.figures import Figure, aggregated, share
+from eval.judging import Judged
 
 Sample = dict[str, Any]
 Figures = dict[str, Any]
@@ -89,8 +90,7 @@ def _reply(reply: Any) -> Sample:
 
 def _judged_line(place: int, reply: Any, judged: Judged, answers: int) -> Sample:
     numbered = {"answer": place} if answers > 1 else {}
-    verdict = {"read": judged.read, "value": judged.verdict.score, "reason": judged.verdict.reason}
-    return {**numbered, **_reply(reply), **verdict}
+    return {**numbered, **_reply(reply), **judged.shown}
 
 
 def _likelihoods(sample: Mapping[str, Any], value: float | None, weight: float) -> Sample:
@@ -126,8 +126,8 @@ def figures_of(entry: BenchmarkTask, logs: Mapping[str, Logged], lines: Sequence
         f"{first.decoding}_interval": figure["interval"],
     }
     if first.decoding != VALUE:
-        found[f"{first.decoding}_truncated"] = _share(line["truncated"] for line in lines)
-        found[f"{first.decoding}_unread"] = _share(line["read"] is None for line in lines)
+        found[f"{first.decoding}_truncated"] = fmean(line["truncated"] for line in lines)
+        found[f"{first.decoding}_unread"] = fmean(line["read"] is None for line in lines)
     several = len(first.filters) > 1
     details = {_title(metric, name, several): _figure(logs, metric, name) for metric, name in others}
     details |= {name: _figure({name: log}, *main) for name, log in logs.items()} if len(logs) > 1 else {}
@@ -164,18 +164,16 @@ def _title(metric: str, name: str, several: bool) -> str:
     return f"{metric},{name}" if several and name != _NAMED_AFTER_NOTHING else metric
 
 
-def _figure(logs: Mapping[str, Logged], metric: str, name: str) -> Figures:
+def _figure(logs: Mapping[str, Logged], metric: str, name: str) -> Figure:
     """A metric over the rows of all tasks, which are pooled."""
     samples = [sample for log in logs.values() for sample in log.of_filter(name) if metric in sample]
     values = [sample[metric] for sample in samples]
     clusters: list[Hashable] = [str(sample["arguments"][0][0]) for sample in samples]
-    aggregate = next(iter(logs.values())).aggregations.get(metric, _mean)
+    aggregate = next(iter(logs.values())).aggregations.get(metric, fmean)
     shares = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values)
-    if shares and aggregate.__name__ in ("mean", "_mean"):
-        interval = mean_interval([float(value) for value in values], clusters)
-    else:
-        interval = resampled_interval(aggregate, values, clusters)
-    return {"value": float(aggregate(values)), "interval": [*interval], "n": len(values)}
+    if shares and aggregate.__name__ in ("mean", "fmean"):
+        return share([float(value) for value in values], clusters)
+    return aggregated(aggregate, values, clusters)
 
 
 def repeated_figures(lines: Sequence[Sample], pass_at: Sequence[int] = ()) -> Figures:
@@ -186,22 +184,10 @@ def repeated_figures(lines: Sequence[Sample], pass_at: Sequence[int] = ()) -> Fi
     n = len(next(iter(rows.values())))
     prompts = [answers[0]["prompt"] for answers in rows.values()]
     right = [sum(answer["value"] >= 1 for answer in answers) for answers in rows.values()]
-    scores = {f"avg@{n}": [_mean([answer["value"] for answer in answers]) for answers in rows.values()]}
+    scores = {f"avg@{n}": [fmean(answer["value"] for answer in answers) for answers in rows.values()]}
     scores |= {f"pass@{k}": [pass_at_k(n, count, k) for count in right] for k in pass_at or sizes_of_k(n)}
     scores[f"cons@{n}"] = [
         majority_score([answer["read"] for answer in answers], [answer["value"] for answer in answers])
         for answers in rows.values()
     ]
-    return {
-        name: {"value": _mean(values), "interval": [*mean_interval(values, prompts)], "n": len(values)}
-        for name, values in scores.items()
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _share(flags: Any) -> float:
-    listed = [float(flag) for flag in flags]
-    return sum(listed) / len(listed)
+    return {name: share(values, prompts) for name, values in scores.items()}

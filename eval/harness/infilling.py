@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval.harness.scoring import Judged, of_verdicts
+from eval.harness.scoring import of_verdicts
+from eval.judging import Judged
 
 SEED = 0  # of the holes: other lines are another benchmark
 

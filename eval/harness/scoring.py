@@ -6,75 +6,36 @@ A filter gets, for each row, the list of its answers, and returns a `Judged` for
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from conversations.answers.code import code_reference, written_code
-from conversations.answers.extracting import candidates
-from conversations.answers.many import Asked, verify_all
-from conversations.answers.number import final_number
+from conversations.answers.many import Asked
 from conversations.answers.rules import verify
 from conversations.answers.verdict import Verdict, shown
-from conversations.errors import ToolkitError
+from eval.judging import Judged, judged_by, whole_text
 
 Row = Mapping[str, Any]
-Read = Callable[[str, Any], str | None]  # (answer, reference) -> what is read from it; None if nothing is
 
 
-@dataclass(frozen=True)
-class Judged:
-    """The verdict on an answer. read: what was read from it, such as a number; None if it holds no answer."""
-
-    text: str
-    verdict: Verdict
-    read: str | None
-
-
-def _filter(rule: str, reference_of: Callable[[Row], Any], read: Read) -> Callable[[Any, Any], list[list[Judged]]]:
+def _filter(rule: str, reference_of: Callable[[Row], Any]) -> Callable[[Any, Any], list[list[Judged]]]:
     def judge(resps: Sequence[Sequence[str]], docs: Sequence[Row]) -> list[list[Judged]]:
-        places = [(doc, text) for doc, texts in zip(docs, resps, strict=True) for text in texts]
-        verdicts = iter(verify_all(rule, [Asked(text, reference=reference_of(doc)) for doc, text in places]))
-        return [
-            [_judged(text, next(verdicts), read(text, reference_of(doc))) for text in texts]
-            for doc, texts in zip(docs, resps, strict=True)
+        asked = [
+            Asked(text, reference=reference_of(doc)) for doc, texts in zip(docs, resps, strict=True) for text in texts
         ]
+        judged = iter(judged_by(rule, asked))
+        return [[next(judged) for _ in texts] for texts in resps]
 
     return judge
 
 
-def _judged(text: str, verdict: Verdict | ToolkitError, read: str | None) -> Judged:
-    if isinstance(verdict, ToolkitError):
-        raise verdict
-    return Judged(text, Verdict(verdict.score or 0.0, verdict.reason), read)
-
-
-def _final_answer(text: str, reference: Any) -> str | None:
-    return next(iter(candidates(text)), None)
-
-
-def _final_number(text: str, reference: Any) -> str | None:
-    value: Fraction | None = final_number(text)
-    return None if value is None else str(value)
-
-
-def _whole(text: str, reference: Any) -> str | None:
-    return text.strip() or None
-
-
-def _code(text: str, reference: Any) -> str | None:
-    return written_code(text, code_reference(reference))
-
-
-by_number = _filter("number", lambda doc: doc["answer"], _final_number)
-by_math = _filter("math", lambda doc: doc["answer"], _final_answer)
-by_solution = _filter("math", lambda doc: doc["solution"], _final_answer)
-by_tests = _filter("code", dict, _code)
-by_instructions = _filter("ifeval", dict, _whole)
+by_number = _filter("number", lambda doc: doc["answer"])
+by_math = _filter("math", lambda doc: doc["answer"])
+by_solution = _filter("math", lambda doc: doc["solution"])
+by_tests = _filter("code", dict)
+by_instructions = _filter("ifeval", dict)
 
 
 def by_json(resps: Sequence[Sequence[str]], docs: Sequence[Row]) -> list[list[Judged]]:
@@ -120,7 +81,7 @@ def by_chrf(resps: Sequence[Sequence[str]], docs: Sequence[Row]) -> list[list[Ju
 
 def _similar(text: str, answers: Sequence[str], measure: Callable[[str, str], float], name: str) -> Judged:
     score = max(measure(text.strip(), answer) for answer in answers)
-    return Judged(text, Verdict(score, f"{name} {score:.3f}"), _whole(text, None))
+    return Judged(text, Verdict(score, f"{name} {score:.3f}"), whole_text(Asked(text)))
 
 
 class _Characters:

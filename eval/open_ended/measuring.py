@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from conversations.answers.intervals import mean_interval, resampled_interval
 from conversations.answers.prompts import prompt_text
 from conversations.errors import ToolkitError
 from conversations.stage import OtherModel
+from eval.figures import Figure, aggregated, share
 from eval.harness.crew import Crew
 from eval.open_ended.conversing import Exchange, check_positions, converse, temperature_of
 from eval.open_ended.entry import OpenTask
@@ -92,7 +92,7 @@ def figures_of(task: OpenTask, lines: Sequence[Sample]) -> Figures:
     return {**figures, **({"details": details} if details else {}), **({"by_kind": kinds} if kinds else {})}
 
 
-def _by(lines: Sequence[Sample], name: Callable[[Sample], str], shares: bool) -> dict[str, Figures]:
+def _by(lines: Sequence[Sample], name: Callable[[Sample], str], shares: bool) -> dict[str, Figure]:
     """The mean of each group, in the order in which they come."""
     groups: dict[str, list[Sample]] = {}
     for line in lines:
@@ -100,14 +100,7 @@ def _by(lines: Sequence[Sample], name: Callable[[Sample], str], shares: bool) ->
     return {key: _mean(group, shares) for key, group in groups.items()}
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], shares: bool) -> Figures:
-    """The mean value with its 95 % interval; the turns of a question are one cluster. shares: values are 0 to 1."""
+def _mean(lines: Sequence[Mapping[str, Any]], shares: bool) -> Figure:
+    """The mean value; the turns of a question are one cluster. shares: values are 0 to 1."""
     values, rows = [float(line["value"]) for line in lines], [line["row"] for line in lines]
-    return {"value": fmean(values), "interval": _interval(values, rows, shares), "n": len(values)}
-
-
-def _interval(values: Sequence[float], rows: Sequence[int], shares: bool) -> list[float] | None:
-    """None where points are all of one question: they do not show how far questions differ."""
-    if shares:
-        return [*mean_interval(values, rows)]
-    return [*resampled_interval(fmean, values, rows)] if len(set(rows)) > 1 else None
+    return share(values, rows) if shares else aggregated(fmean, values, rows)

@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from conversations.answers.intervals import bootstrap_interval
+from eval.figures import Figure, measured
 
 _STRENGTH = 100.0  # inverse of the penalty on the coefficient of length, as AlpacaEval's
 
 
 def length_controlled(
     values: Sequence[float], lengths: Sequence[tuple[int, int]], clusters: Sequence[Hashable]
-) -> dict[str, Any]:
-    """The win rate at equal lengths, with its bootstrap interval: {value, interval, n}.
+) -> Figure:
+    """The win rate at equal lengths, with its bootstrap interval.
 
     As AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475): a logistic regression of the outcome on tanh(d / std(d)), d
     being the answer's length minus the baseline's, predicts the outcome at d = 0. Left out of theirs is the difficulty
@@ -32,11 +32,7 @@ def length_controlled(
     def measure(weights: Any) -> float:
         return _at_equal_length(outcome, relative, weights)
 
-    return {
-        "value": measure(np.ones(len(outcome))),
-        "interval": [*bootstrap_interval(measure, clusters)],
-        "n": len(outcome),
-    }
+    return measured(measure, clusters)
 
 
 def _at_equal_length(outcome: Any, relative: Any, weights: Any) -> float:

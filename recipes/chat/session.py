@@ -86,17 +86,19 @@ def answer(partners: Sequence["Partner"], text: str, stopped: Callable[[], bool]
     if len(partners) == 1:
         reply = partners[0].answer(text, partial(print, end="", flush=True), stopped)
         print()
-        _report(reply)
+        for remark in _remarks(reply):
+            print(f"[{remark}]", file=sys.stderr)
         return
     answers = [partner.answer(text, lambda piece: None, stopped) for partner in partners]
     _print_columns([partner.name for partner in partners], answers)
 
 
-def _report(reply: "Answer") -> None:
+def _remarks(reply: "Answer") -> Iterator[str]:
+    """Why an answer is not complete, and how much of the context is used if that is much."""
     if reply.mark:
-        print(f"[{reply.mark}]", file=sys.stderr)
+        yield reply.mark
     if reply.used >= NEARLY_FULL * reply.limit:
-        print(f"[{reply.used:,} of {reply.limit:,} tokens of context used; /reset and /undo free it]", file=sys.stderr)
+        yield f"{reply.used:,} of {reply.limit:,} tokens of context used; /reset and /undo free it"
 
 
 def _print_columns(names: Sequence[str], answers: Sequence["Answer"]) -> None:
@@ -109,7 +111,7 @@ def _print_columns(names: Sequence[str], answers: Sequence["Answer"]) -> None:
         table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*(Text(reply.text) for reply in answers))
     for reply in answers:
-        details.append(f"{reply.tokens:,} tokens, {reply.seconds:.1f} s" + (f"; {reply.mark}" if reply.mark else ""))
+        details.append("; ".join([f"{reply.tokens:,} tokens, {reply.seconds:.1f} s", *_remarks(reply)]))
     table.add_row(*(Text(line) for line in details))
     Console(file=sys.stdout, color_system=None, highlight=False).print(table)
 

@@ -110,16 +110,18 @@ def _interval_of(entry: Figures, key: str, share: float) -> tuple[float, float] 
     return wilson(share, n) if n else None
 
 
-def _stated_interval(entry: Figures, key: str) -> tuple[str, ...]:
+def _stated_interval(entry: Figures, key: str, shown: Callable[[float], str] = short) -> tuple[str, ...]:
     """The interval that the evaluation states, as text; none of figures without one."""
     stated = entry.get(key + INTERVAL)
     bounds = [bound for value in stated if (bound := number(value)) is not None] if isinstance(stated, list) else []
-    return (f"{short(bounds[0])} to {short(bounds[1])}",) if len(bounds) == 2 else ()
+    return (" to ".join(map(shown, bounds)),) if len(bounds) == 2 else ()
 
 
 def _loss_cell(entry: Figures, key: str) -> Cell:
     loss = number(entry.get(key))
-    return plain_cell(entry.get(key)) if loss is None or not math.isfinite(loss) else Cell(f"{loss:.3f} nats")
+    if loss is None or not math.isfinite(loss):
+        return plain_cell(entry.get(key))
+    return Cell(f"{loss:.3f} nats", _stated_interval(entry, key, "{:.3f}".format))
 
 
 SHARE, LOSS, OTHER = "share", "loss", "other"

@@ -45,7 +45,8 @@ def figures(metrics: Metrics) -> Figures:
     for index, (task, values) in enumerate(metrics.items()):
         for name, value in values.items():
             if name != "n":
-                suffix = "" if name == LOSS and task.endswith(name) else _SUFFIX.get(name, f"_{name}")
+                own = task.endswith(LOSS) and name.startswith(LOSS)  # such a task needs no second "loss"
+                suffix = name.removeprefix(LOSS) if own else _SUFFIX.get(name, f"_{name}")
                 flat[task + suffix] = value
         flat["n" if index == 0 else f"{task}_n"] = values["n"]
     return flat

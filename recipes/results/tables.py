@@ -52,9 +52,10 @@ def figures_table(
         [Cell(names.get(name, name)), *(column.cell(evaluations[name]) for column in columns)]
         for name in _in_order(evaluations, names)
     ]
-    shares = any(column.kind == SHARE for column in columns)
     cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
-    notes = ["Below a share: its 95 % interval, in per cent."] if shares else []
+    kinds = {column.kind for column in columns}
+    notes = ["Below a share: its 95 % interval, in per cent."] if SHARE in kinds else []
+    notes += ["Below a loss: its 95 % interval, in nats."] if LOSS in kinds else []
     notes += ["Cut: the share of answers cut off at max_new_tokens, if any."] if any(cut) else []
     notes += ["No answer was cut off at max_new_tokens."] if cut and not any(cut) else []
     notes += [

@@ -101,7 +101,8 @@ def shown_evaluation(run: RunRecord) -> dict[str, Any]:
     rows = []
     for column in columns_of([entry], {}):
         cell = column.cell(entry)
-        interval = [f"95 % interval {cell.minor[0]}"] if column.kind == SHARE and cell.minor else []
+        has_interval = cell.minor and (column.kind == SHARE or entry.get(column.key + INTERVAL))
+        interval = [f"95 % interval {cell.minor[0]}"] if has_interval else []
         size = sample_size(entry, column.key)
         more = [*interval, *cell.minor[len(interval) :], *([f"n = {size:,.0f}"] if size else [])]
         rows.append({"task": column.title, "decoding": column.decoding, "value": cell.text, "more": "; ".join(more)})

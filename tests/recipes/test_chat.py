@@ -183,6 +183,7 @@ def test_commands_over_a_pipe(
     ):
         assert line in err
     assert err.count("[cut after 4 tokens; raise --max-new-tokens for more]") == 2 and "/save" in err
+    assert "of context used" not in err
     (row,) = map(json.loads, Path("talk.jsonl").read_text(encoding="utf-8").splitlines())
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     recipe = {"stage": "sft", "model": {"path": str(base)}, "data": [{"path": "talk.jsonl"}], "output_dir": "run"}
@@ -210,16 +211,25 @@ def test_a_wrong_turn_over_a_pipe_ends_with_one_line(
     assert message in err and "Traceback" not in err
 
 
+LONG = "7" * 420  # as many tokens; the model has 512 positions
+NEARLY_FULL = r"4\d\d of 512 tokens of context used; /reset and /undo free it"
+
+
+def test_a_context_that_is_nearly_full_is_said(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(base), "--prompt", LONG, "--max-new-tokens", "4"]) == 0
+    assert re.search(rf"^\[{NEARLY_FULL}\]$", capsys.readouterr().err, re.MULTILINE)
+
+
 def test_two_models_side_by_side(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     make_model(other, "tiny", 1)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 1?\n/undo\nWhat is 2 + 2?\n"))
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"What is 1 + 1?\n/undo\n{LONG}\n"))
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["chat", "--compare", str(base), str(other), "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
-    assert out.count("4 tokens, ") == 4 and "\x1b" not in out
+    assert out.count("4 tokens, ") == 4 and "\x1b" not in out and len(re.findall(NEARLY_FULL, out)) == 2
     for words in (["chat", str(base), "--compare", str(base), str(other)], ["chat", "--prompt", "a"]):
         assert main(words) == 2
         assert "give one MODEL_OR_RUN, or two with --compare" in capsys.readouterr().err

@@ -340,6 +340,9 @@ def test_a_judge_that_cannot_be_asked_is_one_message(server: Server, change: Any
     assert why in told and told.startswith("error: ") and "Traceback" not in told and not server.requests
 
 
+OTHER = {"name": "formed", "metric": "format", "data": [{"path": "rows.jsonl"}], "max_new_tokens": 4}
+
+
 def test_an_evaluation_by_a_judge(server: Server, capsys: Any) -> None:
     Path("rubric.md").write_text("Be right.")
     judge = {"base_url": server.url, "model": "m", "rubric": "rubric.md", "mode": "pairwise"}
@@ -351,6 +354,18 @@ def test_an_evaluation_by_a_judge(server: Server, capsys: Any) -> None:
     assert json.loads(Path("run/results.json").read_text())["wins"] == 0.5
     assert "eval: wins: 4 requests to m; both orders agree on 0 of 2" in capsys.readouterr().err
     assert "orders disagree" in lines(Path("run/samples.jsonl"))[0]["reason"] and len(server.requests) == 4
+
+    both = [*words, f"tasks=[{json.dumps(task)}, {json.dumps(OTHER)}]", "output_dir=both"]
+    server.replies = [(401, {}, "who are you")] * 4
+    assert dsv2(both) == 2  # the other task is measured all the same, and the failed one when started again
+    assert "wins failed: " in (told := capsys.readouterr().err) and "HTTP 401 who are you" in told
+    results = json.loads(Path("both/results.json").read_text())
+    assert "HTTP 401" in results["wins_error"] and results["formed_n"] == 2 and "wins" not in results
+    server.replies = []
+    assert dsv2(both) == 0
+    again = json.loads(Path("both/results.json").read_text())
+    assert again["wins"] == 0.5 and again["formed"] == results["formed"] and "wins_error" not in again
+    capsys.readouterr()
 
     task["judge"] = {**judge, "mode": "group"}
     assert dsv2([*words, f"tasks=[{json.dumps(task)}]", "output_dir=other"]) == 2

@@ -60,7 +60,8 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
     found, said = run(tmp_path, conversations(5), metric="exact_match", temperatures=[0.0, 1.0])
     assert found.pop("greedy_interval") == pytest.approx(wilson(0.6, 5))
     assert found.pop("t1_interval") == pytest.approx(wilson(1, 5))
-    assert found == {"n": 5, "greedy": 0.6, "greedy_truncated": 0, "t1": 1.0, "t1_truncated": 0}
+    shares = {"greedy_truncated": 0, "greedy_unread": 0, "t1_truncated": 0, "t1_unread": 0}
+    assert found == {"n": 5, "greedy": 0.6, "t1": 1.0, **shares}
     assert [(line["decoding"], line["row"], line["value"]) for line in said[:3]] == [
         ("greedy", 0, 1.0),
         ("greedy", 1, 0.0),
@@ -74,6 +75,7 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
         "completion": "It is 1.",
         "truncated": False,
         "tokens": 10,
+        "read": "1",
         "value": 1.0,
         "reason": "the last number is the reference '1'",
         "reference": "1",
@@ -85,6 +87,16 @@ def test_exact_match_by_mathematics(tmp_path, monkeypatch):
     Parrot(monkeypatch, lambda prompt, temperature: " So it is $\\frac{1}{2}$.")
     rows = [{"messages": user("half?"), "reference": "0.5"}, {"messages": user("third?"), "reference": "1/3"}]
     assert run(tmp_path, rows, metric="exact_match", rule="math")[0]["greedy"] == 0.5
+
+
+def test_answers_without_an_answer_are_counted_by_rules_that_look_for_one(tmp_path, monkeypatch):
+    asked = "Which?\nA. red\nB. blue"
+    rows = [{"messages": user(f"{asked} {n}"), "reference": "B"} for n in range(3)]
+    Parrot(monkeypatch, lambda prompt, temperature: {"0": " blue", "1": " (A)", "2": " neither"}[prompt.split()[-2]])
+    found, said = run(tmp_path, rows, metric="exact_match", rule="choice")
+    assert [line["read"] for line in said] == [None, "A", None] and found["greedy_unread"] == pytest.approx(2 / 3)
+    found, said = run(tmp_path, rows, metric="exact_match", rule="length", settings={"max_tokens": 9, "buffer": 4})
+    assert "greedy_unread" not in found and "read" not in said[0]
 
 
 def test_any_rule_judges_and_is_told_what_is_known_of_an_answer(tmp_path, monkeypatch):
@@ -166,6 +178,9 @@ def test_loss_is_the_mean_over_the_assistants_tokens(tmp_path):
     found, said = run(tmp_path, rows, model=model, metric="loss", batch_size=3)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert sum(line["weight"] for line in said) == count
+    low, high = found["loss_interval"]
+    assert min(line["value"] for line in said) <= low < found["loss"] < high <= max(line["value"] for line in said)
+    assert run(tmp_path, rows[:1], model=model, metric="loss")[0]["loss_interval"] is None  # of one row
 
 
 def test_limit_takes_the_first_rows(tmp_path, monkeypatch):
