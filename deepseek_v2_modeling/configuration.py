@@ -19,8 +19,21 @@ from transformers.activations import ACT2FN
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as StockConfig
 
 from .errors import ModelError
-from .refusals import check_model_type, is_block_fp8
 
+VISION = "a vision encoder beside a language model, which has to stand in a directory of its own"
+# Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
+RELATIVES = {
+    "deepseek_ocr2": VISION,
+    "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
+    "deepseek_v4": "compressed attention and another residual stream",
+    "deepseek_vl_v2": VISION,  # DeepSeek-VL2 and DeepSeek-OCR
+    "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
+    "kimi_linear": "linear attention in most layers",
+    "longcat_flash": "two attentions a layer, and experts that do nothing",
+    "minicpm3": "scaled embeddings, residuals and logits",
+}
+FP8_BLOCK = 128
+_FP8 = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],)}
 # By whether attention is latent: the official plain attention is Llama's, which has no YaRN.
 ROPE_TYPES = {True: ("default", "linear", "yarn"), False: ("default", "linear")}
 CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
@@ -250,6 +263,27 @@ class DeepseekV2Config(StockConfig):
 
     def check_own(self) -> None:
         """Raise ModelError for values of the settings that only this architecture has."""
+
+
+def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") -> None:
+    """Check the values of a config.json, which `where` names in messages. expected: the model_type of the class that
+    is to read it.
+
+    Raises:
+        ModelError: they belong to another architecture.
+    """
+    model_type, where = values.get("model_type", expected), where and f"{where}: "
+    if model_type != expected:
+        difference = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
+        raise ModelError(
+            f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
+        )
+
+
+def is_block_fp8(settings: Any) -> bool:
+    """Whether the quantization_config of a config.json says fp8 with a scale for each block of 128 x 128, which is read
+    (checkpoints/lazy_tensors.py)."""
+    return isinstance(settings, Mapping) and all(settings.get(key) in known for key, known in _FP8.items())
 
 
 def check_settings(config: DeepseekV2Config) -> None:

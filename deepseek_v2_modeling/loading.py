@@ -17,7 +17,7 @@ from .adapters.files import with_labels
 from .adapters.loading import adapts_embeddings, continues, load_adapter
 from .adapters.lora import LoraSettings, add_reference, apply_lora, of_its_attention, train_in_float32
 from .adapters.merge import merge_lora
-from .adapters.router_biases import has_biases, mark_as_own, save_biases
+from .adapters.router_biases import mark_as_own, save_biases
 from .adapters.shared_base import model_on_base, reason_not_to_share
 from .checkpoints.finite import check_finite
 from .checkpoints.generation_files import check_generation, save_end_token
@@ -270,7 +270,7 @@ def prepare_trainable(
         adapted = load_adapter(model, source.adapter, True, lora.dropout, TASKS[head], experts)
     else:
         adapted = apply_lora(model, lora_config, experts=experts)
-        if source.adapter and has_biases(source.adapter.header):
+        if source.adapter and source.adapter.has_biases:
             mark_as_own(adapted)
     if reference:
         add_reference(adapted)

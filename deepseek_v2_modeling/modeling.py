@@ -29,7 +29,7 @@ from .layers.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, Deepsee
 from .layers.multi_head_attention import ATTENTIONS
 from .layers.norm import DeepseekV2RMSNorm
 from .layers.quantization import Quantization, check_quantization_library, quantize_layers
-from .layers.rope import RotaryEmbedding
+from .layers.rope import RotaryEmbedding, softmax_scale
 from .outputs import DeepseekV2ModelOutput, causal_lm_output
 from .packing.boundaries import BOUNDARIES, documents_with_cache
 from .packing.last_tokens import Places, packed_rows, real_runs, repeated, scored_tokens
@@ -50,11 +50,14 @@ LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward (dense or MoE), each with a pre-norm and a residual connection."""
+    """Attention and feed-forward (dense or MoE), each with a pre-norm and a residual connection.
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+    attention: makes the attention of a layer, from its index.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int, attention: Callable[[int], AttentionBlock]):
         super().__init__()
-        self.self_attn = ATTENTIONS[config.uses_latents](config, layer_idx)
+        self.self_attn = attention(layer_idx)
         self.is_moe = config.is_moe_layer(layer_idx)
         self.mlp = DeepseekV2MoE(config) if self.is_moe else DeepseekV2MLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -177,11 +180,13 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         super().__init__(config)
         check_config(config)  # again, because from_pretrained sets its keywords after the config's own check
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        shared = {"scaling": softmax_scale(config), "sizes": config.attention_sizes}
+        attention = partial(ATTENTIONS[config.uses_latents], config, **shared)
+        self.rotary_emb = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
-            DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            DeepseekV2DecoderLayer(config, layer_idx, attention) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = DeepseekV2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.ledger: BalanceLedger | None = None
         self.recordings: tuple[Routes, ...] = ()

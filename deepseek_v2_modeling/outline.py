@@ -10,7 +10,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .checkpoints.hub_layout import Shape
 from .checkpoints.sources import Head
 from .checkpoints.strict import match_sources
 from .checkpoints.tensor_files import base_headers
@@ -68,11 +67,6 @@ def meta_model(settings: DeepseekV2Config, head: Head, quantization: Quantizatio
     if quantization is not None:
         quantize_layers(model, quantization)
     return model
-
-
-def model_shapes(settings: DeepseekV2Config, head: Head) -> dict[str, Shape]:
-    """{name: shape} of a model's parameters. Raises ModelError like `meta_model`."""
-    return {name: tuple(tensor.shape) for name, tensor in meta_model(settings, head).state_dict().items()}
 
 
 def check_weights(base: str, settings: DeepseekV2Config, head: Head) -> None:

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from ..checkpoints.adapter_config import WEIGHTS
 from ..checkpoints.finite import check_finite
 from ..checkpoints.hub_layout import Piece, Shape, hub_layout
-from ..checkpoints.sources import AdapterSource, Head, resolve_source
+from ..checkpoints.sources import AdapterSource, Head, ModelSource, resolve_source
 from ..checkpoints.tensor_files import TensorInfo
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
-from ..outline import meta_model, model_shapes
+from ..outline import meta_model
 from .layouts import (
     FactorPair,
     hub_name,
@@ -116,14 +116,13 @@ def open_factors(adapter: AdapterFiles) -> Iterator[FactorReader]:
 
 
 def meta_adapter(
-    settings: DeepseekV2Config, lora: LoraConfig, head: Head, source: AdapterSource | None = None
+    model: Any, lora: LoraConfig, source: AdapterSource | None = None
 ) -> tuple[PeftModel, dict[str, Shape]]:
-    """(the wrapped base on the meta device, {name: shape} of the tensors that PEFT would save)."""
+    """(a model on the meta device, now wrapped, {name: shape} of the tensors that PEFT would save)."""
     lora = copy.deepcopy(lora)  # PEFT writes into it
     lora.init_lora_weights = False
     lora.base_model_name_or_path = None
     with torch.device("meta"):
-        model = meta_model(settings, head)
         peft_model = wrap_saved(model, lora, source.directory) if source else wrap(model, lora)
         return peft_model, shapes_of(saved_tensors(peft_model, source))
 
@@ -161,14 +160,23 @@ def match_adapter(source: AdapterSource, settings: DeepseekV2Config) -> tuple[li
     Raises:
         ModelError: the adapter is in another layout, or its tensors do not match the model one to one.
     """
+    pairs, transposed, _ = _match(source, with_labels(settings, source.header))
+    return pairs, transposed
+
+
+def _match(source: AdapterSource, settings: DeepseekV2Config) -> tuple[list[FactorPair], bool, dict[str, Shape]]:
+    """`match_adapter` with settings that have the adapter's labels; also {name: shape} of the model's parameters."""
     lora = read_plain_lora(source)
     refuse_per_expert(source.header, source.config, source.directory)
-    peft_model, expected = meta_adapter(with_labels(settings, source.header), lora, source.head, source)
+    model = meta_model(settings, source.head)
+    parameters = shapes_of(model.state_dict())
+    peft_model, expected = meta_adapter(model, lora, source)
     pairs = low_rank_pairs(peft_model)
-    transposed = is_transposed(pairs, source.shapes, expected, source.config, source.directory)
-    shapes = untranspose_shapes(pairs, source.shapes) if transposed else source.shapes
+    shapes = shapes_of(source.header)
+    transposed = is_transposed(pairs, shapes, expected, source.config, source.directory)
+    shapes = untranspose_shapes(pairs, shapes) if transposed else shapes
     check_coverage(expected, shapes, source.directory)
-    return pairs, transposed
+    return pairs, transposed, parameters
 
 
 def open_adapter(path: str | Path) -> AdapterFiles:
@@ -179,13 +187,16 @@ def open_adapter(path: str | Path) -> AdapterFiles:
             one to one.
     """
     model = resolve_source(path)
-    source = model.adapter
-    if source is None:
+    if model.adapter is None:
         raise ModelError(f"{path}: not an adapter (there is no adapter_config.json), but already a full model")
+    return adapter_files(model.adapter, model, path)
+
+
+def adapter_files(source: AdapterSource, model: ModelSource, path: str | Path) -> AdapterFiles:
+    """`open_adapter` of what `path` has been resolved to."""
     refuse_variants(source)
-    pairs, transposed = match_adapter(source, model.settings)
     settings = with_labels(model.settings, source.header)
-    parameters = model_shapes(settings, source.head)
+    pairs, transposed, parameters = _match(source, settings)
     layout = hub_layout(parameters)
     factors = {name for pair in pairs for name in (pair.a, pair.b)}
     replaced = {hub_name(name): name for name in source.header if name not in factors}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -35,10 +36,10 @@ from ..checkpoints.tensor_files import (
 )
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
-from ..outline import model_shapes
+from ..outline import meta_model
 from .files import meta_adapter, read_plain_lora, refuse_variants, with_labels
 from .layouts import hub_name, is_per_expert, is_transposed, low_rank_pairs, transpose_pair, untranspose_shapes
-from .loading import check_coverage
+from .loading import check_coverage, shapes_of
 from .lora import absolute_base
 from .per_expert import Read, check_complete, fused_config, plan_groups, read_sources
 
@@ -78,6 +79,10 @@ class Foreign:
     head: Head
     read: Read
 
+    def outline(self) -> Any:
+        """The base without weights."""
+        return meta_model(self.model_config, self.head)
+
 
 def import_adapter(
     adapter_dir: str | Path, out_dir: str | Path, base: str | None = None, progress: Progress | None = None
@@ -99,8 +104,8 @@ def import_adapter(
         source = foreign.source
         fused = source.config.get("target_parameters") and not is_per_expert(source.header, source.config)
         conversion = (convert_transposed if fused else convert_per_expert)(foreign)
-        _, expected = meta_adapter(foreign.model_config, conversion.lora, foreign.head, foreign.source)
-        check_coverage(expected, {n: info.shape for n, info in conversion.infos.items()}, foreign.source.directory)
+        _, expected = meta_adapter(foreign.outline(), conversion.lora, foreign.source)
+        check_coverage(expected, shapes_of(conversion.infos), foreign.source.directory)
         total = file_size(conversion.infos)
         check_space(out_dir, total)
         with whole_directory(out_dir) as directory:
@@ -146,9 +151,9 @@ def convert_transposed(foreign: Foreign) -> Conversion:
     Raises:
         ModelError: the adapter is already in that layout.
     """
-    peft_model, expected = meta_adapter(foreign.model_config, foreign.lora, foreign.head, foreign.source)
+    peft_model, expected = meta_adapter(foreign.outline(), foreign.lora, foreign.source)
     pairs = low_rank_pairs(peft_model)
-    shapes = foreign.source.shapes
+    shapes = shapes_of(foreign.source.header)
     if not is_transposed(pairs, shapes, expected, foreign.source.config, foreign.source.directory):
         raise ModelError(f"{foreign.source.directory} is in PEFT's layout already; nothing to import")
     homes = {name: pair for pair in pairs if pair.experts for name in (pair.a, pair.b)}
@@ -173,7 +178,8 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
     Raises:
         ModelError: there are no pairs, or tensors that do not belong to the model.
     """
-    parameters = model_shapes(foreign.model_config, foreign.head)
+    outline = foreign.outline()
+    parameters = shapes_of(outline.state_dict())
     layout = hub_layout(parameters)
     sources, whole_tensors = read_sources(
         foreign.source.header, foreign.source.config, layout, foreign.source.directory
@@ -186,7 +192,7 @@ def convert_per_expert(foreign: Foreign) -> Conversion:
     if lost := [name for name in sources if layout[name].parameter not in targets]:
         raise ModelError(f"{foreign.source.directory}: {lost[0]} cannot be adapted here")
     lora = fused_config(groups, foreign.source.config, foreign.base)
-    peft_model, expected = meta_adapter(foreign.model_config, lora, foreign.head, foreign.source)
+    peft_model, expected = meta_adapter(outline, lora, foreign.source)
     pairs = low_rank_pairs(peft_model)
     homes = {name: (*targets[pair.parameter], side) for pair in pairs for side, name in enumerate((pair.a, pair.b))}
     other_tensors = {name: hub_name(name) for name in expected if name not in homes}

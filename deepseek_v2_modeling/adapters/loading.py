@@ -17,13 +17,14 @@ from ..checkpoints.adapter_config import CONFIG
 from ..checkpoints.finite import check_finite
 from ..checkpoints.sources import AdapterSource, read_adapter
 from ..checkpoints.strict import name_some
+from ..checkpoints.tensor_files import TensorInfo
 from ..configuration import DeepseekV2Config
 from ..errors import ModelError
 from ..esft.choice import ExpertChoice
 from .chosen_experts import chosen_in, train_chosen_adapters
 from .layouts import Shapes, is_transposed, low_rank_pairs, refuse_per_expert, untranspose, untranspose_shapes
 from .lora import set_dropout, train_in_float32, wrap
-from .router_biases import has_biases, mark_as_own, router_biases
+from .router_biases import mark_as_own, router_biases
 
 _PLAIN = (bool, str, list, dict)
 
@@ -111,7 +112,7 @@ def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict
     whole = adapts_embeddings(model)
     if source is not None and "embed_tokens" not in (source.config.get("modules_to_save") or ()):
         whole = whole or any(name.endswith("embed_tokens.weight") for name in source.header)
-    biases = router_biases(model) if source is not None and has_biases(source.header) else {}
+    biases = router_biases(model) if source is not None and source.has_biases else {}
     return {**get_peft_model_state_dict(model, save_embedding_layers=whole), **biases}
 
 
@@ -140,8 +141,8 @@ def check_coverage(expected: Shapes, tensors: Shapes, where: str | Path, head: s
         raise ModelError(f"{where}: the adapter does not fit this model; tensors " + "; tensors ".join(faults))
 
 
-def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of tensors."""
+def shapes_of(tensors: Mapping[str, torch.Tensor] | Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of tensors or a header's entries."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -178,16 +179,16 @@ def load_adapter(
     if experts is not None:
         train_chosen_adapters(peft_model, experts)
     expected = saved_tensors(peft_model, source)
-    expected_shapes, saved_shapes = shapes_of(expected), source.shapes
+    expected_shapes, saved_shapes = shapes_of(expected), shapes_of(source.header)
     pairs = low_rank_pairs(peft_model)
     transposed = is_transposed(pairs, saved_shapes, expected_shapes, source.config, source.directory)
     saved_shapes = untranspose_shapes(pairs, saved_shapes) if transposed else saved_shapes
     check_coverage(expected_shapes, saved_shapes, source.directory, head="" if same_task else "score")
+    fresh_head = {name: tensor for name, tensor in expected.items() if name not in source.header}
     tensors = read_tensors(source)
     tensors = untranspose(pairs, tensors) if transposed else tensors
-    fresh_head = {k: v for k, v in expected.items() if k not in tensors}
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
-    if has_biases(source.header):
+    if source.has_biases:
         mark_as_own(peft_model)
     train_in_float32(peft_model)
     set_dropout(peft_model, dropout)

@@ -164,13 +164,14 @@ def check_dropout(dropout: float) -> None:
 
 def of_its_attention(config: LoraConfig, settings: Any) -> LoraConfig:
     """A copy without what the group `attention` names for the other kind of attention. settings: the model's config."""
-    other = {suffix for name in ONLY_IN[not settings.uses_latents] for suffix in PROJECTIONS[name].modules}
-    group = {suffix for name in GROUPS["attention"] for suffix in PROJECTIONS[name].modules}
     config = copy.copy(config)
-    if isinstance(config.target_modules, list | set) and group <= set(config.target_modules):
-        config.target_modules = type(config.target_modules)(n for n in config.target_modules if n not in other)
-        for field in ("rank_pattern", "alpha_pattern"):
-            setattr(config, field, {k: v for k, v in getattr(config, field).items() if k not in other})
+    group = {suffix for name in GROUPS["attention"] for suffix in PROJECTIONS[name].modules}
+    if not isinstance(config.target_modules, list | set) or not group <= set(config.target_modules):
+        return config
+    other = {suffix for name in ONLY_IN[not settings.uses_latents] for suffix in PROJECTIONS[name].modules}
+    config.target_modules = type(config.target_modules)(n for n in config.target_modules if n not in other)
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, {k: v for k, v in getattr(config, field).items() if k not in other})
     return config
 
 
@@ -229,11 +230,11 @@ def add_reference(model: PeftModel) -> None:
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`get_peft_model` after `check_model` and `check_targets`, with a copy of the config (`of_its_attention`)."""
     check_model(model)
-    check_targets(model, config)
     config = of_its_attention(config, model.config)
-    tell_shapes(model)
+    check_targets(model, config)
     for holder, name in ((config, "base_model_name_or_path"), (model, "name_or_path")):  # PEFT compares the two
         setattr(holder, name, absolute_base(getattr(holder, name)))
+    tell_shapes(model)
     with warnings.catch_warnings():
         # PEFT checks the keys of rank_pattern against modules only, and warns that keys for parameters are ignored,
         # although it uses them.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..checkpoints.block_scaled import BlockScaled
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.hub_layout import hub_layout, without_extra_layers
+from ..checkpoints.lazy_tensors import BlockScaled
 from ..checkpoints.sources import MODEL_CARD, base_directory, copy_side_files, resolve_source
 from ..checkpoints.stock_classes import stock_differences
 from ..checkpoints.tensor_files import (
@@ -36,8 +36,9 @@ from ..checkpoints.tensor_files import (
 )
 from ..errors import ModelError
 from ..model_classes import model_class
-from ..outline import model_shapes
-from .files import AdapterFiles, FactorReader, open_adapter, open_factors, with_labels
+from ..outline import meta_model
+from .files import AdapterFiles, FactorReader, adapter_files, open_factors, with_labels
+from .loading import shapes_of
 from .merge_plan import Merged, Shard, plan_shards
 
 
@@ -116,12 +117,12 @@ def open_source(path: str | Path) -> AdapterFiles:
     """An adapter or a full model, described by its headers. Raises ModelError like `open_adapter`."""
     model = resolve_source(path)
     if model.adapter is not None:
-        return open_adapter(path)
+        return adapter_files(model.adapter, model, path)
     settings = model.settings
     infos = {name: info for header in base_headers(Path(model.base)).values() for name, info in header.items()}
     head = "score" if any("SequenceClassification" in name for name in settings.architectures or ()) else "causal_lm"
     settings = with_labels(settings, infos)
-    parameters = model_shapes(settings, head)
+    parameters = shapes_of(meta_model(settings, head).state_dict())
     return AdapterFiles(
         directory=Path(model.base),
         base=model.base,

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..checkpoints.block_scaled import SUFFIX, BlockScaled, with_scales
 from ..checkpoints.hub_layout import COMPUTED, dtype_on_disk, is_extra_layer, summed_up
+from ..checkpoints.lazy_tensors import SCALES, BlockScaled, with_scales
 from ..checkpoints.tensor_files import FLOATS, TensorInfo, base_headers, shard_names, split_by_size
 from ..errors import ModelError
 from .files import AdapterFiles
@@ -90,7 +90,7 @@ def read_scaled(
     scaled = {name: info for name, info in joined.items() if isinstance(info, BlockScaled)}
     infos = joined | {name: TensorInfo("BF16", tuple(info.get_shape())) for name, info in scaled.items()}
     plain = {path: {name: infos[name] for name in header if name in infos} for path, header in headers.items()}
-    return plain, {name: (homes[name + SUFFIX], name + SUFFIX) for name in scaled}
+    return plain, {name: (homes[name + SCALES], name + SCALES) for name in scaled}
 
 
 def merged_tensors(

@@ -2,7 +2,6 @@
 that stock PEFT puts them in place too, and merging replaces the base's."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,6 @@ OWN = "biases_of_adapter"  # set on a model whose biases came with an adapter
 def router_biases(model: nn.Module) -> dict[str, torch.Tensor]:
     """{name: bias [E] float32} of all MoE layers, in order."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(CORRECTION_BIAS)}
-
-
-def has_biases(names: Iterable[str]) -> bool:
-    """Whether there are biases among the tensors of an adapter."""
-    return any(name.endswith(CORRECTION_BIAS) for name in names)
 
 
 def moves_biases(model: Any) -> bool:

@@ -13,7 +13,7 @@ from ..configuration import DeepseekV2Config
 from ..layers.quantization import quantization_of
 from ..layers.rope import RotaryEmbedding
 from ..outline import meta_model
-from .router_biases import has_biases, moves_biases, router_biases
+from .router_biases import moves_biases, router_biases
 
 _WRAPPED = "base_layer."
 _BACKBONE = "model."
@@ -39,7 +39,7 @@ def reason_not_to_share(model: Any, source: ModelSource, dtype: str) -> str | No
         return "it is a full model, not an adapter"
     if any(name in key and "lora_" not in key for key in source.adapter.header for name in ("embed_tokens", "lm_head")):
         return "its adapter has embeddings of its own"
-    if has_biases(source.adapter.header) or (router_biases(model) and moves_biases(model)):
+    if source.adapter.has_biases or (router_biases(model) and moves_biases(model)):
         return "the routers of the two have other biases"
     if base != source.base and Path(base).resolve() != Path(source.base).resolve():
         return f"this stage's model is on another base, {base}"

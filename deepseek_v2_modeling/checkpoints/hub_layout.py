@@ -6,7 +6,7 @@ parameter.
 
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,25 +86,3 @@ def dtype_on_disk(name: str, dtype: Any) -> Any:
     if not name.endswith(CORRECTION_BIAS):
         return dtype
     return torch.float32 if isinstance(dtype, torch.dtype) else "F32"
-
-
-@dataclass
-class FusedExperts:
-    """A lazy fused parameter in the state dict that transformers loads, which calls [...] and then `to` on it."""
-
-    shape: Shape
-    pieces: list[tuple[tuple[int, slice], Any]] = field(default_factory=list)
-
-    def __getitem__(self, _: Any) -> "FusedExperts":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        fused = torch.empty(self.shape, device=device, dtype=dtype)
-        self.fill(fused, 0)
-        return fused
-
-    def fill(self, part: torch.Tensor, first: int) -> None:
-        """Read the experts from `first` on into part [experts, ...]."""
-        for (expert, rows), source in self.pieces:
-            if 0 <= expert - first < len(part):
-                part[expert - first, rows] = source[...]

@@ -17,10 +17,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..configuration import DeepseekV2Config, check_file_values
+from ..configuration import CORRECTION_BIAS, DeepseekV2Config, check_file_values, check_model_type, is_block_fp8
 from ..errors import ModelError
 from ..family import config_class
-from ..refusals import check_model_type, is_block_fp8
 from .adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from .tensor_files import WEIGHT_FILES, TensorInfo, read_header
 from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
@@ -47,7 +46,7 @@ class AdapterSource:
     """An adapter in any layout, described by its config and header; no tensor is read.
 
     config: adapter_config.json. base: the base model that it names. weights: the file of the tensors.
-    header: {tensor: dtype and shape}; shapes: {tensor: shape}.
+    header: {tensor: dtype and shape}.
     """
 
     directory: Path
@@ -56,22 +55,24 @@ class AdapterSource:
     head: Head
     weights: Path
     header: Mapping[str, TensorInfo]
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def has_biases(self) -> bool:
+        """Whether it has biases of routers."""
+        return any(name.endswith(CORRECTION_BIAS) for name in self.header)
 
 
 def read_adapter(directory: str | Path) -> AdapterSource:
     """Read an adapter's config and header. Raises ModelError if one of them cannot be used."""
     directory = Path(directory)
     config = read_adapter_config(directory)
-    header = read_header(directory / WEIGHTS)
     return AdapterSource(
         directory,
         config,
         base=config.get("base_model_name_or_path"),
         head="score" if config.get("task_type") == TASKS["score"] else "causal_lm",
         weights=directory / WEIGHTS,
-        header=header,
-        shapes={name: info.shape for name, info in header.items()},
+        header=read_header(directory / WEIGHTS),
     )
 
 

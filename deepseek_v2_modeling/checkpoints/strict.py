@@ -12,11 +12,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -24,22 +23,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import ModelError, ShapeError
 from ..layers.quantization import quantization_of, storages, tell_shapes
-from ..refusals import asked_quantization, check_keywords, check_quantization, check_source
-from .block_scaled import BlockScaled, with_scales
 from .finite import check_weights
-from .hub_layout import (
-    COMPUTED,
-    FusedExperts,
-    Piece,
-    Shape,
-    hub_layout,
-    is_extra_layer,
-    summed_up,
-    without_extra_layers,
-)
+from .hub_layout import COMPUTED, Piece, Shape, hub_layout, is_extra_layer, summed_up, without_extra_layers
+from .lazy_tensors import BlockScaled, FusedExperts, QuantizedSource, check_read, with_scales
 from .offloading import keep_readable
-from .quantizing import QuantizedSource, check_read
-from .tensor_files import FLOATS, WEIGHT_FILES, check_doubled, code_of, shape_of, shards_named
+from .refusals import asked_quantization, check_directory, check_keywords, check_quantization, check_source
+from .tensor_files import FLOATS, info_of, open_files
 
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\.([^.]+)")  # captures the adapter's name
 SHOWN = 5  # names per message
@@ -84,8 +73,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         if use_safetensors is False or kwargs.get("gguf_file"):
             raise ModelError(f"{path}: only safetensors is read")
-        if (asked := asked_quantization(path, kwargs, quantization)) is not None:
-            kwargs["quantization"] = asked
+        quantization = asked_quantization(path, kwargs, quantization)
+        if quantization is not None:
+            kwargs["quantization"] = quantization
         check_keywords(path, kwargs)
         check_source(cls.config_class, path, kwargs)
         check_directory(path, kwargs.get("subfolder") or "")
@@ -96,7 +86,8 @@ class StrictPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         check_weights(model, path)
         keep_readable(model)
-        tell_shapes(model)
+        if quantization is not None:
+            tell_shapes(model)
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -129,10 +120,10 @@ class StrictPreTrainedModel(PreTrainedModel):
         Parameters that are sharded or quantised during loading are left to transformers and checked afterwards; so are
         native adapters, which come with `expected_keys`.
         """
-        quantized = quantization_of(model) is not None
-        if quantized and changes_parameters(load_config):
+        changed = changes_parameters(load_config)
+        if changed and quantization_of(model) is not None:
             raise ModelError(f"{name_of(load_config)}: quantised weights cannot be sharded while they are read")
-        if expected_keys is None and not changes_parameters(load_config):
+        if expected_keys is None and not changed:
             with ExitStack() as files:
                 sources = state_dict if state_dict is not None else open_files(checkpoint_files or [], files)
                 matched = match_sources(model, sources, load_config)
@@ -165,9 +156,9 @@ class StrictPreTrainedModel(PreTrainedModel):
 
 def say_heads(where: str, initialised: Collection[str], left_out: Collection[str], config: Any) -> None:
     """Print which tensors are new, and which of the checkpoint are not used, if any; the first process does."""
-    left_out = summed_up(left_out, config)
-    notes = [f"newly initialised: {', '.join(initialised)}"] * bool(initialised)
-    notes += [f"left out: {', '.join(left_out)}"] * bool(left_out)
+    notes = [f"newly initialised: {', '.join(initialised)}"] if initialised else []
+    if left_out:
+        notes.append(f"left out: {', '.join(summed_up(left_out, config))}")
     if notes and os.environ.get("RANK", "0") == "0":
         print(f"{where}: {'; '.join(notes)}")
 
@@ -235,37 +226,10 @@ def name_some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def check_directory(path: Any, subfolder: str) -> None:
-    """Raise ModelError for a local directory without safetensors files (transformers would read other formats too), or
-    with an unreadable index of shards."""
-    if path is None or not Path(path).is_dir():
-        return
-    folder = Path(path) / subfolder
-    if not any(folder.glob("*.safetensors*")):
-        raise ModelError(f"{path}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
-    single, index = (folder / name for name in WEIGHT_FILES)
-    if index.is_file() and not single.is_file():
-        shards_named(index)
-
-
 def changes_parameters(load_config: Any) -> bool:
     """Whether parameters are quantised or sharded during loading, which changes names and shapes."""
     quantised, sharded = load_config.hf_quantizer is not None, load_config.device_mesh is not None
     return quantised or sharded or is_deepspeed_zero3_enabled()
-
-
-def open_files(paths: Iterable[str], files: ExitStack) -> dict[str, Any]:
-    """{name: unread tensor} of all files, which `files` keeps open."""
-    sources: dict[str, Any] = {}
-    for path in paths:
-        try:
-            file = files.enter_context(safe_open(path, "pt"))
-        except SafetensorError as error:
-            raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        check_doubled(path, slices, sources)
-        sources |= slices
-    return sources
 
 
 def refuse_converted(where: str, sources: Mapping[str, Any]) -> None:
@@ -277,12 +241,12 @@ def refuse_converted(where: str, sources: Mapping[str, Any]) -> None:
         raise ModelError(f"{where}: fp8 weights cannot be offloaded to disk, or read with disable_mmap")
 
 
-def check_numbers(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError for tensors that are not floating-point numbers, which are quantised and need scales."""
-    kinds = {name: code_of(source) for name, source in sources.items()}
-    if wrong := [name for name, code in kinds.items() if code not in FLOATS]:
+def check_numbers(where: str, dtypes: Mapping[str, str]) -> None:
+    """Raise ModelError for tensors that are not floating-point numbers, which are quantised and need scales. dtypes:
+    {tensor: code of its dtype}."""
+    if wrong := [name for name, dtype in dtypes.items() if dtype not in FLOATS]:
         raise ModelError(
-            f"{where}: {wrong[0]} is stored as {kinds[wrong[0]]}: the weights are quantised; name the original model, "
+            f"{where}: {wrong[0]} is stored as {dtypes[wrong[0]]}: the weights are quantised; name the original model, "
             f"whose weights are one of {', '.join(FLOATS)}"
         )
 
@@ -297,25 +261,25 @@ def match_sources(
     Raises:
         ModelError: names or shapes do not fit.
     """
-    sources = with_scales(name_of(load_config), sources)
-    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-    stored = storages(model)
+    where = name_of(load_config)
+    sources, stored = with_scales(where, sources), storages(model)
     parameters: dict[str, Shape] = {
         name: stored[name].shape if name in stored else tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
     }
     layout = hub_layout(parameters)
     known_names = dict.fromkeys([*parameters, *layout], True)
+    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
     names = {  # with or without the backbone's prefix, as this class has it
         rename_source_key(name, renamings, [], model.base_model_prefix, known_names)[0]: name for name in sources
     }
     if doubled := sorted(sources.keys() - set(names.values())):
-        raise ModelError(f"{name_of(load_config)}: tensors stored under two names: {', '.join(doubled[:SHOWN])}")
+        raise ModelError(f"{where}: tensors stored under two names: {', '.join(doubled[:SHOWN])}")
     if any(name in names and name not in layout for name in parameters):  # experts that are fused on disk too
         layout = hub_layout(parameters, names)
-    check_numbers(name_of(load_config), {key: sources[key] for name, key in names.items() if name in layout})
-    shapes = {name: shape_of(sources[key]) for name, key in names.items()}  # of tensors, or slices of a file
-    check_sources(model, load_config, shapes, layout)
+    infos = {name: info_of(sources[key]) for name, key in names.items()}
+    check_numbers(where, {key: infos[name].dtype for name, key in names.items() if name in layout})
+    check_sources(model, load_config, {name: info.shape for name, info in infos.items()}, layout)
     state: dict[str, Any] = {}
     for name, key in names.items():
         piece = layout.get(name)

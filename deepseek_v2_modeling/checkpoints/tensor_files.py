@@ -54,16 +54,15 @@ class TensorInfo:
         return cls(CODES[dtype], tuple(shape))
 
 
-def code_of(source: Any) -> str:
-    """The safetensors code of the dtype of a header's entry, a slice of a file, or a tensor."""
+def info_of(source: Any) -> TensorInfo:
+    """The entry of a header for a tensor, a slice of a file, or an entry itself; of a dtype that the format lacks, the
+    name of torch's."""
+    if isinstance(source, TensorInfo):
+        return source
     if isinstance(source, torch.Tensor):
-        return CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
-    return source.dtype if isinstance(source, TensorInfo) else source.get_dtype()
-
-
-def shape_of(source: Any) -> tuple[int, ...]:
-    """The shape of the same."""
-    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+        code = CODES.get(source.dtype, str(source.dtype).removeprefix("torch."))
+        return TensorInfo(code, tuple(source.shape))
+    return TensorInfo(source.get_dtype(), tuple(source.get_shape()))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -138,6 +137,21 @@ def check_doubled(path: Any, names: Iterable[str], before: Container[str]) -> No
     """Raise ModelError if one of these tensors is also in another file of the model. before: tensors of other files."""
     if doubled := [name for name in names if name in before]:
         raise ModelError(f"{path}: {doubled[0]} is in another file of the model too; keep the one that is right")
+
+
+def open_files(paths: Iterable[str], files: contextlib.ExitStack) -> dict[str, Any]:
+    """{name: unread tensor} of all files, which `files` keeps open. Raises ModelError if a file is broken, or a tensor
+    is in two files."""
+    sources: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(path, "pt"))
+        except SafetensorError as error:
+            raise ModelError(f"{path}: {error}; the file is broken or cut off") from error
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        check_doubled(path, slices, sources)
+        sources |= slices
+    return sources
 
 
 def base_headers(base: Path) -> dict[Path, dict[str, TensorInfo]]:

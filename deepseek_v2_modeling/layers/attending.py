@@ -18,18 +18,19 @@ from ..kernels.float32_attention import wide_attention
 from ..kernels.float32_products import widens
 from ..packing.last_tokens import Places
 from .attention_plan import AttentionPlan
-from .rope import softmax_scale
 
 SAME_WIDTH = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that need V as wide as Q and K
 
 
 class AttentionBlock(nn.Module):
-    """The attention of a layer, of either kind; the kernels of transformers read these attributes."""
+    """The attention of a layer, of either kind; the kernels of transformers read these attributes.
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+    scaling: the factor on q.k (`rope.softmax_scale`), which is the same in all layers.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int, scaling: float):
         super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.scaling = softmax_scale(config)
+        self.config, self.layer_idx, self.scaling, self.is_causal = config, layer_idx, scaling, True
 
     def returned(self, weights: torch.Tensor | None) -> torch.Tensor | None:
         """The weights with eager attention; other implementations return none."""

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..cache import joined, with_room
-from ..configuration import DeepseekV2Config
+from ..configuration import AttentionSizes, DeepseekV2Config
 from ..kernels.float32_products import Linear, fastest_dtype, is_plain, rounds_apart
 from ..kernels.grouped_products import ActiveAdapter
 from ..kernels.quantized_weights import Quantized, QuantizedLinear
@@ -57,10 +57,9 @@ class DeepseekV2Attention(AttentionBlock):
     """Multi-head latent attention with the hub's parameter names: q_proj if q_lora_rank is None, otherwise q_a_proj,
     q_a_layernorm and q_b_proj."""
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, config: DeepseekV2Config, layer_idx: int, scaling: float, sizes: AttentionSizes):
+        super().__init__(config, layer_idx, scaling)
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
-        sizes = config.attention_sizes
         self.num_heads, self.nope_dim, self.rope_dim, self.qk_dim = heads, sizes.nope, sizes.rope, sizes.qk
         self.v_dim, self.latent_dim = sizes.value, sizes.cached[0]
         if config.q_lora_rank is None:

@@ -3,12 +3,13 @@
 B batch, T query tokens, S cached and new tokens, H heads, G key heads, W width of a head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from ..configuration import DeepseekV2Config
+from ..configuration import AttentionSizes, DeepseekV2Config
 from ..kernels.float32_products import Linear
 from ..packing.last_tokens import Places
 from .attending import AttentionBlock, at_places, attend
@@ -22,9 +23,9 @@ class MultiHeadAttention(AttentionBlock):
     """Multi-head attention with RoPE on halves of all of a head; with fewer key heads than heads, each serves several
     (grouped-query attention)."""
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        hidden, bias, width = config.hidden_size, config.attention_bias, config.attention_sizes.qk
+    def __init__(self, config: DeepseekV2Config, layer_idx: int, scaling: float, sizes: AttentionSizes):
+        super().__init__(config, layer_idx, scaling)
+        hidden, bias, width = config.hidden_size, config.attention_bias, sizes.qk
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.width, self.heads_per_key = width, heads // key_heads
         self.q_proj = Linear(hidden, heads * width, bias=bias)
@@ -66,4 +67,4 @@ class MultiHeadAttention(AttentionBlock):
 
 
 # By whether attention is latent.
-ATTENTIONS: dict[bool, type[AttentionBlock]] = {True: DeepseekV2Attention, False: MultiHeadAttention}
+ATTENTIONS: dict[bool, Callable[..., AttentionBlock]] = {True: DeepseekV2Attention, False: MultiHeadAttention}

@@ -13,11 +13,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..adapters.layouts import hub_name
 from ..checkpoints.finite import check_finite
-from ..checkpoints.hub_layout import COMPUTED, FusedExperts
-from ..checkpoints.quantizing import QuantizedSource, check_read
+from ..checkpoints.hub_layout import COMPUTED
+from ..checkpoints.lazy_tensors import FusedExperts, QuantizedSource, check_read
 from ..checkpoints.sources import base_directory
-from ..checkpoints.strict import open_files, say_heads
-from ..checkpoints.tensor_files import base_files
+from ..checkpoints.strict import say_heads
+from ..checkpoints.tensor_files import base_files, open_files
 from ..outline import match_weights
 
 

@@ -40,6 +40,7 @@ from ..checkpoints.tensor_files import (
 )
 from ..configuration import CORRECTION_BIAS
 from ..errors import ModelError
+from ..outline import meta_model
 from .checksums import damage
 from .sharded import WEIGHT, has_shards, name_on_disk, read_parts
 
@@ -128,9 +129,9 @@ def _from_base(folder: Path, shapes: Mapping[str, tuple[int, ...]], base: str) -
     config = read_object(folder / CONFIG)
     head = "score" if config.get("task_type") == TASKS["score"] else "causal_lm"
     header = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
-    source = AdapterSource(folder, config, base, head, folder / WEIGHTS, header, shapes)
+    source = AdapterSource(folder, config, base, head, folder / WEIGHTS, header)
     settings = with_labels(read_model_config(base), header)
-    _, expected = meta_adapter(settings, read_plain_lora(source), head)
+    _, expected = meta_adapter(meta_model(settings, head), read_plain_lora(source))
     missing = {hub_name(name): name for name in expected.keys() - shapes.keys()}
     return {missing[name]: tensor for name, tensor in _tensors(base, missing).items()}
 

@@ -24,8 +24,8 @@ from deepseek_v2_modeling import (
     DeepseekV2Model,
     ModelError,
 )
+from deepseek_v2_modeling.configuration import RELATIVES
 from deepseek_v2_modeling.loading import read_settings
-from deepseek_v2_modeling.refusals import RELATIVES
 
 from ..helpers.models import small_config, small_model
 

@@ -1,26 +1,15 @@
-"""Rejects, with a ModelError, models that look loadable but would compute wrong results or none."""
+"""Rejects, with a ModelError, calls of `from_pretrained` for models that look loadable but would compute wrong results
+or none: of another architecture, quantised or divided by transformers, or without weights that are read here."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError
+from ..configuration import FP8_BLOCK, check_model_type, is_block_fp8
+from ..errors import ModelError
+from .tensor_files import WEIGHT_FILES, shards_named
 
-VISION = "a vision encoder beside a language model, which has to stand in a directory of its own"
-# Architectures whose checkpoints have similar tensor names; some would load and compute wrong logits.
-RELATIVES = {
-    "deepseek_ocr2": VISION,
-    "deepseek_v32": "a sigmoid gate, and attention to the tokens that an indexer picks",
-    "deepseek_v4": "compressed attention and another residual stream",
-    "deepseek_vl_v2": VISION,  # DeepSeek-VL2 and DeepSeek-OCR
-    "kimi_k2": "the architecture of deepseek_v3 and a tokenizer of its own",
-    "kimi_linear": "linear attention in most layers",
-    "longcat_flash": "two attentions a layer, and experts that do nothing",
-    "minicpm3": "scaled embeddings, residuals and logits",
-}
-FP8_BLOCK = 128
-_FP8 = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],)}
 # Fields of a BitsAndBytesConfig and the values that mean what is done here, by the quantization that it says.
 _BITSANDBYTES: dict[str, dict[str, tuple[Any, ...]]] = {
     "nf4": {
@@ -37,27 +26,6 @@ _BITSANDBYTES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 PARALLEL = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
-
-
-def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") -> None:
-    """Check the values of a config.json, which `where` names in messages. expected: the model_type of the class that
-    is to read it.
-
-    Raises:
-        ModelError: they belong to another architecture.
-    """
-    model_type, where = values.get("model_type", expected), where and f"{where}: "
-    if model_type != expected:
-        difference = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
-        raise ModelError(
-            f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
-        )
-
-
-def is_block_fp8(settings: Any) -> bool:
-    """Whether the quantization_config of a config.json says fp8 with a scale for each block of 128 x 128, which is read
-    (checkpoints/block_scaled.py)."""
-    return isinstance(settings, Mapping) and all(settings.get(key) in known for key, known in _FP8.items())
 
 
 def _method(settings: Any) -> str:
@@ -135,3 +103,16 @@ def check_source(config_class: Any, path: Any, keywords: Mapping[str, Any]) -> N
     check_model_type(values, config_class.model_type, os.fspath(path))
     if not is_block_fp8(settings := values.get("quantization_config")):
         check_quantization(path, settings)
+
+
+def check_directory(path: Any, subfolder: str) -> None:
+    """Raise ModelError for a local directory without safetensors files (transformers would read other formats too), or
+    with an unreadable index of shards."""
+    if path is None or not Path(path).is_dir():
+        return
+    folder = Path(path) / subfolder
+    if not any(folder.glob("*.safetensors*")):
+        raise ModelError(f"{path}: no weights; {' or '.join(WEIGHT_FILES)} is missing (only safetensors is read)")
+    single, index = (folder / name for name in WEIGHT_FILES)
+    if index.is_file() and not single.is_file():
+        shards_named(index)
