@@ -129,7 +129,7 @@ def with_placeholders(model: PreTrainedModel, base: str) -> PreTrainedModel:
     """Give a model on the meta device the weights of `load_base(weights="placeholders")`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            value = _placeholder(parameter)
+            value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
@@ -141,10 +141,6 @@ def with_placeholders(model: PreTrainedModel, base: str) -> PreTrainedModel:
         else:
             head.weight.data.copy_(saved)
     return model
-
-
-def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def read_tensor(base: str, name: str) -> torch.Tensor | None:

@@ -243,7 +243,6 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if position_ids is None:
             position_ids = (torch.arange(queries, device=inputs_embeds.device) + past).unsqueeze(0)
         positions: Any = position_ids
-
         seen = (attention_mask, past_key_values, documents, prefix_documents)
         plan = plan_attention(self.config, inputs_embeds, *seen, read)
         layers: list[Any] = list(self.layers)

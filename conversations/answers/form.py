@@ -108,7 +108,7 @@ def _wrong_json(text: str, validator: Any) -> str | None:
 
 
 def _no_constant(name: str) -> None:
-    """Refuses NaN and Infinity, which Python reads, but which are no JSON (RFC 8259)."""
+    """Refuses NaN and Infinity, which Python reads, but which are not JSON (RFC 8259)."""
     raise ValueError(f"{name} is not a JSON value")
 
 

@@ -70,7 +70,7 @@ def lean(
         allow_unsandboxed: runs Lean without isolation.
 
     Raises:
-        ToolkitError: this machine has no sandbox or no such checker, or the reference is no open theorem.
+        ToolkitError: this machine has no sandbox or no such checker, or the reference is not an open theorem.
     """
     asked = {"folders": folders, "lean_path": lean_path, "allow_unsandboxed": allow_unsandboxed}
     _check_places(command, **asked)

@@ -13,7 +13,7 @@ from conversations.formats.tools import tools_text
 from conversations.row import Row
 
 FORM = '"FILE.py:CLASS" or "MODULE:CLASS", such as conversations.environments:Calculator'
-RESERVED = ("reset", "get_reward")  # methods that are no tools
+RESERVED = ("reset", "get_reward")  # methods that are not tools
 
 
 def module_and_class(written: str) -> tuple[str, str]:

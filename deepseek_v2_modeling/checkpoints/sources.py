@@ -132,7 +132,7 @@ def resolve_source(path: str | os.PathLike[str]) -> ModelSource:
         raise ModelError(f"{path}: this run has no final/ yet; finish it first, or name one of its checkpoints")
     if (directory / SHARDS).is_dir():
         raise ModelError(
-            f"{directory}: a checkpoint in parts, which only its run goes on with; make a model of it: "
+            f"{directory}: a checkpoint in parts, from which only its run can resume; make a model of it: "
             f"dsv2 merge {directory} OUT_DIR"
         )
     if (directory / CONFIG).is_file():

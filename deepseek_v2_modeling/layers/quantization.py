@@ -37,7 +37,7 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
     """Give a model without weights (on the meta device) the parameters that hold quantised ones.
 
     Raises:
-        ModelError: rows of a weight are no multiple of BLOCK values, or the model has weights already.
+        ModelError: rows of a weight are not a multiple of BLOCK values, or the model has weights already.
     """
     module: Any
     for name, module, weight, scheme in _weights(model, quantization):

@@ -112,7 +112,7 @@ def _moments(recipe: TrainingRecipe) -> float:
 
 
 def _reference(recipe: TrainingRecipe, load: Load, foundation: Foundation) -> dict[str, int]:
-    """The frozen copy that KL is measured against: of all weights, or of the adapters that training goes on with."""
+    """The frozen copy that KL is measured against: of all weights, or of the adapters whose training continues."""
     if not answer_length(recipe) or not setting(recipe, "beta"):
         return {}
     if recipe.lora is None:

@@ -51,17 +51,14 @@ def memory_table(columns: Sequence[Memory]) -> Iterator[str]:
             yield f" {title}"
         for name in own:
             yield row(name, [_gb(p.get(name, 0)) for p in parts])
-    yield row("total (the larger of the two)" if any(m.rollouts for m in columns) else "total", _totals(columns))
+    total = "total (the larger of the two)" if any(m.rollouts for m in columns) else "total"
+    yield row(total, [_gb(m.total) for m in columns])
     if any(m.unsaved for m in columns):
         yield row(_UNSAVED, [_gb(m.unsaved or 0) for m in columns])
 
 
 _HEAD = "GB (10^9 bytes) on each GPU"
 _UNSAVED = "activations without checkpointing"
-
-
-def _totals(columns: Sequence[Memory]) -> list[str]:
-    return [_gb(m.total) for m in columns]
 
 
 def _layout(layout: Layout) -> str:

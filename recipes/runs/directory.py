@@ -106,7 +106,7 @@ def differences(old_recipe: Any, new_recipe: Any, path: str = "") -> dict[str, t
 
 
 def _that_matter(different: dict[str, tuple[Any, Any]], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A run whose weights are shared among processes goes on with another number of them: how its global batch (which
+    """A run whose weights are shared among processes resumes with another number of them: how its global batch (which
     identity.py compares) is divided does not matter."""
     if not (old.get("parallel") or new.get("parallel")):
         return different

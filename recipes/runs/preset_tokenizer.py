@@ -53,7 +53,8 @@ def world_pieces() -> Iterator[str]:
         for style in lx.ARITHMETIC_ANSWERS.values():
             for working, text in product(workings, style[language]):
                 yield " " + working + space * bool(working) + _with_digits(text)
-        for parts in _sentences(language):
+        for sentences in (lx.REFUSALS, lx.CURT_REFUSALS, *lx.REQUEST_ANSWERS.values()):
+            parts = sentences[language]
             yield from (" " + text for text in parts[0])
             yield from (space + text for part in parts[1:] for text in part)
 
@@ -73,11 +74,6 @@ def _words(language: str) -> Iterator[str]:
     groups = (*lx.VERBS.values(), *lx.OBJECTS.values(), *lx.INTENTS.values())
     for group in (*groups, *(part for sort in lx.TARGETS.values() for part in sort.values())):
         yield from group[language]
-
-
-def _sentences(language: str) -> Iterator[tuple[tuple[str, ...], ...]]:
-    for group in (lx.REFUSALS, lx.CURT_REFUSALS, *lx.REQUEST_ANSWERS.values()):
-        yield group[language]
 
 
 def build_tokenizer(preset: str, model_type: str = "deepseek_v2") -> PreTrainedTokenizerFast:

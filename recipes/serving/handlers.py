@@ -83,7 +83,7 @@ class Chat(Answering, ChatCompletionHandler):
 
 
 class Text(Answering, CompletionHandler):
-    """POST /v1/completions: the model goes on with a text; there is no template."""
+    """POST /v1/completions: the model continues a text; there is no template."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         request = parsed(TextRequest, body)
