@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import against_stock, growth, preparation
+from benchmarks import against_stock, growth, preparation, trips
 from benchmarks.common import RESULTS
+from deepseek_v2_modeling import apply_lora, lora_config
+from deepseek_v2_modeling.loading import load_base, load_tokenizer, resolve_source, save_directory
 from recipes.runs import caching
 from recipes.runs.preset_tokenizer import build_tokenizer
 
@@ -58,3 +60,27 @@ def test_prepared_data_is_measured_and_read_from_the_cache(monkeypatch, tmp_path
     preparation.make(tmp_path / "rows.jsonl", 20)
     where = str(tmp_path / "rows.jsonl"), str(tmp_path / "tokenizer")
     assert [preparation.prepare(*where)["from_cache"] for _ in range(2)] == [False, True]
+
+
+def saved_adapter(folder: Path) -> Path:
+    """A run with an adapter, without training it."""
+    source = resolve_source(trips.make_model(folder))
+    model = apply_lora(load_base(source.base), lora_config(("attention", "experts", "shared_experts"), r=4))
+    save_directory(model, load_tokenizer(source), folder / "run" / "final")
+    return folder / "run"
+
+
+def test_trips_take_no_more_changes_of_file_than_the_docs_say(monkeypatch, tmp_path):
+    """On the way from files to a model, where an innocent question too many is asked again for each layer or tensor."""
+    monkeypatch.setattr(trips, "make_adapter", saved_adapter)
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    for start in ("| a plain JSONL row ->", "| hub files ->", "| an adapter ->"):
+        row = next(line for line in page if line.startswith(start))
+        files, most = (int(number) for number in row.split("|")[-2].split("/"))
+        trip = next(trip for name, trip in trips.TRIPS.items() if name.split(" ->")[0] in start)
+        call = trip(tmp_path)
+        call()
+        steps = trips.walk(call)
+        taken = len({file for file, _ in steps}), len(trips.changes(steps))
+        assert taken[0] <= files and taken[1] <= most, row
+        assert taken == (files, most) or sys.version_info >= (3, 12), row  # from then on, comprehensions are not calls
