@@ -13,7 +13,7 @@ import torch
 from ..configuration import FP8_BLOCK
 from ..errors import ModelError
 from ..kernels.quantized_weights import Storage
-from .finite import is_finite
+from .finite import check_finite
 from .hub_layout import Shape
 from .tensor_files import TensorInfo, info_of, row_blocks
 
@@ -45,14 +45,14 @@ class FusedExperts:
 
 @dataclass
 class QuantizedSource:
-    """A quantised parameter.
+    """A quantised parameter, checked before it is quantised: reading raises ModelError for numbers that are not finite.
 
-    pieces: (name on disk, where it belongs, unread tensor). broken: names of pieces that are not finite, once read.
+    where: the model, for the message. pieces: (name on disk, where it belongs, unread tensor).
     """
 
     storage: Storage
+    where: str
     pieces: list[tuple[str, Place, Any]] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
 
     def __getitem__(self, _: Any) -> "QuantizedSource":
         return self
@@ -70,9 +70,7 @@ class QuantizedSource:
                 if not 0 <= place[0] - first < len(stored):
                     continue
                 place = place[0] - first, place[1]
-            values = source[...]
-            if not is_finite(values):
-                self.broken.append(name)
+            values = check_finite(name, source[...], self.where)
             for matrix, row, rows in _matrices(stored, place, values):
                 for block, part in row_blocks(rows):
                     self.storage.write(matrix, row + block.start, part.to(stored.device, _readable(part.dtype)))
@@ -93,13 +91,6 @@ def _matrices(
         yield from ((matrix, 0, rows) for matrix, rows in zip(stored, values, strict=True))
     else:
         yield stored, 0, values
-
-
-def check_read(where: str, sources: Mapping[str, Any]) -> None:
-    """Raise ModelError if a weight that was quantised is not finite."""
-    for source in sources.values():
-        if isinstance(source, QuantizedSource) and source.broken:
-            raise ModelError(f"{where}: {source.broken[0]} contains NaN or infinite values")
 
 
 @dataclass

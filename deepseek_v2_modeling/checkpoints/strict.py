@@ -25,7 +25,7 @@ from ..errors import ModelError, ShapeError
 from ..layers.quantization import quantization_of, storages, tell_shapes
 from .finite import check_weights
 from .hub_layout import COMPUTED, Piece, Shape, hub_layout, is_extra_layer, summed_up, without_extra_layers
-from .lazy_tensors import BlockScaled, FusedExperts, QuantizedSource, check_read, with_scales
+from .lazy_tensors import BlockScaled, FusedExperts, QuantizedSource, with_scales
 from .offloading import keep_readable
 from .refusals import asked_quantization, check_directory, check_keywords, check_quantization, check_source
 from .tensor_files import FLOATS, info_of, open_files
@@ -132,7 +132,6 @@ class StrictPreTrainedModel(PreTrainedModel):
                     refuse_converted(name_of(load_config), matched)
                 else:
                     result = PreTrainedModel._load_pretrained_model(model, matched, None, load_config)
-                    check_read(name_of(load_config), matched)
                     # Otherwise a model whose experts transformers did not fuse itself would be saved with fused ones.
                     model.__dict__.pop("_weight_conversions", None)
                     return result
@@ -284,7 +283,7 @@ def match_sources(
     for name, key in names.items():
         piece = layout.get(name)
         if piece is not None and piece.parameter in stored:
-            quantized = state.setdefault(piece.parameter, QuantizedSource(stored[piece.parameter]))
+            quantized = state.setdefault(piece.parameter, QuantizedSource(stored[piece.parameter], where))
             quantized.pieces.append((key, piece.place, sources[key]))
         elif piece is None or piece.place is None:
             state[name if by_parameter else key] = sources[key]

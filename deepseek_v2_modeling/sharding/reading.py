@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..adapters.layouts import hub_name
 from ..checkpoints.finite import check_finite
 from ..checkpoints.hub_layout import COMPUTED
-from ..checkpoints.lazy_tensors import FusedExperts, QuantizedSource, check_read
+from ..checkpoints.lazy_tensors import FusedExperts, QuantizedSource
 from ..checkpoints.sources import base_directory
 from ..checkpoints.strict import say_heads
 from ..checkpoints.tensor_files import base_files, open_files
@@ -41,7 +41,6 @@ def read_base(model: nn.Module, outline: Any, base: str) -> list[str]:
                 check_finite(own, _read(sources[own], tensor), base)
             else:
                 absent.append(name)
-        check_read(base, sources)
     left_out = sorted(name for name in sources.keys() - known if not re.search(COMPUTED, name))
     say_heads(base, sorted(known - sources.keys()), left_out, outline.config)
     return absent
