@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_v2_modeling import ModelError, lora_config, merge_lora
-from deepseek_v2_modeling.checkpoints.block_scaled import BlockScaled
+from deepseek_v2_modeling.checkpoints.lazy_tensors import BlockScaled
 from deepseek_v2_modeling.loading import check_weights, load_base, read_settings
 
 from ..helpers.family import member
