@@ -274,7 +274,8 @@ def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") 
     """
     model_type, where = values.get("model_type", expected), where and f"{where}: "
     if model_type != expected:
-        difference = f": it has {RELATIVES[model_type]}" if model_type in RELATIVES else ""
+        relative = RELATIVES.get(str(model_type))  # a file can have any value
+        difference = f": it has {relative}" if relative else ""
         raise ModelError(
             f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
         )
