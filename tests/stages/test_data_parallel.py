@@ -124,7 +124,8 @@ def test_an_evaluation_does_not_depend_on_the_number_of_processes(parallel, alon
             for task, values in tasks.items():
                 assert found[run][task].keys() == values.keys()
                 for name, value in values.items():
-                    assert found[run][task][name] == pytest.approx(value, rel=1e-5), (run, task, name)
+                    wanted = value if value is None else pytest.approx(value, rel=1e-5)  # None: a loss of one row
+                    assert found[run][task][name] == wanted, (run, task, name)
     assert figures["again"] == figures["eval"]
     for run in figures:
         one, two = lines(alone / run / "samples.jsonl"), lines(parallel / run / "samples.jsonl")
