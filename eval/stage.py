@@ -16,7 +16,6 @@ from conversations.generation.generating import print_obeyed
 from conversations.generation.sample_files import Sample, SampleFiles
 from conversations.row import Row
 from conversations.stage import OtherModel, Work
-from deepseek_v2_modeling import ModelError
 from deepseek_v2_modeling.training import append_lines, read_lines, write_lines
 from eval.agreement import agreement, remark
 from eval.config import UNSAMPLED_METRICS, AnyTask, EvalRecipe, EvalTask
@@ -149,7 +148,7 @@ def _measure(
             new = (sample for sample in named if files.place(sample) not in subject.kept)
             append_lines(files.of_process(state.process_index), new)
             samples += named
-    except (ToolkitError, ModelError) as error:
+    except ToolkitError as error:  # with a ModelError, such as NaN, no other metric would fare better
         faults.append(str(error))
     samples = sorted(gather_object(samples), key=lambda sample: (sample["decoding"], sample["row"]))
     if faults := gather_object(faults):
