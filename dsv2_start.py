@@ -5,6 +5,7 @@ The names are plain ones (`eval`, `recipes`, `reward`, ...). A file of that name
 Importing this module puts the toolkit's own directory before all others, if something is in the way.
 """
 
+import gc
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,8 @@ def main() -> int:
         message = (
             f"{HOME / name} is no longer the toolkit's own: {error}; install the toolkit in an environment of its own"
         )
+    finally:
+        gc.freeze()  # else Python looks through all that torch and others have made once more, for over a second
     print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
     return 2
 

@@ -306,7 +306,6 @@ class TrainingRecipe(StageRecipe):
         default_factory=dict, description="Fields of the TRL config of the stage, except those that the toolkit sets."
     )
     compares_with_base: ClassVar[bool] = False  # whether the loss reads a model on the same base beside the trained one
-    any_processes: ClassVar[bool] = True  # whether a run with `parallel` resumes on another number of processes
     parallel: ParallelSection | None = Field(
         default=None, description="Share the weights among processes; null gives each process all of them."
     )
@@ -352,8 +351,8 @@ class TrainingRecipe(StageRecipe):
         return True
 
     @property
-    def shares_weights(self) -> bool:
-        """Whether the stage can run with `parallel`."""
+    def any_processes(self) -> bool:
+        """Whether a run with `parallel` resumes on another number of processes."""
         return True
 
     @property

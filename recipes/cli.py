@@ -35,7 +35,7 @@ from recipes.arguments import (
     serve_arguments,
 )
 from recipes.disk import disk_fault
-from recipes.launch import launch, launch_arguments, starts_others, stopped_by_agent
+from recipes.launch import launch, launch_arguments, starts_others, stopped_by_agent, tell_agent
 from recipes.processes import is_main, rank
 from recipes.secret_keys import without_secrets
 from recipes.stages import stages
@@ -322,8 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, argv: Sequence[str]) -> int:
     """Report an error and return the exit code. A bug in the toolkit is shown with its traceback."""
-    if stopped_by_agent() and getattr(error, "closed", False):
-        return 1  # the agent says which process has ended
+    closed = getattr(error, "closed", None)  # of LostContact
+    if closed is not None and stopped_by_agent():
+        tell_agent(str(error), closed)
+        return 1
     message = str(error) if _is_for_the_user(error) else disk_fault(error)
     if message is None or "--traceback" in argv or os.environ.get("DSV2_TRACEBACK", "0") not in ("", "0"):
         _complain("".join(traceback.format_exception(error)).rstrip())

@@ -5,11 +5,14 @@ together: if one ends, the agent stops the others.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dsv2_start
@@ -22,6 +25,7 @@ from conversations.errors import ToolkitError
 
 OPTIONS = ("--processes", "--nodes", "--rendezvous")
 LAUNCHED = "DSV2_LAUNCHED"  # set in the processes that were started here
+RESUMES = "the same command resumes from the newest checkpoint"
 SECONDS_TO_STOP = 20  # for the others after one process has ended
 
 
@@ -81,6 +85,13 @@ def stopped_by_agent() -> bool:
     return LAUNCHED in os.environ
 
 
+def tell_agent(message: str, closed: bool) -> None:
+    """Leave word of another process that has ended (closed) or does not answer: many processes notice it, and the agent
+    says it once."""
+    data = {"message": message, "timestamp": int(time.time()), "closed": closed}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(data), encoding="utf-8")
+
+
 def without_options(argv: Sequence[str]) -> list[str]:
     """The command's words without those that describe the launch."""
     words, skips = [], False
@@ -116,15 +127,19 @@ def _config(arguments: argparse.Namespace) -> "LaunchConfig":
 def _failed(error: "ChildFailedError") -> int:
     """The exit code of the process that failed first; says what ended it if it could not say so itself."""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    noticed = [failure.error_file_data for failure in error.failures.values() if "closed" in failure.error_file_data]
+    late = [data["message"] for data in noticed if not data["closed"]]
     killed = next((rank for rank, code in codes.items() if code < 0), None)
-    if killed is None:
+    if late:
+        message = late[0]
+    elif killed is not None:
+        name = signal.Signals(-codes[killed]).name
+        message = f"process {killed} was killed ({name}), and the others were stopped; {RESUMES}"
+    elif len(noticed) == len(codes):  # it was a process of another machine
+        message = noticed[0]["message"]
+    else:
         return max(codes.values())
-    name = signal.Signals(-codes[killed]).name
-    print(
-        f"error: process {killed} was killed ({name}), and the others were stopped; the same command resumes from the "
-        "newest checkpoint",
-        file=sys.stderr,
-    )
+    print(f"error: {message}", file=sys.stderr)
     return 1
 
 
@@ -132,5 +147,6 @@ def _keep_quiet() -> None:
     """Turn off the agent's own log: a process that fails says itself why."""
     import logging
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from recipes.secret_keys import without_secrets
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # the first process may read hundreds of gigabytes while the others wait
 
 
 def rank() -> int:
@@ -49,14 +48,18 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def join_processes() -> None:
-    """Set up communication with the other processes of the launch, once. A process that waits longer than PATIENCE for
-    another one ends with an error that says what it was doing."""
+def join_processes(patience: float | None = None) -> None:
+    """Set up communication with the other processes of the launch, once. A process that waits longer for another one
+    than `patience` says, in seconds, ends with an error that says what it was doing."""
     import torch
     from accelerate import PartialState
 
+    from deepseek_v2_modeling.training import PATIENCE, wait_at_most
+
     if not torch.distributed.is_initialized():
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience or PATIENCE))
+    if patience is not None:
+        wait_at_most(patience)
 
 
 def main_first(do: Callable[[], T]) -> T:

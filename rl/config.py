@@ -75,7 +75,6 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
 
     stage: Literal["rl"] = Field(description="Which stage this is.")
     compares_with_base: ClassVar[bool] = True
-    any_processes: ClassVar[bool] = False  # each has a rollout of its own
     rollout: RolloutSection = Field(default_factory=lambda: RolloutSection(), description="How answers are sampled.")
     dynamic_sampling: DynamicSampling | None = Field(
         default=None,
@@ -126,8 +125,8 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         return self.train_router
 
     @property
-    def shares_weights(self) -> bool:
-        return self.method == "grpo"
+    def any_processes(self) -> bool:
+        return self.method not in ("grpo", "kto")  # each process has a rollout of its own, or KL rows of its batches
 
     @property
     def uses_reference(self) -> bool:
@@ -150,12 +149,6 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             )
         if self.train_router and self.experts_file:
             raise ValueError("train_router: true cannot be combined with experts_file, which trains experts alone")
-        return self
-
-    @model_validator(mode="after")
-    def _shares_weights_by_parallel(self) -> "RlRecipe":
-        if self.parallel is not None and not self.shares_weights:
-            raise ValueError(f"parallel is for method grpo; {self.method} runs on processes with all weights in each")
         return self
 
     @model_validator(mode="after")

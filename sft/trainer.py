@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
-from transformers.trainer_utils import EvalLoopOutput, speed_metrics
+from datasets import Dataset
+from transformers.trainer_utils import speed_metrics
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -15,7 +15,7 @@ from conversations.answers.prompts import split_prompt
 from conversations.generation.probes import ProbedTrainerMixin
 from conversations.rendering.encoded import lengths_of
 from conversations.row import Row
-from deepseek_v2_modeling.training import IGNORED, HeadSettings, with_fused_head
+from deepseek_v2_modeling.training import IGNORED, HeadSettings, mean_of, with_fused_head
 from sft.data import origins_of
 
 
@@ -39,20 +39,8 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
             said = [split_prompt(row["messages"]) for row in probes if "messages" in row]
             super().__init__(model, args, train_dataset=train_dataset, probes=said, **kwargs)
         self.encoded = train_dataset
-        self._fillers: dict[str | None, int] = {}
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._filled(name, rows) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._filled(None, self.eval_dataset)
-        self._eval_loss = torch.zeros(2, dtype=torch.float64)  # sum over tokens, number of tokens
 
     # --- evaluation ---------------------------------------------------------------------------------------------
-
-    def _filled(self, source: str | None, rows: Any) -> Dataset:
-        """The held-out rows of a source as full batches of all processes; on a single one as they are."""
-        processes = self.accelerator.num_processes
-        self._fillers[source] = -len(rows) % (processes * self.args.eval_batch_size) if processes > 1 else 0
-        return filled(rows, self._fillers[source])
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """The mean loss over all trained tokens of the held-out rows: `eval_loss`, and `eval_NAME_loss` for each
@@ -70,37 +58,17 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
             prefix = f"{metric_key_prefix}_{name}"
             output = self.evaluation_loop(loader, "Evaluation", True, ignore_keys, prefix)
             metrics[f"{prefix}_loss"] = (output.metrics or {})[f"{prefix}_loss"]
-            total += self._eval_loss
-            rows += (output.num_samples or 0) - self._fillers[name]
-        metrics = {f"{metric_key_prefix}_loss": _mean(total), **metrics}
+            total += self.held_out_loss
+            rows += output.num_samples or 0
+        metrics = {f"{metric_key_prefix}_loss": mean_of(total), **metrics}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=rows)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Like Trainer's, but the loss is a mean over tokens, which does not depend on batching, not over batches."""
-        self._eval_loss = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        summed: Any = self.accelerator.reduce(self._eval_loss.to(self.accelerator.device))
-        self._eval_loss = summed.cpu()
-        assert output.metrics is not None
-        output.metrics[f"{metric_key_prefix}_loss"] = _mean(self._eval_loss)
-        return output
-
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result: Any = super().prediction_step(model, inputs, *args, **kwargs)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().item()
-        if tokens:  # otherwise there are only fillers, and no mean
-            self._eval_loss += torch.tensor([result[0].item() * tokens, tokens], dtype=torch.float64)
-        return result
+    def loss_weight(self, inputs: Any, rows: int) -> int:
+        """Trained tokens: the loss is their mean, so that it does not depend on batching."""
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
     def held_out_losses(self) -> dict[str, float]:
         """The held-out losses of the model after training: those logged for its step, or from a final evaluation."""
@@ -121,17 +89,6 @@ class ChatTrainer(ProbedTrainerMixin, SFTTrainer):
         return float(lengths_of(data).mean())
 
 
-def filled(rows: Dataset, missing: int) -> Dataset:
-    """The rows and so many fillers, which have no labels. Batches of several processes must all be full: accelerate
-    would repeat rows, which would count twice."""
-    if not missing:
-        return rows
-    first: dict[str, Any] = rows[0]
-    filler = {**first, "labels": [IGNORED] * len(first["labels"])}
-    columns = {name: [value] * missing for name, value in filler.items()}
-    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
-
-
 def documents_of(inputs: Any) -> Iterator[list[int]]:
     """The token ids of each document of a batch: its rows without padding, or the documents packed into its only
     row."""
@@ -141,8 +98,3 @@ def documents_of(inputs: Any) -> Iterator[list[int]]:
         yield from (part.tolist() for part in ids[0].split(sizes))
     else:
         yield from (row[mask.bool()].tolist() for row, mask in zip(ids, inputs["attention_mask"], strict=True))
-
-
-def _mean(loss: torch.Tensor) -> float:
-    """The mean loss, from (sum over tokens, number of tokens)."""
-    return (loss[0] / loss[1].clamp(min=1)).item()

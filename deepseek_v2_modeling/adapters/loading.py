@@ -1,6 +1,6 @@
 """Loads adapters strictly: missing or unexpected tensors are errors."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -106,6 +106,16 @@ def adapts_embeddings(model: PeftModel) -> bool:
     return any(isinstance(layer, LoraLayer) for layer in (base.get_input_embeddings(), base.get_output_embeddings()))
 
 
+def whole_embeddings(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of embeddings and head that an adapter on either of them is saved with; empty for any other."""
+    if not adapts_embeddings(model):
+        return {}
+    base: Any = model.get_base_model()
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    own = {id(getattr(layer, "base_layer", layer).weight) for layer in layers if layer is not None}
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
 def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict[str, torch.Tensor]:
     """The tensors that PEFT saves of the model's adapter, with whole embeddings if they are adapted or the source has
     them, and with the biases of routers if it has those."""
@@ -114,6 +124,18 @@ def saved_tensors(model: PeftModel, source: AdapterSource | None = None) -> dict
         whole = whole or any(name.endswith("embed_tokens.weight") for name in source.header)
     biases = router_biases(model) if source is not None and source.has_biases else {}
     return {**get_peft_model_state_dict(model, save_embedding_layers=whole), **biases}
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether it is one element expanded to a weight's shape, which stands for a weight that was not read."""
+    return not any(tensor.stride())
+
+
+def fill_placeholders(model: PeftModel, names: Container[str]) -> None:
+    """Give those weights of the base memory of their own that an adapter's file holds too, such as embeddings."""
+    for name, parameter in model.named_parameters():
+        if name in names and is_placeholder(parameter):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def read_tensors(source: AdapterSource) -> dict[str, torch.Tensor]:
@@ -187,6 +209,7 @@ def load_adapter(
     fresh_head = {name: tensor for name, tensor in expected.items() if name not in source.header}
     tensors = read_tensors(source)
     tensors = untranspose(pairs, tensors) if transposed else tensors
+    fill_placeholders(peft_model, tensors)
     set_peft_model_state_dict(peft_model, tensors | fresh_head)
     if source.has_biases:
         mark_as_own(peft_model)

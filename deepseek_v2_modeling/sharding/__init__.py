@@ -1,6 +1,6 @@
 """Models whose weights are shared among processes, by FSDP2 and expert parallelism; see model.py."""
 
-from .contact import LostContact, at
+from .contact import PATIENCE, LostContact, at, wait_at_most
 from .in_step import in_step
 from .layout import Parallel, launched_sharding
 from .model import (
@@ -20,6 +20,7 @@ from .model import (
 __all__ = [
     "FROM_FIRST",
     "PARTLY",
+    "PATIENCE",
     "LostContact",
     "Parallel",
     "as_if_whole",
@@ -32,6 +33,7 @@ __all__ = [
     "read_weights",
     "reshard",
     "shard",
+    "wait_at_most",
     "whole",
     "whole_state",
 ]

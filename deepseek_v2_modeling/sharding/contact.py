@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from ..errors import ModelError
 
 _BROKEN = ("Connection closed", "Connection reset", "Broken pipe", "Socket Timeout", "remote process exited")
-_LATE = ("Timed out", "timed out", "Timeout")
+_LATE = ("Timed out", "timed out", "Timeout", "timeout")
+PATIENCE = 7200  # seconds: the first process may read hundreds of gigabytes while the others wait
 
 
 class LostContact(ModelError):
@@ -33,3 +37,9 @@ def at(place: str) -> Iterator[None]:
         )
         lost.closed = closed
         raise lost from error
+
+
+def wait_at_most(seconds: float) -> None:
+    """Set how long this process waits for another one in anything that they do together."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=seconds), group)

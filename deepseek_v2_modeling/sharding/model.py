@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..adapters.loading import is_placeholder
 from ..adapters.router_biases import own_biases
 from ..errors import ModelError
 from ..layers.quantization import quantization_of
@@ -58,6 +59,8 @@ def shard(load: Callable[[Weights], Any], parallel: Parallel) -> Any:
         raise ModelError("parallel.fsdp: this model's embeddings are its head too (tie_word_embeddings); leave it out")
     model.to_empty(device=_divide(base, parallel))
     absent = {*read_weights(model, base.config.name_or_path), *own_biases(model)}
+    if own is not None:  # an adapter may bring weights of the base, such as embeddings
+        absent |= {name for name, parameter in own.named_parameters() if not is_placeholder(parameter)}
     state = {} if own is None else {name: tensor for name, tensor in own.state_dict().items() if name in absent}
     set_model_state_dict(model, state, options=PARTLY)
     return model.train()

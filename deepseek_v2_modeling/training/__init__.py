@@ -8,11 +8,23 @@ from ..kernels.token_scores import IGNORED, blockwise_loss, shifted_labels
 from .run_files import append_lines, cut_file, read_lines, write_json, write_lines
 
 if TYPE_CHECKING:
-    from ..sharding import LostContact, Parallel, at, frozen_copy, in_step, is_sharded, launched_sharding, shard
+    from ..sharding import (
+        PATIENCE,
+        LostContact,
+        Parallel,
+        at,
+        frozen_copy,
+        in_step,
+        is_sharded,
+        launched_sharding,
+        shard,
+        wait_at_most,
+    )
     from .activations import Activations, Step, step_memory
     from .arguments import RunLimits, check_batches, describe_computation, training_arguments
     from .checksums import check_whole
     from .fused_head import HeadSettings, fuse_head, with_fused_head
+    from .held_out import held_out_loader, mean_of
     from .mixin import RunTrainerMixin, StopRequested
     from .plain_checkpoints import plain_checkpoint, write_plain
     from .quiet import quiet_libraries
@@ -20,6 +32,7 @@ if TYPE_CHECKING:
     from .sizes import Sizes, Weight, training_sizes
 
 _HOMES = {
+    "PATIENCE": ".sharding",
     "LostContact": ".sharding",
     "Parallel": ".sharding",
     "Activations": "activations",
@@ -37,21 +50,25 @@ _HOMES = {
     "frozen_copy": ".sharding",
     "fuse_head": "fused_head",
     "has_shards": "sharded",
+    "held_out_loader": "held_out",
     "in_step": ".sharding",
     "is_sharded": ".sharding",
     "launched_sharding": ".sharding",
+    "mean_of": "held_out",
     "plain_checkpoint": "plain_checkpoints",
     "quiet_libraries": "quiet",
     "shard": ".sharding",
     "step_memory": "activations",
     "training_arguments": "arguments",
     "training_sizes": "sizes",
+    "wait_at_most": ".sharding",
     "with_fused_head": "fused_head",
     "write_plain": "plain_checkpoints",
 }
 
 __all__ = [
     "IGNORED",
+    "PATIENCE",
     "Activations",
     "HeadSettings",
     "LostContact",
@@ -72,9 +89,11 @@ __all__ = [
     "frozen_copy",
     "fuse_head",
     "has_shards",
+    "held_out_loader",
     "in_step",
     "is_sharded",
     "launched_sharding",
+    "mean_of",
     "plain_checkpoint",
     "quiet_libraries",
     "read_lines",
@@ -83,6 +102,7 @@ __all__ = [
     "step_memory",
     "training_arguments",
     "training_sizes",
+    "wait_at_most",
     "with_fused_head",
     "write_json",
     "write_lines",

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ..errors import ModelError
 from ..kernels.float32_products import float32_is_faster
+from ..sharding import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def training_arguments(
         "dataloader_pin_memory": not on_cpu,
         "per_device_eval_batch_size": training.get("per_device_train_batch_size", 8),
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": PATIENCE,
         "report_to": "none",
         "metric_for_best_model": "loss" if limits.early_stopping_patience is not None else None,
     }

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..adapters.loading import whole_embeddings
 from ..adapters.router_biases import save_biases
 from ..checkpoints.full_disk import UNFINISHED, checkpoint_bytes, checkpoint_step, checkpoints_of, full_disk_explained
 from ..checkpoints.sources import FINAL
@@ -21,7 +23,7 @@ from ..checkpoints.tokenizer_files import save_tokenizer
 from ..errors import ModelError
 from ..esft.full_weights import load_trained, save_trained
 from ..loading import write_model
-from ..sharding import as_if_whole, at, base_of, is_sharded, whole_state
+from ..sharding import as_if_whole, at, base_of, is_sharded, whole, whole_state
 from . import sharded
 from .checksums import write_sums
 from .run_files import METRICS_FILE, SAMPLES_FILE, TRAINER_STATE_FILE, cut_file, write_json
@@ -140,10 +142,15 @@ class CheckpointMixin(Trainer if TYPE_CHECKING else object):
         return folder
 
     def gathered(self) -> dict[str, torch.Tensor] | None:
-        """The state of a sharded model (of an adapter its factors), whole on the first process; None of any other."""
+        """The state of a sharded model (of an adapter its file's tensors), whole on the first process; None of any
+        other."""
         if not is_sharded(self.model):
             return None
-        return whole_state(self.model, trained_only=hasattr(self.model, "peft_config"))
+        if not isinstance(self.model, PeftModel):
+            return whole_state(self.model)
+        state = whole_state(self.model, trained_only=True)
+        embeddings = {name: whole(tensor).cpu() for name, tensor in whole_embeddings(self.model).items()}
+        return {**embeddings, **state} if state else {}
 
     def write_final(self, folder: Path, dtype: str, state: dict[str, torch.Tensor] | None) -> None:
         """Write the model or adapter and the tokenizer; on the first process."""

@@ -23,12 +23,13 @@ from transformers.trainer_utils import TrainOutput
 from ..adapters.lora import train_in_float32
 from ..family import check_bias_updates
 from ..layers.balance_losses import COEFFICIENTS, collect_balance
-from ..sharding import at, is_sharded, reshard
+from ..sharding import at, is_sharded, reshard, wait_at_most
 from .arguments import RunLimits, check_batches, training_arguments
 from .balance_log import BalanceLog
 from .callbacks import MetricsFile, Progress, StepControl
 from .checkpoints import CheckpointMixin
 from .finite import FiniteMixin
+from .held_out import HeldOutMixin
 from .quiet import quiet_libraries
 from .router_biases import RouterBiases
 
@@ -39,7 +40,7 @@ class StopRequested(KeyboardInterrupt):
     """Training ended early on request, after writing a checkpoint."""
 
 
-class RunTrainerMixin(FiniteMixin, CheckpointMixin):
+class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
     """The mixin; it has to come first: `class OurTrainer(RunTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -160,6 +161,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin):
                 fewer rows than one batch.
         """
         rows: Any = self.train_dataset
+        wait_at_most(self.args.ddp_timeout)  # in the groups of shared weights too
         check_batches(self.args, len(rows))
         resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with self.full_disk_explained():

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ..adapters.loading import whole_embeddings
 from ..checkpoints.adapter_config import WEIGHTS
 from ..checkpoints.sources import SHARDS
 from ..checkpoints.tensor_files import DTYPES, TensorInfo
@@ -39,10 +40,12 @@ Tensors = dict[str, Any]
 
 
 def save_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write the weights (of a model with adapters, those that are trained) and the optimizer's state; called on every
+    """Write the weights (of a model with adapters, those of its file) and the optimizer's state; called on every
     process."""
     reshard(model)
     weights, moments, groups = _state(model, optimizer)
+    if isinstance(model, PeftModel):
+        weights |= {f"{WEIGHT}{name}": tensor for name, tensor in whole_embeddings(model).items()}
     writer = HuggingFaceStorageWriter(path=str(folder / SHARDS), save_distributed=True, enable_consolidation=False)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     save({**weights, **moments}, storage_writer=writer)

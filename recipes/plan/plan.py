@@ -87,7 +87,7 @@ def stage_lines(
     own, found = _own_and_found(recipe, load, gpu)
     yield weights_line(load)
     yield from memory_table([own] if found is None or fits(own, gpu.gb * GB) else [own, found])
-    yield from verdict(found, own, gpu, recipe.shares_weights)
+    yield from verdict(found, own, gpu)
     plan = run_length(recipe, round(len(figures.report.lengths) * figures.scale), figures) if figures else None
     runs = own if found is None or fits(own, gpu.gb * GB) else found
     yield from step_lines(recipe, load, lengths, runs.layout.fsdp, gpu, plan)
@@ -97,7 +97,7 @@ def _own_and_found(recipe: TrainingRecipe, load: Load, gpu: Gpu) -> tuple[Memory
     """The memory as the recipe is, and on the fewest GPUs that are enough."""
     layout = Layout(recipe.parallel.fsdp, recipe.parallel.ep) if recipe.parallel else Layout()
     own = memory(load, layout, USABLE * gpu.gb * GB)
-    return own, smallest(load, gpu.gb * GB) if recipe.shares_weights else None
+    return own, smallest(load, gpu.gb * GB)
 
 
 def memory_line(recipe: TrainingRecipe, foundation: Foundation, figures: Figures | None) -> str | None:
@@ -108,7 +108,7 @@ def memory_line(recipe: TrainingRecipe, foundation: Foundation, figures: Figures
     load = load_of(recipe, settings, Lengths(max(figures.report.lengths) if figures else None), foundation)
     gpu = Gpu()
     own, found = _own_and_found(recipe, load, gpu)
-    said = list(verdict(found, own, gpu, recipe.shares_weights))[:2]
+    said = list(verdict(found, own, gpu))[:2]
     return f"memory: {'; '.join(said)} (dsv2 plan says what takes it)"
 
 

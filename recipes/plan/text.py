@@ -65,17 +65,15 @@ def _layout(layout: Layout) -> str:
     return "1 GPU" if layout == Layout() else str(layout).strip("{}")
 
 
-def verdict(found: Memory | None, own: Memory, gpu: Gpu, shares: bool) -> Iterator[str]:
-    """Whether it fits as the recipe is, and on how many GPUs it does. shares: whether its stage can share weights."""
+def verdict(found: Memory | None, own: Memory, gpu: Gpu) -> Iterator[str]:
+    """Whether it fits as the recipe is, and on how many GPUs it does."""
     room = f"{USABLE:.0%} of a GPU of {gpu.gb:g} GB"
     if fits(own, gpu.gb * GB):
         yield f"fits: {_gb(own.total)} GB a GPU is within {room}"
         return
     where = "one GPU" if own.layout.fsdp == 1 else f"parallel: {own.layout}"
     yield f"does not fit on {where}: {_gb(own.total)} GB is more than {room}"
-    if not shares:
-        yield "its stage needs all weights on each GPU: train adapters (lora), or shorter or fewer sequences"
-    elif found is None:
+    if found is None:
         yield f"it does not fit on {MOST:,} GPUs either: train fewer weights (lora), or shorter or fewer sequences"
     else:
         yield f"fits on {found.layout.fsdp} GPUs: parallel: {found.layout} takes {_gb(found.total)} GB a GPU"

@@ -19,7 +19,7 @@ from conversations.stage import Work, provided
 from recipes.files import read_json, write_json, write_jsonl, write_text
 from recipes.lock import Lock, hold_directory
 from recipes.process_settings import keep_freed_memory
-from recipes.processes import is_main, now, say, wait_for_all, world_size
+from recipes.processes import is_main, join_processes, now, say, wait_for_all, world_size
 from recipes.recipe.loader import Loaded
 from recipes.results.columns import VERSION
 from recipes.results.figures import RESULTS_VERSION, figures
@@ -55,6 +55,8 @@ def run_stage(loaded: Loaded[StageRecipe]) -> Outcome:
     if loaded.recipe.parts():
         ran, manifest = run_parts(loaded, run_stage)
         return Outcome("finished" if ran else "done_before", manifest)
+    if world_size() > 1 and isinstance(loaded.recipe, TrainingRecipe):
+        join_processes(loaded.recipe.training.get("ddp_timeout"))
     run_dir = Path(loaded.recipe.output_dir)
     if finished := _done_before(run_dir, loaded):  # checked without the lock, which cannot be taken on a read-only disk
         return finished

@@ -3,11 +3,14 @@
 TRL pads all rows of a batch to the longest, runs the reference with every batch, and in CPO and ORPO makes all logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -20,9 +23,10 @@ from conversations.generation.probes import ProbedTrainerMixin
 from conversations.rendering.encoded import lengths_of
 from conversations.row_cache import RowCache
 from deepseek_v2_modeling.inference import evaluation_mode
-from deepseek_v2_modeling.training import IGNORED, HeadSettings, with_fused_head
+from deepseek_v2_modeling.training import IGNORED, HeadSettings, held_out_loader, is_sharded, with_fused_head
 from rl.packing import pack_rows
 from rl.preferences.data import column_hash
+from rl.preferences.own_reference import own_reference
 
 _STORED = "reference.safetensors"
 _NOT_LOGGED = ("logits/chosen", "logits/rejected")  # they would need all logits
@@ -114,12 +118,13 @@ class ReferenceMixin(PreferenceMixin):
     compute_ref_log_probs: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
     def __init__(self, model: Any, args: Any, **kwargs: Any):
-        super().__init__(model, args, **kwargs)
-        self.train_dataset = self._with_reference(self.train_dataset, self.args.per_device_train_batch_size)
+        with own_reference(model):
+            super().__init__(model, args, **kwargs)
+        if is_sharded(model):  # each process has hashed its part
+            self._precompute_model_hash = str(gather_object([self._precompute_model_hash]))
+        self.train_dataset = self._with_reference(self.train_dataset, held_out=False)
         if self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference(self.eval_dataset, self.args.per_device_eval_batch_size)
-        if "ref" in self._adapters():  # TRL's frozen copy of the adapter, which has done its work
-            self.accelerator.unwrap_model(self.model).delete_adapter("ref")
+            self.eval_dataset = self._with_reference(self.eval_dataset, held_out=True)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
@@ -127,7 +132,7 @@ class ReferenceMixin(PreferenceMixin):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset  # too early: the head is TRL's own still
 
-    def _with_reference(self, data: Any, batch_size: int) -> Dataset:
+    def _with_reference(self, data: Any, held_out: bool) -> Dataset:
         """The data set with the reference's log-probabilities, from the cache if it has them."""
         key = {
             "rows": column_hash(data),
@@ -138,13 +143,13 @@ class ReferenceMixin(PreferenceMixin):
                 self.args.bf16,
                 self.args.fp16,
                 getattr(self.args, "ld_alpha", None),
-                self._batches(batch_size),
+                [self._size(held_out), self.accelerator.num_processes, held_out] if self.whole_batches else None,
             ],
         }
         key["config"] = str(sorted(key["config"].items()))
         values: dict[str, torch.Tensor] = {}
         if self._agreed(not self.cache.has("reference", key))[0]:
-            values = self._reference_values(data, batch_size)
+            values = self._reference_values(data, held_out)
         entry = self.cache.entry("reference", key, lambda folder: save_file(values, folder / _STORED))
         stored = load_file(Path(entry.folder) / _STORED)
         return concatenate_datasets([data, Dataset.from_dict({k: v.numpy() for k, v in stored.items()})], axis=1)
@@ -152,19 +157,26 @@ class ReferenceMixin(PreferenceMixin):
     def _adapters(self) -> dict[str, Any]:
         return getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
 
-    def _batches(self, batch_size: int) -> int | None:
-        """The size of batches, where the values depend on it."""
-        return None
+    def _size(self, held_out: bool) -> int:
+        return self.args.per_device_eval_batch_size if held_out else self.args.per_device_train_batch_size
 
-    def _reference_values(self, data: Any, batch_size: int) -> dict[str, torch.Tensor]:
-        """Each process scores its share."""
-        loader = DataLoader(data, batch_size=batch_size, collate_fn=self.data_collator)
-        loader = self.accelerator.prepare(loader)
+    def _reference_values(self, data: Any, held_out: bool) -> dict[str, torch.Tensor]:
+        """Each process scores its share, in the batches in which the rows are read later."""
+        size, readers = self._size(held_out), repeat(1)
+        loader: Any = DataLoader(data, batch_size=size, collate_fn=self.data_collator)
+        if held_out:
+            loader = held_out_loader(loader, size, self.accelerator, self.whole_batches)
+            readers = loader.batch_sampler.readers
+        else:
+            loader = self.accelerator.prepare(loader)
         found: list[tuple[torch.Tensor, ...]] = []
+        self.ref_model = self.model  # so that TRL scores with its adapter, not without any
         with evaluation_mode(self.model):
-            for batch in loader:
+            for batch, copies in zip(loader, readers, strict=False):
                 parts = [part for part in self.compute_ref_log_probs(self.model, batch) if part is not None]
-                found.append(tuple(part.cpu() for part in self.accelerator.gather_for_metrics(parts)))
+                gathered: Any = self.accelerator.gather_for_metrics(parts)
+                found.append(tuple(part[: len(part) // copies].cpu() for part in gathered))
+        self.ref_model = None
         columns = map(torch.cat, zip(*found, strict=True))
         return {name: column.contiguous() for name, column in zip(self.reference_columns, columns, strict=False)}
 
@@ -196,17 +208,28 @@ class SingleTrainer(ReferenceMixin, KTOTrainer):
 
     columns = ("input_ids", "labels", "label", "ref_logps", "ref_KL_logps")
     reference_columns = ("ref_logps", "ref_KL_logps")
-
-    def _batches(self, batch_size: int) -> int | None:
-        return batch_size  # KL rows join an answer with the prompt after it in the batch
+    whole_batches = True  # KL rows join an answer with the prompt after it in the batch
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         return super().compute_ref_log_probs(PackedModel(model, share=False), inputs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        loss = super()._compute_loss(PackedModel(model, share=False), inputs, False)
+        with _gathered_as_doubles(self.accelerator):
+            loss = super()._compute_loss(PackedModel(model, share=False), inputs, False)
         _drop_unlogged(self)
         return (loss, None) if return_outputs else loss
+
+
+@contextmanager
+def _gathered_as_doubles(accelerator: Any) -> Iterator[None]:
+    """Context for KTOTrainer's figures, which are float32 on a process whose batch has only good or only bad answers,
+    and float64 on the others: they could not be gathered."""
+    gather = accelerator.gather_for_metrics
+    accelerator.gather_for_metrics = lambda value: gather(value.double())
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 def _drop_unlogged(trainer: Any) -> None:

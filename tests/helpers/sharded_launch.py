@@ -18,14 +18,20 @@ from recipes.cli import main
 from recipes.processes import is_main, wait_for_all, world_size
 
 from .models import IN_BLOCKS
-from .stages import byte_tokenizer, chat_model, conversations, pairs
+from .stages import assistant, byte_tokenizer, chat_model, conversations, pairs
 
 BATCH = 4
 TRAINING = {"max_steps": 4, "learning_rate": 1e-2, "max_length": 64, "save_steps": 2, "logging_steps": 1}
 LORA = {"targets": ["attention", "experts", "shared_experts"], "r": 4}
-EVALUATED = {
-    "eval_data": [{"path": "held_out.jsonl"}],
-    "training": {**TRAINING, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2},
+WITH_EMBEDDINGS = {"targets": ["attention", "embeddings", "lm_head"], "r": 4}
+# 5 held-out rows, which are no full batches of two processes
+EVALUATING = {**TRAINING, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+EVALUATED = {"eval_data": [{"path": "held_out.jsonl"}], "training": EVALUATING}
+ON_PAIRS = {
+    "data": [{"path": "pairs.jsonl"}],
+    "eval_data": [{"path": "held_out_pairs.jsonl"}],
+    # slow, so that KTO's KL stays 0: it depends on what is in the batch of each process
+    "training": {**EVALUATING, "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3},
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {"stage": "sft", **EVALUATED},
@@ -42,7 +48,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"path": "wide", "quantization": "nf4"},
         "training": {**TRAINING, "save_strategy": "no"},
     },
-    "reward": {"stage": "reward", "lora": LORA, "data": [{"path": "pairs.jsonl"}], "training": TRAINING},
+    "reward": {"stage": "reward", "lora": LORA, **ON_PAIRS, "training": EVALUATING},
+    "dpo": {"stage": "rl", "method": "dpo", "lora": WITH_EMBEDDINGS, **ON_PAIRS},
+    "kto": {"stage": "rl", "method": "kto", "lora": WITH_EMBEDDINGS, **ON_PAIRS, "model": {"path": "one_dpo/final"}},
 }
 ROLLOUTS: dict[str, Any] = {
     "stage": "rl",
@@ -62,7 +70,9 @@ def prepare(folder: Path) -> None:
     """Write the model and the rows."""
     save_directory(chat_model(), byte_tokenizer(), folder / "base")
     save_directory(chat_model(**IN_BLOCKS), byte_tokenizer(), folder / "wide")
-    rows = {"rows": conversations(24), "held_out": conversations(30)[24:], "pairs": pairs(16)}
+    apart = [{**row, "rejected": assistant("no" + "x" * (i % 7))} for i, row in enumerate(pairs(21))]
+    rows = {"rows": conversations(24), "held_out": conversations(29)[24:]}
+    rows |= {"pairs": apart[:16], "held_out_pairs": apart[16:]}
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
 

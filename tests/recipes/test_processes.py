@@ -46,40 +46,52 @@ def test_the_words_of_a_launch_are_not_those_of_its_processes() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_with_one_message_and_the_same_command_resumes(
+def test_processes_end_together_with_one_message_and_the_same_command_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """First one of them hangs, then one is killed."""
     monkeypatch.chdir(tmp_path)
     launched.prepare(tmp_path)
     training = {**launched.TRAINING, "max_steps": 10, "learning_rate": 1e-3}
     monkeypatch.setitem(launched.RECIPES, "long", {**launched.RECIPES["full"], "eval_data": [], "training": training})
     assert launched.train("long", tmp_path, "unbroken") == 0
     recipe = json.loads((tmp_path / "unbroken.yaml").read_text()) | {"parallel": {"fsdp": 2}, "output_dir": "run"}
-    recipe["training"]["per_device_train_batch_size"] //= 2
+    recipe["training"] |= {"per_device_train_batch_size": launched.BATCH // 2, "ddp_timeout": PATIENCE}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    program = str(dsv2_start.HOME / "dsv2_start.py")
-    command = [sys.executable, program, "sft", "recipe.yaml", "--no-cache", "--processes", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (tmp_path / "said").open("w") as said:
-        agent = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        os.kill(first_child(agent.pid, tmp_path / "run"), signal.SIGKILL)
-        assert agent.wait(SECONDS) == 1
-    errors = [line for line in (tmp_path / "said").read_text().splitlines() if "error" in line]
-    assert len(errors) == 1 and "was killed (SIGKILL)" in errors[0], errors
+    assert "did not answer in time while this one was training" in broken(tmp_path, signal.SIGSTOP)
+    assert "was killed (SIGKILL)" in broken(tmp_path, signal.SIGKILL)
     assert not (tmp_path / "run" / "final").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3 * SECONDS)
+    again = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True, timeout=3 * SECONDS)
     assert again.returncode == 0 and "resuming from checkpoint-" in again.stdout, again.stderr
     losses = [[line["loss"] for line in lines(tmp_path / run / "metrics.jsonl") if "loss" in line] for run in RUNS]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
 
 
 RUNS = ("run", "unbroken")
+PATIENCE = 10  # seconds
+PROGRAM = str(dsv2_start.HOME / "dsv2_start.py")
+COMMAND = [sys.executable, PROGRAM, "sft", "recipe.yaml", "--no-cache", "--processes", "2"]
 
 
-def first_child(agent: int, run: Path) -> int:
-    """A process of a launch, once it has written a checkpoint."""
-    until = time.monotonic() + 3 * SECONDS
-    while time.monotonic() < until and not list(run.glob("checkpoint-*")):
-        time.sleep(0.02)
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return int(children[-1])
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def broken(folder: Path, number: signal.Signals) -> str:
+    """The one message of a launch that ends because a process got a signal after a checkpoint."""
+    before = set(folder.glob("run/checkpoint-*"))
+    with (folder / "said").open("w") as said:
+        agent = subprocess.Popen(COMMAND, stdout=said, stderr=said, env=environment())
+        until = time.monotonic() + 3 * SECONDS
+        while time.monotonic() < until and not set(folder.glob("run/checkpoint-*")) - before:
+            time.sleep(0.02)
+        first, last = map(int, Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+        os.kill(last, number)
+        if number == signal.SIGSTOP:
+            while time.monotonic() < until and Path(f"/proc/{first}/stat").read_text().split()[2] != "Z":
+                time.sleep(0.1)
+            os.kill(last, signal.SIGKILL)  # as the agent does after half a minute
+        assert agent.wait(SECONDS) == 1
+    errors = [line for line in (folder / "said").read_text().splitlines() if "error" in line]
+    assert len(errors) == 1, errors
+    return errors[0]

@@ -66,6 +66,8 @@ def steps(run: Path, key: str = "loss") -> list[float]:
         ("two_lora", 1e-5),
         ("two_quantized", 1e-5),
         ("two_reward", 1e-4),
+        ("two_dpo", 1e-5),
+        ("two_kto", 1e-5),
         ("two_packed", 2e-2),
         ("ep_full", 1e-5),
         ("ep_lora", 1e-5),
@@ -76,7 +78,7 @@ def steps(run: Path, key: str = "loss") -> list[float]:
 def test_losses_are_those_of_one_process(runs: Path, run: str, rel: float) -> None:
     name = run.partition("_")[2]
     one, two = steps(runs / f"one_{name}"), steps(runs / run)
-    assert len(one) == launched.TRAINING["max_steps"]
+    assert len(one) == launched.RECIPES[name]["training"]["max_steps"]
     assert two == pytest.approx(one, rel=rel)
     assert steps(runs / run, "balance/expert") == pytest.approx(
         steps(runs / f"one_{name}", "balance/expert"), rel=max(rel, 1e-4)
@@ -96,8 +98,22 @@ def test_rollouts_and_updates_are_those_of_processes_with_all_weights(runs: Path
     assert all(json.loads((runs / f"two_{name}.meshes.json").read_text()).values())
 
 
-def test_held_out_losses_and_samples_are_those_of_one_process(runs: Path) -> None:
-    assert steps(runs / "two_full", "eval_loss") == pytest.approx(steps(runs / "one_full", "eval_loss"), rel=1e-5)
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("full", ["mean_token_accuracy"]),
+        ("reward", ["mean_reward", "margin", "accuracy"]),
+        ("dpo", ["rewards/margins", "rewards/accuracies"]),
+        ("kto", ["rewards/margins"]),
+    ],
+)
+def test_held_out_figures_are_those_of_one_process(runs: Path, name: str, figures: list[str]) -> None:
+    """Although their rows do not make full batches."""
+    for key in (f"eval_{figure}" for figure in ("loss", *figures)):
+        assert steps(runs / f"two_{name}", key) == pytest.approx(steps(runs / f"one_{name}", key), rel=1e-4), key
+
+
+def test_samples_are_those_of_one_process(runs: Path) -> None:
     one, two = (lines(runs / f"{run}_full" / "samples.jsonl") for run in ("one", "two"))
     assert [(line["when"], line["prompt"]) for line in two] == [(line["when"], line["prompt"]) for line in one]
     # Losses differ by rounding, and with them what a model of random weights says, and whether it says anything.
@@ -128,6 +144,15 @@ def test_the_result_loads_strictly_and_is_that_of_one_process(runs: Path, tmp_pa
         assert found["one"].keys() == found[run].keys()
         for key, value in found["one"].items():
             torch.testing.assert_close(found[run][key], value, atol=2e-3, rtol=1e-2, msg=f"{run}_{name}: {key}")
+
+
+def test_an_adapter_on_embeddings_is_saved_whole(runs: Path) -> None:
+    """KTO goes on with that of DPO."""
+    for name in ("dpo", "kto"):
+        one, two = (load_adapter_file(runs / f"{run}_{name}" / "final") for run in ("one", "two"))
+        assert one.keys() == two.keys() and any(name.endswith("embed_tokens.base_layer.weight") for name in two)
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, atol=2e-3, rtol=1e-2, msg=f"{name}: {key}")
 
 
 def test_there_are_reward_statistics(runs: Path) -> None:
