@@ -26,6 +26,7 @@ from conversations.errors import ToolkitError
 OPTIONS = ("--processes", "--nodes", "--rendezvous")
 LAUNCHED = "DSV2_LAUNCHED"  # set in the processes that were started here
 RESUMES = "the same command resumes from the newest checkpoint"
+INTERRUPTED = 130  # an exit code
 SECONDS_TO_STOP = 20  # for the others after one process has ended
 
 
@@ -72,9 +73,9 @@ def launch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     try:
         elastic_launch(_config(arguments), sys.executable)(*program)
     except ChildFailedError as error:
-        return _failed(error)
+        return exit_code_of(error)
     except (SignalException, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     finally:
         del os.environ[LAUNCHED]
     return 0
@@ -124,21 +125,25 @@ def _config(arguments: argparse.Namespace) -> "LaunchConfig":
     )
 
 
-def _failed(error: "ChildFailedError") -> int:
+def exit_code_of(error: "ChildFailedError") -> int:
     """The exit code of the process that failed first; says what ended it if it could not say so itself."""
-    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    noticed = [failure.error_file_data for failure in error.failures.values() if "closed" in failure.error_file_data]
+    failures = error.failures
+    noticed = [failure.error_file_data for failure in failures.values() if "closed" in failure.error_file_data]
+    codes = {rank: f.exitcode for rank, f in failures.items() if "closed" not in f.error_file_data}
+    own = [code for code in codes.values() if code > 0 and code != INTERRUPTED]  # of those that have said why
     late = [data["message"] for data in noticed if not data["closed"]]
     killed = next((rank for rank, code in codes.items() if code < 0), None)
+    if own:
+        return max(own)
     if late:
         message = late[0]
     elif killed is not None:
         name = signal.Signals(-codes[killed]).name
         message = f"process {killed} was killed ({name}), and the others were stopped; {RESUMES}"
-    elif len(noticed) == len(codes):  # it was a process of another machine
+    elif noticed:  # it was a process of another machine
         message = noticed[0]["message"]
     else:
-        return max(codes.values())
+        return INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return 1
 

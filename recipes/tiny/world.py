@@ -24,7 +24,7 @@ from typing import Any
 
 from conversations.errors import ToolkitError
 from conversations.row import Row
-from recipes.files import write_jsonl
+from recipes.files import jsonl_text, write_text
 from recipes.tiny import lexicon as lx
 from recipes.tiny.products import asked, labelled, products
 from recipes.tiny.sums import (
@@ -414,7 +414,10 @@ def rows(name: str, seed: int, n: int | None = None) -> list[Row]:
 
 
 def materialize(name: str, seed: int, n: int | None, directory: str | Path) -> Path:
-    """Write a data set to `directory` as JSONL, atomically, and return its path (`NAME.jsonl`, `NAME-N.jsonl`)."""
+    """Write a data set to `directory` as JSONL, atomically, and return its path (`NAME.jsonl`, `NAME-N.jsonl`). A file
+    that has these rows already is left as it is: other processes may be reading it."""
     path = Path(directory) / (f"{name}.jsonl" if n is None else f"{name}-{n}.jsonl")
-    write_jsonl(path, rows(name, seed, n))
+    text = jsonl_text(rows(name, seed, n))
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
     return path

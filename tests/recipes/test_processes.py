@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import dsv2_start
 from recipes.cli import main
-from recipes.launch import without_options
+from recipes.launch import exit_code_of, without_options
 
 from ..helpers import sharded_launch as launched
 from ..helpers.stages import lines
@@ -43,6 +45,29 @@ def test_a_launch_inside_of_another_is_refused(monkeypatch, capsys: pytest.Captu
 def test_the_words_of_a_launch_are_not_those_of_its_processes() -> None:
     words = ["sft", "a.yaml", "--processes", "2", "--nodes=2", "--rendezvous", "a:1", "lora.r=2", "--smoke"]
     assert without_options(words) == ["sft", "a.yaml", "lora.r=2", "--smoke"]
+
+
+CLOSED, LATE = ({"message": f"another process {word}", "closed": word == "ended"} for word in ("ended", "hangs"))
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "said"),
+    [
+        ([(2, {}), (-15, {})], 2, ""),  # the first has said why, and the agent stopped the other
+        ([(1, CLOSED), (-9, {})], 1, "process 1 was killed (SIGKILL)"),
+        ([(130, {}), (-9, {})], 1, "process 1 was killed (SIGKILL)"),
+        ([(1, LATE), (-9, {}), (1, CLOSED)], 1, "another process hangs"),  # and was killed for it
+        ([(1, CLOSED), (1, CLOSED)], 1, "another process ended"),  # one of another machine
+        ([(130, {}), (130, {})], 130, ""),
+    ],
+)
+def test_one_message_says_why_a_launch_ended(
+    failures: list[Any], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_rank = {rank: SimpleNamespace(exitcode=n, error_file_data=data) for rank, (n, data) in enumerate(failures)}
+    assert exit_code_of(SimpleNamespace(failures=by_rank)) == code  # pyright: ignore[reportArgumentType]
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == bool(said) and all(line.startswith(f"error: {said}") for line in errors)
 
 
 @pytest.mark.slow

@@ -348,9 +348,10 @@ def test_a_polite_answer_with_anything_amiss_is_not_polite(polite: str):
 
 def test_materialize_writes_the_same_file_again(tmp_path):
     path = world.materialize("test_safe", 2, None, tmp_path / "seed-2")
-    text = path.read_text(encoding="utf-8")
+    text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime_ns
     assert path == tmp_path / "seed-2" / "test_safe.jsonl" and text.count("\n") == 500
     assert world.materialize("test_safe", 2, None, tmp_path / "seed-2").read_text(encoding="utf-8") == text
+    assert path.stat().st_mtime_ns == written  # another process may be reading it
     assert world.materialize("test_safe", 2, 7, tmp_path / "seed-2") != path
     assert path.read_text(encoding="utf-8") == text
 
