@@ -74,6 +74,28 @@ def test_the_merge_is_of_the_original(world: Path):
     assert quantization_of(DeepseekV2ForCausalLM.from_pretrained(world / "merged")) is None
 
 
+def test_the_export_is_that_of_the_adapter(world: Path):
+    assert main(["export", "sft", "exported", "--kv-b"]) == 0
+    adapter, exported = (load_file(world / name / "adapter_model.safetensors") for name in ("sft/final", "exported"))
+    kept = {name for name in adapter if ".experts." not in name}
+    assert kept and all(torch.equal(exported[name], adapter[name]) for name in kept)
+    assert any(".experts.0.gate_proj.lora_A" in name for name in exported)
+    assert main(["import", "exported", "imported"]) == 0
+    imported = load_file(world / "imported" / "adapter_model.safetensors")
+    assert imported.keys() == adapter.keys() and all(torch.equal(imported[name], adapter[name]) for name in adapter)
+
+
+def test_a_stage_of_a_chain_is_quantised_by_its_own_key(world: Path, capsys: pytest.CaptureFixture[str]):
+    """The chain's model may be trained as a whole by other stages."""
+    stage = {"name": "one", "recipe": "sft.yaml", "model": {"quantization": "int8"}, "training": {"max_steps": 1}}
+    recipe = {"stage": "chain", "model": {"path": "base"}, "stages": [stage], "output_dir": "chain"}
+    Path("chain.yaml").write_text(json.dumps(recipe))
+    assert main(["run", "chain.yaml", "model.quantization=int8"]) == 2
+    assert 'unknown key "model.quantization"' in capsys.readouterr().err
+    assert main(["run", "chain.yaml"]) == 0
+    assert "quantization: int8" in Path("chain/one/recipe.yaml").read_text()
+
+
 def test_reward_models_and_the_reference_stand_on_one_base(world: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["reward", "reward.yaml", "model.path=sft"]) == 0
     assert main(["rl", "rl.yaml"]) == 0
