@@ -57,7 +57,8 @@ test-newest: $(if $(NEWEST_PYTHON),$(READY_NEWEST))
 	$(if $(NEWEST_PYTHON),.venv-newest/bin/python -m pytest $(ALL_CORES) -m "not slow and not clients",\
 	    @echo "NOT TESTED on Python $(NEWEST): python$(NEWEST) is not installed")
 
-# Other programs open what we write, in environments of their own under ~/.cache (or $DSV2_CLIENTS): downloads gigabytes.
+# Other programs open what we write, in environments of their own under ~/.cache (or $DSV2_CLIENTS): downloads gigabytes
+# and compiles llama.cpp.
 clients: $(READY)
 	$(BIN)/python -m pytest -s -m clients tests/clients
 
