@@ -65,7 +65,7 @@ AREAS = {
     ),
     "generation": Area(
         ("conversations/generation/*.py",),
-        ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft"),
+        ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft", "test_lm_eval"),
     ),
     "rl": Area(("rl/**/*.py",), ("test_stage_rl", "test_rewards")),
     "reward": Area(("reward/*.py",), ("test_stage_reward", "test_heads", "test_reward_recipe")),

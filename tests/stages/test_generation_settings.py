@@ -187,6 +187,10 @@ def test_logits_are_those_of_transformers(
     torch.testing.assert_close(found, torch.cat(wanted))
 
 
+def test_a_model_without_settings_asks_for_nothing():
+    assert asked_of(None) == asked_of(GenerationConfig()) == {}
+
+
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end():
     tokenizer = byte_tokenizer()
     assert padding_of(tokenizer) == tokenizer.pad_token_id
