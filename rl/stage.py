@@ -22,7 +22,7 @@ from conversations.row import Row
 from conversations.stage import Work
 from deepseek_v2_modeling.training import RunLimits, training_arguments
 from rl.config import RlRecipe
-from rl.rollouts.acting import EnvironmentReward, check_environment, engine_of, not_applied
+from rl.rollouts.acting import EnvironmentReward, check_environment, check_generation, engine_of, not_applied
 from rl.rollouts.groups import NUMBER
 from rl.rollouts.vllm_engine import check_vllm
 from rl.sharding import check_sharding
@@ -194,6 +194,7 @@ def check_rows(recipe: RlRecipe, name: str, rows: Sequence[Row]) -> None:
 def check_sampling(recipe: RlRecipe) -> None:
     """Raise ToolkitError if answers cannot be sampled as the recipe asks."""
     arguments = planned_config(recipe)
+    check_generation(arguments)
     other_loops = filter(None, (engine_of(arguments), *not_applied(arguments)))
     check_sharding(arguments, recipe.parallel is not None, other_loops)
     if recipe.environment is not None:

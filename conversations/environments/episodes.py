@@ -95,6 +95,17 @@ class Players:
                 f"environment {self.environment.written}: {method.__name__} failed: {self.environment.located(error)}"
             ) from error
 
+    def reward(self, instance: Any) -> float | None:
+        """The reward of a finished episode. Raises ToolkitError if it is neither a number nor None."""
+        value = self.call(instance.get_reward)
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ToolkitError(
+                f"environment {self.environment.written}: get_reward returned {value!r:.60}; it must return a number "
+                "or None"
+            ) from None
+
     def close(self) -> None:
         """End what runs coroutines."""
         self.loop.close()
@@ -184,7 +195,7 @@ class Episodes:
         """The environments' own rewards; None where it has none."""
         if not self.players.environment.rewards:
             return None
-        return [self.players.call(episode.instance.get_reward) for episode in self.episodes]
+        return [self.players.reward(episode.instance) for episode in self.episodes]
 
     def _text(self, ids: Sequence[int]) -> str:
         return answer_text(self.players.tokenizer.decode(list(ids), skip_special_tokens=True))  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,11 @@
 """Samples answers, also of several turns in an environment, with all that a rollout and an evaluation need of them."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -41,6 +43,16 @@ def not_applied(args: GRPOConfig) -> list[str]:
     """Fields of `training` that only transformers' generate applies."""
     unknown = [f"generation_kwargs.{name}" for name in args.generation_kwargs or {} if name not in APPLIED]
     return unknown + (["cache_implementation"] if args.cache_implementation is not None else [])
+
+
+def check_generation(args: GRPOConfig) -> None:
+    """Raises ToolkitError for a field that transformers' generate would ignore without a word; vLLM has its own."""
+    known = () if args.use_vllm else vars(GenerationConfig())
+    for name in args.generation_kwargs or {}:
+        if known and name not in known:
+            near = get_close_matches(name, known, 1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise ToolkitError(f"training.generation_kwargs has {name!r}, which no generation config has{guess}")
 
 
 def check_environment(args: GRPOConfig) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,10 @@ def test_an_environment_names_what_is_wrong_with_it(tmp_path: Path):
     number = load_environment(file(reset.replace("pass", "return 3") + "    def f(self):\n        'f'\n"), {})
     with pytest.raises(ToolkitError, match="reset returned 3; it must return text"):
         Players(number, TOKENIZER).begin([{"prompt": user("a")}])
+    for value, wanted in ((True, 1.0), (None, None), (torch.tensor(0.5), 0.5)):
+        assert Players(fails, TOKENIZER).reward(SimpleNamespace(get_reward=lambda value=value: value)) == wanted
+    with pytest.raises(ToolkitError, match="get_reward returned 'high'; it must return a number or None"):
+        Players(fails, TOKENIZER).reward(SimpleNamespace(get_reward=lambda: "high"))
     with pytest.raises(ToolkitError, match="takes no arguments"):
         load_environment("conversations.environments:Calculator", {"sharp": 1}).instance()
 
@@ -368,6 +373,7 @@ def test_an_environment_names_what_is_wrong_with_it(tmp_path: Path):
         ({"environment": {"python": "json:E"}}, "json defines no E"),
         ({"rewards": []}, "has no get_reward; give one of the two"),
         ({"training": {"use_transformers_continuous_batching": True}}, "by the toolkit's own loop"),
+        ({"training": {"generation_kwargs": {"top_pp": 1}}}, "which no generation config has; did you mean 'top_p'"),
         ({"training": {"cache_implementation": "static"}}, "which training.cache_implementation rules out"),
         ({"environment": {"python": SANDBOX, "settings": {"seconds": 0}}}, "seconds must be"),
         ({"method": "dpo"}, "trains on preferences"),
