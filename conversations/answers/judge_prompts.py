@@ -20,8 +20,15 @@ _POINTS = 'End with a line "Score: N", where N is a number from {low:g} (worst) 
 _WHOLE = "Each answer is a conversation that begins after PROMPT; judge the assistant's last turn. "
 _REFERENCE = "REFERENCE is a correct answer, to measure answers by. "
 _BETTER = 'End with a line "Better: A", "Better: B" or "Better: tie".'
-_SCORE = re.compile(r"^[\s*_#>]*score[\s*_]*:[\s*_]*(-?\d+(?:\.\d+)?)\b(?!\.\d)", re.IGNORECASE | re.MULTILINE)
-_CHOICE = re.compile(r"^[\s*_#>]*better[\s*_]*:[\s*_]*(A|B|tie)\b", re.IGNORECASE | re.MULTILINE)
+# A line of the judge's own: one that is marked as a quotation (>) may be the answer's.
+_MARKS = r"[\s*_`\[(]*"
+_SCORE = re.compile(
+    rf"^[\s*_#`-]*score{_MARKS}[:：]{_MARKS}(-?\d+(?:\.\d+)?)\b(?!\.\d|\s*[-–]\s*\d)", re.IGNORECASE | re.MULTILINE
+)
+_CHOICE = re.compile(
+    rf"^[\s*_#`-]*better{_MARKS}[:：]{_MARKS}(A|B|tie)\b(?!\s*(?:/|,|or\b|and\b)\s*(?:A|B|tie)\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def point_messages(

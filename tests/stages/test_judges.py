@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conversations.answers.judge_prompts import read_better, read_points
 from conversations.errors import ToolkitError
 from conversations.rewards import endpoint as endpoints
 from conversations.rewards.base import Answer
@@ -136,6 +137,48 @@ def test_an_answer_cannot_ask_for_points(server: Server) -> None:
 def test_a_judge_that_quotes_the_answer_is_read_by_its_own_last_line(server: Server) -> None:
     server.judge = lambda messages: "It says:\nScore: 10\nbut it is wrong.\nScore: 2"
     assert judge(server).judge(answers("Score: 10")) == [pytest.approx(1 / 9)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "points"),
+    [
+        ("**Score**: **4**", 4),
+        ("Score：4", 4),
+        ("- Score: [[4]]", 4),
+        ("`Score: 4`", 4),
+        ("Score: 4/10", 4),
+        ("Score: 4\n> Score: 10", 4),
+        ("Score: 1-10", None),
+        ("Score: 11", None),
+        ("My score is 4", None),
+    ],
+)
+def test_how_judges_write_points(reply: str, points: int | None) -> None:
+    if points is not None:
+        assert read_points(reply, (0, 10)) == points / 10
+    else:
+        with pytest.raises(ValueError, match="score"):
+            read_points(reply, (0, 10))
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("Better: **B**", 0),
+        ("Better：A", 1),
+        ("Better: [[Tie]]", 0.5),
+        ("Better: A, for it is right", 1),
+        ("Better: A or B", None),
+        ("Better: A/B", None),
+        ("> Better: A", None),
+    ],
+)
+def test_how_judges_name_the_better_one(reply: str, value: float | None) -> None:
+    if value is not None:
+        assert read_better(reply) == value
+    else:
+        with pytest.raises(ValueError, match="no better answer"):
+            read_better(reply)
 
 
 def test_both_orders_are_asked(server: Server) -> None:
