@@ -102,6 +102,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def has_ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # the agent has already taken note of it
+        return True
+
+
 def broken(folder: Path, number: signal.Signals) -> str:
     """The one message of a launch that ends because a process got a signal after a checkpoint."""
     before = set(folder.glob("run/checkpoint-*"))
@@ -113,7 +120,7 @@ def broken(folder: Path, number: signal.Signals) -> str:
         first, last = map(int, Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
         os.kill(last, number)
         if number == signal.SIGSTOP:
-            while time.monotonic() < until and Path(f"/proc/{first}/stat").read_text().split()[2] != "Z":
+            while time.monotonic() < until and not has_ended(first):
                 time.sleep(0.1)
             os.kill(last, signal.SIGKILL)  # as the agent does after half a minute
         assert agent.wait(SECONDS) == 1
