@@ -54,8 +54,8 @@ def figures_table(
     ]
     cut = [number(entry[key]) for entry in evaluations.values() for key in entry if is_cut(key)]
     kinds = {column.kind for column in columns}
-    notes = ["Below a share: its 95 % interval, in per cent."] if SHARE in kinds else []
-    notes += ["Below a loss: its 95 % interval, in nats."] if LOSS in kinds else []
+    notes = ["Below a share: its 95% interval, in per cent."] if SHARE in kinds else []
+    notes += ["Below a loss: its 95% interval, in nats."] if LOSS in kinds else []
     notes += ["Cut: the share of answers cut off at max_new_tokens, if any."] if any(cut) else []
     notes += ["No answer was cut off at max_new_tokens."] if cut and not any(cut) else []
     notes += [
@@ -69,7 +69,7 @@ def figures_table(
 def detail_tables(title: str, evaluation: Figures, tasks: Mapping[str, str]) -> list[Table]:
     """The figures of one evaluation that are listed by name: {name: {value, interval, n}}."""
     listed = {key: value for key, value in evaluation.items() if _is_listed(value)}
-    headings = (Cell(""), Cell("Value"), Cell("95 % interval"), Cell("Rows"))
+    headings = (Cell(""), Cell("Value"), Cell("95% interval"), Cell("Rows"))
     return [
         Table(f"{title}: {heading_of(key, tasks)}", headings, [_detail_row(key, *item) for item in value.items()])
         for key, value in listed.items()
@@ -115,7 +115,7 @@ def changes(results: Mapping[str, Any], titles: Titles = UNTITLED) -> Table | No
     ]
     units = {"nats": LOSS in kinds, "percentage points": set(kinds) != {LOSS}}
     unit = " or ".join(unit for unit, used in units.items() if used)
-    note = f"After minus before on the same prompts, in {unit}; below: the 95 % interval of the mean difference."
+    note = f"After minus before on the same prompts, in {unit}; below: the 95% interval of the mean difference."
     note += " *: it leaves zero." if any(_states_interval(value) for value in comparisons.values()) else ""
     headings = [Cell(re.sub(r"^t(?=[0-9.]+$)", "T = ", kind)) for kind in kinds]
     return Table("Changes, paired", [Cell(""), *headings], rows, (note,))
@@ -150,7 +150,7 @@ def _paired_cell(kind: str, change: Any) -> Cell:
 
 
 def _interval_of_change(stated: Mapping[str, Any], mean: float | None) -> tuple[float, float] | None:
-    """The 95 % interval that a change states, or else that of its standard error."""
+    """The 95% interval that a change states, or else that of its standard error."""
     bounds = [number(bound) for bound in stated.get("interval") or ()]
     match bounds:
         case [float(low), float(high)]:
