@@ -82,6 +82,8 @@ def _try(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> Non
         trainer = provided(training.rehearsal)(small, model, tokenizer, scratch_directory())
         trainer.add_callback(_OneStep())
         trainer.train()
+        if trainer.stop_asked:  # after the step, when `train` has nothing left to stop
+            raise StopRequested
 
 
 def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:
