@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,6 +52,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
         self.limits = limits or RunLimits()
         self.stop_asked = False
         self._began: float | None = None
+        self._signals = ExitStack()
         model = kwargs["model"] if "model" in kwargs else args[0]
         train_in_float32(model)
         if isinstance(model, PeftModel) and is_sharded(model):
@@ -126,7 +127,8 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self.count_loss(logs["loss"])
-        if "train_runtime" in logs:  # report the whole run, including the time before a resume
+        if "train_runtime" in logs:  # training has ended
+            self._stop_late()
             logs.update(self._summary())
         if "loss" in logs and self.model.training:
             logs.update(self.balance_log.take(logs["loss"], self.model.config) | self.router_biases.logs())
@@ -135,6 +137,7 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
         super().log(logs, *args, **kwargs)
 
     def _summary(self) -> dict[str, float]:
+        """Figures of the whole run, including the time before a resume."""
         steps, seconds = self.state.global_step, max(self.seconds, 1e-9)
         return {
             "train_runtime": seconds,
@@ -172,10 +175,11 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
                 self.on_fresh_start()
             reshard(self.model)
             self._began = time.monotonic()
-            with self._stop_on_signals(), at("training"):
+            with self._signals, at("training"):
+                self._signals.enter_context(self._stop_on_signals())
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
         self.seconds_before, self._began = self.seconds, None
-        if self.stopped_early or self._stopped_late():
+        if self.stopped_early:
             raise StopRequested(f"stopped at step {self.state.global_step}; checkpoint written")
         return output
 
@@ -204,9 +208,16 @@ class RunTrainerMixin(FiniteMixin, CheckpointMixin, HeldOutMixin):
             votes = self.accelerator.reduce(votes.to(self.accelerator.device), reduction="sum")
         return [bool(answer) for answer in votes]
 
-    def _stopped_late(self) -> bool:
-        """Whether a stop was requested after the last step, too late for `_ask`; only if that step has a checkpoint."""
-        return (self.run_dir / f"checkpoint-{self.state.global_step}").is_dir() and self._agreed(self.stop_asked)[0]
+    def _stop_late(self) -> None:
+        """Honour a stop that was requested after the last step, too late for `_ask`, with a checkpoint of that step.
+
+        Signals have their usual effect from here on, so that none is lost between this and the end of `train`.
+        """
+        self._signals.close()
+        if not self.stopped_early and self._agreed(self.stop_asked)[0]:
+            if not (self.run_dir / f"checkpoint-{self.state.global_step}").is_dir():
+                self._save_checkpoint(self.model, None)
+            self.stopped_early = True
 
     @property
     def seconds(self) -> float:

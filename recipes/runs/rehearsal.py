@@ -52,8 +52,6 @@ def rehearse(recipe: StageRecipe, settings: DeepseekV2Config | None, tokenizer: 
         return
     try:
         _try(recipe, settings, tokenizer)
-    except StopRequested:
-        raise KeyboardInterrupt from None  # its message would not apply to the run
     except Exception as error:
         if disk_fault(error):
             raise
@@ -81,9 +79,10 @@ def _try(recipe: StageRecipe, settings: DeepseekV2Config, tokenizer: Any) -> Non
         small = recipe.model_copy(update={"training": {**recipe.training, **_BATCH, **training.rehearsal_training}})
         trainer = provided(training.rehearsal)(small, model, tokenizer, scratch_directory())
         trainer.add_callback(_OneStep())
-        trainer.train()
-        if trainer.stop_asked:  # after the step, when `train` has nothing left to stop
-            raise StopRequested
+        try:
+            trainer.train()
+        except StopRequested:
+            raise KeyboardInterrupt from None  # its message would not apply to the run
 
 
 def toy_model(recipe: StageRecipe, settings: DeepseekV2Config) -> Any:

@@ -26,12 +26,13 @@ def test_garbage_collection_is_as_before(frozen: bool):
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
-def test_a_signal_after_its_step_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("event", ["on_log", "on_train_end"])
+def test_a_signal_after_its_step_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str):
     def stop(*args: object, **kwargs: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_OneStep, "on_train_end", stop)
+    monkeypatch.setattr(_OneStep, event, stop)
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         assert main(["check", "tiny/sft", "--smoke", "output_dir=run"]) == 130

@@ -398,6 +398,45 @@ def test_after_a_stop_in_the_last_step_there_is_nothing_left_to_train(tmp_path, 
     assert steps(tmp_path)[-1] == last and "train_runtime" in metrics(tmp_path)[-1]
 
 
+class StoppingLate(PlainTrainer):
+    """Asks for a stop after the last step has looked for one."""
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.state.global_step == self.state.max_steps:
+            self.request_stop()
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+@pytest.mark.parametrize("best", [False, True])
+def test_a_stop_after_the_last_step_is_not_lost(tmp_path, strategy, best):
+    """Also where the last step has no checkpoint; and what it makes is the model of a run without a stop."""
+    settings = {"save_strategy": strategy, "save_steps": 2}
+    if best:
+        settings |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_strategy": "best"}
+    straight = make(tmp_path / "a", **settings)
+    straight.train()
+    with pytest.raises(StopRequested, match="step 4"):
+        make(tmp_path / "b", StoppingLate, **settings).train()
+    assert (tmp_path / "b" / "checkpoint-4").is_dir()
+    resumed = make(tmp_path / "b", model=chat_model(seed=1), **settings)
+    resumed.train(tmp_path / "b" / "checkpoint-4")
+    assert_same_weights(straight.model, resumed.model)
+    assert [line.keys() for line in metrics(tmp_path / "a")] == [line.keys() for line in metrics(tmp_path / "b")]
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
+def test_signals_after_the_end_of_training_have_their_usual_effect(tmp_path):
+    class Signalled(PlainTrainer):
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+            if "train_runtime" in logs:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Signalled, save_strategy="no").train()
+
+
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_signals_ask_for_a_stop(tmp_path, which):
