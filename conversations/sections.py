@@ -351,6 +351,11 @@ class TrainingRecipe(StageRecipe):
         return True
 
     @property
+    def set_for_experts(self) -> list[str]:
+        """The keys in use that only a model with routed experts can honour."""
+        return []
+
+    @property
     def any_processes(self) -> bool:
         """Whether a run with `parallel` resumes on another number of processes."""
         return True

@@ -125,6 +125,10 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
         return self.train_router
 
     @property
+    def set_for_experts(self) -> list[str]:
+        return [key for key in ("routing_replay", "train_router") if getattr(self, key) not in ("off", False)]
+
+    @property
     def any_processes(self) -> bool:
         return self.method not in ("grpo", "kto")  # each process has a rollout of its own, or KL rows of its batches
 

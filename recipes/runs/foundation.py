@@ -134,6 +134,10 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         experts.check(settings)
     if trained and recipe.lora is not None:
         check_bias_updates(settings, _why_no_bias_moves(recipe))
+    if trained and recipe.set_for_experts and not any(map(settings.is_moe_layer, range(settings.num_hidden_layers))):
+        raise ToolkitError(
+            f"{recipe.set_for_experts[0]} is for routed experts, and {recipe.model.path} has none: leave it out"
+        )
     if trained and recipe.parallel is not None:
         Parallel(recipe.parallel.fsdp, recipe.parallel.ep).check_experts(settings.n_routed_experts)
     outline = meta_model(settings, head, recipe.model.quantization)

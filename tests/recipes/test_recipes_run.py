@@ -156,6 +156,17 @@ def test_targets_that_match_nothing_are_found_before_the_data_is_read(
     assert not Path("run").exists() and not Path("new").exists()
 
 
+@pytest.mark.parametrize("key", ["routing_replay=update", "train_router=true"])
+def test_keys_of_routed_experts_are_refused_for_a_dense_model(
+    dsv2: Callable[..., int], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("stage=rl", "rewards=[{rule: number}]", "lora=null", "training={}", "data=[{path: none.jsonl}]", key)
+    for command in ("check", "rl"):
+        assert dsv2(command, "sft.yaml", *words, "model.config={first_k_dense_replace: 2}") == 2
+        assert f"error: {key.partition('=')[0]} is for routed experts, and base has none" in capsys.readouterr().err
+    assert dsv2("check", "sft.yaml", *words) == 2 and "none.jsonl" in capsys.readouterr().err
+
+
 def test_a_broken_adapter_ends_with_2(dsv2: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     words = ("lora={targets: [attention, lm_head, embeddings], r: 2, dropout: 0.25, rslora: true}",)
     assert dsv2("sft", "sft.yaml", *words) == 0
