@@ -3,8 +3,8 @@
     python -m tests.helpers.mutation answers --sample 40    (needs the extra `mutation`; CONTRIBUTING.md has the shares)
 
 mutmut writes the mutants into a copy of the tracked files in build/mutation. For each one a fork of a process that has
-imported the libraries runs the area's tests until one fails, first those that call the function. Mutants that only
-change the words of a message are left out.
+imported the libraries runs those of the area's tests that call the function until one fails (all tests, if only an
+import calls it, or another process). Mutants that only change the words of a message are left out.
 """
 
 import argparse
@@ -67,7 +67,15 @@ AREAS = {
         ("conversations/generation/*.py",),
         ("test_generation_settings", "test_stage_eval", "test_stage_pairs", "test_stage_sft", "test_lm_eval"),
     ),
-    "rl": Area(("rl/**/*.py",), ("test_stage_rl", "test_rewards")),
+    "rl": Area(
+        ("rl/*.py", "rl/rollouts/*.py"),
+        (
+            *("test_stage_rl", "test_rl_groups", "test_rl_phases", "test_rl_packing", "test_rl_mismatch"),
+            *("test_held_out", "test_environments", "test_curriculum", "test_routing_replay", "test_objectives"),
+            *("test_rollouts", "test_sharding", "test_train_router"),
+        ),
+    ),
+    "preferences": Area(("rl/preferences/*.py",), ("test_preferences", "test_preference_recipes")),
     "reward": Area(("reward/*.py",), ("test_stage_reward", "test_heads", "test_reward_recipe")),
     "eval": Area(
         ("eval/*.py",), ("test_stage_eval", "test_eval_command", "test_generation_settings", "test_agreement")
@@ -124,13 +132,14 @@ class Wordless(ast.NodeTransformer):
 
 
 class Reach:
-    """A pytest plugin: notes which tests call which functions, or runs some tests before the others."""
+    """A pytest plugin: notes which tests call which functions, or runs some tests alone."""
 
-    def __init__(self, first: Collection[str] = ()) -> None:
-        self.first, self.tests, self.running = first, dict[str, list[str]](), ""
+    def __init__(self, only: Collection[str] = ()) -> None:
+        self.only, self.tests, self.running = only, dict[str, list[str]](), ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: item.nodeid not in self.first)
+        if self.only:
+            items[:] = [item for item in items if item.nodeid in self.only]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.running = nodeid
@@ -157,7 +166,8 @@ def start_tests(mutant: str, tests: list[str]) -> int:
     try:
         if mutant:
             os.environ["MUTANT_UNDER_TEST"] = mutant
-            reach = Reach(json.loads(REACH.read_text()).get(mutant.partition("__mutmut_")[0], ()))
+            calling = json.loads(REACH.read_text()).get(mutant.partition("__mutmut_")[0], [""])
+            reach = Reach(() if "" in calling else calling)  # "": an import
         else:
             reach = Reach()
             vars(trampoline)["record_trampoline_hit"] = reach.note

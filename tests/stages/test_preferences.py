@@ -4,6 +4,7 @@ The formulas are written out answer by answer from the log-probabilities of the 
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch.nn.functional import logsigmoid
 from conversations.rendering.answer_fitting import cut
 from conversations.rendering.lengths import LengthReport
 from conversations.row_cache import RowCache
+from conversations.sections import DataSource
 from deepseek_v2_modeling.loading import LoraSettings, prepare_trainable, resolve_source
+from recipes.data.sources import read_sources
 from rl.config import RlRecipe
-from rl.preferences.data import AnswerFit, SingleCollator
+from rl.preferences.data import AnswerFit, PairCollator, SingleCollator, encode_preferences
 from rl.preferences.methods import METHODS
 from rl.preferences.stage import build_trainer, probes_of, train
 
@@ -49,8 +52,10 @@ def run(
     return train(recipe(folder, method, **training), model=model or chat_model(), tokenizer=byte_tokenizer(), **given)
 
 
-def trainer_for(folder: Path, method: str, model: Any, cache: RowCache | None = None, **training: Any) -> Any:
-    given: dict[str, Any] = {"rows": ROWS, "eval_rows": None, "run_dir": folder, "cache": cache}
+def trainer_for(
+    folder: Path, method: str, model: Any, cache: RowCache | None = None, eval_rows: Any = None, **training: Any
+) -> Any:
+    given: dict[str, Any] = {"rows": ROWS, "eval_rows": eval_rows, "run_dir": folder, "cache": cache}
     return build_trainer(recipe(folder, method, **training), model=model, tokenizer=byte_tokenizer(), **given)[0]
 
 
@@ -154,6 +159,19 @@ def test_loss_and_gradient_of_pairs_are_the_papers(method: str, tmp_path: Path) 
     assert_same(trainer, batch, loss)
 
 
+@pytest.mark.parametrize("method", ["dpo", "simpo", "orpo", "kto"])
+def test_the_prompt_of_a_pair_is_read_once(method: str, tmp_path: Path) -> None:
+    """But not by ORPO, whose language-model loss takes it, nor of KTO's single answers."""
+    trainer, _, batch = moved(tmp_path, method)
+    read: list[int] = []
+    trainer.model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    trainer.compute_loss(trainer.model, batch)
+    real = batch["attention_mask"].bool()
+    prompts = real[:, : int(batch["completion_mask"].any(0).int().argmax())].sum(-1)
+    once = int((prompts[: len(prompts) // 2] - 1).sum())  # but for their last tokens, which predict the answers' first
+    assert once > 20 and read[0] == int(real.sum()) - (once if method in ("dpo", "simpo") else 0)
+
+
 def test_loss_and_gradient_of_kto_are_the_papers(tmp_path: Path) -> None:
     """Ethayarajh et al., eq. 8: sigmoid(beta (r - z)) for good answers, sigmoid(beta (z - r)) for bad ones, where z is
     the mean log-ratio of answers to other prompts, at least 0 and without gradient."""
@@ -213,6 +231,17 @@ def test_the_reference_is_computed_once(method: str, tmp_path: Path, monkeypatch
     assert calls  # another model has other ones
 
 
+@pytest.mark.parametrize("collator", [PairCollator(0), SingleCollator(0)])
+def test_a_reference_keeps_its_digits(collator: Any) -> None:
+    """Sums over long answers differ from the policy's by less than float32 has room for, in the first steps."""
+    exact = -1234.56789012345
+    row = {f"{key}{what}": [1, 2] for key in ("chosen_", "rejected_", "input_") for what in ("ids", "labels")}
+    row |= {f"ref_{name}logps": exact for name in ("chosen_", "rejected_", "", "KL_")}
+    batch = collator([{**row, "labels": [-100, 2], "label": True}])
+    kept = {name: value.tolist() for name, value in batch.items() if name.startswith("ref_")}
+    assert len(kept) == 2 and all(values == [exact] for values in kept.values())
+
+
 def test_a_reference_belongs_to_its_rows_in_any_order(tmp_path: Path) -> None:
     """Those of KTO are shuffled."""
     start = chat_model()
@@ -222,6 +251,16 @@ def test_a_reference_belongs_to_its_rows_in_any_order(tmp_path: Path) -> None:
     for row in trainer.train_dataset:
         logps = token_logps(start, row["input_ids"])[torch.tensor(row["labels"][1:]) != -100].sum()
         assert row["ref_logps"] == pytest.approx(logps.item(), abs=1e-3)
+
+
+def test_held_out_answers_are_joined_for_the_reference_as_in_evaluation(tmp_path: Path) -> None:
+    """KTO's KL rows depend on the batch, which evaluation has another size of."""
+    start = chat_model()
+    trainer = trainer_for(tmp_path, "kto", start, eval_rows=ROWS[:5], per_device_eval_batch_size=3)
+    for batch in trainer.get_eval_dataloader():
+        for prefix in ("", "KL_"):
+            logps = [token_logps(start, ids)[answer].sum().item() for ids, answer in answers_of(batch, prefix)]
+            assert batch[f"ref_{prefix}logps"].tolist() == pytest.approx(logps, abs=1e-3)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -245,6 +284,24 @@ def test_only_the_answer_is_trained_of_a_conversation() -> None:
         assert (ids, mask) == (cut(whole[0], start, limit), cut(whole[1], start, limit))
 
 
+def test_encoded_preferences_are_found_again_and_made_anew_for_whatever_they_depend_on(tmp_path: Path) -> None:
+    cache, path = RowCache(tmp_path / "prepared", "1"), tmp_path / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    rows = read_sources([DataSource(path=str(path))], 0, cache=cache).rows
+    form: dict[str, Any] = {"tokenizer": byte_tokenizer(), "single": False, "max_length": 38, "too_long": "truncate"}
+
+    def found(**changes: Any) -> Any:
+        encoded = encode_preferences(rows, **form | changes, cache=cache)
+        plain = encode_preferences(rows, **form | changes)
+        assert encoded.data.to_list() == plain.data.to_list() and encoded.report == plain.report
+        return encoded.entry.hit
+
+    other = byte_tokenizer()
+    other.add_tokens(["gladly"])
+    for changes in ({}, {"single": True}, {"max_length": 37}, {"too_long": "drop"}, {"tokenizer": other}):
+        assert [found(**changes), found(**changes)] == [False, True]
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +317,7 @@ def test_resume_gives_the_same_weights_and_lines(method: str, tmp_path: Path) ->
     assert whole["tokens"] == again["tokens"] > 0 and whole["steps"] == 4
     both = [[line for line in lines(tmp_path / name / "metrics.jsonl") if "loss" in line] for name in "ab"]
     assert both[0] == both[1] and len(both[0]) == 4
+    assert both[0][-1]["num_tokens"] == whole["tokens"]
     assert lines(tmp_path / "a" / "samples.jsonl") == lines(tmp_path / "b" / "samples.jsonl")
 
 
