@@ -129,6 +129,15 @@ def test_text_forges_no_turn(name: str, text: str):
         assert decoded(tokenizer, row, 1) == f"{TRAINED[name].partition('A')[0]}{forged}r{tokenizer.eos_token}"
 
 
+def test_the_end_of_an_answer_is_trained_where_it_is_the_token_of_a_beginning_too():
+    tokenizer = tokenizer_of("youtu")
+    tokenizer.bos_token = tokenizer.eos_token = "<|end_of_text|>"
+    tokenizer.chat_template = YOUTU.replace("<|begin_of_text|>", "<|end_of_text|>")
+    install_template(tokenizer)
+    row = render_conversation(of_roles("Hi", "A", "More?", "A"), tokenizer)
+    assert decoded(tokenizer, row, 1) == "A<|end_of_text|>" * 2
+
+
 def test_a_template_whose_prompts_do_not_begin_its_conversations():
     """R1's: its rows are rendered as DeepSeek-V3's, under which a model writes its own marks of thinking."""
     tokenizer = tokenizer_of("r1")

@@ -45,7 +45,15 @@ class Area:
 AREAS = {
     "rendering": Area(
         ("conversations/rendering/*.py",),
-        ("test_rendering", "test_infill", "test_fitting", "test_untrained_turns", "test_words", "test_row_cache"),
+        (
+            "test_rendering",
+            "test_infill",
+            "test_fitting",
+            "test_untrained_turns",
+            "test_words",
+            "test_row_cache",
+            "test_own_template",
+        ),
     ),
     "answers": Area(("conversations/answers/*.py",), ("test_rules", "test_math")),
     "reading": Area(
@@ -78,7 +86,16 @@ AREAS = {
     "preferences": Area(("rl/preferences/*.py",), ("test_preferences", "test_preference_recipes")),
     "reward": Area(("reward/*.py",), ("test_stage_reward", "test_heads", "test_reward_recipe")),
     "eval": Area(
-        ("eval/*.py",), ("test_stage_eval", "test_eval_command", "test_generation_settings", "test_agreement")
+        ("eval/*.py",),
+        (
+            "test_stage_eval",
+            "test_eval_command",
+            "test_generation_settings",
+            "test_agreement",
+            "test_judges",
+            "test_environments",
+            "test_lean_rule",
+        ),
     ),
     "pairs": Area(("pairs/*.py",), ("test_choosing", "test_stage_pairs")),
     "recipes": Area(
@@ -86,7 +103,16 @@ AREAS = {
             *(f"recipes/runs/{name}.py" for name in ("directory", "identity", "stage")),
             *("recipes/chains/*.py", "recipes/data/mixing.py", "recipes/data/splits.py"),
         ),
-        ("test_recipes_rundir", "test_recipes_results", "test_recipes_chain", "test_recipes_run", "test_recipes_data"),
+        (
+            "test_recipes_rundir",
+            "test_recipes_results",
+            "test_recipes_chain",
+            "test_recipes_run",
+            "test_recipes_data",
+            "test_recipes_twice",
+            "test_run_identity",
+            "test_eval_command",
+        ),
     ),
 }
 

@@ -246,6 +246,25 @@ def test_splits_that_are_not(text: str) -> None:
         parse_split(text, "data.3.split")
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ("[:10]", "[10:20]", False),
+        ("[:11]", "[10:20]", True),
+        ("[:10]", "[10:]", False),
+        ("[5:]", "[10:]", True),
+        ("[12:15]", "[10:20]", True),
+        ("[:50%]", "[50%:]", False),
+        ("[:51%]", "[50%:]", True),
+        ("[:10]", "[50%:]", True),  # by number and by hash
+        ("", "[:10]", True),
+    ],
+)
+def test_splits_meet_where_they_may_have_a_row_in_common(one: str, other: str, meet: bool) -> None:
+    splits = parse_split(one, "one"), parse_split(other, "other")
+    assert splits[0].meets(splits[1]) == splits[1].meets(splits[0]) == meet
+
+
 def test_the_place_of_a_row_is_the_same_for_ever() -> None:
     """Or what was held out yesterday is trained on tomorrow. It goes by the first question, if there is one."""
     ask = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]

@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on(
     manifest = read_json(Path("run/manifest.json"))
     assert manifest["status"] == "stopped" and manifest["seconds"] > 0 and not Path("run/final").exists()
     assert dsv2("chat", "run", "--prompt", "x") == 2
-    rows = Path("rows.jsonl").read_bytes()
+    rows, written = Path("rows.jsonl").read_bytes(), Path("run/checkpoint-2/trainer_state.json").stat().st_mtime_ns
     Path("rows.jsonl").write_bytes(rows + rows)
     assert dsv2("sft", "sft.yaml") == 2
     assert "rows.jsonl has changed since the run began" in capsys.readouterr().err
@@ -97,6 +97,7 @@ def test_an_interrupted_run_goes_on(
     again = read_json(Path("run/manifest.json"))
     assert again["status"] == "finished" and again["seconds"] > manifest["seconds"]
     assert again["resumed"][0]["from"] == "run/checkpoint-2" and Path("run/final").is_dir()
+    assert Path("run/checkpoint-2/trainer_state.json").stat().st_mtime_ns == written  # no step a second time
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     assert inspect(run_dir, evaluation).status == "finished"
 
 
+def test_a_result_that_is_rows_only_has_to_be_there(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
+    pairs = {**RECIPE_TREE, "stage": "pairs"}
+    write_text(run_dir / RECIPE, dump_text(pairs))
+    assert inspect(run_dir, pairs).fault == "pairs.jsonl is missing or broken"
+    write_text(run_dir / "pairs.jsonl", "")
+    assert inspect(run_dir, pairs).status == "finished"
+
+
 @pytest.mark.parametrize("kind", ["model", "shards", "adapter"])
 def test_a_finished_run_has_a_whole_final(tmp_path: Path, kind: str) -> None:
     run_dir = a_run(tmp_path, checkpoints=(3,), status="finished")
@@ -115,6 +124,20 @@ def test_another_recipes_run_is_refused_and_the_keys_are_named(tmp_path: Path, s
     assert "training.learning_rate is 1e-06 there and 2e-06 here" in message
     assert "choose another output_dir" in message and "max_steps" not in message
     assert sorted(str(path) for path in run_dir.rglob("*")) == before
+
+
+def test_the_division_of_a_batch_matters_unless_processes_share_the_weights(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, checkpoints=(1,))
+    shared = {**RECIPE_TREE, "parallel": {"fsdp": 2}}
+    divided = {**RECIPE_TREE["training"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with pytest.raises(ToolkitError, match=r"training\.per_device_train_batch_size is not set there and 4 here"):
+        inspect(run_dir, {**RECIPE_TREE, "training": divided})
+    for old, new in ((shared, RECIPE_TREE), (RECIPE_TREE, shared)):
+        write_text(run_dir / RECIPE, dump_text(old))
+        state = inspect(run_dir, {**new, "training": divided})
+        assert state.status == "resume" and state.spread
+        with pytest.raises(ToolkitError, match="of another recipe: seed is 0 there and 1 here; choose"):
+            inspect(run_dir, {**new, "seed": 1})
 
 
 def test_files_of_somebody_else_are_refused(tmp_path: Path) -> None:

@@ -48,6 +48,19 @@ def test_a_small_file_is_read_whole(weights: Path, at: int) -> None:
     assert identity._content(weights) != before
 
 
+def test_a_config_is_the_same_in_another_order(tmp_path: Path) -> None:
+    """As another version of a library may write it, with its own name in it."""
+    config, hashes = tmp_path / "config.json", []
+    for text in (
+        '{"a": 1, "b": {"c": 2, "d": 3}}',
+        '{"transformers_version": "5.0", "b": {"d": 3, "c": 2}, "a": 1}',
+        '{"a": 1, "b": {"c": 2, "d": 4}}',
+    ):
+        config.write_text(text)
+        hashes.append(identity._model(str(tmp_path)))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def start(processes: int = 2, batch: int = 8, **files: str) -> dict[str, Any]:
     parts = {part: {"path": f"at/{part}", "sha256": content} for part, content in files.items()}
     return {"processes": processes, "global batch": batch, "files": parts}

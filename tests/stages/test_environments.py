@@ -293,9 +293,9 @@ def test_an_evaluation_answers_as_a_rollout_does(tools: str, tmp_path: Path, scr
         assert (
             evaluated(tmp_path / "eval", tools, conversations(2), resume=True, metric="environment")[1] == samples[:2]
         )
-    too_large = {"python": tools, "settings": {"most": 1}}
+    too_large = {"python": tools, "settings": {"most": 2}}
     failed = evaluated(tmp_path / "eval", tools, conversations(4), metric="environment", environment=too_large)[0]
-    assert failed["n"] == 0 and "takes rewards from 0 to 1, and get_reward gave" in failed["error"]
+    assert failed["n"] == 0 and "takes rewards from 0 to 1, and get_reward gave 1.5" in failed["error"]
 
 
 def test_an_evaluations_turns_with_calls_are_limited(tools: str, tmp_path: Path, monkeypatch: Any):

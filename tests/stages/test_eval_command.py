@@ -263,7 +263,9 @@ def test_cut_answers_and_nats_stand_everywhere(home: Path, unbroken: Path, capsy
     assert main(["eval", "e.yaml"]) == 0
     said = [line for line in lines(Path("run/samples.jsonl")) if "completion" in line]
     assert all(isinstance(line["truncated"], bool) for line in said)
-    results, table = read_json(Path("run/results.json")), capsys.readouterr().out
+    results, (table, progress) = read_json(Path("run/results.json")), capsys.readouterr()
+    for task in RECIPE["tasks"]:
+        assert re.search(rf"^eval: {task['name']}, {task.get('limit', ROWS)} rows, [\d.]+ s$", progress, re.MULTILINE)
     for task, decoding, figure in (
         ("right", "greedy", "right_truncated"),
         ("right", "t1", "right_t1_truncated"),

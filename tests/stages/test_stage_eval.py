@@ -8,7 +8,7 @@ from conversations import render_conversation
 from conversations.answers.intervals import mean_interval, wilson
 from conversations.errors import ToolkitError
 from deepseek_v2_modeling.inference import by_length, choose_tokens, generate_answers, pad_batch, score_sequences
-from eval.config import EvalRecipe, decoding_name
+from eval.config import EvalRecipe, EvalTask, decoding_name
 from eval.stage import evaluate
 
 from ..helpers.models import random_ids
@@ -209,6 +209,12 @@ def test_each_row_is_sampled_by_a_seed_of_its_own(tmp_path):
     _, said = run(tmp_path, rows, metric="exact_match", temperatures=[1.0], batch_size=2)
     assert len({line["completion"] for line in said}) > 1
     assert {line["truncated"] for line in said} <= {True, False}
+
+
+def test_a_recipe_of_tasks_made_in_python_is_that_of_their_keys():
+    recipe = {**SECTIONS, "stage": "eval", "output_dir": "out"}
+    keys = {"name": "figure", "metric": "refusal", "temperatures": [0.5]}
+    assert EvalRecipe(**recipe, tasks=[EvalTask(**keys)]) == EvalRecipe(**recipe, tasks=[keys])
 
 
 def test_names_of_decoding():
