@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conversations.rendering.answer_fitting import Fit
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import render_text
 from conversations.rendering.fitting import CUT_AWAY, NOTHING_TRAINED, Fitter
@@ -157,6 +158,22 @@ def test_data_of_which_nothing_is_left_says_what_would_help():
     _, report = fitted({"messages": user("x" * 90) + assistant("A")}, max_length=50, too_long="drop")
     assert "longer than 50 tokens" in report.nothing_left(50)
     assert LengthReport().nothing_left(50) == "no row is left to train on: 0 rows"
+
+
+def test_an_answer_by_itself_is_cut_as_in_training():
+    """Whatever becomes of long rows there."""
+    row = {"prompt": user("x" * 40), "completion": assistant("A" * 9)}
+    for limit in (None, 40, 8):
+        report = LengthReport()
+        [piece] = Fit(TOKENIZER, limit).answers(row, ["completion"], {}, report)
+        assert report.truncated == (limit is not None)
+        assert Fit(TOKENIZER, limit, "drop").one(row["prompt"], row["completion"]) == piece
+
+
+def test_pairs_without_a_margin_are_counted_where_others_have_one():
+    said = [LengthReport(rows=3, margins=margins).summary(None) for margins in range(4)]
+    without = "without a margin, which counts as 0"
+    assert said == ["3 rows", f"3 rows; 2 {without}", f"3 rows; 1 {without}", "3 rows"]
 
 
 def test_a_last_window_of_one_token_is_not_trained():

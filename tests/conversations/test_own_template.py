@@ -171,6 +171,11 @@ def test_what_is_said():
     [
         (BODY.replace("SYSTEM", "{{ raise_exception('no system') }}"), "rejects this conversation: .*no system"),
         (BODY.replace("SYSTEM", ""), "message 1: the model's own chat template does not write it"),
+        (
+            BODY.replace("SYSTEM", "{{ m.content }}")
+            + "{% if add_generation_prompt and messages[0].role == 'system' %}<|Assistant|>{% endif %}",
+            "message 3: the model's own chat template writes this turn differently in a prompt",
+        ),
     ],
 )
 def test_roles_that_a_template_does_not_have(body: str, message: str):
