@@ -124,7 +124,9 @@ def test_a_member_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
 
 def test_what_save_to_disk_wrote(tmp_path):
     parts = {name: Dataset.from_list([row(f"{name} {i}") for i in range(3)]) for name in ("train", "test")}
-    parts["train"].save_to_disk(tmp_path / "one", num_shards=2)
+    parts["test"].save_to_disk(tmp_path / "one", num_shards=3)
+    parts["train"].save_to_disk(tmp_path / "one", num_shards=2)  # leaves the other files there
+    assert len(list((tmp_path / "one").glob("*.arrow"))) == 5
     DatasetDict(parts).save_to_disk(tmp_path / "both")
     assert asked(tmp_path / "one") == ["train 0", "train 1", "train 2"]
     assert asked(tmp_path / "both") == ["train 0", "train 1", "train 2"]

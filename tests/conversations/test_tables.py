@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from conversations import load_conversations
 from conversations.errors import ToolkitError
+from conversations.reading import data_file
 
 
 def rows_of(path, **settings_) -> list[dict]:
@@ -73,6 +74,13 @@ def test_bad_rows_of_a_csv_file(tmp_path):
     assert len(rows_of(path, on_bad_row="skip")) == 2 + len(bad)
     with pytest.raises(ToolkitError, match=r"7 of 16 rows cannot be used\n  .*a\.csv:6: 2 fields"):
         rows_of(path)
+
+
+def test_a_line_that_is_too_long_is_a_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_file, "LONGEST_ROW", 100)
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion\nQ,A\nQ,{'A' * 200}\nQ,A\nQ,\n")
+    assert rejected_in(path) == [(3, data_file.TOO_LONG), (5, "turn 2 (assistant) is empty: completion")]
 
 
 def test_a_quote_that_does_not_end_says_how_far_it_goes(tmp_path):
