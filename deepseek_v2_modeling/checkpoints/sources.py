@@ -166,7 +166,7 @@ def read_settings(base: str) -> DeepseekV2Config:
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
     except OSError as error:
-        raise ModelError(f"{base}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{base}: {_why_not_read(base, error)}") from error
     except Exception as error:  # values can have any type and depth
         raise ModelError(f"{file}: it cannot be read ({reason(error)})") from error
     check_model_type(values, cls.model_type, base)  # transformers would read a part of a larger model's config
@@ -202,6 +202,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
                 f"{directory}: auto_map names code for the tokenizer that comes with the model; such code "
                 "is never run here. Save the tokenizer as a tokenizer.json, and remove auto_map from its config"
             ) from error
+        if isinstance(error, OSError) and not Path(directory).exists():
+            raise ModelError(f"{directory}: {_why_not_read(directory, error)}") from error
         raise ModelError(f"{directory}: no tokenizer can be loaded ({reason(error)})") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{directory}: the tokenizer has no eos_token, which ends every answer")
@@ -209,6 +211,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # any id will do, since masks mark padding
     return tokenizer
+
+
+def _why_not_read(base: str, error: OSError) -> str:
+    cause = str(error).splitlines()[0].rstrip(".")
+    return cause if Path(base).exists() else f"no such directory, and no model of this name on the hub ({cause})"
 
 
 def reason(error: Exception) -> str:

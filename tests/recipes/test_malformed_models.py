@@ -1,8 +1,11 @@
 """Files of a model directory that are no model's: one line that names file, key and value, whatever stands in them."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,3 +291,12 @@ def test_any_value_of_a_config_is_read_or_refused(base_model: Path, tmp_path: Pa
         found.save_pretrained(tmp_path / "saved")
     except ModelError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("command", [("chat", "--prompt", "hi"), ("merge", "out")])
+def test_a_path_that_may_be_a_hub_name_is_said_not_to_be_here(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """In another process, since huggingface_hub reads the variable when it is imported."""
+    words = [sys.executable, "-m", "recipes.cli", command[0], "runs/sft", *command[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: runs/sft: no such directory, and no model of this")
