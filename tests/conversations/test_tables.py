@@ -120,10 +120,16 @@ def test_parquet_keeps_nested_values_and_names_bad_rows_by_number(tmp_path):
     assert rejected_in(tmp_path / "a.parquet") == [(2, "the conversation has no turns")]
 
 
-def test_parquet_with_bytes_that_are_no_utf8(tmp_path):
+def test_a_table_with_bytes_that_are_no_utf8(tmp_path):
     text = pa.array([b"Q", b"Q\xff", b"R"], pa.binary()).cast(pa.string(), safe=False)
-    pq.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
-    assert rejected_in(tmp_path / "a.parquet") == [(2, "not valid UTF-8")]
+    turns = pa.StructArray.from_arrays([pa.array(["user"] * 3), text], ["role", "content"])
+    nested = [kind.from_arrays([0, 1, 2, 3], turns) for kind in (pa.ListArray, pa.LargeListArray)]
+    for table in (pa.table({"prompt": text}), *(pa.table({"messages": lists}) for lists in nested)):
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        for name in ("a.parquet", "a.arrow"):
+            assert rejected_in(tmp_path / name) == [(2, "not valid UTF-8")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "a.parquet.zst", "a.csv.gz"])

@@ -16,7 +16,7 @@ from recipes.chains import chain as chain_module
 from recipes.chains.chain import run_chain
 from recipes.chains.plan import check_stages, plan_stages, resolve_stage
 from recipes.chains.references import References
-from recipes.files import write_json, write_text
+from recipes.files import read_json, write_json, write_text
 from recipes.lock import hold_directory
 from recipes.recipe.loader import Loaded, load_recipe, of_chain
 from recipes.recipe.yaml_text import read_mapping
@@ -151,6 +151,7 @@ def test_a_stopped_chain_goes_on_where_it_stopped(stages: FakeStages, start: Any
     with pytest.raises(KeyboardInterrupt):
         start()
     assert stages.ran == ["sft", "eval_sft", "more"] and not Path("out/results.json").exists()
+    assert read_json(Path("out/manifest.json"))["status"] == "stopped"
     stages.ran.clear()
     stages.stop_at = None
     start()
@@ -158,11 +159,16 @@ def test_a_stopped_chain_goes_on_where_it_stopped(stages: FakeStages, start: Any
     assert not Path("out/.superseded").exists()
 
 
-def test_old_runs_are_set_aside_one_beside_the_other(stages: FakeStages, start: Any) -> None:
+def test_old_runs_are_set_aside_one_beside_the_other(
+    stages: FakeStages, start: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And not while somebody else works in them."""
     for steps in (5, 6, 7):
         start(f"stages.more.training.max_steps={steps}")
     attic = Path("out/.superseded")
+    assert (
+        "more: its recipe or input has changed; the old run is now out/.superseded/more-2\n" in capsys.readouterr().out
+    )
     assert sorted(path.name for path in attic.iterdir()) == ["eval_more-1", "eval_more-2", "more-1", "more-2"]
     steps = [read_mapping(attic / f"more-{n}" / "recipe.yaml")["training"] for n in (1, 2)]
     assert steps == [{"max_steps": 5}, {"max_steps": 6}]

@@ -293,6 +293,12 @@ def test_a_report_says_that_no_answer_was_cut(home: Path) -> None:
     assert "No answer was cut off at max_new_tokens." in page and "% cut" not in page
 
 
+def test_rows_are_called_by_their_place_in_the_recipe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "e.yaml", "tasks.1.data=[{path: rows.jsonl}]"]) == 0
+    named = re.findall(r"^(\S+): rows\.jsonl: prompt/completion", capsys.readouterr().out, re.MULTILINE)
+    assert set(named) == {"data", "tasks.1.data"}
+
+
 @pytest.mark.parametrize(
     ("rule", "reference"),
     [("number", "about four"), ("number", ""), ("math", ""), ("math", "\\frac{1}{")],
