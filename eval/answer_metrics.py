@@ -16,7 +16,7 @@ from conversations.rewards.terms import judge_reward
 from conversations.row import Row
 from eval.config import EvalTask, decoding_name
 from eval.judging import READS, judged_by
-from eval.subject import Numbered, Subject, answers_to
+from eval.subject import Numbered, Subject, answers_to, rendered_prompt
 
 CHUNK_BATCHES = 4  # batches of answers to generate before judging and writing them
 # The verdicts as keys of samples: value, reason, and what a rule that looks for an answer has read.
@@ -63,6 +63,7 @@ def _judged_answers(
             answers = answers_to(task, chunk, subject, temperature)
             yield [
                 _sample(number, row, decoding_name(temperature), answer, verdict)
+                | rendered_prompt(task, row, number, subject)
                 for (number, row), answer, verdict in zip(chunk, answers, verdicts_on(chunk, answers), strict=True)
             ]
 

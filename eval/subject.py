@@ -115,5 +115,14 @@ def _ids(prompt: Sequence[Message], subject: Subject) -> list[int]:
     return render_conversation(prompt, subject.tokenizer, add_generation_prompt=True)["input_ids"]
 
 
+def rendered_prompt(task: EvalTask, row: Row, number: int, subject: Subject) -> dict[str, str]:
+    """A sample's `rendered`: the text that the model reads before its answer, control tokens included. Not in an
+    environment, where each turn has its own."""
+    if task.environment is not None:
+        return {}
+    ids = _ids(prompt_of(row, number + 1), subject)
+    return {"rendered": subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False)}
+
+
 def _seeds(rows: Numbered, subject: Subject, temperature: float) -> list[int]:
     return [seed_of(subject.seed, number, f"{temperature:g}") for number, _ in rows]

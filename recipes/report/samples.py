@@ -20,6 +20,7 @@ TOTAL = "reward"  # of a sample: the weighted sum of its rewards
 _PLACED = {
     "step",
     "prompt",
+    "rendered",
     "completion",
     "reference",
     "rewards",

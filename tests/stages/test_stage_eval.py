@@ -72,6 +72,7 @@ def test_exact_match_greedy_and_sampled(tmp_path, monkeypatch):
         "row": 0,
         "decoding": "greedy",
         "prompt": "0 + 1",
+        "rendered": f"{byte_tokenizer().bos_token}User: 0 + 1\n\nAssistant:",
         "completion": "It is 1.",
         "truncated": False,
         "tokens": 10,
