@@ -1,4 +1,5 @@
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -196,12 +197,24 @@ def test_rollouts_end_where_chat_and_evaluation_end(tmp_path, more, stated, of_a
     model.generation_config._from_model_config = not of_a_file
     trainer = trainer_for(tmp_path, model=model, training={**more, "max_completion_length": 40})
     assert trainer.eos_token_ids == ends == end_tokens(model, byte_tokenizer())
+    answers, others = answers_with(trainer, ends), {70, 71, 72} - set(ends)
+    assert {answer[-1] for answer in answers} == {ends[-1]} and {x for a in answers for x in a[:-1]} == others
+
+
+def answers_with(trainer, ends):
+    """Answers of the last of these ends and of 70, 71 and 72, the other ends being rare."""
+    others = sorted({70, 71, 72} - set(ends))
     bias = torch.full((TINY["vocab_size"],), -1e9)
-    bias[[72, *ends]] = torch.tensor([0.0] + [-1.0 - 9.0 * (end != ends[-1]) for end in ends])
+    bias[others] = -math.log(len(others))
+    bias[ends] = torch.tensor([-1.0 - 9.0 * (end != ends[-1]) for end in ends])
     trainer.model.lm_head.register_forward_hook(lambda module, inputs, out: out * 0 + bias)
-    answers, _ = trainer._generate_single_turn([[0, 70, 71]] * 8, None, {}, 1)
-    assert all(72 in answer or len(answer) == 1 for answer in answers)
-    assert {answer[-1] for answer in answers} == {ends[-1]} and all(set(answer[:-1]) <= {72} for answer in answers)
+    return trainer._generate_single_turn([[0, 70, 71]] * 8, None, {}, 1)[0]
+
+
+def test_rollouts_end_where_the_recipe_says(tmp_path):
+    training = {"generation_kwargs": {"eos_token_id": 73}, "max_completion_length": 40}
+    answers = answers_with(trainer_for(tmp_path, training=training), [1, 73])
+    assert {answer[-1] for answer in answers} == {73} and {x for a in answers for x in a[:-1]} == {70, 71, 72}
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
