@@ -80,7 +80,7 @@ AREAS = {
         (
             *("test_stage_rl", "test_rl_groups", "test_rl_phases", "test_rl_packing", "test_rl_mismatch"),
             *("test_held_out", "test_environments", "test_curriculum", "test_routing_replay", "test_objectives"),
-            *("test_rollouts", "test_sharding", "test_train_router"),
+            *("test_rollouts", "test_sharding", "test_train_router", "test_vllm"),
         ),
     ),
     "preferences": Area(("rl/preferences/*.py",), ("test_preferences", "test_preference_recipes")),

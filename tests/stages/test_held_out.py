@@ -20,6 +20,7 @@ from rl.held_out import held_out_metrics, pass_at_k, sizes_of_k
 from rl.rollouts.groups import JudgedAnswer
 from rl.run_warnings import WINDOW, Warnings
 from rl.stage import planned_config, train
+from rl.trainer import PolicyTrainer
 
 from ..helpers.broken_recipes import RECIPES, make_world
 from ..helpers.rl import Vowels
@@ -112,6 +113,22 @@ def test_evaluation_changes_nothing_in_training(tmp_path: Path) -> None:
     assert [{k: v for k, v in line.items() if k not in timed} for line in again] == [
         {k: v for k, v in line.items() if k not in timed} for line in found
     ]
+
+
+@pytest.mark.parametrize(("size", "batches"), [(2, [2] * 5), (4, [4, 4, 2])])
+def test_held_out_prompts_are_answered_in_batches_of_evaluations_size(
+    size: int, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = PolicyTrainer.sampled_answers
+
+    def spy(self: Any, rows: Any, n: int) -> Any:
+        seen.extend([len(rows)] * (n == 2))  # training has 4 answers to a prompt
+        return real(self, rows, n)
+
+    monkeypatch.setattr(PolicyTrainer, "sampled_answers", spy)
+    run(tmp_path, chat_model(), training={"max_steps": 1, "per_device_eval_batch_size": size})
+    assert seen == batches
 
 
 def test_the_best_checkpoint_is_that_of_held_out_prompts(tmp_path: Path) -> None:
