@@ -14,9 +14,10 @@ from deepseek_v2_modeling.inference import generate_answers, record_answers
 from deepseek_v2_modeling.routing_replay import record_routing
 from rl.config import RolloutCorrection
 from rl.rollouts.mismatch import agreement_sums, correction, log_ratios, mismatch_sums
+from rl.stage import build_trainer
 
-from ..helpers.rl import Vowels, perturbed, run, sample_from, trainer_for, untimed
-from ..helpers.stages import chat_model, lines, stopped_after
+from ..helpers.rl import Vowels, perturbed, recipe, run, sample_from, trainer_for, untimed
+from ..helpers.stages import byte_tokenizer, chat_model, conversations, lines, stopped_after
 
 MODES = ("token_truncate", "token_mask", "sequence_mask")
 PLAIN = {"beta": 0.0, "save_strategy": "no"}
@@ -177,6 +178,21 @@ def test_a_correction_of_nothing_changes_nothing_whatever_the_loss(tmp_path, los
         assert one.keys() == other.keys()
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_the_correction_of_a_recipe_is_applied(tmp_path, monkeypatch):
+    norms = []
+    for name, correct in (("without", None), ("with", {"mode": "token_truncate", "cap": 1.1})):
+        model, folder = chat_model(), tmp_path / name
+        sampler = perturbed(model, 1.0)  # before TRL changes the model's forward
+        asked = recipe(folder, training={**PLAIN, "max_steps": 1}, rollout_correction=correct)
+        given = {"rows": conversations(16), "rewards": [Vowels("vowels")], "run_dir": folder}
+        trainer = build_trainer(asked, model=model, tokenizer=byte_tokenizer(), **given)
+        with monkeypatch.context() as patch:
+            sample_from(trainer, sampler, patch)
+            trainer.train()
+        norms.append(lines(folder / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[0] > 0 and norms[1] != pytest.approx(norms[0], rel=1e-2)
 
 
 def test_resume_between_two_updates_keeps_what_sampling_knew(tmp_path):
