@@ -101,9 +101,9 @@ def test_what_only_generate_does_is_said_once(base: Path, tmp_path: Path, capsys
     assert capsys.readouterr().err.count(said) == 1
 
 
-def test_a_budget_too_small_for_one_answer_ends_the_run(base: Path, tmp_path: Path):
+def test_a_budget_too_small_for_one_answer_ends_the_run(tmp_path: Path):
     with pytest.raises(ModelError, match="the cache of one answer"):
-        sampled(tmp_path, base, {"max_cache_gb": 1e-9})
+        run(tmp_path, rollout={"max_cache_gb": 1e-9})
 
 
 def test_a_low_precision_policy_samples_in_float32_where_that_is_faster(base: Path, tmp_path: Path):
