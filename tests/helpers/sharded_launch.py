@@ -26,7 +26,7 @@ LORA = {"targets": ["attention", "experts", "shared_experts"], "r": 4}
 WITH_EMBEDDINGS = {"targets": ["attention", "embeddings", "lm_head"], "r": 4}
 # 5 held-out rows, which are no full batches of two processes
 EVALUATING = {**TRAINING, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
-EVALUATED = {"eval_data": [{"path": "held_out.jsonl"}], "training": EVALUATING}
+EACH_STEP = {"save_steps": 1, "save_total_limit": 4}
 ON_PAIRS = {
     "data": [{"path": "pairs.jsonl"}],
     "eval_data": [{"path": "held_out_pairs.jsonl"}],
@@ -34,8 +34,8 @@ ON_PAIRS = {
     "training": {**EVALUATING, "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3},
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "full": {"stage": "sft", **EVALUATED},
-    "lora": {"stage": "sft", "lora": LORA, "training": {**TRAINING, "gradient_checkpointing": True}},
+    "full": {"stage": "sft", "eval_data": [{"path": "held_out.jsonl"}], "training": {**EVALUATING, **EACH_STEP}},
+    "lora": {"stage": "sft", "lora": LORA, "training": {**TRAINING, **EACH_STEP, "gradient_checkpointing": True}},
     "packed": {
         "stage": "sft",
         "lora": LORA,
@@ -91,9 +91,10 @@ def train(name: str, folder: Path, output: str, parallel: dict[str, int] | None 
     return main([recipe["stage"], str(path), "--no-cache"])
 
 
-def stopped_at_2(run: Path, copy: Path) -> None:
-    """Copy a run as it was after its second step."""
-    shutil.copytree(run, copy, ignore=lambda _, names: {name for name in names if name in ("final", "checkpoint-4")})
+def stopped_at(step: int, run: Path, copy: Path) -> None:
+    """Copy a run as it was after a step."""
+    later = {"final", *(f"checkpoint-{number}" for number in range(step + 1, TRAINING["max_steps"] + 1))}
+    shutil.copytree(run, copy, ignore=lambda _, names: later.intersection(names))
     recipe = copy / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(f"output_dir: {run.name}", f"output_dir: {copy.name}"))
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -132,9 +133,9 @@ def two_processes(folder: Path) -> None:
         assert train(name, folder, f"one_{name}") == 0  # all weights in each process, but the same rollouts
         assert train(name, folder, f"two_{name}", parallel) == 0
     if is_main():
-        stopped_at_2(folder / "two_rl_lora", folder / "rl_again")
-        stopped_at_2(folder / "two_full", folder / "two_again")
-        stopped_at_2(folder / "ep_lora", folder / "lora_again")
+        stopped_at(2, folder / "two_rl_lora", folder / "rl_again")
+        stopped_at(2, folder / "two_full", folder / "two_again")
+        stopped_at(2, folder / "ep_lora", folder / "lora_again")
     assert train("rl_lora", folder, "rl_again", {**shared, "ep": world_size()}) == 0
     assert train("full", folder, "two_again", shared) == 0
     assert train("lora", folder, "lora_again", shared) == 0

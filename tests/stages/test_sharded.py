@@ -31,7 +31,7 @@ def runs(tmp_path_factory, module_patch):
     for name in launched.RECIPES:
         assert launched.train(name, folder, f"one_{name}") == 0
     for name in ("full", "lora"):
-        launched.stopped_at_2(folder / f"one_{name}", folder / f"one_to_two_{name}")
+        launched.stopped_at(1, folder / f"one_{name}", folder / f"one_to_two_{name}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -44,8 +44,10 @@ def runs(tmp_path_factory, module_patch):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for name in ("full", "lora"):
-        launched.stopped_at_2(folder / f"two_{name}", folder / f"two_to_one_{name}")
-        assert launched.train(name, folder, f"two_to_one_{name}") == 0
+        launched.stopped_at(2, folder / f"two_{name}", folder / f"two_to_one_{name}")
+        launched.stopped_at(3, folder / f"one_to_two_{name}", folder / f"one_to_two_to_one_{name}")
+        for run in ("two_to_one", "one_to_two_to_one"):
+            assert launched.train(name, folder, f"{run}_{name}") == 0
     return folder
 
 
@@ -169,12 +171,16 @@ def test_there_are_reward_statistics(runs: Path) -> None:
         ("one_to_two_lora", "one_lora"),
         ("two_to_one_full", "two_full"),
         ("two_to_one_lora", "two_lora"),
+        ("one_to_two_to_one_full", "one_full"),
+        ("one_to_two_to_one_lora", "one_lora"),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, resumed: str, whole: str) -> None:
     assert steps(runs / resumed) == pytest.approx(steps(runs / whole), rel=1e-5)
     assert len(steps(runs / resumed)) == (3 if "rl" in whole else 4)
-    assert json.loads((runs / resumed / "manifest.json").read_text())["status"] == "finished"
+    manifest = json.loads((runs / resumed / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert len(manifest["resumed"]) == (2 if "to_two_to_one" in resumed else 1)
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "reward"])
