@@ -212,6 +212,8 @@ def test_a_preset_makes_the_missing_model_by_seed(dsv2: Callable[..., int], base
         assert dsv2("init", name, "--preset", "tiny", "--seed", str(seed)) == 0
     weights = [Path(name, "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
+    assert dsv2("sft", "sft.yaml", "model.path=d", "model.preset=tiny", "seed=1", "output_dir=other") == 0
+    assert Path("d/model.safetensors").read_bytes() == weights[2]
     assert dsv2("check", "sft.yaml", "model.path=new", "model.preset=tiny") == 0
     assert not Path("new").exists()  # check makes no model
 
