@@ -212,6 +212,14 @@ def test_each_row_is_sampled_by_a_seed_of_its_own(tmp_path):
     assert {line["truncated"] for line in said} <= {True, False}
 
 
+def test_each_temperature_is_sampled_by_a_seed_of_its_own(tmp_path):
+    """One that changes no probability gives other answers."""
+    task = {"metric": "format", "temperatures": [1.0, 1.00001], "max_new_tokens": 8}
+    _, said = run(tmp_path, conversations(3), **task)
+    answers = [[line["completion"] for line in said if line["decoding"] == name] for name in ("t1", "t1.00001")]
+    assert len(answers[0]) == 3 and answers[0] != answers[1]
+
+
 def test_a_recipe_of_tasks_made_in_python_is_that_of_their_keys():
     recipe = {**SECTIONS, "stage": "eval", "output_dir": "out"}
     keys = {"name": "figure", "metric": "refusal", "temperatures": [0.5]}
