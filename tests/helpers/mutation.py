@@ -112,6 +112,7 @@ AREAS = {
             "test_recipes_data",
             "test_recipes_twice",
             "test_run_identity",
+            "test_recipes_lock",
             "test_row_cache",
             "test_eval_command",
         ),
