@@ -9,10 +9,8 @@ import torch
 from conversations.answers.prompts import prompt_text
 from conversations.rewards.base import Reward
 from deepseek_v2_modeling.inference import generate_answers
-from deepseek_v2_modeling.training.mixin import RunLimits
 from rl.config import RlRecipe
-from rl.stage import grpo_config, prompt_dataset, train
-from rl.trainer import PolicyTrainer
+from rl.stage import build_trainer, train
 
 from .stages import SECTIONS, byte_tokenizer, chat_model, conversations
 
@@ -60,20 +58,14 @@ def run(run_dir: Path, model=None, rewards=None, resume_from=None, rows=None, **
     )
 
 
-def trainer_for(run_dir: Path, model=None, rewards=None, max_rounds=0, rollout_correction=None, **changes):
-    rewards, settings = rewards or [Vowels("vowels")], recipe(run_dir, **changes)
-    return PolicyTrainer(
-        model or chat_model(),
-        grpo_config(settings, run_dir, RunLimits(), rewards),
-        rewards,
-        train_dataset=prompt_dataset(conversations(16)),
-        processing_class=byte_tokenizer(),
-        limits=RunLimits(),
-        max_rounds=max_rounds,
-        rollout=settings.rollout,
-        rollout_correction=rollout_correction,
-        routing_replay=settings.routing_replay,
-        curriculum=settings.curriculum,
+def trainer_for(run_dir: Path, model=None, rewards=None, **changes):
+    return build_trainer(
+        recipe(run_dir, **changes),
+        model=model or chat_model(),
+        tokenizer=byte_tokenizer(),
+        rows=conversations(16),
+        rewards=rewards or [Vowels("vowels")],
+        run_dir=run_dir,
     )
 
 

@@ -161,7 +161,7 @@ def groups_of(trainer, monkeypatch):
 
 
 def test_equal_groups_are_replaced_by_other_prompts(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, rewards=[VowelsOfSome("vowels")], training=LEAVING, max_rounds=8)
+    trainer = trainer_for(tmp_path, rewards=[VowelsOfSome("vowels")], training=LEAVING, dynamic_sampling={"max_rounds": 8})
     seen = groups_of(trainer, monkeypatch)
     trainer.train()
     log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
@@ -201,7 +201,7 @@ def test_as_many_prompts_as_a_rollout_takes_have_no_others(tmp_path):
 
 
 def test_processes_that_share_an_engine_do_not_redraw(tmp_path):
-    trainer = trainer_for(tmp_path, training=LEAVING, max_rounds=1)
+    trainer = trainer_for(tmp_path, training=LEAVING, dynamic_sampling={"max_rounds": 1})
     trainer.check_dynamic_sampling()
     trainer.args.use_vllm, trainer.accelerator = True, SimpleNamespace(num_processes=2)
     with pytest.raises(ToolkitError, match="needs a single process"):
