@@ -161,7 +161,8 @@ def groups_of(trainer, monkeypatch):
 
 
 def test_equal_groups_are_replaced_by_other_prompts(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, rewards=[VowelsOfSome("vowels")], training=LEAVING, dynamic_sampling={"max_rounds": 8})
+    sampling = {"max_rounds": 8}
+    trainer = trainer_for(tmp_path, rewards=[VowelsOfSome("vowels")], training=LEAVING, dynamic_sampling=sampling)
     seen = groups_of(trainer, monkeypatch)
     trainer.train()
     log = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
