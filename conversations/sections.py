@@ -336,8 +336,11 @@ class TrainingRecipe(StageRecipe):
 
     @model_validator(mode="after")
     def _whole_experts_in_parallel(self) -> "TrainingRecipe":
-        if self.parallel is not None and self.chosen_experts_file is not None:
-            raise ValueError("parallel cannot be combined with an experts_file yet; leave one out")
+        if self.parallel is not None and self.experts_file is not None:
+            raise ValueError(
+                "parallel cannot be combined with an experts_file for all weights of the chosen experts; give it as "
+                "lora.experts_file, which trains adapters on them, or leave one out"
+            )
         return self
 
     @property

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoints.sources import AdapterSource
 from ..errors import ModelError
@@ -25,30 +26,42 @@ _DOWN = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(base_layer\.)?lora_A\.weigh
 
 
 class ChosenFactor(nn.Module):
-    """A (dim 0) or B (dim 1) of the chosen experts. places: the indices of their rows or columns in the full factor."""
-
-    places: torch.Tensor
+    """A (dim 0) or B (dim 1) of the chosen experts. places: the indices of their rows or columns in the full factor, on
+    the CPU (a buffer would be lost where the model is made without weights)."""
 
     def __init__(self, full: nn.Linear, places: torch.Tensor, dim: int):
         super().__init__()
-        self.dim, self.full_shape = dim, tuple(full.weight.shape)
-        chosen_part = full.weight.detach().index_select(dim, places)
+        self.dim, self.places, self.full_shape = dim, places, tuple(full.weight.shape)
+        chosen_part = full.weight.detach().index_select(dim, places.to(full.weight.device))
         self.weight = nn.Parameter(chosen_part, requires_grad=full.weight.requires_grad)
-        self.register_buffer("places", places, persistent=False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight if keep_vars else self.weight.detach()
-        destination[f"{prefix}weight"] = weight.new_zeros(self.full_shape).index_copy(self.dim, self.places, weight)
+        chosen_part = _whole(weight)
+        full = chosen_part.new_zeros(self.full_shape)
+        full = full.index_copy(self.dim, self.places.to(full.device), chosen_part)
+        destination[f"{prefix}weight"] = _divided_like(weight, full)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"
-        full = state_dict.get(key)
-        if full is not None and tuple(full.shape) == self.full_shape:  # otherwise the base class reports both shapes
+        if key in state_dict and tuple(state_dict[key].shape) == self.full_shape:  # the base class reports other shapes
+            full = _whole(state_dict[key])
             places = self.places.to(full.device)
             if full.index_fill(self.dim, places, 0).any():
                 raise ModelError(f"{key}: it was trained on experts that are not among the chosen ones")
-            state_dict[key] = full.index_select(self.dim, places)
+            state_dict[key] = _divided_like(state_dict[key], full.index_select(self.dim, places))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _divided_like(weight: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which each process has, divided among them as `weight` is."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 class ChosenWrapper(ParamWrapper):
@@ -64,8 +77,7 @@ class ChosenWrapper(ParamWrapper):
         """Replace an adapter's full factors by those of the chosen experts."""
         down: Any = self.lora_A[adapter]
         up: Any = self.lora_B[adapter]
-        chosen = torch.tensor(self.chosen, dtype=torch.long, device=down.weight.device)
-        ranks = torch.arange(self.r[adapter], device=down.weight.device)
+        chosen, ranks = torch.tensor(self.chosen, dtype=torch.long), torch.arange(self.r[adapter])
         rows = (chosen[:, None] * len(ranks) + ranks).flatten()  # of A: the expert is the slowest index
         columns = (ranks[:, None] * self.num_experts + chosen).flatten()  # of B: the fastest
         self.lora_A[adapter] = ChosenFactor(down, rows, dim=0)
@@ -83,6 +95,13 @@ class ChosenWrapper(ParamWrapper):
 
 # When a further adapter is added, PEFT finds wrappers by the name of their class.
 ChosenWrapper.__name__ = ParamWrapper.__name__
+
+
+def keep_chosen_parts(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Reduce the full factors of an adapter's state to those that the model has as parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, ChosenFactor):
+            state[f"{name}.weight"] = state[f"{name}.weight"].index_select(module.dim, module.places)
 
 
 def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:

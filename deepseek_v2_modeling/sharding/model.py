@@ -61,7 +61,9 @@ def shard(load: Callable[[Weights], Any], parallel: Parallel) -> Any:
     absent = {*read_weights(model, base.config.name_or_path), *own_biases(model)}
     if own is not None:  # an adapter may bring weights of the base, such as embeddings
         absent |= {name for name, parameter in own.named_parameters() if not is_placeholder(parameter)}
-    state = {} if own is None else {name: tensor for name, tensor in own.state_dict().items() if name in absent}
+    # Parameters, since the state has the factors of all experts where only chosen ones have them.
+    held = {} if own is None else {**own.state_dict(), **dict(own.named_parameters())}
+    state = {name: tensor.detach() for name, tensor in held.items() if name in absent}
     set_model_state_dict(model, state, options=PARTLY)
     return model.train()
 

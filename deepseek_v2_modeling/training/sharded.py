@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ..adapters.chosen_experts import keep_chosen_parts
 from ..adapters.loading import whole_embeddings
 from ..checkpoints.adapter_config import WEIGHTS
 from ..checkpoints.sources import SHARDS
@@ -97,6 +98,7 @@ def load_whole_weights(model: nn.Module, folder: Path) -> None:
         saved = load_file(folder / WEIGHTS)
         names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
         state = {name: saved[name_on_disk(name)] for name in names}
+        keep_chosen_parts(model, state)
     set_model_state_dict(model, state, options=PARTLY)
 
 

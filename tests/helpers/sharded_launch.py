@@ -42,6 +42,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"path": "base", "dtype": "bfloat16"},
         "training": {**TRAINING, "packing": True, "save_strategy": "no", "gradient_accumulation_steps": 2},
     },
+    "chosen": {
+        "stage": "sft",
+        "lora": {**LORA, "targets": ["attention", "experts"], "experts_file": "experts.json"},
+        "training": {**TRAINING, **EACH_STEP},
+    },
     "quantized": {
         "stage": "sft",
         "lora": LORA,
@@ -63,7 +68,8 @@ ROLLOUTS: dict[str, Any] = {
     },
 }
 RL: dict[str, dict[str, Any]] = {"rl_full": ROLLOUTS, "rl_lora": {**ROLLOUTS, "lora": LORA}}
-BY_EXPERTS = ("full", "lora", "packed", "quantized")  # with expert parallelism too
+STEPPED = ("full", "lora", "chosen")  # with a checkpoint of each step: resumed on other numbers of processes
+BY_EXPERTS = ("full", "lora", "packed", "chosen", "quantized")  # with expert parallelism too
 
 
 def prepare(folder: Path) -> None:
@@ -73,6 +79,7 @@ def prepare(folder: Path) -> None:
     apart = [{**row, "rejected": assistant("no" + "x" * (i % 7))} for i, row in enumerate(pairs(21))]
     rows = {"rows": conversations(24), "held_out": conversations(29)[24:]}
     rows |= {"pairs": apart[:16], "held_out_pairs": apart[16:]}
+    (folder / "experts.json").write_text('{"experts": {"1": [1, 2, 6]}}')
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
 
@@ -139,7 +146,7 @@ def two_processes(folder: Path) -> None:
     assert train("rl_lora", folder, "rl_again", {**shared, "ep": world_size()}) == 0
     assert train("full", folder, "two_again", shared) == 0
     assert train("lora", folder, "lora_again", shared) == 0
-    for name in ("full", "lora"):
+    for name in STEPPED:
         assert train(name, folder, f"one_to_two_{name}", shared) == 0
     dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ def runs(tmp_path_factory, module_patch):
     launched.prepare(folder)
     for name in launched.RECIPES:
         assert launched.train(name, folder, f"one_{name}") == 0
-    for name in ("full", "lora"):
+    for name in launched.STEPPED:
         launched.stopped_at(1, folder / f"one_{name}", folder / f"one_to_two_{name}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -43,7 +43,7 @@ def runs(tmp_path_factory, module_patch):
         timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("full", "lora"):
+    for name in launched.STEPPED:
         launched.stopped_at(2, folder / f"two_{name}", folder / f"two_to_one_{name}")
         launched.stopped_at(3, folder / f"one_to_two_{name}", folder / f"one_to_two_to_one_{name}")
         for run in ("two_to_one", "one_to_two_to_one"):
@@ -66,6 +66,7 @@ def steps(run: Path, key: str = "loss") -> list[float]:
     [
         ("two_full", 1e-5),
         ("two_lora", 1e-5),
+        ("two_chosen", 1e-5),
         ("two_quantized", 1e-5),
         ("two_reward", 1e-4),
         ("two_dpo", 1e-5),
@@ -73,6 +74,7 @@ def steps(run: Path, key: str = "loss") -> list[float]:
         ("two_packed", 2e-2),
         ("ep_full", 1e-5),
         ("ep_lora", 1e-5),
+        ("ep_chosen", 1e-5),
         ("ep_quantized", 1e-5),
         ("ep_packed", 2e-2),
     ],
@@ -133,12 +135,12 @@ def test_all_weights_are_shared(runs: Path, run: str) -> None:
     assert by_ep == {name for name in meshes if run.startswith("ep") and name.endswith(("gate_up_proj", "down_proj"))}
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("name", ["full", "lora", "chosen"])
 def test_the_result_loads_strictly_and_is_that_of_one_process(runs: Path, tmp_path: Path, name: str) -> None:
     found = {}
     for run in ("one", "two", "ep"):
         final = runs / f"{run}_{name}" / "final"
-        if name == "lora":
+        if name != "full":
             merge_lora(final, tmp_path / run)
             final = tmp_path / run
         found[run] = weights(DeepseekV2ForCausalLM.from_pretrained(final, dtype=torch.float32))
@@ -173,6 +175,7 @@ def test_there_are_reward_statistics(runs: Path) -> None:
         ("two_to_one_lora", "two_lora"),
         ("one_to_two_to_one_full", "one_full"),
         ("one_to_two_to_one_lora", "one_lora"),
+        ("one_to_two_to_one_chosen", "one_chosen"),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, resumed: str, whole: str) -> None:
@@ -183,7 +186,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path, resumed: str
     assert len(manifest["resumed"]) == (2 if "to_two_to_one" in resumed else 1)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "reward"])
+@pytest.mark.parametrize("name", ["full", "lora", "chosen", "reward"])
 def test_a_checkpoint_merges_to_what_final_merges_to(runs: Path, tmp_path: Path, name: str) -> None:
     run, found = runs / f"two_{name}", {}
     for source in ("checkpoint-4", "final"):
