@@ -10,7 +10,7 @@ unclear or absent: a RoPE factor of 0 gives NaN, and a negative one silently giv
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +36,11 @@ FP8_BLOCK = 128
 _FP8 = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],)}
 # By whether attention is latent: the official plain attention is Llama's, which has no YaRN.
 ROPE_TYPES = {True: ("default", "linear", "yarn"), False: ("default", "linear")}
+SPEED = "bias_update_speed"
 CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock uses max_position_embeddings, which is the length after scaling
-NOT_NEGATIVE = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", "bias_update_speed")
+NOT_NEGATIVE = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", SPEED)
 # Upper bounds, many times the values of the largest existing models.
 LARGEST = {
     "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,
@@ -265,9 +266,9 @@ class DeepseekV2Config(StockConfig):
         """Raise ModelError for values of the settings that only this architecture has."""
 
 
-def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") -> None:
+def check_model_type(values: Mapping[str, Any], expected: str, where: str = "", known: Iterable[str] = ()) -> None:
     """Check the values of a config.json, which `where` names in messages. expected: the model_type of the class that
-    is to read it.
+    is to read it. known: all that are read, where the class was chosen by model_type.
 
     Raises:
         ModelError: they belong to another architecture.
@@ -276,9 +277,8 @@ def check_model_type(values: Mapping[str, Any], expected: str, where: str = "") 
     if model_type != expected:
         relative = RELATIVES.get(str(model_type))  # a file can have any value
         difference = f": it has {relative}" if relative else ""
-        raise ModelError(
-            f'{where}model_type is "{model_type}", not "{expected}"{difference}; Auto classes choose the class by it'
-        )
+        remedy = f"use one of {', '.join(known)}" if known else "Auto classes choose the class by it"
+        raise ModelError(f'{where}model_type is "{model_type}", not "{expected}"{difference}; {remedy}')
 
 
 def is_block_fp8(settings: Any) -> bool:
@@ -296,6 +296,10 @@ def check_settings(config: DeepseekV2Config) -> None:
     if config.topk_method not in methods[config.scoring_func]:
         known = methods[config.scoring_func]
         raise ModelError(f'topk_method "{config.topk_method}" is not supported: use one of {known}')
+    if getattr(config, SPEED, 0) and config.topk_method != "noaux_tc":
+        raise ModelError(
+            f"{SPEED} is {getattr(config, SPEED)!r}: the routers of {config.architecture} have no biases; leave it out"
+        )
     for name in NOT_NEGATIVE:
         if not getattr(config, name, 0) >= 0:
             raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")

@@ -7,10 +7,8 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration import DeepseekV2Config
+from .configuration import SPEED, DeepseekV2Config
 from .errors import ModelError
-
-SPEED = "bias_update_speed"
 
 
 @strict
@@ -32,6 +30,13 @@ class DeepseekConfig(DeepseekV2Config):
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+
+    def check_own(self) -> None:
+        if self.routed_scaling_factor != 1:
+            raise ModelError(
+                f"routed_scaling_factor is {self.routed_scaling_factor}: the official model has no such setting, so it "
+                "must be 1"
+            )
 
 
 @strict

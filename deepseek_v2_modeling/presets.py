@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "youtu", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768,
         "num_hidden_layers": 6, "num_attention_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64,
         "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 131072,
-        "rope_theta": 1600000.0,
+        "rope_theta": 1600000.0, "bos_token_id": 0, "eos_token_id": 1,
     },
 }  # fmt: skip
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..checkpoints.adapter_config import WEIGHTS
-from ..configuration import CORRECTION_BIAS
-from ..family import SPEED
+from ..configuration import CORRECTION_BIAS, SPEED
 
 OWN = "biases_of_adapter"  # set on a model whose biases came with an adapter
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration import CORRECTION_BIAS, DeepseekV2Config, check_file_values, check_model_type, is_block_fp8
 from ..errors import ModelError
-from ..family import config_class
+from ..family import CONFIGS, config_class
 from .adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from .tensor_files import WEIGHT_FILES, TensorInfo, read_header
 from .tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, plain_template, write_tokenizer_config
@@ -169,7 +169,7 @@ def read_settings(base: str) -> DeepseekV2Config:
         raise ModelError(f"{base}: {_why_not_read(base, error)}") from error
     except Exception as error:  # values can have any type and depth
         raise ModelError(f"{file}: it cannot be read ({reason(error)})") from error
-    check_model_type(values, cls.model_type, base)  # transformers would read a part of a larger model's config
+    check_model_type(values, cls.model_type, base, CONFIGS)  # transformers would read a part of a larger model's config
     if quantised and not is_block_fp8(quantised):
         raise ModelError(f"{file}: quantization_config: the weights are quantised; name the original model")
     try:

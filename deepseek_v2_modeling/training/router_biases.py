@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.router_biases import router_biases
-from ..family import SPEED
+from ..configuration import SPEED
 from ..layers.balance_losses import BalanceLedger
 
 

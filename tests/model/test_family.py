@@ -271,6 +271,9 @@ def test_settings_that_cannot_work(settings: dict[str, Any], message: str):
         ("glm", {"mlp_layer_types": ["dense", "sparse", "other"]}, "mlp_layer_types is"),
         ("glm", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("youtu", {"rope_interleave": False}, "rope_interleave is false"),
+        ("moe", {"bias_update_speed": 0.001}, "0.001: the routers of DeepSeekMoE have no biases"),
+        ("plain", {"bias_update_speed": "0.1"}, "'0.1': the routers of DeepSeek-V2 have no biases"),
+        ("moe", {"routed_scaling_factor": 2.0}, "routed_scaling_factor is 2.0"),
         ("youtu", {"bias_update_speed": 0.001}, "bias_update_speed is 0.001: the model has no routed experts"),
     ],
 )

@@ -1,5 +1,7 @@
 """The presets: what they promise, and that a seed fixes the weights."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,6 +26,14 @@ def test_sizes():
     assert set(PRESETS) == set(LIMITS)
     for preset, limit in LIMITS.items():
         assert limit / 10 < parameters(preset) <= limit, preset
+
+
+def test_tokens_are_in_the_vocabulary():
+    """Those of a config's defaults would make transformers warn."""
+    for preset in PRESETS:
+        config = preset_config(preset)
+        ids: list[Any] = [config.bos_token_id, config.eos_token_id]
+        assert all(0 <= token < config.vocab_size for token in ids), preset
 
 
 def test_tiny():
