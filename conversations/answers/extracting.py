@@ -8,7 +8,7 @@ with and without the words around it, so that neither an extra word nor a surrou
 import re
 from collections.abc import Iterator
 
-from conversations.answers.notation import closing_brace, unified, without_marks
+from conversations.answers.notation import closing_braces, unified, without_marks
 from conversations.answers.units import UNIT_WORD
 
 MAX_TEXT = 20_000  # characters at the end of an answer that are searched
@@ -110,13 +110,14 @@ def last_boxes(text: str) -> str | None:
     """The content of the last \\boxed; of several with only "and", "or" or a comma between them, all of them."""
     boxes: list[str] = []
     end_before = -1
+    closes = closing_braces(text)
     for match in _BOX.finditer(text):
         if match.start() < end_before:
             continue  # a box within a box
         if text[match.end()] == "{":
-            end = closing_brace(text, match.end())
-            if end < 0:
+            if match.end() not in closes:
                 continue
+            end = closes[match.end()]
             content = text[match.end() + 1 : end]
         else:
             end = match.end()

@@ -127,6 +127,18 @@ def closing_brace(text: str, start: int) -> int:
     return -1
 
 
+def closing_braces(text: str) -> dict[int, int]:
+    """{where a brace opens: where it closes} for all that do, as `closing_brace`, in one pass."""
+    opened: list[int] = []
+    closes: dict[int, int] = {}
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closes[opened.pop()] = brace.start()
+    return closes
+
+
 def is_balanced(text: str) -> bool:
     """Whether braces and environments close."""
     plain = re.sub(r"\\[{}\\]", "", text)

@@ -75,8 +75,11 @@ def _print_once(text: str) -> None:
 @cache
 def _failed_trial() -> str | None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with _started(["-c", "print('ready')"], 1, isolated=True, **pipes) as process:
-        out, err = process.communicate(timeout=30)
+    try:
+        with _started(["-c", "print('ready')"], 1, isolated=True, **pipes) as process:
+            out, err = process.communicate(timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"bubblewrap does not start: {error}"
     if out == b"ready\n":
         return None
     error_lines = err.decode(errors="replace").strip().splitlines()
@@ -161,7 +164,9 @@ def isolation(files: int, shows: tuple[str, ...] = ()) -> list[str]:
     Python's standard library and the libraries it links to, read-only, an empty folder, and what `guest` shows."""
     standard, python = sysconfig.get_path("stdlib"), os.path.realpath(sys.executable)
     packages = f"{standard}/site-packages"
-    words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    # By its full path: sandboxes start in another folder, with an environment that has no PATH.
+    bubblewrap = os.path.abspath(shutil.which("bwrap") or "bwrap")
+    words = [bubblewrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     words += ["--hostname", "sandbox", "--size", str(files * MIB), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     words += ["--ro-bind", standard, standard, "--tmpfs", packages, "--remount-ro", packages]
     words += ["--ro-bind", str(GUEST), INSIDE]

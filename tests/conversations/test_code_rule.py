@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,29 @@ def test_without_a_sandbox_it_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path:
     Path("rl.yaml").write_text(json.dumps(recipe | {"rewards": [{"rule": "code"}]}))
     assert dsv2(["check", "rl.yaml"]) == 2
     assert "needs bubblewrap" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A script in its place, in a folder of PATH that is not the system's."""
+    program = tmp_path / "bwrap"
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    box._failed_trial.cache_clear()
+    yield program
+    box._failed_trial.cache_clear()
+
+
+def test_bubblewrap_is_run_where_it_is_found(bubblewrap: Path) -> None:
+    bubblewrap.write_text("#!/bin/sh\necho ready\n")
+    assert box.why_unavailable() is None
+
+
+@pytest.mark.parametrize("script", ["#!/no/such/shell\n", "not a program"])
+def test_a_bubblewrap_that_does_not_start_is_one_message(bubblewrap: Path, script: str) -> None:
+    bubblewrap.write_text(script)
+    with pytest.raises(ToolkitError, match=r"not available on this machine: bubblewrap does not start: .*bwrap"):
+        judge(BODY)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_answers_made_to_hang_or_crash(text):
         score = verify(name, text, prompt="3?", reference=reference, **NEEDED.get(name, {})).score
         assert score is not None and 0 <= score <= 1
         assert verify("math", f"\\boxed{{{text}}}", reference=r"\frac{x}{2}").score == 0
+
+
+@pytest.mark.parametrize("rule", ["math", "number", "choice"])
+def test_boxes_that_never_close_are_looked_through_once(rule):
+    """An answer of nothing else took a second and more for each."""
+    reference, began = "B" if rule == "choice" else "7", time.process_time()
+    assert verify(rule, "\\boxed{" * 2800, reference=reference).score == 0
+    assert verify(rule, "\\boxed{" * 2800 + f"\\boxed{{{reference}}}", reference=reference).score == 1
+    assert time.process_time() - began < 1
 
 
 # --- number
