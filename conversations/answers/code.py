@@ -152,9 +152,14 @@ _READERS: dict[str, Callable[[dict[str, Any]], Problem]] = {
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    if not isinstance(row.get(key), str):
-        raise ToolkitError(f"{key} of a reference must be a string, not {row.get(key)!r:.60}")
-    return row[key]
+    text = row.get(key)
+    if not isinstance(text, str):
+        raise ToolkitError(f"{key} of a reference must be a string, not {text!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ToolkitError(f"{key} of a reference holds {text[error.start]!a}, which is no character") from None
+    return text
 
 
 # --- the code of an answer --------------------------------------------------------------------------------------------

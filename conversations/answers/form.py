@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -103,7 +103,14 @@ def _wrong_json(text: str, validator: Any) -> str | None:
         value = json.loads(blocks[0] if len(blocks) == 1 else text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return f"the answer is not JSON: {str(error)[:100]}"
-    error = next(validator.iter_errors(value), None)
+    from referencing.exceptions import Unresolvable
+
+    try:
+        error = next(validator.iter_errors(value), None)
+    except (RecursionError, OverflowError) as fault:  # nested by the hundred, a number of hundreds of digits
+        return f"the JSON cannot be checked: {fault}"
+    except Unresolvable as fault:
+        raise ToolkitError(f"schema of the rule format refers to what it does not define: {fault}") from None
     return None if error is None else f"the JSON does not conform: {error.json_path}: {error.message[:100]}"
 
 
@@ -123,8 +130,10 @@ def _as_json(schema: Any) -> str:
 def _validator(text: str) -> Any:
     """Raises ToolkitError for what is not a schema, or refers to another schema, which is never downloaded."""
     from jsonschema import Draft202012Validator, SchemaError
-    from jsonschema.validators import validator_for
-    from referencing import Registry
+    from jsonschema.validators import extend, validator_for
+    from referencing import Registry, Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
 
     schema = json.loads(text)
     try:
@@ -137,7 +146,34 @@ def _validator(text: str) -> Any:
     outside = re.search(r'"\$(?:dynamic)?ref": "(?!#)([^"]*)"', text, re.IGNORECASE)
     if outside:
         raise ToolkitError(f"schema of the rule format refers to {outside[1]!r}, which is not looked up: write it out")
-    return kind(schema, registry=Registry())
+    if '"$id"' not in text:  # which would change what "#" means
+        resolver = Registry().with_resource("", Resource.from_contents(schema, DRAFT202012)).resolver()
+        for name in re.findall(r'"\$ref": "(#[^"]*)"', text):
+            try:
+                resolver.lookup(name)
+            except Unresolvable:
+                raise ToolkitError(f"schema of the rule format refers to {name!r}, which it does not define") from None
+    return extend(kind, {"pattern": _pattern, "patternProperties": _pattern_properties})(schema, registry=Registry())
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    """jsonschema's `pattern`, with a time limit."""
+    from jsonschema import ValidationError
+
+    if validator.is_type(instance, "string") and not _matches(pattern, instance):
+        yield ValidationError(f"{shown(instance)} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Mapping[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+    """jsonschema's `patternProperties`, with a time limit."""
+    for pattern, subschema in patterns.items() if validator.is_type(instance, "object") else ():
+        for key, value in instance.items():
+            if _matches(pattern, key):
+                yield from validator.descend(value, subschema, path=key, schema_path=pattern)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return matches(compiled((pattern,), "the schema's pattern")[0], text)
 
 
 def _repeated_sentence(text: str) -> str | None:

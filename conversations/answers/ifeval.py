@@ -63,9 +63,10 @@ def ifeval_reference(reference: Any) -> tuple[Instruction, ...]:
     if isinstance(reference, str):
         return _instructions(reference)
     try:
-        return _instructions(json.dumps(reference, sort_keys=True))
+        text = json.dumps(reference, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ToolkitError(f"a reference for the rule ifeval must be {FORM}: {error}") from error
+    return _instructions(text)
 
 
 @lru_cache(maxsize=4096)

@@ -172,19 +172,20 @@ def verify(
         The score, from 0 to 1 (None if the rule does not apply: no reference, no prompt, no tokens), and the reason.
 
     Raises:
-        ToolkitError: an unknown rule or setting, a reference that the rule cannot read, or, for `code` and
-            `lean`, a machine without a sandbox or checker.
+        ToolkitError: an unknown, invalid or missing setting, an unknown rule, an answer, prompt or reference of another
+            form, or, for `code` and `lean`, a machine without a sandbox or checker.
     """
     _check_settings(name, settings)
     rule = RULES[name]
+    if not isinstance(completion, str):
+        raise ToolkitError(f"an answer must be a text, not {completion!r:.60}")
     arguments = {
         "prompt": None if prompt is None else question_of(prompt),
         "reference": reference if reference is None or rule.of_rows else _reference_text(reference),
     }
     arguments = {key: value for key, value in arguments.items() if key in rule.parameters and value is not None}
     lacking = rule.parameters - rule.optional - set(arguments) - set(settings)
-    if rule.need is not None:
-        _refuse_unset(name, lacking - {"prompt", "reference"})
+    _refuse_unset(name, lacking - {"prompt", "reference"} - set(MEASURED))
     if lacking:
         return Verdict(None, f"no {min(lacking)} to compare with")
     return rule.judge(completion, **arguments, **settings)
@@ -193,8 +194,11 @@ def verify(
 def question_of(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
-    questions = [message["content"] for message in prompt if message["role"] == "user"]
-    return questions[-1] if questions else ""
+    questions = [message.get("content") for message in prompt if message.get("role") == "user"]
+    question = questions[-1] if questions else ""
+    if not isinstance(question, str):
+        raise ToolkitError(f"a prompt must be a text, or messages with a text as content, not {question!r:.60}")
+    return question
 
 
 def _reference_text(reference: Any) -> str:

@@ -129,6 +129,8 @@ def run_program(
                     fault = f"the program ended with exit code {code_of_end}"
             except Gone:
                 fault = "the program did not start"
+            except ValueError as error:
+                fault = str(error)  # too long to be sent
             except subprocess.TimeoutExpired:
                 fault = f"not done after {limits.seconds:g} s"
         if output.seek(0, 2) > limits.output * MIB:

@@ -129,6 +129,7 @@ def test_the_score_is_all_or_nothing_or_the_share() -> None:
         ("```python\na, b = map(int, input().split())\nprint(a + b)\n```", PROGRAM, 1),
         ("print(3)", PROGRAM, 0),
         ("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(1)", PROGRAM, 0),
+        (f"print(3) # {'long ' * 3_400_000}", PROGRAM, 0),
         ("if __name__ == '__main__':\n    print(sum(map(int, input().split())), ' ')", PROGRAM, 1),
         ("import math\nfrom collections import Counter\ndef add(a, b): return Counter(x=a + b)['x']", MBPP, 1),
         # A class of the answer's, made and filled by the tests; what changes in place; a tuple, a set, an iterator.
@@ -391,6 +392,10 @@ def test_without_isolation_it_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: A
         ({"test_list": ["assert ("]}, "test 1 of a reference is not Python"),
         ({"test_list": ["assert 1 == 1"]}, "calls no function that an answer could define"),
         ({"tests": [{"stdin": "1"}]}, "stdout of a reference must be a string"),
+        (
+            {"tests": [{"stdin": "1\ud800", "stdout": ""}]},
+            r"stdin of a reference holds '.ud800', which is no character",
+        ),
         ({"tests": ["1"]}, "must be a list of {stdin, stdout}"),
         (ROW | {"prompt": None}, "prompt of a reference must be a string"),
         (ROW | {"entry_point": "a b"}, "must be a name"),

@@ -228,7 +228,14 @@ def test_loose_leaves_out_what_stands_around_an_answer(answer: str, name: str) -
     ("reference", "why"),
     [
         ("7", "must be {instruction_id_list, kwargs}"),
-        ([1], "must be {instruction_id_list, kwargs}"),
+        (
+            [1],
+            r"^a reference for the rule ifeval must be \{instruction_id_list, kwargs\}, .* IFEval, not '\[1\]'$",
+        ),
+        (
+            ["\ud800", {1, 2}],
+            "rule ifeval must be {instruction_id_list, kwargs}, as in a row of IFEval: Object of type set",
+        ),
         ({"instruction_id_list": []}, "must be {instruction_id_list"),
         ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]}, "for each of 1 instructions"),
         (row("punctuation:no_coma", {}), "did you mean 'punctuation:no_comma'"),

@@ -1,5 +1,6 @@
 """The rules through their one entry, `conversations.verify`."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -61,6 +62,19 @@ def test_references_that_cannot_be_read(rule, reference):
     with pytest.raises(ToolkitError, match="reference"):
         verify(rule, "7", reference=reference)
     check_reference("format", reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"completion": None}, "an answer must be a text, not None"),
+        ({"prompt": [{"role": "user"}]}, "a prompt must be a text, or messages with a text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "1?"}]}]}, "a prompt must be a text, or"),
+    ],
+)
+def test_arguments_of_another_form_are_one_message(arguments, why):
+    with pytest.raises(ToolkitError, match=why):
+        verify("language", **{"completion": "7", "prompt": "3?", **arguments})
 
 
 def test_a_long_text_without_an_answer_is_no_reference():
@@ -314,6 +328,7 @@ def test_json_conforms_to_the_schema(text, good):
         ({"schema": {"$ref": "http://127.0.0.1:9/x.json"}}, "which is not looked up"),
         ({"schema": {"properties": {"a": {"$ref": "other.json"}}}}, "which is not looked up"),
         ({"schema": {"enum": {1, 2}}}, "must be a JSON schema"),
+        ({"schema": {"items": {"$ref": "#/$defs/node"}}}, "refers to '#/.defs/node', which it does not define"),
         ({"tags": ["a b"]}, "must be names"),
         ({"tags": [3]}, "must be names"),
         ({"tags": "think"}, "must be a list"),
@@ -333,6 +348,37 @@ def test_a_schema_may_refer_to_itself():
     tree = {"$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}
     assert verify("format", "[[], [[]]]", schema=tree).score == 1
     assert verify("format", "[[], [1]]", schema=tree).score == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("[" * 300 + "]" * 300, {"items": {"$ref": "#"}}),
+        ("1" + "0" * 400, {"multipleOf": 0.1}),
+    ],
+)
+def test_json_that_cannot_be_checked_scores_nothing(text, schema):
+    verdict = verify("format", text, schema=schema)
+    assert verdict.score == 0 and "the JSON cannot be checked: " in verdict.reason
+
+
+SLOW = r"^(\w?\w?\w?\w?\s?)+(\w|\w\w|\s)+(\w|\w\w|\s)+!$"
+
+
+@pytest.mark.parametrize("schema", [{"pattern": SLOW}, {"patternProperties": {SLOW: {}}}])
+def test_a_pattern_of_a_schema_has_a_time_limit(schema, monkeypatch):
+    monkeypatch.setattr("conversations.answers.text.MOST_SECONDS", 0.002)
+    text = " ".join(f"w{i}x{i * 7}" for i in range(200)) + " ! a"
+    with pytest.raises(ToolkitError, match=r"took more than 0\.002 s, .* without nested repeats"):
+        verify("format", json.dumps(text if "pattern" in schema else {text: 1}), schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [('"aa"', 1), ('"ab"', 0), ("7", 1), ('{"aa": 1}', 1), ('{"aa": "1"}', 0), ('{"b": "1"}', 1)]
+)
+def test_patterns_of_a_schema(text, score):
+    schema = {"pattern": "^a+$", "patternProperties": {"^a": {"type": "integer"}}}
+    assert verify("format", text, schema=schema).score == score
 
 
 # --- length
@@ -356,7 +402,8 @@ def test_length_never_grows_with_the_tokens(max_tokens, data):
 
 def test_length_says_nothing_without_a_number_of_tokens():
     assert verify("length", "a", max_tokens=9, buffer=3) == Verdict(None, "no tokens to compare with")
-    assert verify("length", "a", tokens=9).score is None
+    with pytest.raises(ToolkitError, match="needs the settings buffer, max_tokens"):
+        verify("length", "a", tokens=9)
 
 
 @pytest.mark.parametrize(
