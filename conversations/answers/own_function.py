@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def loaded(function_spec: str) -> Callable[..., Any]:
     sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE` does
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would end the run
         raise ToolkitError(located_error(path, error)) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -50,13 +50,14 @@ def check_loaded(specs: Sequence[str]) -> list[bool]:
     return [callable(loaded(spec)) for spec in specs]
 
 
-def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """The function's values for answers, each {"prompt": messages, "completion": text, and columns of its row}. The
-    function receives lists: prompts, completions (lists of messages), and the columns that it has parameters for.
+def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | ToolkitError | None]:
+    """The function's values for answers, each {"prompt": messages, "completion": text, and columns of its row}; a
+    ToolkitError for what is not a number or None, and for each answer if there is not one value for each.
+
+    The function receives lists: prompts, completions (lists of messages), and the columns that it has parameters for.
 
     Raises:
-        ToolkitError: the function raised an error (the message names its line), or did not return a number or None for
-            each answer.
+        ToolkitError: the function raised an error (the message names its line).
     """
     function = loaded(spec)
     columns = {key: [answer[key] for answer in answers] for key in answers[0] if key not in ("prompt", "completion")}
@@ -69,24 +70,27 @@ def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
         values = function(prompts=prompts, completions=completions, **columns)
         if inspect.iscoroutine(values):
             values = asyncio.run(values)
+        if isinstance(values, (str, Mapping, Set)):  # a mapping's keys would pass for values
+            raise TypeError(f"it returned a {type(values).__name__}, not a list with a number or None for each answer")
         values = list(values)
-    except Exception as error:
+    except BaseException as error:  # sys.exit() would end the run
         raise ToolkitError(located_error(place_of(spec)[0], error)) from error
     if len(values) != len(answers):
-        raise ToolkitError(f"{spec}: returned {counted(len(values), 'value')} for {counted(len(answers), 'answer')}")
+        wrong = f"{spec}: returned {counted(len(values), 'value')} for {counted(len(answers), 'answer')}"
+        return [ToolkitError(wrong)] * len(answers)
     return [_number(spec, value) for value in values]
 
 
-def _number(spec: str, value: Any) -> float | None:
+def _number(spec: str, value: Any) -> float | ToolkitError | None:
     if value is None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ToolkitError(f"{spec}: returned {value!r:.60}; it must return a number or None for each answer") from None
+    except (TypeError, ValueError, OverflowError):
+        return ToolkitError(f"{spec}: returned {value!r:.60}; it must return a number or None for each answer")
 
 
-def located_error(path: Path, error: Exception) -> str:
+def located_error(path: Path, error: BaseException) -> str:
     """The error, with the line of the user's file."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}: {error.msg}"

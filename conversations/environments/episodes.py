@@ -90,7 +90,7 @@ class Players:
             return self.loop.run(_awaited(result)) if inspect.isawaitable(result) else result
         except ToolkitError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolkitError(
                 f"environment {self.environment.written}: {method.__name__} failed: {self.environment.located(error)}"
             ) from error
@@ -156,8 +156,8 @@ class Episodes:
             return ValueError(f"there is no tool {call.name}")
         try:
             return getattr(instance, call.name)(**call.arguments)
-        except Exception as error:  # for the model to read
-            return error
+        except (Exception, SystemExit) as error:  # for the model to read
+            return _readable(error)
 
     def _results(self, attempts: Sequence[tuple[Episode, Any]]) -> Iterator[str]:
         """The results as text, in order; counts calls and failures."""
@@ -206,4 +206,16 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 async def _gathered(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*waiting, return_exceptions=True)
+    return await asyncio.gather(*map(_attempted, waiting), return_exceptions=True)
+
+
+async def _attempted(result: Awaitable[Any]) -> Any:
+    try:
+        return await result
+    except SystemExit as error:
+        return _readable(error)
+
+
+def _readable(error: BaseException) -> Exception:
+    """What a tool raised; for SystemExit, which would end the run, an error that does not."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")

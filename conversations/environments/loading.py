@@ -46,7 +46,7 @@ class Environment:
             return self.make(**self.settings)
         except ToolkitError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolkitError(f"environment {self.written}: {self.located(error)}") from error
 
     @cached_property
@@ -89,7 +89,7 @@ class Environment:
         """Whether it judges answers itself."""
         return callable(getattr(self.make, "get_reward", None))
 
-    def located(self, error: Exception) -> str:
+    def located(self, error: BaseException) -> str:
         """An error of the environment, with the line of its file where it has one."""
         module, _ = module_and_class(self.written)
         if module.endswith(".py"):

@@ -27,6 +27,8 @@ class FunctionReward(Reward):
         ToolkitError: `written` does not name a function in a file.
     """
 
+    gives_reasons = True  # of answers for which the function failed
+
     def __init__(
         self,
         written: str,
@@ -55,6 +57,8 @@ class FunctionReward(Reward):
         if failed and self.on_error == "error":
             error = next(iter(failed.values()))
             raise ToolkitError(self._message_of(error)) from error
+        why = {key: self._message_of(error) for key, error in failed.items()}
+        self.reasons = [why.get(self._key(answer)) for answer in answers]
         self.values |= {key: value for key, value in result_of.items() if key not in failed}
         if len(self.values) > REMEMBERED:
             self.values = {key: self.values[key] for key in map(self._key, answers) if key in self.values}

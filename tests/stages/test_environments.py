@@ -355,6 +355,9 @@ def test_an_environment_names_what_is_wrong_with_it(tmp_path: Path):
     fails = load_environment(file(reset.replace("pass", "return row['y']") + "    def f(self):\n        'f'\n"), {})
     with pytest.raises(ToolkitError, match=r"reset failed: .*env_\d.py:3: KeyError: 'y'"):
         Players(fails, TOKENIZER).begin([{"prompt": user("a")}])
+    leaves = load_environment(file(reset.replace("pass", "exit(0)") + "    def f(self):\n        'f'\n"), {})
+    with pytest.raises(ToolkitError, match=r"reset failed: .*env_\d.py:3: SystemExit: 0"):
+        Players(leaves, TOKENIZER).begin([{"prompt": user("a")}])
     number = load_environment(file(reset.replace("pass", "return 3") + "    def f(self):\n        'f'\n"), {})
     with pytest.raises(ToolkitError, match="reset returned 3; it must return text"):
         Players(number, TOKENIZER).begin([{"prompt": user("a")}])
@@ -364,6 +367,31 @@ def test_an_environment_names_what_is_wrong_with_it(tmp_path: Path):
         Players(fails, TOKENIZER).reward(SimpleNamespace(get_reward=lambda: "high"))
     with pytest.raises(ToolkitError, match="takes no arguments"):
         load_environment("conversations.environments:Calculator", {"sharp": 1}).instance()
+
+
+EXITS = """class E:
+    def reset(self, **row):
+        pass
+
+    {kind} compute(self, text: str):
+        '''Compute.
+
+        Args:
+            text: what.
+        '''
+        return str(eval(text))
+"""
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_tool_that_exits_is_an_error_for_the_model_to_read(kind: str, tmp_path: Path):
+    """As one that evaluates what the model writes may be told to."""
+    path = tmp_path / "exits.py"
+    path.write_text(EXITS.format(kind=kind))
+    playing = Players(load_environment(f"{path}:E", {}), TOKENIZER).begin([{"prompt": user("a")}])
+    call = '<tool_call>\n{"name": "compute", "arguments": {"text": "exit(0)"}}\n</tool_call>'
+    (read,) = playing.after_turn([0], [ids_of(call)])
+    assert playing.episodes[0].failures == 1 and "SystemExit: 0" in TOKENIZER.decode(read)
 
 
 @pytest.mark.parametrize(

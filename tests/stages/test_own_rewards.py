@@ -80,6 +80,30 @@ async def breaks(prompts, completions):
     return [1 / (c[-1]["content"] != "bad") for c in completions]
 
 
+def leaves(prompts, completions):
+    import sys
+
+    sys.exit(0)
+
+
+async def cancels(prompts, completions):
+    import asyncio
+
+    raise asyncio.CancelledError
+
+
+def by_number(prompts, completions):
+    return dict(enumerate([1.0] * len(prompts)))
+
+
+def huge(prompts, completions):
+    return [10**400] * len(prompts)
+
+
+def one(prompts, completions):
+    return [1.0]
+
+
 def known(completions, prompts, tokens, finished):
     return [count + done for count, done in zip(tokens, finished)]
 """
@@ -128,6 +152,10 @@ def test_it_is_called_as_trl_calls_it() -> None:
         ("few", "bad.py:few: returned 2 values for 1 answer"),
         ("words", "bad.py:words: returned 'a'; it must return a number or None for each answer"),
         ("dies", "bad.py:dies: its process ended"),
+        ("leaves", "bad.py:68: SystemExit: 0"),
+        ("cancels", "bad.py:74: CancelledError"),
+        ("by_number", "bad.py: TypeError: it returned a dict, not a list with a number or None for each answer"),
+        ("huge", "bad.py:huge: returned 1000000"),
         ("none", "bad.py: defines no function none"),
         ("NUMBER", "bad.py: defines no function NUMBER"),
     ],
@@ -147,6 +175,7 @@ def test_check_calls_it_on_one_row(name: str, why: str, bad: Path, capsys: Any) 
         ({"python": "bad.py:a-b"}, "must be"),
         ({"python": "other.py:f"}, "other.py: there is no such file"),
         ({"python": "broken.py:f"}, "broken.py:1: "),
+        ({"python": "leaves.py:f"}, "leaves.py:2: SystemExit: 0"),
         ({"rule": "number", "timeout": 3}, "timeout and workers belong to a function"),
         ({"python": "bad.py:raises", "clip": 1}, "clip belongs to a reward model"),
         ({"python": "bad.py:raises", "rule": "number"}, "needs one of model, rule and python"),
@@ -156,6 +185,7 @@ def test_check_calls_it_on_one_row(name: str, why: str, bad: Path, capsys: Any) 
 )
 def test_what_cannot_be_is_one_message(reward: dict[str, Any], why: str, bad: Path, capsys: Any) -> None:
     Path("broken.py").write_text("def f(:\n")
+    Path("leaves.py").write_text("import sys\nsys.exit(0)\n")
     words = ["check", "tiny/rl_reasoning", "model.path=base", "model.preset=tiny", "output_dir=run"]
     assert dsv2([*words, f"rewards=[{json.dumps(reward)}]"]) == 2
     said = capsys.readouterr().err
@@ -178,6 +208,18 @@ def test_what_fails_counts_as_on_error_says(bad: Path) -> None:
     assert judged("bad.py:nothing", "a", "b") == [None, None]
     with pytest.raises(ToolkitError, match="no finite value"):
         FunctionReward("bad.py:nan")(**rows, completions=said)
+
+
+def test_a_count_that_is_wrong_is_an_error_whatever_the_batch(bad: Path) -> None:
+    with pytest.raises(ToolkitError, match=r"bad.py:one: returned 1 value for 2 answers"):
+        judged("bad.py:one", "a", "b")
+
+
+def test_what_fails_has_a_reason(bad: Path) -> None:
+    reward = FunctionReward("bad.py:raises_once", on_error="skip")
+    assert reward.judged(answers("good", "bad", "good", "bad")) == [1.0, None, 1.0, None]
+    assert reward.reasons == [None, why := "bad.py:17: ZeroDivisionError: division by zero", None, why]
+    reward.workers.close()
 
 
 @pytest.mark.parametrize("name", ["waits", "breaks"])
