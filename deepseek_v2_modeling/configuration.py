@@ -40,7 +40,8 @@ SPEED = "bias_update_speed"
 CORRECTION_BIAS = "e_score_correction_bias"  # the buffer of a router, float32 in memory and on disk
 DEFAULT_THETA = 10000.0
 YARN_LENGTH = 4096  # the official default; stock uses max_position_embeddings, which is the length after scaling
-NOT_NEGATIVE = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha", SPEED)
+BALANCE_LOSSES = ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha")
+NOT_NEGATIVE = (*BALANCE_LOSSES, SPEED)
 # Upper bounds, many times the values of the largest existing models.
 LARGEST = {
     "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000,

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from .checkpoints.sources import Head
 from .checkpoints.strict import match_sources
 from .checkpoints.tensor_files import base_headers
-from .configuration import DeepseekV2Config, check_config, check_sizes
+from .configuration import BALANCE_LOSSES, DeepseekV2Config, check_config, check_sizes
 from .errors import ModelError
 from .layers.quantization import Quantization, quantize_layers
 from .model_classes import model_class
@@ -51,6 +51,11 @@ def apply_settings(
         check_config(settings)
     except (ModelError, StrictDataclassError) as error:
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
+    is_dense = not any(map(settings.is_moe_layer, range(settings.num_hidden_layers)))
+    if idle := [key for key in BALANCE_LOSSES if is_dense and changes.get(key)]:
+        raise ModelError(
+            f"model.config: {idle[0]} is {changes[idle[0]]}: the model has no routed experts; leave it out"
+        )
     return settings
 
 

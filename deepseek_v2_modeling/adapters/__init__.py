@@ -8,7 +8,7 @@ from .exporting import export_adapter
 from .files import match_adapter
 from .importing import import_adapter
 from .loading import load_adapter
-from .lora import adapted_modules, apply_lora, check_targets, lora_config
+from .lora import adapted_modules, apply_lora, check_new_targets, lora_config
 from .merge import merge_lora
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "adapted_modules",
     "apply_lora",
     "check_mergeable",
-    "check_targets",
+    "check_new_targets",
     "copied_bytes",
     "export_adapter",
     "hub_weights",

@@ -193,6 +193,19 @@ def check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             raise ModelError(f'the LoRA target "{name}" matches nothing in this model: leave it out')
 
 
+def check_new_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise ModelError as `check_targets`, and for embeddings that are the lm_head too: they would differ, so that the
+    adapter could not be merged."""
+    check_targets(model, config)
+    adapted = set(config.target_modules or ())
+    tied = [name for name in ("embeddings", "lm_head") if set(PROJECTIONS[name].modules) & adapted]
+    if tied and model.config.tie_word_embeddings:
+        raise ModelError(
+            f'the LoRA target "{tied[0]}": embeddings and lm_head of this model are one (tie_word_embeddings), and '
+            "would differ: leave it out"
+        )
+
+
 def apply_lora(
     model: PreTrainedModel, config: LoraConfig, dropout: float | None = None, experts: ExpertChoice | None = None
 ) -> PeftModel:
@@ -204,10 +217,12 @@ def apply_lora(
         experts: the routed experts that get adapters; None for all.
 
     Raises:
-        ModelError: the model is not one of this package or has adapters already, a target matches nothing in it, or
-            experts do not exist.
+        ModelError: the model is not one of this package or has adapters already, a target matches nothing in it or is
+            tied to another weight, or experts do not exist.
     """
     runtime_dropout: float = getattr(config, "runtime_dropout", 0.0) if dropout is None else dropout
+    check_model(model)
+    check_new_targets(model, config)
     peft_model = wrap(model, config)
     if experts is not None:
         train_chosen_adapters(peft_model, experts)

@@ -25,7 +25,7 @@ from ..errors import ModelError, ShapeError
 from ..layers.quantization import quantization_of, storages, tell_shapes
 from .finite import check_weights
 from .hub_layout import COMPUTED, Piece, Shape, hub_layout, is_extra_layer, summed_up, without_extra_layers
-from .lazy_tensors import BlockScaled, FusedExperts, QuantizedSource, with_scales
+from .lazy_tensors import SCALES, BlockScaled, FusedExperts, QuantizedSource, with_scales
 from .offloading import keep_readable
 from .refusals import asked_quantization, check_directory, check_keywords, check_quantization, check_source
 from .tensor_files import FLOATS, info_of, open_files
@@ -244,9 +244,10 @@ def check_numbers(where: str, dtypes: Mapping[str, str]) -> None:
     """Raise ModelError for tensors that are not floating-point numbers, which are quantised and need scales. dtypes:
     {tensor: code of its dtype}."""
     if wrong := [name for name, dtype in dtypes.items() if dtype not in FLOATS]:
+        missing = f" without its scales {wrong[0]}{SCALES}" if dtypes[wrong[0]] == "F8_E4M3" else ""
         raise ModelError(
-            f"{where}: {wrong[0]} is stored as {dtypes[wrong[0]]}: the weights are quantised; name the original model, "
-            f"whose weights are one of {', '.join(FLOATS)}"
+            f"{where}: {wrong[0]} is stored as {dtypes[wrong[0]]}{missing}: the weights are quantised; name the "
+            f"original model, whose weights are one of {', '.join(FLOATS)}"
         )
 
 

@@ -15,7 +15,7 @@ from conversations.rendering.own_template import OwnTemplate
 from conversations.rendering.template import TEMPLATES, has_other_template, install_template, usable_template
 from conversations.sections import LoraSection, ModelSection, ModelUse, StageRecipe, TrainingRecipe
 from deepseek_v2_modeling import PRESETS, DeepseekV2Config, preset_config
-from deepseek_v2_modeling.adapters import check_targets, match_adapter
+from deepseek_v2_modeling.adapters import check_new_targets, match_adapter
 from deepseek_v2_modeling.esft import ExpertChoice, read_choice
 from deepseek_v2_modeling.loading import (
     TASKS,
@@ -142,7 +142,7 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         Parallel(recipe.parallel.fsdp, recipe.parallel.ep).check_experts(settings.n_routed_experts)
     outline = meta_model(settings, head, recipe.model.quantization)
     if trained and recipe.lora is not None:
-        check_targets(outline, lora_settings(recipe.lora).config(TASKS[head]))
+        check_new_targets(outline, lora_settings(recipe.lora).config(TASKS[head]))
     check_files(foundation, settings, head, recipe.model.path)
     return settings
 

@@ -285,6 +285,15 @@ def test_settings_of_siblings_that_cannot_work(name: str, settings: dict[str, An
         apply_settings(member_config(name), "causal_lm", settings)
 
 
+def test_a_dense_model_has_no_balance_to_change():
+    """Its config.json has the settings by default; one that a recipe gives would have no effect."""
+    settings = member_config("youtu", aux_loss_alpha=0.001)
+    with pytest.raises(ModelError, match=r"model\.config: aux_loss_alpha is 0\.01: the model has no routed experts"):
+        apply_settings(settings, "causal_lm", {"aux_loss_alpha": 0.01})
+    assert apply_settings(settings, "causal_lm", {"aux_loss_alpha": 0}).aux_loss_alpha == 0
+    assert apply_settings(member_config("v3"), "causal_lm", {"aux_loss_alpha": 0.01}).aux_loss_alpha == 0.01
+
+
 @pytest.mark.parametrize("name", ["glm", "youtu"])
 def test_stocks_classes_of_siblings_need_no_warning(name: str):
     assert stock_differences(member_config(name)) == ()

@@ -17,7 +17,14 @@ from peft import (
 from peft.tuners.lora.layer import ParamWrapper
 
 from deepseek_v2_modeling import DeepseekV2ForCausalLM, ModelError, apply_lora, lora_config
-from deepseek_v2_modeling.adapters.lora import GROUPS, ONLY_IN, PROJECTIONS, absolute_base, adapted_modules
+from deepseek_v2_modeling.adapters.lora import (
+    GROUPS,
+    ONLY_IN,
+    PROJECTIONS,
+    absolute_base,
+    adapted_modules,
+    check_new_targets,
+)
 from deepseek_v2_modeling.loading import load_base
 
 from ..helpers.models import SMALL, logits_of, random_adapter, random_ids, shake, small_model, stock_twin
@@ -350,6 +357,17 @@ def test_target_that_matches_nothing(target: str, changes: dict[str, Any]):
     """PEFT says nothing when at least one target matches."""
     with pytest.raises(ModelError, match=target):
         apply_lora(small_model(**changes), lora_config(["attention", target], r=2))
+
+
+@pytest.mark.parametrize("target", ["embeddings", "lm_head"])
+def test_a_target_that_is_tied(target: str):
+    """Its adapter could be trained, but not merged."""
+    model = small_model(tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=f'"{target}".*tie_word_embeddings'):
+        apply_lora(model, lora_config(["attention", target], r=2))
+    with pytest.raises(ModelError, match=f'"{target}".*tie_word_embeddings'):
+        check_new_targets(model, lora_config([target], r=2))
+    apply_lora(model, lora_config(["attention"], r=2))
 
 
 @pytest.mark.parametrize(
