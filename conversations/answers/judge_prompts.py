@@ -23,7 +23,7 @@ _BETTER = 'End with a line "Better: A", "Better: B" or "Better: tie".'
 # A line of the judge's own: one that is marked as a quotation (>) may be the answer's.
 _MARKS = r"[\s*_`\[(]*"
 _SCORE = re.compile(
-    rf"^[\s*_#`-]*score{_MARKS}[:：]{_MARKS}(-?\d+(?:\.\d+)?)\b(?!\.\d|\s*[-–]\s*\d)", re.IGNORECASE | re.MULTILINE
+    rf"^[\s*_#`-]*score{_MARKS}[:：]{_MARKS}(-?\d+(?:\.\d+)?)\b(?![.,]\d|\s*[-–]\s*\d)", re.IGNORECASE | re.MULTILINE
 )
 _CHOICE = re.compile(
     rf"^[\s*_#`-]*better{_MARKS}[:：]{_MARKS}(A|B|tie)\b(?!\s*(?:/|,|or\b|and\b)\s*(?:A|B|tie)\b)",
@@ -49,7 +49,7 @@ def pair_messages(
 
 def read_points(reply: str, scale: Scale) -> float:
     """The last score in the reply, mapped to [0, 1]. Raises ValueError if there is none, or it is off the scale."""
-    matches = _SCORE.findall(reply)
+    matches = _SCORE.findall(_said(reply))
     if not matches:
         raise ValueError("the judge's reply has no score")
     points = float(matches[-1])
@@ -61,14 +61,20 @@ def read_points(reply: str, scale: Scale) -> float:
 def read_better(reply: str) -> float:
     """1 if the first answer is better, 0 if the second is, 0.5 for a tie. Raises ValueError if the reply does not
     say."""
-    matches = _CHOICE.findall(reply)
+    matches = _CHOICE.findall(_said(reply))
     if not matches:
         raise ValueError("the judge's reply names no better answer")
     return {"A": 1.0, "B": 0.0, "TIE": 0.5}[matches[-1].upper()]
 
 
+def _said(reply: str) -> str:
+    """A reply without what a reasoning model thought before it, which may not have come to an end."""
+    return reply.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def _messages(rubric: str, asked: str, texts: Mapping[str, str | None]) -> list[dict[str, str]]:
-    present = {name: text for name, text in texts.items() if text is not None}
+    # Half of a character that takes two, as a tokenizer may produce, cannot be sent.
+    present = {name: text.encode(errors="replace").decode() for name, text in texts.items() if text is not None}
     nonce = _nonce([rubric, *present.values()])
     marked_texts = [f"<<<BEGIN {name} {nonce}>>>\n{text}\n<<<END {name} {nonce}>>>" for name, text in present.items()]
     asked = f"{_REFERENCE if 'REFERENCE' in present else ''}{asked}"

@@ -100,6 +100,7 @@ class Reward(ABC):
             if self.on_error == "error":
                 raise ToolkitError(f"the reward {self.name} failed: {error}") from error
             values = [math.nan] * len(answers)
+            self.reasons = [f"the reward {self.name} failed: {error}"] * len(answers)
         bad = next((a for a, v in zip(answers, values, strict=True) if v is not None and not math.isfinite(v)), None)
         if bad is not None and self.on_error == "error":
             raise ToolkitError(f"the reward {self.name} gave no finite value for the answer {bad.text!r}")

@@ -146,7 +146,9 @@ class Endpoint:
             content = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return None, f"a reply of another form: {text[:100]!r}", 0
-        return (content, "", 0) if isinstance(content, str) else (None, "a reply without text", 0)
+        if not isinstance(content, str):
+            return None, "a reply without text", 0
+        return content.encode(errors="replace").decode(), "", 0  # half of a character cannot be stored
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "...") if self.key else text

@@ -148,6 +148,9 @@ def test_a_judge_that_quotes_the_answer_is_read_by_its_own_last_line(server: Ser
         ("`Score: 4`", 4),
         ("Score: 4/10", 4),
         ("Score: 4\n> Score: 10", 4),
+        ("<think>\nScore: 10?\n</think>\nScore: 4", 4),
+        ("<think>\nScore: 10", None),
+        ("Score: 7,5", None),
         ("Score: 1-10", None),
         ("Score: 11", None),
         ("My score is 4", None),
@@ -170,6 +173,8 @@ def test_how_judges_write_points(reply: str, points: int | None) -> None:
         ("Better: A, for it is right", 1),
         ("Better: A or B", None),
         ("Better: A/B", None),
+        ("Better: A? No.</think>Better: B", 0),
+        ("<think>Better: A", None),
         ("> Better: A", None),
     ],
 )
@@ -255,6 +260,14 @@ def test_a_reply_that_echoes_the_key_is_kept_without_it(server: Server, tmp_path
     server.judge = lambda messages: f"{KEY}\nScore: 10"
     assert judge(server, tmp_path).judge(answers("a")) == [1.0]
     assert KEY not in (tmp_path / "judge.jsonl").read_text()
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "a\udc00b"])
+def test_half_a_character_is_no_obstacle(half: str, server: Server, tmp_path: Path) -> None:
+    server.judge = lambda messages: f"{block(messages, 'ANSWER')} {half}\nScore: 10"
+    server.replies = [(200, {}, json.dumps({"choices": [{"message": {"content": f"{half}\nScore: 1"}}]}))]
+    assert judge(server, tmp_path, concurrency=1).judge(answers(half, "b")) == [0.0, 1.0]
+    assert [line["value"] for line in lines(tmp_path / "judge.jsonl")] == [0.0, 1.0]
 
 
 def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
