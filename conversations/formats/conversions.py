@@ -125,9 +125,9 @@ def _conversation(row: Row, key: str) -> list[Turn]:
 # --- Rows, by kind
 
 
-def conversation(row: Row, key: str) -> Row:
+def conversation(row: Row, key: str, *, may_be_empty: bool = False) -> Row:
     turns = _conversation(row, key)
-    check_turns(turns)
+    check_turns(turns, empty_last=may_be_empty)
     return {"messages": as_messages(turns)}
 
 
@@ -139,12 +139,12 @@ def prompt_only(row: Row, key: str) -> Row:
     return {"messages": as_messages(turns)}
 
 
-def question(row: Row, prompt_key: str, answer_key: str) -> Row:
-    return {"messages": as_messages(_exchange(row, prompt_key, answer_key))}
+def question(row: Row, prompt_key: str, answer_key: str, *, may_be_empty: bool = False) -> Row:
+    return {"messages": as_messages(_exchange(row, prompt_key, answer_key, may_be_empty=may_be_empty))}
 
 
-def gsm8k_question(row: Row, prompt_key: str, answer_key: str) -> Row:
-    converted = question(row, prompt_key, answer_key)
+def gsm8k_question(row: Row, prompt_key: str, answer_key: str, *, may_be_empty: bool = False) -> Row:
+    converted = question(row, prompt_key, answer_key, may_be_empty=may_be_empty)
     result = _GSM8K_RESULT.search(converted["messages"][-1]["content"])
     return converted | ({"reference": result[1]} if result else {})
 
@@ -253,8 +253,9 @@ def ranked(row: Row, prompt_key: str, outputs: tuple[str, str], verdict: str, ba
     return pair(row | {"chosen": row[chosen], "rejected": row[rejected]}, prompt_key)
 
 
-def judged(row: Row, convert: Callable[[Row], Row], verdict: str) -> Row:
-    converted = convert(row)
+def judged(row: Row, convert: Callable[..., Row], verdict: str) -> Row:
+    """An answer with a verdict. It may be empty, as in a pair."""
+    converted = convert(row, may_be_empty=True)
     messages = converted.pop("messages")
     if messages[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end with an assistant turn")

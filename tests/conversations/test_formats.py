@@ -214,6 +214,20 @@ def test_one_side_of_a_pair_may_be_an_empty_answer():
     assert row == PAIR | {"chosen": [assistant("")]}
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"prompt": "Q", "completion": "", "score": 0.5},
+        {"prompt": [user("Q")], "completion": [assistant("")], "score": 0.5},
+        {"messages": [user("Q"), assistant("")], "score": 0.5},
+        {"question": "Q", "answer": "", "score": 0.5},
+    ],
+)
+def test_an_answer_with_a_verdict_may_be_empty(source):
+    """As those that `dsv2 pairs` writes may be."""
+    assert convert_row(source)[1] == {"prompt": [user("Q")], "completion": [assistant("")], "score": 0.5}
+
+
 def test_other_keys_go_to_meta_and_meta_is_kept():
     source = {"prompt": "Q", "kind": "safe", "none": None, "meta": {"language": "en"}, "reference": "4"}
     _, row = convert_row(source)
