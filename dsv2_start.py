@@ -6,6 +6,7 @@ Importing this module puts the toolkit's own directory before all others, if som
 """
 
 import gc
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +51,13 @@ def main() -> int:
         message = (
             f"{HOME / name} is no longer the toolkit's own: {error}; install the toolkit in an environment of its own"
         )
+    except KeyboardInterrupt:  # while modules are imported; afterwards the command line sees to it
+        print("interrupted; nothing was finished", file=sys.stderr)
+        return 130
     finally:
         gc.freeze()  # else Python looks through all that torch and others have made once more, for over a second
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # else one that comes while Python ends is a traceback
     print("error:", message.encode("unicode_escape").decode(), file=sys.stderr)
     return 2
 

@@ -159,3 +159,30 @@ def test_sigterm_ends_like_ctrl_c(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.startswith("interrupted")
+
+
+INTERRUPTED = """
+import atexit, os, signal, sys
+import dsv2_start
+
+class Interrupting:
+    def find_spec(name, *rest):
+        if name == "recipes.launch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+if sys.argv[1] == "at the beginning":
+    sys.meta_path.insert(0, Interrupting)
+else:
+    atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.argv[1:] = ["--version"]
+sys.exit(dsv2_start.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "said"),
+    [("at the beginning", 130, "interrupted; nothing was finished\n"), ("at the end", -signal.SIGTERM, "")],
+)
+def test_a_signal_before_and_after_the_command_is_no_traceback(when: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, when], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
