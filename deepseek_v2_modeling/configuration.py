@@ -57,6 +57,11 @@ SMALLEST = {
     "rms_norm_eps": 0.0, "initializer_range": 0.0, "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 0,
 }  # fmt: skip
+# Settings without an effect where no layer has routed experts, and where attention is plain.
+OF_EXPERTS = (
+    *BALANCE_LOSSES, "seq_aux", "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "n_group",
+    "topk_group",
+)  # fmt: skip
 OF_LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Numbers of the RoPE settings, and whether they may be 0.
 ROPE_NUMBERS = {

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from .checkpoints.sources import Head
 from .checkpoints.strict import match_sources
 from .checkpoints.tensor_files import base_headers
-from .configuration import BALANCE_LOSSES, DeepseekV2Config, check_config, check_sizes
+from .configuration import OF_EXPERTS, OF_LATENTS, DeepseekV2Config, check_config, check_sizes
 from .errors import ModelError
 from .layers.quantization import Quantization, quantize_layers
 from .model_classes import model_class
@@ -51,12 +51,18 @@ def apply_settings(
         check_config(settings)
     except (ModelError, StrictDataclassError) as error:
         raise ModelError(f"model.config: {' '.join(str(error).split())}") from error
-    is_dense = not any(map(settings.is_moe_layer, range(settings.num_hidden_layers)))
-    if idle := [key for key in BALANCE_LOSSES if is_dense and changes.get(key)]:
-        raise ModelError(
-            f"model.config: {idle[0]} is {changes[idle[0]]}: the model has no routed experts; leave it out"
-        )
+    _check_effects(settings, changes)
     return settings
+
+
+def _check_effects(settings: DeepseekV2Config, changes: Mapping[str, Any]) -> None:
+    """Raise ModelError for a change of what the model has not."""
+    is_dense = not any(map(settings.is_moe_layer, range(settings.num_hidden_layers)))
+    for lacks, keys, why in (
+        (is_dense, OF_EXPERTS, "no routed experts"), (not settings.uses_latents, OF_LATENTS, "no latent attention"),
+    ):  # fmt: skip
+        if idle := [key for key in keys if lacks and changes.get(key)]:
+            raise ModelError(f"model.config: {idle[0]} is {changes[idle[0]]}: the model has {why}; leave it out")
 
 
 def meta_model(settings: DeepseekV2Config, head: Head, quantization: Quantization | None = None) -> Any:

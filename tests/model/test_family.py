@@ -285,13 +285,22 @@ def test_settings_of_siblings_that_cannot_work(name: str, settings: dict[str, An
         apply_settings(member_config(name), "causal_lm", settings)
 
 
-def test_a_dense_model_has_no_balance_to_change():
-    """Its config.json has the settings by default; one that a recipe gives would have no effect."""
-    settings = member_config("youtu", aux_loss_alpha=0.001)
-    with pytest.raises(ModelError, match=r"model\.config: aux_loss_alpha is 0\.01: the model has no routed experts"):
-        apply_settings(settings, "causal_lm", {"aux_loss_alpha": 0.01})
-    assert apply_settings(settings, "causal_lm", {"aux_loss_alpha": 0}).aux_loss_alpha == 0
-    assert apply_settings(member_config("v3"), "causal_lm", {"aux_loss_alpha": 0.01}).aux_loss_alpha == 0.01
+@pytest.mark.parametrize(
+    ("name", "key", "value", "lacks"),
+    [
+        ("youtu", "aux_loss_alpha", 0.01, "routed experts"),
+        ("youtu", "num_experts_per_tok", 2, "routed experts"),
+        ("moe", "kv_lora_rank", 8, "latent attention"),
+        ("plain", "v_head_dim", 8, "latent attention"),
+    ],
+)
+def test_changes_without_an_effect(name: str, key: str, value: float, lacks: str):
+    """A config.json may have the settings; one that a recipe gives is meant to do something."""
+    settings = member_config(name, **{key: value})
+    with pytest.raises(ModelError, match=rf"model\.config: {key} is {value}: the model has no {lacks}"):
+        apply_settings(settings, "causal_lm", {key: value})
+    apply_settings(settings, "causal_lm", {"aux_loss_alpha": 0})
+    assert getattr(apply_settings(member_config("v3"), "causal_lm", {key: value}), key) == value
 
 
 @pytest.mark.parametrize("name", ["glm", "youtu"])
