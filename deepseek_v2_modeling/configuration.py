@@ -307,8 +307,9 @@ def check_settings(config: DeepseekV2Config) -> None:
             f"{SPEED} is {getattr(config, SPEED)!r}: the routers of {config.architecture} have no biases; leave it out"
         )
     for name in NOT_NEGATIVE:
-        if not getattr(config, name, 0) >= 0:
-            raise ModelError(f"{name} is {getattr(config, name)}: it must be at least 0")
+        value = getattr(config, name, 0)
+        if not isinstance(value, int | float) or not value >= 0:
+            raise ModelError(f"{name} is {value!r}: it must be a number of at least 0")
 
 
 def check_config(config: DeepseekV2Config) -> None:

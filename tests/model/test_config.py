@@ -244,6 +244,7 @@ def test_whole_numbers_are_numbers(tmp_path: Path, name: str):
         ({"topk_group": 5}, ["topk_group", "5", "4"]),
         ({"topk_group": 1}, ["topk_group", "1", "3"]),
         ({"aux_loss_alpha": -0.01}, ["aux_loss_alpha", "-0.01"]),
+        ({"bias_update_speed": None}, ["bias_update_speed is None", "a number"]),
         ({"device_aux_loss_alpha": -1}, ["device_aux_loss_alpha", "-1"]),
         ({"comm_aux_loss_alpha": float("nan")}, ["comm_aux_loss_alpha", "nan"]),
     ],
