@@ -14,12 +14,12 @@ MATH_SECONDS = 2  # for reading an expression, and for comparing two
 MAX_EXPRESSION = 400  # characters; longer ones are compared as text
 _MAX_EXPONENT_DIGITS = 3
 _EQUALS = re.compile(r"(?<![<>!:])=")
-# Numbers whose computation no signal can interrupt: towers of powers, long exponents, large factorials.
+# Numbers whose computation no signal can interrupt: towers of powers, long exponents, large factorials, also as Gamma.
 _ENDLESS = re.compile(
     rf"\^\s*\{{?\s*-?\s*\d{{{_MAX_EXPONENT_DIGITS + 1},}}"
     r"|\^\s*-?\w*\d\s*\^|\^\s*[({]\s*[({]?[^{}()^]*\d\s*\^|\^\s*[({]\s*[({][^{}()^]*\d\s*[)}]\s*\^"
     r"|\d{4,}\s*!|!\s*!|\d{4,}\s*\)\s*!"
-    r"|\\binom\s*\{\s*\d{5,}|\d{400,}|\\(?:sum|prod|int)[^=]*=[^}]*\}\s*\^\s*\{?\s*\d{5,}"
+    r"|\\Gamma[^\d]{0,20}(?:\d{4,}|\d+\s*\^)|\\binom\s*\{\s*\d{5,}|\d{400,}|\\(?:sum|prod|int)[^=]*=[^}]*\}\s*\^\s*\{?\s*\d{5,}"
 )
 
 
