@@ -59,7 +59,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, cells, bom):
 def test_bad_rows_of_a_csv_file(tmp_path):
     path = tmp_path / "a.csv"
     good = b"Q,A,1\n"
-    bad = [b"Q,A\n", b'Q,"A"B,1\n', b"Q\xff,A,1\n", b"\xef\xbb\xbfQ,A,1\n", b"Q,,1\n", b"Q\0,A,1\n", b"Q,A,high\n"]
+    bad = [b"Q,A\n", b'Q,"A"B,1\n', b"Q\xff,A,1\n", b"\xef\xbb\xbfQ,A,1\n", b",A,1\n", b"Q\0,A,1\n", b"Q,A,high\n"]
     path.write_bytes(b"prompt,completion,score\n" + good + b'"Q\nQ",A,2\n\n' + b"".join(line + good for line in bad))
     lines = [(line, reason.split(":")[0]) for line, reason in rejected_in(path)]
     assert lines == [
@@ -67,7 +67,7 @@ def test_bad_rows_of_a_csv_file(tmp_path):
         (8, "broken quotes"),
         (10, "not valid UTF-8"),
         (12, "a byte order mark in the middle of the file"),
-        (14, "turn 2 (assistant) is empty"),
+        (14, "turn 1 (user) is empty"),
         (16, "prompt contains a NUL character"),
         (18, "score must be a finite number, not 'high'"),
     ]

@@ -16,7 +16,7 @@ from deepseek_v2_modeling.training import training_sizes
 from recipes.cli import main
 from recipes.runs.new_model import make_model
 
-from ..helpers.sharded_launch import stopped_at_2
+from ..helpers.sharded_launch import stopped_at
 from ..helpers.stages import lines
 
 pytest.importorskip("bitsandbytes")
@@ -55,7 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(world: Path):
-    stopped_at_2(world / "sft", world / "again")
+    stopped_at(2, world / "sft", world / "again")
     assert main(["sft", "sft.yaml", "output_dir=again"]) == 0
     first, second = ([line["loss"] for line in lines(world / run / "metrics.jsonl") if "loss" in line]
                      for run in ("sft", "again"))  # fmt: skip
