@@ -261,6 +261,11 @@ class DeepseekV2Config(StockConfig):
         scaling = self.rope_scaling
         return {"rope_scaling": None if scaling is None else dict(scaling), "rope_theta": self.rope_theta}
 
+    @property
+    def has_routed_experts(self) -> bool:
+        """Whether any layer is MoE."""
+        return any(map(self.is_moe_layer, range(self.num_hidden_layers)))
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether a layer is MoE: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer counted from 0
         (official)."""

@@ -86,7 +86,7 @@ class DeepseekV3Config(DeepseekV2Config):
     def check_own(self) -> None:
         if self.rope_interleave is False:
             raise ModelError("rope_interleave is false: RoPE on halves, instead of pairs, is not supported")
-        if self.bias_update_speed and not any(map(self.is_moe_layer, range(self.num_hidden_layers))):
+        if self.bias_update_speed and not self.has_routed_experts:
             raise ModelError(f"{SPEED} is {self.bias_update_speed}: the model has no routed experts; leave it out")
 
     def validate_architecture(self) -> None:

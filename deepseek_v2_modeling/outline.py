@@ -57,11 +57,11 @@ def apply_settings(
 
 def _check_effects(settings: DeepseekV2Config, changes: Mapping[str, Any]) -> None:
     """Raise ModelError for a change of what the model has not."""
-    is_dense = not any(map(settings.is_moe_layer, range(settings.num_hidden_layers)))
-    for lacks, keys, why in (
-        (is_dense, OF_EXPERTS, "no routed experts"), (not settings.uses_latents, OF_LATENTS, "no latent attention"),
-    ):  # fmt: skip
-        if idle := [key for key in keys if lacks and changes.get(key)]:
+    for has, keys, why in (
+        (settings.has_routed_experts, OF_EXPERTS, "no routed experts"),
+        (settings.uses_latents, OF_LATENTS, "no latent attention"),
+    ):
+        if idle := [key for key in keys if not has and changes.get(key)]:
             raise ModelError(f"model.config: {idle[0]} is {changes[idle[0]]}: the model has {why}; leave it out")
 
 

@@ -73,7 +73,7 @@ def call(spec: str, answers: Sequence[Mapping[str, Any]]) -> list[float | Toolki
         if isinstance(values, (str, Mapping, Set)):  # a mapping's keys would pass for values
             raise TypeError(f"it returned a {type(values).__name__}, not a list with a number or None for each answer")
         values = list(values)
-    except BaseException as error:  # sys.exit() would end the run
+    except (Exception, SystemExit, asyncio.CancelledError) as error:  # sys.exit() would end the run
         raise ToolkitError(located_error(place_of(spec)[0], error)) from error
     if len(values) != len(answers):
         wrong = f"{spec}: returned {counted(len(values), 'value')} for {counted(len(answers), 'answer')}"

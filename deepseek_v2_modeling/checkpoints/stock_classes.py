@@ -70,7 +70,7 @@ def _yarn_magnitude(config: DeepseekV2Config) -> str | None:
 
 
 def _has_moe(config: DeepseekV2Config) -> bool:
-    return any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    return config.has_routed_experts
 
 
 CHECKS: tuple[Callable[[DeepseekV2Config], str | None], ...] = (

@@ -134,7 +134,7 @@ def check_model(recipe: StageRecipe, foundation: Foundation) -> DeepseekV2Config
         experts.check(settings)
     if trained and recipe.lora is not None:
         check_bias_updates(settings, _why_no_bias_moves(recipe))
-    if trained and recipe.set_for_experts and not any(map(settings.is_moe_layer, range(settings.num_hidden_layers))):
+    if trained and recipe.set_for_experts and not settings.has_routed_experts:
         raise ToolkitError(
             f"{recipe.set_for_experts[0]} is for routed experts, and {recipe.model.path} has none: leave it out"
         )

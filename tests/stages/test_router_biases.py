@@ -36,8 +36,8 @@ from recipes.cli import main
 
 from ..helpers.family import member
 from ..helpers.models import logits_of, random_ids, relative, stock_twin, tokenizer
+from ..helpers.plain_trainer import Spoiled, make, metrics
 from ..helpers.stages import TINY, assert_same_weights, stopped_after
-from .test_trainer import Spoiled, make, metrics
 
 U = 0.01
 IDS = random_ids(2, 12)
