@@ -257,3 +257,9 @@ def test_the_same_answer_is_judged_once(bad: Path) -> None:
     assert reward.judge(answers("a", "b", "a")) == [2.0, 2.0, 2.0]
     assert reward.judge(answers("b", "c")) == [2.0, 3.0]
     reward.workers.close()
+
+
+def test_an_interruption_is_no_error_of_the_function(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text("def f(prompts, completions):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        call(f"{tmp_path}/stopped.py:f", [{"prompt": "1?", "completion": "2"}])
