@@ -45,12 +45,15 @@ class ChosenFactor(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"
         if key in state_dict and tuple(state_dict[key].shape) == self.full_shape:  # the base class reports other shapes
-            full = _whole(state_dict[key])
-            places = self.places.to(full.device)
-            if full.index_fill(self.dim, places, 0).any():
-                raise ModelError(f"{key}: it was trained on experts that are not among the chosen ones")
-            state_dict[key] = _divided_like(state_dict[key], full.index_select(self.dim, places))
+            state_dict[key] = _divided_like(state_dict[key], self.part_of(_whole(state_dict[key]), key))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def part_of(self, full: torch.Tensor, key: str) -> torch.Tensor:
+        """The chosen experts' part of a full factor. Raises ModelError if the others' is not zero."""
+        places = self.places.to(full.device)
+        if full.index_fill(self.dim, places, 0).any():
+            raise ModelError(f"{key}: it was trained on experts that are not among the chosen ones")
+        return full.index_select(self.dim, places)
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
@@ -98,10 +101,15 @@ ChosenWrapper.__name__ = ParamWrapper.__name__
 
 
 def keep_chosen_parts(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Reduce the full factors of an adapter's state to those that the model has as parameters."""
+    """Reduce the full factors of an adapter's state to those that the model has as parameters.
+
+    Raises:
+        ModelError: other experts were trained too.
+    """
     for name, module in model.named_modules():
         if isinstance(module, ChosenFactor):
-            state[f"{name}.weight"] = state[f"{name}.weight"].index_select(module.dim, module.places)
+            key = f"{name}.weight"
+            state[key] = module.part_of(state[key], key)
 
 
 def train_chosen_adapters(model: PeftModel, choice: ExpertChoice) -> None:
