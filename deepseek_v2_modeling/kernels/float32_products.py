@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 STEADY = 32  # rows
+WORTH_ONEDNN = 2**22  # multiplications: 85 us in MKL
 ROWS = 64  # from this many rows on, the faster product makes up for converting the weights
 PIECE = 2**20  # weights converted at a time: 4 MiB in float32
 TOKENS = 2048  # rows converted at a time
@@ -63,16 +64,22 @@ def onednn_is_faster() -> bool:
     return amd and torch.cpu._is_avx512_supported() and torch.backends.mkldnn.is_available()
 
 
-def by_onednn(x: torch.Tensor) -> bool:
-    """Whether products with x that need no gradient run in oneDNN instead of MKL."""
-    plain = x.device.type == "cpu" and compute_dtype(x) == torch.float32 and not torch.is_grad_enabled()
+def prefers_onednn(x: torch.Tensor) -> bool:
+    """Whether oneDNN is the faster library for products with x."""
+    plain = x.device.type == "cpu" and compute_dtype(x) == torch.float32
     return plain and not torch.compiler.is_compiling() and onednn_is_faster()
 
 
+def by_onednn(x: torch.Tensor) -> bool:
+    """Whether products with x run in oneDNN, outside autograd, which does not know its function."""
+    return not torch.is_grad_enabled() and prefers_onednn(x)
+
+
 def onednn_product(x_NI: torch.Tensor, w_OI: torch.Tensor) -> torch.Tensor:
-    """x @ w^T in float32, for contiguous x and w. For each new shape oneDNN makes a primitive, in about 0.6 ms: rows
-    beyond a multiple of STEADY are left to MKL, so that there are few."""
-    steady = len(x_NI) - len(x_NI) % STEADY
+    """x @ w^T in float32, for a contiguous x. For each new shape oneDNN makes a primitive, in about 0.6 ms: rows
+    beyond a multiple of STEADY are left to MKL, so that there are few. So are small products: a call of oneDNN takes
+    11 us longer."""
+    steady = len(x_NI) - len(x_NI) % STEADY if x_NI.numel() * len(w_OI) >= WORTH_ONEDNN else 0
     parts = [torch.ops.mkldnn._linear_pointwise(x_NI[:steady], w_OI, None, "none", [], "")] if steady else []
     parts += [torch.mm(x_NI[steady:], w_OI.t())] if steady < len(x_NI) else []
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -110,6 +117,22 @@ def _pieces(w_OI: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     for start in range(0, w_OI.shape[0], step):
         rows = slice(start, start + step)
         yield rows, w_OI[rows].float()
+
+
+class _OnednnLinear(torch.autograd.Function):
+    """x @ w^T in float32. The weight's gradient is MKL's: oneDNN would copy both of its factors first."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: torch.Tensor, w_OI: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_NI if ctx.needs_input_grad[1] else None, w_OI)
+        return onednn_product(x_NI, w_OI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x_NI, w_OI), g_NO = ctx.saved_tensors, grads[0].contiguous()
+        dx = onednn_product(g_NO, w_OI.t()) if ctx.needs_input_grad[0] else None
+        return dx, torch.mm(g_NO.t(), x_NI) if ctx.needs_input_grad[1] else None
 
 
 class _WideLinear(torch.autograd.Function):
@@ -170,8 +193,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         input = input.contiguous()
-        if self.bias is None and by_onednn(input) and is_plain(self.weight) and self.weight.dtype == input.dtype:
-            return onednn_product(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
+        if self.bias is None and prefers_onednn(input) and is_plain(self.weight) and self.weight.dtype == input.dtype:
+            product = _OnednnLinear.apply if torch.is_grad_enabled() else onednn_product
+            return product(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
         if not (widens(input, input.shape[:-1].numel()) and is_plain(self.weight)):
             return super().forward(input)
         y_NO = _WideLinear.apply(compute_dtype(input), input.flatten(0, -2), self.weight, self.bias)

@@ -97,11 +97,12 @@ def looped_gradient(
     dx_SI = torch.empty_like(x_SI) if needs[0] else None
     dw_EOI = torch.zeros_like(w_EOI) if needs[1] and isinstance(w_EOI, torch.Tensor) else None
     dtype = product_dtype(x_SI, len(w_EOI))
+    fast = by_onednn(g_SO) and g_SO.is_contiguous() and w_EOI.is_contiguous()
     for expert, rows in blocks(groups.counts):
         g = g_SO[rows].to(dtype)
         if dx_SI is not None:
-            target = dx_SI[rows]
-            dx = torch.mm(g, w_EOI[expert].to(dtype), out=target if dtype == dx_SI.dtype else None)
+            target, w = dx_SI[rows], w_EOI[expert].to(dtype)
+            dx = onednn_product(g, w.t()) if fast else torch.mm(g, w, out=target if dtype == dx_SI.dtype else None)
             if dx is not target:
                 target.copy_(dx)
         if dw_EOI is not None:

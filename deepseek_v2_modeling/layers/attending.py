@@ -69,16 +69,17 @@ def attend_with_narrow_values(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     continues: bool = False,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention where V may be narrower than Q and K, for which kernels fall back to a quadratic path or fail: in
     blocks of our own where these are faster, otherwise by the kernel, with V padded and the output sliced. continues:
     whether the mask only says that the queries are the last of the keys' tokens."""
-    if in_blocks(query, key, attention_mask, continues):
+    if in_blocks(query, key, attention_mask, continues, dropout):
         return block_attention(module, query, key, value, attention_mask, **kwargs)
     width = value.shape[-1]
     padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
-    out, weights = kernel(module, query, key, padded, attention_mask, **kwargs)
+    out, weights = kernel(module, query, key, padded, attention_mask, dropout=dropout, **kwargs)
     return out[..., :width], weights
 
 

@@ -100,6 +100,7 @@ def test_experts_one_after_the_other(adapted: bool, monkeypatch: pytest.MonkeyPa
     real = moe.one_after_another
     monkeypatch.setattr(moe, "one_after_another", lambda *args: used.append(1) or real(*args))
     monkeypatch.setattr("deepseek_v2_modeling.kernels.float32_products.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("deepseek_v2_modeling.kernels.float32_products.WORTH_ONEDNN", 1)
     found = last_hidden(model, input_ids=ids)
     assert used
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)

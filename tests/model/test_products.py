@@ -73,41 +73,88 @@ def test_where_products_are_wide(cpu: Any):
 
 
 @pytest.mark.parametrize("rows", [5, products.STEADY, 2 * products.STEADY + 3])
-def test_float32_products_of_onednn(rows: int, monkeypatch: pytest.MonkeyPatch):
-    """As MKL's; not where a gradient is needed, nor for another dtype."""
+@pytest.mark.parametrize("trained", [True, False])
+def test_float32_products_of_onednn(rows: int, trained: bool, monkeypatch: pytest.MonkeyPatch):
+    """As MKL's, and so are the gradients; not where small, nor for another dtype."""
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    layer, x = Linear(12, 9, bias=False), torch.randn(1, rows, 12)
-    called: list[int] = []
-    product = products.onednn_product
-    monkeypatch.setattr(products, "onednn_product", lambda x, w: [called.append(len(x)), product(x, w)][1])
+    called: list[tuple[int, ...]] = []
+    linear = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_linear_pointwise",
+        lambda x, w, *rest: [called.append(tuple(x.shape)), linear(x, w, *rest)][1],
+    )
+    layer, x = Linear(12, 9, bias=False), torch.randn(1, rows, 12, requires_grad=True)
+    layer.weight.requires_grad_(trained)
+    layer(x).sum().backward()
+    assert not called
+    monkeypatch.setattr(products, "WORTH_ONEDNN", 1)
+    upstream, inputs = torch.randn(1, rows, 9), [x, layer.weight] if trained else [x]
+    wanted = torch.autograd.grad(x @ layer.weight.T, inputs, upstream)
+    found = torch.autograd.grad(layer(x), inputs, upstream)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    steady = rows - rows % products.STEADY
+    assert called == ([(steady, 12), (steady, 9)] if steady else [])
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ layer.weight.T)
         layer.bfloat16()(x.bfloat16())
-    layer.float()(x).sum().backward()
-    assert called == [rows] and layer.weight.grad is not None
+    assert len(called) == (3 if steady else 0)
 
 
+def test_experts_gradients_by_onednn(monkeypatch: pytest.MonkeyPatch):
+    """As MKL's, of frozen experts and of trained ones."""
+    monkeypatch.setattr(products, "WORTH_ONEDNN", 1)
+    sides = []
+    for faster in (False, True):
+        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        for full in (False, True):
+            model = small_model() if full else random_adapter(small_model(), lora_config(targets=("experts",), r=4))
+            ids = random_ids(2, 200)
+            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            sides.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(sides[0] + sides[1], sides[2] + sides[3], strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "before"), [(3, 0), (8, 0), (13, 0), (1, 6), (6, 5)])
-def test_attention_in_blocks(cpu: Any, tokens: int, before: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """Of queries, and of some heads at a time; values are narrower than keys, and tokens may continue others."""
-    cpu(True)
+def test_attention_in_blocks(
+    cpu: Any, tokens: int, before: int, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Of queries, and of some heads at a time; values are narrower than keys, and tokens may continue others. Gradients
+    too, about as near to the exact ones as those of torch's kernel; where one score stands out, and where a later key,
+    which is not attended to, has the highest of all."""
+    cpu(fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for name, value in {"QUERIES": 4, "LONG": 5, "IN_CACHE": 120}.items():
+    for name, value in {"QUERIES": 2, "WORTH": {dtype.itemsize: 28}, "IN_CACHE": 120}.items():
         monkeypatch.setattr(block_attention, name, value)
+    torch.manual_seed(0)
     query = torch.randn(2, 3, tokens, 8, dtype=dtype)
     key, value = (torch.randn(2, 3, before + tokens, width, dtype=dtype) for width in (8, 6))
+    key[:, 0, 0], key[:, 1, -1] = 8 * query[:, 0, -1], 30 * query[:, 1, 0]
+    parts = [t.requires_grad_() for t in (query, key, value)]
     mask = torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before)
-    exact: Any = [t.double() for t in (query, key, value)]
+    exact: Any = [t.detach().double().requires_grad_() for t in parts]
     wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3).transpose(1, 2)
     given = mask if before else None
+    assert block_attention.in_blocks(query, key, given, before > 0, 0.0) is (tokens > 3)
+    assert not block_attention.in_blocks(query, key[:, :, 1:], given, False, 0.0)
+    assert not block_attention.in_blocks(query, key, given, before > 0, 0.1)
+    found, _ = block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)
     with torch.no_grad():
-        assert block_attention.in_blocks(query, key, given, before > 0) is (before + tokens >= 5)
-        assert not block_attention.in_blocks(query, key[:, :, 1:], given, False)
-        found, _ = block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)
-    assert not block_attention.in_blocks(query, key, given, before > 0)
+        assert torch.equal(found, block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)[0])
     near = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found, wanted.to(dtype), rtol=near, atol=near)
+    torchs = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 2)), attn_mask=mask, scale=0.3)[..., :6]
+    upstream = torch.randn_like(found)
+    sides: Any = ((found, parts), (torchs.transpose(1, 2), parts), (wanted, exact))
+    for one, other, true in zip(
+        *(torch.autograd.grad(out, of, upstream.to(out.dtype)) for out, of in sides), strict=True
+    ):
+        assert one.dtype == dtype and relative(one, true) < 4 * relative(other, true) + 1e-5
 
 
 @pytest.mark.parametrize("bias", [False, True])
