@@ -31,7 +31,7 @@ def in_blocks(
     if query.device.type != "cpu" or dropout or torch.compiler.is_compiling():
         return False
     causal = continues or (attention_mask is None and key.shape[2] == query.shape[2])
-    worth = query[0, ..., 0].numel() * key.shape[2] >= WORTH.get(query.itemsize, math.inf)
+    worth = query.shape[1] * query.shape[2] * key.shape[2] >= WORTH.get(query.itemsize, math.inf)
     return causal and worth and not torch.cpu._is_amx_tile_supported()
 
 

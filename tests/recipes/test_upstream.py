@@ -43,8 +43,6 @@ READ = {
     "_linear_pointwise": "torch._meta_registrations",
     "_llm_weights_sleeping": "trl.generation.vllm_generation",
     "_name_or_path": "transformers.configuration_utils",
-    "_scaled_dot_product_flash_attention_for_cpu": "torch._meta_registrations",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": "torch._meta_registrations",
     "_stored_metrics": "trl.experimental.cpo.cpo_trainer",
     "_weight_conversions": "transformers.core_model_loading",
 }
