@@ -75,14 +75,20 @@ def by_onednn(x: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and prefers_onednn(x)
 
 
-def onednn_product(x_NI: torch.Tensor, w_OI: torch.Tensor) -> torch.Tensor:
-    """x @ w^T in float32, for a contiguous x. For each new shape oneDNN makes a primitive, in about 0.6 ms: rows
-    beyond a multiple of STEADY are left to MKL, so that there are few. So are small products: a call of oneDNN takes
-    11 us longer."""
+def onednn_product(x_NI: torch.Tensor, w_OI: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ w^T in float32, for a contiguous x; into `out` if given. For each new shape oneDNN makes a primitive, in about
+    0.6 ms: rows beyond a multiple of STEADY are left to MKL, so that there are few. So are small products: a call of
+    oneDNN takes 11 us longer."""
     steady = len(x_NI) - len(x_NI) % STEADY if x_NI.numel() * len(w_OI) >= WORTH_ONEDNN else 0
-    parts = [torch.ops.mkldnn._linear_pointwise(x_NI[:steady], w_OI, None, "none", [], "")] if steady else []
-    parts += [torch.mm(x_NI[steady:], w_OI.t())] if steady < len(x_NI) else []
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not steady:
+        return torch.mm(x_NI, w_OI.t(), out=out)
+    y = torch.ops.mkldnn._linear_pointwise(x_NI[:steady], w_OI, None, "none", [], "")
+    if out is None and steady == len(x_NI):
+        return y
+    out = x_NI.new_empty(len(x_NI), len(w_OI)) if out is None else out
+    out[:steady] = y
+    torch.mm(x_NI[steady:], w_OI.t(), out=out[steady:])
+    return out
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

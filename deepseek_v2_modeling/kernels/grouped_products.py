@@ -75,8 +75,9 @@ def looped_product(groups: "Groups", x_SI: torch.Tensor, w_EOI: Weight, shares: 
     fast = by_onednn(x_SI) and x_SI.is_contiguous() and w_EOI.is_contiguous()
     for expert, rows in blocks(groups.counts):
         target, x, w = y_SO[rows], x_SI[rows].to(dtype), w_EOI[expert].to(dtype)
-        y = onednn_product(x, w) if fast else torch.mm(x, w.t(), out=target if dtype == y_SO.dtype else None)
-        if y is not target:
+        into = target if dtype == y_SO.dtype else None
+        y = onednn_product(x, w, into) if fast else torch.mm(x, w.t(), out=into)
+        if into is None:
             target.copy_(y)
     y_SO[groups.filled :] = 0
     for share in shares:
@@ -102,8 +103,9 @@ def looped_gradient(
         g = g_SO[rows].to(dtype)
         if dx_SI is not None:
             target, w = dx_SI[rows], w_EOI[expert].to(dtype)
-            dx = onednn_product(g, w.t()) if fast else torch.mm(g, w, out=target if dtype == dx_SI.dtype else None)
-            if dx is not target:
+            into = target if dtype == dx_SI.dtype else None
+            dx = onednn_product(g, w.t(), into) if fast else torch.mm(g, w, out=into)
+            if into is None:
                 target.copy_(dx)
         if dw_EOI is not None:
             dw_EOI[expert] = torch.mm(g.t(), x_SI[rows].to(dtype))
