@@ -76,9 +76,9 @@ def by_onednn(x: torch.Tensor) -> bool:
 
 
 def onednn_product(x_NI: torch.Tensor, w_OI: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ w^T in float32, for a contiguous x; into `out` if given. For each new shape oneDNN makes a primitive, in about
-    0.6 ms: rows beyond a multiple of STEADY are left to MKL, so that there are few. So are small products: a call of
-    oneDNN takes 11 us longer."""
+    """x @ w^T in float32, for a contiguous x; into `out` if given. For each new shape oneDNN makes a primitive, in
+    about 0.6 ms: rows beyond a multiple of STEADY are left to MKL, so that there are few. So are small products: a call
+    of oneDNN takes 11 us longer."""
     steady = len(x_NI) - len(x_NI) % STEADY if x_NI.numel() * len(w_OI) >= WORTH_ONEDNN else 0
     if not steady:
         return torch.mm(x_NI, w_OI.t(), out=out)
