@@ -19,7 +19,7 @@ from .float32_products import fastest_dtype
 
 QUERIES = 64  # of a block; in the backward pass twice as many
 IN_CACHE = 2**20  # weights of a block, of all heads together
-WORTH = {4: 2**18, 2: 2**16}  # weights of a row of a batch, by bytes a value; with fewer torch's kernel is as fast
+WORTH = {4: 2**20, 2: 2**16}  # weights of a row of a batch, by bytes a value; with fewer torch's kernel is as fast
 
 
 def in_blocks(
