@@ -30,6 +30,19 @@ MARGIN = "margin"  # optional beside PAIR
 VERDICTS = ("label", "score")  # exactly one of them beside JUDGED
 
 
+def answers_of(row: Row) -> list[list[Message]]:
+    """All answers of a row with judged ones, the right ones first."""
+    lists = [row[key] for key in RANKED[1:] if key in row]
+    return [answer for listed in lists for answer in listed] or [
+        row[key] for key in (*PAIR[1:], JUDGED[1]) if key in row
+    ]
+
+
+def conversations_of(row: Row) -> list[list[Message]]:
+    """A row's conversation, or its prompt with each of its answers."""
+    return [row["messages"]] if "messages" in row else [[*row["prompt"], *answer] for answer in answers_of(row)]
+
+
 def is_utf8(text: str) -> bool:
     """Whether text that was decoded with "surrogateescape" was UTF-8."""
     if text.isascii():

@@ -211,6 +211,7 @@ class RowList:
         answer: the key that holds the maximum answer length in tokens; None if nothing is generated.
         apart: whether the rows of each source are used separately.
         prompt: what a model is asked for a row, given with its number.
+        read_whole: whether a model reads whole conversations, which nothing cuts to its positions.
     """
 
     name: str
@@ -221,6 +222,7 @@ class RowList:
     answer: str | None = None
     apart: bool = False
     prompt: Callable[[Row, int], list[Message]] = prompt_of
+    read_whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,7 @@ class EvalRecipe(StageRecipe):
                 limit=task.limit,
                 answer=f"tasks.{index}.max_new_tokens" if task.metric not in UNSAMPLED_METRICS else None,
                 prompt=task.environment.prompts() if task.environment else prompt_of,
+                read_whole=task.metric in UNSAMPLED_METRICS,
             )
             for index, task in self.metric_tasks.items()
         ]

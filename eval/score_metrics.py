@@ -7,7 +7,7 @@ from conversations.answers.combining import COMBINE
 from conversations.answers.judging import judge
 from conversations.answers.prompts import prompt_text
 from conversations.generation.sample_files import Sample
-from conversations.row import JUDGED, PAIR, RANKED, VERDICTS, Row
+from conversations.row import RANKED, VERDICTS, Row, answers_of
 from deepseek_v2_modeling.inference import score_heads, token_losses
 from eval.config import EvalTask
 from eval.figures import LOSS
@@ -41,7 +41,7 @@ def pair_accuracy(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[
 
 def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sample]]:
     """The scores and lengths in tokens of a row's answers, with the row's verdict (see eval/agreement.py)."""
-    answers = [(place, answer) for place, (_, row) in enumerate(rows) for answer in _answers_of(row)]
+    answers = [(place, answer) for place, (_, row) in enumerate(rows) for answer in answers_of(row)]
     prompts = [
         len(render_conversation(row["prompt"], subject.tokenizer, add_generation_prompt=True)["input_ids"])
         for _, row in rows
@@ -60,14 +60,6 @@ def reward(task: EvalTask, rows: Numbered, subject: Subject) -> Iterator[list[Sa
 def _scores(task: EvalTask, subject: Subject, ids: Sequence[Sequence[int]]) -> list[float]:
     heads = score_heads(subject.model, ids, pad_token_id=subject.pad_token_id, batch_size=2 * task.batch_size)
     return [COMBINE[task.combine](scores) for scores in heads]
-
-
-def _answers_of(row: Row) -> list[list[Row]]:
-    """All answers of a row, the right ones first."""
-    lists = [row[key] for key in RANKED[1:] if key in row]
-    return [answer for listed in lists for answer in listed] or [
-        row[key] for key in (*PAIR[1:], JUDGED[1]) if key in row
-    ]
 
 
 def _scored_sample(number: int, row: Row, scored: Sequence[tuple[float, int, str]]) -> Sample:

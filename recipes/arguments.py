@@ -16,7 +16,7 @@ def init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory for the model; new or empty")
     presets = "tiny, v2-lite-mini, v2-lite-heads, v2-mini, deepseek-moe-mini, v3-mini, glm4-moe-lite-mini or youtu-mini"
     parser.add_argument("--preset", required=True, help=presets)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the weights (0)")
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,19 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model (float32)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of sampling (0)")
 
 
 def adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_OR_RUN", help="an adapter directory, or a run with one in final/")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="directory to write; new or empty")
+
+
+def _seed(text: str) -> int:
+    """A seed as recipes have it; raises what argparse expects for another text."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1:,}")
+    return int(text)
 
 
 def _license(text: str) -> str:

@@ -106,13 +106,8 @@ class Partner:
             ModelError: the logits contain NaN.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = prompt_ids(messages, self.tokenizer)
+        prompt = self.read(text)
         room = self.limit - len(prompt)
-        if room < 1:
-            raise ToolkitError(
-                f"the conversation has {len(prompt):,} tokens with this prompt, which leaves no room for an answer: "
-                f"{self.name} takes at most {self.limit:,} (max_position_embeddings)"
-            )
         start = time.monotonic()
         ids = self._generate(prompt, min(room, self.max_new_tokens), _Streamer(self.tokenizer, show), stopped)
         reply = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -120,6 +115,20 @@ class Partner:
         return Answer(
             reply, len(ids), time.monotonic() - start, len(prompt) + len(ids), self.limit, self._ending(ids, room)
         )
+
+    def read(self, text: str) -> list[int]:
+        """The ids of the conversation with `text` as its next turn.
+
+        Raises:
+            ToolkitError: the conversation is longer than the model's context.
+        """
+        prompt = prompt_ids([*self.messages, {"role": "user", "content": text}], self.tokenizer)
+        if len(prompt) >= self.limit:
+            raise ToolkitError(
+                f"the conversation has {len(prompt):,} tokens with this prompt, which leaves no room for an answer: "
+                f"{self.name} takes at most {self.limit:,} (max_position_embeddings)"
+            )
+        return prompt
 
     def _ending(self, ids: list[int], room: int) -> str:
         if ids and ids[-1] in end_tokens(self.model, self.tokenizer):

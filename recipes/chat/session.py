@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversations.errors import ToolkitError
+from conversations.tally import counted
 from recipes.chat.lines import reader
 from recipes.terminal import is_unicode
 
@@ -28,8 +29,8 @@ def chat(arguments: argparse.Namespace) -> int:
     paths = _paths(arguments)
     if arguments.max_new_tokens < 1:
         raise ToolkitError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
-    if arguments.temperature < 0:
-        raise ToolkitError(f"--temperature is {arguments.temperature}; it must be 0 or more")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ToolkitError(f"--temperature is {arguments.temperature}; it must be a number of 0 or more")
     for name in ("prompt", "system"):
         if not is_unicode(getattr(arguments, name) or ""):
             raise ToolkitError(f"--{name} is not valid UTF-8")
@@ -89,6 +90,8 @@ def answer(partners: Sequence["Partner"], text: str, stopped: Callable[[], bool]
         for remark in _remarks(reply):
             print(f"[{remark}]", file=sys.stderr)
         return
+    for partner in partners:
+        partner.read(text)  # a turn that does not fit into one context must not go on in the other conversation
     answers = [partner.answer(text, lambda piece: None, stopped) for partner in partners]
     _print_columns([partner.name for partner in partners], answers)
 
@@ -111,7 +114,7 @@ def _print_columns(names: Sequence[str], answers: Sequence["Answer"]) -> None:
         table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*(Text(reply.text) for reply in answers))
     for reply in answers:
-        details.append("; ".join([f"{reply.tokens:,} tokens, {reply.seconds:.1f} s", *_remarks(reply)]))
+        details.append("; ".join([f"{counted(reply.tokens, 'token')}, {reply.seconds:.1f} s", *_remarks(reply)]))
     table.add_row(*(Text(line) for line in details))
     Console(file=sys.stdout, color_system=None, highlight=False).print(table)
 

@@ -11,7 +11,7 @@ from conversations.errors import ToolkitError
 from conversations.rendering.conversation import render_conversation
 from conversations.rendering.fill_in_the_middle import fim_ids
 from conversations.rendering.template import answers_without_thought
-from conversations.row import Row
+from conversations.row import Message, Row, conversations_of
 from conversations.row_cache import RowCache
 from conversations.sections import RowList, StageRecipe, TrainingRecipe
 from conversations.stage import provided
@@ -134,6 +134,8 @@ def prepare(
         if listed.answer is not None:
             longest = value_of(recipe, listed.answer)
             check_positions(read_lists[-1], tokenizer, inputs.settings, longest)
+        if listed.read_whole:
+            check_conversations(read_lists[-1], tokenizer, inputs.settings)
     return replace(inputs, lists=read_lists, later=later, notes=notes)
 
 
@@ -177,12 +179,37 @@ def check_positions(read: ReadList, tokenizer: Any, settings: DeepseekV2Config |
         )
 
 
+def check_conversations(read: ReadList, tokenizer: Any, settings: DeepseekV2Config | None) -> None:
+    """Raise ToolkitError for a conversation that exceeds the model's positions."""
+    if settings is None:
+        return
+    positions = settings.max_position_embeddings
+    for number, row in enumerate(read.used, 1):
+        for conversation in conversations_of(row):
+            if tokens := _tokens_beyond(positions, conversation, tokenizer, answered=False):
+                raise ToolkitError(
+                    f"{_origin(row, number)}: its conversation of {tokens:,} tokens is more than the {positions:,} "
+                    "positions of the model (max_position_embeddings); shorten it, or leave the row out"
+                )
+
+
 def _long_prompts(read: ReadList, tokenizer: Any, room: int) -> Iterator[tuple[str, int]]:
     """Yield (origin, token count) of every prompt of more than `room` tokens."""
     for number, row in enumerate(read.used, 1):
-        prompt = read.listed.prompt(row, number)
-        if sum(len(message["content"].encode("utf-8", "replace")) + _AROUND for message in prompt) + _AROUND <= room:
-            continue
-        tokens = len(render_conversation(prompt, tokenizer, add_generation_prompt=True)["input_ids"])
-        if tokens > room:
-            yield row.get("origin", f"row {number}"), tokens
+        if tokens := _tokens_beyond(room, read.listed.prompt(row, number), tokenizer, answered=True):
+            yield _origin(row, number), tokens
+
+
+def _origin(row: Row, number: int) -> str:
+    return row.get("origin", f"row {number}")
+
+
+def _tokens_beyond(room: int, messages: Sequence[Message], tokenizer: Any, answered: bool) -> int:
+    """The tokens of a conversation, if they are more than `room`, else 0. Most need not be encoded to know that.
+
+    answered: whether an answer to it follows.
+    """
+    if sum(len(message["content"].encode("utf-8", "replace")) + _AROUND for message in messages) + _AROUND <= room:
+        return 0
+    tokens = len(render_conversation(messages, tokenizer, add_generation_prompt=answered)["input_ids"])
+    return tokens if tokens > room else 0

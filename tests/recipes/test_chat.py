@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from conversations.errors import ToolkitError
 from conversations.rendering.conversation import prompt_ids
-from recipes.chat import partner
+from recipes.chat import partner, session
 from recipes.chat.partner import Partner, _Streamer
 from recipes.cli import main
 from recipes.runs.new_model import make_model
@@ -233,6 +233,32 @@ def test_two_models_side_by_side(
     for words in (["chat", str(base), "--compare", str(base), str(other)], ["chat", "--prompt", "a"]):
         assert main(words) == 2
         assert "give one MODEL_OR_RUN, or two with --compare" in capsys.readouterr().err
+
+
+def test_a_turn_that_one_of_two_models_cannot_take_is_in_neither_conversation(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide, narrow = new_partner(base), new_partner(base)
+    narrow.limit = 40
+    with pytest.raises(ToolkitError, match="at most 40"):
+        session.answer([wide, narrow], "1 + " * 30)
+    assert wide.messages == narrow.messages == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_temperature_that_is_none_is_refused(base: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(base), "--prompt", "1?", f"--temperature={value}"]) == 2
+    assert f"--temperature is {float(value)}; it must be a number of 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "1.5", "٣"])
+def test_a_seed_that_is_none_is_refused(
+    base: Path, tmp_path: Path, seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["chat", str(base), "--prompt", "1?"], ["init", str(tmp_path / "new"), "--preset", "tiny"]):
+        assert main([*words, f"--seed={seed}"]) == 2
+        assert f"{seed!r} is not a whole number from 0 to 4,294,967,295" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 PROMPT = r"\x1b\[0m> ?\x08"  # as the editor draws it

@@ -316,6 +316,26 @@ def test_an_unreadable_reference_is_refused_before_anything_is_generated(
     assert not asked and not Path("run").exists()
 
 
+def test_a_conversation_beyond_the_positions_is_not_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "1?", "chosen": "1", "rejected": "2"}, {"prompt": "1?", "chosen": "1", "rejected": "2" * 600}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks = [{"prompt": "1?", "completion": "2"}, {"prompt": "1?" * 300, "completion": "2"}]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    config = json.loads(Path("m/config.json").read_text())
+    files = {"loss": "talks.jsonl", "pair_accuracy": "pairs.jsonl", "reward": "pairs.jsonl"}
+    for metric, file in files.items():
+        task = {"name": metric, "metric": metric, "data": [{"path": file}]}
+        kind = "DeepseekV2ForCausalLM" if metric == "loss" else "DeepseekV2ForSequenceClassification"
+        Path("m/config.json").unlink()
+        Path("m/config.json").write_text(json.dumps({**config, "architectures": [kind]}))
+        for command in ("check", "eval"):
+            assert main([command, "e.yaml", f"tasks={json.dumps([task])}"]) == 2
+            error = capsys.readouterr().err
+            assert re.search(rf"{file}:2: its conversation of \d+ tokens is more than the 512 positions", error), error
+        assert main(["check", "e.yaml", f"tasks={json.dumps([task | {'limit': 1}])}"]) == 0
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("task", "fits"),
     [
