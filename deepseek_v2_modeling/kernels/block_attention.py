@@ -54,8 +54,9 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, scaling: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = query.new_empty(*query.shape[:3], value.shape[3])
         log_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-        for heads in _heads(QUERIES, query, key, value, out, log_sums):
-            _attend(scaling, *heads)
+        with torch.autocast("cpu", enabled=False):  # it would round the scores
+            for heads in _heads(QUERIES, query, key, value, out, log_sums):
+                _attend(scaling, *heads)
         ctx.save_for_backward(query, key, value, out, log_sums)
         ctx.scaling = scaling
         return out.transpose(1, 2)
@@ -65,8 +66,9 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, log_sums = ctx.saved_tensors
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
-        for heads in _heads(2 * QUERIES, query, key, value, grads[0].transpose(1, 2), out, log_sums, *found):
-            _pull_back(ctx.scaling, *heads)
+        with torch.autocast("cpu", enabled=False):
+            for heads in _heads(2 * QUERIES, query, key, value, grads[0].transpose(1, 2), out, log_sums, *found):
+                _pull_back(ctx.scaling, *heads)
         return None, *found
 
 

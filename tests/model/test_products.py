@@ -144,7 +144,7 @@ def test_attention_in_blocks(
     assert not block_attention.in_blocks(query, key[:, :, 1:], given, False, 0.0)
     assert not block_attention.in_blocks(query, key, given, before > 0, 0.1)
     found, _ = block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(found, block_attention.block_attention(nn.Identity(), query, key, value, given, 0.3)[0])
     near = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found, wanted.to(dtype), rtol=near, atol=near)
