@@ -15,7 +15,8 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % confidence interval of a share of n (Wilson 1927); stays within [0, 1] even at 0 % and 100 %."""
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding leaves 1e-17 of a bound that is 0.
+    return max(0.0, centre - half) if share > 0 else 0.0, min(1.0, centre + half) if share < 1 else 1.0
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:

@@ -29,10 +29,11 @@ def wide_attention(
         attention_mask = attention_mask.float()
     values = query.shape[0] * max(query.shape[2], key.shape[2]) * query.shape[3]
     heads = query.shape[1] if torch.is_grad_enabled() else max(1, PIECE // values)
-    outs = [
-        F.scaled_dot_product_attention(
-            *(t.float() for t in part), attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
-        ).to(query.dtype)
-        for part in zip(*(t.split(heads, dim=1) for t in (query, key, value)), strict=True)
-    ]
+    with torch.autocast("cpu", enabled=False):  # it would round them again
+        outs = [
+            F.scaled_dot_product_attention(
+                *(t.float() for t in part), attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+            ).to(query.dtype)
+            for part in zip(*(t.split(heads, dim=1) for t in (query, key, value)), strict=True)
+        ]
     return torch.cat(outs, dim=1).transpose(1, 2), None

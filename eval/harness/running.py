@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from conversations.tally import counted
 from eval.config import BenchmarkTask
 from eval.harness.contamination import GRAM, contaminated
 from eval.harness.crew import Crew
@@ -43,7 +44,7 @@ def measure(entry: BenchmarkTask, crew: Crew, seed: int, chat: bool) -> tuple[Fi
             fewshot_as_multiturn=chat,
         )
     if lm.cut:
-        print(f"eval: {entry.name}: {lm.cut:,} prompts were cut to fit", file=sys.stderr, flush=True)
+        print(f"eval: {entry.name}: {counted(lm.cut, 'prompt')} cut to fit", file=sys.stderr, flush=True)
     logs = {name: logged(task, results["samples"][name], _temperature(lm, task)) for name, task in built.tasks.items()}
     lines = sample_lines(entry, logs)
     if entry.against:

@@ -21,7 +21,7 @@ from recipes.report.expert_maps import expert_maps
 from recipes.report.plots import figures
 from recipes.report.relations import score_charts
 from recipes.report.run_files import Run, directory_name, open_runs
-from recipes.report.samples import Answers, Gallery, across_runs, answers, best_and_worst, within_run
+from recipes.report.samples import Answers, Gallery, across_runs, answers, best_and_worst, of_one_step, within_run
 from recipes.report.svg import LOAD_CLASSES, Drawn, draw
 from recipes.results import tables, words
 from recipes.results.layout import Table
@@ -113,8 +113,12 @@ def _content(groups: Mapping[Path, list[Run]]) -> dict[str, Any]:
     titles = _titles(runs, subjects)
     anchors = {run.name: f"run-{index}" for index, run in enumerate(runs)}  # safe whatever the run's name is
     answers_of = {run.name: answers(run.samples) for run in runs}
-    views = [_run_view(run, titles[run.name], anchors[run.name], answers_of[run.name]) for run in runs]
     side_by_side = across_runs([(titles[name], run_answers) for name, run_answers in answers_of.items()])
+    beside = side_by_side.columns if side_by_side else ()
+    views = [
+        _run_view(run, titles[run.name], anchors[run.name], answers_of[run.name], titles[run.name] not in beside)
+        for run in runs
+    ]
     galleries = [gallery for gallery in (side_by_side, *(view.samples for view in views)) if gallery]
     return {
         "heading": " and ".join(map(directory_name, groups)),
@@ -187,7 +191,8 @@ def _unfinished(run: Run) -> str:
     return "" if status == "finished" else status.partition(":")[0]
 
 
-def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> RunView:
+def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers, alone: bool) -> RunView:
+    """alone: whether its answers are not shown beside those of other runs."""
     main, other = figures(run.metrics)
     main += [draw(chart) for chart in score_charts(run.samples)]
     flat, stage = words.flatten(run.manifest), stage_written({**run.recipe, "stage": run.kind})
@@ -205,7 +210,9 @@ def _run_view(run: Run, title: str, anchor: str, answers_of_run: Answers) -> Run
         brief=words.brief(run.manifest),
         facts=[pair for pair in flat if len(pair[1]) <= LONG_TEXT and "\n" not in pair[1]],
         texts=[pair for pair in flat if len(pair[1]) > LONG_TEXT or "\n" in pair[1]],
-        samples=within_run(answers_of_run) or best_and_worst(run.samples),
+        samples=within_run(answers_of_run)
+        or best_and_worst(run.samples)
+        or (of_one_step(answers_of_run) if alone else None),
     )
 
 

@@ -145,6 +145,21 @@ def within_run(answers_of_run: Answers) -> Gallery | None:
     return _gallery(columns, rows, "No prompt was asked at both steps; these are the first prompts of each.")
 
 
+def of_one_step(answers_of_run: Answers) -> Gallery | None:
+    """Some answers of a run that has one step, as an evaluation has."""
+    if not answers_of_run:
+        return None
+    latest = {key: [[*rows.values()][-1:]] for key, rows in answers_of_run.items()}
+    warned = {key for key, samples in latest.items() if _warned(samples)}
+    rows = [_comparison(key, latest[key]) for key in _spread_over_tasks([*latest], warned)]
+    shown = sum(bool(row.warnings) for row in rows)
+    note = (
+        f"{len(rows)} of {count(len(latest), 'prompt')}, the first of each task; {shown} from the {len(warned):,} with a "
+        "warning."
+    )
+    return _gallery(["answer"], rows, note)
+
+
 def best_and_worst(samples: Iterable[dict[str, Any]]) -> Gallery | None:
     """Of prompts with several answers, those with the highest and the lowest reward."""
     by_prompt: dict[Any, list[dict[str, Any]]] = {}

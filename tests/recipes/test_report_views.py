@@ -197,6 +197,20 @@ def test_samples_with_warnings_stand_first_and_can_be_shown_alone() -> None:
     assert "warned" not in gallery.classes(gallery.rows[-1])
 
 
+def test_the_answers_of_a_single_evaluation_are_shown(tmp_path: Path) -> None:
+    rows = [sample(f"{n}?", "<b>x</b>", task="sums", value=1.0, truncated=n == 20) for n in range(30)]
+    make_stage(tmp_path / "one", "eval", [], rows)
+    page = report_page([tmp_path / "one"])
+    assert page.count('class="sample t') == MAX_PROMPTS and page.count("&lt;b&gt;x&lt;/b&gt;") == MAX_PROMPTS
+    assert "24 of 30 prompts, the first of each task; 1 from the 1 with a warning." in page
+    assert page.index(">20?<") < page.index(">0?<") and "Samples side by side" not in page
+    make_stage(tmp_path / "two", "eval", [], rows)
+    beside = report_page([tmp_path / "one", tmp_path / "two"])
+    assert beside.count('class="sample t') == MAX_PROMPTS, "once, side by side"
+    make_stage(tmp_path / "other", "eval", [], [sample("else?", "y", task="sums", value=1.0)])
+    assert "else?" in report_page([tmp_path / name for name in ("one", "two", "other")])
+
+
 def test_a_page_has_a_rule_for_each_filter(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 0.0)):
         rows = [sample(f"{n}?", "x", task=f"task {n % 2}", value=value if n < 3 else 1.0) for n in range(6)]

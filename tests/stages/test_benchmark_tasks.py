@@ -56,6 +56,8 @@ def test_figures_and_samples(home: Path, monkeypatch: pytest.MonkeyPatch, capsys
     said = capsys.readouterr().out
     assert "gsm8k_local: 6 rows, without a chat template, 1-shot" in said and "mmlu_local: 6 rows" in said
     assert main(["eval", "e.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "1 in training data" in said and "Several contaminated" not in said
     results = read_json(Path("run/results.json"))
     Draft202012Validator(read_json(ROOT / "docs" / "results.schema.json")).validate(results)
     assert results["n"] == results["several_n"] == results["mmlu_local_n"] == 6
