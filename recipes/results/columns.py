@@ -161,10 +161,10 @@ def failures(entry: Figures) -> dict[str, str]:
 
 
 def _is_beside(key: str, keys: Iterable[str] | None = None) -> bool:
-    """Whether a key says more of another figure: one of these keys, if they are given."""
+    """Whether a key says more of another figure: one of these keys (at any temperature), if they are given."""
     suffixes = (TRUNCATED, UNREAD, CONTAMINATED, INTERVAL)
     figure = next((key.removesuffix(suffix) for suffix in suffixes if key.endswith(suffix)), None)
-    return figure is not None and (keys is None or figure in keys)
+    return figure is not None and (keys is None or any(figure in (other, SAMPLED.sub("", other)) for other in keys))
 
 
 def _size(n: float | None) -> tuple[str]:
