@@ -227,6 +227,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, grad: bool, masked: torch.dt
     wanted = F.scaled_dot_product_attention(*exact, attn_mask=allowed, is_causal=not masked, scale=0.3).transpose(1, 2)
     with torch.set_grad_enabled(grad):
         found, weights = wide_attention.wide_attention(nn.Identity(), *parts, mask, 0.3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(found, wide_attention.wide_attention(nn.Identity(), *parts, mask, 0.3)[0])
     assert weights is None and found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted.bfloat16(), rtol=2**-7, atol=1e-3)
     if grad:
