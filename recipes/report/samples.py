@@ -154,8 +154,8 @@ def of_one_step(answers_of_run: Answers) -> Gallery | None:
     rows = [_comparison(key, latest[key]) for key in _spread_over_tasks([*latest], warned)]
     shown = sum(bool(row.warnings) for row in rows)
     note = (
-        f"{len(rows)} of {count(len(latest), 'prompt')}, the first of each task; {shown} from the {len(warned):,} with a "
-        "warning."
+        f"{len(rows)} of {count(len(latest), 'prompt')}, the first of each task; "
+        f"{shown} from the {len(warned):,} with a warning."
     )
     return _gallery(["answer"], rows, note)
 
