@@ -65,12 +65,12 @@ def converse(partners: Sequence["Partner"]) -> None:
     if typed:
         print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while (text := read()) is not None:
-        word, _, rest = text.partition(" ")
+        word, rest = [*text.split(maxsplit=1), "", ""][:2]
         if word in ENDS:
             return
         try:
             if word in COMMANDS:
-                print(COMMANDS[word][1](partners, rest.strip()), file=sys.stderr)
+                print(_run(word, rest, partners), file=sys.stderr)
             elif typed and word[:1] == "/" and word[1:].isalpha():
                 raise ToolkitError(f"no command {word}; /help lists them")
             elif text:
@@ -187,6 +187,13 @@ def _help(partners: Sequence["Partner"], rest: str) -> str:
     return "\n".join([*(f"{name:14}{text}" for name, text in lines.items()), keys])
 
 
+def _run(word: str, rest: str, partners: Sequence["Partner"]) -> str:
+    """Run a command; returns what is said of it."""
+    if rest and word in ALONE:
+        raise ToolkitError(f"{word} {rest}: {word} stands alone; enter it without what follows")
+    return COMMANDS[word][1](partners, rest)
+
+
 Command = Callable[[Sequence["Partner"], str], str]
 COMMANDS: dict[str, tuple[str, Command]] = {
     "/reset": ("begin a new conversation", _reset),
@@ -196,4 +203,5 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "/save": ("FILE.jsonl: add the conversation as a row that dsv2 sft reads", _save),
     "/help": ("this list", _help),
 }
+ALONE = ("/reset", "/undo", "/help")  # commands that nothing follows
 ENDS = ("/exit", "/quit")

@@ -199,6 +199,9 @@ def test_commands_over_a_pipe(
         ("/save talk.jsonl", "nothing to save"),
         ("/temperature hot", "/temperature hot: give a number of 0 or more"),
         ("/temperature -1", "/temperature -1: give a number of 0 or more"),
+        ("/temperature\thot", "/temperature hot: give a number of 0 or more"),
+        ("/undo 3", "/undo 3: /undo stands alone"),
+        ("/reset\tthe router", "/reset the router: /reset stands alone"),
         ("x" * 60_000, "max_position_embeddings"),
     ],
 )
