@@ -100,7 +100,7 @@ CAUSES = (hacked, collapsed, runaway, truncated, equal, dead)
 
 class Warnings(TrainerCallback):
     """Prints each warning when it first applies; `said` keeps them, for the manifest. A run that resumes continues with
-    the log of the run before."""
+    the log of the run before, and with what was said then."""
 
     def __init__(self) -> None:
         self.lines: list[Mapping[str, Any]] = []
@@ -109,18 +109,20 @@ class Warnings(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for line in state.log_history:
-            self._add(line)
+            self._new(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self._add({"step": state.global_step, **(logs or {})})
-        for cause in CAUSES:
-            if cause.__name__ not in self.said and (why := cause(self.lines, self.evaluations)):
-                self.said[cause.__name__] = why
-                if state.is_world_process_zero:
-                    print(f"rl: warning at step {state.global_step}: {why}", file=sys.stderr)
+        for why in self._new({"step": state.global_step, **(logs or {})}):
+            if state.is_world_process_zero:
+                print(f"rl: warning at step {state.global_step}: {why}", file=sys.stderr)
 
-    def _add(self, line: Mapping[str, Any]) -> None:
+    def _new(self, line: Mapping[str, Any]) -> list[str]:
+        """The warnings that apply from this line of the log on."""
         if "loss" in line:
             self.lines.append(line)
         elif any(key.startswith("eval_") for key in line):
             self.evaluations.append(line)
+        found = {cause.__name__: cause(self.lines, self.evaluations) for cause in CAUSES}
+        new = {name: why for name, why in found.items() if why and name not in self.said}
+        self.said |= new
+        return list(new.values())

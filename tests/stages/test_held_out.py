@@ -184,6 +184,20 @@ def test_a_warning_names_its_cause(cause: str, capsys: Any) -> None:
     assert {name.__name__ for name in run_warnings.CAUSES} == {*SICK, "hacked"}
 
 
+def test_a_resumed_run_keeps_what_was_said_and_does_not_say_it_again(capsys: Any) -> None:
+    log = [*[HEALTHY] * WINDOW, *[{**HEALTHY, **SICK["truncated"]}] * WINDOW]
+    said = watched(*log, HEALTHY)
+    capsys.readouterr()
+    resumed = Warnings()
+    history = [{**line, "step": step} for step, line in enumerate(log, 1)]
+    resumed.on_train_begin(None, SimpleNamespace(log_history=history), None)
+    state = SimpleNamespace(global_step=len(log) + 1, is_world_process_zero=True)
+    resumed.on_log(None, state, None, logs={**HEALTHY, **SICK["truncated"]})
+    resumed.on_log(None, state, None, logs=HEALTHY)
+    assert set(said) == {"truncated"} and resumed.said == said
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_reward_that_rises_while_right_answers_fall_is_named() -> None:
     good, bad = ({"eval_avg@4": value} for value in (0.8, 0.6))
     low, high = [{**HEALTHY, "reward": 0.3}] * WINDOW, [{**HEALTHY, "reward": 0.9}] * WINDOW
