@@ -1,10 +1,13 @@
 """What a request may ask for. Everything else is refused, since the server would silently ignore it or do something
 else."""
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recipes.terminal import is_unicode
 
 Stop = Annotated[str, Field(min_length=1)]
 
@@ -78,6 +81,8 @@ Request = TypeVar("Request", bound=BaseModel)
 
 def parsed(kind: type[Request], body: dict[str, Any]) -> Request:
     """The request in a body. Raises HTTPException with status 400, naming each field and what is wrong with it."""
+    if not is_unicode(json.dumps(body, ensure_ascii=False)):
+        raise HTTPException(status_code=400, detail="half of a character (a lone surrogate) is not text")
     try:
         return kind.model_validate(body)
     except ValidationError as error:

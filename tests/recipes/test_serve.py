@@ -190,6 +190,20 @@ def test_a_bad_request_is_refused_by_name(client: openai.OpenAI, change: dict[st
     assert caught.value.status_code == 400 and named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", rb'{"messages": [{"role": "user", "content": "a\ud83d"}]}'),
+        ("chat/completions", rb'{"model": "\ud83d", "messages": [{"role": "user", "content": "a"}]}'),
+        ("completions", rb'{"prompt": "a", "stop": ["\ude42"]}'),
+    ],
+)
+def test_half_a_character_is_refused(url: str, path: str, body: bytes):
+    """As sent by a client that cuts an emoji in two."""
+    reply = httpx.post(f"{url}/{path}", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and "half of a character" in reply.text
+
+
 def test_what_is_not_served(url: str):
     assert (
         httpx.post(f"{url}/chat/completions", content=b"{", headers={"content-type": "application/json"}).status_code
