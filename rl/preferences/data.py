@@ -156,8 +156,9 @@ class PairCollator:
 
 
 class SingleCollator:
-    """The batch of TRL's KTOTrainer: answers with their labels, and (KL_...) each prompt with the answer before it in
-    the batch, cut to max_length, from which KTO estimates how far the policy is from the reference."""
+    """The batch of TRL's KTOTrainer: answers with their labels, and (KL_...) each prompt with an answer to another one
+    in the batch (see `_shift`), cut to max_length, from which KTO estimates how far the policy is from the reference.
+    """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None):
         self.pad_token_id, self.max_length = pad_token_id, max_length
@@ -165,9 +166,10 @@ class SingleCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [split(example["input_ids"], example["labels"]) for example in examples]
         prompts, answers = zip(*rows, strict=True)
+        shift = _shift([tuple(ids) for ids, _ in prompts])
         mismatched = [
             (prompt, self._fitting(prompt, answer))
-            for prompt, answer in zip(prompts, answers[-1:] + answers[:-1], strict=True)
+            for prompt, answer in zip(prompts, answers[-shift:] + answers[:-shift], strict=True)
         ]
         return {
             **padded(rows, self.pad_token_id),
@@ -179,6 +181,13 @@ class SingleCollator:
     def _fitting(self, prompt: Labelled, answer: Labelled) -> Labelled:
         room = None if self.max_length is None else max(0, self.max_length - len(prompt[0]))
         return answer[0][:room], answer[1][:room]
+
+
+def _shift(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many rows before its own the answer is that each prompt is joined with: the fewest, at least 1, at which as
+    many as possible answer other prompts. In pairs, the row before is often the other answer to the same prompt."""
+    numbers = torch.tensor([prompts.index(prompt) for prompt in prompts])
+    return min(range(1, len(prompts)), key=lambda shift: int((numbers.roll(shift) == numbers).sum()), default=1)
 
 
 def _numbers(examples: list[dict[str, Any]], *names: str) -> dict[str, torch.Tensor]:

@@ -111,8 +111,9 @@ def build_trainer(
     encoded = encode_preferences(rows, tokenizer, **fitting)
     held_out = encode_preferences(eval_rows, tokenizer, **fitting).data if eval_rows else None
     data, pad = encoded.data, _pad_token_id(tokenizer)
-    if method.single:  # its batches stay in this order, and must not hold both answers to a prompt
+    if method.single:  # its batches stay in this order, and should not hold both answers to a prompt
         data = data.shuffle(recipe.seed).flatten_indices()
+        held_out = held_out.shuffle(recipe.seed).flatten_indices() if held_out else None
     collator = SingleCollator(pad, arguments.max_length) if method.single else PairCollator(pad)
     trainer = TRAINERS[recipe.method](
         model,

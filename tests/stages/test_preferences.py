@@ -200,6 +200,22 @@ def test_kto_joins_each_prompt_with_the_answer_before_it() -> None:
     assert SingleCollator(0, max_length=3)(rows)["KL_input_ids"].shape == (3, 3)
 
 
+def test_kto_joins_no_prompt_with_an_answer_to_it(tmp_path: Path) -> None:
+    """Such answers are what the policy is trained on, and would be mistaken for how far it has moved elsewhere."""
+    rows = [
+        {"input_ids": [1, 2 + i // 2, 10 + i], "labels": [-100, -100, 10 + i], "label": i % 2 == 0} for i in range(6)
+    ]
+    assert SingleCollator(0)(rows)["KL_input_ids"][:, 2].tolist() == [14, 15, 10, 11, 12, 13]
+    assert SingleCollator(0)(rows[:1])["KL_input_ids"][:, 2].tolist() == [10]  # there is no other
+    answers = ({"chosen": assistant(f"yes {i}"), "rejected": assistant(f"no {i}")} for i in range(4))
+    held_out = [{**row, **own} for row, own in zip(ROWS, answers, strict=False)]
+    trainer = trainer_for(tmp_path, "kto", chat_model(), eval_rows=held_out, per_device_eval_batch_size=4)
+    known = {tuple(row["input_ids"]) for row in trainer.eval_dataset}
+    batches = list(trainer.get_eval_dataloader())
+    assert [len(batch["label"]) for batch in batches] == [4, 4] and len(known) == 8
+    assert not [ids for batch in batches for ids, _ in answers_of(batch, "KL_") if tuple(ids) in known]
+
+
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 
