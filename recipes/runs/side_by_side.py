@@ -37,7 +37,7 @@ def run_parts(loaded: Loaded[StageRecipe], run: Callable[[Loaded[StageRecipe]], 
         Whether anything was missing, and the manifest.
 
     Raises:
-        ToolkitError: a run failed; the results of the others are written.
+        ToolkitError: runs failed, with the fault of each; the results of the others are written.
     """
     began, folder = time.monotonic(), Path(loaded.recipe.output_dir)
     state = inspect(folder, loaded.resolved)
@@ -57,8 +57,12 @@ def run_parts(loaded: Loaded[StageRecipe], run: Callable[[Loaded[StageRecipe]], 
             _close(loaded, folder, "failed" if failed else "finished", began)
         wait_for_all()
     if failed:
-        name, error = next(iter(failed.items()))
-        raise ToolkitError(f"{name}: {error}; figures of the others are in {folder / RESULTS}")
+        models_of: dict[str, list[str]] = {}
+        for name, error in failed.items():
+            models_of.setdefault(str(error), []).append(name)
+        faults = "\n".join(f"{', '.join(names)}: {fault}" for fault, names in models_of.items())
+        others = len(failed) < len(loaded.recipe.parts())
+        raise ToolkitError(faults + (f"; figures of the others are in {folder / RESULTS}" if others else ""))
     return missing, read_manifest(folder)
 
 

@@ -113,3 +113,18 @@ def test_wrong_models_are_one_message(
             continue  # a name like that may be a hub's, which check does not ask
         assert main([command, "e.yaml", word, "output_dir=elsewhere"]) == 2
         assert fault in capsys.readouterr().err
+
+
+def test_every_model_that_fails_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["eval", "e.yaml", "models={a: absent, b: missing, one: m0}", "output_dir=some"]) == 2
+    said = capsys.readouterr().err
+    assert "a: absent" in said and "b: missing" in said and "figures of the others are in some" in said
+    assert list(read_json(Path("some/results.json"))["stages"]) == ["one"]
+    Path("empty.jsonl").write_text("")
+    assert main(["eval", "e.yaml", "data=[{path: empty.jsonl}]", "output_dir=none"]) == 2
+    said = capsys.readouterr().err
+    assert "one, other: " in said and said.count("empty.jsonl: no rows") == 1 and "figures of the others" not in said
