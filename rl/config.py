@@ -191,6 +191,8 @@ class RlRecipe(TrainingRecipe, RewardedRecipe):
             for name in _FOR_PREFERENCES:
                 if name in self.model_fields_set and getattr(self, name):
                     raise ValueError(f"{name} is for methods that train on preferences, not for grpo; leave it out")
+            if self.environment is None and self.training.get("max_tool_calling_iterations") is not None:
+                raise ValueError("training.max_tool_calling_iterations needs an environment, whose tools are called")
             return self
         for name in _FOR_SAMPLES:
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):

@@ -92,6 +92,8 @@ def train(
         data: Any = trainer.train_dataset
         terms = " + ".join(f"{reward.weight:g} {reward.name}" for reward in rewards)
         print(f"rl: {len(data):,} prompts; reward = {terms}", file=sys.stderr)
+        if recipe.eval_data and trainer.args.eval_strategy == "no" and not trainer.args.eval_on_start:
+            print("rl: eval_data is not evaluated, because training.eval_strategy is no", file=sys.stderr)
         if trainer.replays_nothing:
             print(
                 "rl: routing_replay: update has nothing to replay, with one update on each rollout; it is for "

@@ -405,6 +405,10 @@ def test_a_tool_that_exits_is_an_error_for_the_model_to_read(kind: str, tmp_path
         ({"training": {"cache_implementation": "static"}}, "which training.cache_implementation rules out"),
         ({"environment": {"python": SANDBOX, "settings": {"seconds": 0}}}, "seconds must be"),
         ({"method": "dpo"}, "trains on preferences"),
+        (
+            {"environment": None, "training": {"max_tool_calling_iterations": 1}},
+            "max_tool_calling_iterations needs an environment",
+        ),
         ({"training": {"max_completion_length": 163_700}}, "are more than the 163,840 positions"),
     ],
 )  # fmt: skip

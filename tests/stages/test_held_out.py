@@ -74,7 +74,7 @@ def recipe(folder: Path, evaluates: bool = True, **changes: Any) -> RlRecipe:
         "learning_rate": 1e-2, "save_steps": 2, **changes.pop("training", {}),
     }  # fmt: skip
     held_out = {"eval_data": [{"path": "unused"}]} if evaluates else {}
-    training |= {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2} if evaluates else {}
+    training = ({"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2} if evaluates else {}) | training
     sections = {**SECTIONS, "rewards": [{"rule": "number"}], "output_dir": str(folder), **held_out}
     return RlRecipe(**{**sections, "stage": "rl", "training": training, **changes})
 
@@ -113,6 +113,16 @@ def test_evaluation_changes_nothing_in_training(tmp_path: Path) -> None:
     assert [{k: v for k, v in line.items() if k not in timed} for line in again] == [
         {k: v for k, v in line.items() if k not in timed} for line in found
     ]
+
+
+@pytest.mark.parametrize(("strategy", "on_start"), [("no", False), ("no", True), ("steps", False)])
+def test_held_out_prompts_without_evaluations_are_named(
+    strategy: str, on_start: bool, tmp_path: Path, capsys: Any
+) -> None:
+    training = {"max_steps": 1, "eval_strategy": strategy, "eval_on_start": on_start}
+    metrics = run(tmp_path, chat_model(), training=training)
+    told = "eval_data is not evaluated" in capsys.readouterr().err
+    assert told == ("eval_reward" not in metrics) == (strategy == "no" and not on_start)
 
 
 @pytest.mark.parametrize(("size", "batches"), [(2, [2] * 5), (4, [4, 4, 2])])
