@@ -98,6 +98,8 @@ def _from_file(entry: BenchmarkTask, path: Path, chat: bool) -> Built:
         )
     }
     places = {name: [place for place, _ in part] for name, part in zip(tasks, parts.values(), strict=True)}
+    for name, task in tasks.items():
+        _check_choices(task, places[name])
     return Built(entry, tasks, notes, places)
 
 
@@ -135,6 +137,21 @@ def _check_references(rule: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> 
             check_reference(rule, row)
         except ToolkitError as error:
             raise ToolkitError(f"{place}: {error}") from None
+
+
+def _check_choices(task: Any, places: Sequence[str]) -> None:
+    """Raise ToolkitError for the first row of multiple choice whose answer is none of its choices: lm-eval would count
+    it as wrong whatever the model says."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for place, doc in zip(places, task.eval_docs, strict=True):
+        target, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+        targets = target if isinstance(target, list) else [target]
+        if any(one not in (range(len(choices)) if isinstance(one, int) else choices) for one in targets):
+            raise ToolkitError(
+                f"{place}: its answer {target!r} is none of the choices {', '.join(choices)}, and no number from 0 to "
+                f"{len(choices) - 1}"
+            )
 
 
 def _shots(entry: BenchmarkTask, config: Mapping[str, Any], examples: Sequence[Any]) -> tuple[int, list[str]]:

@@ -14,8 +14,9 @@ from jsonschema import Draft202012Validator
 from conversations.answers.repeated import majority_score, pass_at_k
 from conversations.generation.generating import Generated
 from conversations.sandbox.box import why_unavailable
+from eval.benchmark import BenchmarkTask
 from eval.harness.contamination import contaminated
-from eval.harness.loading import own_tasks
+from eval.harness.loading import build, own_tasks
 from eval.harness.scoring import by_chrf, by_json, by_number, by_rouge, by_solution, of_instructions
 from recipes.cli import main
 from recipes.files import read_json
@@ -275,3 +276,26 @@ def test_contamination_is_found_in_any_column_and_in_chinese(tmp_path: Path) -> 
     texts = [f"Well: {long}?", long.replace("seven", "7"), chinese[:14] + "了", "short one", "zero one two", ""]
     assert contaminated([{"question": text, "answer": "one"} for text in texts], [str(file)]) == {0, 2, 4, 5}
     assert contaminated([{"answer": "1", "choices": [long, "x"]}, {"n": 1}], [str(file)]) == {0}
+
+
+@pytest.mark.parametrize("answer", ["E", "(C)", "", "-1", 4, "4", 7])
+def test_an_answer_that_is_no_choice_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str | int
+) -> None:
+    monkeypatch.chdir(home)
+    right = 1 if isinstance(answer, int) else "B"
+    rows = [{"question": "Which?", "choices": ["w", "x", "y", "z"], "answer": one} for one in (right, answer)]
+    Path("no_choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["check", "e.yaml", "output_dir=other", "tasks=[{task: mmlu_local, path: no_choice.jsonl}]"]) == 2
+    said = capsys.readouterr().err
+    assert "no_choice.jsonl:2: its answer" in said and "A, B, C, D, and no number from 0 to 3" in said
+
+
+def test_an_answer_is_a_number_or_a_letter(home: Path) -> None:
+    """Of a CSV, numbers are texts."""
+    forms = ["1", "B", " b ", "1"]
+    rows = [{"question": f"{form}?", "choices": ["w", "x", "y", "z"], "answer": form} for form in forms]
+    (home / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = build(BenchmarkTask(task="mmlu_local", name="m", path=str(home / "forms.jsonl")), False).tasks.values()
+    said = [(-2.0, False), (-1.0, False), (-2.0, False), (-2.0, False)]  # B is likeliest
+    assert [task.process_results(doc, said)["acc"] for doc in task.eval_docs] == [1.0] * len(forms)
