@@ -198,9 +198,12 @@ class JudgedRollouts(ActingPolicy):
         return torch.tensor([answer.values for answer in answers], device=self.accelerator.device)
 
     def _equal(self, answers: Sequence[JudgedAnswer]) -> torch.Tensor:
-        """[groups of all processes] bool."""
+        """[groups of all processes] bool. Where each reward is normalised by itself, groups that are equal in all."""
         values = self.accelerator.gather(self._values(answers))
-        return equal_groups(values, self.reward_weights.to(values.device), self.num_generations)
+        weights = self.reward_weights.to(values.device)
+        alone = values.shape[1] if self.multi_objective_aggregation != SUMMED else 1
+        parts = zip(values.tensor_split(alone, 1), weights.tensor_split(alone), strict=True)
+        return torch.stack([equal_groups(*part, self.num_generations) for part in parts]).all(0)
 
 
 def split_rows(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
