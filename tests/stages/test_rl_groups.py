@@ -147,8 +147,8 @@ def test_nothing_is_left_out_that_the_loss_needs(tmp_path, model, training):
 @pytest.mark.parametrize(("aggregation", "equal"), [("sum_then_normalize", True), ("normalize_then_sum", False)])
 def test_groups_are_equal_in_each_reward_where_each_is_normalised_alone(tmp_path, aggregation, equal):
     """As in GDPO: totals of (1, 0) and (0, 2) with weights 1 and 0.5 are one, their advantages are not."""
-    training = {"beta": 0.0, "multi_objective_aggregation": aggregation, "reward_weights": [1.0, 0.5]}
-    trainer = trainer_for(tmp_path, rewards=[OneReward("one"), OneReward("two")], training=training)
+    training = {"beta": 0.0, "multi_objective_aggregation": aggregation}
+    trainer = trainer_for(tmp_path, rewards=[OneReward("one"), OneReward("two", weight=0.5)], training=training)
     apart = [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
     answers = [SimpleNamespace(values=values) for values in [*apart, *[[1.0, NAN]] * 4]]
     assert trainer._equal(answers).tolist() == [equal, True]
