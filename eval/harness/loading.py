@@ -83,7 +83,9 @@ def _from_file(entry: BenchmarkTask, path: Path, chat: bool) -> Built:
     rows = _rows(entry.path, columns, entry.limit)
     if rule := metadata.get("rule"):
         _check_references(rule, rows)
-    examples = [row for _, row in _rows(entry.fewshot_path, columns)] if entry.fewshot_path else []
+    placed = _rows(entry.fewshot_path, columns) if entry.fewshot_path else []
+    _check_lists(metadata.get("lists", {}), [*rows, *placed])
+    examples = [row for _, row in placed]
     shots, notes = _shots(entry, config, examples)
     parts = _by_subject(rows, metadata.get("by"))
     tasks = {
@@ -137,6 +139,16 @@ def _check_references(rule: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> 
             check_reference(rule, row)
         except ToolkitError as error:
             raise ToolkitError(f"{place}: {error}") from None
+
+
+def _check_lists(lists: Mapping[str, int | None], rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Raise ToolkitError for the first row without a list in these columns, of as many items if a number is given. Of a
+    text, such as a CSV's, a task's template would take the letters."""
+    for place, row in rows:
+        for column, size in lists.items():
+            value = row[column]
+            if not isinstance(value, list) or not value or len(value) != (size or len(value)):
+                raise ToolkitError(f"{place}: {column!r} must be a list{f' of {size}' if size else ''}, not {value!r}")
 
 
 def _check_choices(task: Any, places: Sequence[str]) -> None:

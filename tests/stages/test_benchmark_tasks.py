@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from conversations.answers.repeated import majority_score, pass_at_k
+from conversations.errors import ToolkitError
 from conversations.generation.generating import Generated
 from conversations.sandbox.box import why_unavailable
 from eval.benchmark import BenchmarkTask
@@ -299,3 +300,21 @@ def test_an_answer_is_a_number_or_a_letter(home: Path) -> None:
     (task,) = build(BenchmarkTask(task="mmlu_local", name="m", path=str(home / "forms.jsonl")), False).tasks.values()
     said = [(-2.0, False), (-1.0, False), (-2.0, False), (-2.0, False)]  # B is likeliest
     assert [task.process_results(doc, said)["acc"] for doc in task.eval_docs] == [1.0] * len(forms)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "named"),
+    [
+        (
+            "mmlu_local",
+            {"question": "a?", "choices": '["w", "x", "y", "z"]', "answer": 1},
+            "'choices' must be a list of 4",
+        ),
+        ("mmlu_local", {"question": "a?", "choices": list("vwxyz"), "answer": 1}, "'choices' must be a list of 4"),
+        ("esft_law", {"prompt": "a", "answers": "text"}, "'answers' must be a list"),
+    ],
+)
+def test_a_text_is_no_list(home: Path, task: str, row: dict[str, Any], named: str) -> None:
+    (home / "text.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ToolkitError, match=f"text.jsonl:1: {named}"):
+        build(BenchmarkTask(task=task, name="m", path=str(home / "text.jsonl")), False)
