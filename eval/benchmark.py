@@ -56,8 +56,8 @@ class BenchmarkTask(Section):
     )
     too_long: Literal["refuse", "cut"] = Field(
         default="refuse",
-        description="A prompt that, with its answer, exceeds the model's positions: the task fails, or the prompt is "
-        "cut from the left.",
+        description="A prompt that, with its answer, exceeds the model's positions: it is refused before anything is "
+        "measured, or cut from the left.",
     )
 
     against: list[Annotated[str, Field(min_length=1)]] = Field(

@@ -67,9 +67,20 @@ class RewardModelReward(Reward):
         self.model.to(self.device or device)
 
     def judge(self, answers: Sequence[Answer]) -> Values:
-        """Scores each distinct conversation once, since a trained policy often repeats its answers."""
+        """Scores each distinct conversation once, since a trained policy often repeats its answers.
+
+        Raises:
+            ToolkitError: a conversation is longer than the reward model's positions.
+        """
         places = {_key(answer): i for i, answer in enumerate(answers)}
         ids = [self._ids(answers[i]) for i in places.values()]
+        longest, positions = max(map(len, ids), default=0), self.model.config.max_position_embeddings
+        if longest > positions:
+            raise ToolkitError(
+                f"a conversation of {longest:,} tokens is longer than the {positions:,} positions of the reward model "
+                "(max_position_embeddings); allow shorter answers, leave out long prompts, or train a reward model on "
+                "a base with more positions"
+            )
         scores = score_heads(self.model, ids, pad_token_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         by_place = {place: self._value(heads) for place, heads in zip(places, scores, strict=True)}
         return [by_place[_key(answer)] for answer in answers]

@@ -151,6 +151,18 @@ def test_reward_model_scores_equal_answers_once():
     assert values[0] == values[3] and len(set(values)) == 3
 
 
+def test_a_reward_model_scores_nothing_beyond_its_positions():
+    tokenizer = byte_tokenizer()
+    longest = len(render_conversation(user("a") + assistant("a long answer"), tokenizer)["input_ids"])
+    rewards = [
+        RewardModelReward("helpful", score_model(max_position_embeddings=positions).eval(), tokenizer)
+        for positions in (longest, longest - 1)
+    ]
+    assert None not in call(rewards[0], ["a", "a"], ["yes", "a long answer"])
+    with pytest.raises(ToolkitError, match=f"{longest} tokens is longer than the {longest - 1} positions of the reward"):
+        call(rewards[1], ["a", "a"], ["yes", "a long answer"])
+
+
 def test_a_cut_answer_is_scored_without_an_end_token():
     tokenizer, model = byte_tokenizer(), score_model().eval()
     reward = RewardModelReward("helpful", model, tokenizer)
