@@ -159,7 +159,9 @@ def test_a_reward_model_scores_nothing_beyond_its_positions():
         for positions in (longest, longest - 1)
     ]
     assert None not in call(rewards[0], ["a", "a"], ["yes", "a long answer"])
-    with pytest.raises(ToolkitError, match=f"{longest} tokens is longer than the {longest - 1} positions of the reward"):
+    with pytest.raises(
+        ToolkitError, match=f"{longest} tokens is longer than the {longest - 1} positions of the reward"
+    ):
         call(rewards[1], ["a", "a"], ["yes", "a long answer"])
 
 
