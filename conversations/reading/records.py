@@ -21,6 +21,11 @@ _READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".arrow": arrow_records,
 }
 
+# A damaged length in an Arrow file is an attempt to allocate as much.
+_UNREADABLE = (
+    gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError, MemoryError
+)  # fmt: skip
+
 
 def records_of(file: DataFile) -> Iterator[Record]:
     """Yield the records of a file lazily; one that cannot be read has a `problem`.
@@ -29,7 +34,7 @@ def records_of(file: DataFile) -> Iterator[Record]:
     """
     try:
         yield from _READERS[file.kind](file)
-    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
     except RuntimeError as error:  # an encrypted member of a .zip
         if not isinstance(file.path, zipfile.Path):

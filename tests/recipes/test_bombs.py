@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
@@ -146,6 +146,7 @@ def test_a_name_that_is_not_utf8_is_one_message(form: str, name: str, tmp_path: 
 
 
 @settings(max_examples=200, deadline=None)
+@example(where=220, byte=7, cut=0, data=b"")  # a length of exabytes
 @given(where=st.integers(0, 2000), byte=st.integers(0, 255), cut=st.integers(0, 2000), data=st.binary(max_size=40))
 def test_a_damaged_arrow_file_is_one_message(
     where: int, byte: int, cut: int, data: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -63,7 +63,7 @@ def test_help_and_the_schema_need_no_torch_and_no_time() -> None:
         (["reward", str(SFT)], f"is a recipe of stage sft, not reward; run: dsv2 sft {SFT}"),
         (["run", str(SFT)], f"is a recipe of stage sft, not chain; run: dsv2 sft {SFT}"),
         (["init", "x"], "the following arguments are required: --preset"),
-        (["init", "x", "--preset", "tiny", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["init", "x", "--preset", "tiny", "--seed", "x"], "argument --seed: 'x' is not a whole number"),
     ],
 )
 def test_wrong_commands_end_with_2(

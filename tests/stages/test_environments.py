@@ -147,7 +147,7 @@ def trainer_in(tools: str, folder: Path) -> PolicyTrainer:
     rewards = [Vowels("vowels"), EnvironmentReward(environment.name)]
     return PolicyTrainer(
         chat_model(),
-        grpo_config(recipe(folder, training=TRAINING), folder, limits, rewards),
+        grpo_config(recipe(folder, training=TRAINING, environment={"python": tools}), folder, limits, rewards),
         rewards,
         train_dataset=prompt_dataset(conversations(16)),
         processing_class=byte_tokenizer(),
