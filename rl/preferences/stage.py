@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,16 @@ def train(
     return {**counted, **report.as_metrics(), **last_logged(trainer.state.log_history)}
 
 
+def _in_turn(rows: datasets.Dataset) -> datasets.Dataset:
+    """Good and bad answers in turn, those of pairs beside the other answer to another prompt: KTO's KL needs other
+    prompts, and its figures are means of batches, which say little where a batch has one kind alone."""
+    good, bad = (
+        [number for number, label in enumerate(rows["label"]) if bool(label) is kind] for kind in (True, False)
+    )
+    order = zip_longest(good, bad[-1:] + bad[:-1])
+    return rows.select([number for two in order for number in two if number is not None]).flatten_indices()
+
+
 def build_trainer(
     recipe: RlRecipe,
     *,
@@ -113,7 +124,7 @@ def build_trainer(
     data, pad = encoded.data, _pad_token_id(tokenizer)
     if method.single:  # its batches stay in this order, and should not hold both answers to a prompt
         data = data.shuffle(recipe.seed).flatten_indices()
-        held_out = held_out.shuffle(recipe.seed).flatten_indices() if held_out else None
+        held_out = _in_turn(held_out) if held_out else None
     collator = SingleCollator(pad, arguments.max_length) if method.single else PairCollator(pad)
     trainer = TRAINERS[recipe.method](
         model,
