@@ -122,7 +122,7 @@ class Warnings(TrainerCallback):
             self.lines.append(line)
         elif any(key.startswith("eval_") for key in line):
             self.evaluations.append(line)
-        found = {cause.__name__: cause(self.lines, self.evaluations) for cause in CAUSES}
-        new = {name: why for name, why in found.items() if why and name not in self.said}
+        unsaid = [cause for cause in CAUSES if cause.__name__ not in self.said]
+        new = {cause.__name__: why for cause in unsaid if (why := cause(self.lines, self.evaluations))}
         self.said |= new
         return list(new.values())

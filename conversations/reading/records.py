@@ -1,6 +1,5 @@
 """The records of a data file of any kind, before they are converted."""
 
-import gzip
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +20,6 @@ _READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".arrow": arrow_records,
 }
 
-# A damaged length in an Arrow file is an attempt to allocate as much.
-_UNREADABLE = (
-    gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError, MemoryError
-)  # fmt: skip
-
 
 def records_of(file: DataFile) -> Iterator[Record]:
     """Yield the records of a file lazily; one that cannot be read has a `problem`.
@@ -34,7 +28,8 @@ def records_of(file: DataFile) -> Iterator[Record]:
     """
     try:
         yield from _READERS[file.kind](file)
-    except _UNREADABLE as error:
+    # MemoryError: a damaged length in an Arrow file is an attempt to allocate as much.
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, NotImplementedError, OSError) as error:
         raise ToolkitError(f"{file.path}: cannot be read: {error}") from error
     except RuntimeError as error:  # an encrypted member of a .zip
         if not isinstance(file.path, zipfile.Path):

@@ -27,7 +27,7 @@ def stock_differences(config: DeepseekV2Config) -> tuple[str, ...]:
 
 def _normalised_gate(config: DeepseekV2Config) -> str | None:
     chosen = config.num_experts_per_tok or 0
-    if not (_has_moe(config) and config.norm_topk_prob):
+    if not (config.has_routed_experts and config.norm_topk_prob):
         return None
     if config.scoring_func == "sigmoid":  # stock's class of DeepSeek-V3 reads it
         more = "norm_topk_prob is true with one expert per token: stock transformers normalises its weight to 1"
@@ -48,7 +48,7 @@ def _moe_layers(config: DeepseekV2Config) -> str | None:
 
 
 def _shared_experts(config: DeepseekV2Config) -> str | None:
-    if config.n_shared_experts or not _has_moe(config):
+    if config.n_shared_experts or not config.has_routed_experts:
         return None
     return "n_shared_experts is not set: stock transformers cannot build a model without shared experts"
 
@@ -67,10 +67,6 @@ def _yarn_magnitude(config: DeepseekV2Config) -> str | None:
         f"rope_scaling has {given}: stock transformers multiplies cos and sin by {stock:.4g}, the official model by "
         f"{ours:.4g}"
     )
-
-
-def _has_moe(config: DeepseekV2Config) -> bool:
-    return config.has_routed_experts
 
 
 CHECKS: tuple[Callable[[DeepseekV2Config], str | None], ...] = (
